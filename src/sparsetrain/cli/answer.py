@@ -1,0 +1,70 @@
+"""What a command hands back, and how it reaches the terminal: a table for people, or one JSON document for machines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A command's result.
+
+    data: plain values, printed by `--json`.
+    show: what a person sees, in order: strings and rich renderables. A callable is called when it is printed, so that
+        `--json` never pays for a table.
+    code: the exit code; `doctor` and `models verify` answer, and still end with 1 when something is missing.
+    """
+
+    data: dict[str, Any]
+    show: list[Any] = field(default_factory=list)
+    code: int = 0
+
+
+def print_answer(answer: Answer, stdout: TextIO, as_json: bool) -> None:
+    """Write an answer to `stdout`, which gets nothing else in JSON mode."""
+    if as_json:
+        print(to_json({"ok": answer.code == 0, **answer.data}), file=stdout)
+        return
+    from rich.console import Console
+
+    console = Console(file=stdout, highlight=False, soft_wrap=True)
+    for part in answer.show:
+        console.print(part() if isinstance(part, Callable) else part, markup=False)
+
+
+def to_json(value: Any) -> str:
+    """JSON that any reader takes: not-a-number and infinity become null, paths and dataclasses plain values."""
+    return json.dumps(_plain(value), indent=2, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return str(value) if isinstance(value, Path) else repr(value)
+
+
+def table(title: str, columns: list[str], rows: list[list[Any]], right: tuple[int, ...] = ()) -> Any:
+    """A rich table; `right` are the columns that align to the right."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for i, name in enumerate(columns):
+        made.add_column(name, justify="right" if i in right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(str(cell) for cell in row))
+    return made

@@ -1,0 +1,57 @@
+"""Which implementation of an op runs: `auto`, `reference`, `cpu` or `triton`.
+
+`auto` may fall back and can say why; a backend that was asked for by name never falls back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from sparsetrain.core.errors import Unsupported
+
+BACKENDS = ("auto", "reference", "cpu", "triton")
+_asked: ContextVar[str] = ContextVar("sparsetrain_backend", default="auto")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Ask for a backend in every op called inside the `with` block.
+
+    Raises:
+        ValueError: `name` is not one of `BACKENDS`.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r} is unknown. Choose one of {', '.join(BACKENDS)}.")
+    token = _asked.set(name)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def choose(op: str, asked: str, available: dict[str, str | None]) -> str:
+    """Name the backend that will run `op`.
+
+    Args:
+        op: the op's name, for the message.
+        asked: the caller's `backend=` argument; "auto" defers to `use_backend`, then to the first that can.
+        available: backend name -> None if it can run this call, else the reason it cannot; best first.
+
+    Raises:
+        Unsupported: a backend was named and cannot run this call.
+    """
+    name = _asked.get() if asked == "auto" else asked
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r} is unknown. Choose one of {', '.join(BACKENDS)}.")
+    can = [candidate for candidate, reason in available.items() if reason is None]
+    if name == "auto":
+        if not can:
+            reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in available.items())
+            raise Unsupported(f"no backend can run {op!r}: {reasons}.")
+        return can[0]
+    if name not in can:
+        reason = available.get(name) or "it is not implemented for this op"
+        raise Unsupported(f"{op!r} was asked to run on {name!r}: {reason}. Available: {', '.join(can) or 'none'}.")
+    return name

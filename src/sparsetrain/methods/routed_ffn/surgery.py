@@ -1,0 +1,174 @@
+"""How the routed FFN meets a model: its edits, their costs, and the conversion from calibration data."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrain.core.anatomy import Anatomy, FFNSite, Undo, submodule
+from sparsetrain.core.cost import Cost, ffn_cost
+from sparsetrain.methods.routed_ffn.config import RoutedFFN
+from sparsetrain.methods.routed_ffn.convert import convert_sites
+from sparsetrain.methods.routed_ffn.module import Routed, Router, Routing
+from sparsetrain.methods.routed_ffn.permute import permute_units
+from sparsetrain.ops.routed_ffn import ACTIVATIONS
+from sparsetrain.surgery.plan import Edit, Method, State, register_method
+from sparsetrain.surgery.reclass import declass, reclass
+
+
+def edits(config: RoutedFFN, anatomy: Anatomy, model: nn.Module) -> list[Edit]:
+    """One edit for each FFN the config takes.
+
+    Raises:
+        ValueError: a mixture-of-experts FFN, an unknown activation, or sizes that do not divide.
+    """
+    found = []
+    for block in anatomy.blocks:
+        site = block.ffn
+        if site is None or not config.takes(site.name, site.layer):
+            continue
+        if site.refused:
+            raise ValueError(f"routed_ffn cannot take {site.name}: {site.refused}. Leave it out with `targets`.")
+        if site.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"routed_ffn cannot take {site.name}: activation {site.activation!r} is not one of {sorted(ACTIVATIONS)}."
+            )
+        config.split(site.ffn_size)
+        found.append(
+            Edit(
+                config=config,
+                site=site.name,
+                layer=site.layer,
+                claims=_claims(site),
+                cost=lambda _tokens, site=site: costs(config, site),
+                install=lambda m, t, site=site, block=block.name: install(m, t, config, site, block),
+                note=f"{config.num_active} of {config.num_blocks} blocks, β={config.active_ratio:.2f}",
+            )
+        )
+    return found
+
+
+def _claims(site: FFNSite) -> frozenset[str]:
+    return frozenset(f"{site.name}.{linear}" for linear in (site.up, site.gate, site.down) if linear)
+
+
+def costs(config: RoutedFFN, site: FFNSite) -> tuple[Cost, Cost]:
+    """(dense, routed) per token. Routed: the router, the active units' GEMMs, and their pre-activations saved."""
+    matrices = 3 if site.gate else 2
+    bias = (matrices - 1) * site.ffn_size + site.hidden_size if site.has_bias else 0
+    dense = ffn_cost(site.hidden_size, site.ffn_size, site.gate is not None, bias)
+    if config.num_active == config.num_blocks:
+        return dense, dense
+    shared, width = config.split(site.ffn_size)
+    units = shared + width * config.num_active
+    router = config.num_blocks * (site.hidden_size + 1)
+    flops = 2.0 * matrices * site.hidden_size * units + 2.0 * site.hidden_size * config.num_blocks
+    if config.compensation != "none":
+        router += config.num_blocks * site.hidden_size
+        flops += 2.0 * config.num_blocks * site.hidden_size
+    if config.compensation == "lowrank":
+        router += 2 * config.compensation_rank * site.hidden_size
+        flops += 4.0 * config.compensation_rank * site.hidden_size
+    saved = site.hidden_size + (2 if site.gate else 1) * units + 3 * config.num_active
+    return dense, Cost(num_params=dense.num_params + router, flops=flops, saved_elements=saved)
+
+
+def install(
+    model: nn.Module, tensors: dict[str, Tensor], config: RoutedFFN, site: FFNSite, block_name: str
+) -> tuple[Undo, nn.Module]:
+    """Reorder the units, add the router, and give the owner its new forward."""
+    owner, block = submodule(model, site.name), submodule(model, block_name)
+    weight = _weight(owner, site.up)
+    order = tensors.get("order")
+    router = Router(
+        site.hidden_size,
+        config.num_blocks,
+        shift=config.compensation != "none",
+        rank=config.compensation_rank if config.compensation == "lowrank" else 0,
+    )
+    saved = {name.removeprefix("router."): value for name, value in tensors.items() if name.startswith("router.")}
+    if saved:
+        router.load_state_dict(saved)
+    elif config.needs_calibration:
+        raise ValueError(
+            f"routed_ffn: partition='clustered' needs calibration for {site.name}, and got none. "
+            "Pass calibration=[batches] to sparsify(), or set partition='contiguous'."
+        )
+    # the router is small and decides by comparing logits: it stays in fp32 whatever the model's dtype
+    routing = Routing(config, site, router.to(weight.device), None if order is None else order.to(weight.device))
+    routing.train(owner.training)
+    reclass(owner, Routed)
+    owner.routed = routing
+    undo_order = permute_units(owner, site, order) if order is not None else None
+    hook = block.register_forward_pre_hook(_note_padding(block, routing), with_kwargs=True)
+
+    def undo() -> None:
+        hook.remove()
+        if undo_order is not None:
+            undo_order()
+        del owner.routed
+        declass(owner)
+
+    return undo, routing
+
+
+def _note_padding(block: nn.Module, routing: Routing) -> Callable[..., None]:
+    """A pre-hook of the block that tells the routing which tokens are padding.
+
+    It runs again when gradient checkpointing recomputes the block, so the mask is always that of the running forward.
+    """
+    dense = getattr(type(block), "dense_class", type(block))
+    names = list(inspect.signature(dense.forward).parameters)[1:]
+    place = names.index("attention_mask") if "attention_mask" in names else None
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        if mask is None and place is not None and len(args) > place:
+            mask = args[place]
+        routing.valid_bt = valid_tokens(mask)
+
+    return hook
+
+
+def valid_tokens(mask: Any) -> Tensor | None:
+    """Which tokens are real, [b, t] bool, from the mask a block receives; None when all are or it does not say."""
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.ndim == 2:
+        return mask > 0
+    if mask.ndim == 4 and mask.shape[2] == mask.shape[3]:
+        diagonal = mask[:, 0].diagonal(dim1=1, dim2=2)
+        return diagonal if diagonal.dtype == torch.bool else diagonal == 0
+    return None
+
+
+def _weight(owner: nn.Module, name: str) -> Tensor:
+    module: Any = owner.get_submodule(name)
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module.weight
+
+
+def prepare(
+    model: nn.Module, planned: list[Edit], batches: list[dict[str, Tensor]], progress: Callable[[str, float], None]
+) -> State:
+    """Convert each FFN from calibration data: always-on units, clustering, router, compensation, distillation."""
+    config: Any = planned[0].config
+    if not config.needs_calibration or not batches:
+        return {}
+    return convert_sites(model, config, planned, batches, progress)
+
+
+register_method(
+    RoutedFFN,
+    Method(
+        edits=edits,
+        site_names=lambda anatomy: [site.name for site in anatomy.ffns if site.refused is None],
+        prepare=prepare,
+        modules_to_save=("router",),
+    ),
+)

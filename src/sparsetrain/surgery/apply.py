@@ -1,0 +1,164 @@
+"""sparsify(): apply a recipe to a model in place, all edits or none, and hand back the way to undo it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrain.core.anatomy import Undo
+from sparsetrain.core.config import MethodConfig
+from sparsetrain.surgery.plan import Plan, State, method_of, plan
+
+Progress = Callable[[str, float], None]
+
+
+@runtime_checkable
+class Scheduled(Protocol):
+    """An installed module whose behaviour follows the training step.
+
+    set_step: (step, total steps or None, scale of auxiliary losses). A pure function of its arguments.
+    tensors: what must be stored beside the dense weights to rebuild this site.
+    stats: numbers for the report (auxiliary losses, loads), from the last forward.
+    merge_error: why the site cannot become dense again with the same outputs, or None.
+    """
+
+    def set_step(self, step: int, total_steps: int | None, loss_scale: float) -> None: ...
+    def tensors(self) -> dict[str, Tensor]: ...
+    def stats(self) -> dict[str, float]: ...
+    def merge_error(self) -> str | None: ...
+
+
+@dataclass
+class Handle:
+    """A converted model's way back and its controls.
+
+    Attributes:
+        model: the model that was converted (the same object, changed in place).
+        plan: what was planned and done.
+        modules_to_save: names for PEFT's `LoraConfig(modules_to_save=...)`; without them PEFT freezes what we added.
+    """
+
+    model: nn.Module
+    plan: Plan
+    _undos: list[Undo] = field(default_factory=list, repr=False)
+    _installed: dict[str, Scheduled] = field(default_factory=dict, repr=False)
+
+    @property
+    def configs(self) -> tuple[MethodConfig, ...]:
+        return self.plan.configs
+
+    @property
+    def modules_to_save(self) -> list[str]:
+        names = [name for config in self.configs for name in method_of(config).modules_to_save]
+        return list(dict.fromkeys(names))
+
+    @property
+    def active(self) -> bool:
+        """False once `restore` or `merge` has made the model dense again."""
+        return bool(self._undos)
+
+    def step(self, step: int, total_steps: int | None = None, loss_scale: float = 1.0) -> None:
+        """Drive every schedule: call before each optimizer step.
+
+        Args:
+            step: optimizer steps done so far.
+            total_steps: length of the run, for phases given as a share of it.
+            loss_scale: factor on auxiliary losses, 1 / gradient accumulation steps.
+        """
+        for module in self._installed.values():
+            module.set_step(step, total_steps, loss_scale)
+
+    def state(self) -> State:
+        """`edit.key` -> tensors that rebuild the site beside the dense weights; feed it to `sparsify(state=...)`."""
+        return {site: module.tensors() for site, module in self._installed.items()}
+
+    def report(self) -> dict[str, Any]:
+        """What was changed and how it behaves: planned costs, and the last forward's statistics by site."""
+        stats = {site: module.stats() for site, module in self._installed.items()}
+        return {
+            "model_class": self.plan.model_class,
+            "family": self.plan.family,
+            "configs": [config.to_dict() for config in self.configs],
+            "edits": self.plan.rows(),
+            "stats": {site: values for site, values in stats.items() if values},
+        }
+
+    def restore(self) -> None:
+        """Make the model what it was, bit for bit: same modules, parameters and order of weights."""
+        while self._undos:
+            self._undos.pop()()
+        self._installed.clear()
+
+    def merge(self) -> nn.Module:
+        """Return to the dense class where that changes no output; refuse otherwise, changing nothing.
+
+        Raises:
+            ValueError: a site cannot be dense with the same outputs (routing or key selection drops something).
+        """
+        for site, module in self._installed.items():
+            reason = module.merge_error()
+            if reason:
+                raise ValueError(
+                    f"{site} cannot be merged into a dense model: {reason}. Export the sparse model "
+                    "(dense weights beside sparsity_config.json), or call restore() to drop the sparsity."
+                )
+        self.restore()
+        return self.model
+
+
+def sparsify(
+    model: nn.Module,
+    *configs: MethodConfig,
+    calibration: Iterable[dict[str, Tensor]] | None = None,
+    state: State | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Handle:
+    """Apply a recipe to `model` in place; the model keeps its class, so Trainer, PEFT and save_pretrained go on working.
+
+    Args:
+        model: the model; convert it before PEFT wraps it.
+        configs: the recipe.
+        calibration: batches (keyword arguments of the model's forward) that methods with a learned start need: a few
+            thousand tokens of the kind the model will be trained on.
+        state: tensors of an earlier conversion (`handle.state()` or a sidecar file) instead of calibrating.
+        seed: seeds everything drawn here; the same seed gives the same model.
+        progress: called with (what is being done, share done in [0, 1]).
+
+    Raises:
+        PlanError, UnknownFamily, ValueError: as `plan`. The model is unchanged then.
+    """
+    planned = plan(model, *configs)
+    batches = None if calibration is None else list(calibration)
+    rng = torch.random.get_rng_state()
+    handle = Handle(model, planned)
+    try:
+        torch.manual_seed(seed)
+        tensors = state if state is not None else _prepare(model, planned, batches, progress or (lambda *_: None))
+        for edit in planned.edits:
+            undo, module = edit.install(model, tensors.get(edit.key, {}))
+            handle._undos.append(undo)
+            if module is not None:
+                assert isinstance(module, Scheduled)
+                handle._installed[edit.key] = module
+    except BaseException:
+        handle.restore()
+        raise
+    finally:
+        torch.random.set_rng_state(rng)
+    handle.step(0)
+    return handle
+
+
+def _prepare(model: nn.Module, planned: Plan, batches: list[dict[str, Tensor]] | None, progress: Progress) -> State:
+    found: State = {}
+    for config in planned.configs:
+        method = method_of(config)
+        edits = [edit for edit in planned.edits if edit.config is config]
+        if method.prepare is not None:
+            found.update(method.prepare(model, edits, batches or [], progress))
+    return found

@@ -1,0 +1,74 @@
+"""Changing what a module does while it stays where it is: its parameters, children, hooks and names are kept."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+
+@lru_cache(maxsize=None)
+def _subclass(mixin: type, dense: type) -> type:
+    name = f"{mixin.__name__}{dense.__name__}"
+    return type(name, (mixin, dense), {"__module__": mixin.__module__, "dense_class": dense})
+
+
+def reclass(module: nn.Module, mixin: type) -> None:
+    """Make `module` an instance of `mixin` and of its own class.
+
+    Raises:
+        ValueError: the module carries a patched forward or an offload hook, which would go on running the old code.
+    """
+    if "forward" in vars(module) or hasattr(module, "_hf_hook"):
+        found = "an offload hook" if hasattr(module, "_hf_hook") else "a forward patched on the instance"
+        raise ValueError(
+            f"{type(module).__name__} carries {found}, so a new forward would be ignored. "
+            "Convert the model before it is dispatched or patched (load without device_map, without kernel patches)."
+        )
+    if isinstance(module, mixin):
+        raise ValueError(f"{type(module).__name__} is converted already. Call handle.restore() first.")
+    module.__class__ = _subclass(mixin, type(module))
+
+
+def declass(module: nn.Module) -> None:
+    """Undo `reclass`."""
+    module.__class__ = type(module).dense_class  # type: ignore[attr-defined]
+
+
+class View:
+    """A module seen with some of its attributes replaced: `forward` can run on the view, the module is untouched.
+
+    Used where an FFN's linears stand in a larger forward (OPT, BERT): on the view, the first linear computes the whole
+    FFN, and the activation and the last linear pass through.
+    """
+
+    def __init__(self, module: nn.Module, replaced: dict[str, Any]) -> None:
+        self._module = module
+        self._replaced = {}
+        for name, value in replaced.items():
+            head, _, rest = name.partition(".")
+            if rest:
+                inner = self._replaced.setdefault(head, View(getattr(module, head), {}))
+                inner._replaced[rest] = value
+            else:
+                self._replaced[head] = value
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__["_replaced"]:
+            return self.__dict__["_replaced"][name]
+        module = self.__dict__["_module"]
+        found = getattr(module, name)
+        # a method of the module must see the view too (BERT hands `self.feed_forward_chunk` on)
+        return MethodType(found.__func__, self) if getattr(found, "__self__", None) is module else found
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.__dict__["_module"]
+        dense = getattr(type(module), "dense_class", type(module))
+        return dense.forward(self, *args, **kwargs)
+
+
+def pass_through(x: Any, *_: Any) -> Any:
+    """The identity, for what a view leaves out."""
+    return x

@@ -1,0 +1,177 @@
+"""Tiny random models of every family, and batches for them. Dropout is off, so that outputs can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+VOCAB, HIDDEN, FFN, LAYERS = 61, 32, 48, 3
+_DECODER = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    name: str
+    build: Callable[[], nn.Module]
+    causal: bool
+    vision: bool = False
+
+    def model(self, seed: int = 0) -> Any:
+        torch.manual_seed(seed)
+        model: Any = self.build()
+        for parameter in model.parameters():  # larger than the default 0.02, so that attention is not uniform
+            parameter.data.add_(torch.randn_like(parameter) * 0.08)
+        return model.eval()
+
+    def batch(self, rows: int = 2, tokens: int = 100, seed: int = 1) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        if self.vision:
+            return {"pixel_values": torch.randn(rows, 3, 40, 40, generator=generator)}
+        ids = torch.randint(3, VOCAB, (rows, tokens), generator=generator)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _opt() -> nn.Module:
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            word_embed_proj_dim=HIDDEN,
+            ffn_dim=FFN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            dropout=0.0,
+            attention_dropout=0.0,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
+def _gpt2() -> nn.Module:
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCAB,
+            n_positions=256,
+            n_embd=HIDDEN,
+            n_layer=LAYERS,
+            n_head=4,
+            n_inner=FFN,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
+def _gemma3() -> nn.Module:
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **_DECODER, head_dim=8, sliding_window=24, layer_types=["sliding_attention", "sliding_attention", "full_attention"]
+        )
+    )
+
+
+def _bert() -> nn.Module:
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            intermediate_size=FFN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+
+
+def _distilbert() -> nn.Module:
+    return DistilBertForSequenceClassification(
+        DistilBertConfig(
+            vocab_size=VOCAB,
+            dim=HIDDEN,
+            hidden_dim=FFN,
+            n_layers=LAYERS,
+            n_heads=4,
+            max_position_embeddings=256,
+            dropout=0.0,
+            attention_dropout=0.0,
+            seq_classif_dropout=0.0,
+        )
+    )
+
+
+def _vit() -> nn.Module:
+    return ViTForImageClassification(
+        ViTConfig(
+            image_size=40,
+            patch_size=4,
+            hidden_size=HIDDEN,
+            intermediate_size=FFN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("llama", lambda: LlamaForCausalLM(LlamaConfig(**_DECODER)), causal=True),
+        Family("qwen2", lambda: Qwen2ForCausalLM(Qwen2Config(**_DECODER)), causal=True),
+        Family("qwen3", lambda: Qwen3ForCausalLM(Qwen3Config(**_DECODER, head_dim=8)), causal=True),
+        Family("mistral", lambda: MistralForCausalLM(MistralConfig(**_DECODER, sliding_window=40)), causal=True),
+        Family("gemma3", _gemma3, causal=True),
+        Family("gpt2", _gpt2, causal=True),
+        Family("opt", _opt, causal=True),
+        Family("bert", _bert, causal=False),
+        Family("distilbert", _distilbert, causal=False),
+        Family("vit", _vit, causal=False, vision=True),
+    )
+}
