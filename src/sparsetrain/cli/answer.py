@@ -61,10 +61,12 @@ def table(title: str, columns: list[str], rows: list[list[Any]], right: tuple[in
     """A rich table; `right` are the columns that align to the right."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     made = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for i, name in enumerate(columns):
         made.add_column(name, justify="right" if i in right else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(str(cell) for cell in row))
+        # Text, not str: brackets in a path are not markup
+        made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     return made

@@ -161,7 +161,7 @@ def describe_model(model: nn.Module) -> Anatomy:
 
 def _row(module: nn.Module) -> Row | None:
     # converted OPT and BERT blocks are subclasses of their dense class
-    for kind in type(module).__mro__[:3]:
+    for kind in type(module).__mro__:
         if kind.__name__ in FAMILIES and kind.__module__.startswith("transformers."):
             return FAMILIES[kind.__name__]
     return None

@@ -122,7 +122,7 @@ class Recipe(BaseModel):
             if preset not in PRESETS:
                 near = suggest(str(preset), PRESETS)
                 raise ValueError(f"unknown preset {preset!r}.{near} Presets: {', '.join(PRESETS)}.")
-            values["methods"] = [config.to_dict() for config in PRESETS[preset]] + list(values.get("methods") or [])
+            values["methods"] = [plain_values(config) for config in PRESETS[preset]] + list(values.get("methods") or [])
         if values.get("steps") is None and values.get("epochs") is None:
             values["steps"] = 200
         return values
@@ -207,7 +207,7 @@ class Recipe(BaseModel):
         """The keys that change the training result, as JSON values."""
         values = {key: value for key, value in self.model_dump(mode="json").items() if key not in _NOT_TRAINING}
         # in full, so that a default that changes between versions counts as a difference
-        return values | {"methods": [_plain(config.to_dict()) for config in self.configs]}
+        return values | {"methods": [plain_values(config) for config in self.configs]}
 
     def fingerprint(self) -> str:
         """A hash of `training_values`: equal for two recipes whose runs give the same model."""
@@ -286,16 +286,20 @@ def _indices(text: str) -> list[int]:
     return found
 
 
+def plain_values(config: MethodConfig) -> dict[str, Any]:
+    """A config as JSON and YAML give it back: `to_dict` with lists for tuples."""
+    return _lists(config.to_dict())
+
+
+def _lists(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
 def _short(config: MethodConfig) -> dict[str, Any]:
     """What differs from the config's defaults, so that recipe files stay readable."""
     defaults = type(config)().to_dict()
     given = {key: value for key, value in config.to_dict().items() if value != defaults[key]}
-    return {"method": config.method, **_plain(given)}
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Tuples as lists, as YAML and JSON give them back."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    return {"method": config.method, **_lists(given)}
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 @lru_cache(maxsize=None)
 def _subclass(mixin: type, dense: type) -> type:
     name = f"{mixin.__name__}{dense.__name__}"
-    return type(name, (mixin, dense), {"__module__": mixin.__module__, "dense_class": dense})
+    return type(name, (mixin, dense), {"__module__": mixin.__module__, "mixin": mixin, "dense_class": dense})
 
 
 def reclass(module: nn.Module, mixin: type) -> None:
@@ -37,12 +37,27 @@ def declass(module: nn.Module) -> None:
     module.__class__ = type(module).dense_class  # type: ignore[attr-defined]
 
 
+def dense_forward(mixin: type, module: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward that `module` had before `mixin` was mixed in; other mixins may lie below and above.
+
+    Args:
+        mixin: the caller's own class.
+        module: a module, or a `View` of one.
+    """
+    kind = type(module.__dict__["_module"]) if isinstance(module, View) else type(module)
+    below = next(c for c in kind.__mro__ if c.__dict__.get("mixin") is mixin).dense_class  # type: ignore[attr-defined]
+    return below.forward(module, *args, **kwargs)
+
+
 class View:
-    """A module seen with some of its attributes replaced: `forward` can run on the view, the module is untouched.
+    """A module seen with some of its attributes replaced: a forward can run on the view, the module is untouched.
 
     Used where an FFN's linears stand in a larger forward (OPT, BERT): on the view, the first linear computes the whole
     FFN, and the activation and the last linear pass through.
     """
+
+    # transformers asks `type(self).forward` whether it is the outermost forward, which alone is checkpointed
+    forward = None
 
     def __init__(self, module: nn.Module, replaced: dict[str, Any]) -> None:
         self._module = module
@@ -64,9 +79,7 @@ class View:
         return MethodType(found.__func__, self) if getattr(found, "__self__", None) is module else found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.__dict__["_module"]
-        dense = getattr(type(module), "dense_class", type(module))
-        return dense.forward(self, *args, **kwargs)
+        return type(self.__dict__["_module"]).forward(self, *args, **kwargs)
 
 
 def pass_through(x: Any, *_: Any) -> Any:

@@ -1,7 +1,6 @@
-"""What every loader returns, the collator, and the split into training and held-out rows."""
+"""What every loader returns, the collator, and what the loaders ask of a tokenizer."""
 
-import hashlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,34 +98,8 @@ def check_length(length: int, argument: str, max_position_embeddings: int | None
         )
 
 
-def check_ratio(eval_ratio: float) -> None:
-    """Raises ValueError unless the held-out share lies in [0, 1)."""
-    if not 0 <= eval_ratio < 1:
-        raise ValueError(f"eval_ratio={eval_ratio} is not a share of the data. Use a number in [0, 1).")
-
-
-def split_rows(
-    keys: Sequence[str], eval_ratio: float, seed: int, strata: Sequence[Hashable] | None = None
-) -> tuple[list[int], list[int]]:
-    """Indices of the training and the held-out rows, each in a seeded order that depends on the keys alone.
-
-    Rows with equal keys always land on the same side, so no held-out text is trained on. Keys are ordered by
-    sha256(seed, key) and the first round(eval_ratio * n) distinct ones, at least one and never all, are held out, in
-    each stratum.
-    """
-    rank = {key: hashlib.sha256(f"{seed}\n{key}".encode()).digest() for key in set(keys)}
-    held_out: set[str] = set()
-    for stratum in set(strata) if strata is not None and eval_ratio else {None}:
-        members = {key for i, key in enumerate(keys) if strata is None or strata[i] == stratum}
-        # A lone row stays in training: a class seen only in evaluation could not be learnt.
-        num_eval = min(max(1, round(eval_ratio * len(members))), len(members) - 1) if eval_ratio else 0
-        held_out.update(sorted(members, key=rank.__getitem__)[:num_eval])
-    order = sorted(range(len(keys)), key=lambda i: (rank[keys[i]], i))
-    train = [i for i in order if keys[i] not in held_out]
-    return train, [i for i in order if keys[i] in held_out]
-
-
-def empty_side(side: str, asked: str, found: str) -> ValueError:
-    """The error for a side of the split that no row is left for."""
-    more = "more data, or another eval_ratio" if side == "eval" else "more data, or a smaller eval_ratio"
-    return ValueError(f"No {side} rows are left of {asked}: found {found}. Give {more}.")
+def beginning_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[the beginning-of-text token] when the tokenizer puts one before a text (Llama, Gemma), else []."""
+    ids = tokenizer("")["input_ids"]
+    begins = isinstance(ids, list) and len(ids) > 0 and ids[0] == tokenizer.bos_token_id
+    return [ids[0]] if begins else []

@@ -2,9 +2,11 @@
 
 import csv
 import glob
+import io
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ def _files_of(source: str | Path, must_exist: bool) -> list[Path] | None:
     if path.is_file():
         return [path]
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file.relative_to(path))]
+        files = list(walk_files(path))
         if not files:
             raise ValueError(f"The folder {path} holds no files. Put the data there or name another folder.")
         return files
@@ -50,8 +52,13 @@ def _files_of(source: str | Path, must_exist: bool) -> list[Path] | None:
     return None
 
 
-def _hidden(relative: Path) -> bool:
-    return any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
+def walk_files(root: Path, leave_out: Collection[str] = ()) -> Iterator[Path]:
+    """All files below a folder in sorted order, without hidden ones, `__pycache__` and folders named in `leave_out`."""
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(
+            name for name in subfolders if not name.startswith(".") and name not in ("__pycache__", *leave_out)
+        )
+        yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
 
 
 def _looks_like_path(source: str | Path) -> bool:
@@ -116,7 +123,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def _json_rows(text: str, path: Path) -> Iterator[Row]:
-    # Not splitlines(): JSON strings may hold U+2028 and the like, which it takes for line ends.
+    # Neither here nor for CSV splitlines(): it takes U+0085, U+2028 and the like inside a text for line ends.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -128,13 +135,13 @@ def _json_rows(text: str, path: Path) -> Iterator[Row]:
                 "Each line must be one JSON object."
             ) from error
         if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number} is a JSON {type(row).__name__}, not an object like {{\"text\": ...}}.")
+            raise ValueError(f'{path}:{number} is a JSON {type(row).__name__}, not an object like {{"text": ...}}.')
         yield row, f"{path}:{number}"
 
 
 def _csv_rows(text: str, path: Path, delimiter: str) -> Iterator[Row]:
     # The limit of 131,072 characters a field is process-wide: it is lifted for one row at a time and put back.
-    reader = csv.reader(iter(text.splitlines(keepends=True)), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         line = reader.line_num + 1
@@ -142,7 +149,9 @@ def _csv_rows(text: str, path: Path, delimiter: str) -> Iterator[Row]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise ValueError(f"{path}:{line} is not CSV: {error}. Quote fields with commas, quotes or breaks.") from error
+            raise ValueError(
+                f"{path}:{line} is not CSV: {error}. Quote fields with commas, quotes or breaks."
+            ) from error
         finally:
             csv.field_size_limit(limit)
         if cells is None:
@@ -168,7 +177,9 @@ def field_of(row: Row, key: str, argument: str) -> Any:
     """
     values, origin = row
     if key not in values or values[key] is None:
-        raise ValueError(f"{origin} has no {key!r}. Found: {', '.join(map(str, values))}. Name the field with {argument}.")
+        raise ValueError(
+            f"{origin} has no {key!r}. Found: {', '.join(map(str, values))}. Name the field with {argument}."
+        )
     return values[key]
 
 

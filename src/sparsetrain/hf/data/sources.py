@@ -9,7 +9,17 @@ from typing import Any, cast
 import datasets
 
 from sparsetrain.hf.assets import ASSETS, resolve_data
-from sparsetrain.hf.data.files import ROW_SUFFIXES, Row, decode, field_of, find_files, read_rows, read_text, text_of
+from sparsetrain.hf.data.files import (
+    ROW_SUFFIXES,
+    Row,
+    decode,
+    field_of,
+    find_files,
+    read_rows,
+    read_text,
+    text_of,
+    walk_files,
+)
 
 Source = str | Path | Sequence[str | Path]
 
@@ -118,8 +128,8 @@ def _stdlib_documents() -> Documents:
     """The standard library's .py files without installed packages; files in other encodings are counted out."""
     root = Path(resolve_data("python-stdlib"))
     texts, other = [], 0
-    for path in sorted(root.rglob("*.py")):
-        if {"site-packages", "dist-packages"} & set(path.relative_to(root).parts) or not path.stat().st_size:
+    for path in walk_files(root, leave_out=("site-packages", "dist-packages")):
+        if path.suffix != ".py" or not path.stat().st_size:
             continue
         try:
             texts.append(decode(path.read_bytes(), path))

@@ -17,7 +17,7 @@ from sparsetrain.ops.routed_ffn import routed_ffn
 from sparsetrain.ops.routing import balance_loss, choose_blocks, load_stats
 from sparsetrain.surgery.auxiliary import attach_loss
 from sparsetrain.surgery.lora import linear_parts
-from sparsetrain.surgery.reclass import View, pass_through
+from sparsetrain.surgery.reclass import View, dense_forward, pass_through
 
 
 class Router(nn.Module):
@@ -158,12 +158,11 @@ class Routed:
     """Mixed into an FFN's owner: its forward, with the FFN routed."""
 
     routed: Routing
-    dense_class: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         site, routed = self.routed.site, self.routed
         if routed.dense:
-            return self.dense_class.forward(self, *args, **kwargs)  # type: ignore[arg-type]
+            return dense_forward(Routed, self, *args, **kwargs)
         if routed.warming_up and site.gate is None:
             return self._gated_by_unit(*args, **kwargs)
         if routed.warming_up:
@@ -171,7 +170,8 @@ class Routed:
         if site.gate is not None:
             return routed(self, args[0] if args else next(iter(kwargs.values())))
         whole = {site.up: lambda x: routed(self, x), site.down: pass_through}
-        return View(self, whole | dict.fromkeys(site.bypass, pass_through))(*args, **kwargs)  # type: ignore[arg-type]
+        view = View(self, whole | dict.fromkeys(site.bypass, pass_through))  # type: ignore[arg-type]
+        return dense_forward(Routed, view, *args, **kwargs)
 
     def _gated_by_unit(self, *args: Any, **kwargs: Any) -> Any:
         site, routed = self.routed.site, self.routed
@@ -184,13 +184,43 @@ class Routed:
             return up(x)
 
         view = View(self, {site.up: first, site.bypass[0]: lambda h: act(h) * gates[0]})  # type: ignore[arg-type]
-        return view(*args, **kwargs)
+        return dense_forward(Routed, view, *args, **kwargs)
 
     def _gated_glu(self, x: Tensor) -> Tensor:
         site = self.routed.site
         up, gate, down = (self.get_submodule(name) for name in (site.up, site.gate, site.down))  # type: ignore[attr-defined]
         hidden = _attribute(self, site.bypass[0])(gate(x)) * up(x)
         return down(hidden * self.routed.unit_gates(x))
+
+
+class NotesPadding:
+    """Mixed into a block: before it runs, its routed FFN learns which tokens are padding.
+
+    Part of the forward, not a hook: when gradient checkpointing recomputes a block, the mask is that of this forward.
+    """
+
+    notes_padding_to: Routing
+    attention_mask_place: int | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        mask = kwargs.get("attention_mask")
+        place = self.attention_mask_place
+        if mask is None and place is not None and len(args) > place:
+            mask = args[place]
+        self.notes_padding_to.valid_bt = valid_tokens(mask)
+        return dense_forward(NotesPadding, self, *args, **kwargs)
+
+
+def valid_tokens(mask: Any) -> Tensor | None:
+    """Which tokens are real, [b, t] bool, from the mask a block receives; None when all are or it does not say."""
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.ndim == 2:
+        return mask > 0
+    if mask.ndim == 4 and mask.shape[2] == mask.shape[3]:
+        diagonal = mask[:, 0].diagonal(dim1=1, dim2=2)
+        return diagonal if diagonal.dtype == torch.bool else diagonal == 0
+    return None
 
 
 def _attribute(module: Any, path: str) -> Any:

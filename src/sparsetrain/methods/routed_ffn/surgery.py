@@ -6,14 +6,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import Anatomy, FFNSite, Undo, submodule
 from sparsetrain.core.cost import Cost, ffn_cost
 from sparsetrain.methods.routed_ffn.config import RoutedFFN
-from sparsetrain.methods.routed_ffn.convert import convert_sites
-from sparsetrain.methods.routed_ffn.module import Routed, Router, Routing
+from sparsetrain.methods.routed_ffn.calibrate import convert_sites
+from sparsetrain.methods.routed_ffn.module import NotesPadding, Routed, Router, Routing
 from sparsetrain.methods.routed_ffn.permute import permute_units
 from sparsetrain.ops.routed_ffn import ACTIVATIONS
 from sparsetrain.surgery.plan import Edit, Method, State, register_method
@@ -101,49 +100,24 @@ def install(
     # the router is small and decides by comparing logits: it stays in fp32 whatever the model's dtype
     routing = Routing(config, site, router.to(weight.device), None if order is None else order.to(weight.device))
     routing.train(owner.training)
+    arguments = list(inspect.signature(block.forward).parameters)
+    reclass(block, NotesPadding)
+    # plain attributes: the routing is a child of the owner, and must not be one of the block too
+    vars(block)["notes_padding_to"] = routing
+    vars(block)["attention_mask_place"] = arguments.index("attention_mask") if "attention_mask" in arguments else None
     reclass(owner, Routed)
     owner.routed = routing
     undo_order = permute_units(owner, site, order) if order is not None else None
-    hook = block.register_forward_pre_hook(_note_padding(block, routing), with_kwargs=True)
 
     def undo() -> None:
-        hook.remove()
         if undo_order is not None:
             undo_order()
         del owner.routed
         declass(owner)
+        del vars(block)["notes_padding_to"], vars(block)["attention_mask_place"]
+        declass(block)
 
     return undo, routing
-
-
-def _note_padding(block: nn.Module, routing: Routing) -> Callable[..., None]:
-    """A pre-hook of the block that tells the routing which tokens are padding.
-
-    It runs again when gradient checkpointing recomputes the block, so the mask is always that of the running forward.
-    """
-    dense = getattr(type(block), "dense_class", type(block))
-    names = list(inspect.signature(dense.forward).parameters)[1:]
-    place = names.index("attention_mask") if "attention_mask" in names else None
-
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        if mask is None and place is not None and len(args) > place:
-            mask = args[place]
-        routing.valid_bt = valid_tokens(mask)
-
-    return hook
-
-
-def valid_tokens(mask: Any) -> Tensor | None:
-    """Which tokens are real, [b, t] bool, from the mask a block receives; None when all are or it does not say."""
-    if not isinstance(mask, Tensor):
-        return None
-    if mask.ndim == 2:
-        return mask > 0
-    if mask.ndim == 4 and mask.shape[2] == mask.shape[3]:
-        diagonal = mask[:, 0].diagonal(dim1=1, dim2=2)
-        return diagonal if diagonal.dtype == torch.bool else diagonal == 0
-    return None
 
 
 def _weight(owner: nn.Module, name: str) -> Tensor:

@@ -91,3 +91,16 @@ class BlockSparseAttention(torch.autograd.Function):
             dk_blocks.index_add_(0, keys, dk[..., :d].reshape(len(keys), -1, d))
             dv_blocks.index_add_(0, keys, dv[..., :d].reshape(len(keys), -1, d))
         return _from_blocks(dq_blocks, q), _from_blocks(dk_blocks, k), _from_blocks(dv_blocks, v), None, None, None, None
+
+
+def attend(
+    q_bhtd: Tensor,
+    k_bgsd: Tensor,
+    v_bgsd: Tensor,
+    blocks_blik: Tensor,
+    segments_bs: Tensor | None,
+    geometry: Geometry,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(out_bhtd, lse_bht) by gathered tiles."""
+    return BlockSparseAttention.apply(q_bhtd, k_bgsd, v_bgsd, blocks_blik, segments_bs, geometry, scale)

@@ -1,0 +1,55 @@
+"""The command line, `sparsetrain`: parse, call one public function, print. `main` is the console entry."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+
+def main() -> None:
+    """Run the command of this process and leave with its exit code (see `sparsetrain.cli.failure.EXIT_CODES`)."""
+    # Libraries read these when they are imported. Their progress bars and advice would drown ours.
+    for name, value in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+    ):
+        os.environ.setdefault(name, value)
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; returns its exit code. The result goes to stdout, everything else to stderr."""
+    import typer
+
+    from sparsetrain.cli.answer import Answer, print_answer, to_json
+    from sparsetrain.cli.app import app
+    from sparsetrain.cli.failure import explain
+
+    stdout = sys.stdout
+    as_json = "--json" in arguments
+    debug = "--debug" in arguments or os.environ.get("SPARSETRAIN_DEBUG") == "1"
+    try:
+        # a library that prints must not break the one JSON document
+        with contextlib.redirect_stdout(sys.stderr if as_json else stdout), warnings.catch_warnings():
+            if not debug:
+                warnings.simplefilter("ignore")
+            command = typer.main.get_command(app)
+            answer = command.main(args=list(arguments), prog_name="sparsetrain", standalone_mode=False)
+        if isinstance(answer, Answer):
+            print_answer(answer, stdout, as_json)
+            return answer.code
+        return answer or 0
+    except (Exception, KeyboardInterrupt) as error:
+        if debug and not hasattr(error, "format_message"):
+            raise
+        failure = explain(error)
+        if as_json:
+            print(to_json(failure.to_dict()), file=stdout)
+        elif failure.message:
+            print(f"sparsetrain: {failure.message}", file=sys.stderr)
+        return failure.code

@@ -1,0 +1,5 @@
+"""`python -m sparsetrain.cli`."""
+
+from sparsetrain.cli import main
+
+main()

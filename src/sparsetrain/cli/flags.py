@@ -1,0 +1,148 @@
+"""The recipe's keys as flags: one row a key. `takes` gives a command the rows it names.
+
+Values are passed on as they are and checked by the recipe, so a flag and a line of a recipe file get the same error.
+A flag that is not given is None: the recipe file, then the recipe's own default decides. The defaults printed here
+are compared with the recipe's by a test; importing the recipe itself would cost `--help` a second.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+MAIN, LENGTH, SPARSE, TRAIN, KEEP, MACHINE = (
+    "Model and data",
+    "Length of the run",
+    "Sparsity",
+    "LoRA and optimizer",
+    "Checkpoints and evaluation",
+    "Machine",
+)
+
+_METHODS = (
+    "[bold]Methods[/] (every key of one: `sparsetrain methods NAME`)",
+    "[cyan]pq_attention[/]  Each query attends to the keys whose product-quantised codes match its own best "
+    "(keep_ratio; granularity block is fast, token keeps more quality and saves no time). Not for short sequences, "
+    "where choosing keys costs more than it saves, nor for head widths that 8 does not divide.",
+    "[cyan]routed_ffn[/]  A router gives each token num_active of num_blocks blocks of every FFN (shared_ratio; partition "
+    "clustered is fitted to the model, contiguous is the published start). Not for mixture-of-experts models, which are "
+    "routed already, nor when the trained model must be dense again.",
+    "[bold]Presets[/]  [cyan]spt[/]: both methods, fitted to the model. [cyan]spt-paper[/]: the published choices, which "
+    "start far from the pretrained model. [cyan]dense[/]: plain LoRA, what to beat.",
+)
+METHODS_HELP = "\n\n".join(_METHODS)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """key: the recipe's key. default: as printed. metavar: choices, or what kind of value."""
+
+    key: str
+    kind: Any
+    default: str
+    panel: str
+    help: str
+    metavar: str | None = None
+    name: str = ""
+
+    def parameter(self) -> inspect.Parameter:
+        spelled = self.name or "--" + self.key.replace("_", "-")
+        if self.kind is bool:
+            spelled += f"/--no-{spelled[2:]}"
+        option = typer.Option(
+            spelled,
+            help=self.help,
+            show_default=self.default or False,
+            rich_help_panel=self.panel,
+            metavar=self.metavar,
+        )
+        annotation = Annotated[self.kind | None, option]
+        return inspect.Parameter(self.key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+_METHOD_METAVAR = "NAME:KEY=VALUE,..."
+FLAGS: dict[str, Flag] = {
+    flag.key: flag
+    for flag in (
+        Flag("model", str, "", MAIN, "Embedded model (`sparsetrain models list`), local folder, or hub name.", "NAME|DIR"),
+        Flag("data", str, "", MAIN, "Text file, folder or glob; JSONL (text, messages, or prompt/completion); CSV; an "
+             "embedded set; or a name for `datasets`.", "NAME|PATH"),
+        Flag("task", str, "lm", MAIN, "lm learns every token of packed text; sft the completions only; classify a label "
+             "a text.", "lm|sft|classify"),
+        Flag("text_column", str, "text", MAIN, "Column that holds the text, in JSONL and CSV."),
+        Flag("output", str, "runs/finetune", MAIN, "Folder for checkpoints, the trained model and the report. Must be "
+             "absent or empty, unless --resume.", "DIR"),
+        Flag("seq_len", int, "1024", LENGTH, "Tokens in a sequence; at most the model's context."),
+        Flag("batch_size", int, "1", LENGTH, "Sequences in one pass. Memory grows with it."),
+        Flag("grad_accum", int, "1", LENGTH, "Passes added up for one step: effective batch = batch-size x grad-accum."),
+        Flag("steps", int, "200", LENGTH, "Optimizer steps."),
+        Flag("epochs", float, "", LENGTH, "Passes over the data, instead of --steps."),
+        Flag("preset", str, "spt", SPARSE, "A ready set of methods.", "spt|spt-paper|dense"),
+        Flag("methods", list[str], "", SPARSE, "A sparse method; repeat for several. Adds to --preset, and replaces the "
+             "recipe file's methods.", _METHOD_METAVAR, "--method"),
+        Flag("calibration_tokens", int, "4096", SPARSE, "Training tokens that the conversion is fitted on."),
+        Flag("compare", str, "none", SPARSE, "dense: also train dense LoRA step by step beside, and report who won where. "
+             "Takes twice the time.", "none|dense"),
+        Flag("lora_r", int, "16", TRAIN, "Rank of LoRA; 0 trains all weights."),
+        Flag("lora_alpha", float, "16.0", TRAIN, "LoRA's update is scaled by alpha / r."),
+        Flag("lora_targets", str, "all-linear", TRAIN, "Linears that get LoRA: all-linear, or names such as q_proj,v_proj."),
+        Flag("lr", float, "0.0002", TRAIN, "Peak learning rate; about a tenth of it without LoRA."),
+        Flag("lr_schedule", str, "cosine", TRAIN, "How it falls after the warm-up.", "linear|cosine|constant"),
+        Flag("warmup_steps", int, "0", TRAIN, "Steps in which it rises from 0."),
+        Flag("weight_decay", float, "0.0", TRAIN, "AdamW's decoupled decay."),
+        Flag("max_grad_norm", float, "1.0", TRAIN, "Longer gradients are scaled down to this; 0: no clipping."),
+        Flag("save_every", int, "50", KEEP, "Steps between checkpoints; 0: the final model only."),
+        Flag("keep_checkpoints", int, "2", KEEP, "Newest checkpoints kept."),
+        Flag("eval_every", int, "0", KEEP, "Steps between evaluations; 0: before and after training only."),
+        Flag("eval_tokens", int, "16384", KEEP, "Held-out tokens an evaluation."),
+        Flag("resume", bool, "no", KEEP, "Go on from the newest whole checkpoint in --output."),
+        Flag("seed", int, "0", MACHINE, "Same seed, same machine: same losses."),
+        Flag("dtype", str, "auto", MACHINE, "auto is fp32 on a CPU, bf16 on a GPU that has it.", "auto|fp32|bf16"),
+        Flag("gradient_checkpointing", str, "none", MACHINE, "Recompute activations in the backward pass: much less "
+             "memory, about a third more time.", "none|non-reentrant|reentrant"),
+        Flag("device", str, "auto", MACHINE, "auto takes a GPU if there is one.", "auto|cpu|mps|cuda|cuda:N"),
+        Flag("threads", int, "all cores", MACHINE, "CPU threads."),
+    )
+}  # fmt: skip
+
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option("--recipe", metavar="FILE.yaml", help="Recipe file; flags win over it.", rich_help_panel=MAIN),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result, or the error, as one JSON document on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error. Also: SPARSETRAIN_DEBUG=1.")]
+
+
+def takes(*keys: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Replace the `**flags` of a command by the flags of `keys`, in the order of the table."""
+
+    def edit(command: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        rows = [FLAGS[key].parameter() for key in FLAGS if key in keys]
+        command.__signature__ = signature.replace(parameters=[*rows, *own])  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in [*rows, *own]}
+        return command
+
+    return edit
+
+
+def changes(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that were given, as recipe entries.
+
+    Two pairs are one choice each, so that a flag replaces both of the file's: steps or epochs, preset or methods.
+    """
+    given = {key: value for key, value in flags.items() if value is not None and value != []}
+    targets = given.get("lora_targets")
+    if targets is not None and targets != "all-linear":
+        given["lora_targets"] = [name.strip() for name in targets.split(",") if name.strip()]
+    for one, other in (("steps", "epochs"), ("preset", "methods")):
+        if (one in given) != (other in given):
+            given[other if one in given else one] = None
+    return given

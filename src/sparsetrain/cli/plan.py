@@ -1,0 +1,112 @@
+"""`sparsetrain plan` and `sparsetrain methods`: what a recipe would change, and what a method can be asked."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Annotated, Any
+
+import typer
+
+from sparsetrain.cli.answer import Answer, table
+from sparsetrain.cli.flags import Debug, Json, RecipeFile, changes, takes
+
+
+@takes("model", "task", "preset", "methods", "seq_len")
+def plan(recipe: RecipeFile = None, json: Json = False, debug: Debug = False, **flags: Any) -> Answer:
+    """Show which parts of a model a recipe changes and what each costs, before and after; nothing is trained.
+
+    Only the model's config is read (its weights stay on the meta device), so it takes seconds for any size.
+
+    \b
+    Examples:
+      sparsetrain plan --model smollm2-135m --preset spt --seq-len 2048
+      sparsetrain plan --model ./llama --method "routed_ffn:num_blocks=8,layers=4-9"
+      sparsetrain plan --recipe run.yaml
+    """
+    import sparsetrain
+
+    asked = _recipe(recipe, changes(flags))
+    if not asked.configs:
+        raise ValueError("The preset dense changes nothing, so there is nothing to plan. Give --method or another --preset.")
+    model = empty_model(asked.model, asked.task)
+    planned = sparsetrain.plan(model, *asked.configs, seq_tokens=asked.seq_len)
+    rows = planned.rows()
+    totals = {
+        key: sum(row[key] for row in rows)
+        for key in ("mflop_before", "mflop_after", "saved_before", "saved_after", "added_params")
+    }
+    data = {
+        "model_class": planned.model_class,
+        "family": planned.family,
+        "seq_len": planned.seq_tokens,
+        "edits": rows,
+        "totals": totals,
+        "left_dense": planned.untouched,
+    }
+    left = [f"Left dense by {method}: {count} of its sites." for method, count in planned.untouched.items() if count]
+    title = f"{planned.model_class} ({planned.family}) at {planned.seq_tokens:,} tokens, forward, per token"
+    columns = ["site", "method", "MFLOP", "numbers saved for backward", "added params", "note"]
+    cells = [_cells(row["site"], row["method"], row, row["note"]) for row in rows]
+    cells.append(_cells("all of these", "", totals, ""))
+    return Answer(data=data, show=[lambda: table(title, columns, cells, right=(2, 3, 4)), *left])
+
+
+def _cells(site: str, method: str, row: dict[str, Any], note: str) -> list[str]:
+    return [
+        site,
+        method,
+        f"{row['mflop_before']:,.2f} -> {row['mflop_after']:,.2f}",
+        f"{row['saved_before']:,.0f} -> {row['saved_after']:,.0f}",
+        f"{row['added_params']:,}",
+        note,
+    ]
+
+
+def methods(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Methods; all if none is given.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> Answer:
+    """Explain the sparse methods: what each does, every key of --method NAME:KEY=VALUE, and its default.
+
+    \b
+    Example:
+      sparsetrain methods routed_ffn
+    """
+    import dataclasses
+
+    import sparsetrain  # noqa: F401  (enters the methods in the registry)
+    from sparsetrain.core.config import method_config, registered_methods
+
+    kinds = [method_config(name) for name in names or registered_methods()]
+    data, show = {}, []
+    for kind in kinds:
+        defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+        data[kind.method] = {"help": inspect.getdoc(kind), "keys": defaults}
+        written = ",".join(f"{key}={value}" for key, value in defaults.items() if key not in ("targets", "layers"))
+        common = (
+            "Every method also takes layers=0|2|5-9 (blocks, counted from 0) and targets=PATTERN|PATTERN (on site names)."
+        )
+        show += [f"{kind.method}\n", inspect.getdoc(kind), f"\nDefaults: {kind.method}:{written}\n{common}\n"]
+    return Answer(data={"methods": data}, show=show)
+
+
+def _recipe(file: Any, given: dict[str, Any]) -> Any:
+    from sparsetrain.hf.recipe import Recipe
+
+    # a recipe must name its data, which a plan does not read
+    return Recipe.from_yaml(file, given) if file else Recipe.from_values({"data": "not read", **given})
+
+
+def empty_model(name: str, task: str) -> Any:
+    """The model on the meta device: its modules and shapes without its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from sparsetrain.hf.assets import resolve_model
+
+    config = AutoConfig.from_pretrained(resolve_model(name))
+    kind = AutoModelForSequenceClassification if task == "classify" else AutoModelForCausalLM
+    with torch.device("meta"):
+        return kind.from_config(config)
+

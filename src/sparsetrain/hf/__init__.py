@@ -1,0 +1,1 @@
+"""The edge: the only importer of transformers, peft, trl, accelerate and datasets."""

@@ -1,0 +1,277 @@
+"""The parts of a run, made from its recipe: config, rows, model, LoRA, the Trainer's arguments.
+
+Cheap checks come first: a context that is too short or a size that does not divide fails before weights are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.pytorch_utils import Conv1D
+
+from sparsetrain.core.anatomy import describe
+from sparsetrain.core.config import MethodConfig
+from sparsetrain.hf.assets import resolve_data, resolve_model
+from sparsetrain.hf.data import DataBundle, load_classify, load_sft, load_text
+from sparsetrain.hf.io import model_not_found
+from sparsetrain.hf.recipe import Recipe
+from sparsetrain.hf.trainer import Report
+from sparsetrain.surgery.apply import Handle
+from sparsetrain.surgery.plan import method_of
+
+_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+
+
+def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...]) -> tuple[str, Any]:
+    """(path, config) of the recipe's model, with attention dropout off where `configs` make attention sparse.
+
+    Raises:
+        ValueError: no such model, or `seq_len` is longer than its context.
+    """
+    path = resolve_model(recipe.model, progress=lambda line: report({"event": "note", "text": line}))
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(model_not_found(recipe.model, error)) from None
+    context = context_length(config)
+    if context is not None and recipe.seq_len > context:
+        raise ValueError(
+            f"seq_len={recipe.seq_len} is longer than the context of {recipe.model}, {context} tokens. Lower it."
+        )
+    dropped = [name for name in _DROPOUT if getattr(config, name, 0)]
+    if dropped and _attention_is_sparse(config, recipe.task, configs):
+        for name in dropped:
+            report({"event": "note", "text": f"{name} {getattr(config, name)} -> 0: sparse attention has no dropout."})
+            setattr(config, name, 0.0)
+    return path, config
+
+
+def context_length(config: Any) -> int | None:
+    """The most tokens a model takes, or None if its config sets no limit."""
+    for name in ("max_position_embeddings", "n_positions"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def _attention_is_sparse(config: Any, task: str, configs: tuple[MethodConfig, ...]) -> bool:
+    if not configs:
+        return False
+    anatomy = describe(empty_model(config, task))
+    attentions = {site.name for site in anatomy.attentions}
+    return any(attentions & set(method_of(method).site_names(anatomy)) for method in configs)
+
+
+def empty_model(config: Any, task: str) -> Any:
+    """The model on the meta device: its modules and shapes without its weights."""
+    with torch.device("meta"):
+        return _auto_class(task).from_config(config)
+
+
+def _auto_class(task: str) -> Any:
+    return AutoModelForSequenceClassification if task == "classify" else AutoModelForCausalLM
+
+
+def open_tokenizer(path: str) -> Any:
+    """The tokenizer of a model's folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the tokenizer of {path} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> DataBundle:
+    """Training and held-out rows for the recipe's task; no more text is tokenised than the steps need.
+
+    Raises:
+        ValueError: data that is missing, empty, malformed, or too short for one row.
+    """
+
+    def say(line: str) -> None:
+        report({"event": "note", "text": line})
+
+    source = resolve_data(recipe.data, progress=say)
+    common: dict[str, Any] = {"seed": recipe.seed, "max_position_embeddings": context_length(config), "progress": say}
+    rows = None if recipe.steps is None else recipe.steps * recipe.batch_size * recipe.grad_accum
+    if recipe.task == "classify":
+        return load_classify(source, tokenizer, recipe.seq_len, text_column=recipe.text_column, **common)
+    if recipe.task == "sft":
+        return load_sft(source, tokenizer, recipe.seq_len, max_rows=rows, **common)
+    calibration_rows = -(-recipe.calibration_tokens // recipe.seq_len)
+    return load_text(
+        source,
+        tokenizer,
+        recipe.seq_len,
+        text_column=recipe.text_column,
+        max_tokens=None if rows is None else max(rows, calibration_rows, 1) * recipe.seq_len,
+        max_eval_tokens=max(recipe.eval_tokens, recipe.seq_len),
+        **common,
+    )
+
+
+def calibration_batches(recipe: Recipe, bundle: DataBundle) -> list[dict[str, Tensor]] | None:
+    """The first training rows that hold `calibration_tokens`, without labels; None for no calibration."""
+    batches: list[dict[str, Tensor]] = []
+    tokens = 0
+    for start in range(0, len(bundle.train), recipe.batch_size):
+        if tokens >= recipe.calibration_tokens:
+            break
+        stop = min(start + recipe.batch_size, len(bundle.train))
+        batch = bundle.collate_fn([bundle.train[i] for i in range(start, stop)])
+        tokens += batch["input_ids"].numel()
+        batches.append({name: tensor for name, tensor in batch.items() if name != "labels"})
+    return batches or None
+
+
+def load_model(path: str, config: Any, recipe: Recipe, bundle: DataBundle, dtype: torch.dtype) -> tuple[Any, list[str]]:
+    """The pretrained model with SDPA attention, and the names of modules whose weights it did not have.
+
+    Raises:
+        ValueError: weights that are missing or damaged; a language model without a trained head.
+    """
+    options: dict[str, Any] = {}
+    if recipe.task == "classify":
+        config.num_labels = bundle.num_labels
+        config.id2label = dict(enumerate(bundle.label_names))
+        config.label2id = {name: i for i, name in enumerate(bundle.label_names)}
+        if config.pad_token_id is None:
+            config.pad_token_id = bundle.collate_fn.pad_token_id  # type: ignore[attr-defined]
+        options["ignore_mismatched_sizes"] = True
+    kind = _auto_class(recipe.task)
+    set_seed(recipe.seed)  # a new head is drawn here
+    try:
+        model, info = kind.from_pretrained(
+            path, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **options
+        )
+    except Exception as error:  # the safetensors reader has its own exception for a truncated file
+        if type(error).__name__ not in ("OSError", "SafetensorError", "RuntimeError"):
+            raise
+        raise ValueError(model_not_found(path, error)) from None
+    mismatched = [key if isinstance(key, str) else key[0] for key in info.get("mismatched_keys", ())]
+    new = sorted({key.rpartition(".")[0] for key in [*info["missing_keys"], *mismatched]})
+    if new and recipe.task != "classify":
+        raise ValueError(
+            f"{recipe.model} has no weights for {', '.join(new[:3])}, so it is no trained language model. "
+            "Use a causal language model, or task=classify."
+        )
+    return model, new
+
+
+def add_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: list[str]) -> Any:
+    """The model inside PEFT with LoRA and with everything new trainable; the model itself if `lora_r` is 0.
+
+    Raises:
+        ValueError: `lora_targets` matches nothing.
+    """
+    if recipe.lora_r == 0:
+        return model
+    trained = [*(handle.modules_to_save if handle is not None else []), *new_modules]
+    config = LoraConfig(
+        task_type="SEQ_CLS" if recipe.task == "classify" else "CAUSAL_LM",
+        r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]
+        target_modules=recipe.lora_targets,
+        modules_to_save=trained or None,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    set_seed(recipe.seed)  # the same LoRA start for every recipe of the same seed
+    return get_peft_model(model, config)
+
+
+def pick_device(recipe: Recipe) -> torch.device:
+    """The device that the recipe asks for.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    name = recipe.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={recipe.device}: this machine has {torch.cuda.device_count()} GPUs. Use device=cpu.")
+    if device.type == "cuda" and device.index:
+        raise ValueError(
+            f"device={recipe.device}: choose the GPU with CUDA_VISIBLE_DEVICES={device.index} and device=cuda."
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device=mps: this machine has no MPS. Use device=cpu.")
+    return device
+
+
+def pick_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """The dtype of the weights: as the recipe says, but fp32 masters where all weights are trained."""
+    return torch.bfloat16 if _computes_bf16(recipe, device) and recipe.lora_r > 0 else torch.float32
+
+
+def _computes_bf16(recipe: Recipe, device: torch.device) -> bool:
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return recipe.dtype == "bf16" or (recipe.dtype == "auto" and able)
+
+
+def training_arguments(recipe: Recipe, device: torch.device, output: Path, counts_padding: bool) -> TrainingArguments:
+    """The Trainer's arguments; what the checkpoint protocol needs is fixed here."""
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    # the name changed in transformers 5.2x; the old one is deprecated and goes in v6
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    recompute = recipe.gradient_checkpointing != "none"
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.grad_accum,
+        max_steps=recipe.steps or -1,
+        num_train_epochs=recipe.epochs or 1.0,
+        optim="adamw_torch_fused",
+        learning_rate=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        warmup_steps=recipe.warmup_steps,
+        lr_scheduler_type="constant_with_warmup" if recipe.lr_schedule == "constant" else recipe.lr_schedule,
+        max_grad_norm=recipe.max_grad_norm,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if recipe.save_every else "no",
+        save_steps=recipe.save_every or 1,
+        save_total_limit=None,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        use_cpu=device.type == "cpu",
+        # frozen bf16 weights compute in bf16 by themselves; fp32 masters need autocast
+        bf16=_computes_bf16(recipe, device) and recipe.lora_r == 0,
+        dataloader_pin_memory=device.type == "cuda",
+        remove_unused_columns=False,
+        include_num_input_tokens_seen="non_padding" if counts_padding else "all",
+        report_to="none",
+        disable_tqdm=True,
+        **{checkpointing: recompute},
+        **(
+            {f"{checkpointing}_kwargs": {"use_reentrant": recipe.gradient_checkpointing == "reentrant"}}
+            if recompute
+            else {}
+        ),
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one process, one GPU: no DataParallel
+    return arguments
+
+
+def num_parameters(model: nn.Module) -> tuple[int, int]:
+    """(all, trainable) parameters; tied ones once."""
+    return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.requires_grad)

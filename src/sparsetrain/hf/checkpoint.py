@@ -1,0 +1,155 @@
+"""Checkpoints that survive a kill at any moment, on transformers' own Trainer.
+
+The Trainer writes `checkpoint-N` (weights, optimizer, scheduler, random states). After it, our callback adds the run's
+records and, last, the manifest: a checkpoint without a manifest was interrupted and is passed over. Old checkpoints go
+only after the new manifest is on the disk, so at every moment one whole checkpoint exists (once there was a first).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sparsetrain.core.errors import CheckpointError
+from sparsetrain.hf.manifest import MANIFEST, read_json, verify_manifest, write_json, write_manifest
+from sparsetrain.hf.recipe import Recipe
+from sparsetrain.hf.trainer import Report, checkpoint_folder, silent
+
+PROGRESS, RESULT = "progress.json", "result.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A whole checkpoint. `progress` is what the run had recorded; `data` names the training rows it saw."""
+
+    path: Path
+    step: int
+    progress: dict[str, Any]
+    data: str
+
+
+class CheckpointCallback(TrainerCallback):
+    """Completes each checkpoint with the run's records and its manifest, then removes the oldest ones.
+
+    It must come after every callback that adds files to a checkpoint. Set the Trainer's `save_total_limit` to None.
+
+    Args:
+        recipe: whose fingerprint a continuation must have.
+        data: `data_fingerprint` of the training rows.
+        progress: called for what the run has recorded so far.
+    """
+
+    def __init__(
+        self, recipe: Recipe, data: str, progress: Callable[[], dict[str, Any]], report: Report = silent
+    ) -> None:
+        self.recipe, self.data, self.progress, self.report = recipe, data, progress, report
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = checkpoint_folder(args, state)
+        write_json(folder / PROGRESS, self.progress())
+        write_manifest(
+            folder,
+            step=state.global_step,
+            fingerprint=self.recipe.fingerprint(),
+            training_values=self.recipe.training_values(),
+            data=self.data,
+        )
+        rotate(folder.parent, self.recipe.keep_checkpoints)
+        self.report({"event": "saved", "path": str(folder)})
+
+
+def rotate(output: str | Path, keep: int) -> None:
+    """Remove all but the newest `keep` whole checkpoints; each loses its manifest first, so none is ever half there."""
+    whole = [path for path in checkpoints(output) if (path / MANIFEST).is_file()]
+    for path in whole[:-keep]:
+        (path / MANIFEST).unlink()
+        shutil.rmtree(path)
+
+
+def checkpoints(output: str | Path) -> list[Path]:
+    """The checkpoint folders of a run, whole or not, oldest first."""
+    found = [p for p in Path(output).glob("checkpoint-*") if p.is_dir() and p.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=_step_of)
+
+
+def find_resumable(output: str | Path, recipe: Recipe, report: Report = silent) -> Checkpoint:
+    """The newest whole checkpoint of a run.
+
+    Interrupted checkpoints are passed over with a note. A checkpoint that was whole and is damaged now is an error, and
+    so is one of another recipe.
+
+    Raises:
+        CheckpointError: nothing to continue; a damaged file (named); another recipe (its keys named); a finished run.
+    """
+    output = Path(output)
+    if (output / RESULT).is_file():
+        raise CheckpointError(
+            f"{output} holds a finished run ({RESULT}); nothing is left to resume. Choose another output."
+        )
+    for path in reversed(checkpoints(output)):
+        if not (path / MANIFEST).is_file():
+            report({"event": "note", "text": f"{path} was interrupted while it was written; passing over it."})
+            continue
+        return _whole(path, recipe)
+    found = "no checkpoint" if not checkpoints(output) else "no whole checkpoint"
+    raise CheckpointError(f"{output} holds {found}, so there is nothing to resume. Start again without --resume.")
+
+
+def _whole(path: Path, recipe: Recipe) -> Checkpoint:
+    try:
+        manifest = verify_manifest(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Remove {path} to resume from the checkpoint before it.") from None
+    if manifest.get("fingerprint") != recipe.fingerprint():
+        differences = "; ".join(recipe.differences(manifest.get("training_values", {})))
+        raise CheckpointError(
+            f"{path} was written by another recipe ({differences}). Resume with the recipe it was started with, or "
+            "choose another output."
+        )
+    return Checkpoint(path=path, step=manifest["step"], progress=read_json(path / PROGRESS), data=manifest["data"])
+
+
+def check_data(checkpoint: Checkpoint, data: str) -> None:
+    """Raise CheckpointError if the training rows are not those the checkpoint saw: its place in them would be wrong."""
+    if checkpoint.data != data:
+        raise CheckpointError(
+            f"{checkpoint.path} was trained on other rows: the data has changed since. Restore it, or choose another "
+            "output and start again."
+        )
+
+
+def data_fingerprint(rows: Dataset) -> str:
+    """A hash of the number of rows and of a hundred of them, evenly spread."""
+    digest = hashlib.sha256(str(len(rows)).encode())
+    for i in range(0, len(rows), max(1, len(rows) // 100)):
+        digest.update(repr({key: list(v) if hasattr(v, "__iter__") else v for key, v in rows[i].items()}).encode())
+    return digest.hexdigest()[:16]
+
+
+def check_output(output: str | Path, *, resume: bool) -> None:
+    """Raise ValueError if a new run would write into a folder that holds something."""
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output {output} is a file. Choose a folder.")
+    held = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    if held and not resume:
+        shown = ", ".join(held[:4]) + (", …" if len(held) > 4 else "")
+        raise ValueError(f"output folder {output} is not empty (it holds {shown}). Add --resume, or choose another.")
+
+
+def clear_interrupted(output: str | Path) -> None:
+    """Remove checkpoints that were never finished, before a continued run writes into the same folders."""
+    for path in checkpoints(output):
+        if not (path / MANIFEST).is_file():
+            shutil.rmtree(path)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])

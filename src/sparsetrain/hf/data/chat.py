@@ -1,0 +1,262 @@
+"""Conversations for supervised fine-tuning: rendered with the chat template, only assistant tokens are targets."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from sparsetrain.hf.data.bundle import (
+    IGNORED_LABEL,
+    Collator,
+    DataBundle,
+    Progress,
+    beginning_ids,
+    check_length,
+    padding_id,
+)
+from sparsetrain.hf.data.files import Row, text_of
+from sparsetrain.hf.data.sources import HubChoice, Source, source_name
+from sparsetrain.hf.data.split import EvalChoice, divide, load_sides
+
+Message = dict[str, str]
+
+
+def load_sft(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    eval_source: Source | None = None,
+    eval_ratio: float = 0.05,
+    max_rows: int | None = None,
+    max_eval_rows: int | None = None,
+    seed: int = 0,
+    dataset_config: str | None = None,
+    split: str = "train",
+    eval_split: str | None = None,
+    max_position_embeddings: int | None = None,
+    progress: Progress | None = None,
+) -> DataBundle:
+    """Rows of one conversation each, with labels on what the assistant says (its end-of-turn token included).
+
+    A row has `messages` (a list of {"role", "content"}), or `prompt` and `completion`, each a text or a list of
+    messages. With a chat template in the tokenizer a textual prompt becomes a user message and the completion the
+    assistant's; without one they are joined as they are and ended with the end-of-text token.
+
+    Assistant spans come from the template's {% generation %} marks if it has them, else from rendering the
+    conversation up to each assistant message.
+
+    Rows longer than `max_length` are cut on the right and counted (`train_truncated`, `eval_truncated`); rows with
+    no target left are dropped and counted (`..._dropped_no_target`). Equal conversations never lie on both sides.
+
+    Args:
+        source: JSONL (or CSV with prompt and completion), "chitchat", "gsm8k", a saved folder or a hub name.
+        max_length: most tokens a row.
+        eval_source, eval_split: held-out rows of their own, instead of the share `eval_ratio` (0 for none).
+        max_rows, max_eval_rows: stop at this many rows with targets, in the seeded order; None for all.
+        dataset_config, split: for hub data sets and saved folders.
+        max_position_embeddings: the model's context, to check `max_length` against.
+        progress: called with one line every 1,000 rows.
+
+    Raises:
+        ValueError: `max_length` does not fit the model; missing or malformed source or row; no chat template where
+            one is needed; a template that rewrites earlier turns and marks no spans; a side left without targets.
+    """
+    check_length(max_length, "max_length", max_position_embeddings)
+    name = source_name(source)
+    choice = EvalChoice(source=eval_source, split=eval_split, ratio=eval_ratio)
+    rows, eval_rows = load_sides(source, HubChoice(config=dataset_config, split=split), choice)
+    train_rows, eval_rows, num_dropped = divide(rows, eval_rows, eval_ratio, seed, key=_row_key)
+    counts = {"rows": len(rows), "duplicates_of_eval": num_dropped}
+    train = _encode(train_rows, tokenizer, max_length, max_rows, "train", counts, progress)
+    held_out = None
+    if eval_rows is not None:
+        held_out = _encode(eval_rows, tokenizer, max_length, max_eval_rows, "eval", counts, progress)
+    return DataBundle(
+        train=train,
+        eval=held_out,
+        collate_fn=Collator(padding_id(tokenizer)),
+        description=_describe(name, counts),
+        counts=counts,
+    )
+
+
+def _row_key(row: Row) -> str:
+    return json.dumps(row[0], sort_keys=True, default=str)
+
+
+def _encode(
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    max_rows: int | None,
+    side: str,
+    counts: dict[str, int],
+    progress: Progress | None,
+) -> Dataset:
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    truncated = dropped = targets = 0
+    for row in rows:
+        kept = len(columns["input_ids"])
+        if kept == max_rows:
+            break
+        ids, labels = encode_row(row, tokenizer, max_length)
+        truncated += len(ids) > max_length
+        # The first token is never predicted: without its label, labels and predictions are equal in number.
+        labels = [IGNORED_LABEL, *labels[1:max_length]]
+        num_targets = sum(label != IGNORED_LABEL for label in labels)
+        if not num_targets:
+            dropped += 1
+            continue
+        columns["input_ids"].append(ids[:max_length])
+        columns["labels"].append(labels)
+        targets += num_targets
+        if progress is not None and (kept + 1) % 1000 == 0:
+            progress(f"tokenised {kept + 1:,} conversations ({side})")
+    if not columns["input_ids"]:
+        raise ValueError(
+            f"None of the {len(rows)} {side} rows has an assistant token within max_length={max_length} "
+            f"({truncated} were longer). Raise max_length, or check that the rows have assistant messages."
+        )
+    counts |= {
+        f"{side}_rows": len(columns["input_ids"]),
+        f"{side}_tokens": sum(map(len, columns["input_ids"])),
+        f"{side}_target_tokens": targets,
+        f"{side}_truncated": truncated,
+        f"{side}_dropped_no_target": dropped,
+    }
+    return Dataset.from_dict(columns)
+
+
+def encode_row(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], list[int]]:
+    """All token ids of one row and their labels: the ids inside what the assistant says, -100 elsewhere.
+
+    Labels are only looked for in the first `max_length` tokens.
+
+    Raises:
+        ValueError: see `load_sft`.
+    """
+    messages, origin = _messages_of(row), row[1]
+    if tokenizer.chat_template is None:
+        return _encode_plain(row, messages, tokenizer)
+    conversation = [dict(message) for message in messages]
+    if re.search(r"{%-?\s*generation\b", str(tokenizer.chat_template)):
+        encoded: Any = tokenizer.apply_chat_template(conversation, return_dict=True, return_assistant_tokens_mask=True)
+        ids, mask = list(encoded["input_ids"]), encoded["assistant_masks"]
+        return ids, [token if inside else IGNORED_LABEL for token, inside in zip(ids, mask)]
+    text = _render(tokenizer, conversation)
+    ids, starts = _tokenise(tokenizer, text)
+    cut = starts[max_length] if max_length < len(ids) else len(text)
+    inside = bytearray(len(text) + 1)
+    for begin, end in assistant_spans(conversation, tokenizer, text, cut, origin):
+        inside[begin:end] = b"\1" * (end - begin)
+    return ids, [token if inside[start] else IGNORED_LABEL for token, start in zip(ids, starts)]
+
+
+def assistant_spans(
+    conversation: list[Message], tokenizer: PreTrainedTokenizerBase, text: str, cut: int, origin: str
+) -> Iterator[tuple[int, int]]:
+    """The character span of each assistant message that begins before `cut` in the rendered `text`.
+
+    A span is what an assistant message adds to the rendering of the messages before it (with the prompt for an
+    answer), without the white space a template puts after the end of a turn. Each takes two renderings of a part of
+    the conversation, so a row is not gone through past the cut: 2.6 times faster on chitchat at 512 tokens.
+    """
+    for i, message in enumerate(conversation):
+        if message["role"] != "assistant":
+            continue
+        whole = _render(tokenizer, conversation[: i + 1])
+        if i:
+            before = _render(tokenizer, conversation[:i], add_generation_prompt=True)
+        else:
+            before = whole[: whole.find(message["content"])]  # many templates cannot render an empty conversation
+        if not (text.startswith(whole) and whole.startswith(before)):
+            raise ValueError(
+                f"{origin}: the chat template renders message {i} differently once later messages follow, so what "
+                "the assistant said cannot be found. Use a template with {% generation %} marks, or one answer a row."
+            )
+        if len(before) >= cut:
+            return
+        yield len(before), len(whole.rstrip())
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, conversation: list[Message], add_generation_prompt: bool = False
+) -> str:
+    rendered = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
+    assert isinstance(rendered, str)
+    return rendered
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    """Ids and the character each begins at."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} gives no character offsets, so assistant tokens cannot be found. "
+            "Use the fast version of this tokenizer."
+        )
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]]
+
+
+def _encode_plain(row: Row, messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Prompt and completion joined as they are, between the tokenizer's begin and end tokens."""
+    if not isinstance(row[0].get("prompt"), str):
+        raise ValueError(
+            f"{row[1]} is a conversation and this {type(tokenizer).__name__} has no chat template. Set "
+            "tokenizer.chat_template, use an instruction model's tokenizer, or rows with textual prompt and completion."
+        )
+    prompt, completion = (message["content"] for message in messages)
+    ids, starts = _tokenise(tokenizer, prompt + completion)
+    labels = [token if start >= len(prompt) else IGNORED_LABEL for token, start in zip(ids, starts)]
+    begin_ids = beginning_ids(tokenizer)
+    end_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return begin_ids + ids + end_ids, [IGNORED_LABEL] * len(begin_ids) + labels + end_ids
+
+
+def _messages_of(row: Row) -> list[Message]:
+    values, origin = row
+    if "messages" in values:
+        return _check_messages(values["messages"], "messages", origin)
+    if "prompt" not in values or "completion" not in values:
+        raise ValueError(
+            f"{origin} is no conversation. Found: {', '.join(map(str, values))}. "
+            "A row needs 'messages', or 'prompt' and 'completion'."
+        )
+    if isinstance(values["prompt"], list):
+        return [
+            *_check_messages(values["prompt"], "prompt", origin),
+            *_check_messages(values["completion"], "completion", origin),
+        ]
+    return [
+        {"role": "user", "content": text_of(row, "prompt", "prompt")},
+        {"role": "assistant", "content": text_of(row, "completion", "completion")},
+    ]
+
+
+def _check_messages(messages: Any, key: str, origin: str) -> list[Message]:
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{origin}: {key!r} is {str(messages)[:40]!r}, not a list of messages. Correct the row.")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise ValueError(
+                f"{origin}: {key}[{i}] is {str(message)[:60]!r}. A message needs 'role' and 'content', both text."
+            )
+    return messages
+
+
+def _describe(name: str, counts: dict[str, int]) -> str:
+    line = (
+        f"{name}: {counts['train_rows']:,} conversations, {counts['train_tokens']:,} tokens, "
+        f"{counts['train_target_tokens']:,} of them targets"
+    )
+    if "eval_rows" in counts:
+        line += f"; held out: {counts['eval_rows']:,} conversations"
+    for what in ("truncated", "dropped_no_target"):
+        total = sum(count for key, count in counts.items() if key.endswith(what))
+        if total:
+            line += f"; {total:,} {what.replace('_', ' ')}"
+    return line

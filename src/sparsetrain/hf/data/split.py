@@ -1,0 +1,91 @@
+"""The split into training and held-out rows: seeded, by content, so that no held-out text is trained on."""
+
+import hashlib
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+from sparsetrain.hf.data.files import Row
+from sparsetrain.hf.data.sources import HubChoice, Source, load_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalChoice:
+    """What to evaluate on: a source or a split of its own, else a share of the training source (0 for none)."""
+
+    source: Source | None
+    split: str | None
+    ratio: float
+
+
+def load_sides(source: Source, hub: HubChoice, choice: EvalChoice) -> tuple[list[Row], list[Row] | None]:
+    """All rows of the source, and those of a source or split of its own for evaluation (None: still to be divided).
+
+    Raises:
+        ValueError: a source cannot be read, or the held-out share is not one.
+    """
+    check_ratio(choice.ratio)
+    rows = load_rows(source, hub)
+    if choice.source is None and choice.split is None:
+        return rows, None
+    other = source if choice.source is None else choice.source
+    return rows, load_rows(other, HubChoice(config=hub.config, split=choice.split or hub.split))
+
+
+def divide(
+    rows: list[Row],
+    eval_rows: list[Row] | None,
+    eval_ratio: float,
+    seed: int,
+    key: Callable[[Row], str],
+    stratum: Callable[[Row], Hashable] | None = None,
+) -> tuple[list[Row], list[Row] | None, int]:
+    """Training rows and held-out rows (None if none are wanted) in a seeded order; how many training rows were
+    dropped for being in `eval_rows`. Rows with equal `key` never lie on both sides.
+
+    Raises:
+        ValueError: a wanted side stays empty.
+    """
+    keys = [key(row) for row in rows]
+    if eval_rows is None:
+        strata = None if stratum is None else [stratum(row) for row in rows]
+        train_ids, eval_ids = split_rows(keys, eval_ratio, seed, strata)
+        eval_rows = [rows[i] for i in eval_ids] if eval_ratio else None
+        num_dropped = 0
+    else:
+        known = {key(row) for row in eval_rows}
+        train_ids = [i for i in split_rows(keys, 0, seed)[0] if keys[i] not in known]
+        num_dropped = len(rows) - len(train_ids)
+    for side, kept in (("train", train_ids), ("eval", eval_rows)):
+        if kept is not None and not kept:
+            raise ValueError(
+                f"No {side} rows: found {len(rows)} rows, {len(set(keys))} of them distinct, {num_dropped} also in the "
+                f"evaluation data; eval_ratio={eval_ratio}. Give more data, other evaluation data or another eval_ratio."
+            )
+    return [rows[i] for i in train_ids], eval_rows, num_dropped
+
+
+def check_ratio(eval_ratio: float) -> None:
+    """Raises ValueError unless the held-out share lies in [0, 1)."""
+    if not 0 <= eval_ratio < 1:
+        raise ValueError(f"eval_ratio={eval_ratio} is not a share of the data. Use a number in [0, 1).")
+
+
+def split_rows(
+    keys: Sequence[str], eval_ratio: float, seed: int, strata: Sequence[Hashable] | None = None
+) -> tuple[list[int], list[int]]:
+    """Indices of the training and the held-out rows, in an order that depends on seed and keys alone.
+
+    Distinct keys are ordered by sha256(seed, key); of each stratum the first round(eval_ratio * n), at least one and
+    never all, are held out, and with them every row of the same key.
+    """
+    rank = {key: hashlib.sha256(f"{seed}\n{key}".encode("utf-8", "surrogatepass")).digest() for key in set(keys)}
+    members: dict[Hashable, set[str]] = {}
+    for i, key in enumerate(keys):
+        members.setdefault(None if strata is None else strata[i], set()).add(key)
+    held_out: set[str] = set()
+    for group in members.values():
+        # A lone row stays in training: a class seen only in evaluation could not be learnt.
+        num_eval = min(max(1, round(eval_ratio * len(group))), len(group) - 1) if eval_ratio else 0
+        held_out.update(sorted(group, key=rank.__getitem__)[:num_eval])
+    order = sorted(range(len(keys)), key=lambda i: (rank[keys[i]], i))
+    return [i for i in order if keys[i] not in held_out], [i for i in order if keys[i] in held_out]

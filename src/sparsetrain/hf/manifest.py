@@ -1,0 +1,153 @@
+"""Files written whole and checked when read: one rename makes them appear, a manifest of sha256 says they are whole.
+
+A process may be killed, or a disk may fill up, between any two writes. So a folder is complete only if it holds
+`manifest.json`, which is written last; a single file or a whole folder takes its place by one rename.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from sparsetrain.core.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+"""Raise when an older reader would misread what is written."""
+
+
+@contextmanager
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
+    """A scratch folder beside `folder` that takes its place when the block ends, and vanishes if it raises."""
+    target = Path(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.parent / f".{target.name}.tmp"  # one name, so that a killed run's leftovers are swept away
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+        sync_folder(scratch)
+        replaced = target.parent / f".{target.name}.old"
+        shutil.rmtree(replaced, ignore_errors=True)
+        if target.exists():
+            os.replace(target, replaced)
+        os.replace(scratch, target)
+        _fsync(target.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON by one rename."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object. It is damaged or of another program.")
+    return value
+
+
+def write_manifest(folder: str | Path, **entries: Any) -> None:
+    """Record size and sha256 of every file of a folder, last, so that a folder with a manifest is whole."""
+    folder = Path(folder)
+    sync_folder(folder)
+    paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST]
+    files = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in paths}
+    write_json(folder / MANIFEST, {"format": FORMAT, **entries, "files": files})
+    _fsync(folder)
+
+
+def verify_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest, after every file it lists was found with its size and sha256.
+
+    Raises:
+        CheckpointError: names the first file that is missing, truncated or altered.
+    """
+    folder = Path(folder)
+    manifest = read_json(folder / MANIFEST)
+    for name, entry in manifest.get("files", {}).items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; {MANIFEST} lists it with {entry['bytes']:,} bytes.")
+        if path.stat().st_size != entry["bytes"]:
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}: it was truncated or changed."
+            )
+        if _sha256(path) != entry["sha256"]:
+            raise CheckpointError(f"{path} does not have the sha256 it was written with: its content has changed.")
+    return manifest
+
+
+@contextmanager
+def disk_errors(folder: str | Path) -> Iterator[None]:
+    """Turn every library's way of saying that the disk is full into one OSError that names the folder."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        number = _disk_error(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(folder)) from error
+
+
+def _disk_error(error: BaseException | None) -> int | None:
+    """The errno of a full disk, quota or size limit behind an exception, or None."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in full:
+            return error.errno
+        for number in full:  # safetensors quotes the system's words
+            if os.strerror(number) in str(error) or f"(os error {number})" in str(error):
+                return number
+        if "PytorchStreamWriter failed writing" in str(error) or "unexpected pos" in str(error):
+            return errno.ENOSPC  # torch.save hides the cause; a write that stops short is a full disk
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Flush every file of a folder, and the folder, to the disk."""
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            _fsync(path)
+    _fsync(Path(folder))

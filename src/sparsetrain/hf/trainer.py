@@ -1,0 +1,229 @@
+"""Callbacks for transformers' Trainer: schedules and sidecar, a record of every step, and a progress bar.
+
+What happens is told as events, plain dicts with the key `event`, to one function: a bar on a terminal, JSON lines in a
+pipe, or nobody. `note` {text}; `phase` {name, share}; `quality` {stage, metric, value}; `step` {a `StepRecord` and
+what the optimizer saw}; `saved` {path}.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sparsetrain.core.anatomy import submodule
+from sparsetrain.hf.sidecar import write_sidecar
+from sparsetrain.measure.memory import peak_memory
+from sparsetrain.surgery.apply import Handle
+
+Event = dict[str, Any]
+Report = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """A report that tells nobody."""
+
+
+class SparsityCallback(TrainerCallback):
+    """Drives a converted model's schedules and keeps its sidecar with every checkpoint.
+
+    The schedule is a function of `state.global_step` alone, so a resumed run continues it. Pass the callback to the
+    Trainer: `Trainer(model, callbacks=[SparsityCallback(handle)], ...)`. `trainer.save_model()` calls no callback; the
+    sidecar for it is written into `output_dir` when training ends.
+
+    Args:
+        handle: what `sparsify` returned.
+        at_end: write the sidecar into `output_dir` at the end of training.
+        about: entries for the sidecar, as in `hf.io.save`.
+    """
+
+    def __init__(self, handle: Handle, *, at_end: bool = True, **about: Any) -> None:
+        self.handle, self.at_end, self.about = handle, at_end, about
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        check_forwards(self.handle)
+        check_trainable(self.handle)
+        self._step(args, state)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._step(args, state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = checkpoint_folder(args, state)
+        write_sidecar(folder, kwargs.get("model", self.handle.model), self.handle, **self.about)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.at_end and args.output_dir:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            write_sidecar(args.output_dir, kwargs.get("model", self.handle.model), self.handle, **self.about)
+
+    def _step(self, args: TrainingArguments, state: TrainerState) -> None:
+        self.handle.step(state.global_step, state.max_steps, 1 / args.gradient_accumulation_steps)
+
+
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the Trainer has just written its checkpoint."""
+    return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+
+
+def check_forwards(handle: Handle) -> None:
+    """Raise ValueError if something has bound another forward over one of ours since the conversion.
+
+    Kernel patches (Liger) and offload hooks assign `module.forward` on the instance, which then wins over the class.
+    """
+    for edit in handle.plan.edits:
+        module = submodule(handle.model, edit.site)
+        if "forward" in vars(module) or hasattr(module, "_hf_hook"):
+            found = "an offload hook" if hasattr(module, "_hf_hook") else "a forward patched on the instance"
+            raise ValueError(
+                f"{edit.site} was converted by {edit.method!r} and now carries {found}, so the sparse forward would "
+                "never run. Turn kernel patches off for it (liger_kernel_config) and load without device_map."
+            )
+
+
+def check_trainable(handle: Handle) -> None:
+    """Raise ValueError if a parameter that a method added is frozen: PEFT freezes what it is not told about."""
+    for site, module in handle._installed.items():
+        for name, parameter in module.named_parameters():  # type: ignore[attr-defined]
+            # PEFT keeps a frozen original beside the copy that it trains
+            if not parameter.requires_grad and "original_module" not in name.split("."):
+                raise ValueError(
+                    f"{name} of {site} is frozen, so it would keep its first values. Tell PEFT about it: "
+                    f"LoraConfig(modules_to_save={handle.modules_to_save!r})."
+                )
+
+
+class StepRecorder(TrainerCallback):
+    """Records every optimizer step: loss, time, tokens, memory. Evaluation, saving and waiting are not in the times.
+
+    Needs `logging_steps=1` and `include_num_input_tokens_seen`.
+
+    Args:
+        report: told of each step.
+        records: the steps of the run that is continued.
+    """
+
+    def __init__(self, report: Report = silent, records: list[dict[str, Any]] | None = None) -> None:
+        self.report = report
+        self.records: list[dict[str, Any]] = list(records or [])
+        self._began = self._seconds = 0.0
+        self._tokens_before = 0
+
+    @property
+    def wall_s(self) -> float:
+        """Training time so far."""
+        return self.records[-1]["wall_s"] if self.records else 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._tokens_before = int(state.num_input_tokens_seen)
+        self._began = _now(args.device)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._seconds = _now(args.device) - self._began
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs.get("logs") or {}
+        if "loss" not in logs:
+            return
+        memory = peak_memory(args.device)
+        record = {
+            "step": state.global_step,
+            "loss": float(logs["loss"]),
+            "step_time_s": self._seconds,
+            "tokens": int(state.num_input_tokens_seen) - self._tokens_before,
+            "wall_s": self.wall_s + self._seconds,
+            "learning_rate": logs.get("learning_rate"),
+            "grad_norm": logs.get("grad_norm"),
+            "memory_bytes": memory.gpu_allocated_peak_bytes or memory.rss_bytes,
+        }
+        self.records.append(record)
+        self.report({"event": "step", "steps": state.max_steps, **record})
+        if not math.isfinite(record["loss"]):
+            raise RuntimeError(
+                f"the loss is {record['loss']} after step {state.global_step}: training has diverged. Lower --lr, add "
+                "--warmup-steps, or keep more (keep_ratio, num_active). The last checkpoint is from before."
+            )
+
+
+def _now(device: torch.device) -> float:
+    """The clock, read when the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class ProgressBar:
+    """Shows events on a terminal: one bar with loss, tokens a second and memory, and lines above it for the rest.
+
+    Without a terminal there is no bar, and notes and qualities are plain lines. Use it as a context manager.
+
+    Args:
+        console: a rich Console, by default one on stderr.
+    """
+
+    def __init__(self, console: Any = None) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console = console or Console(stderr=True)
+        columns = [
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+        ]
+        self._progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        side = f"{event['side']}: " if "side" in event else ""
+        kind = event["event"]
+        if kind == "note":
+            self.console.print(f"{side}{event['text']}", markup=False, highlight=False)
+        elif kind == "quality":
+            shown = f"{event['value']:.1%}" if event["metric"] == "accuracy" else f"{event['value']:.4g}"
+            stage = event["stage"].replace("_", " ")
+            self.console.print(f"{side}{event['metric']} {stage}: {shown}", markup=False, highlight=False)
+        elif kind == "phase":
+            self._show(side + event["name"], event["share"], 1.0, f"{event['share']:.0%}")
+        elif kind == "step":
+            speed = event["tokens"] / event["step_time_s"] if event["step_time_s"] else 0.0
+            memory = event["memory_bytes"]
+            figures = f"loss {event['loss']:.3f}  {speed:,.0f} tokens/s" + (
+                f"  {memory / 2**20:,.0f} MiB" if memory else ""
+            )
+            self._show(f"{side}training", event["step"], event["steps"], figures)
+
+    def _show(self, name: str, done: float, total: float, figures: str) -> None:
+        if name not in self._tasks:
+            if not name.endswith("training"):  # one bar at a time for what precedes the training
+                self._hide_phases()
+            self._tasks[name] = self._progress.add_task(name, total=total, figures="")
+        self._progress.update(self._tasks[name], completed=done, total=total, figures=figures)
+        if name.endswith("training"):
+            self._hide_phases()
+
+    def _hide_phases(self) -> None:
+        for name in [name for name in self._tasks if not name.endswith("training")]:
+            self._progress.remove_task(self._tasks.pop(name))

@@ -1,0 +1,160 @@
+"""report.json and report.html: what a run (or a sparse run against a dense one) did, measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+from sparsetrain.measure.curves import loss_curves, step_seconds, tokens_per_second
+from sparsetrain.measure.judge import advice, headline, judge
+from sparsetrain.measure.page import render_page
+from sparsetrain.measure.schema import RUNS, SCHEMA, STAGES, Report, Run
+from sparsetrain.measure.units import bytes_text, number_text, seconds_text
+
+_MARKS = {"sparse": "+", "dense": "-", "tie": "=", "unknown": "?"}
+
+
+def build_report(
+    *,
+    title: str,
+    runs: dict[str, Run],
+    recipe: dict[str, Any] | None = None,
+    machine: dict[str, Any] | None = None,
+    plan: Iterable[dict[str, Any]] | None = None,
+    timing: dict[str, Any] | None = None,
+    notes: Iterable[str] = (),
+) -> Report:
+    """Put the parts together and judge who won.
+
+    Args:
+        title: what was trained, in a line.
+        runs: "dense", "sparse" or both -> its records, as in `schema.Run`; with one run nothing is compared.
+        recipe: the settings, plain values.
+        machine: `describe_machine().to_dict()`.
+        plan: `Plan.rows()`.
+        timing: `Ratio.to_dict()` of dense and sparse steps timed alternately, if that was done.
+        notes: sentences to print with the results (what stood down, what was skipped).
+
+    Raises:
+        ValueError: no run, or a run under another name.
+    """
+    if not runs or not set(runs) <= set(RUNS):
+        raise ValueError(f"runs are named {sorted(runs)}. Give one or both of {', '.join(map(repr, RUNS))}.")
+    judgements = judge(runs, timing)
+    report: Report = {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "title": title,
+        "headline": headline(judgements) if judgements else _single_headline(runs),
+        "advice": advice(judgements),
+        "judgements": judgements,
+        "runs": runs,
+        "recipe": recipe or {},
+        "machine": machine or {},
+        "plan": list(plan or ()),
+        "timing": timing,
+        "notes": list(notes),
+    }
+    return report
+
+
+def write_report(report: Report, folder: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Write report.json and report.html into `folder`, each whole or not at all; returns their paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = cast(Report, _plain(report))
+    text = json.dumps(plain, indent=1, allow_nan=False, ensure_ascii=False)
+    page = render_page(plain)
+    paths = folder / "report.json", folder / "report.html"
+    _write_whole(paths[0], text + "\n")
+    _write_whole(paths[1], page)
+    return paths
+
+
+def load_report(path: str | os.PathLike[str]) -> Report:
+    """Read report.json.
+
+    Raises:
+        ValueError: the file is no report, or of a newer layout.
+    """
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}. Give the report.json that a run wrote.") from error
+    found = report.get("schema") if isinstance(report, dict) else None
+    if found != SCHEMA:
+        raise ValueError(f"{path} has the report layout {found!r}; this version reads {SCHEMA}. Run the command again.")
+    return report
+
+
+def render_text(report: Report) -> list[str]:
+    """The console's summary: a headline, one line a quantity (+ sparse won, - dense won, = tie), the runs."""
+    lines = [report["headline"]]
+    if report["advice"]:
+        lines.append(report["advice"])
+    lines += [f"  {_MARKS[j['winner']]} {j['text']}" for j in report["judgements"]]
+    for name in RUNS:
+        if name in report["runs"]:
+            lines += _run_lines(name, report["runs"][name])
+    return lines
+
+
+def _run_lines(name: str, run: Run) -> list[str]:
+    facts = [f"{len(run['steps'])} steps"]
+    if (seconds := step_seconds(run)) is not None:
+        facts.append(f"{seconds_text(seconds)} a step")
+    if (speed := tokens_per_second(run)) is not None:
+        facts.append(f"{speed:,.0f} tokens/s")
+    if saved := run.get("saved_activation_bytes"):
+        facts.append(f"{bytes_text(sum(saved.values()))} of saved activations")
+    if peak := run.get("peak_gpu_bytes") or run.get("peak_rss_bytes"):
+        facts.append(f"peak {bytes_text(peak)}")
+    lines = [f"  {name}: {', '.join(facts)}"]
+    stages = run.get("perplexity") or {}
+    if found := [f"{stage.replace('_', ' ')} {number_text(stages[stage])}" for stage in STAGES if stage in stages]:
+        lines.append(f"  {name} perplexity: {', '.join(found)}")
+    return lines
+
+
+def _single_headline(runs: dict[str, Run]) -> str:
+    (name, run) = next(iter(runs.items()))
+    curves, what = loss_curves({name: run}, "step")
+    curve = curves[name]
+    if not curve.x:
+        return f"One {name} run without a step."
+    took = f"One {name} run: {what} {number_text(curve.y[0])} → {number_text(curve.y[-1])} in {curve.x[-1]:.0f} steps"
+    return f"{took}. Nothing is compared; run with compare=dense to see what the sparsity gains."
+
+
+def _plain(value: Any) -> Any:
+    """JSON values: tensors and arrays of one number as numbers, what is not finite as null, keys as text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write beside the target and rename, so that a reader or a crash never meets half a file."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

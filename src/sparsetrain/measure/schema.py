@@ -1,0 +1,86 @@
+"""The layout of report.json: plain values, so a report can be read without this package.
+
+Every number is in the unit of its name (`_s` seconds, `_bytes` bytes). A number that is not finite is stored as null.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NotRequired, TypedDict
+
+SCHEMA = 1
+RUNS = ("dense", "sparse")
+STAGES = ("dense", "after_conversion", "after_distillation", "after_training")
+
+
+class StepRecord(TypedDict):
+    """One optimizer step. `wall_s` is cumulative training time, evaluation and saving excluded."""
+
+    step: int
+    loss: float | None
+    step_time_s: float
+    tokens: int
+    wall_s: float
+
+
+class EvalPoint(TypedDict):
+    """The held-out loss after `step` steps and `wall_s` seconds of training; step 0 is before the first one."""
+
+    step: int
+    wall_s: float
+    loss: float | None
+    perplexity: NotRequired[float | None]
+    accuracy: NotRequired[float | None]
+
+
+class Run(TypedDict):
+    """One training run.
+
+    setup_s: calibration, conversion and distillation before the first step; comparisons at equal time include it.
+    perplexity, accuracy: stage (one of `STAGES`) -> value on the held-out data.
+    saved_activation_bytes: component -> bytes (`SavedActivations.by_component`).
+    saved_by_layer: layer -> component -> bytes.
+    static_bytes: `StaticMemory.to_dict()`.
+    forward_time_s: component -> seconds of one forward.
+    peak_rss_bytes: of a process that ran this run alone.
+    """
+
+    steps: list[StepRecord]
+    evals: NotRequired[list[EvalPoint]]
+    setup_s: NotRequired[float]
+    perplexity: NotRequired[dict[str, float | None]]
+    accuracy: NotRequired[dict[str, float | None]]
+    saved_activation_bytes: NotRequired[dict[str, int]]
+    saved_by_layer: NotRequired[dict[int, dict[str, int]]]
+    static_bytes: NotRequired[dict[str, int]]
+    forward_time_s: NotRequired[dict[str, float]]
+    peak_rss_bytes: NotRequired[int | None]
+    peak_gpu_bytes: NotRequired[int | None]
+
+
+class Judgement(TypedDict):
+    """Who won one quantity. `ratio` is sparse / dense; text is a full sentence with the numbers."""
+
+    quantity: str
+    unit: str
+    dense: float | None
+    sparse: float | None
+    ratio: float | None
+    winner: Literal["sparse", "dense", "tie", "unknown"]
+    text: str
+
+
+class Report(TypedDict):
+    """report.json. `timing` is `Ratio.to_dict()` of interleaved steps (dense is the baseline), where they were run."""
+
+    schema: int
+    created: str
+    title: str
+    headline: str
+    advice: str
+    judgements: list[Judgement]
+    runs: dict[str, Run]
+    recipe: dict[str, Any]
+    machine: dict[str, Any]
+    plan: list[dict[str, Any]]
+    timing: dict[str, Any] | None
+    notes: list[str]

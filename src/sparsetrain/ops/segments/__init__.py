@@ -1,0 +1,61 @@
+"""Rows that hold several sequences or padding, laid out so that every sequence starts at a block boundary.
+
+Block-sparse attention cuts a row into blocks of tokens. A sequence that starts in the middle of a block would be cut
+elsewhere than the same sequence alone, and keep other keys. Moving each one to the next boundary makes padding and
+packing change nothing.
+
+Legend: b rows, s tokens of a row, w tokens of an aligned row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Aligned(NamedTuple):
+    """source_bw: token of the row that stands at each aligned place (0 in gaps); segments_bw: its segment id, 0 in
+    gaps; place_bs: aligned place of each token (w for padding, which has none)."""
+
+    source_bw: Tensor
+    segments_bw: Tensor
+    place_bs: Tensor
+
+    def gather(self, x_bhsd: Tensor) -> Tensor:
+        """[b, h, s, d] -> [b, h, w, d]; gaps hold copies of token 0, which no query sees."""
+        index = self.source_bw[:, None, :, None].expand(-1, x_bhsd.shape[1], -1, x_bhsd.shape[3])
+        return x_bhsd.gather(2, index)
+
+    def scatter(self, y_bhwd: Tensor) -> Tensor:
+        """[b, h, w, d] -> [b, h, s, d]; padding gets 0."""
+        index = self.place_bs[:, None, :, None].expand(-1, y_bhwd.shape[1], -1, y_bhwd.shape[3])
+        return F.pad(y_bhwd, (0, 0, 0, 1)).gather(2, index)
+
+
+def align_segments(segments_bs: Tensor, multiple: int) -> Aligned:
+    """Give every segment a place that starts at a multiple of `multiple`.
+
+    Args:
+        segments_bs: int [b, s], 0 = padding, equal neighbours = one segment.
+        multiple: tokens of a block; every segment takes a whole number of blocks.
+    """
+    b, s = segments_bs.shape
+    device = segments_bs.device
+    valid = segments_bs > 0
+    changed = F.pad(segments_bs[:, 1:] != segments_bs[:, :-1], (1, 0), value=True)
+    starts = valid & changed
+    run = starts.cumsum(1) - 1  # -1 before the first segment
+    run = run.clamp(min=0)
+    position = torch.arange(s, device=device).expand(b, -1)
+    first = torch.where(starts, position, 0).cummax(1).values
+    length = torch.zeros(b, s + 1, dtype=torch.int64, device=device).scatter_add_(1, run, valid.to(torch.int64))
+    blocks = -(-length // multiple) * multiple
+    offset = blocks.cumsum(1) - blocks
+    width = max(int(blocks.sum(1).max()), multiple)
+    place = torch.where(valid, offset.gather(1, run) + position - first, width)
+    source = torch.zeros(b, width + 1, dtype=torch.int64, device=device).scatter_(1, place, position)[:, :width]
+    aligned = torch.zeros(b, width + 1, dtype=segments_bs.dtype, device=device).scatter_(1, place, segments_bs)
+    return Aligned(source, aligned[:, :width].contiguous(), place)
