@@ -9,6 +9,7 @@ import typer
 
 from sparsetrain.cli.answer import Answer, table
 from sparsetrain.cli.flags import Debug, Json, RecipeFile, changes, takes
+from sparsetrain.cli.live import to_stderr
 
 
 @takes("model", "task", "preset", "methods", "seq_len")
@@ -24,12 +25,13 @@ def plan(recipe: RecipeFile = None, json: Json = False, debug: Debug = False, **
       sparsetrain plan --recipe run.yaml
     """
     import sparsetrain
+    from sparsetrain.hf.assemble import empty_model, open_config
 
     asked = _recipe(recipe, changes(flags))
     if not asked.configs:
         raise ValueError("The preset dense changes nothing, so there is nothing to plan. Give --method or another --preset.")
-    model = empty_model(asked.model, asked.task)
-    planned = sparsetrain.plan(model, *asked.configs, seq_tokens=asked.seq_len)
+    _, config = open_config(asked, to_stderr, asked.configs)
+    planned = sparsetrain.plan(empty_model(config, asked.task), *asked.configs, seq_tokens=asked.seq_len)
     rows = planned.rows()
     totals = {
         key: sum(row[key] for row in rows)
@@ -96,17 +98,4 @@ def _recipe(file: Any, given: dict[str, Any]) -> Any:
 
     # a recipe must name its data, which a plan does not read
     return Recipe.from_yaml(file, given) if file else Recipe.from_values({"data": "not read", **given})
-
-
-def empty_model(name: str, task: str) -> Any:
-    """The model on the meta device: its modules and shapes without its weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    from sparsetrain.hf.assets import resolve_model
-
-    config = AutoConfig.from_pretrained(resolve_model(name))
-    kind = AutoModelForSequenceClassification if task == "classify" else AutoModelForCausalLM
-    with torch.device("meta"):
-        return kind.from_config(config)
 
