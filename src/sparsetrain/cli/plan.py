@@ -65,7 +65,7 @@ def _cells(site: str, method: str, row: dict[str, Any], note: str) -> list[str]:
 
 
 def methods(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Methods; all if none is given.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Methods; all if none is given.")] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> Answer:

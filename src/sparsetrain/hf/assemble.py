@@ -6,6 +6,7 @@ Cheap checks come first: a context that is too short or a size that does not div
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from sparsetrain.hf.trainer import Report
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.plan import method_of
 
-_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
 def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...]) -> tuple[str, Any]:
@@ -51,7 +52,7 @@ def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...
         raise ValueError(
             f"seq_len={recipe.seq_len} is longer than the context of {recipe.model}, {context} tokens. Lower it."
         )
-    dropped = [name for name in _DROPOUT if getattr(config, name, 0)]
+    dropped = [name for name in ATTENTION_DROPOUT if getattr(config, name, 0)]
     if dropped and _attention_is_sparse(config, recipe.task, configs):
         for name in dropped:
             report({"event": "note", "text": f"{name} {getattr(config, name)} -> 0: sparse attention has no dropout."})
@@ -193,7 +194,10 @@ def add_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: lis
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     set_seed(recipe.seed)  # the same LoRA start for every recipe of the same seed
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5.23 by a name that is deprecated there
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return get_peft_model(model, config)
 
 
 def pick_device(recipe: Recipe) -> torch.device:

@@ -15,7 +15,7 @@ from torch import nn
 
 from sparsetrain.core.anatomy import Anatomy, Block, describe, submodule
 
-COMPONENTS = ("attention", "ffn", "norms", "embedding", "head_and_loss", "adapters", "other")
+COMPONENTS: tuple[str, ...] = ("attention", "ffn", "norms", "embedding", "head_and_loss", "adapters", "other")
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,9 @@ def _adapters(named: dict[str, nn.Module]) -> Iterator[str]:
     for name, module in named.items():
         if not isinstance(getattr(module, "base_layer", None), nn.Module):
             continue
-        prefix = f"{name}." if name else ""
         for child, inner in module.named_children():
             if child != "base_layer":
-                yield from (f"{prefix}{child}.{deep}" if deep else f"{prefix}{child}" for deep, _ in inner.named_modules())
+                yield from (found for found, _ in inner.named_modules(prefix=f"{name}.{child}".lstrip(".")))
 
 
 @dataclass
@@ -132,17 +131,15 @@ class Running:
 
 
 @contextmanager
-def running(model: nn.Module, on_change: Callable[[], None] | None = None) -> Iterator[Running]:
+def running(model: nn.Module) -> Iterator[Running]:
     """Follow which component of `model` runs inside the `with` block; every hook is removed at its end.
 
-    Args:
-        model: a model that an anatomy adapter knows, converted, PEFT-wrapped or neither.
-        on_change: called just before the place changes.
+    The model may be converted, PEFT-wrapped or neither. Set `on_change` to be called just before the place changes.
 
     Raises:
         UnknownFamily: no anatomy adapter knows the model.
     """
-    now = Running(on_change)
+    now = Running()
     blocks = [block.name for block in describe(model).blocks]
     hooks: list[Any] = []
 

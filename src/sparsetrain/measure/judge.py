@@ -137,7 +137,8 @@ def _equal_time(runs: dict[str, Run]) -> Judgement | None:
     longer = "sparse" if shorter == "dense" else "dense"
     setup = setup_seconds(runs["sparse"])
     included = f", {seconds_text(setup)} of set-up included" if setup else ""
-    found = _losses("loss_at_equal_time", curves, ends[shorter], f"{what} after {seconds_text(ends[shorter])}{included}")
+    after = f"{what} after {seconds_text(ends[shorter])}{included}"
+    found = _losses("loss_at_equal_time", curves, ends[shorter], after)
     if found is None:
         text = (
             f"The {shorter} run was over ({seconds_text(ends[shorter])}) before the {longer} run had its first loss "

@@ -24,7 +24,7 @@ from sparsetrain.measure.components import COMPONENTS, Place, Running, running
 
 @dataclass(frozen=True, kw_only=True)
 class SavedActivations:
-    """Bytes kept for the backward pass. `by_layer` holds what was saved inside the blocks, `by_component` everything."""
+    """Bytes kept for the backward pass: `by_component` everything, `by_layer` what was saved inside the blocks."""
 
     by_component: dict[str, int]
     by_layer: dict[int, dict[str, int]]

@@ -70,7 +70,7 @@ def _curves(runs: dict[str, Run]) -> str:
     if not any(run["steps"] for run in runs.values()):
         return ""
     held_out = all(len(run.get("evals") or []) >= 2 for run in runs.values())
-    lines = "Dots: held-out loss. Faint: training loss, smoothed." if held_out else "Training loss, smoothed; faint: raw."
+    lines = "Dots: held-out loss. Faint: training loss, smoothed." if held_out else "Training loss; faint: every step."
     setup = " The time before the first step is set-up." if any(setup_seconds(run) for run in runs.values()) else ""
     figures = [
         _figure(plots.loss_by_step, runs, "Loss by step", lines),
@@ -135,9 +135,8 @@ def _component_table(saved: dict[str, dict[str, int]], times: dict[str, dict[str
 
 def _parts_table(parts: dict[str, dict[str, int]]) -> str:
     head = ["Part", *parts, *(["change"] if len(parts) == 2 else [])]
-    names = [*dict.fromkeys(name for row in parts.values() for name in row if name not in ("rest", "peak")), "rest", "peak"]
     rows = []
-    for name in names:
+    for name in plots.MEMORY_PARTS + ("peak",):
         values = [row.get(name) for row in parts.values()]
         if any(value is not None for value in values):
             both = [value or 0 for value in values]
@@ -153,9 +152,7 @@ def _quality(runs: dict[str, Run]) -> str:
         used = [stage for stage in STAGES if any(stage in row for row in stages.values())]
         if not used:
             continue
-        rows = [
-            [escape(_STAGE_NAMES[stage]), *(_cell(row, stage, show) for row in stages.values())] for stage in used
-        ]
+        rows = [[escape(_STAGE_NAMES[stage]), *(_cell(row, stage, show) for row in stages.values())] for stage in used]
         tables.append(_table((metric.capitalize(), *stages), rows, kind="numbers"))
     return _section("Quality at every stage", "quality", *tables) if tables else ""
 
@@ -200,7 +197,8 @@ def _plan_row(group: list[dict[str, Any]]) -> list[str]:
 def _settings(title: str, name: str, values: dict[str, Any]) -> str:
     if not values:
         return ""
-    return _section(title, name, _table((), [(escape(key), _value(value)) for key, value in values.items()], kind="settings"))
+    rows = [(escape(key), _value(value)) for key, value in values.items()]
+    return _section(title, name, _table((), rows, kind="settings"))
 
 
 def _value(value: Any) -> str:
@@ -223,18 +221,19 @@ def _inline(value: Any) -> str:
 def _how(report: Report) -> str:
     lines = [
         f"A tie is a difference of at most {TIE_TIME:.0%} in time (3 % where steps were timed alternately), "
-        f"{TIE_BYTES:.0%} in bytes, {TIE_LOSS} nats in loss (1 % of perplexity), {TIE_ACCURACY * 100:.1f} points of accuracy.",
-        "Time per step is the median over the run, its first step left out; evaluation and saving are not in it. "
-        "Loss at equal time interpolates each curve at the shorter run's end, and the time of calibration, conversion and "
-        "distillation counts as training time.",
-        "Saved activations count each storage that the backward pass keeps, once and in full. Parameters and buffers are "
-        "not in it. A storage that two components keep is counted where it was kept first.",
+        f"{TIE_BYTES:.0%} in bytes, {TIE_LOSS} nats in loss (1 % of perplexity), {TIE_ACCURACY:.1%} of accuracy.",
+        "Time per step is the median over the run, its first step left out; evaluation and saving are not in it.",
+        "Loss at equal time interpolates each curve at the shorter run's end. The time of calibration, conversion "
+        "and distillation counts as training time.",
+        "Saved activations count each storage that the backward pass keeps, once and in full, without parameters "
+        "and buffers. A storage that two components keep is counted where it was kept first.",
     ]
     if len(report["runs"]) == 2:
         lines.append("One seed: a small difference in loss or quality may be chance.")
         if report["timing"] is None:
-            lines.append("The two runs were timed apart from each other: other load on the machine may have changed one.")
-    return _section("How this was measured", "how", f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>")
+            lines.append("The two runs were timed apart: other load on the machine may have changed one of them.")
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return _section("How this was measured", "how", f"<ul>{items}</ul>")
 
 
 def _section(title: str, name: str, *parts: str) -> str:

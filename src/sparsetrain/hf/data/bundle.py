@@ -75,7 +75,7 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
         ValueError: the tokenizer has neither.
     """
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
+        if isinstance(token_id, int):
             return token_id
     raise ValueError(
         f"{type(tokenizer).__name__} has neither a padding nor an end-of-text token, so rows cannot be padded. "
@@ -103,3 +103,11 @@ def beginning_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ids = tokenizer("")["input_ids"]
     begins = isinstance(ids, list) and len(ids) > 0 and ids[0] == tokenizer.bos_token_id
     return [ids[0]] if begins else []
+
+
+def end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The end-of-text token, else the separator that BERT-like tokenizers have, else None."""
+    for token_id in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        if isinstance(token_id, int):
+            return token_id
+    return None

@@ -15,6 +15,7 @@ from sparsetrain.hf.data.bundle import (
     Progress,
     beginning_ids,
     check_length,
+    end_id,
     padding_id,
 )
 from sparsetrain.hf.data.files import Row, text_of
@@ -171,8 +172,8 @@ def assistant_spans(
         whole = _render(tokenizer, conversation[: i + 1])
         if i:
             before = _render(tokenizer, conversation[:i], add_generation_prompt=True)
-        else:
-            before = whole[: whole.find(message["content"])]  # many templates cannot render an empty conversation
+        else:  # many templates cannot render an empty conversation
+            before = whole.partition(message["content"].strip() or whole)[0]
         if not (text.startswith(whole) and whole.startswith(before)):
             raise ValueError(
                 f"{origin}: the chat template renders message {i} differently once later messages follow, so what "
@@ -213,7 +214,7 @@ def _encode_plain(row: Row, messages: list[Message], tokenizer: PreTrainedTokeni
     ids, starts = _tokenise(tokenizer, prompt + completion)
     labels = [token if start >= len(prompt) else IGNORED_LABEL for token, start in zip(ids, starts)]
     begin_ids = beginning_ids(tokenizer)
-    end_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    end_ids = [end for end in (end_id(tokenizer),) if end is not None]
     return begin_ids + ids + end_ids, [IGNORED_LABEL] * len(begin_ids) + labels + end_ids
 
 

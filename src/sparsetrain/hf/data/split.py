@@ -59,7 +59,7 @@ def divide(
         if kept is not None and not kept:
             raise ValueError(
                 f"No {side} rows: found {len(rows)} rows, {len(set(keys))} of them distinct, {num_dropped} also in the "
-                f"evaluation data; eval_ratio={eval_ratio}. Give more data, other evaluation data or another eval_ratio."
+                f"evaluation data; eval_ratio={eval_ratio}. Give more data, other evaluation data or another ratio."
             )
     return [rows[i] for i in train_ids], eval_rows, num_dropped
 

@@ -18,6 +18,7 @@ from sparsetrain.hf.data.bundle import (
     Progress,
     beginning_ids,
     check_length,
+    end_id,
     padding_id,
 )
 from sparsetrain.hf.data.sources import Documents, HubChoice, Source, load_documents, source_name
@@ -67,7 +68,8 @@ def load_text(
         eval_source: a source of its own for evaluation, instead of a share of `source`.
         eval_ratio: share of documents held out; 0 for none.
         max_tokens: stop tokenising training documents here (rounded down to whole rows).
-        max_eval_tokens: the same for evaluation; `eval_ratio * max_tokens` when only that is given.
+        max_eval_tokens: the same for evaluation; `eval_ratio * max_tokens` when only that is given (0.05 for a ratio
+            of 0).
         seed: of the document order, the split and the row order.
         text_column: the field with the text, for sources with rows.
         dataset_config, split: for hub data sets and saved folders.
@@ -87,7 +89,7 @@ def load_text(
     check_ratio(eval_ratio)
     _check_limits(seq_len, max_tokens=max_tokens, max_eval_tokens=max_eval_tokens)
     if max_tokens is not None and max_eval_tokens is None:
-        max_eval_tokens = max(seq_len, int(eval_ratio * max_tokens))
+        max_eval_tokens = max(seq_len, int((eval_ratio or 0.05) * max_tokens))
     documents = load_documents(source, HubChoice(config=dataset_config, split=split), text_column)
     others = None
     if eval_source is not None or eval_split is not None:
@@ -95,16 +97,19 @@ def load_text(
         others = load_documents(source if eval_source is None else eval_source, choice, text_column)
 
     stream = _TokenStream(tokenizer, progress)
-    texts = _shuffled(documents, seed)
+    order = list(range(documents.count))
+    random.Random(seed).shuffle(order)
+    texts: Iterable[str] = map(documents.read, order)
     tokens_eval = None
     if others is not None:
         tokens_eval = stream.encode(map(others.read, range(others.count)), max_eval_tokens, "eval")
     elif eval_ratio and documents.count == 1:
-        head, tail = _cut_at_line(next(texts), 1 - eval_ratio)
-        texts = iter((head,))
+        head, tail = _cut_at_line(documents.read(0), 1 - eval_ratio)
+        texts = (head,)
         tokens_eval = stream.encode((tail,), max_eval_tokens, "eval")
     elif eval_ratio:
-        tokens_eval = _encode_held_out(stream, texts, documents.count, eval_ratio, max_eval_tokens, seq_len)
+        tokens_eval, num_held_out = _encode_held_out(stream, documents, order, eval_ratio, max_eval_tokens, seq_len)
+        texts = map(documents.read, order[num_held_out:])
     tokens_train = stream.encode(texts, max_tokens, "train")
 
     name = source_name(source)
@@ -133,7 +138,7 @@ class _TokenStream:
     """Texts -> token streams; remembers the held-out texts, so that training drops its copies of them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, progress: Progress | None) -> None:
-        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        end = end_id(tokenizer)
         if end is None:
             raise ValueError(
                 f"{type(tokenizer).__name__} has no end-of-text token to put between documents. "
@@ -141,7 +146,7 @@ class _TokenStream:
             )
         self.tokenizer = tokenizer
         self.progress = progress
-        self.end_id: int = end
+        self.end_id = end
         self.begin_ids = beginning_ids(tokenizer)
         self.counts = {"documents_empty": 0, "duplicates_of_eval": 0}
         self._held_out: set[bytes] = set()
@@ -206,25 +211,17 @@ def _piece_end(text: str, begin: int) -> int:
     return text.rfind("\n", begin, begin + _PIECE_CHARS) + 1 or begin + _PIECE_CHARS
 
 
-def _shuffled(documents: Documents, seed: int) -> Iterator[str]:
-    order = list(range(documents.count))
-    random.Random(seed).shuffle(order)
-    return map(documents.read, order)
-
-
 def _encode_held_out(
-    stream: _TokenStream, texts: Iterator[str], num_documents: int, eval_ratio: float, limit: int | None, seq_len: int
-) -> _Tokens:
-    """Take documents from the front of `texts` for evaluation: the asked share, and on until they fill one row."""
-    num_eval = max(1, round(eval_ratio * num_documents))
-    held_out = [next(texts) for _ in range(min(num_eval, num_documents - 1))]
-    tokens = stream.encode(held_out, limit, "eval")
-    for _ in range(num_documents - 1 - len(held_out)):
-        if len(tokens.ids_n) >= seq_len:
-            break
-        more = stream.encode((next(texts),), limit, "eval")
+    stream: _TokenStream, documents: Documents, order: list[int], eval_ratio: float, limit: int | None, seq_len: int
+) -> tuple[_Tokens, int]:
+    """Tokens of the first documents of `order`: the asked share, and more until they fill a row; and how many."""
+    num_held_out = min(max(1, round(eval_ratio * len(order))), len(order) - 1)
+    tokens = stream.encode(map(documents.read, order[:num_held_out]), limit, "eval")
+    while len(tokens.ids_n) < seq_len and num_held_out < len(order) - 1:
+        more = stream.encode((documents.read(order[num_held_out]),), limit, "eval")
         tokens = _Tokens(np.append(tokens.ids_n, more.ids_n), np.append(tokens.starts_n, more.starts_n))
-    return tokens
+        num_held_out += 1
+    return tokens, num_held_out
 
 
 def _cut_at_line(text: str, ratio: float) -> tuple[str, str]:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import FFNSite, describe, submodule
 from sparsetrain.methods.routed_ffn.config import RoutedFFN
-from sparsetrain.methods.routed_ffn.convert import convert_ffn
 from sparsetrain.surgery.lora import linear_parts
 from sparsetrain.surgery.plan import Edit, State
 
@@ -79,4 +78,6 @@ def _convert(owner: nn.Module, config: RoutedFFN, site: FFNSite, x_nd: Tensor) -
     up = linear_parts(owner.get_submodule(site.up), site.transposed)
     down = linear_parts(owner.get_submodule(site.down), site.transposed)
     gate = linear_parts(owner.get_submodule(site.gate), site.transposed) if site.gate else None
+    from sparsetrain.methods.routed_ffn.convert import convert_ffn
+
     raise NotImplementedError((up, down, gate, config, convert_ffn))

@@ -133,7 +133,9 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, segments: Tensor | None, block_q: int, block_k: int
 ) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
-        raise ValueError(f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}: need [b, h, t, d] and twice [b, g, s, d].")
+        raise ValueError(
+            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}: need [b, h, t, d] and twice [b, g, s, d]."
+        )
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
         raise ValueError(f"q {list(q.shape)} and k {list(k.shape)}: b and d must be equal and g must divide h.")
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
@@ -150,10 +152,13 @@ def _check(
         )
     if blocks.shape[0] not in (1, q.shape[0]) or blocks.shape[1] not in (1, k.shape[1], q.shape[1]):
         raise ValueError(
-            f"blocks {list(blocks.shape)}: the first axis must be 1 or b={q.shape[0]}, the second 1, g={k.shape[1]} or h={q.shape[1]}."
+            f"blocks {list(blocks.shape)}: the first axis must be 1 or b={q.shape[0]}, "
+            f"the second 1, g={k.shape[1]} or h={q.shape[1]}."
         )
     if segments is not None and (segments.is_floating_point() or segments.shape != (k.shape[0], k.shape[2])):
-        raise ValueError(f"segments is {segments.dtype} {list(segments.shape)}; need integers [{k.shape[0]}, {k.shape[2]}].")
+        raise ValueError(
+            f"segments is {segments.dtype} {list(segments.shape)}; need integers [{k.shape[0]}, {k.shape[2]}]."
+        )
 
 
 def _check_ids(blocks: Tensor, num_key_blocks: int) -> None:
@@ -162,7 +167,9 @@ def _check_ids(blocks: Tensor, num_key_blocks: int) -> None:
         return
     low, high = (int(x) for x in blocks.aminmax())
     if low < -1 or high >= num_key_blocks:
-        raise ValueError(f"block ids span {low} .. {high}; {num_key_blocks} key blocks allow -1 .. {num_key_blocks - 1}.")
+        raise ValueError(
+            f"block ids span {low} .. {high}; {num_key_blocks} key blocks allow -1 .. {num_key_blocks - 1}."
+        )
     ids = blocks.sort(dim=-1).values
     twice = (ids[..., 1:] == ids[..., :-1]) & (ids[..., 1:] >= 0)
     if bool(twice.any()):

@@ -61,7 +61,7 @@ class TileBatch:
 
     query_rows_nr: Tensor  # rows of q viewed as [b*h*i, block_q, d]
     key_rows_nk: Tensor  # rows of k and v viewed as [b*g*j, block_k, d]; partly visible blocks first
-    mask: Tensor | None  # additive, [n or 1, 1, r*block_q, k*block_k]; None when every pair is visible
+    mask: Tensor | None  # additive, [n, 1, r*block_q, k*block_k]; None when every pair is visible
 
 
 class TilePlan:
@@ -83,8 +83,8 @@ class TilePlan:
         seen, every, mixed = self._classify(blocks)
         rank = torch.where(seen, every.long(), 2)
         stride = geometry.num_key_blocks + 1
-        key, slot = (rank * stride + blocks).flatten(0, 2).sort(dim=-1)
-        self.blocks_nk = blocks.flatten(0, 2).gather(1, slot)
+        slot_nk = (rank * stride + blocks).flatten(0, 2).argsort(dim=-1)
+        self.blocks_nk = blocks.flatten(0, 2).gather(1, slot_nk)
         kept = seen.sum(-1)
         code = (kept * (num_slots + 1) + (seen & ~every).sum(-1)) * 2 + (seen & mixed).any(-1)
         code, self.order = code.flatten().sort(stable=True)
@@ -164,7 +164,7 @@ class TilePlan:
         per_list = self.num_heads // self.list_heads
         mask = torch.zeros(len(seen), per_list, geo.block_q, kept * geo.block_k, dtype=dtype)
         mask[..., : partial * geo.block_k].masked_fill_(~seen.flatten(2)[:, None], MASKED)
-        return mask.flatten(1, 2)[:, None]
+        return mask.flatten(1, 2)[:, None].expand(len(blocks), -1, -1, -1)
 
 
 def _segment_blocks(segments_bs: Tensor | None, geo: Geometry) -> tuple[Tensor | None, Tensor | None]:

@@ -1,13 +1,18 @@
 """The routed FFN as grouped GEMMs: pairs sorted by block, rows gathered and added back tile by tile.
 
-Hidden units come first in every product (`pre_um`: u units, m rows), so that a block's gate and up halves are each
-contiguous however narrow the block is: at 18 units, 88 against 72 GFLOP/s, and elementwise work 4x faster.
+Hidden units come first in every product (`pre_um`), so that a block's gate and up halves are each contiguous however
+narrow the block is: at 18 units the GEMM runs at 88 against 72 GFLOP/s and elementwise work is four times faster.
 
-Saved for backward: x, x Aᵀ and the pre-activations of the active units. Activations and products are recomputed.
+Saved for backward: x, x Aᵀ, and the pre-activations of the active units. Activations and products are recomputed, and
+a token's gate receives ⟨dh, h⟩, so no block output is kept.
+
+Legend: t tokens, d model width, f hidden units, r LoRA rank, u hidden units of one block, m rows of one tile, q places
+of the padded pair list.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,245 +20,266 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsetrain.ops.routed_ffn.activations import ACTIVATIONS
+from sparsetrain.ops.routed_ffn.problem import Problem
 from sparsetrain.ops.routed_ffn.tiles import Layout, Piece, Tile, lay_out, pad_pairs
-from sparsetrain.ops.routing import Grouping
 
-# Below this width one GEMM over the copied gate and up rows is faster than two: 84 against 69 GFLOP/s at 18 units.
+# Below this width one GEMM over the copied gate and up rows beats two: 84 against 69 GFLOP/s at 18 units.
 PACK_WIDTH = 64
 
 
-class Call(NamedTuple):
-    """What does not change with the data: the form of the FFN."""
+class Group(NamedTuple):
+    """Views of what belongs to some hidden units: the parameters, or (None where not wanted) their gradients."""
 
-    num_shared: int
-    width: int
-    activation: str
-    gates_base: bool  # gate_mode "spt": c on every base product
+    weights: tuple[Tensor | None, ...]  # [u, d], gate before up
+    biases: tuple[Tensor | None, ...]  # [u]
+    lora_b: tuple[Tensor | None, ...]  # [u, r]
+    down_ud: Tensor | None
+    lora_a_ur: Tensor | None
 
 
-def grouped_ffn(call: Call, x_td: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], down_df: Tensor, *,
-                start_d: Tensor | None, groups: Grouping | None, gate_tk: Tensor | None, low_tr: Tensor | None,
-                b_pfr: Tensor | None, a_rf: Tensor | None, keep_tf: Tensor | None, shift_gd: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if groups is None:
-        source_q = target_p = token_q = None
-        live, padded = [], []
-        pair_q = None
-    else:
-        source_q, target_p, live, padded = pad_pairs(groups.offsets)
-        token_q = groups.token_p.index_select(0, source_q)
-        pair_q = groups.order_p.index_select(0, source_q)
-    layout = lay_out(x_td.shape[0], call.num_shared, call.width, len(weights), live, padded)
-    place_tk = None
-    if groups is not None and gate_tk is not None:
-        # padded place of each (token, slot); places past the end stand for tokens that are not valid
-        extra = torch.full((groups.inverse_tk.numel() - len(target_p),), len(token_q), device=x_td.device)
-        place_tk = torch.cat([target_p, extra])[groups.inverse_tk.reshape(-1)]
-    return _GroupedFFN.apply(call, layout, x_td, low_tr, gate_tk, down_df, start_d, b_pfr, a_rf, shift_gd, keep_tf, token_q,
-                             pair_q, place_tk, *weights, *biases)
+def grouped_ffn(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """(y [t, d], h Aᵀ [t, r] of the down-projection's LoRA or None). See `Problem` for the equation."""
+    p = problem
+    pairs = pad_pairs(p.groups) if p.groups is not None else None
+    layout = lay_out(p.x_td.shape[0], p.sizes, len(p.weights), pairs.rows if pairs else [])
+    indices = (pairs.pair_q, pairs.token_q, pairs.sink_q, pairs.place_tk) if pairs else (None,) * 4
+    return _GroupedFFN.apply(
+        (p.activation, p.gates_base, p.sizes, layout),
+        p.x_td, p.low_tr, p.gate_tk, p.start_d, p.shift_gd, p.down_df, p.lora_a_rf, p.keep_tf,
+        *indices, *p.weights, *p.biases, *p.lora_b,
+    )  # fmt: skip
 
 
 class _GroupedFFN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: Call, layout: Layout, x, low, gate, down, start, b, a, shift, keep, token, pair, place, *rest):
-        n = len(rest) // 2
-        weights, biases = rest[:n], rest[n:]
-        t, d = x.shape
-        y = _start(x, start, call.num_shared)
-        low_out = x.new_zeros(t, a.shape[0]) if a is not None else None
-        saved = x.new_empty(layout.saved_numel)
-        c_q = gate.reshape(-1).index_select(0, pair) if gate is not None and pair is not None else None
-        act = ACTIVATIONS[call.activation][0]
-        scratch = x.new_empty(layout.scratch_rows, d)
+    def forward(ctx: Any, form: Any, x_td: Tensor, *tensors: Any) -> tuple[Tensor, Tensor | None]:
+        low_tr, gate_tk, start_d, shift_gd, down_df, a_rf, keep_tf, pair_q, token_q, sink_q, place_tk, *rest = tensors
+        activation, gates_base, sizes, layout = form
+        groups = _split(sizes, down_df, a_rf, rest)
+        act, _ = ACTIVATIONS[activation]
+        c_q = gate_tk.reshape(-1)[pair_q] if gate_tk is not None and pair_q is not None else None
+        pre = x_td.new_empty(layout.saved_numel)
+        y = _Rows(x_td, layout, x_td.shape[1], start_d, fresh=bool(sizes[0]))
+        low_out = _Rows(x_td, layout, a_rf.shape[0]) if a_rf is not None else None
         for tile in layout.tiles:
-            xs, lows = _rows(x, tile, token), _rows(low, tile, token)
-            ys = scratch[: tile.rows] if tile.routed else y[tile.start : tile.start + tile.rows]
-            low_outs = x.new_empty(tile.rows, a.shape[0]) if a is not None else None
+            xs, lows = _gather(x_td, tile, token_q), _gather(low_tr, tile, token_q)
+            ys, low_outs = y.of(tile), low_out.of(tile) if low_out is not None else None
             for piece in tile.pieces:
-                here = slice(piece.row, piece.row + piece.padded)
-                units = slice(piece.unit, piece.unit + piece.width)
-                c = c_q[tile.start + piece.row : tile.start + piece.row + piece.padded] if c_q is not None and tile.routed else None
-                pre = _saved(saved, piece, n)
-                _project(pre, weights, biases, units, xs[here])
-                if call.gates_base and c is not None:
-                    pre = pre * c
-                if lows is not None:
-                    pre.addmm_(b[:, units].reshape(-1, b.shape[2]), lows[here].t())
-                h = act(pre[: piece.width])
-                if n == 2:
-                    h.mul_(pre[piece.width :])
-                if piece.live < piece.padded:
-                    h[:, piece.live :] = 0
-                gated = c is not None
-                if gated and not call.gates_base:
-                    h.mul_(c)
+                group, here = groups[piece.group], slice(piece.row, piece.row + piece.rows)
+                c = c_q[tile.start :][here] if c_q is not None and tile.routed else None
+                pre_um = _saved(pre, piece, group)
+                _project(pre_um, group, xs[here])
+                if c is not None and gates_base:
+                    pre_um = pre_um * c
+                _add_lora(pre_um, group, lows, here)
+                _, h_um = _hidden(act, pre_um, len(group.weights))
+                if c is not None and not gates_base:
+                    h_um.mul_(c)
                 if low_outs is not None:
-                    hk = h if keep is None else h * _rows(keep[:, units], tile, token, here).t()
-                    torch.mm(hk.t(), a[:, units].t(), out=low_outs[here])
-                if gated and call.gates_base:
-                    h.mul_(c)
-                if tile.routed and shift is not None:
-                    torch.addmm(shift[piece.block], h.t(), down[:, units].t(), beta=-1, out=ys[here])
-                    if piece.live < piece.padded:
-                        ys[piece.row + piece.live : piece.row + piece.padded] = 0
-                elif not tile.routed and start is not None:
-                    torch.addmm(start, h.t(), down[:, units].t(), out=ys[here])
-                else:
-                    torch.mm(h.t(), down[:, units].t(), out=ys[here])
-            _add(y, ys, tile, token)
-            _add(low_out, low_outs, tile, token, fresh=False)
-        ctx.call, ctx.layout, ctx.n = call, layout, n
-        ctx.save_for_backward(x, low, gate, down, b, a, keep, token, pair, place, saved, *weights, *biases)
-        return y, low_out
+                    torch.mm(_keep(h_um, keep_tf, piece, sizes, tile, token_q).t(), group.lora_a_ur, out=low_outs[here])
+                if c is not None and gates_base:
+                    h_um.mul_(c)
+                offset_d = start_d if not tile.routed else None if shift_gd is None else -shift_gd[piece.group - 1]
+                _mm(h_um.t(), group.down_ud, ys[here], offset_d)
+            y.add(tile, sink_q, ys)
+            if low_out is not None:
+                low_out.add(tile, sink_q, low_outs)
+        ctx.form = form
+        ctx.save_for_backward(x_td, low_tr, gate_tk, down_df, a_rf, keep_tf, pair_q, token_q, sink_q, place_tk, pre, *rest)
+        return y.done(), low_out.done() if low_out is not None else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy, dlow_out):
-        call, layout, n = ctx.call, ctx.layout, ctx.n
-        x, low, gate, down, b, a, keep, token, pair, place, saved, *rest = ctx.saved_tensors
-        weights, biases = rest[:n], rest[n:]
-        need = ctx.needs_input_grad
-        needs_x, needs_low, needs_gate, needs_down, needs_start, needs_b, needs_a, needs_shift = need[2:10]
-        needs_w, needs_bias = need[14 : 14 + n], need[14 + n :]
-        t, d = x.shape
-        dy = dy.contiguous()
-        dx = _start(x, None, call.num_shared) if needs_x else None
-        dlow = torch.zeros_like(low) if needs_low else None
-        db = torch.zeros_like(b) if needs_b else None
-        da = torch.zeros_like(a) if needs_a else None
-        ddown = torch.zeros_like(down) if needs_down else None
-        dweights = [torch.zeros_like(w) if needed else None for w, needed in zip(weights, needs_w)]
-        dbiases = [torch.zeros_like(w) if needed else None for w, needed in zip(biases, needs_bias)]
-        dstart = dy.sum(0) if needs_start else None
-        c_q = gate.reshape(-1).index_select(0, pair) if gate is not None and pair is not None else None
-        dc_q = x.new_zeros(len(c_q) + 1) if needs_gate and c_q is not None else None
-        num_blocks = (down.shape[1] - call.num_shared) // call.width if call.width else 0
-        dshift = x.new_zeros(num_blocks, d) if needs_shift else None
-        act, act_backward = ACTIVATIONS[call.activation]
-        scratch = x.new_empty(layout.scratch_rows, d)
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        x_td, low_tr, gate_tk, down_df, a_rf, keep_tf, pair_q, token_q, sink_q, place_tk, pre, *rest = ctx.saved_tensors
+        activation, gates_base, sizes, layout = ctx.form
+        act, act_backward = ACTIVATIONS[activation]
+        _, need_x, need_low, need_gate, need_start, need_shift, need_down, need_a, *need_rest = ctx.needs_input_grad
+        need_rest = need_rest[5:]
+        groups = _split(sizes, down_df, a_rf, rest)
+        d_down, d_a = _zeros(down_df, need_down), _zeros(a_rf, need_a)
+        d_rest = [_zeros(tensor, needed) for tensor, needed in zip(rest, need_rest)]
+        d_groups = _split(sizes, d_down, d_a, d_rest)
+        dy_td, dlow_out = _with_zero_row(grads[0]), _with_zero_row(grads[1]) if a_rf is not None else None
+        c_q = gate_tk.reshape(-1)[pair_q] if gate_tk is not None and pair_q is not None else None
+        dc_q = x_td.new_zeros(len(pair_q) + 1) if need_gate and c_q is not None else None
+        dx = _Rows(x_td, layout, x_td.shape[1], fresh=bool(sizes[0])) if need_x else None
+        dlow = _Rows(x_td, layout, low_tr.shape[1]) if need_low else None
+        d_shift = x_td.new_zeros(len(sizes) - 1, x_td.shape[1]) if need_shift else None
         for tile in layout.tiles:
-            dys, dlow_outs, lows = _rows(dy, tile, token), _rows(dlow_out if a is not None else None, tile, token), _rows(low, tile, token)
-            xs = _rows(x, tile, token) if any(needs_w) else None
-            dxs = None
-            if dx is not None:
-                dxs = scratch[: tile.rows] if tile.routed else dx[tile.start : tile.start + tile.rows]
-            dlows = torch.empty_like(lows) if dlow is not None else None
+            xs = _gather(x_td, tile, token_q) if any(need_rest) else None
+            lows, dys, dlow_outs = _gather(low_tr, tile, token_q), _gather(dy_td, tile, sink_q), _gather(dlow_out, tile, sink_q)
+            dxs, dlows = dx.of(tile) if dx is not None else None, dlow.of(tile) if dlow is not None else None
             for piece in tile.pieces:
-                here = slice(piece.row, piece.row + piece.padded)
-                units = slice(piece.unit, piece.unit + piece.width)
-                w = piece.width
-                places = slice(tile.start + piece.row, tile.start + piece.row + piece.padded)
-                c = c_q[places] if c_q is not None and tile.routed else None
-                base = pre = _saved(saved, piece, n)
-                bu = b[:, units].reshape(-1, b.shape[2]) if b is not None else None
-                if call.gates_base and c is not None:
-                    pre = pre * c
-                    if bu is not None:
-                        pre.addmm_(bu, lows[here].t())
-                h = a_g = act(pre[:w])
-                if n == 2:
-                    h = a_g * pre[w:]
-                dh = torch.mm(down[:, units].t(), dys[here].t())
-                if dshift is not None and tile.routed:
-                    dshift[piece.block].sub_(dys[piece.row : piece.row + piece.live].sum(0))
-                dc = None
-                spt = c is not None and call.gates_base
-                if spt and dc_q is not None:
-                    dc = (dh * h).sum(0)
+                group, d_group, here = groups[piece.group], d_groups[piece.group], slice(piece.row, piece.row + piece.rows)
+                n = len(group.weights)
+                c = c_q[tile.start :][here] if c_q is not None and tile.routed else None
+                base_um = pre_um = _saved(pre, piece, group)
+                spt = c is not None and gates_base
                 if spt:
-                    dh.mul_(c)
-                hk = h
-                if a is not None:
-                    au = a[:, units]
-                    if keep is None:
-                        dh.addmm_(au.t(), dlow_outs[here].t())
+                    pre_um = pre_um * c
+                    _add_lora(pre_um, group, lows, here)
+                a_um, h_um = _hidden(act, pre_um, n)
+                dh_um = torch.mm(group.down_ud, dys[here].t())
+                dc = None
+                if spt:
+                    dc = (dh_um * h_um).sum(0)
+                    dh_um.mul_(c)
+                if dlow_outs is not None:
+                    part = dlow_outs[here]
+                    if keep_tf is None:
+                        dh_um.addmm_(group.lora_a_ur, part.t())
                     else:
-                        mask = _rows(keep[:, units], tile, token, here).t()
-                        dh.add_(torch.mm(au.t(), dlow_outs[here].t()).mul_(mask))
-                        hk = h * mask
-                if piece.live < piece.padded:
-                    dh[:, piece.live :] = 0
+                        dh_um.add_(_keep(torch.mm(group.lora_a_ur, part.t()), keep_tf, piece, sizes, tile, token_q))
+                    if d_group.lora_a_ur is not None:
+                        d_group.lora_a_ur.addmm_(_keep(h_um, keep_tf, piece, sizes, tile, token_q), part if c is None or spt else part * c[:, None])
                 if c is not None and not spt:
                     if dc_q is not None:
-                        dc = (dh * h).sum(0)
-                    dh.mul_(c)
-                if da is not None:
-                    dl = dlow_outs[here]
-                    if c is not None and not spt:
-                        dl = dl * c[:, None]
-                    live = piece.live
-                    da[:, units].add_(torch.mm(dl[:live].t(), hk[:, :live].t()))
-                if ddown is not None:
-                    hc = h if c is None else h * c
-                    ddown[:, units].addmm_(dys[here][: piece.live].t(), hc[:, : piece.live].t())
-                dpre = torch.empty_like(pre)
+                        dc = (dh_um * h_um).sum(0)
+                    dh_um.mul_(c)
+                if d_group.down_ud is not None:
+                    d_group.down_ud.addmm_(h_um if c is None else h_um * c, dys[here])
+                dpre_um = torch.empty_like(pre_um)
+                dpres = dpre_um.chunk(n)
                 if n == 2:
-                    torch.mul(dh, a_g, out=dpre[w:])
-                    dh.mul_(pre[w:])
-                act_backward(dh, pre[:w], dpre[:w])
-                if db is not None:
-                    db[:, units].add_(torch.mm(dpre, lows[here]).view(n, w, -1))
-                if dlows is not None:
-                    torch.mm(dpre.t(), bu, out=dlows[here])
+                    torch.mul(dh_um, a_um, out=dpres[1])
+                    dh_um.mul_(pre_um.chunk(2)[1])
+                act_backward(dh_um, pre_um.chunk(n)[0], dpres[0])
+                col = 0
+                for dpre, b, d_b in zip(dpres, group.lora_b, d_group.lora_b):
+                    if b is not None:
+                        cols = slice(col, col + b.shape[1])
+                        col += b.shape[1]
+                        if d_b is not None:
+                            d_b.addmm_(dpre, lows[here, cols])
+                        if dlows is not None:
+                            torch.mm(dpre.t(), b, out=dlows[here, cols])
                 if spt:
-                    if dc is not None:
-                        dc.add_((dpre * base).sum(0))
-                    dpre.mul_(c)
-                if dc is not None:
-                    dc_q[places] = dc
-                for i in range(n):
-                    dpi = dpre[i * w : (i + 1) * w]
-                    if dweights[i] is not None:
-                        dweights[i][units].addmm_(dpi, xs[here])
-                    if dbiases[i] is not None:
-                        dbiases[i][units].add_(dpi.sum(1))
+                    dc.add_((dpre_um * base_um).sum(0))
+                    dpre_um.mul_(c)
+                if dc_q is not None and dc is not None:
+                    dc_q[tile.start + piece.row : tile.start + piece.row + piece.rows] = dc
+                for dpre, d_w, d_bias in zip(dpres, d_group.weights, d_group.biases):
+                    if d_w is not None:
+                        d_w.addmm_(dpre, xs[here])
+                    if d_bias is not None:
+                        d_bias.add_(dpre.sum(1))
+                if d_shift is not None and tile.routed:
+                    d_shift[piece.group - 1].sub_(dys[here].sum(0))
                 if dxs is not None:
-                    if n == 2 and w <= PACK_WIDTH:
-                        torch.mm(dpre.t(), torch.cat([m[units] for m in weights]), out=dxs[here])
+                    if _packs(group):
+                        torch.mm(dpre_um.t(), torch.cat(group.weights), out=dxs[here])
                     else:
-                        torch.mm(dpre[:w].t(), weights[0][units], out=dxs[here])
+                        torch.mm(dpres[0].t(), group.weights[0], out=dxs[here])
                         if n == 2:
-                            dxs[here].addmm_(dpre[w:].t(), weights[1][units])
-            _add(dx, dxs, tile, token)
-            _add(dlow, dlows, tile, token, fresh=False)
-        dgate = dc_q.index_select(0, place).view_as(gate) if dc_q is not None else None
-        return (None, None, dx, dlow, dgate, ddown, dstart, db, da, dshift, None, None, None, None, *dweights, *dbiases)
+                            dxs[here].addmm_(dpres[1].t(), group.weights[1])
+            if dx is not None:
+                dx.add(tile, token_q, dxs)
+            if dlow is not None:
+                dlow.add(tile, token_q, dlows)
+        d_gate = dc_q[place_tk] if dc_q is not None else None
+        d_start = dy_td.sum(0) if need_start else None
+        return (None, dx.done() if dx else None, dlow.done() if dlow else None, d_gate, d_start, d_shift, d_down, d_a,
+                *(None,) * 5, *d_rest)
 
 
-def _start(x, start, num_shared):
-    if num_shared:
-        return torch.empty_like(x)
-    return torch.zeros_like(x) if start is None else start.expand_as(x).clone()
+class _Rows:
+    """A [t + 1, width] sum of tile rows; the last row takes what padding places compute."""
+
+    def __init__(self, like, layout, width, start_d=None, fresh=False):
+        low = like.dtype in (torch.float16, torch.bfloat16)
+        self.dtype = like.dtype
+        self.total = like.new_empty(like.shape[0] + 1, width, dtype=torch.float32 if low else like.dtype)
+        self.direct = not low
+        if not fresh:
+            self.total.zero_() if start_d is None else self.total.copy_(start_d.expand_as(self.total))
+        self.scratch = like.new_empty(layout.max_rows, width)
+
+    def of(self, tile):
+        return self.scratch[: tile.rows] if tile.routed or not self.direct else self.total[tile.start : tile.start + tile.rows]
+
+    def add(self, tile, index_q, rows):
+        if tile.routed:
+            self.total.index_add_(0, index_q[tile.start : tile.start + tile.rows], rows.to(self.total.dtype))
+        elif not self.direct:
+            self.total[tile.start : tile.start + tile.rows] = rows
+
+    def done(self):
+        return self.total.resize_(self.total.shape[0] - 1, self.total.shape[1]).to(self.dtype)
 
 
-def _rows(table, tile, token, here=slice(None)):
+def _split(sizes, down_df, a_rf, rest):
+    n = len(rest) // 3
+    cut = lambda tensor: tensor.split(sizes) if tensor is not None else [None] * len(sizes)
+    parts = [list(zip(*[cut(m) for m in rest[i * n : (i + 1) * n]])) for i in range(3)]
+    downs = cut(down_df.t() if down_df is not None else None)
+    lows = cut(a_rf.t() if a_rf is not None else None)
+    return [Group(*views) for views in zip(*parts, downs, lows)]
+
+
+def _zeros(tensor, needed):
+    return torch.zeros_like(tensor) if needed and tensor is not None else None
+
+
+def _with_zero_row(rows_td):
+    padded = rows_td.new_zeros(rows_td.shape[0] + 1, rows_td.shape[1])
+    padded[:-1] = rows_td
+    return padded
+
+
+def _gather(table, tile, index_q):
     if table is None:
         return None
-    if not tile.routed:
-        return table[tile.start : tile.start + tile.rows][here]
-    return table.index_select(0, token[tile.start : tile.start + tile.rows][here])
+    here = slice(tile.start, tile.start + tile.rows)
+    return table.index_select(0, index_q[here]) if tile.routed else table[here]
 
 
-def _add(total, rows, tile, token, fresh=True):
-    if rows is None:
+def _saved(pre, piece, group):
+    units = len(group.weights) * group.weights[0].shape[0]
+    return pre[piece.saved : piece.saved + units * piece.rows].view(units, piece.rows)
+
+
+def _packs(group):
+    return len(group.weights) == 2 and group.weights[0].shape[0] <= PACK_WIDTH
+
+
+def _project(pre_um, group, xs):
+    if _packs(group):
+        torch.mm(torch.cat(group.weights), xs.t(), out=pre_um)
+        for part, bias in zip(pre_um.chunk(2), group.biases):
+            if bias is not None:
+                part.add_(bias[:, None])
         return
-    if tile.routed:
-        total.index_add_(0, token[tile.start : tile.start + tile.rows], rows)
-    elif not fresh:
-        total[tile.start : tile.start + tile.rows] = rows
+    for part, weight, bias in zip(pre_um.chunk(len(group.weights)), group.weights, group.biases):
+        _mm(weight, xs.t(), part, bias[:, None] if bias is not None else None)
 
 
-def _saved(saved, piece, n):
-    return saved[piece.saved : piece.saved + n * piece.width * piece.padded].view(n * piece.width, piece.padded)
+def _mm(a, b, out, offset):
+    torch.mm(a, b, out=out) if offset is None else torch.addmm(offset, a, b, out=out)
 
 
-def _project(pre, weights, biases, units, xs):
-    w = units.stop - units.start
-    if len(weights) == 2 and w <= PACK_WIDTH and biases[0] is None and biases[1] is None:
-        torch.mm(torch.cat([m[units] for m in weights]), xs.t(), out=pre)
-        return
-    for i, (weight, bias) in enumerate(zip(weights, biases)):
-        out = pre[i * w : (i + 1) * w]
-        if bias is None:
-            torch.mm(weight[units], xs.t(), out=out)
-        else:
-            torch.addmm(bias[units, None], weight[units], xs.t(), out=out)
+def _add_lora(pre_um, group, lows, here):
+    col = 0
+    for part, b in zip(pre_um.chunk(len(group.weights)), group.lora_b):
+        if b is not None:
+            part.addmm_(b, lows[here, col : col + b.shape[1]].t())
+            col += b.shape[1]
+
+
+def _hidden(act, pre_um, n):
+    if n == 1:
+        h = act(pre_um)
+        return h, h
+    gate, up = pre_um.chunk(2)
+    a = act(gate)
+    return a, a * up
+
+
+def _keep(h_um, keep_tf, piece, sizes, tile, token_q):
+    if keep_tf is None:
+        return h_um
+    first = sum(sizes[: piece.group])
+    rows = slice(tile.start + piece.row, tile.start + piece.row + piece.rows)
+    keep = keep_tf[:, first : first + sizes[piece.group]]
+    keep = keep.index_select(0, token_q[rows]) if tile.routed else keep[rows]
+    return h_um * keep.t()

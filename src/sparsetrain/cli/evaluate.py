@@ -1,0 +1,87 @@
+"""`sparsetrain eval`: the perplexity or accuracy of any model on any data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from sparsetrain.cli.answer import Answer
+from sparsetrain.cli.flags import Debug, Json, changes, takes
+from sparsetrain.cli.live import telling
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Embedded model, hub name, a model's folder, or a run's --output.")]
+All = Annotated[bool, typer.Option("--all", help="Use every row, for data that was not trained on.")]
+
+
+@takes("data", "task", "text_column", "seq_len", "batch_size", "eval_tokens", "seed", "dtype", "device", "threads")
+def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = False, **flags: Any) -> Answer:
+    """Measure a model on data: perplexity (lm, sft) or accuracy (classify).
+
+    Uses the rows that finetune holds out of the same data with the same --seed, so that a trained model is never
+    measured on what it learnt; with --all, every row. --task is that of the run, where MODEL is one.
+
+    \b
+    Examples:
+      sparsetrain eval smollm2-135m --data python-stdlib
+      sparsetrain eval runs/finetune --data python-stdlib
+      sparsetrain eval runs/finetune --data my-test-set.txt --all
+    """
+    from sparsetrain.hf.assemble import pick_device, pick_dtype
+    from sparsetrain.hf.evaluate import evaluate as evaluate_rows
+    from sparsetrain.hf.io import load
+    from sparsetrain.hf.recipe import Recipe
+
+    recipe = Recipe.from_values({"model": model, "preset": "dense", "steps": 1, **changes(flags)})
+    if recipe.threads:
+        import torch
+
+        torch.set_num_threads(recipe.threads)
+    device = pick_device(recipe)
+    with telling() as tell:
+        loaded = load(model, dtype=pick_dtype(recipe, device), device=device)
+        recipe = recipe.model_copy(update={"task": flags["task"] or loaded.task})
+        rows, bundle = _rows(recipe, loaded, all, tell)
+        quality = evaluate_rows(
+            loaded.model,
+            rows,
+            bundle.collate_fn,
+            task=recipe.task,
+            batch_size=recipe.batch_size,
+            max_tokens=recipe.eval_tokens,
+            progress=lambda share: tell({"event": "phase", "name": "evaluating", "share": share}),
+        )
+    part = "all rows" if all else "held-out rows"
+    value = f"{quality.value:.1%}" if quality.accuracy is not None else f"{quality.value:.4g}"
+    return Answer(
+        data={
+            "model": model,
+            "data": recipe.data,
+            "part": part,
+            "task": recipe.task,
+            "sparse": loaded.handle is not None,
+            **quality.to_dict(),
+        },
+        show=[f"{quality.metric} {value} on {quality.rows:,} {part} ({quality.tokens:,} tokens) of {bundle.description}"],
+    )
+
+
+def _rows(recipe: Any, loaded: Any, every: bool, tell: Any) -> tuple[Any, Any]:
+    """(rows to measure on, their bundle); a classifier's labels must be the data's, in the same order."""
+    from sparsetrain.hf.assemble import context_length, load_rows
+
+    config = loaded.model.config
+    if loaded.tokenizer is None:
+        raise ValueError(f"{recipe.model} has no tokenizer beside its weights. Save one into its folder.")
+    limit = context_length(config)
+    if limit is not None and recipe.seq_len > limit:
+        raise ValueError(f"seq_len={recipe.seq_len} is longer than the context of {recipe.model}: {limit} tokens.")
+    bundle = load_rows(recipe, loaded.tokenizer, config, tell)
+    if recipe.task == "classify":
+        known = tuple(str(name) for _, name in sorted(config.id2label.items()))
+        if known != bundle.label_names:
+            raise ValueError(
+                f"{recipe.data} has the labels {', '.join(bundle.label_names)}; {recipe.model} was trained on "
+                f"{', '.join(known)}. Evaluate it on data with the same labels."
+            )
+    return bundle.eval, bundle

@@ -1,0 +1,66 @@
+"""`sparsetrain export`: a trained run as a folder of full weights, or as a clean adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsetrain.cli.answer import Answer
+from sparsetrain.cli.flags import Debug, Json
+
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's --output, or a saved model's or adapter's folder.")]
+Output = Annotated[Path, typer.Option("--output", metavar="DIR", help="Where to write; must be absent or empty.")]
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        metavar="sparse|dense",
+        help="sparse: dense weights beside sparsity_config.json; sparsetrain runs them sparse, anything else dense. "
+        "dense: no sidecar; refused where the dense model would give other outputs.",
+    ),
+]
+MergeLora = Annotated[
+    bool, typer.Option("--merge-lora/--keep-lora", help="Fold LoRA into the weights, or write the adapter as it is.")
+]
+
+
+def export(
+    run: Run,
+    output: Output,
+    format: Format = "sparse",
+    merge_lora: MergeLora = True,
+    json: Json = False,
+    debug: Debug = False,
+) -> Answer:
+    """Write a trained model for use elsewhere.
+
+    By default full weights in the dense layout, which `from_pretrained` loads, with LoRA merged in. The model was
+    trained sparse: its quality is measured sparse, so measure it again (`sparsetrain eval`) before running it dense.
+
+    \b
+    Examples:
+      sparsetrain export runs/finetune --output my-model
+      sparsetrain export runs/finetune --output my-adapter --keep-lora
+      sparsetrain export runs/dense --output my-model --format dense
+    """
+    from sparsetrain.hf.checkpoint import check_output
+    from sparsetrain.hf.io import export as write
+    from sparsetrain.hf.io import load, save
+    from sparsetrain.hf.sidecar import WRITTEN
+
+    check_output(output, resume=False)
+    if merge_lora:
+        write(run, output, format=format)
+    else:
+        loaded = load(run)
+        if not hasattr(loaded.model, "peft_config") or format != "sparse":
+            asked = "--format dense" if format != "sparse" else run
+            raise ValueError(f"--keep-lora writes a run's adapter as it is; {asked} has none to keep. Leave --keep-lora out.")
+        about = {key: value for key, value in loaded.about.items() if key not in WRITTEN}
+        about.setdefault("base_model", loaded.model.peft_config["default"].base_model_name_or_path)
+        save(loaded.model, loaded.handle, output, tokenizer=loaded.tokenizer, **about)
+    files = {path.name: path.stat().st_size for path in sorted(output.iterdir()) if path.is_file()}
+    shown = [f"  {name}  {size / 1e6:,.2f} MB" for name, size in files.items()]
+    return Answer(data={"output": output, "format": format, "files": files}, show=[f"Wrote {output}", *shown])

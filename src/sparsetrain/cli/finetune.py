@@ -1,0 +1,102 @@
+"""`sparsetrain finetune`: one run of a recipe, or with `--compare dense` two beside each other."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from sparsetrain.cli.answer import Answer
+from sparsetrain.cli.flags import FLAGS, METHODS_HELP, Debug, Json, RecipeFile, changes, takes
+from sparsetrain.cli.live import telling
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the recipe, model and data; print the plan; train nothing.")]
+
+
+@takes(*FLAGS)
+def finetune(recipe: RecipeFile = None, dry_run: DryRun = False, json: Json = False, debug: Debug = False, **flags: Any) -> Answer:
+    from sparsetrain.hf.recipe import Recipe
+
+    given = changes(flags)
+    asked = Recipe.from_yaml(recipe, given) if recipe else Recipe.from_values(given)
+    with telling() as tell:
+        if dry_run:
+            return _dry_run(asked, tell)
+        if asked.compare == "dense":
+            return _compared(asked, tell)
+        return _trained(asked, tell)
+
+
+finetune.__doc__ = f"""Fine-tune a pretrained model with sparse attention and routed FFNs, on LoRA or on all weights.
+
+Converts the model, trains it, and writes the adapter, checkpoints, the recipe and report.html into --output, with the
+perplexity before, after conversion and after training. Killed at any moment, it goes on with --resume.
+
+\b
+Examples:
+  sparsetrain finetune --model smollm2-135m --data python-stdlib --steps 100
+  sparsetrain finetune --model smollm2-135m --data notes.jsonl --task sft --epochs 2
+  sparsetrain finetune --model minilm --data reviews.csv --task classify --preset dense
+  sparsetrain finetune --model ./llama --data '*.txt' --method routed_ffn:num_blocks=8
+  sparsetrain finetune --recipe run.yaml --seed 1 --output runs/seed1
+
+{METHODS_HELP}
+
+A recipe file has one line a flag, spelled with underscores ([cyan]seq_len: 2048[/]); a run writes its own as recipe.yaml.
+[bold]When not to use it[/]: if short sequences and a model that fits leave dense LoRA fast enough. --compare dense measures
+that on your model, data and machine.
+"""
+
+
+def _trained(recipe: Any, tell: Any) -> Answer:
+    from sparsetrain.hf.finetune import finetune as train
+    from sparsetrain.hf.finetune import result_report
+    from sparsetrain.measure import render_text
+
+    result = train(recipe, report=tell)
+    lines = render_text(result_report(result))
+    return Answer(data={"output": recipe.output, **result.to_dict()}, show=[*lines, *_written(recipe)])
+
+
+def _compared(recipe: Any, tell: Any) -> Answer:
+    from sparsetrain.hf.compare import compare
+    from sparsetrain.measure import render_text
+
+    report = compare(recipe, report=tell)
+    return Answer(data={"output": recipe.output, "report": report}, show=[*render_text(report), *_written(recipe)])
+
+
+def _written(recipe: Any) -> list[str]:
+    return [f"Report: {recipe.output}/report.html", f"Measure it again: sparsetrain eval {recipe.output} --data {recipe.data}"]
+
+
+def _dry_run(recipe: Any, tell: Any) -> Answer:
+    """Everything that can be checked without reading weights; writes nothing."""
+    from sparsetrain import plan
+    from sparsetrain.hf.assemble import empty_model, load_rows, open_config, open_tokenizer, pick_device
+    from sparsetrain.hf.checkpoint import check_output, find_resumable
+
+    check_output(recipe.output, resume=recipe.resume)
+    device = pick_device(recipe)
+    resumed = find_resumable(recipe.output, recipe, tell) if recipe.resume else None
+    path, config = open_config(recipe, tell, recipe.configs)
+    planned = plan(empty_model(config, recipe.task), *recipe.configs, seq_tokens=recipe.seq_len) if recipe.methods else None
+    bundle = load_rows(recipe, open_tokenizer(path), config, tell)
+    start = f"from step {resumed.step} of {resumed.path}" if resumed else "from the pretrained weights"
+    length = f"{recipe.steps} steps" if recipe.steps else f"{recipe.epochs} epochs"
+    batch = f"{recipe.batch_size} x {recipe.grad_accum} sequences of {recipe.seq_len:,} tokens a step"
+    return Answer(
+        data={
+            "dry_run": True,
+            "recipe": recipe.model_dump(mode="json"),
+            "plan": planned.rows() if planned else [],
+            "data": {"description": bundle.description, **bundle.counts},
+            "device": str(device),
+        },
+        show=[
+            str(planned) if planned else "No sparse method: plain dense training.",
+            f"Data: {bundle.description}",
+            f"Would train {length}, {batch}, on {device}, {start}, into {recipe.output}.",
+            "As a recipe file:\n" + recipe.to_yaml(),
+        ],
+    )

@@ -1,0 +1,40 @@
+"""What a command says while it runs, on stderr: a bar on a terminal, and now and then a line where there is none."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+Event = dict[str, Any]
+
+
+def to_stderr(event: Event) -> None:
+    """Print notes; for commands without a bar."""
+    if event["event"] == "note":
+        print(event["text"], file=sys.stderr, flush=True)
+
+
+@contextmanager
+def telling() -> Iterator[Callable[[Event], None]]:
+    """A function to report events to: a progress bar, or lines in a pipe or a log file."""
+    from sparsetrain.hf.trainer import ProgressBar
+
+    with ProgressBar() as bar:
+        yield bar if bar.console.is_terminal else _with_lines(bar)
+
+
+def _with_lines(bar: Callable[[Event], None]) -> Callable[[Event], None]:
+    """Notes and qualities as the bar prints them; a line for the first step and about ten more."""
+
+    def tell(event: Event) -> None:
+        bar(event)
+        if event["event"] == "step" and (event["step"] == 1 or event["step"] % max(1, event["steps"] // 10) == 0):
+            side = f"{event['side']} " if "side" in event else ""
+            speed = event["tokens"] / event["step_time_s"] if event["step_time_s"] else 0.0
+            memory = f", {event['memory_bytes'] / 2**20:,.0f} MiB" if event.get("memory_bytes") else ""
+            line = f"{side}step {event['step']}/{event['steps']}: loss {event['loss']:.3f}, {speed:,.0f} tokens/s{memory}"
+            print(line, file=sys.stderr, flush=True)
+
+    return tell

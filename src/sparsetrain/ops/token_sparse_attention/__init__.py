@@ -1,0 +1,5 @@
+"""TEMPORARY; helper 1 replaces this folder."""
+
+
+def token_sparse_attention(*args, **kwargs):
+    raise NotImplementedError
