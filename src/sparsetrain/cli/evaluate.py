@@ -51,32 +51,22 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
             max_tokens=recipe.eval_tokens,
             progress=lambda share: tell({"event": "phase", "name": "evaluating", "share": share}),
         )
-    part = "all rows" if all else "held-out rows"
+    part = "all" if all else "held-out"
     value = f"{quality.value:.1%}" if quality.accuracy is not None else f"{quality.value:.4g}"
-    return Answer(
-        data={
-            "model": model,
-            "data": recipe.data,
-            "part": part,
-            "task": recipe.task,
-            "sparse": loaded.handle is not None,
-            **quality.to_dict(),
-        },
-        show=[f"{quality.metric} {value} on {quality.rows:,} {part} ({quality.tokens:,} tokens) of {bundle.description}"],
-    )
+    about = {"model": model, "data": recipe.data, "part": part, "task": recipe.task, "sparse": loaded.handle is not None}
+    rows_text = f"{quality.rows:,} {'' if all else 'held-out '}rows"
+    line = f"{quality.metric} {value} on {rows_text} of {recipe.data} ({quality.tokens:,} tokens)"
+    return Answer(data={**about, **quality.to_dict()}, show=[line])
 
 
 def _rows(recipe: Any, loaded: Any, every: bool, tell: Any) -> tuple[Any, Any]:
     """(rows to measure on, their bundle); a classifier's labels must be the data's, in the same order."""
-    from sparsetrain.hf.assemble import context_length, load_rows
+    from sparsetrain.hf.assemble import load_rows
 
     config = loaded.model.config
     if loaded.tokenizer is None:
         raise ValueError(f"{recipe.model} has no tokenizer beside its weights. Save one into its folder.")
-    limit = context_length(config)
-    if limit is not None and recipe.seq_len > limit:
-        raise ValueError(f"seq_len={recipe.seq_len} is longer than the context of {recipe.model}: {limit} tokens.")
-    bundle = load_rows(recipe, loaded.tokenizer, config, tell)
+    bundle = _all_rows(recipe, loaded, tell) if every else load_rows(recipe, loaded.tokenizer, config, tell)
     if recipe.task == "classify":
         known = tuple(str(name) for _, name in sorted(config.id2label.items()))
         if known != bundle.label_names:
@@ -84,4 +74,22 @@ def _rows(recipe: Any, loaded: Any, every: bool, tell: Any) -> tuple[Any, Any]:
                 f"{recipe.data} has the labels {', '.join(bundle.label_names)}; {recipe.model} was trained on "
                 f"{', '.join(known)}. Evaluate it on data with the same labels."
             )
-    return bundle.eval, bundle
+    return bundle.train if every else bundle.eval, bundle
+
+
+def _all_rows(recipe: Any, loaded: Any, tell: Any) -> Any:
+    from sparsetrain.hf.assemble import context_length
+    from sparsetrain.hf.data import load_classify, load_sft, load_text
+
+    common: dict[str, Any] = {
+        "eval_ratio": 0.0,
+        "seed": recipe.seed,
+        "max_position_embeddings": context_length(loaded.model.config),
+        "progress": lambda line: tell({"event": "note", "text": line}),
+    }
+    place = (recipe.data, loaded.tokenizer, recipe.seq_len)
+    if recipe.task == "sft":
+        return load_sft(*place, **common)
+    if recipe.task == "classify":
+        return load_classify(*place, text_column=recipe.text_column, **common)
+    return load_text(*place, text_column=recipe.text_column, max_tokens=max(recipe.eval_tokens, recipe.seq_len), **common)

@@ -33,12 +33,9 @@ def explain(error: BaseException) -> Failure:
     A ValueError of ours, and whatever is wrong with a file that was named, is bad input. What a library raises in the
     middle of a run is a failed run, and says which library.
     """
-    if isinstance(error, KeyboardInterrupt):
-        return Failure(
-            kind="interrupted",
-            code=INTERRUPTED,
-            message="Interrupted. The checkpoints written so far are whole: the same command with --resume goes on.",
-        )
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt):
+        message = "Interrupted. A training run goes on from its last whole checkpoint: the same command with --resume."
+        return Failure(kind="interrupted", code=INTERRUPTED, message=message)
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's own, whichever click it carries
         return Failure(kind="usage", code=BAD_INPUT, message=_usage(error))
     library = _raised_in(error)

@@ -50,24 +50,29 @@ that on your model, data and machine.
 
 def _trained(recipe: Any, tell: Any) -> Answer:
     from sparsetrain.hf.finetune import finetune as train
-    from sparsetrain.hf.finetune import result_report
+    from sparsetrain.hf.finetune import run_report
     from sparsetrain.measure import render_text
 
     result = train(recipe, report=tell)
-    lines = render_text(result_report(result))
-    return Answer(data={"output": recipe.output, **result.to_dict()}, show=[*lines, *_written(recipe)])
+    lines = render_text(run_report(result))
+    return Answer(data=result.to_dict(), show=[*lines, *_next(recipe, recipe.output)])
 
 
 def _compared(recipe: Any, tell: Any) -> Answer:
     from sparsetrain.hf.compare import compare
     from sparsetrain.measure import render_text
 
-    report = compare(recipe, report=tell)
-    return Answer(data={"output": recipe.output, "report": report}, show=[*render_text(report), *_written(recipe)])
+    made = compare(recipe, report=tell)
+    data = {"sparse": made.sparse, "dense": made.dense, "report": made.report}
+    return Answer(data=data, show=[*render_text(made.report), *_next(recipe, f"{recipe.output}/sparse")])
 
 
-def _written(recipe: Any) -> list[str]:
-    return [f"Report: {recipe.output}/report.html", f"Measure it again: sparsetrain eval {recipe.output} --data {recipe.data}"]
+def _next(recipe: Any, trained: str) -> list[str]:
+    return [
+        f"Report: {recipe.output}/report.html",
+        f"Measure it on other data: sparsetrain eval {trained} --data PATH --all",
+        f"Use it elsewhere: sparsetrain export {trained} --output DIR",
+    ]
 
 
 def _dry_run(recipe: Any, tell: Any) -> Answer:

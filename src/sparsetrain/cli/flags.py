@@ -1,6 +1,6 @@
 """The recipe's keys as flags: one row a key. `takes` gives a command the rows it names.
 
-Values are passed on as they are and checked by the recipe, so a flag and a line of a recipe file get the same error.
+Values are passed on as text and read by the recipe, so a flag and a line of a recipe file get the same error.
 A flag that is not given is None: the recipe file, then the recipe's own default decides. The defaults printed here
 are compared with the recipe's by a test; importing the recipe itself would cost `--help` a second.
 """
@@ -40,14 +40,14 @@ METHODS_HELP = "\n\n".join(_METHODS)
 
 @dataclass(frozen=True)
 class Flag:
-    """key: the recipe's key. default: as printed. metavar: choices, or what kind of value."""
+    """key: the recipe's key. metavar: choices, or the kind of value. default: as printed. kind: as typer gives it."""
 
     key: str
-    kind: Any
+    metavar: str
     default: str
     panel: str
     help: str
-    metavar: str | None = None
+    kind: Any = str
     name: str = ""
 
     def parameter(self) -> inspect.Parameter:
@@ -59,54 +59,55 @@ class Flag:
             help=self.help,
             show_default=self.default or False,
             rich_help_panel=self.panel,
-            metavar=self.metavar,
+            metavar=self.metavar or None,
         )
         annotation = Annotated[self.kind | None, option]
         return inspect.Parameter(self.key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-_METHOD_METAVAR = "NAME:KEY=VALUE,..."
+INT, FLOAT = "INT", "FLOAT"
 FLAGS: dict[str, Flag] = {
     flag.key: flag
     for flag in (
-        Flag("model", str, "", MAIN, "Embedded model (`sparsetrain models list`), local folder, or hub name.", "NAME|DIR"),
-        Flag("data", str, "", MAIN, "Text file, folder or glob; JSONL (text, messages, or prompt/completion); CSV; an "
-             "embedded set; or a name for `datasets`.", "NAME|PATH"),
-        Flag("task", str, "lm", MAIN, "lm learns every token of packed text; sft the completions only; classify a label "
-             "a text.", "lm|sft|classify"),
-        Flag("text_column", str, "text", MAIN, "Column that holds the text, in JSONL and CSV."),
-        Flag("output", str, "runs/finetune", MAIN, "Folder for checkpoints, the trained model and the report. Must be "
-             "absent or empty, unless --resume.", "DIR"),
-        Flag("seq_len", int, "1024", LENGTH, "Tokens in a sequence; at most the model's context."),
-        Flag("batch_size", int, "1", LENGTH, "Sequences in one pass. Memory grows with it."),
-        Flag("grad_accum", int, "1", LENGTH, "Passes added up for one step: effective batch = batch-size x grad-accum."),
-        Flag("steps", int, "200", LENGTH, "Optimizer steps."),
-        Flag("epochs", float, "", LENGTH, "Passes over the data, instead of --steps."),
-        Flag("preset", str, "spt", SPARSE, "A ready set of methods.", "spt|spt-paper|dense"),
-        Flag("methods", list[str], "", SPARSE, "A sparse method; repeat for several. Given without --preset, it "
-             "replaces the default one.", _METHOD_METAVAR, "--method"),
-        Flag("calibration_tokens", int, "4096", SPARSE, "Training tokens that the conversion is fitted on."),
-        Flag("compare", str, "none", SPARSE, "dense: also train dense LoRA step by step beside, and report who won where. "
-             "Takes twice the time.", "none|dense"),
-        Flag("lora_r", int, "16", TRAIN, "Rank of LoRA; 0 trains all weights."),
-        Flag("lora_alpha", float, "16.0", TRAIN, "LoRA's update is scaled by alpha / r."),
-        Flag("lora_targets", str, "all-linear", TRAIN, "Linears that get LoRA: all-linear, or names such as q_proj,v_proj."),
-        Flag("lr", float, "0.0002", TRAIN, "Peak learning rate; about a tenth of it without LoRA."),
-        Flag("lr_schedule", str, "cosine", TRAIN, "How it falls after the warm-up.", "linear|cosine|constant"),
-        Flag("warmup_steps", int, "0", TRAIN, "Steps in which it rises from 0."),
-        Flag("weight_decay", float, "0.0", TRAIN, "AdamW's decoupled decay."),
-        Flag("max_grad_norm", float, "1.0", TRAIN, "Longer gradients are scaled down to this; 0: no clipping."),
-        Flag("save_every", int, "50", KEEP, "Steps between checkpoints; 0: the final model only."),
-        Flag("keep_checkpoints", int, "2", KEEP, "Newest checkpoints kept."),
-        Flag("eval_every", int, "0", KEEP, "Steps between evaluations; 0: before and after training only."),
-        Flag("eval_tokens", int, "16384", KEEP, "Held-out tokens an evaluation."),
-        Flag("resume", bool, "no", KEEP, "Go on from the newest whole checkpoint in --output."),
-        Flag("seed", int, "0", MACHINE, "Same seed, same machine: same losses."),
-        Flag("dtype", str, "auto", MACHINE, "auto is fp32 on a CPU, bf16 on a GPU that has it.", "auto|fp32|bf16"),
-        Flag("gradient_checkpointing", str, "none", MACHINE, "Recompute activations in the backward pass: much less "
-             "memory, about a third more time.", "none|non-reentrant|reentrant"),
-        Flag("device", str, "auto", MACHINE, "auto takes a GPU if there is one.", "auto|cpu|mps|cuda|cuda:N"),
-        Flag("threads", int, "all cores", MACHINE, "CPU threads."),
+        Flag("model", "NAME|DIR", "", MAIN, "Embedded model (`sparsetrain models list`), local folder, or hub name."),
+        Flag("data", "NAME|PATH", "", MAIN, "Text file, folder or glob; JSONL (text, messages, or prompt/completion); CSV; "
+             "an embedded set; or a name for `datasets`."),
+        Flag("task", "lm|sft|classify", "lm", MAIN, "lm learns every token of packed text; sft the completions only; "
+             "classify a label a text."),
+        Flag("text_column", "NAME", "text", MAIN, "Column that holds the text, in JSONL and CSV."),
+        Flag("output", "DIR", "runs/finetune", MAIN, "Folder for checkpoints, the trained model and the report. Must be "
+             "absent or empty, unless --resume."),
+        Flag("seq_len", INT, "1024", LENGTH, "Tokens in a sequence; at most the model's context."),
+        Flag("batch_size", INT, "1", LENGTH, "Sequences in one pass. Memory grows with it."),
+        Flag("grad_accum", INT, "1", LENGTH, "Passes added up for one step: effective batch = batch-size x grad-accum."),
+        Flag("steps", INT, "200", LENGTH, "Optimizer steps."),
+        Flag("epochs", FLOAT, "", LENGTH, "Passes over the data, instead of --steps."),
+        Flag("preset", "spt|spt-paper|dense", "spt", SPARSE, "A ready set of methods."),
+        Flag("methods", "NAME:KEY=VALUE,...", "", SPARSE, "A sparse method; repeat for several. Given without --preset, it "
+             "replaces the default one.", list[str], "--method"),
+        Flag("calibration_tokens", INT, "4096", SPARSE, "Training tokens that the conversion is fitted on."),
+        Flag("compare", "none|dense", "none", SPARSE, "dense: also train dense LoRA step by step beside, and report who won "
+             "where. Takes twice the time."),
+        Flag("lora_r", INT, "16", TRAIN, "Rank of LoRA; 0 trains all weights."),
+        Flag("lora_alpha", FLOAT, "16.0", TRAIN, "LoRA's update is scaled by alpha / r."),
+        Flag("lora_targets", "NAMES", "all-linear", TRAIN, "Linears that get LoRA: all-linear, or names such as "
+             "q_proj,v_proj."),
+        Flag("lr", FLOAT, "0.0002", TRAIN, "Peak learning rate; about a tenth of it without LoRA."),
+        Flag("lr_schedule", "linear|cosine|constant", "cosine", TRAIN, "How it falls after the warm-up."),
+        Flag("warmup_steps", INT, "0", TRAIN, "Steps in which it rises from 0."),
+        Flag("weight_decay", FLOAT, "0.0", TRAIN, "AdamW's decoupled decay."),
+        Flag("max_grad_norm", FLOAT, "1.0", TRAIN, "Longer gradients are scaled down to this; 0: no clipping."),
+        Flag("save_every", INT, "50", KEEP, "Steps between checkpoints; 0: the final model only."),
+        Flag("keep_checkpoints", INT, "2", KEEP, "Newest checkpoints kept."),
+        Flag("eval_every", INT, "0", KEEP, "Steps between evaluations; 0: before and after training only."),
+        Flag("eval_tokens", INT, "16384", KEEP, "Held-out tokens an evaluation."),
+        Flag("resume", "", "no", KEEP, "Go on from the newest whole checkpoint in --output.", bool),
+        Flag("seed", INT, "0", MACHINE, "Same seed, same machine: same losses."),
+        Flag("dtype", "auto|fp32|bf16", "auto", MACHINE, "auto is fp32 on a CPU, bf16 on a GPU that has it."),
+        Flag("gradient_checkpointing", "none|non-reentrant|reentrant", "none", MACHINE, "Recompute activations in the "
+             "backward pass: much less memory, about a third more time."),
+        Flag("device", "auto|cpu|mps|cuda|cuda:N", "auto", MACHINE, "auto takes a GPU if there is one."),
+        Flag("threads", INT, "all cores", MACHINE, "CPU threads."),
     )
 }  # fmt: skip
 

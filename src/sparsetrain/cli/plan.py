@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Annotated, Any
 
 import typer
@@ -46,21 +47,28 @@ def plan(recipe: RecipeFile = None, json: Json = False, debug: Debug = False, **
         "left_dense": planned.untouched,
     }
     left = [f"Left dense by {method}: {count} of its sites." for method, count in planned.untouched.items() if count]
-    title = f"{planned.model_class} ({planned.family}) at {planned.seq_tokens:,} tokens, forward, per token"
-    columns = ["site", "method", "MFLOP", "numbers saved for backward", "added params", "note"]
-    cells = [_cells(row["site"], row["method"], row, row["note"]) for row in rows]
-    cells.append(_cells("all of these", "", totals, ""))
-    return Answer(data=data, show=[lambda: table(title, columns, cells, right=(2, 3, 4)), *left])
+    title = f"{planned.model_class} ({planned.family}) at {planned.seq_tokens:,} tokens; forward, per token"
+    columns = ["sites", "method", "MFLOP", "saved for backward", "added params"]
+    return Answer(data=data, show=[lambda: table(title, columns, _lines(rows, totals), right=(2, 3, 4)), *left])
 
 
-def _cells(site: str, method: str, row: dict[str, Any], note: str) -> list[str]:
+def _lines(rows: list[dict[str, Any]], totals: dict[str, float]) -> list[list[str]]:
+    """Sites that differ in their layer alone share a line, with their sums; the last line is all of them."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((re.sub(r"\d+", "*", row["site"]), row["method"], row["note"]), []).append(row)
+    lines = []
+    for (site, method, note), same in groups.items():
+        name = same[0]["site"] if len(same) == 1 else f"{len(same)} x {site}"
+        lines.append([name, f"{method}: {note}" if note else method, *_cells({key: sum(row[key] for row in same) for key in totals})])
+    return [*lines, ["all of these", "", *_cells(totals)]]
+
+
+def _cells(sums: dict[str, float]) -> list[str]:
     return [
-        site,
-        method,
-        f"{row['mflop_before']:,.2f} -> {row['mflop_after']:,.2f}",
-        f"{row['saved_before']:,.0f} -> {row['saved_after']:,.0f}",
-        f"{row['added_params']:,}",
-        note,
+        f"{sums['mflop_before']:,.2f} -> {sums['mflop_after']:,.2f}",
+        f"{sums['saved_before']:,.0f} -> {sums['saved_after']:,.0f}",
+        f"{sums['added_params']:,}",
     ]
 
 
@@ -77,7 +85,7 @@ def methods(
     """
     import dataclasses
 
-    import sparsetrain  # noqa: F401  (enters the methods in the registry)
+    import sparsetrain.methods  # noqa: F401  (enters them in the registry)
     from sparsetrain.core.config import method_config, registered_methods
 
     kinds = [method_config(name) for name in names or registered_methods()]

@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from sparsetrain.hf import assemble, checkpoint
 from sparsetrain.hf.data import DataBundle
 from sparsetrain.hf.evaluate import Collate, Quality, evaluate
-from sparsetrain.hf.io import save
+from sparsetrain.hf.io import no_bars, save
 from sparsetrain.hf.journal import Journal
 from sparsetrain.hf.manifest import disk_errors, write_json
 from sparsetrain.hf.recipe import Recipe
@@ -68,6 +68,7 @@ class Result:
         return values | {"recipe": self.recipe.model_dump(mode="json"), "saved": str(self.saved), "kind": self.kind}
 
 
+@no_bars()
 def finetune(
     recipe: Recipe,
     *,

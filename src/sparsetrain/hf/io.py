@@ -7,6 +7,8 @@ permutations) and `manifest.json` (size and sha256 of every file). A folder appe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from sparsetrain.core.config import MethodConfig, registered_methods
 from sparsetrain.core.errors import CheckpointError
@@ -48,6 +51,19 @@ class Loaded:
         return "classify" if "SequenceClassification" in type(base_of(self.model)).__name__ else "lm"
 
 
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Hide transformers' own progress bars, which tear ours and fill logs. Also a decorator."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@no_bars()
 def save(model: Any, handle: Handle | None, folder: str | Path, *, tokenizer: Any = None, **about: Any) -> Path:
     """Write a trained model (PEFT: its adapter; else all weights) with its sidecar; the model is unchanged.
 
@@ -73,6 +89,7 @@ def save(model: Any, handle: Handle | None, folder: str | Path, *, tokenizer: An
     return Path(folder)
 
 
+@no_bars()
 def load(
     source: str | Path,
     *,
@@ -106,6 +123,7 @@ def load(
     return Loaded(model=model.train(trainable), tokenizer=_tokenizer(folder, base), handle=handle, about=about)
 
 
+@no_bars()
 def export(source: str | Path | Loaded, folder: str | Path, *, format: str = "sparse") -> Path:
     """Write a trained model with LoRA merged in, as full weights that plain transformers loads.
 
@@ -153,7 +171,7 @@ def check_merge(model: PeftModel, handle: Handle | None) -> None:
         return
     adapted = {name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
     for edit in handle.plan.edits:
-        bypassing = isinstance(edit.config, RoutedFFN) and edit.config.gate == "spt" and adapted & edit.claims
+        bypassing = isinstance(edit.config, RoutedFFN) and edit.config.gated_by == "spt" and adapted & edit.claims
         if bypassing:
             raise ValueError(
                 f"LoRA on {sorted(bypassing)[0]} cannot be merged: with gate='spt' it bypasses the gate that the "
@@ -223,8 +241,8 @@ def _refuse_orphan(folder: Path) -> None:
 
 
 def _final_folder(path: Path) -> Path:
-    """The adapter or model inside a run's output folder; any other folder itself."""
-    for name in ("adapter", "model"):
+    """The adapter or model inside the output folder of a run or a comparison; any other folder itself."""
+    for name in ("adapter", "model", "sparse/adapter", "sparse/model"):
         if not (path / SIDECAR).is_file() and (path / name / SIDECAR).is_file():
             return path / name
     return path

@@ -43,7 +43,8 @@ class Journal:
         self.run.setdefault(quality.metric, {})[stage] = quality.value  # type: ignore[misc]
         if step is not None:
             self.point(quality, step)
-        self.report({"event": "quality", "stage": stage, "metric": quality.metric, "value": quality.value})
+        event = {"stage": stage, "metric": quality.metric, "value": quality.value, "quality": quality.to_dict()}
+        self.report({"event": "quality", **event})
 
     def point(self, quality: Quality, step: int) -> None:
         """Record a point of the held-out curve."""

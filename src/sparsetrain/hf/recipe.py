@@ -20,10 +20,7 @@ from sparsetrain.core.config import MethodConfig, method_config, suggest
 from sparsetrain.methods import PQAttention, RoutedFFN
 
 PRESETS: dict[str, tuple[MethodConfig, ...]] = {
-    "spt": (
-        PQAttention(),
-        RoutedFFN(num_blocks=16, num_active=8, shared_ratio=0.25, partition="clustered", compensation="mean"),
-    ),
+    "spt": (PQAttention(), RoutedFFN.converted()),
     "spt-paper": (PQAttention.paper(), RoutedFFN.paper()),
     "dense": (),
 }

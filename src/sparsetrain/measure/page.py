@@ -136,7 +136,7 @@ def _component_table(saved: dict[str, dict[str, int]], times: dict[str, dict[str
 def _parts_table(parts: dict[str, dict[str, int]]) -> str:
     head = ["Part", *parts, *(["change"] if len(parts) == 2 else [])]
     rows = []
-    for name in plots.MEMORY_PARTS + ("peak",):
+    for name in (*plots.MEMORY_PARTS, "peak"):
         values = [row.get(name) for row in parts.values()]
         if any(value is not None for value in values):
             both = [value or 0 for value in values]
@@ -197,7 +197,9 @@ def _plan_row(group: list[dict[str, Any]]) -> list[str]:
 def _settings(title: str, name: str, values: dict[str, Any]) -> str:
     if not values:
         return ""
-    rows = [(escape(key), _value(value)) for key, value in values.items()]
+    rows = [
+        (escape(key), _value(bytes_text(value) if key.endswith("_bytes") else value)) for key, value in values.items()
+    ]
     return _section(title, name, _table((), rows, kind="settings"))
 
 

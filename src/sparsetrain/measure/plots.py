@@ -121,6 +121,8 @@ def _losses(runs: dict[str, Run], by: str, xlabel: str, unit: float) -> bytes:
         low, high = min(seen), max(seen)
         margin = 0.08 * (high - low) or 0.1
         axes.set_ylim(low - margin, high + margin)
+    if by == "wall_s":
+        axes.set_xlim(left=-0.02 * axes.get_xlim()[1])  # the set-up before the first point is to be seen
     _spread_labels(axes)
     return _finish(figure, axes, xlabel, "loss, nats")
 
@@ -135,7 +137,7 @@ def _stacked(rows: dict[str, dict[str, int]], parts: list[str], peaks: dict[str,
         for part in parts:
             width = row.get(part, 0)
             axes.barh(y, width / scale, left=left / scale, height=0.62, color=PARTS[part], edgecolor="white")
-            if width > 0.09 * longest:
+            if width > 0.11 * longest:
                 ink = _INK if part == "rest" else "white"
                 text = bytes_text(width)
                 axes.text((left + width / 2) / scale, y, text, ha="center", va="center", color=ink, fontsize=8)
@@ -155,6 +157,7 @@ def _stacked(rows: dict[str, dict[str, int]], parts: list[str], peaks: dict[str,
     rows_of_legend = math.ceil(len(parts) / 4)
     height = figure.get_figheight()
     figure.subplots_adjust(top=1 - (0.12 + 0.24 * rows_of_legend) / height, bottom=0.55 / height, left=0.1, right=0.98)
+    axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=_FAINT)
     return _finish(figure, axes, unit, "")
 

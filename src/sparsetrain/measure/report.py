@@ -90,7 +90,7 @@ def load_report(path: str | os.PathLike[str]) -> Report:
     found = report.get("schema") if isinstance(report, dict) else None
     if found != SCHEMA:
         raise ValueError(f"{path} has the report layout {found!r}; this version reads {SCHEMA}. Run the command again.")
-    return report
+    return cast(Report, report)
 
 
 def render_text(report: Report) -> list[str]:

@@ -13,6 +13,7 @@ from sparsetrain.hf.assets.registry import list_assets as list_assets
 from sparsetrain.hf.assets.registry import requirements_text as requirements_text
 from sparsetrain.hf.assets.store import AssetStatus as AssetStatus
 from sparsetrain.hf.assets.store import asset_status as asset_status
+from sparsetrain.hf.assets.store import embedded_name as embedded_name
 from sparsetrain.hf.assets.store import fetch as fetch
 from sparsetrain.hf.assets.store import resolve_data as resolve_data
 from sparsetrain.hf.assets.store import resolve_model as resolve_model

@@ -173,6 +173,13 @@ def _publish(folder: Path, target: Path, replaced: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def embedded_name(source: object) -> str | None:
+    """The embedded asset that a name, or the folder `resolve_data` and `resolve_model` turn it into, stands for."""
+    if not isinstance(source, str | Path):
+        return None
+    return next((a.name for a in ASSETS.values() if str(source) == a.name or Path(source) == _asset_path(a)), None)
+
+
 def _asset_path(asset: Asset) -> Path:
     return Path(sysconfig.get_paths()["stdlib"]) if asset.source == "python" else cache_folder() / asset.name
 

@@ -173,11 +173,13 @@ def assistant_spans(
         if i:
             before = _render(tokenizer, conversation[:i], add_generation_prompt=True)
         else:  # many templates cannot render an empty conversation
-            before = whole.partition(message["content"].strip() or whole)[0]
-        if not (text.startswith(whole) and whole.startswith(before)):
+            before = whole.partition(message["content"].strip())[0] if message["content"].strip() else whole
+        found = i > 0 or message["content"].strip() in whole
+        if not (found and text.startswith(whole) and whole.startswith(before)):
             raise ValueError(
-                f"{origin}: the chat template renders message {i} differently once later messages follow, so what "
-                "the assistant said cannot be found. Use a template with {% generation %} marks, or one answer a row."
+                f"{origin}: what the chat template makes of the conversation up to message {i} is not how the whole "
+                "begins, so the assistant's words cannot be found. Use a template with {% generation %} marks, or one "
+                "answer a row."
             )
         if len(before) >= cut:
             return

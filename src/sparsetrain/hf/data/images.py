@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from sparsetrain.hf.assets import resolve_data
+from sparsetrain.hf.assets import embedded_name, resolve_data
 from sparsetrain.hf.data.bundle import DataBundle
 
 _FASHION_LABELS = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
@@ -49,15 +49,15 @@ def load_images(
         labels_seen.update(labels.tolist())
         chosen = generator.permutation(len(images))[:limit]
         parts[part] = Dataset.from_dict({"pixel_values": images[chosen], "labels": labels[chosen].astype(np.int64)})
-    fashion = source == "fashion-mnist"
-    names = _FASHION_LABELS if fashion else tuple(str(i) for i in range(max(labels_seen) + 1))
+    name = embedded_name(source)
+    names = _FASHION_LABELS if name == "fashion-mnist" else tuple(str(i) for i in range(max(labels_seen) + 1))
     counts = {"train_rows": len(parts["train"]), "eval_rows": len(parts["eval"])}
     height, width = images.shape[1:]
     return DataBundle(
         train=parts["train"],
         eval=parts["eval"],
         collate_fn=ImageCollator(),
-        description=f"{source}: {counts['train_rows']:,} images of {height}x{width}, {counts['eval_rows']:,} held out",
+        description=f"{name or source}: {counts['train_rows']:,} images, {height}x{width}; held out: {counts['eval_rows']:,}",
         counts=counts,
         label_names=names,
     )

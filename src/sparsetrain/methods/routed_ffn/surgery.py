@@ -66,10 +66,10 @@ def costs(config: RoutedFFN, site: FFNSite) -> tuple[Cost, Cost]:
     units = shared + width * config.num_active
     router = config.num_blocks * (site.hidden_size + 1)
     flops = 2.0 * matrices * site.hidden_size * units + 2.0 * site.hidden_size * config.num_blocks
-    if config.compensation != "none":
+    if config.compensated_by != "none":
         router += config.num_blocks * site.hidden_size
         flops += 2.0 * config.num_blocks * site.hidden_size
-    if config.compensation == "lowrank":
+    if config.compensated_by == "lowrank":
         router += 2 * config.compensation_rank * site.hidden_size
         flops += 4.0 * config.compensation_rank * site.hidden_size
     saved = site.hidden_size + (2 if site.gate else 1) * units + 3 * config.num_active
@@ -86,8 +86,8 @@ def install(
     router = Router(
         site.hidden_size,
         config.num_blocks,
-        shift=config.compensation != "none",
-        rank=config.compensation_rank if config.compensation == "lowrank" else 0,
+        shift=config.compensated_by != "none",
+        rank=config.compensation_rank if config.compensated_by == "lowrank" else 0,
     )
     saved = {name.removeprefix("router."): value for name, value in tensors.items() if name.startswith("router.")}
     if saved:

@@ -82,7 +82,7 @@ def block_sparse_attention(
 
     The block pattern is that of SPION (arXiv 2309.12578) and of block-wise key selection; rows are normalised over
     N(i) alone. `lse` is differentiable, so a softmax that counts pruned keys as zero logits is
-    out * sigmoid(lse - log(number of pruned visible keys)).
+    out * sigmoid(lse - log(number of pruned visible keys)), with factor 1 where that number is 0.
 
     Args:
         q_bhtd: queries [b, h, t, d].
@@ -120,8 +120,8 @@ def block_sparse_attention(
     heads = max(blocks_bgik.shape[1], k_bgsd.shape[1])
     blocks_blik = blocks_bgik.expand(len(q_bhtd), heads, -1, -1)
     attend = cpu.attend if name == "cpu" else reference.attend
-    scale = q_bhtd.shape[3] ** -0.5 if scale is None else scale
-    out, lse = attend(q_bhtd, k_bgsd, v_bgsd, blocks_blik, segments_bs, geometry, scale)
+    factor = q_bhtd.shape[3] ** -0.5 if scale is None else scale
+    out, lse = attend(q_bhtd, k_bgsd, v_bgsd, blocks_blik, segments_bs, geometry, factor)
     return (out, lse) if return_lse else out
 
 

@@ -1,9 +1,10 @@
-"""Cut the work of a routed FFN into tiles that stay in cache: some rows, and the units they go through.
+"""Cut the work of a routed FFN into tiles that stay in cache: some rows, and the hidden units they go through.
 
-A tile is either a run of tokens that go through the always-on units, or places of the sorted pair list. A large block
-is cut into several tiles; small blocks share one, so that rows are gathered and added back once a tile.
+A tile is a run of tokens that go through the always-on units, or places of the sorted pair list that go through some
+blocks. A large block is cut into several tiles. Narrow blocks of about equal load share a tile as one batched product,
+because a tile costs about 40 calls into PyTorch however small it is.
 
-Legend: q places of the padded pair list, p pairs, t tokens.
+Legend: q places of the padded pair list, p pairs, t tokens, k slots of a token.
 """
 
 from __future__ import annotations
@@ -16,112 +17,122 @@ from torch import Tensor
 
 from sparsetrain.ops.routing import Grouping
 
-# Rows a tile holds at most. 1,024 rows of width 576 are 2.3 MB: a tile's inputs, hidden units and outputs stay in L3,
-# and its GEMMs run at full rate (they do from about 128 rows on).
-TILE_ROWS = 1024
-# Rows of a block are padded to a multiple of 16, one vector of fp32: GEMMs on 341 rows were 6-25 % slower than on 336.
+# Blocks up to this width share tiles. Their weights are copied, which costs 2-3 % of the step at 64 units.
+NARROW = 64
+# Rows a tile holds at most, for narrow and for wide blocks: 1,024 rows of width 576 are 2.3 MB, so a tile's inputs,
+# hidden units and outputs stay in L3, and its products run at full rate (they do from about 128 rows on).
+NARROW_ROWS, WIDE_ROWS = 4096, 1024
+# Rows of a block are padded to a multiple of 16, one vector of fp32: products on 341 rows were 6-25 % slower than on 336.
 ROW_MULTIPLE = 16
+# A block joins a tile if at most this share of its rows would be padding.
+MAX_PADDING = 0.1
+
+
+class Tile(NamedTuple):
+    """`len(blocks) * rows` places from `start` on; for the always-on units (no blocks) `rows` tokens from `start` on.
+
+    rank: place of the first block in the order of tiles.
+    saved: where its pre-activations start in the saved buffer.
+    """
+
+    blocks: tuple[int, ...]
+    rank: int
+    start: int
+    rows: int
+    saved: int
+
+    @property
+    def span(self) -> slice:
+        return slice(self.start, self.start + max(1, len(self.blocks)) * self.rows)
+
+
+class Layout(NamedTuple):
+    """All tiles of one call.
+
+    order: the blocks that have pairs, in the order of tiles.
+    places: padded places of each of them.
+    saved_numel: pre-activations saved.
+    """
+
+    tiles: list[Tile]
+    order: list[int]
+    places: list[int]
+    saved_numel: int
 
 
 class Pairs(NamedTuple):
-    """The sorted pairs, each block padded to a multiple of `ROW_MULTIPLE` places.
+    """The pairs in the order of tiles, padded.
 
     pair_q: number of the pair at each place; a padding place repeats the block's last pair.
     token_q: its token.
-    sink_q: the same, but the number of tokens (one past the last) at padding places: what a padding place computes is
-        added to a row that nobody reads, and its gradient is read from a row of zeros.
-    place_tk: place of each pair; `len(token_q)` for tokens that are not valid.
-    rows: places of each block.
+    sink_q: the same, but t (one past the last token) at padding places: what a padding place computes is added to a
+        row that nobody reads, and its gradient is read from a row of zeros.
+    place_tk: place of each pair, and `len(pair_q)` for tokens that are not valid.
     """
 
     pair_q: Tensor
     token_q: Tensor
     sink_q: Tensor
     place_tk: Tensor
-    rows: list[int]
 
 
-class Piece(NamedTuple):
-    """Rows `row` to `row + rows` of a tile go through group `group` of units: 0 always on, 1 + g block g."""
-
-    group: int
-    row: int
-    rows: int
-    saved: int  # where its pre-activations start in the saved buffer
-
-
-class Tile(NamedTuple):
-    """Places `start` to `start + rows`, of the padded pair list if `routed`, else tokens."""
-
-    routed: bool
-    start: int
-    rows: int
-    pieces: list[Piece]
-
-
-class Layout(NamedTuple):
-    """All tiles of one call, the numbers they save, and the rows of the largest."""
-
-    tiles: list[Tile]
-    saved_numel: int
-    max_rows: int
-
-
-def pad_pairs(groups: Grouping) -> Pairs:
-    """Pad the places of each block. Reads the loads on the host: one synchronisation on a GPU."""
-    device = groups.offsets.device
-    num_tokens, num_slots = groups.inverse_tk.shape
-    counts = groups.offsets.diff()
-    padded = (counts + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
-    rows = padded.tolist()
-    total = sum(rows)
-    starts = padded.cumsum(0) - padded
-    block_q = torch.arange(len(rows), device=device).repeat_interleave(padded, output_size=total)
-    local_q = torch.arange(total, device=device) - starts[block_q]
-    source_q = groups.offsets[block_q] + torch.minimum(local_q, counts[block_q] - 1)
-    pair_q = groups.order_p[source_q]
-    token_q = pair_q // num_slots
-    sink_q = torch.where(local_q < counts[block_q], token_q, num_tokens)
-    place_p = torch.full((num_tokens * num_slots + 1,), total, device=device)
-    place_p[torch.where(local_q < counts[block_q], pair_q, -1)] = torch.arange(total, device=device)
-    return Pairs(pair_q, token_q, sink_q, place_p[:-1].view(num_tokens, num_slots), rows)
-
-
-def lay_out(num_tokens: int, sizes: list[int], matrices: int, rows: list[int]) -> Layout:
-    """Tiles of the always-on units, then of the blocks in order.
+def lay_out(num_tokens: int, num_shared: int, width: int, matrices: int, loads: list[int]) -> Layout:
+    """Tiles of the always-on units, then of the blocks, those with the largest load first.
 
     Args:
         num_tokens: t.
-        sizes: hidden units of each group: always on, then each block.
+        num_shared: always-on units.
+        width: units of a block.
         matrices: pre-activations saved for each unit and row (2 for a gated FFN).
-        rows: places of each block.
+        loads: pairs of each block.
     """
     tiles: list[Tile] = []
-    saved = 0
-    if sizes[0]:
-        for start, size in _even(num_tokens):
-            tiles.append(Tile(False, start, size, [Piece(0, 0, size, saved)]))
-            saved += size * sizes[0] * matrices
-    start = 0
-    pieces: list[Piece] = []
-    for group, total in enumerate(rows, 1):
-        for _, size in _even(total):
-            filled = sum(piece.rows for piece in pieces)
-            if filled and filled + size > TILE_ROWS:
-                tiles.append(Tile(True, start, filled, pieces))
-                start, filled, pieces = start + filled, 0, []
-            pieces.append(Piece(group, filled, size, saved))
-            saved += size * sizes[group] * matrices
-    if pieces:
-        tiles.append(Tile(True, start, sum(piece.rows for piece in pieces), pieces))
-    return Layout(tiles, saved, max((tile.rows for tile in tiles), default=0))
+    saved = start = rank = 0
+    for first, rows in _even(num_tokens, WIDE_ROWS) if num_shared else ():
+        tiles.append(Tile((), 0, first, rows, saved))
+        saved += rows * num_shared * matrices
+    order = sorted((block for block, load in enumerate(loads) if load), key=lambda block: -loads[block])
+    places: list[int] = []
+    limit = NARROW_ROWS if width <= NARROW else WIDE_ROWS
+    while rank < len(order):
+        rows = _round_up(loads[order[rank]])
+        most = max(1, limit // rows) if width <= NARROW else 1
+        fits = [block for block in order[rank : rank + most] if loads[block] >= (1 - MAX_PADDING) * rows]
+        blocks = tuple(fits) or (order[rank],)
+        for _, part in _even(rows, limit) if len(blocks) == 1 else [(0, rows)]:
+            tiles.append(Tile(blocks, rank, start, part, saved))
+            start += part * len(blocks)
+            saved += part * len(blocks) * width * matrices
+        places += [rows] * len(blocks)
+        rank += len(blocks)
+    return Layout(tiles, order, places, saved)
 
 
-def _even(total: int) -> Iterator[tuple[int, int]]:
-    """(start, size) of about equal parts of at most `TILE_ROWS`, all but the last a multiple of `ROW_MULTIPLE`."""
+def pad_pairs(groups: Grouping, layout: Layout) -> Pairs:
+    """Put the pairs in the order of the layout's tiles, padded to its places."""
+    device = groups.offsets.device
+    num_tokens, num_slots = groups.inverse_tk.shape
+    total = sum(layout.places)
+    places, order = torch.tensor([layout.places, layout.order], device=device, dtype=torch.int64)
+    rank_q = torch.arange(len(order), device=device).repeat_interleave(places, output_size=total)
+    local_q = torch.arange(total, device=device) - (places.cumsum(0) - places)[rank_q]
+    count_q = groups.offsets.diff()[order][rank_q]
+    live_q = local_q < count_q
+    pair_q = groups.order_p[groups.offsets[order][rank_q] + torch.minimum(local_q, count_q - 1)]
+    token_q = torch.div(pair_q, num_slots, rounding_mode="floor")
+    place_p = torch.full((num_tokens * num_slots + 1,), total, device=device)
+    place_p[torch.where(live_q, pair_q, len(place_p) - 1)] = torch.arange(total, device=device)
+    return Pairs(pair_q, token_q, torch.where(live_q, token_q, num_tokens), place_p[:-1].view(num_tokens, num_slots))
+
+
+def _round_up(rows: int) -> int:
+    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def _even(total: int, limit: int) -> Iterator[tuple[int, int]]:
+    """(start, size) of about equal parts of at most `limit`, all but the last a multiple of `ROW_MULTIPLE`."""
     if not total:
         return
-    size = -(-total // -(-total // TILE_ROWS))
-    size = -(-size // ROW_MULTIPLE) * ROW_MULTIPLE
+    size = _round_up(-(-total // -(-total // limit)))
     for start in range(0, total, size):
         yield start, min(size, total - start)

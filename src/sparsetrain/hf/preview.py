@@ -1,0 +1,97 @@
+"""preview(): what a recipe would do, without reading weights or writing a file (`sparsetrain finetune --dry-run`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparsetrain.hf import assemble
+from sparsetrain.hf.assets import ASSETS, asset_status
+from sparsetrain.hf.checkpoint import check_output, find_resumable
+from sparsetrain.hf.recipe import Recipe
+from sparsetrain.hf.trainer import Event, Report, silent
+from sparsetrain.surgery.plan import Plan, plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """Sizes in parameters, bytes and tokens. `plan` is None for a dense run; `resume_step` None for a new one."""
+
+    recipe: Recipe
+    plan: Plan | None
+    data: str
+    parameters: int
+    trainable_parameters: int
+    weight_bytes: int
+    optimizer_bytes: int
+    steps: int
+    tokens_per_step: int
+    resume_step: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """What a person reads."""
+        share = self.trainable_parameters / self.parameters
+        how = f"LoRA of rank {self.recipe.lora_r}" if self.recipe.lora_r else "all weights"
+        begin = "" if self.resume_step is None else f", from step {self.resume_step}"
+        return [
+            f"Model   {self.recipe.model}: {self.parameters:,} parameters, {self.weight_bytes / 2**20:,.0f} MiB",
+            f"Trained {how}: {self.trainable_parameters:,} parameters ({share:.2%}), "
+            f"{self.optimizer_bytes / 2**20:,.0f} MiB of optimizer state",
+            f"Data    {self.data}",
+            f"Length  {self.steps:,} steps of {self.tokens_per_step:,} tokens{begin}",
+            f"Output  {self.recipe.output}",
+            *(f"Note    {note}" for note in self.notes),
+            *(["", str(self.plan)] if self.plan is not None else []),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        rows = self.plan.rows() if self.plan is not None else []
+        return values | {"recipe": self.recipe.model_dump(mode="json"), "plan": rows}
+
+
+def preview(recipe: Recipe, *, report: Report = silent) -> Preview:
+    """Check a recipe against its model and data, and say what it would do. No weights are read, nothing is written.
+
+    Raises:
+        ValueError, PlanError, CheckpointError: as `finetune`; also for an embedded model that is not fetched yet.
+    """
+    notes: list[str] = []
+
+    def note(event: Event) -> None:
+        if event["event"] == "note":
+            notes.append(event["text"])
+        report(event)
+
+    check_output(recipe.output, resume=recipe.resume)
+    for name in (recipe.model, recipe.data):
+        if name in ASSETS and asset_status(name).state == "absent":
+            raise ValueError(f"{name} is not fetched yet. Run: sparsetrain models fetch {name}")
+    device = assemble.pick_device(recipe)
+    resumed = find_resumable(recipe.output, recipe, note) if recipe.resume and recipe.compare == "none" else None
+    path, config = assemble.open_config(recipe, note, recipe.configs)
+    model = assemble.empty_model(config, recipe.task)
+    planned = plan(model, *recipe.configs, seq_tokens=recipe.seq_len) if recipe.methods else None
+    bundle = assemble.load_rows(recipe, assemble.open_tokenizer(path), config, note)
+    width = assemble.pick_dtype(recipe, device).itemsize
+    weights, _ = assemble.num_parameters(model)
+    added = sum(row["added_params"] for row in planned.rows()) if planned is not None else 0
+    total, trainable = assemble.num_parameters(assemble.add_lora(model, recipe, None, []))
+    rows_per_step = recipe.batch_size * recipe.grad_accum
+    steps = recipe.steps or math.ceil((recipe.epochs or 1) * math.ceil(len(bundle.train) / rows_per_step))
+    return Preview(
+        recipe=recipe,
+        plan=planned,
+        data=bundle.description,
+        parameters=total + added,
+        trainable_parameters=trainable + added,
+        weight_bytes=weights * width,
+        optimizer_bytes=(trainable + added) * 8,
+        steps=steps,
+        tokens_per_step=rows_per_step * recipe.seq_len,
+        resume_step=None if resumed is None else resumed.step,
+        notes=notes,
+    )

@@ -1,0 +1,95 @@
+"""The command line is a promise: names of commands and flags change only on purpose, here as well."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import typer
+
+from sparsetrain.cli.app import app
+from sparsetrain.cli.flags import FLAGS
+from sparsetrain.hf.recipe import Recipe
+from tests.cli.conftest import Call
+
+ALWAYS = {"--json", "--debug"}
+RECIPE = {
+    "--model", "--data", "--task", "--text-column", "--output", "--seq-len", "--batch-size", "--grad-accum", "--steps",
+    "--epochs", "--preset", "--method", "--calibration-tokens", "--compare", "--lora-r", "--lora-alpha",
+    "--lora-targets", "--lr", "--lr-schedule", "--warmup-steps", "--weight-decay", "--max-grad-norm", "--save-every",
+    "--keep-checkpoints", "--eval-every", "--eval-tokens", "--resume", "--no-resume", "--seed", "--dtype",
+    "--gradient-checkpointing", "--device", "--threads",
+}  # fmt: skip
+SURFACE = {
+    "finetune": ALWAYS | RECIPE | {"--recipe", "--dry-run"},
+    "eval": ALWAYS | {"MODEL", "--all", "--data", "--task", "--text-column", "--seq-len", "--batch-size"}
+    | {"--eval-tokens", "--seed", "--dtype", "--device", "--threads"},
+    "export": ALWAYS | {"RUN", "--output", "--format", "--merge-lora", "--keep-lora"},
+    "plan": ALWAYS | {"--recipe", "--model", "--task", "--preset", "--method", "--seq-len"},
+    "methods": ALWAYS | {"NAME"},
+    "doctor": ALWAYS,
+    "models list": ALWAYS,
+    "models fetch": ALWAYS | {"NAME"},
+    "models verify": ALWAYS | {"NAME"},
+}  # fmt: skip
+
+
+def commands() -> dict[str, Any]:
+    found = {}
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        for sub, inner in getattr(command, "commands", {"": command}).items():
+            found[f"{name} {sub}".strip()] = inner
+    return found
+
+
+def names(command: Any) -> set[str]:
+    flags = {name for p in command.params for name in [*p.opts, *p.secondary_opts] if name.startswith("--")}
+    return flags - {"--help"} | {p.metavar for p in command.params if p.param_type_name == "argument"}
+
+
+def test_commands_and_flags_are_frozen() -> None:
+    assert {name: names(command) for name, command in commands().items()} == SURFACE
+
+
+def test_flags_are_the_recipes_keys_with_its_defaults() -> None:
+    assert set(FLAGS) == set(Recipe.model_fields) | {"preset"}
+    recipe = Recipe(model="m", data="d")
+    for key, flag in FLAGS.items():
+        if key in ("preset", "methods", "threads", "resume") or not flag.default:
+            continue
+        assert flag.default == str(getattr(recipe, key)), key
+    assert [config.to_dict() for config in Recipe.from_values({"model": "m", "data": "d", "preset": "spt"}).configs] == [
+        config.to_dict() for config in recipe.configs
+    ]
+    assert recipe.threads is None and recipe.resume is False and FLAGS["resume"].default == "no"
+
+
+def test_every_choice_in_a_metavar_is_one_the_recipe_takes() -> None:
+    for key in ("task", "compare", "lr_schedule", "dtype", "gradient_checkpointing"):
+        choices = set(str(FLAGS[key].metavar).split("|"))
+        assert choices == set(Recipe.model_fields[key].annotation.__args__), key  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", [*SURFACE, "models", ""])
+def test_help_teaches(name: str, call: Call) -> None:
+    result = call(*name.split(), "--help")
+    assert result.code == 0
+    assert "Exit codes: 0 done" in result.out and "130 interrupted" in result.out
+    if name != "models":
+        assert f"sparsetrain {name}".strip() in result.out
+    if name in ("finetune",):
+        assert "Not for" in result.out and "When not to use it" in result.out
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['sparsetrain', 'finetune', '--help']\n"
+        "from sparsetrain.cli import main\n"
+        "try: main()\n"
+        "finally: print('heavy:', [m for m in ('torch', 'transformers', 'numpy', 'yaml') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ).stdout
+    assert out.splitlines()[-1] == "heavy: []"
