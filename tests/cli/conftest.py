@@ -12,7 +12,7 @@ import pytest
 
 from sparsetrain.cli import run
 
-WORDS = "def return if else for in while import class self none true false x y z a b c 0 1 2 3 ( ) : = + -".split()
+WORDS = ("def", "return", "if", "else", "for", "in", "while", "import", "self", "x", "y", "0", "1", "(", ")", ":", "=")
 
 
 @dataclass(frozen=True)

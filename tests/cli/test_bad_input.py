@@ -142,7 +142,9 @@ def test_two_methods_on_one_site(call: Call, llama: Path, text: Path, tmp_path: 
 
 
 def test_a_pattern_that_matches_nothing(train, tmp_path: Path) -> None:
-    refused(train(method=f"{SPARSE},targets=encoder.*"), tmp_path / "run", "matches nothing", "encoder.*", "layers.0.mlp")
+    refused(
+        train(method=f"{SPARSE},targets=encoder.*"), tmp_path / "run", "matches nothing", "encoder.*", "layers.0.mlp"
+    )
     refused(train(method=f"{SPARSE},layers=7"), tmp_path / "run", "matches nothing", "7")
 
 

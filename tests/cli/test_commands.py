@@ -90,8 +90,9 @@ def test_dry_run_checks_everything_and_writes_nothing(call: Call, llama: Path, t
 
 def test_flags_win_over_the_recipe(call: Call, llama: Path, text: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "run.yaml"
-    values = {"model": str(llama), "data": str(text), "seq_len": 64, "steps": 9, "lr": 1e-3, "preset": "spt-paper"}
-    recipe.write_text(yaml.safe_dump(values))
+    values = {"model": str(llama), "data": str(text), "seq_len": 64, "steps": 9, "lr": 1e-3}
+    methods = [{"method": "routed_ffn", "num_blocks": 8}, {"method": "pq_attention", "keep_ratio": 0.5}]
+    recipe.write_text(yaml.safe_dump({**values, "methods": methods}))
 
     def resolved(*more: object) -> dict:
         arguments = ("--recipe", recipe, "--output", tmp_path / "run", "--dry-run", "--json")
@@ -140,7 +141,9 @@ def test_plan(call: Call, llama: Path, tmp_path: Path) -> None:
     assert [edit["site"] for edit in result.json["edits"]] == ["model.layers.0.mlp", "model.layers.1.mlp"]
     totals = result.json["totals"]
     assert totals["mflop_after"] < totals["mflop_before"]
-    shown = call("plan", "--model", llama, "--seq-len", 64, "--method", f"{SPARSE},layers=1", "--method", "pq_attention")
+    shown = call(
+        "plan", "--model", llama, "--seq-len", 64, "--method", f"{SPARSE},layers=1", "--method", "pq_attention"
+    )
     assert "2 x model.layers.*.self_attn" in shown.out and "all of these" in shown.out
     assert "Left dense by routed_ffn: 1 of its sites." in shown.out
     assert call("plan", "--model", llama, "--preset", "dense").code == 2

@@ -16,7 +16,7 @@ def test_floors_are_those_of_the_package() -> None:
     for line in project["dependencies"]:
         name, _, floor = line.partition(">=")
         declared[name] = floor
-    assert module.REQUIRED == declared
+    assert declared == module.REQUIRED
     assert f"trl>={module.OPTIONAL['trl'][0]}" in project["optional-dependencies"]["trl"]
 
 
@@ -25,7 +25,9 @@ def test_it_answers_with_every_required_package_and_a_measured_speed(call: Call)
     checks = {check["name"]: check for check in result.json["checks"]}
     assert set(module.REQUIRED) <= set(checks)
     assert result.json["ready"] and result.json["ok"] and result.code == 0
-    fp32, bf16 = (float(v.replace(",", "")) for v in re.findall(r"(?:fp32|bf16) ([\d,]+)", checks["formats on cpu"]["found"]))
+    fp32, bf16 = (
+        float(v.replace(",", "")) for v in re.findall(r"(?:fp32|bf16) ([\d,]+)", checks["formats on cpu"]["found"])
+    )
     assert fp32 > 0 and bf16 > 0
     assert "smollm2-135m" in str(checks)
 

@@ -61,9 +61,9 @@ def test_flags_are_the_recipes_keys_with_its_defaults() -> None:
         if key in ("preset", "methods", "threads", "resume") or not flag.default:
             continue
         assert flag.default == str(getattr(recipe, key)), key
-    assert [config.to_dict() for config in Recipe.from_values({"model": "m", "data": "d", "preset": "spt"}).configs] == [
-        config.to_dict() for config in recipe.configs
-    ]
+    assert [
+        config.to_dict() for config in Recipe.from_values({"model": "m", "data": "d", "preset": "spt"}).configs
+    ] == [config.to_dict() for config in recipe.configs]
     assert recipe.threads is None and recipe.resume is False and FLAGS["resume"].default == "no"
 
 
@@ -91,5 +91,7 @@ def test_help_does_not_wait_for_torch() -> None:
         "try: main()\n"
         "finally: print('heavy:', [m for m in ('torch', 'transformers', 'numpy', 'yaml') if m in sys.modules])"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
+    ).stdout
     assert out.splitlines()[-1] == "heavy: []"

@@ -32,7 +32,7 @@ def test_unknown_key_and_method_suggest_the_nearest() -> None:
         (PQAttention, {"num_keys": 8}, "forced keys"),
         (PQAttention, {"selection": "bucket4"}, "single keys"),
         (PQAttention, {"granularity": "tokens"}, "Did you mean 'token'"),
-        (PQAttention, {"granularity": "token", "selection": "bucket4", "num_keys": 66}, "% 4"),
+        (PQAttention, {"granularity": "token", "selection": "bucket4", "score": "match_count", "num_keys": 66}, "% 4"),
     ],
 )
 def test_values_out_of_range(kind: type[MethodConfig], values: dict, message: str) -> None:

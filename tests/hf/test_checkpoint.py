@@ -85,7 +85,7 @@ def test_the_same_recipe_gives_the_same_losses_and_another_seed_does_not(tmp_pat
 def test_a_second_run_needs_resume_or_another_output(tmp_path: Path) -> None:
     recipe = runs.recipe(tmp_path)
     stopped(recipe, 3)
-    with pytest.raises(ValueError, match="not empty.*checkpoint-2.*--resume"):
+    with pytest.raises(ValueError, match=r"not empty.*checkpoint-2.*--resume"):
         finetune(recipe)
 
 
@@ -190,7 +190,7 @@ _ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_T
 
 @pytest.mark.slow
 def test_kill_9_at_any_moment_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
-    changes = {"methods": [runs.ROUTED], "steps": 12, "save_every": 1}
+    changes = {"methods": [runs.ROUTED], "steps": 8, "save_every": 1}
     whole = finetune(runs.recipe(tmp_path, output=str(tmp_path / "whole"), **changes), write=False)
     # one process imports the libraries, and forks a run for each kill
     command = [sys.executable, "-c", _SERVER]
@@ -199,7 +199,7 @@ def test_kill_9_at_any_moment_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) 
     ) as server:
         assert server.stdin is not None and server.stdout is not None
         # at different distances from a finished checkpoint: in a step, in a save, in the removal of an old one
-        for i, (saves, delay) in enumerate([(1, 0.0), (1, 0.02), (2, 0.045), (3, 0.07), (4, 0.005), (5, 0.1)]):
+        for i, (saves, delay) in enumerate([(1, 0.0), (1, 0.03), (2, 0.06), (4, 0.1)]):
             recipe = runs.recipe(tmp_path, output=str(tmp_path / f"killed{i}"), **changes)
             recipe.to_yaml(tmp_path / "r.yaml")
             print(tmp_path / "r.yaml", file=server.stdin, flush=True)

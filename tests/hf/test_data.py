@@ -204,6 +204,16 @@ def test_text_sources_agree(kind: str, tmp_path: Path, tokenizer: PreTrainedToke
     assert bundle.train["input_ids"] == reference.train["input_ids"]
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0b"])
+def test_only_line_feeds_end_a_row(mark: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+    (tmp_path / "a.csv").write_text(f"text,n\none{mark}two,1\n", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('{"text": "one\u2028two"}\n', encoding="utf-8")
+    length = len(f"one{mark}two".encode())
+    bundle = load_text(tmp_path / "a.csv", tokenizer, length + 1, eval_ratio=0)
+    assert bundle.train["input_ids"][0] == [*tokenizer(f"one{mark}two")["input_ids"], EOS]
+    assert load_text(tmp_path / "b.jsonl", tokenizer, 10, eval_ratio=0).counts["documents"] == 1
+
+
 def test_text_eval_source_and_split(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
     folder = write_texts(tmp_path / "train", 5)
     other = write_texts(tmp_path / "eval", 2)  # the same texts as the first two training files

@@ -81,7 +81,7 @@ def test_mistakes_are_one_clear_line(values: dict[str, Any], message: str) -> No
 
 
 def test_a_missing_key_says_how_to_give_it() -> None:
-    with pytest.raises(ValueError, match="data is missing.*--data"):
+    with pytest.raises(ValueError, match=r"data is missing.*--data"):
         Recipe.from_values({"model": "m"})
 
 

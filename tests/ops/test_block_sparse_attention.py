@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsetrain.ops.block_sparse_attention.cpu as cpu_backend
 from sparsetrain.core.errors import Unsupported
@@ -290,6 +291,26 @@ def test_saves_no_more_than_sdpa_and_the_lists() -> None:
     dense = saved(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
     assert ours == sum(x.nbytes for x in (*tensors, q)) + 4 * q[..., 0].numel() + lists.nbytes  # q k v, out, lse, lists
     assert ours <= dense + lists.nbytes
+
+
+def test_scratch_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor of the forward or the backward comes near t * s = 1,048,576 numbers."""
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = func(*args, **(kwargs or {}))
+            for x in result if isinstance(result, tuple) else (result,):
+                if isinstance(x, Tensor):
+                    self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
+            return result
+
+    case = Case(name="long", heads=1, kv_heads=1, list_heads=1, queries=1024, block_q=32, block_k=32, kept_keys=128)
+    monkeypatch.setattr(cpu_backend, "BATCH_ELEMENTS", 2**14)
+    with Largest() as largest:
+        with_gradients(lambda *x: call(case, *x, case.lists(), "cpu")[0], case.tensors(torch.float32))
+    assert 8192 <= largest.numel <= 2**14  # 8192 are the queries themselves
 
 
 def test_no_second_derivative() -> None:

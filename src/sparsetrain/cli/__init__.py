@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> int:
             raise KeyboardInterrupt
         return 0
     except BrokenPipeError:  # the reader of our output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # or Python complains once more when it exits
         return FAILED
     except (Exception, KeyboardInterrupt) as error:
         if debug and isinstance(error, Exception) and not hasattr(error, "format_message"):

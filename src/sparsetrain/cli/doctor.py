@@ -125,7 +125,11 @@ def _optional() -> list[Check]:
 
 
 def _clashes() -> list[Check]:
-    checks = [Check(name, "note", v, f"{why}; keep it in another environment") for name, why in CLASHES.items() if (v := _version(name))]
+    checks = [
+        Check(name, "note", v, f"{why}; keep it in another environment")
+        for name, why in CLASHES.items()
+        if (v := _version(name))
+    ]
     return checks + [Check(name, "note", v, why) for name, why in NOTES.items() if (v := _version(name))]
 
 
@@ -158,7 +162,9 @@ def _formats(device: str) -> Check:
     """Time one matrix product in fp32 and bf16: a format can be supported and still be slow."""
     import torch
 
-    gflops = {name: gemm_gflops(device, getattr(torch, kind)) for name, kind in (("fp32", "float32"), ("bf16", "bfloat16"))}
+    gflops = {
+        name: gemm_gflops(device, getattr(torch, kind)) for name, kind in (("fp32", "float32"), ("bf16", "bfloat16"))
+    }
     ratio = gflops["bf16"] / gflops["fp32"]
     found = f"fp32 {gflops['fp32']:,.0f} GFLOP/s, bf16 {gflops['bf16']:,.0f} ({ratio:.1f}x)"
     if ratio < 1:
@@ -197,7 +203,11 @@ def _tools() -> list[Check]:
     else:
         checks.append(Check("triton", "note", "not installed", "needed only on a GPU; everything runs without it"))
     if os.environ.get("TRITON_INTERPRET") == "1":
-        checks.append(Check("TRITON_INTERPRET", "note", "1", "Kernels run in the interpreter, thousands of times slower: unset it."))
+        checks.append(
+            Check(
+                "TRITON_INTERPRET", "note", "1", "Kernels run in the interpreter, thousands of times slower: unset it."
+            )
+        )
     return checks
 
 

@@ -10,7 +10,9 @@ from sparsetrain.cli.answer import Answer
 from sparsetrain.cli.flags import Debug, Json, changes, takes
 from sparsetrain.cli.live import telling
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Embedded model, hub name, a model's folder, or a run's --output.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Embedded model, hub name, a model's folder, or a run's --output.")
+]
 All = Annotated[bool, typer.Option("--all", help="Use every row, for data that was not trained on.")]
 
 
@@ -53,7 +55,13 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
         )
     part = "all" if all else "held-out"
     value = f"{quality.value:.1%}" if quality.accuracy is not None else f"{quality.value:.4g}"
-    about = {"model": model, "data": recipe.data, "part": part, "task": recipe.task, "sparse": loaded.handle is not None}
+    about = {
+        "model": model,
+        "data": recipe.data,
+        "part": part,
+        "task": recipe.task,
+        "sparse": loaded.handle is not None,
+    }
     rows_text = f"{quality.rows:,} {'' if all else 'held-out '}rows"
     line = f"{quality.metric} {value} on {rows_text} of {recipe.data} ({quality.tokens:,} tokens)"
     return Answer(data={**about, **quality.to_dict()}, show=[line])
@@ -92,4 +100,6 @@ def _all_rows(recipe: Any, loaded: Any, tell: Any) -> Any:
         return load_sft(*place, **common)
     if recipe.task == "classify":
         return load_classify(*place, text_column=recipe.text_column, **common)
-    return load_text(*place, text_column=recipe.text_column, max_tokens=max(recipe.eval_tokens, recipe.seq_len), **common)
+    return load_text(
+        *place, text_column=recipe.text_column, max_tokens=max(recipe.eval_tokens, recipe.seq_len), **common
+    )

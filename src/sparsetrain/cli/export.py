@@ -57,7 +57,9 @@ def export(
         loaded = load(run)
         if not hasattr(loaded.model, "peft_config") or format != "sparse":
             asked = "--format dense" if format != "sparse" else run
-            raise ValueError(f"--keep-lora writes a run's adapter as it is; {asked} has none to keep. Leave --keep-lora out.")
+            raise ValueError(
+                f"--keep-lora writes a run's adapter as it is; {asked} has none to keep. Leave --keep-lora out."
+            )
         about = {key: value for key, value in loaded.about.items() if key not in WRITTEN}
         about.setdefault("base_model", loaded.model.peft_config["default"].base_model_name_or_path)
         save(loaded.model, loaded.handle, output, tokenizer=loaded.tokenizer, **about)

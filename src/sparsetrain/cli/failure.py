@@ -53,9 +53,9 @@ def explain(error: BaseException) -> Failure:
         return _bad(text)
     if type(error).__module__.startswith("yaml"):
         return _bad(f"The recipe is not valid YAML: {' '.join(text.split())}. Correct the file at that place.")
-    if isinstance(error, ImportError):
+    if isinstance(error, ImportError) and not (error.name or "").startswith("sparsetrain"):
         return _failed(f"A package is missing or too old: {text}. Run `sparsetrain doctor` to see what to install.")
-    if library == "sparsetrain" and not isinstance(error, AssertionError):
+    if library == "sparsetrain" and not isinstance(error, AssertionError | ImportError):
         return _failed(text)
     where = f" in {library}" if library else ""
     return _failed(

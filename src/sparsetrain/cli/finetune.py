@@ -10,11 +10,15 @@ from sparsetrain.cli.answer import Answer
 from sparsetrain.cli.flags import FLAGS, METHODS_HELP, Debug, Json, RecipeFile, changes, takes
 from sparsetrain.cli.live import telling
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the recipe, model and data; print the plan; train nothing.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check the recipe, model and data; print the plan; train nothing.")
+]
 
 
 @takes(*FLAGS)
-def finetune(recipe: RecipeFile = None, dry_run: DryRun = False, json: Json = False, debug: Debug = False, **flags: Any) -> Answer:
+def finetune(
+    recipe: RecipeFile = None, dry_run: DryRun = False, json: Json = False, debug: Debug = False, **flags: Any
+) -> Answer:
     from sparsetrain.hf.recipe import Recipe
 
     given = changes(flags)
@@ -42,8 +46,10 @@ Examples:
 
 {METHODS_HELP}
 
-A recipe file has one line a flag, spelled with underscores ([cyan]seq_len: 2048[/]); a run writes its own as recipe.yaml.
-[bold]When not to use it[/]: if short sequences and a model that fits leave dense LoRA fast enough. --compare dense measures
+A recipe file has one line a flag, spelled with underscores ([cyan]seq_len: 2048[/]); a run writes its own as
+recipe.yaml.
+
+[bold]When not to use it[/]: if sequences are short and dense LoRA fits and is fast enough. --compare dense measures
 that on your model, data and machine.
 """
 
@@ -85,7 +91,9 @@ def _dry_run(recipe: Any, tell: Any) -> Answer:
     device = pick_device(recipe)
     resumed = find_resumable(recipe.output, recipe, tell) if recipe.resume else None
     path, config = open_config(recipe, tell, recipe.configs)
-    planned = plan(empty_model(config, recipe.task), *recipe.configs, seq_tokens=recipe.seq_len) if recipe.methods else None
+    planned = (
+        plan(empty_model(config, recipe.task), *recipe.configs, seq_tokens=recipe.seq_len) if recipe.methods else None
+    )
     bundle = load_rows(recipe, open_tokenizer(path), config, tell)
     start = f"from step {resumed.step} of {resumed.path}" if resumed else "from the pretrained weights"
     length = f"{recipe.steps} steps" if recipe.steps else f"{recipe.epochs} epochs"

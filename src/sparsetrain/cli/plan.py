@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -30,7 +31,9 @@ def plan(recipe: RecipeFile = None, json: Json = False, debug: Debug = False, **
 
     asked = _recipe(recipe, changes(flags))
     if not asked.configs:
-        raise ValueError("The preset dense changes nothing, so there is nothing to plan. Give --method or another --preset.")
+        raise ValueError(
+            "The preset dense changes nothing, so there is nothing to plan. Give --method or another --preset."
+        )
     _, config = open_config(asked, to_stderr, asked.configs)
     planned = sparsetrain.plan(empty_model(config, asked.task), *asked.configs, seq_tokens=asked.seq_len)
     rows = planned.rows()
@@ -52,7 +55,7 @@ def plan(recipe: RecipeFile = None, json: Json = False, debug: Debug = False, **
     return Answer(data=data, show=[lambda: table(title, columns, _lines(rows, totals), right=(2, 3, 4)), *left])
 
 
-def _lines(rows: list[dict[str, Any]], totals: dict[str, float]) -> list[list[str]]:
+def _lines(rows: list[dict[str, Any]], totals: Mapping[str, float]) -> list[list[str]]:
     """Sites that differ in their layer alone share a line, with their sums; the last line is all of them."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
@@ -60,11 +63,17 @@ def _lines(rows: list[dict[str, Any]], totals: dict[str, float]) -> list[list[st
     lines = []
     for (site, method, note), same in groups.items():
         name = same[0]["site"] if len(same) == 1 else f"{len(same)} x {site}"
-        lines.append([name, f"{method}: {note}" if note else method, *_cells({key: sum(row[key] for row in same) for key in totals})])
+        lines.append(
+            [
+                name,
+                f"{method}: {note}" if note else method,
+                *_cells({key: sum(row[key] for row in same) for key in totals}),
+            ]
+        )
     return [*lines, ["all of these", "", *_cells(totals)]]
 
 
-def _cells(sums: dict[str, float]) -> list[str]:
+def _cells(sums: Mapping[str, float]) -> list[str]:
     return [
         f"{sums['mflop_before']:,.2f} -> {sums['mflop_after']:,.2f}",
         f"{sums['saved_before']:,.0f} -> {sums['saved_after']:,.0f}",
@@ -94,9 +103,7 @@ def methods(
         defaults = {field.name: field.default for field in dataclasses.fields(kind)}
         data[kind.method] = {"help": inspect.getdoc(kind), "keys": defaults}
         written = ",".join(f"{key}={value}" for key, value in defaults.items() if key not in ("targets", "layers"))
-        common = (
-            "Every method also takes layers=0|2|5-9 (blocks, counted from 0) and targets=PATTERN|PATTERN (on site names)."
-        )
+        common = "Every method also takes layers=0|2|5-9 (blocks, from 0) and targets=PATTERN|PATTERN (on site names)."
         show += [f"{kind.method}\n", inspect.getdoc(kind), f"\nDefaults: {kind.method}:{written}\n{common}\n"]
     return Answer(data={"methods": data}, show=show)
 
@@ -106,4 +113,3 @@ def _recipe(file: Any, given: dict[str, Any]) -> Any:
 
     # a recipe must name its data, which a plan does not read
     return Recipe.from_yaml(file, given) if file else Recipe.from_values({"data": "not read", **given})
-

@@ -277,5 +277,6 @@ def training_arguments(recipe: Recipe, device: torch.device, output: Path, count
 
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:
-    """(all, trainable) parameters; tied ones once."""
-    return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    """(all, trainable) parameters; tied ones once, and a module that PEFT keeps beside its trained copy not at all."""
+    found = [p for name, p in model.named_parameters() if "original_module" not in name.split(".")]
+    return sum(p.numel() for p in found), sum(p.numel() for p in found if p.requires_grad)

@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from sparsetrain.hf import assemble, checkpoint
 from sparsetrain.hf.data import DataBundle
 from sparsetrain.hf.evaluate import Collate, Quality, evaluate
-from sparsetrain.hf.io import no_bars, save
+from sparsetrain.hf.io import quiet, save
 from sparsetrain.hf.journal import Journal
 from sparsetrain.hf.manifest import disk_errors, write_json
 from sparsetrain.hf.recipe import Recipe
@@ -68,7 +68,7 @@ class Result:
         return values | {"recipe": self.recipe.model_dump(mode="json"), "saved": str(self.saved), "kind": self.kind}
 
 
-@no_bars()
+@quiet()
 def finetune(
     recipe: Recipe,
     *,
@@ -126,6 +126,8 @@ def finetune(
     order = _Order(bundle.collate_fn)
     sample = bundle.collate_fn([bundle.train[i] for i in range(min(recipe.batch_size, len(bundle.train)))])
     ours = [*callbacks, journal.recorder, _EvalCallback(lambda: _evaluate(model, recipe, bundle), recipe, journal)]
+    if resumed is None:
+        ours.append(_SavedCallback(handle, sample, journal))
     if handle is not None:
         ours.append(SparsityCallback(handle, at_end=False, **about))
     ours.append(checkpoint.CheckpointCallback(recipe, rows, journal.progress, journal.report))
@@ -138,8 +140,6 @@ def finetune(
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
-    if resumed is None:
-        _measure_saved(model, handle, sample, journal, device)
     _train(trainer, recipe, resumed, device)
     journal.peaks(device)
     assert trainer.optimizer is not None
@@ -235,29 +235,11 @@ def _evaluate(
     )
 
 
-def _measure_saved(
-    model: Any, handle: Handle | None, sample: dict[str, Tensor], journal: Journal, device: torch.device
-) -> None:
-    """Count what one training forward keeps for its backward, as it is after the warm-up."""
-    training = model.training
-    batch = {name: tensor.to(device) for name, tensor in sample.items()}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        model.train()
-        if handle is not None:
-            handle.step(1, 1)
-        saved = saved_activations(model, lambda: model(**batch).loss)
-        if handle is not None:
-            handle.step(0)
-        model.train(training)
-    journal.run["saved_activation_bytes"] = dict(saved.by_component)
-    journal.run["saved_by_layer"] = saved.by_layer
-
-
 def _about(recipe: Recipe, config: Any) -> dict[str, Any]:
     """Entries of the sidecar that let `load` rebuild the model around an adapter."""
     options: dict[str, Any] = {}
     if recipe.task == "classify":
-        options = {"num_labels": config.num_labels, "id2label": {str(k): v for k, v in config.id2label.items()}}
+        options = {"id2label": config.id2label, "label2id": config.label2id}
         options |= {"pad_token_id": config.pad_token_id, "ignore_mismatched_sizes": True}
     options |= {name: 0.0 for name in assemble.ATTENTION_DROPOUT if getattr(config, name, None) == 0.0}
     return {
@@ -281,6 +263,26 @@ class _EvalCallback(TrainerCallback):
             self.journal.point(quality, state.global_step)
             event = {"stage": f"step {state.global_step}", "metric": quality.metric, "value": quality.value}
             self.journal.report({"event": "quality", **event})
+
+
+class _SavedCallback(TrainerCallback):
+    """Counts what a training forward keeps for its backward, as it is after the warm-up, when training begins."""
+
+    def __init__(self, handle: Handle | None, sample: dict[str, Tensor], journal: Journal) -> None:
+        self.handle, self.sample, self.journal = handle, sample, journal
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model, device = kwargs["model"], args.device
+        batch = {name: tensor.to(device) for name, tensor in self.sample.items()}
+        model.train()
+        if self.handle is not None:
+            self.handle.step(state.max_steps, state.max_steps)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            saved = saved_activations(model, lambda: model(**batch).loss)
+        self.journal.run["saved_activation_bytes"] = dict(saved.by_component)
+        self.journal.run["saved_by_layer"] = saved.by_layer
 
 
 class _Order:

@@ -52,18 +52,20 @@ class Loaded:
 
 
 @contextmanager
-def no_bars() -> Iterator[None]:
-    """Hide transformers' own progress bars, which tear ours and fill logs. Also a decorator."""
-    shown = logging.is_progress_bar_enabled()
+def quiet() -> Iterator[None]:
+    """Hide transformers' progress bars and load reports, which tear our bar and fill logs. Also a decorator."""
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 
 
-@no_bars()
+@quiet()
 def save(model: Any, handle: Handle | None, folder: str | Path, *, tokenizer: Any = None, **about: Any) -> Path:
     """Write a trained model (PEFT: its adapter; else all weights) with its sidecar; the model is unchanged.
 
@@ -89,7 +91,7 @@ def save(model: Any, handle: Handle | None, folder: str | Path, *, tokenizer: An
     return Path(folder)
 
 
-@no_bars()
+@quiet()
 def load(
     source: str | Path,
     *,
@@ -114,16 +116,19 @@ def load(
     if adapter and not about.get("base_model"):
         raise CheckpointError(f"{folder / SIDECAR} names no base_model for the adapter. Save it with base_model=….")
     base = resolve_model(about["base_model"]) if adapter else str(folder)
-    model = load_weights(base, about["model_class"], dtype, **about.get("model_options", {}))
+    options = about.get("model_options", {})
+    if "id2label" in options:  # JSON has made its keys text
+        options["id2label"] = {int(i): name for i, name in options["id2label"].items()}
+    model = load_weights(base, about["model_class"], dtype, **options)
     configs = [MethodConfig.from_dict(entry) for entry in about["configs"]]
     handle = sparsify(model, *configs, state=read_state(folder)) if configs else None
     if adapter:
-        model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        model = _with_adapter(model, folder, trainable)
     model = model.to(device)
     return Loaded(model=model.train(trainable), tokenizer=_tokenizer(folder, base), handle=handle, about=about)
 
 
-@no_bars()
+@quiet()
 def export(source: str | Path | Loaded, folder: str | Path, *, format: str = "sparse") -> Path:
     """Write a trained model with LoRA merged in, as full weights that plain transformers loads.
 
@@ -213,7 +218,7 @@ def _load_plain(name: str, folder: Path, dtype: torch.dtype, device: Any, traina
         config = PeftConfig.from_pretrained(str(folder))
         base = str(config.base_model_name_or_path)
         kind = "AutoModelForSequenceClassification" if config.task_type == "SEQ_CLS" else "AutoModelForCausalLM"
-        model = PeftModel.from_pretrained(load_weights(base, kind, dtype), str(folder), is_trainable=trainable)
+        model = _with_adapter(load_weights(base, kind, dtype), folder, trainable)
         return Loaded(
             model=model.to(device).train(trainable), tokenizer=_tokenizer(folder, base), handle=None, about={}
         )
@@ -228,11 +233,21 @@ def _load_plain(name: str, folder: Path, dtype: torch.dtype, device: Any, traina
     return Loaded(model=model, tokenizer=_tokenizer(Path(path), path), handle=None, about={})
 
 
+def _with_adapter(model: Any, folder: Path, trainable: bool) -> PeftModel:
+    try:
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the adapter in {folder} cannot be read: {str(error).splitlines()[0]}") from None
+
+
 def _refuse_orphan(folder: Path) -> None:
     """An adapter with a router or codebook and no sidecar would load on the plain model, and lose them silently."""
     ours = {name for kind in registered_methods().values() for name in method_of(kind()).modules_to_save}
-    with safe_open(str(folder / _ADAPTER_WEIGHTS), framework="pt") as file:
-        found = sorted({part for key in file.keys() for part in key.split(".") if part in ours})  # noqa: SIM118
+    try:
+        with safe_open(str(folder / _ADAPTER_WEIGHTS), framework="pt") as file:
+            found = sorted({part for key in file.keys() for part in key.split(".") if part in ours})  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / _ADAPTER_WEIGHTS} cannot be read: {error}.") from None
     if found:
         raise CheckpointError(
             f"{folder} holds trained parameters of a sparse method ({', '.join(found)}) and no {SIDECAR}, so it would "

@@ -111,13 +111,13 @@ def disk_errors(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        number = _disk_error(error)
+        number = _disk_error(error, Path(folder))
         if number is None:
             raise
         raise OSError(number, os.strerror(number), str(folder)) from error
 
 
-def _disk_error(error: BaseException | None) -> int | None:
+def _disk_error(error: BaseException | None, folder: Path) -> int | None:
     """The errno of a full disk, quota or size limit behind an exception, or None."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     while error is not None:
@@ -127,7 +127,9 @@ def _disk_error(error: BaseException | None) -> int | None:
             if os.strerror(number) in str(error) or f"(os error {number})" in str(error):
                 return number
         if "PytorchStreamWriter failed writing" in str(error) or "unexpected pos" in str(error):
-            return errno.ENOSPC  # torch.save hides the cause; a write that stops short is a full disk
+            # torch.save hides the cause of a write that stopped short
+            existing = next(place for place in (folder, *folder.parents) if place.exists())
+            return errno.ENOSPC if shutil.disk_usage(existing).free < 2**26 else errno.EFBIG
         error = error.__cause__ or error.__context__
     return None
 

@@ -52,12 +52,12 @@ def load_images(
     name = embedded_name(source)
     names = _FASHION_LABELS if name == "fashion-mnist" else tuple(str(i) for i in range(max(labels_seen) + 1))
     counts = {"train_rows": len(parts["train"]), "eval_rows": len(parts["eval"])}
-    height, width = images.shape[1:]
+    line = f"{counts['train_rows']:,} images of {images.shape[1]}x{images.shape[2]}; held out: {counts['eval_rows']:,}"
     return DataBundle(
         train=parts["train"],
         eval=parts["eval"],
         collate_fn=ImageCollator(),
-        description=f"{name or source}: {counts['train_rows']:,} images, {height}x{width}; held out: {counts['eval_rows']:,}",
+        description=f"{name or source}: {line}",
         counts=counts,
         label_names=names,
     )

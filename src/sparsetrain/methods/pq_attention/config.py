@@ -22,8 +22,8 @@ class PQAttention(MethodConfig, method="pq_attention"):
         num_keys: an absolute L for every length; prefix-consistent, so recommended for generation with a cache.
         block_q, block_k: tokens in a query block and in a key block (`block` only).
         selection: `exact` orders keys by (score, nearness); `bucket4` is the published approximation (`token` only).
-        score: `match_count`, the number of equal codes, or `table`, q against the quantised key.
-        distance: metric of the codes: `l1` (published) or `l2`.
+        score: `table`, q against the quantised key, or `match_count` (published), the number of equal codes.
+        distance: metric of the codes: `l2`, or `l1` (published).
         num_codewords: E, codewords a sub-space.
         codebook_scope: `head`, one codebook a key/value head, or `layer`, one for all.
         codebook_init: `kmeans` on calibration tokens (k-medians for l1), or `normal`, N(0, 1).
@@ -42,10 +42,10 @@ class PQAttention(MethodConfig, method="pq_attention"):
     keep_ratio: float = 1 / 8
     num_keys: int | None = None
     block_q: int = 32
-    block_k: int = 32
+    block_k: int = 8
     selection: str = "exact"
-    score: str = "match_count"
-    distance: str = "l1"
+    score: str = "table"
+    distance: str = "l2"
     num_codewords: int = 16
     codebook_scope: str = "head"
     codebook_init: str = "kmeans"
@@ -64,6 +64,8 @@ class PQAttention(MethodConfig, method="pq_attention"):
         published = {
             "granularity": "token",
             "selection": "bucket4",
+            "score": "match_count",
+            "distance": "l1",
             "codebook_scope": "layer",
             "codebook_init": "normal",
             "codebook_every": 1,
@@ -81,7 +83,7 @@ class PQAttention(MethodConfig, method="pq_attention"):
 
     @classmethod
     def example(cls) -> Self:
-        return cls(num_keys=24, block_q=8, block_k=8, local_tokens=4)
+        return cls(num_keys=40, block_q=8, block_k=8, local_tokens=4)
 
     @property
     def needs_calibration(self) -> bool:
@@ -128,6 +130,8 @@ class PQAttention(MethodConfig, method="pq_attention"):
             )
         if self.selection == "bucket4" and self.granularity == "block":
             raise ValueError(f"{name}: selection='bucket4' chooses single keys. Set granularity='token'.")
+        if self.selection == "bucket4" and self.score != "match_count":
+            raise ValueError(f"{name}: selection='bucket4' sorts match counts. Set score='match_count'.")
         if self.selection == "bucket4" and self.num_keys is not None and self.num_keys % 4:
             raise ValueError(f"{name}: selection='bucket4' fills four classes, so num_keys={self.num_keys} % 4 must be 0.")
 

@@ -5,6 +5,7 @@ code(x)[m] = nearest codeword of sub-space m;  keep the L keys whose codes agree
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from sparsetrain.core.anatomy import AttentionSite
 from sparsetrain.methods.pq_attention.config import SUBSPACE, PQAttention
 from sparsetrain.ops.block_sparse_attention import block_sparse_attention
-from sparsetrain.ops.key_selection import select_blocks, select_keys
+from sparsetrain.ops.key_selection import Visibility, select_blocks, select_keys
 from sparsetrain.ops.product_quantization import codebook_loss, encode
+from sparsetrain.ops.segments import align_segments
 from sparsetrain.ops.token_sparse_attention import token_sparse_attention
 from sparsetrain.surgery.auxiliary import attach_loss
 
@@ -85,15 +87,87 @@ class PQSparseAttention(nn.Module):
         """[b, h, t, d] -> [b, h, t, d]; `dense()` gives the dense attention of the same call."""
         num_keys = k_bgsd.shape[2]
         everything = self.config.kept_keys(num_keys) >= num_keys or num_keys < self.config.dense_below
-        if everything and self.config.logit_clamp is None:
+        by_block = self.config.granularity == "block"
+        decoding = by_block and q_bhtd.shape[2] != num_keys
+        if self.warming_up or decoding or (everything and self.config.logit_clamp is None):
             out = dense()
-        elif self.warming_up:
-            out = dense()
-        elif self.config.granularity == "token":
+        elif not by_block:
             out = self._by_token(q_bhtd, k_bgsd, v_bgsd, causal, scale, segments_bs, window)
         else:
             out = self._by_block(q_bhtd, k_bgsd, v_bgsd, causal, scale, segments_bs, window)
         return self._with_codebook_loss(out, q_bhtd, k_bgsd, segments_bs)
+
+    def _by_block(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        scale: float,
+        segments_bs: Tensor | None,
+        window: int | None,
+    ) -> Tensor:
+        config = self.config
+        blocks = {"block_q": config.block_q, "block_k": config.block_k}
+        aligned = None
+        if segments_bs is not None:
+            aligned = align_segments(segments_bs, math.lcm(config.block_q, config.block_k))
+            q, k, v, segments_bs = aligned.gather(q), aligned.gather(k), aligned.gather(v), aligned.segments_bw
+        kept_bs = self._kept_keys(segments_bs, k)
+        lists = select_blocks(
+            q,
+            k,
+            self.codebook(q),
+            -(-kept_bs[:, :: config.block_q] // config.block_k),
+            Visibility(causal, segments_bs, window),
+            scale=scale,
+            score=config.score,
+            distance=config.distance,
+            local_tokens=config.local_tokens,
+            keep_first=config.keep_first,
+            **blocks,
+        )
+        out = block_sparse_attention(
+            q, k, v, lists, causal=causal, scale=scale, segments_bs=segments_bs, window=window, **blocks
+        )
+        return out if aligned is None else aligned.scatter(out)
+
+    def _by_token(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        scale: float,
+        segments_bs: Tensor | None,
+        window: int | None,
+    ) -> Tensor:
+        config = self.config
+        keys = select_keys(
+            q,
+            k,
+            self.codebook(q),
+            self._kept_keys(segments_bs, k)[:, k.shape[2] - q.shape[2] :],
+            Visibility(causal, segments_bs, window),
+            score=config.score,
+            selection=config.selection,
+            distance=config.distance,
+            local_tokens=config.local_tokens,
+            keep_first=config.keep_first,
+        )
+        clamp = {} if config.logit_clamp is None else {"logit_clamp": config.logit_clamp}
+        return token_sparse_attention(q, k, v, keys, scale=scale, **clamp)
+
+    def _kept_keys(self, segments_bs: Tensor | None, k_bgsd: Tensor) -> Tensor:
+        """L of every token, [b, s], from the length of its own sequence."""
+        b, _, s, _ = k_bgsd.shape
+        if segments_bs is None:
+            return torch.full((b, s), self.config.kept_keys(s), device=k_bgsd.device)
+        highest = int(segments_bs.max())
+        lengths = torch.zeros(b, highest + 1, dtype=torch.int64, device=k_bgsd.device)
+        lengths.scatter_add_(1, segments_bs.long(), torch.ones_like(segments_bs, dtype=torch.int64))
+        kept = torch.tensor([self.config.kept_keys(n) for n in range(s + 1)], device=k_bgsd.device)
+        return kept[lengths].gather(1, segments_bs.long())
 
     def _with_codebook_loss(self, out: Tensor, q: Tensor, k: Tensor, segments_bs: Tensor | None) -> Tensor:
         weight = self.config.codebook_weight

@@ -110,8 +110,8 @@ def convert_ffn(
 ) -> Conversion:
     """Fit a routed FFN to a dense one on calibration inputs, in closed form but for the clustering.
 
-    With e_nu = w_n (h_nu - mean_u)^2 |down column u|^2, the energy of unit u at token n:
-      1. always on: the s units of largest mean energy, and before them every unit that carries 0.3 of some token's;
+    With e_nu = (h_nu - mean_u)^2 |down column u|^2, the energy of unit u at token n:
+      1. always on: the s units of largest weighted mean energy, and before them every unit with a massive activation;
       2. blocks: equal, maximising the energy inside the k blocks that the router of the moment picks;
       3. router: ridge regression of the root of each block's energy on [x, 1];
       4. compensation: a shift for each block that is not used (`mean`), and a reduced-rank ridge regression on x
@@ -127,7 +127,7 @@ def convert_ffn(
             1 / (|y_n - mean|^2 + its median), which also keeps massive activations from ruling the fit.
         target_nd: the output to approach, if not the dense FFN's.
         iterations: rounds of clustering by energy, and as many by the router's choice.
-        cluster_tokens: tokens that steps 1 and 2 read, evenly spaced.
+        cluster_tokens: tokens that step 2 reads, evenly spaced.
         generator: of the clustering's random start; the rest draws no random number.
 
     Returns:
@@ -137,7 +137,7 @@ def convert_ffn(
         ValueError: sizes do not fit, `compensation` is unknown, or there are fewer tokens than predictors.
 
     Cost: 4/3 of the dense FFN over n tokens, two Cholesky factors and one eigendecomposition of [d, d], a few
-    [n, f - s] x [f - s, g] products; scratch of 3 [n, f].
+    [n, f - s] x [f - s, g] products; scratch of 4 [n, f].
     """
     _check(ffn, x_nd, num_shared, num_blocks, num_active, compensation, rank)
     hidden_nf = ffn.hidden(x_nd)
@@ -147,35 +147,30 @@ def convert_ffn(
     weight_n = weight_n / weight_n.mean()
     mean_f = weight_n @ hidden_nf / len(x_nd)
 
-    near_c = torch.linspace(0, len(x_nd) - 1, min(cluster_tokens, len(x_nd)), device=x_nd.device).long()
-    energy_cf = unit_energy(hidden_nf[near_c], mean_f, ffn.down_df, weight_n[near_c])
-    shared_s = always_on(energy_cf, num_shared)
-    order_f = cut_blocks(energy_cf, x_nd[near_c], shared_s, num_blocks, num_active, iterations, generator)
-    hidden_nf, down_df = hidden_nf[:, order_f], ffn.down_df[:, order_f]
+    energy_nf = unit_energy(hidden_nf, mean_f, ffn.down_df)
+    shared_s = always_on(energy_nf, weight_n, num_shared)
+    count = min(cluster_tokens, len(x_nd))
+    near_c = torch.arange(count, device=x_nd.device) * len(x_nd) // count
+    weighted_cf = energy_nf[near_c] * weight_n[near_c, None]
+    order_f = cut_blocks(weighted_cf, x_nd[near_c], shared_s, num_blocks, num_active, iterations, generator)
+    hidden_nf, down_df, energy_nf = hidden_nf[:, order_f], ffn.down_df[:, order_f], energy_nf[:, order_f]
 
-    energy_ng = _block_energy(hidden_nf - mean_f[order_f], down_df.norm(dim=0), num_shared, num_blocks)
-    found = Conversion(order_f, num_shared, *_fit_router(x_nd, energy_ng[:, 1:].sqrt()))
+    energy_ng = energy_nf[:, num_shared:].unflatten(1, (num_blocks, -1)).sum(dim=2)
+    found = Conversion(order_f, num_shared, *_fit_router(x_nd, energy_ng.sqrt()))
     used_ng = found.used(x_nd, num_active)
     lack_nd = target_nd - F.linear(hidden_nf.mul_(found.spread(used_ng)), down_df, ffn.down_bias_d)
     found = replace(found, **_compensate(x_nd, used_ng, lack_nd, weight_n, compensation, rank))
 
     error_n = (lack_nd - found.compensate(x_nd, used_ng)).square().sum(dim=1)
     spread_n = (target_nd - weight_n @ target_nd / len(x_nd)).square().sum(dim=1)
-    kept_n = energy_ng[:, 0] + (energy_ng[:, 1:] * used_ng).sum(dim=1)
-    best_ng = _top(energy_ng[:, 1:], num_active)
+    lost_n = (energy_ng * (1 - used_ng)).sum(dim=1)
+    best_ng = _top(energy_ng, num_active)
     stats = {
-        "energy_kept": float(weight_n @ kept_n / (weight_n @ energy_ng.sum(dim=1))),
+        "energy_kept": float(1 - weight_n @ lost_n / (weight_n @ energy_nf.sum(dim=1))),
         "recall": float((used_ng * best_ng).sum() / best_ng.sum()),
         "relative_error": float(weight_n @ error_n / (weight_n @ spread_n)),
     }
     return replace(found, stats=stats)
-
-
-def _block_energy(centred_nf: Tensor, norm_f: Tensor, num_shared: int, num_blocks: int) -> Tensor:
-    """[n, 1 + g]: sum of (h - mean)^2 |down column|^2 over the always-on units, then over each block."""
-    energy_nf = (centred_nf * norm_f).square_()
-    shared_n1 = energy_nf[:, :num_shared].sum(dim=1, keepdim=True)
-    return torch.cat([shared_n1, energy_nf[:, num_shared:].unflatten(1, (num_blocks, -1)).sum(dim=2)], dim=1)
 
 
 def default_weight(y_nd: Tensor) -> Tensor:

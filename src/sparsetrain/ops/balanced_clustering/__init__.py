@@ -9,8 +9,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from sparsetrain.ops.balanced_clustering import reference
+PRICE_STEPS = 60
+PRICE_DECAY = 0.95
 
 
 def balanced_clustering(
@@ -59,7 +61,16 @@ def balanced_clustering(
         raise ValueError(f"num_active={num_active} is outside 1..num_blocks={num_blocks}.")
     if start_u is None:
         start_u = torch.randperm(num_units, generator=generator).to(energy_nu.device) % num_blocks
-    return reference.balanced_clustering(energy_nu, start_u, num_blocks, num_active, iterations, predict)
+    block_u = start_u
+    for _ in range(iterations):
+        total_ng = energy_nu @ F.one_hot(block_u, num_blocks).to(energy_nu.dtype)
+        guess_ng = total_ng if predict is None else predict(total_ng)
+        used_ng = torch.zeros_like(total_ng).scatter_(1, guess_ng.topk(num_active, dim=1).indices, 1.0)
+        moved_u = balanced_assignment(energy_nu.T @ used_ng)
+        if torch.equal(moved_u, block_u):
+            break
+        block_u = moved_u
+    return block_u
 
 
 def balanced_assignment(score_ug: Tensor) -> Tensor:
@@ -77,9 +88,35 @@ def balanced_assignment(score_ug: Tensor) -> Tensor:
         ValueError: u does not divide into g.
     """
     _check_blocks(*score_ug.shape)
-    return reference.balanced_assignment(score_ug)
+    num_units, num_blocks = score_ug.shape
+    room = num_units // num_blocks
+    # relative to the spread, so that steps of one price unit fit scores of any scale
+    score_ug = (score_ug - score_ug.mean()).float() / score_ug.float().std(correction=0).clamp_min(1e-30)
+    price_g = score_ug.new_zeros(num_blocks)
+    step = 1.0
+    for _ in range(PRICE_STEPS):
+        block_u = (score_ug - price_g).argmax(dim=1)
+        load_g = torch.bincount(block_u, minlength=num_blocks)
+        if bool((load_g == room).all()):
+            return block_u
+        price_g += step * (load_g - room) / room
+        step *= PRICE_DECAY
+    return _fill(score_ug - price_g, room)
 
 
 def _check_blocks(num_units: int, num_blocks: int) -> None:
     if num_blocks < 1 or num_units % num_blocks:
         raise ValueError(f"{num_units} units do not divide into {num_blocks} equal blocks. Choose a divisor.")
+
+
+def _fill(worth_ug: Tensor, room: int) -> Tensor:
+    """Greedy: units that lose most by their second choice come first and take the best block with room left."""
+    num_units, num_blocks = worth_ug.shape
+    best_u2 = worth_ug.topk(min(2, num_blocks), dim=1).values
+    need_u = (best_u2[:, 0] - best_u2[:, -1]).argsort(descending=True, stable=True)
+    wishes_ug = worth_ug.argsort(dim=1, descending=True, stable=True).tolist()
+    left, chosen = [room] * num_blocks, [0] * num_units
+    for unit in need_u.tolist():
+        block = next(g for g in wishes_ug[unit] if left[g])
+        chosen[unit], left[block] = block, left[block] - 1
+    return torch.tensor(chosen, device=worth_ug.device)

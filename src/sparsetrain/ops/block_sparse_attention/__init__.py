@@ -106,7 +106,7 @@ def block_sparse_attention(
         Unsupported: the named backend cannot run this call.
 
     Cost: forward 4 and backward 10 multiply-adds a kept pair and channel; saved for backward are q, k, v, out, lse
-    and the lists. The CPU backend needs about 64 MiB of scratch memory and never a [t, s] tensor.
+    and the lists. The CPU backend needs about 32 MiB of scratch memory and never a [t, s] tensor.
     """
     _check(q_bhtd, k_bgsd, v_bgsd, blocks_bgik, segments_bs, block_q, block_k)
     t, s = q_bhtd.shape[2], k_bgsd.shape[2]

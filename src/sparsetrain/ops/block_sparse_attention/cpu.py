@@ -51,35 +51,39 @@ class BlockSparseAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, dlse):
         q, k, v, out, lse, blocks, segments = ctx.saved_tensors
-        geometry, work, d = ctx.geometry, lse.dtype, q.shape[3]
+        geometry, work, like = ctx.geometry, lse.dtype, (q, k, v)
         empty = lse.isneginf()
         dout = torch.zeros_like(out) if dout is None else dout
+        if dlse is not None:
+            q, k, v, dout, out = _with_lse_channel(q, k, v, dout, out, dlse.masked_fill(empty, 0))
         q_blocks, out_blocks, dout_blocks = (_cut(x, geometry.block_q) for x in (q, out, dout))
         k_blocks, v_blocks = _cut(k, geometry.block_k), _cut(v, geometry.block_k)
         # exp(score - inf) = 0: an empty row has no weight on any key
         lse_blocks = _cut(lse.masked_fill(empty, torch.inf)[..., None], geometry.block_q)
-        dlse_blocks = None if dlse is None else _cut(dlse.masked_fill(empty, 0)[..., None], geometry.block_q)
         dq_blocks, dk_blocks, dv_blocks = (torch.zeros_like(x, dtype=work) for x in (q_blocks, k_blocks, v_blocks))
         plan = TilePlan(blocks, segments, geometry, q.shape[1], k.shape[1])
-        for batch in plan.batches(BATCH_ELEMENTS, d, work):
+        for batch in plan.batches(BATCH_ELEMENTS, q.shape[3], work):
             queries, keys = batch.query_rows_nr, batch.key_rows_nk
             q_tile, out_tile, dout_tile = (_gather(x, queries, work) for x in (q_blocks, out_blocks, dout_blocks))
             k_tile, v_tile = (_gather(x, keys, work) for x in (k_blocks, v_blocks))
-            lse_tile = _gather(lse_blocks, queries, work).squeeze(-1)
-            if dlse_blocks is not None:
-                # The kernel forms dS = P * (dP - rowsum(dout * out)); the gradient of lse adds dlse inside the
-                # bracket. One more channel, 1 in dout and -dlse in out, zero elsewhere, does exactly that.
-                q_tile, k_tile, v_tile = (F.pad(x, (0, 1)) for x in (q_tile, k_tile, v_tile))
-                dout_tile = F.pad(dout_tile, (0, 1), value=1.0)
-                out_tile = torch.cat((out_tile, -_gather(dlse_blocks, queries, work)), dim=-1)
-            dq, dk, dv = _flash_backward(
-                dout_tile, q_tile, k_tile, v_tile, out_tile, lse_tile, 0.0, False, attn_mask=batch.mask, scale=ctx.scale
-            )
-            _scatter(dq_blocks, queries, dq[..., :d])
+            tensors = dout_tile, q_tile, k_tile, v_tile, out_tile, _gather(lse_blocks, queries, work).squeeze(-1)
+            dq, dk, dv = _flash_backward(*tensors, 0.0, False, attn_mask=batch.mask, scale=ctx.scale)
+            _scatter(dq_blocks, queries, dq)
             # index_add_ walks the tiles in order: the same sums every time, at the speed of a copy
-            dk_blocks.index_add_(0, keys.flatten(), dk[..., :d].reshape(-1, geometry.block_k, d))
-            dv_blocks.index_add_(0, keys.flatten(), dv[..., :d].reshape(-1, geometry.block_k, d))
-        return *(_join(x, y, y.dtype) for x, y in ((dq_blocks, q), (dk_blocks, k), (dv_blocks, v))), *[None] * 4
+            dk_blocks.index_add_(0, keys.flatten(), dk.reshape(-1, *k_blocks.shape[1:]))
+            dv_blocks.index_add_(0, keys.flatten(), dv.reshape(-1, *v_blocks.shape[1:]))
+        blocks_of = zip((dq_blocks, dk_blocks, dv_blocks), like, strict=True)
+        return *(_join(x, y, y.dtype)[..., : y.shape[3]] for x, y in blocks_of), None, None, None, None
+
+
+def _with_lse_channel(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, dlse: Tensor) -> tuple[Tensor, ...]:
+    """q, k, v, dout and out with one more channel, by which the kernel's backward also adds the gradient of lse.
+
+    The kernel forms dS = P * (dP - rowsum(dout * out)); the gradient of lse adds dlse inside the bracket. A channel
+    that is 1 in dout, -dlse in out and 0 in the others does exactly that.
+    """
+    q, k, v = (F.pad(x, (0, 1)) for x in (q, k, v))
+    return q, k, v, F.pad(dout, (0, 1), value=1.0), torch.cat((out.to(dlse.dtype), -dlse[..., None]), dim=-1)
 
 
 def _cut(x_bhtd: Tensor, size: int) -> Tensor:

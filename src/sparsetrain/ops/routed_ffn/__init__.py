@@ -19,7 +19,5 @@ def routed_ffn(x_td, up_fd, down_df, choice_tk, gate_tk, *, gate_proj_fd=None, u
     start=down_bias_d
     if block_shift_gd is not None:
         start=block_shift_gd.sum(0) if start is None else start+block_shift_gd.sum(0)
-    p=Problem(x_td,weights,biases,tuple(l[1] if l else None for l in loras),low,down_df,down_lora[0] if down_lora else None,None,start,block_shift_gd,gate_tk,groups,[num_shared]+[w]*num_blocks,activation,gate_mode=="spt")
-    y,lo=grouped_ffn(p)
-    if lo is not None: y=y.addmm_(lo,down_lora[1].t())
-    return y
+    p=Problem(x_td,weights,biases,tuple(l[1] if l else None for l in loras),low,down_df,down_lora[0] if down_lora else None,None,start,block_shift_gd,gate_tk,groups,down_lora[1] if down_lora else None,num_shared,w,activation,gate_mode=="spt")
+    return grouped_ffn(p)

@@ -1,285 +1,286 @@
-"""The routed FFN as grouped GEMMs: pairs sorted by block, rows gathered and added back tile by tile.
+"""The routed FFN as grouped products: pairs sorted by block, rows gathered and added back tile by tile.
 
-Hidden units come first in every product (`pre_um`), so that a block's gate and up halves are each contiguous however
-narrow the block is: at 18 units the GEMM runs at 88 against 72 GFLOP/s and elementwise work is four times faster.
+Hidden units come first in every product (`pre_bum`), so that a block's gate and up halves are each contiguous however
+narrow the block is: at 18 units the product runs at 88 against 72 GFLOP/s and elementwise work is four times faster.
 
-Saved for backward: x, x Aᵀ, and the pre-activations of the active units. Activations and products are recomputed, and
-a token's gate receives ⟨dh, h⟩, so no block output is kept.
+Saved for backward: x, x Aᵀ, h A_downᵀ and the pre-activations of the active units. Activations and their products are
+recomputed, and a token's gate receives ⟨dh, h⟩, so that no block output is kept.
 
-Legend: t tokens, d model width, f hidden units, r LoRA rank, u hidden units of one block, m rows of one tile, q places
-of the padded pair list.
+Legend: t tokens, d model width, e widened row, r LoRA rank, B blocks of a tile, u hidden units of a block (twice that
+in `pre`, if gated), m rows of a tile for each block, q places of the padded pair list.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from sparsetrain.ops.routed_ffn.activations import ACTIVATIONS
 from sparsetrain.ops.routed_ffn.problem import Problem
-from sparsetrain.ops.routed_ffn.tiles import Layout, Piece, Tile, lay_out, pad_pairs
-
-# Below this width one GEMM over the copied gate and up rows beats two: 84 against 69 GFLOP/s at 18 units.
-PACK_WIDTH = 64
+from sparsetrain.ops.routed_ffn.products import Matrices, Products, accumulate, product
+from sparsetrain.ops.routed_ffn.tiles import Layout, Pairs, Tile, lay_out, pad_pairs
 
 
-class Group(NamedTuple):
-    """Views of what belongs to some hidden units: the parameters, or (None where not wanted) their gradients."""
+class Form(NamedTuple):
+    """What is not a tensor."""
 
-    weights: tuple[Tensor | None, ...]  # [u, d], gate before up
-    biases: tuple[Tensor | None, ...]  # [u]
-    lora_b: tuple[Tensor | None, ...]  # [u, r]
-    down_ud: Tensor | None
-    lora_a_ur: Tensor | None
+    activation: str
+    gates_base: bool
+    num_shared: int
+    width: int
+    num_inputs: int
+    layout: Layout
 
 
-def grouped_ffn(problem: Problem) -> tuple[Tensor, Tensor | None]:
-    """(y [t, d], h Aᵀ [t, r] of the down-projection's LoRA or None). See `Problem` for the equation."""
-    p = problem
-    pairs = pad_pairs(p.groups) if p.groups is not None else None
-    layout = lay_out(p.x_td.shape[0], p.sizes, len(p.weights), pairs.rows if pairs else [])
-    indices = (pairs.pair_q, pairs.token_q, pairs.sink_q, pairs.place_tk) if pairs else (None,) * 4
+def grouped_ffn(p: Problem) -> Tensor:
+    """y [t, d]; the equation is that of `reference.py`."""
+    loads = p.groups.offsets.diff().tolist() if p.groups is not None else []
+    layout = lay_out(p.x_td.shape[0], p.num_shared, p.width, len(p.weights), loads)
+    pairs = pad_pairs(p.groups, layout) if p.groups is not None else (None,) * 4
+    form = Form(p.activation, p.gates_base, p.num_shared, p.width, len(p.weights), layout)
     return _GroupedFFN.apply(
-        (p.activation, p.gates_base, p.sizes, layout),
-        p.x_td, p.low_tr, p.gate_tk, p.start_d, p.shift_gd, p.down_df, p.lora_a_rf, p.keep_tf,
-        *indices, *p.weights, *p.biases, *p.lora_b,
+        form, p.x_td, p.low_tr, p.gate_tk, p.start_d, p.shift_gd, p.down_df, p.lora_a_rf, p.lora_b_dr,
+        *p.weights, *p.biases, *p.lora_b, p.keep_tf, *pairs,
     )  # fmt: skip
 
 
 class _GroupedFFN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, form: Any, x_td: Tensor, *tensors: Any) -> tuple[Tensor, Tensor | None]:
-        low_tr, gate_tk, start_d, shift_gd, down_df, a_rf, keep_tf, pair_q, token_q, sink_q, place_tk, *rest = tensors
-        activation, gates_base, sizes, layout = form
-        groups = _split(sizes, down_df, a_rf, rest)
-        act, _ = ACTIVATIONS[activation]
-        c_q = gate_tk.reshape(-1)[pair_q] if gate_tk is not None and pair_q is not None else None
-        pre = x_td.new_empty(layout.saved_numel)
-        y = _Rows(x_td, layout, x_td.shape[1], start_d, fresh=bool(sizes[0]))
-        low_out = _Rows(x_td, layout, a_rf.shape[0]) if a_rf is not None else None
-        for tile in layout.tiles:
-            xs, lows = _gather(x_td, tile, token_q), _gather(low_tr, tile, token_q)
-            ys, low_outs = y.of(tile), low_out.of(tile) if low_out is not None else None
-            for piece in tile.pieces:
-                group, here = groups[piece.group], slice(piece.row, piece.row + piece.rows)
-                c = c_q[tile.start :][here] if c_q is not None and tile.routed else None
-                pre_um = _saved(pre, piece, group)
-                _project(pre_um, group, xs[here])
-                if c is not None and gates_base:
-                    pre_um = pre_um * c
-                _add_lora(pre_um, group, lows, here)
-                _, h_um = _hidden(act, pre_um, len(group.weights))
-                if c is not None and not gates_base:
-                    h_um.mul_(c)
-                if low_outs is not None:
-                    torch.mm(_keep(h_um, keep_tf, piece, sizes, tile, token_q).t(), group.lora_a_ur, out=low_outs[here])
-                if c is not None and gates_base:
-                    h_um.mul_(c)
-                offset_d = start_d if not tile.routed else None if shift_gd is None else -shift_gd[piece.group - 1]
-                _mm(h_um.t(), group.down_ud, ys[here], offset_d)
+    def forward(ctx: Any, form: Form, x_td: Tensor, *tensors: Any) -> Tensor:
+        low_tr, gate_tk, start_d, shift_gd, down_df, a_rf, b_dr, *rest = tensors
+        *rest, keep_tf, pair_q, token_q, sink_q, place_tk = rest
+        products = _products(form, down_df, a_rf, rest, keep_tf)
+        act, _ = ACTIVATIONS[form.activation]
+        t, d = x_td.shape
+        x_te = x_td if low_tr is None else torch.cat([x_td, low_tr], 1)
+        saved = x_td.new_empty(form.layout.saved_numel)
+        y = Total(x_td, t + 1, products.out_width, written=form.num_shared > 0)
+        if start_d is not None and not form.num_shared:
+            y.sum[:, :d] = start_d
+        offset_ge = None if shift_gd is None else F.pad(-shift_gd, (0, products.out_width - d))
+        c_q = _gates(gate_tk, pair_q)
+        source = Source(x_te, token_q)
+        for tile in form.layout.tiles:
+            terms = products.of(tile)
+            xs, ys = source.rows(tile), y.rows(tile)
+            pre = _saved(saved, tile, form)
+            c = _tile_gates(c_q, tile)
+            xs_t = xs.mT
+            for term in terms.inputs:
+                product(pre[:, term.units], term.matrix, xs_t[:, term.columns], None if terms.bias is None else terms.bias[:, term.units])
+            if c is not None and form.gates_base:
+                pre = pre * c
+            for term in terms.low_inputs:
+                accumulate(pre[:, term.units], term.matrix, xs_t[:, term.columns])
+            _, h = _hidden(act, pre, form)
+            if c is not None and not form.gates_base:
+                h.mul_(c)
+            if terms.low_output is not None:
+                product(ys[:, :, terms.low_output.columns], _dropped(h, keep_tf, tile, token_q, form).mT, terms.low_output.matrix)
+            if c is not None and form.gates_base:
+                h.mul_(c)
+            offset = None
+            if tile.blocks and offset_ge is not None:
+                offset = offset_ge[list(tile.blocks), None, terms.output.columns]
+            elif not tile.blocks and start_d is not None:
+                offset = start_d[None, None]
+            product(ys[:, :, terms.output.columns], h.mT, terms.output.matrix, offset)
             y.add(tile, sink_q, ys)
-            if low_out is not None:
-                low_out.add(tile, sink_q, low_outs)
+        low_out = y.sum[:-1, d:].to(x_td.dtype, copy=True) if a_rf is not None else None
         ctx.form = form
-        ctx.save_for_backward(x_td, low_tr, gate_tk, down_df, a_rf, keep_tf, pair_q, token_q, sink_q, place_tk, pre, *rest)
-        return y.done(), low_out.done() if low_out is not None else None
+        ctx.save_for_backward(x_td, low_tr, gate_tk, down_df, a_rf, b_dr, *rest, keep_tf, pair_q, token_q, sink_q, place_tk, saved, low_out)
+        if low_out is None:
+            return y.sum.resize_(t, d).to(x_td.dtype)
+        return torch.addmm(y.sum[:-1, :d].to(x_td.dtype), low_out, b_dr.t())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        x_td, low_tr, gate_tk, down_df, a_rf, keep_tf, pair_q, token_q, sink_q, place_tk, pre, *rest = ctx.saved_tensors
-        activation, gates_base, sizes, layout = ctx.form
-        act, act_backward = ACTIVATIONS[activation]
-        _, need_x, need_low, need_gate, need_start, need_shift, need_down, need_a, *need_rest = ctx.needs_input_grad
-        need_rest = need_rest[5:]
-        groups = _split(sizes, down_df, a_rf, rest)
+    def backward(ctx: Any, dy_td: Tensor) -> tuple[Any, ...]:
+        form = ctx.form
+        x_td, low_tr, gate_tk, down_df, a_rf, b_dr, *rest = ctx.saved_tensors
+        *rest, keep_tf, pair_q, token_q, sink_q, place_tk, saved, low_out = rest
+        products = _products(form, down_df, a_rf, rest, keep_tf)
+        act, act_backward = ACTIVATIONS[form.activation]
+        t, d = x_td.shape
+        _, need_x, need_low, need_gate, need_start, need_shift, need_down, need_a, need_b, *need_rest = ctx.needs_input_grad
         d_down, d_a = _zeros(down_df, need_down), _zeros(a_rf, need_a)
-        d_rest = [_zeros(tensor, needed) for tensor, needed in zip(rest, need_rest)]
-        d_groups = _split(sizes, d_down, d_a, d_rest)
-        dy_td, dlow_out = _with_zero_row(grads[0]), _with_zero_row(grads[1]) if a_rf is not None else None
-        c_q = gate_tk.reshape(-1)[pair_q] if gate_tk is not None and pair_q is not None else None
-        dc_q = x_td.new_zeros(len(pair_q) + 1) if need_gate and c_q is not None else None
-        dx = _Rows(x_td, layout, x_td.shape[1], fresh=bool(sizes[0])) if need_x else None
-        dlow = _Rows(x_td, layout, low_tr.shape[1]) if need_low else None
-        d_shift = x_td.new_zeros(len(sizes) - 1, x_td.shape[1]) if need_shift else None
-        for tile in layout.tiles:
-            xs = _gather(x_td, tile, token_q) if any(need_rest) else None
-            lows, dys, dlow_outs = _gather(low_tr, tile, token_q), _gather(dy_td, tile, sink_q), _gather(dlow_out, tile, sink_q)
-            dxs, dlows = dx.of(tile) if dx is not None else None, dlow.of(tile) if dlow is not None else None
-            for piece in tile.pieces:
-                group, d_group, here = groups[piece.group], d_groups[piece.group], slice(piece.row, piece.row + piece.rows)
-                n = len(group.weights)
-                c = c_q[tile.start :][here] if c_q is not None and tile.routed else None
-                base_um = pre_um = _saved(pre, piece, group)
-                spt = c is not None and gates_base
-                if spt:
-                    pre_um = pre_um * c
-                    _add_lora(pre_um, group, lows, here)
-                a_um, h_um = _hidden(act, pre_um, n)
-                dh_um = torch.mm(group.down_ud, dys[here].t())
-                dc = None
-                if spt:
-                    dc = (dh_um * h_um).sum(0)
-                    dh_um.mul_(c)
-                if dlow_outs is not None:
-                    part = dlow_outs[here]
-                    if keep_tf is None:
-                        dh_um.addmm_(group.lora_a_ur, part.t())
-                    else:
-                        dh_um.add_(_keep(torch.mm(group.lora_a_ur, part.t()), keep_tf, piece, sizes, tile, token_q))
-                    if d_group.lora_a_ur is not None:
-                        d_group.lora_a_ur.addmm_(_keep(h_um, keep_tf, piece, sizes, tile, token_q), part if c is None or spt else part * c[:, None])
-                if c is not None and not spt:
-                    if dc_q is not None:
-                        dc = (dh_um * h_um).sum(0)
-                    dh_um.mul_(c)
-                if d_group.down_ud is not None:
-                    d_group.down_ud.addmm_(h_um if c is None else h_um * c, dys[here])
-                dpre_um = torch.empty_like(pre_um)
-                dpres = dpre_um.chunk(n)
-                if n == 2:
-                    torch.mul(dh_um, a_um, out=dpres[1])
-                    dh_um.mul_(pre_um.chunk(2)[1])
-                act_backward(dh_um, pre_um.chunk(n)[0], dpres[0])
-                col = 0
-                for dpre, b, d_b in zip(dpres, group.lora_b, d_group.lora_b):
-                    if b is not None:
-                        cols = slice(col, col + b.shape[1])
-                        col += b.shape[1]
-                        if d_b is not None:
-                            d_b.addmm_(dpre, lows[here, cols])
-                        if dlows is not None:
-                            torch.mm(dpre.t(), b, out=dlows[here, cols])
-                if spt:
-                    dc.add_((dpre_um * base_um).sum(0))
-                    dpre_um.mul_(c)
-                if dc_q is not None and dc is not None:
-                    dc_q[tile.start + piece.row : tile.start + piece.row + piece.rows] = dc
-                for dpre, d_w, d_bias in zip(dpres, d_group.weights, d_group.biases):
-                    if d_w is not None:
-                        d_w.addmm_(dpre, xs[here])
-                    if d_bias is not None:
-                        d_bias.add_(dpre.sum(1))
-                if d_shift is not None and tile.routed:
-                    d_shift[piece.group - 1].sub_(dys[here].sum(0))
-                if dxs is not None:
-                    if _packs(group):
-                        torch.mm(dpre_um.t(), torch.cat(group.weights), out=dxs[here])
-                    else:
-                        torch.mm(dpres[0].t(), group.weights[0], out=dxs[here])
-                        if n == 2:
-                            dxs[here].addmm_(dpres[1].t(), group.weights[1])
-            if dx is not None:
+        d_rest = [_zeros(tensor, need) for tensor, need in zip(rest, need_rest)]
+        wanted = _matrices(form, d_down, d_a, d_rest)
+        dy_te = dy_td.new_zeros(t + 1, products.out_width)
+        dy_te[:t, :d] = dy_td
+        if a_rf is not None:
+            torch.mm(dy_td, b_dr, out=dy_te[:t, d:])
+        dx = Total(x_td, t, products.in_width, written=form.num_shared > 0) if need_x or need_low else None
+        c_q = _gates(gate_tk, pair_q)
+        dc_q = x_td.new_zeros(len(c_q) + 1) if need_gate and c_q is not None else None
+        dy_rows, low_rows, x_rows = Source(dy_te, sink_q), Source(low_tr, token_q), Source(x_td, token_q)
+        d_shift = torch.zeros_like(shift_like(form, dy_td)) if need_shift else None
+        for tile in form.layout.tiles:
+            terms = products.of(tile)
+            dys, lows = dy_rows.rows(tile), low_rows.rows(tile)
+            c = _tile_gates(c_q, tile)
+            spt = c is not None and form.gates_base
+            base = pre = _saved(saved, tile, form)
+            if spt:
+                pre = pre * c
+                for term in terms.low_inputs:
+                    accumulate(pre[:, term.units], term.matrix, lows.mT[:, term.columns.start - d : term.columns.stop - d])
+            a, h = _hidden(act, pre, form)
+            dh = torch.empty_like(h)
+            product(dh, terms.output.matrix, dys.mT[:, terms.output.columns])
+            dc = None
+            if spt:
+                dc = (dh * h).sum(1)
+                dh.mul_(c)
+            low_dys = dys[:, :, products.out_columns]
+            if terms.low_output is not None:
+                if keep_tf is None:
+                    accumulate(dh, terms.low_output.matrix, low_dys.mT)
+                else:
+                    part = torch.bmm(terms.low_output.matrix, low_dys.mT)
+                    dh.add_(_dropped(part, keep_tf, tile, token_q, form))
+            if wanted.lora_a_fr is not None:
+                part = low_dys if c is None or spt else low_dys * c.mT
+                products.add_product(wanted.lora_a_fr, tile, _dropped(h, keep_tf, tile, token_q, form), part)
+            if c is not None and not spt:
+                dc = (dh * h).sum(1) if dc_q is not None else None
+                dh.mul_(c)
+            if wanted.down_fd is not None:
+                products.add_product(wanted.down_fd, tile, h if c is None else h * c, dys[:, :, :d])
+            parts = products.parts(tile)
+            dpre = torch.empty_like(pre)
+            if form.num_inputs == 2:
+                torch.mul(dh, a, out=dpre[:, parts[1]])
+                dh.mul_(pre[:, parts[1]])
+            act_backward(dh, pre[:, parts[0]], dpre[:, parts[0]])
+            for target, part, columns in zip(wanted.lora_b, parts, products.low_columns):
+                if target is not None:
+                    products.add_product(target, tile, dpre[:, part], lows[:, :, columns.start - d : columns.stop - d])
+            dxs = dx.rows(tile) if dx is not None else None
+            if dxs is not None:
+                for term in terms.low_inputs:
+                    product(dxs[:, :, term.columns], dpre[:, term.units].mT, term.matrix)
+            if spt:
+                dc.add_((dpre * base).sum(1))
+                dpre.mul_(c)
+            if dc_q is not None and dc is not None:
+                dc_q[tile.span] = dc.view(-1)
+            if any(w is not None for w in wanted.weights):
+                xs = x_rows.rows(tile)
+                for target, part in zip(wanted.weights, parts):
+                    products.add_product(target, tile, dpre[:, part], xs)
+            for target, part in zip(wanted.biases, parts):
+                products.add_sum(target, tile, dpre[:, part])
+            if d_shift is not None and tile.blocks:
+                d_shift[list(tile.blocks)] -= dys[:, :, :d].sum(1)
+            if dxs is not None:
+                for i, term in enumerate(terms.inputs):
+                    (accumulate if i else product)(dxs[:, :, term.columns], dpre[:, term.units].mT, term.matrix)
                 dx.add(tile, token_q, dxs)
-            if dlow is not None:
-                dlow.add(tile, token_q, dlows)
-        d_gate = dc_q[place_tk] if dc_q is not None else None
-        d_start = dy_td.sum(0) if need_start else None
-        return (None, dx.done() if dx else None, dlow.done() if dlow else None, d_gate, d_start, d_shift, d_down, d_a,
-                *(None,) * 5, *d_rest)
+        dx_te = dx.sum.to(x_td.dtype) if dx is not None else None
+        return (
+            None,
+            dx_te[:, :d] if need_x else None,
+            dx_te[:, d:] if need_low else None,
+            dc_q[place_tk] if dc_q is not None else None,
+            dy_td.sum(0) if need_start else None,
+            d_shift,
+            d_down,
+            d_a,
+            dy_td.t() @ low_out if need_b else None,
+            *d_rest,
+            *(None,) * 5,
+        )
 
 
-class _Rows:
-    """A [t + 1, width] sum of tile rows; the last row takes what padding places compute."""
+def shift_like(form, dy):
+    return dy.new_empty(1 + max(form.layout.order, default=0), dy.shape[1])
 
-    def __init__(self, like, layout, width, start_d=None, fresh=False):
+
+class Total:
+    def __init__(self, like, rows, width, written):
         low = like.dtype in (torch.float16, torch.bfloat16)
-        self.dtype = like.dtype
-        self.total = like.new_empty(like.shape[0] + 1, width, dtype=torch.float32 if low else like.dtype)
-        self.direct = not low
-        if not fresh:
-            self.total.zero_() if start_d is None else self.total.copy_(start_d.expand_as(self.total))
-        self.scratch = like.new_empty(layout.max_rows, width)
+        self.sum = like.new_empty(rows, width, dtype=torch.float32 if low else like.dtype)
+        if not written:
+            self.sum.zero_()
+        self.like, self.direct, self.scratch = like, not low, None
 
-    def of(self, tile):
-        return self.scratch[: tile.rows] if tile.routed or not self.direct else self.total[tile.start : tile.start + tile.rows]
+    def rows(self, tile):
+        if self.direct and not tile.blocks:
+            return self.sum[None, tile.span]
+        size = max(1, len(tile.blocks)) * tile.rows
+        if self.scratch is None or len(self.scratch) < size:
+            self.scratch = self.like.new_empty(size, self.sum.shape[1])
+        return self.scratch[:size].unflatten(0, (max(1, len(tile.blocks)), -1))
 
     def add(self, tile, index_q, rows):
-        if tile.routed:
-            self.total.index_add_(0, index_q[tile.start : tile.start + tile.rows], rows.to(self.total.dtype))
+        if tile.blocks:
+            self.sum.index_add_(0, index_q[tile.span], rows.flatten(0, 1).to(self.sum.dtype))
         elif not self.direct:
-            self.total[tile.start : tile.start + tile.rows] = rows
-
-    def done(self):
-        return self.total.resize_(self.total.shape[0] - 1, self.total.shape[1]).to(self.dtype)
+            self.sum[tile.span] = rows[0]
 
 
-def _split(sizes, down_df, a_rf, rest):
-    n = len(rest) // 3
-    cut = lambda tensor: tensor.split(sizes) if tensor is not None else [None] * len(sizes)
-    parts = [list(zip(*[cut(m) for m in rest[i * n : (i + 1) * n]])) for i in range(3)]
-    downs = cut(down_df.t() if down_df is not None else None)
-    lows = cut(a_rf.t() if a_rf is not None else None)
-    return [Group(*views) for views in zip(*parts, downs, lows)]
+def _matrices(form, down_df, a_rf, rest):
+    n = form.num_inputs
+    return Matrices(rest[:n], rest[n : 2 * n], rest[2 * n :], None if down_df is None else down_df.t(), None if a_rf is None else a_rf.t())
+
+
+def _products(form, down_df, a_rf, rest, keep_tf):
+    return Products(_matrices(form, down_df, a_rf, rest), form.num_shared, form.width, form.layout, form.gates_base or keep_tf is not None)
 
 
 def _zeros(tensor, needed):
     return torch.zeros_like(tensor) if needed and tensor is not None else None
 
 
-def _with_zero_row(rows_td):
-    padded = rows_td.new_zeros(rows_td.shape[0] + 1, rows_td.shape[1])
-    padded[:-1] = rows_td
-    return padded
+def _gates(gate_tk, pair_q):
+    return gate_tk.reshape(-1)[pair_q] if gate_tk is not None and pair_q is not None else None
 
 
-def _gather(table, tile, index_q):
-    if table is None:
-        return None
-    here = slice(tile.start, tile.start + tile.rows)
-    return table.index_select(0, index_q[here]) if tile.routed else table[here]
+def _tile_gates(c_q, tile):
+    return c_q[tile.span].view(len(tile.blocks), 1, -1) if c_q is not None and tile.blocks else None
 
 
-def _saved(pre, piece, group):
-    units = len(group.weights) * group.weights[0].shape[0]
-    return pre[piece.saved : piece.saved + units * piece.rows].view(units, piece.rows)
+class Source:
+    def __init__(self, table, index_q):
+        self.table, self.index_q, self.scratch = table, index_q, None
+
+    def rows(self, tile):
+        if self.table is None:
+            return None
+        if not tile.blocks:
+            return self.table[None, tile.span]
+        size = len(tile.blocks) * tile.rows
+        if self.scratch is None or len(self.scratch) < size:
+            self.scratch = self.table.new_empty(size, self.table.shape[1])
+        rows = torch.index_select(self.table, 0, self.index_q[tile.span], out=self.scratch[:size])
+        return rows.unflatten(0, (len(tile.blocks), -1))
 
 
-def _packs(group):
-    return len(group.weights) == 2 and group.weights[0].shape[0] <= PACK_WIDTH
+def _saved(saved, tile, form):
+    units = form.num_inputs * (form.width if tile.blocks else form.num_shared)
+    b = max(1, len(tile.blocks))
+    return saved[tile.saved : tile.saved + b * units * tile.rows].view(b, units, tile.rows)
 
 
-def _project(pre_um, group, xs):
-    if _packs(group):
-        torch.mm(torch.cat(group.weights), xs.t(), out=pre_um)
-        for part, bias in zip(pre_um.chunk(2), group.biases):
-            if bias is not None:
-                part.add_(bias[:, None])
-        return
-    for part, weight, bias in zip(pre_um.chunk(len(group.weights)), group.weights, group.biases):
-        _mm(weight, xs.t(), part, bias[:, None] if bias is not None else None)
-
-
-def _mm(a, b, out, offset):
-    torch.mm(a, b, out=out) if offset is None else torch.addmm(offset, a, b, out=out)
-
-
-def _add_lora(pre_um, group, lows, here):
-    col = 0
-    for part, b in zip(pre_um.chunk(len(group.weights)), group.lora_b):
-        if b is not None:
-            part.addmm_(b, lows[here, col : col + b.shape[1]].t())
-            col += b.shape[1]
-
-
-def _hidden(act, pre_um, n):
-    if n == 1:
-        h = act(pre_um)
+def _hidden(act, pre, form):
+    if form.num_inputs == 1:
+        h = act(pre)
         return h, h
-    gate, up = pre_um.chunk(2)
+    gate, up = pre.chunk(2, 1)
     a = act(gate)
     return a, a * up
 
 
-def _keep(h_um, keep_tf, piece, sizes, tile, token_q):
+def _dropped(h, keep_tf, tile, token_q, form):
     if keep_tf is None:
-        return h_um
-    first = sum(sizes[: piece.group])
-    rows = slice(tile.start + piece.row, tile.start + piece.row + piece.rows)
-    keep = keep_tf[:, first : first + sizes[piece.group]]
-    keep = keep.index_select(0, token_q[rows]) if tile.routed else keep[rows]
-    return h_um * keep.t()
+        return h
+    if not tile.blocks:
+        return h * keep_tf[None, tile.span, : form.num_shared].mT
+    blocks = keep_tf[:, form.num_shared :].unflatten(1, (-1, form.width))
+    rows = token_q[tile.span].view(len(tile.blocks), -1)
+    return h * torch.stack([blocks[row, block] for row, block in zip(rows, tile.blocks)]).mT

@@ -16,6 +16,8 @@ class Problem(NamedTuple):
     shift_gd: Tensor | None
     gate_tk: Tensor | None
     groups: Grouping | None
-    sizes: list[int]
+    lora_b_dr: Tensor | None
+    num_shared: int
+    width: int
     activation: str
     gates_base: bool

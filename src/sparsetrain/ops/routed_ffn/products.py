@@ -1,9 +1,9 @@
-"""The matrix products of one tile, always as batches over its blocks: [B, hidden units, ...] by [B, rows, ...].
+"""The matrix products of one tile, as batches over its blocks: [B, hidden units, ...] by [B, rows, ...].
 
-LoRA widens rows: `x_aug = [x | x A_gateᵀ | x A_upᵀ]` and `y_aug = [y | h A_downᵀ]`, so a row is gathered and added back
-once. Narrow blocks widen their (copied) weights as well, `[W | B]`, and LoRA needs no product of its own.
+LoRA widens rows: `[x | x A_gateᵀ | x A_upᵀ]` going in and `[y | h A_downᵀ]` coming out, so that a row is gathered and
+added back once. Narrow blocks widen their (copied) weights as well, `[W | B]`; then LoRA needs no product of its own.
 
-Legend: B blocks of a tile, u hidden units of a block, m rows, d model width, r LoRA rank, e widened row.
+Legend: B blocks of a tile, u hidden units of a block, m rows, f hidden units, d model width, r LoRA rank.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sparsetrain.ops.routed_ffn.tiles import NARROW, Layout, Tile
 
 
 class Matrices(NamedTuple):
-    """What an FFN multiplies with, hidden units first, gate before up; or the gradients of those, None if not wanted."""
+    """What an FFN multiplies with, hidden units first and gate before up; or the gradients of it, None if not wanted."""
 
     weights: Sequence[Tensor | None]  # [f, d]
     biases: Sequence[Tensor | None]  # [f]
@@ -29,7 +29,7 @@ class Matrices(NamedTuple):
 
 
 class Term(NamedTuple):
-    """A product of a tile: `matrix` [B, u, c] between columns of the rows and a range of pre-activations."""
+    """A product of a tile: `matrix` [B, u, c] between columns of widened rows and a range of pre-activations."""
 
     matrix: Tensor
     columns: slice
@@ -37,73 +37,110 @@ class Term(NamedTuple):
 
 
 class TileTerms(NamedTuple):
-    """inputs: rows to pre-activations. outputs: hidden units to rows. bias: [B, matrices * u, 1] or None."""
+    """inputs and low_inputs (LoRA's): rows to pre-activations. output and low_output: hidden units to rows."""
 
     inputs: list[Term]
-    outputs: list[Term]
-    bias: Tensor | None
+    low_inputs: list[Term]
+    output: Term
+    low_output: Term | None
+    bias: Tensor | None  # [B, matrices * u, 1]
 
 
 class Products:
-    """Views and packed copies of an FFN's matrices, cut for the tiles of a layout."""
+    """The matrices of an FFN, cut for the tiles of a layout: views, or packed copies where blocks are narrow."""
 
-    def __init__(self, matrices: Matrices, num_shared: int, width: int, layout: Layout, separate: bool) -> None:
-        """`separate` keeps LoRA's products apart (its inputs are gated or dropped differently)."""
-        self.m, self.num_shared, self.width = matrices, num_shared, width
-        self.num_inputs = len(matrices.weights)
+    def __init__(self, matrices: Matrices, num_shared: int, width: int, layout: Layout, apart: bool) -> None:
+        """`apart` keeps LoRA's products apart from the base's: they are gated or dropped differently."""
+        self.matrices, self.num_shared, self.width = matrices, num_shared, width
         hidden = matrices.down_fd.shape[1]  # type: ignore[union-attr]
         edges = [hidden]
         for b in matrices.lora_b:
-            edges.append(edges[-1] + (b.shape[1] if b is not None else 0))
-        self.row_columns = slice(0, hidden)
-        self.low_columns = [slice(lo, hi) for lo, hi in zip(edges, edges[1:])]
-        rank = matrices.lora_a_fr.shape[1] if matrices.lora_a_fr is not None else 0
-        self.out_columns = slice(hidden, hidden + rank)
-        self.packed = self._pack(layout.order, edges[-1]) if 0 < width <= NARROW and not separate and layout.order else None
+            edges.append(edges[-1] + (0 if b is None else b.shape[1]))
+        self.row_columns, self.in_width = slice(0, hidden), edges[-1]
+        self.low_columns = [slice(low, high) for low, high in zip(edges, edges[1:])]
+        rank = 0 if matrices.lora_a_fr is None else matrices.lora_a_fr.shape[1]
+        self.out_columns, self.out_width = slice(hidden, hidden + rank), hidden + rank
+        self.packed = self._pack(layout.order) if layout.order and width <= NARROW and not apart else None
 
     def of(self, tile: Tile) -> TileTerms:
+        everything = slice(None)
         if tile.blocks and self.packed is not None:
-            inputs, outputs, bias = (None if t is None else t[tile.rank : tile.rank + len(tile.blocks)] for t in self.packed)
-            everything = slice(None)
-            return TileTerms([Term(inputs, everything, everything)], [Term(outputs, everything, everything)], bias)
-        m, units = self.m, self.units(tile)
+            inputs, output, bias = (None if t is None else t[tile.rank : tile.rank + len(tile.blocks)] for t in self.packed)
+            return TileTerms([Term(inputs, everything, everything)], [], Term(output, everything, everything), None, bias)
+        weights, biases, lora_b, down_fd, lora_a_fr = self.matrices
+        parts = self.parts(tile)
+        low_output = None if lora_a_fr is None else Term(self._pick(lora_a_fr, tile), self.out_columns, everything)
+        return TileTerms(
+            [Term(self._pick(w, tile), self.row_columns, part) for w, part in zip(weights, parts)],
+            [Term(self._pick(b, tile), *where) for b, *where in zip(lora_b, self.low_columns, parts) if b is not None],
+            Term(self._pick(down_fd, tile), self.row_columns, everything),
+            low_output,
+            _bias([None if b is None else self._pick(b, tile) for b in biases], parts[0].stop),
+        )
+
+    def parts(self, tile: Tile) -> list[slice]:
+        """Where each input matrix has its pre-activations."""
         size = self.width if tile.blocks else self.num_shared
-        parts = [slice(i * size, (i + 1) * size) for i in range(self.num_inputs)]
-        pick = lambda t: torch.stack([t[u] for u in units]) if len(units) > 1 else t[units[0]].unsqueeze(0)  # noqa: E731
-        inputs = [Term(pick(w), self.row_columns, part) for w, part in zip(m.weights, parts)]
-        inputs += [Term(pick(b), columns, part) for b, columns, part in zip(m.lora_b, self.low_columns, parts) if b is not None]
-        outputs = [Term(pick(m.down_fd), self.row_columns, slice(None))]
-        if m.lora_a_fr is not None:
-            outputs.append(Term(pick(m.lora_a_fr), self.out_columns, slice(None)))
-        bias = None
-        if any(b is not None for b in m.biases):
-            bias = torch.cat([pick(b) if b is not None else w.new_zeros(len(units), size) for b, w in zip(m.biases, m.weights)], 1)
-            bias = bias.unsqueeze(2)
-        return TileTerms(inputs, outputs, bias)
+        return [slice(i * size, (i + 1) * size) for i in range(len(self.matrices.weights))]
 
-    def units(self, tile: Tile) -> list[slice]:
+    def add_product(self, target: Tensor | None, tile: Tile, a_bum: Tensor, b_bmc: Tensor) -> None:
+        """target[units of the tile] += a b, where target [f, c] is a gradient or None."""
+        if target is None:
+            return
+        if len(a_bum) == 1:
+            target[self._units(tile)].addmm_(a_bum[0], b_bmc[0])
+        else:
+            self._blocks(target).index_add_(0, torch.tensor(tile.blocks, device=target.device), torch.bmm(a_bum, b_bmc))
+
+    def add_sum(self, target: Tensor | None, tile: Tile, a_bum: Tensor) -> None:
+        """target[units of the tile] += row sums of a, where target [f] is a gradient or None."""
+        if target is not None:
+            self.add_product(target[:, None], tile, a_bum, a_bum.new_ones(len(a_bum), a_bum.shape[2], 1))
+
+    def _units(self, tile: Tile) -> slice:
         if not tile.blocks:
-            return [slice(0, self.num_shared)]
-        starts = [self.num_shared + block * self.width for block in tile.blocks]
-        return [slice(start, start + self.width) for start in starts]
+            return slice(0, self.num_shared)
+        start = self.num_shared + tile.blocks[0] * self.width
+        return slice(start, start + self.width)
 
-    def _pack(self, order: list[int], columns: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        m = self.m
-        index = torch.tensor(order, device=m.down_fd.device)
-        blocks = lambda t: t[self.num_shared :].unflatten(0, (-1, self.width)).index_select(0, index)  # noqa: E731
-        rows = []
-        for weight, b, low in zip(m.weights, m.lora_b, self.low_columns):
-            row = [blocks(weight)]
+    def _blocks(self, table: Tensor) -> Tensor:
+        return table[self.num_shared :].unflatten(0, (-1, self.width))
+
+    def _pick(self, table: Tensor, tile: Tile) -> Tensor:
+        if len(tile.blocks) < 2:
+            return table[self._units(tile)][None]
+        return self._blocks(table)[torch.tensor(tile.blocks, device=table.device)]
+
+    def _pack(self, order: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Inputs [B, matrices * u, d + r], outputs [B, u, d + r], and biases, of all blocks in the order of tiles."""
+        weights, biases, lora_b, down_fd, lora_a_fr = self.matrices
+        index = torch.tensor(order, device=down_fd.device)
+        pick = lambda table: self._blocks(table).index_select(0, index)  # noqa: E731
+        rows = [F.pad(pick(w), (0, self.in_width - w.shape[1])) for w in weights]
+        for row, b, columns in zip(rows, lora_b, self.low_columns):
             if b is not None:
-                row.append(F.pad(blocks(b), (low.start - self.row_columns.stop, columns - low.stop)))
-            elif columns > self.row_columns.stop:
-                row.append(row[0].new_zeros(*row[0].shape[:2], columns - self.row_columns.stop))
-            rows.append(torch.cat(row, 2) if len(row) > 1 else row[0])
-        outputs = blocks(m.down_fd)
-        if m.lora_a_fr is not None:
-            outputs = torch.cat([outputs, blocks(m.lora_a_fr)], 2)
-        bias = None
-        if any(b is not None for b in m.biases):
-            bias = torch.cat([blocks(b) if b is not None else rows[0].new_zeros(len(order), self.width) for b in m.biases], 1)
-            bias = bias.unsqueeze(2)
-        return torch.cat(rows, 1), outputs, bias
+                row[:, :, columns] = pick(b)
+        outputs = [pick(table) for table in (down_fd, lora_a_fr) if table is not None]
+        bias = _bias([None if b is None else pick(b) for b in biases], self.width)
+        return torch.cat(rows, 1), torch.cat(outputs, 2), bias
+
+
+def _bias(parts: list[Tensor | None], size: int) -> Tensor | None:
+    """[B, matrices * u, 1] from the biases [B, u] that exist."""
+    like = next((part for part in parts if part is not None), None)
+    if like is None:
+        return None
+    return torch.cat([like.new_zeros(len(like), size) if part is None else part for part in parts], 1)[:, :, None]
+
+
+def product(out: Tensor, a: Tensor, b: Tensor, offset: Tensor | None = None) -> None:
+    """out = offset + a b, batched."""
+    if len(out) > 1:
+        torch.bmm(a, b, out=out) if offset is None else torch.baddbmm(offset, a, b, out=out)
+    else:
+        torch.mm(a[0], b[0], out=out[0]) if offset is None else torch.addmm(offset[0], a[0], b[0], out=out[0])
+
+
+def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b, batched."""
+    out.baddbmm_(a, b) if len(out) > 1 else out[0].addmm_(a[0], b[0])

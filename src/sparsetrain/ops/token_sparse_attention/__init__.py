@@ -75,7 +75,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> None:
     if q.numel() == 0 or k.numel() == 0:
         raise ValueError(f"q {list(q.shape)} and k {list(k.shape)}: nothing to attend to or from.")
     if keys.is_floating_point() or keys.shape[:-1] != q.shape[:-1]:
-        raise ValueError(f"keys is {keys.dtype} {list(keys.shape)}; need integers [{', '.join(map(str, q.shape[:3]))}, l].")
+        raise ValueError(
+            f"keys is {keys.dtype} {list(keys.shape)}; need integers [{', '.join(map(str, q.shape[:3]))}, l]."
+        )
     if keys.device.type == "cpu" and keys.numel():  # on a device, reading them would make the host wait
         low, high = (int(x) for x in keys.aminmax())
         if low < -1 or high >= k.shape[2]:

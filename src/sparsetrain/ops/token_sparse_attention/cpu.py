@@ -7,8 +7,6 @@ for any L, where the gather reached 0.06 at L = s / 8 and 0.36 at s / 64. So the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable

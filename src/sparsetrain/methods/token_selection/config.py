@@ -1,0 +1,116 @@
+"""TokenSelection: which tokens a training step back-propagates through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from sparsetrain.core.config import MethodConfig, in_range, one_of
+
+POOLS = ("all", "targets", "scored")
+POLICIES = ("random", "prefix", "loss", "gradient_norm")
+ALWAYS = ("first", "last")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSelection(MethodConfig, method="token_selection"):
+    """The forward is exact; gradient and activations are kept for selected tokens only (TokenTune, arXiv 2501.18824).
+
+    Counts are of each sample, or of each document of a packed row, without padding: n tokens, |S| of them selected.
+
+    Args:
+        keep_ratio: |S| = round(keep_ratio·n), between 1 and n, tokens that are always kept included. 0.3 when neither
+            this nor `num_tokens` is given. 1 is dense training.
+        num_tokens: |S| as a number.
+        pool: where tokens are drawn from: `all` (published); `targets`, positions that predict a token with a loss,
+            before others; `scored`, the scores that come with the batch as `token_scores`.
+        policy: how they are drawn: `random` (published), uniform without replacement; `prefix`, the first ones; `loss`
+            and `gradient_norm`, the largest loss or gradient norm at the head, in `token_scores` from a forward without
+            gradients.
+        always_keep: positions of every sample that are always selected: `first`, `last`.
+        extra: the always-kept tokens come on top of |S| = floor(keep_ratio·(n - 2)) or num_tokens (published).
+        ensure_target: if no selected token has a target, one that has takes the place of one that has not.
+        unbiased: weigh the loss of each selected target by 1 / its probability of selection (policy `random`).
+        seed: with the step and the sample's token ids, the whole state of the draw.
+    """
+
+    keep_ratio: float | None = None
+    num_tokens: int | None = None
+    pool: str = "all"
+    policy: str = "random"
+    always_keep: tuple[str, ...] = ("first",)
+    extra: bool = False
+    ensure_target: bool = True
+    unbiased: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        value = (self.always_keep,) if isinstance(self.always_keep, str) else tuple(self.always_keep)
+        object.__setattr__(self, "always_keep", value)
+        if self.keep_ratio is None and self.num_tokens is None:
+            object.__setattr__(self, "keep_ratio", 0.3)
+        super().__post_init__()
+
+    @classmethod
+    def paper(cls, **changes: object) -> Self:
+        """The published choices: k random tokens of all, plus the first and the last; no target is ensured."""
+        published = {"always_keep": ("first", "last"), "extra": True, "ensure_target": False}
+        return cls(**{**published, **changes})  # type: ignore[arg-type]
+
+    @classmethod
+    def dense_limit(cls) -> Self:
+        return cls(keep_ratio=1.0)
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(keep_ratio=0.3)
+
+    @property
+    def needs_scores(self) -> bool:
+        """Must every batch bring `token_scores`?"""
+        return self.pool == "scored" or self.policy in ("loss", "gradient_norm")
+
+    def count(self, num_tokens: int) -> int:
+        """|S| of a sample of that many tokens.
+
+        Raises:
+            ValueError: the sample is shorter than `num_tokens`.
+        """
+        if self.num_tokens is not None and self.num_tokens > num_tokens:
+            raise ValueError(
+                f"token_selection: num_tokens={self.num_tokens} of a sample with {num_tokens} tokens. Use keep_ratio, "
+                "lower num_tokens, or drop or pack short samples."
+            )
+        if self.num_tokens is not None:
+            wanted = self.num_tokens + (2 if self.extra else 0)
+        elif self.extra:
+            wanted = int(self.keep_ratio * max(0, num_tokens - 2)) + 2  # type: ignore[operator]
+        else:
+            wanted = round(self.keep_ratio * num_tokens)  # type: ignore[operator]
+        return min(max(wanted, 1), num_tokens)
+
+    def ratio(self, num_tokens: int) -> float:
+        """ρ = |S| / n."""
+        return min(1.0, self.count(num_tokens) / num_tokens) if self.num_tokens is None else min(
+            1.0, self.num_tokens / num_tokens
+        )
+
+    def check(self) -> None:
+        super().check()
+        if self.keep_ratio is not None and self.num_tokens is not None:
+            raise ValueError(
+                f"token_selection: keep_ratio={self.keep_ratio} and num_tokens={self.num_tokens} are both given. Give one."
+            )
+        if self.keep_ratio is not None:
+            in_range("token_selection", "keep_ratio", self.keep_ratio, 0, 1, low_open=True)
+        if self.num_tokens is not None and self.num_tokens < 1:
+            raise ValueError(f"token_selection: num_tokens={self.num_tokens}; it must be at least 1.")
+        one_of("token_selection", "pool", self.pool, POOLS)
+        one_of("token_selection", "policy", self.policy, POLICIES)
+        for name in self.always_keep:
+            one_of("token_selection", "always_keep", name, ALWAYS)
+        if self.unbiased and (self.policy != "random" or self.pool == "scored"):
+            raise ValueError(
+                f"token_selection: unbiased=True needs known probabilities of selection, and policy={self.policy!r} with "
+                f"pool={self.pool!r} has none. Use policy='random' with pool='all' or 'targets'."
+            )

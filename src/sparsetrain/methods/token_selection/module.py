@@ -1,0 +1,291 @@
+"""Token selection inside a model: who knows the selection, and the blocks' new forward.
+
+x_{l+1} = block(x_l) on all rows; gradient flows through the selected rows of x, K and V alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrain.core.backend import choose
+from sparsetrain.methods.token_selection.config import TokenSelection
+from sparsetrain.methods.token_selection.passes import (
+    AllRows,
+    AttentionOfAllRows,
+    AttentionOfSelectedRows,
+    FoundKeys,
+    Notes,
+    SelectedRows,
+)
+from sparsetrain.methods.token_selection.policies import Batch, draw, fingerprints
+from sparsetrain.ops.selected_rows import Rows, keep, replace_rows, selected_attention_reference, take_rows
+from sparsetrain.surgery.reclass import dense_forward
+
+
+class Selector:
+    """Which tokens are selected: shared by all blocks of a model, constant during a forward.
+
+    A selection that was drawn with the batch (`prepare`, by a collator that sees labels) is found again by the token
+    ids of the batch; else it is drawn when the forward begins, from the token ids alone.
+
+    Attributes:
+        rows: the selection of the forward that runs or ran last; None before a training forward.
+    """
+
+    def __init__(self, config: TokenSelection, causal: bool) -> None:
+        self.config, self.causal = config, causal
+        self.step = 0
+        self.rows: Rows | None = None
+        self._prepared: dict[tuple[int, ...], Rows] = {}
+        self._forced: Rows | None = None
+        self._ids: tuple[int, ...] | None = None  # of the forward that has begun
+
+    def prepare(self, batch: dict[str, Tensor]) -> Rows:
+        """Draw the selection of a batch that will be trained on.
+
+        Args:
+            batch: `input_ids` [b, t] and, as far as there, `attention_mask`, `labels`, `position_ids`, `token_scores`.
+        """
+        rows = draw(self.config, Batch.of(batch, causal=self.causal), step=self.step)
+        if len(self._prepared) > 256:  # batches that were prefetched and never trained on
+            self._prepared.clear()
+        self._prepared[fingerprints(batch["input_ids"])] = rows
+        return rows
+
+    @contextmanager
+    def using(self, rows: Rows) -> Iterator[None]:
+        """Train on exactly these rows inside the `with` block."""
+        self._forced = rows
+        try:
+            yield
+        finally:
+            self._forced = None
+
+    def begin(self, inputs: Tensor) -> None:
+        """A forward begins; inputs are what the embedding is given."""
+        self._ids = fingerprints(inputs)
+
+    def rows_for(self, x_btd: Tensor, mask: Tensor | None, *, opens: bool) -> Rows:
+        """The selection of this forward, for a block's input; the first converted block `opens` it."""
+        if opens or self.rows is None:
+            self.rows = self._choose(x_btd, mask).to(x_btd.device)
+            self._ids = None
+        if self.rows.num_tokens != x_btd.shape[1] or len(self.rows.counts) != x_btd.shape[0]:
+            raise ValueError(
+                f"token_selection: the selection is for {len(self.rows.counts)} rows of {self.rows.num_tokens} tokens, and "
+                f"a block was given {tuple(x_btd.shape[:2])}. Select for the batch that is trained on."
+            )
+        return self.rows
+
+    def _choose(self, x_btd: Tensor, mask: Tensor | None) -> Rows:
+        if self._forced is not None:
+            return self._forced
+        # without the embedding's input (inputs_embeds), the embedded tokens name the samples as well
+        ids = fingerprints(x_btd[:, :, :4].detach()) if self._ids is None else self._ids
+        rows = self._prepared.pop(ids, None)
+        if rows is None:
+            rows = draw(self.config, Batch(x_btd.shape[1], ids, _segments(mask, x_btd)), step=self.step)
+        return rows
+
+    def __deepcopy__(self, memo: Any) -> Selector:
+        return self  # PEFT trains a deep copy of an embedding; it begins the same forwards
+
+
+def _segments(mask: Tensor | None, x_btd: Tensor) -> Tensor:
+    """int [b, t] on the CPU: 0 = padding, equal = one document."""
+    b, t = x_btd.shape[:2]
+    if mask is None:
+        return torch.ones(b, t, dtype=torch.int32)
+    if mask.ndim == 4:
+        diagonal = mask[:, 0].diagonal(dim1=1, dim2=2)
+        mask = diagonal if diagonal.dtype == torch.bool else diagonal == 0
+    return mask.expand(b, t).to("cpu", torch.int32)
+
+
+class BeginsSelection:
+    """Mixed into the embedding: a training forward begins here."""
+
+    begins: Selector
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.training:  # type: ignore[attr-defined]
+            self.begins.begin(args[0] if args else next(iter(kwargs.values())))
+        return dense_forward(BeginsSelection, self, *args, **kwargs)
+
+
+class SelectedBlock(nn.Module):
+    """State of one converted block; it has no parameters. What drives schedules calls it."""
+
+    def __init__(self, selector: Selector, attention: str, opens: bool) -> None:
+        super().__init__()
+        self.selector, self.attention, self.opens = selector, attention, opens
+        self.last: dict[str, float] = {}
+
+    def set_step(self, step: int, total_steps: int | None, loss_scale: float) -> None:
+        self.selector.step = step
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def stats(self) -> dict[str, float]:
+        return dict(self.last)
+
+    def merge_error(self) -> str | None:
+        return None  # the forward is the dense one
+
+    def note(self, rows: Rows, everything: Any) -> None:
+        """Keep numbers for the report."""
+        floor = 0
+        if everything is not None:
+            floor = sum(x.numel() * x.element_size() for x in (everything.k_bgsd, everything.v_bgsd))
+        self.last = {"selected_tokens": float(sum(rows.counts)), "key_value_bytes": float(floor)}
+
+
+class SelectsTokens:
+    """Mixed into a block: in training, gradient flows through the selected rows alone."""
+
+    selected: SelectedBlock
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # An argument, and given outside of `forward`: gradient checkpointing, which wraps the forward, hands the same
+        # selection to the recomputation.
+        if self.training and torch.is_grad_enabled():  # type: ignore[attr-defined]
+            state = self.selected
+            x = args[0] if args else kwargs["hidden_states"]
+            kwargs["selected_rows"] = state.selector.rows_for(x, _mask_of(args, kwargs), opens=state.opens)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def forward(self, *args: Any, selected_rows: Rows | None = None, **kwargs: Any) -> Any:
+        if selected_rows is None or selected_rows.everything or not torch.is_grad_enabled():
+            return dense_forward(SelectsTokens, self, *args, **kwargs)
+        if choose("token_selection", "auto", {"cpu": None, "reference": None}) == "reference":
+            return _by_definition(self, selected_rows, args, kwargs)
+        return _in_two_passes(self, selected_rows, args, kwargs)
+
+
+def _in_two_passes(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) -> Any:
+    state: SelectedBlock = block.selected
+    attention = block.get_submodule(state.attention)
+    notes = Notes(rows)
+    x = args[0] if args else kwargs["hidden_states"]
+    recomputing = getattr(block, "gradient_checkpointing", False) and in_backward()
+    sparse = getattr(attention, "sparse_attention", None)
+    with torch.no_grad(), _standing_in(attention, AttentionOfAllRows(notes, sparse, keys_only=recomputing)):
+        if recomputing:
+            out = _only_keys(block, notes, args, kwargs)
+        else:
+            with AllRows(notes):
+                out = dense_forward(SelectsTokens, block, *args, **kwargs)
+    own_args, own_kwargs = _on_rows(args, kwargs, rows)
+    with SelectedRows(notes), _standing_in(attention, AttentionOfSelectedRows(notes)):
+        selected = dense_forward(SelectsTokens, block, *own_args, **own_kwargs)
+    notes.check_all_taken()
+    state.note(rows, notes.everything)
+    y, y_selected = _first(out), _first(selected)
+    if notes.diverged:
+        y = _written_over(x.detach() if recomputing else y, y_selected.detach(), rows, poison=recomputing)
+    return _with_first(out, replace_rows(y, y_selected, rows))
+
+
+def _only_keys(block: Any, notes: Notes, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Run a block that is recomputed for its backward up to its attention; its output on other rows is not asked for."""
+    notes.diverged = True
+    try:
+        return dense_forward(SelectsTokens, block, *args, **kwargs)
+    except FoundKeys:
+        return args[0] if args else kwargs["hidden_states"]
+
+
+def _written_over(y: Tensor, y_selected: Tensor, rows: Rows, poison: bool) -> Tensor:
+    # Checkpointing one block looks at no value of the recomputed output. Something that did would read NaN.
+    y = torch.full_like(y, float("nan")) if poison else y.clone()
+    flat = y.view(-1, *y.shape[2:])
+    if rows.used_bk is None:
+        flat.index_copy_(0, rows.flat_n, y_selected.flatten(0, 1).to(y.dtype))
+    else:
+        used = rows.used_bk.flatten()
+        flat[rows.flat_n[used]] = y_selected.flatten(0, 1)[used].to(y.dtype)
+    return y
+
+
+def _by_definition(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """where(selected, x, x.detach()) at the block's input, keys, values and output."""
+    attention = block.get_submodule(block.selected.attention)
+    selected_bt = rows.selected_bt
+
+    sparse = getattr(attention, "sparse_attention", None)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, dense: Any, segments_bs: Tensor | None, **form: Any) -> Tensor:
+        out = selected_attention_reference(q, k, v, selected_bt, segments_bt=segments_bs, **form)
+        if sparse is None:
+            return out
+        with torch.no_grad():
+            other = sparse(q, k, v, dense=dense, segments_bs=segments_bs, **form)
+        return torch.where(selected_bt[:, None, :, None], out, other)
+
+    if args:
+        args = (keep(args[0], selected_bt), *args[1:])
+    else:
+        kwargs = {**kwargs, "hidden_states": keep(kwargs["hidden_states"], selected_bt)}
+    with _standing_in(attention, attend):
+        out = dense_forward(SelectsTokens, block, *args, **kwargs)
+    return _with_first(out, keep(_first(out), selected_bt))
+
+
+def in_backward() -> bool:
+    """Does autograd's backward run at this moment?"""
+    return torch._C._current_graph_task_id() != -1
+
+
+@contextmanager
+def _standing_in(attention: nn.Module, stand_in: Any) -> Iterator[None]:
+    """Let the attention function find `stand_in` as the attention's `sparse_attention`.
+
+    It stands in the instance's dictionary, which Python asks before a module's children, so that a sparse attention
+    installed there stays where it is.
+    """
+    vars(attention)["sparse_attention"] = stand_in
+    try:
+        yield
+    finally:
+        del vars(attention)["sparse_attention"]
+
+
+def _mask_of(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        mask = next((a for a in args[1:] if isinstance(a, Tensor) and a.ndim in (2, 4) and not a.is_floating_point()), None)
+    return mask
+
+
+def _on_rows(args: tuple, kwargs: dict[str, Any], rows: Rows) -> tuple[tuple, dict[str, Any]]:
+    """A block's arguments with the selected rows of every tensor that has one row a token."""
+    kwargs = {name: _rows_of(value, rows) for name, value in kwargs.items()}
+    if not args:
+        kwargs["hidden_states"] = take_rows(kwargs["hidden_states"], rows)
+        return args, kwargs
+    return (take_rows(args[0], rows), *(_rows_of(value, rows) for value in args[1:])), kwargs
+
+
+def _rows_of(value: Any, rows: Rows) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(_rows_of(item, rows) for item in value)
+    if hasattr(value, "get_seq_length"):  # a cache has its keys from the first pass
+        return None
+    if not isinstance(value, Tensor) or value.requires_grad or value.ndim < 2:
+        return value
+    per_token = value.shape[1] == rows.num_tokens and value.shape[0] in (1, rows.shape[0])
+    return rows.gather_constant(value) if per_token else value
+
+
+def _first(out: Any) -> Tensor:
+    return out[0] if isinstance(out, (tuple, list)) else out
+
+
+def _with_first(out: Any, x: Tensor) -> Any:
+    return type(out)((x, *out[1:])) if isinstance(out, (tuple, list)) else x

@@ -1,0 +1,182 @@
+"""How tokens are chosen: a score for every token, the highest are selected. Small pure functions on the CPU.
+
+A draw is a function of (seed, step, token ids of the sample), so resuming, loader workers and ranks change nothing.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsetrain.methods.token_selection.config import TokenSelection
+from sparsetrain.ops.selected_rows import Rows
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What a draw may look at; all on the CPU.
+
+    Attributes:
+        num_tokens: t.
+        ids: a number that names each sample.
+        segments_bt: int [b, t], 0 = padding, equal neighbours = one document.
+        targets_bt: bool [b, t], positions whose prediction has a loss; None = not known.
+        scores_bt: a score of every token; None = none given.
+    """
+
+    num_tokens: int
+    ids: tuple[int, ...]
+    segments_bt: Tensor
+    targets_bt: Tensor | None = None
+    scores_bt: Tensor | None = None
+
+    @classmethod
+    def of(cls, batch: dict[str, Tensor], *, causal: bool) -> Batch:
+        """From the arguments of a model's forward.
+
+        Raises:
+            ValueError: `token_scores` of the wrong shape or with NaN.
+        """
+        ids = batch["input_ids"]
+        segments = torch.ones(ids.shape, dtype=torch.int32)
+        if batch.get("attention_mask") is not None and batch["attention_mask"].ndim == 2:
+            segments = batch["attention_mask"].to("cpu", torch.int32)
+        if batch.get("position_ids") is not None:
+            positions = batch["position_ids"].cpu()
+            starts = positions[:, 1:] != positions[:, :-1] + 1
+            segments = segments * (1 + torch.nn.functional.pad(starts.cumsum(1), (1, 0)).to(torch.int32))
+        labels, targets = batch.get("labels"), None
+        if labels is not None and labels.shape == ids.shape:
+            targets = labels.cpu() != IGNORED
+            if causal:  # position p predicts label p + 1
+                targets = torch.nn.functional.pad(targets[:, 1:], (0, 1), value=False)
+                same = torch.nn.functional.pad(segments[:, 1:] == segments[:, :-1], (0, 1), value=False)
+                targets = targets & same
+        scores = batch.get("token_scores")
+        if scores is not None:
+            if scores.shape != ids.shape or scores.isnan().any():
+                raise ValueError(
+                    f"token_scores must hold one number a token, shape {tuple(ids.shape)}; it has shape "
+                    f"{tuple(scores.shape)} and {int(scores.isnan().sum())} NaN."
+                )
+            scores = scores.to("cpu", torch.float32)
+        return cls(ids.shape[1], fingerprints(ids), segments, targets, scores)
+
+
+def fingerprints(inputs: Tensor) -> tuple[int, ...]:
+    """One number for the content of every row of a batch."""
+    rows = inputs.detach().cpu().contiguous()
+    return tuple(zlib.crc32(row.contiguous().view(torch.uint8).numpy().tobytes()) for row in rows)
+
+
+def random(positions: Tensor, scores: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Uniform without replacement (published)."""
+    return torch.rand(len(positions), generator=generator)
+
+
+def prefix(positions: Tensor, scores: Tensor | None, generator: torch.Generator) -> Tensor:
+    """The first tokens."""
+    return 1 - torch.arange(len(positions)) / max(1, len(positions))
+
+
+def scored(positions: Tensor, scores: Tensor | None, generator: torch.Generator) -> Tensor:
+    """The highest scores; equal ones in random order."""
+    assert scores is not None
+    order = torch.rand(len(positions), generator=generator).argsort()
+    rank = torch.empty(len(positions))
+    rank[order[scores[order].argsort(stable=True)]] = torch.arange(len(positions)) / max(1, len(positions))
+    return rank
+
+
+POLICIES: dict[str, Callable[[Tensor, Tensor | None, torch.Generator], Tensor]] = {
+    "random": random,
+    "prefix": prefix,
+    "loss": scored,
+    "gradient_norm": scored,
+}
+
+
+def draw(config: TokenSelection, batch: Batch, *, step: int) -> Rows:
+    """The selected rows of a batch.
+
+    Raises:
+        ValueError: the config needs labels or scores that the batch has not, or a sample is too short.
+    """
+    if config.pool == "targets" and batch.targets_bt is None:
+        raise ValueError(
+            "token_selection: pool='targets' selects positions that have a label, and the batch came without labels. "
+            "Draw with the labels (sparsetrain.hf.token_selection.SelectingCollator), or use pool='all'."
+        )
+    if config.needs_scores and batch.scores_bt is None:
+        raise ValueError(
+            f"token_selection: pool={config.pool!r}, policy={config.policy!r} need `token_scores` with every batch, and "
+            "there are none. Score the tokens in the collator, or use policy='random'."
+        )
+    chosen, weights = [], []
+    for row, name in enumerate(batch.ids):
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed} {step} {name}".encode()))
+        found = [_draw_document(config, batch, row, positions, generator) for positions in _documents(batch.segments_bt[row])]
+        chosen.append(torch.cat([p for p, _ in found]) if found else torch.empty(0, dtype=torch.int64))
+        weights.append(torch.cat([w for _, w in found]) if found else torch.empty(0))
+    rows = Rows.of(chosen, batch.num_tokens)
+    if config.unbiased:
+        weight = torch.zeros(rows.shape)
+        for row, (p, w) in enumerate(zip(chosen, weights, strict=True)):
+            weight[row, : len(p)] = w[p.argsort()]
+        rows = Rows(rows.index_bk, rows.counts, rows.num_tokens, weight)
+    return rows
+
+
+def _documents(segments_t: Tensor) -> list[Tensor]:
+    """Positions of every document of a row, padding left out."""
+    positions = segments_t.nonzero().flatten()
+    if not len(positions):
+        return []
+    values = segments_t[positions]
+    lengths = torch.unique_consecutive(values, return_counts=True)[1]
+    return list(positions.split(lengths.tolist()))
+
+
+def _draw_document(
+    config: TokenSelection, batch: Batch, row: int, positions: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """(selected positions, importance weight of each) of one document."""
+    n = len(positions)
+    count = config.count(n)
+    scores = None if batch.scores_bt is None else batch.scores_bt[row, positions]
+    targets = None if batch.targets_bt is None else batch.targets_bt[row, positions]
+    policy = scored if config.pool == "scored" else POLICIES[config.policy]
+    score = policy(positions, scores, generator)
+    if config.pool == "targets" and targets is not None:
+        score = score + targets  # every target comes before every other token
+    forced = [i for i, name in ((0, "first"), (n - 1, "last")) if name in config.always_keep]
+    score[forced] = 4.0
+    count = max(count, len(set(forced)))
+    order = score.argsort(descending=True, stable=True)
+    chosen = order[:count]
+    if config.ensure_target and targets is not None and targets.any() and not targets[chosen].any():
+        best = order[targets[order]][0]
+        chosen = torch.cat([chosen[: count - 1], best[None]])
+    return positions[chosen], _weights(config, chosen, forced, targets, n, count)
+
+
+def _weights(
+    config: TokenSelection, chosen: Tensor, forced: list[int], targets: Tensor | None, n: int, count: int
+) -> Tensor:
+    """1 / probability of selection, scaled so that all targets together weigh as much as with every token kept."""
+    drawn = count - len(set(forced))
+    probability = torch.full((n,), drawn / max(1, n - len(set(forced))))
+    if config.pool == "targets" and targets is not None:
+        free = torch.ones(n, dtype=torch.bool)
+        free[forced] = False
+        first, rest = int((targets & free).sum()), int((~targets & free).sum())
+        probability[targets] = min(1.0, drawn / max(1, first))
+        probability[~targets] = max(0.0, drawn - first) / max(1, rest)
+    probability[forced] = 1.0
+    return 1 / probability[chosen].clamp(min=1e-6)

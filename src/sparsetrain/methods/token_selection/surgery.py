@@ -1,0 +1,121 @@
+"""How token selection meets a model: its edits and their costs."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sparsetrain.core.anatomy import Anatomy, Block, Undo, describe, submodule
+from sparsetrain.core.cost import Cost, attention_cost, ffn_cost, mean_visible_keys
+from sparsetrain.methods.token_selection.config import TokenSelection
+from sparsetrain.methods.token_selection.module import BeginsSelection, SelectedBlock, Selector, SelectsTokens
+from sparsetrain.surgery.plan import Edit, Method, register_method
+from sparsetrain.surgery.reclass import declass, reclass
+
+
+def edits(config: TokenSelection, anatomy: Anatomy, model: nn.Module) -> list[Edit]:
+    """One edit for each block the config takes; all share one selection.
+
+    Raises:
+        ValueError: a block without attention (rows of a recurrence cannot be cut), attention dropout, or an adapter
+            without a way into attention.
+    """
+    taken = [block for block in anatomy.blocks if config.takes(block.name, block.layer)]
+    for block in taken:
+        _check(block, anatomy)
+    causal = all(site.causal for site in anatomy.attentions)
+    selectors: list[Selector] = []  # made when the first edit is installed: a plan holds no state
+
+    def shared(opens: bool) -> Selector:
+        if opens:
+            selectors[:] = [Selector(config, causal)]
+        return selectors[0]
+
+    return [
+        Edit(
+            config=config,
+            site=block.name,
+            layer=block.layer,
+            claims=frozenset({f"the gradient of {block.name}"}),
+            cost=lambda tokens, block=block: costs(config, block, tokens),
+            install=lambda m, _, block=block, opens=i == 0: install(
+                m, block, shared(opens), opens, anatomy.embedding if opens else None
+            ),
+            note=_note(config),
+        )
+        for i, block in enumerate(taken)
+    ]
+
+
+def _check(block: Block, anatomy: Anatomy) -> None:
+    if block.attention is None:
+        raise ValueError(
+            f"token_selection cannot take {block.name}: it has no attention that the anatomy knows, and through a "
+            "recurrence or convolution rows cannot be cut. Leave it out with `targets`."
+        )
+    if anatomy.install_attention is None:
+        raise ValueError(
+            f"token_selection cannot take {block.name}: the anatomy of {anatomy.model_class} has no way into attention."
+        )
+    if block.attention.dropout > 0:
+        raise ValueError(
+            f"token_selection cannot take {block.name}: attention dropout is {block.attention.dropout}, and the backward "
+            "forms probabilities again without it. Load the model with attention dropout 0 (attention_dropout=0.0; BERT "
+            "and ViT: attention_probs_dropout_prob=0.0; GPT-2: attn_pdrop=0.0)."
+        )
+
+
+def _note(config: TokenSelection) -> str:
+    kept = f"{config.num_tokens} tokens" if config.num_tokens is not None else f"{config.keep_ratio:.3g} of the tokens"
+    return f"gradient through {kept}, {config.policy} of {config.pool}"
+
+
+def costs(config: TokenSelection, block: Block, num_tokens: int) -> tuple[Cost, Cost]:
+    """(dense, selected) per token. The forward is the dense one; saved: r of everything, and K and V of all rows."""
+    site = block.attention
+    assert site is not None
+    width, kv_width = site.num_heads * site.head_dim, 2 * site.num_kv_heads * site.head_dim
+    attention = attention_cost(
+        site.num_heads, site.num_kv_heads, site.head_dim, mean_visible_keys(num_tokens, site.causal, site.window)
+    )
+    dense = attention
+    if block.ffn is not None and block.ffn.refused is None:
+        hidden = block.ffn.hidden_size
+        ffn = ffn_cost(hidden, block.ffn.ffn_size, block.ffn.gate is not None)
+        projections = 2.0 * hidden * (2 * width + kv_width)
+        # besides attention's and the FFN's own: the two norms' inputs, the projections' input and the output's
+        dense = dense + Cost(flops=ffn.flops + projections, saved_elements=ffn.saved_elements + 3 * hidden)
+    r = config.ratio(num_tokens)
+    saved = dense.saved_elements if r == 1 else r * dense.saved_elements + (1 - r) * kv_width
+    return dense, Cost(flops=dense.flops, saved_elements=saved)
+
+
+def install(model: nn.Module, block: Block, selector: Selector, opens: bool, embedding: str | None) -> tuple[Undo, nn.Module]:
+    """Give a block its new forward; with the first one, the embedding learns to say that a forward begins."""
+    assert block.attention is not None
+    attention_path = block.attention.name.removeprefix(f"{block.name}.")
+    anatomy = describe(model)
+    assert anatomy.install_attention is not None
+    module = submodule(model, block.name)
+    reclass(module, SelectsTokens)
+    state = SelectedBlock(selector, attention_path, opens)
+    module.selected = state
+    uninstall = anatomy.install_attention(model)
+    first = submodule(model, embedding) if embedding is not None else None
+    if first is not None:
+        reclass(first, BeginsSelection)
+        vars(first)["begins"] = selector
+
+    def undo() -> None:
+        if first is not None:
+            del vars(first)["begins"]
+            declass(first)
+        uninstall()
+        del module.selected
+        declass(module)
+
+    return undo, state
+
+
+register_method(
+    TokenSelection, Method(edits=edits, site_names=lambda anatomy: [block.name for block in anatomy.blocks])
+)

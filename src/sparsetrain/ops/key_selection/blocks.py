@@ -1,0 +1,159 @@
+"""Blocks of keys for blocks of queries, from histograms of codes. Legend as in the package; r probes of a block."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsetrain.ops.product_quantization import encode
+
+if TYPE_CHECKING:
+    from sparsetrain.ops.key_selection import Visibility
+
+PROBE_STRIDE = 4
+"""Tokens between the probes of a causal block: at strides 1 and 4 the error was alike, and 4 reaches further back."""
+
+
+def select_blocks(
+    q_bhtd: Tensor,
+    k_bgsd: Tensor,
+    codebook_gmew: Tensor,
+    num_slots_bi: Tensor,
+    visibility: Visibility,
+    *,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    score: str,
+    distance: str,
+    local_tokens: int,
+    keep_first: bool,
+    num_probes: int,
+) -> Tensor:
+    grid = Grid(q_bhtd.shape[2], block_q, block_k, visibility, q_bhtd.device)
+    seen, forced = grid.seen(), grid.forced(local_tokens, keep_first)
+    rank_bgin = _scores(grid, q_bhtd, k_bgsd, codebook_gmew, scale, score, distance, num_probes)
+    rank_bgin = rank_bgin.masked_fill(forced[:, None], torch.inf).masked_fill(~seen[:, None], -torch.inf)
+    slots_bi = torch.maximum(num_slots_bi, forced.sum(-1))
+    most = min(int(slots_bi.max()), rank_bgin.shape[-1])
+    value, block = rank_bgin.topk(most, dim=-1)
+    slot = torch.arange(most, device=value.device)
+    empty = (value == -torch.inf) | (slot >= slots_bi[:, None, :, None])
+    return block.to(torch.int32).masked_fill(empty, -1)
+
+
+class Grid:
+    """Where query blocks and key blocks stand, and which of them see each other: [b or 1, i, n] bool."""
+
+    def __init__(self, tokens: int, block_q: int, block_k: int, visibility: Visibility, device: torch.device) -> None:
+        self.tokens, self.block_q, self.block_k, self.visibility = tokens, block_q, block_k, visibility
+        self.first_q = torch.arange(0, tokens, block_q, device=device)
+        self.first_k = torch.arange(0, tokens, block_k, device=device)
+        self.last_q = (self.first_q + block_q).clamp(max=tokens) - 1
+        self.last_k = (self.first_k + block_k).clamp(max=tokens) - 1
+        segments = visibility.segments_bs
+        # sequences start at block boundaries, so the first token of a block names its segment
+        self.segments_q = None if segments is None else segments[:, self.first_q]
+        self.segments_k = None if segments is None else segments[:, self.first_k]
+
+    def seen(self) -> Tensor:
+        near = self.first_q[:, None] - self.last_k[None]
+        far = self.last_q[:, None] - self.first_k[None]
+        seen = far >= 0 if self.visibility.causal else torch.ones_like(far, dtype=torch.bool)
+        if self.visibility.window is not None:
+            seen = seen & (near < self.visibility.window) & (far > -self.visibility.window)
+        return self._same_segment(seen[None])
+
+    def forced(self, local_tokens: int, keep_first: bool) -> Tensor:
+        before = local_tokens if self.visibility.causal else local_tokens // 2
+        after = 0 if self.visibility.causal else before
+        local = (self.last_k[None] >= self.first_q[:, None] - before) & (self.first_k[None] <= self.last_q[:, None] + after)
+        forced = local[None] & self.seen()
+        if keep_first:
+            segments = self.segments_k
+            first = torch.zeros(1, len(self.first_k), dtype=torch.bool, device=self.first_k.device)
+            first[:, 0] = True
+            if segments is not None:
+                first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True) & (segments > 0)
+            forced = forced | (first[:, None] & self.seen())
+        return forced
+
+    def _same_segment(self, seen: Tensor) -> Tensor:
+        if self.segments_q is None or self.segments_k is None:
+            return seen
+        own = self.segments_q[:, :, None]
+        return seen & (own == self.segments_k[:, None]) & (own > 0)
+
+    def probes(self, num_probes: int) -> Tensor:
+        """Positions [i, r]; before the first token of the row they are negative."""
+        if self.visibility.causal:
+            return self.first_q[:, None] - PROBE_STRIDE * torch.arange(num_probes, device=self.first_q.device)
+        spread = (torch.arange(num_probes, device=self.first_q.device) * 2 + 1) * self.block_q // (2 * num_probes)
+        return (self.first_q[:, None] + spread).clamp(max=self.tokens - 1)
+
+
+def _scores(
+    grid: Grid, q: Tensor, k: Tensor, codebook: Tensor, scale: float, score: str, distance: str, num_probes: int
+) -> Tensor:
+    """How much each query block wants each key block, [b, g, i, n]."""
+    b, h, t, d = q.shape
+    g, (_, m, e, _w) = k.shape[1], codebook.shape
+    codebook = codebook.float().expand(g, -1, -1, -1)
+    hist_bgmne = _histograms(grid, k, codebook, distance)
+    place_ir = grid.probes(num_probes)
+    i, r = place_ir.shape
+    probe = q.float().view(b, g, h // g, t, d)[:, :, :, place_ir.clamp(min=0).flatten()]  # [b, g, p, i·r, d]
+    valid_bir = (place_ir >= 0).expand(b, -1, -1)
+    segments = grid.visibility.segments_bs
+    if segments is not None and grid.segments_q is not None:
+        valid_bir = valid_bir & (segments[:, place_ir.clamp(min=0)] == grid.segments_q[:, :, None])
+    # a causal probe at position p may score a block only when it has read all of it
+    read_bxn = grid.seen().repeat_interleave(r, 1) & valid_bir.flatten(1)[..., None]
+    if grid.visibility.causal:
+        read_bxn = read_bxn & (grid.last_k <= place_ir.flatten()[:, None])
+    if score == "table":
+        rank = _mass(probe, hist_bgmne, codebook, scale, read_bxn)
+    else:
+        hist_probe = F.one_hot(encode(probe.flatten(1, 2), codebook, distance).long(), e).float()
+        hist_probe = hist_probe.view(b, g, -1, i * r, m * e).sum(2)
+        rank = hist_probe @ hist_bgmne.transpose(2, 3).flatten(3).mT
+        rank = rank.masked_fill(~read_bxn[:, None], 0)
+    return rank.view(b, g, i, r, -1).sum(3)
+
+
+def _mass(probe: Tensor, hist: Tensor, codebook: Tensor, scale: float, read_bxn: Tensor) -> Tensor:
+    """Estimated softmax mass of each block, summed over the heads of a group: [b, g, x, n] for x probes."""
+    g, m, e, w = codebook.shape
+    table = torch.einsum("bgpxmw,gmew->bgpmxe", probe.unflatten(-1, (m, w)), codebook) * scale
+    peak = table.amax(-1, keepdim=True)
+    table = (table - peak).exp_()
+    total = torch.zeros(*probe.shape[:4], hist.shape[3], dtype=probe.dtype, device=probe.device)
+    # products of four sub-spaces at a time: one logarithm instead of four, and no underflow
+    for start in range(0, m, 4):
+        product = None
+        for space in range(start, min(start + 4, m)):
+            part = (table[:, :, :, space] @ hist[:, :, None, space].mT).clamp_(min=1e-9)
+            product = part if product is None else product.mul_(part)
+        assert product is not None
+        total += product.log_()
+    # per block, log of the number of keys: a short block holds less
+    total += hist[:, :, None, 0].sum(-1)[..., None, :].clamp(min=1e-9).log() * (1 - m)
+    total.masked_fill_(~read_bxn[:, None, None], -torch.inf)
+    return total.softmax(-1).nan_to_num_(0).sum(2)
+
+
+def _histograms(grid: Grid, k: Tensor, codebook: Tensor, distance: str) -> Tensor:
+    """Number of valid keys of each code in each block, [b, g, m, n, e]."""
+    b, g, s, _ = k.shape
+    m, e = codebook.shape[1:3]
+    codes = encode(k, codebook, distance).long()
+    n = len(grid.first_k)
+    bin_ = torch.arange(s, device=k.device)[:, None] // grid.block_k * e + codes  # [b, g, s, m]
+    weight = torch.ones_like(bin_, dtype=torch.float32)
+    if grid.visibility.segments_bs is not None:
+        weight = weight * (grid.visibility.segments_bs > 0)[:, None, :, None]
+    hist = torch.zeros(b, g, m, n * e, device=k.device)
+    return hist.scatter_add_(3, bin_.transpose(2, 3), weight.transpose(2, 3)).view(b, g, m, n, e)

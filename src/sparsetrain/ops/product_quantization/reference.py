@@ -1,0 +1,63 @@
+"""Product quantisation as its equations: the specification. Legend in `__init__`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MIN_DISTANCE = 1e-5
+"""Floor of a distance in the loss, so that a vector on a codeword has finite weights (read in the official code)."""
+
+
+def per_head(codebook_gmew: Tensor, num_heads: int) -> Tensor:
+    """[g, m, e, w] -> [h, m, e, w]."""
+    return codebook_gmew.repeat_interleave(num_heads // len(codebook_gmew), 0)
+
+
+def distances(x_bhtd: Tensor, codebook_gmew: Tensor, distance: str) -> Tensor:
+    """[b, h, t, m, e]: |x - C| (l1) or |x - C|^2 (l2), summed channel by channel as every l1 backend does."""
+    work = torch.promote_types(x_bhtd.dtype, torch.float32)
+    _, m, _, w = codebook_gmew.shape
+    x = x_bhtd.to(work).unflatten(-1, (m, 1, w))
+    difference = x - per_head(codebook_gmew.to(work), x_bhtd.shape[1])[None, :, None]
+    terms = difference.abs() if distance == "l1" else difference.square()
+    total = terms[..., 0]
+    for channel in range(1, w):
+        total = total + terms[..., channel]
+    return total
+
+
+def encode(x_bhtd: Tensor, codebook_gmew: Tensor, distance: str) -> Tensor:
+    """codes_bhtm; `argmin` takes the first of equal distances."""
+    return distances(x_bhtd, codebook_gmew, distance).argmin(-1).to(torch.uint8)
+
+
+def decode(codes_bhtm: Tensor, codebook_gmew: Tensor) -> Tensor:
+    """[b, h, t, m w]."""
+    h, m = codes_bhtm.shape[1], codes_bhtm.shape[3]
+    head = torch.arange(h, device=codes_bhtm.device)[:, None, None]
+    subspace = torch.arange(m, device=codes_bhtm.device)
+    return per_head(codebook_gmew, h)[head, subspace, codes_bhtm.long()].flatten(-2)
+
+
+def loss_per_token(x_bhtd: Tensor, codebook_gmew: Tensor, distance: str) -> Tensor:
+    """[b, h, t]: (soft - hard)^2 + (x - hard)^2, each summed over the channels of a head."""
+    work = torch.promote_types(x_bhtd.dtype, torch.float32)
+    x, codebook = x_bhtd.to(work), codebook_gmew.to(work)
+    delta = distances(x, codebook, distance)
+    # the square root has no gradient at 0, so the floor comes first
+    delta = delta.clamp(min=MIN_DISTANCE) if distance == "l1" else delta.clamp(min=MIN_DISTANCE**2).sqrt()
+    hard = decode(delta.argmin(-1), codebook)
+    weights = delta.reciprocal()
+    weights = weights / weights.sum(-1, keepdim=True)
+    soft = torch.einsum("bhtme,hmew->bhtmw", weights, per_head(codebook, x.shape[1])).flatten(-2)
+    return ((soft - hard).square() + (x - hard).square()).sum(-1)
+
+
+def codebook_loss(x_bhtd: Tensor, codebook_gmew: Tensor, distance: str, valid_bt: Tensor | None) -> Tensor:
+    """The mean over the elements of valid tokens; differentiable any number of times."""
+    per_token = loss_per_token(x_bhtd, codebook_gmew, distance)
+    _, h, _, d = x_bhtd.shape
+    if valid_bt is None:
+        return per_token.mean() / d
+    return per_token.masked_fill(~valid_bt[:, None], 0).sum() / (valid_bt.sum() * h * d).clamp(min=1)

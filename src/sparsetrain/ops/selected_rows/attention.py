@@ -1,0 +1,190 @@
+"""Attention of the selected queries over all keys, with gradient to the selected queries, keys and values.
+
+The backward walks tiles of sorted queries and forms the probabilities again. A causal tile reads the keys up to its last
+query and no further, and dK, dV are formed for selected keys alone: of the five products of a dense backward, three
+have |S| rows and two have |S| rows and |S| columns.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparsetrain.ops.selected_rows.rows import Rows
+
+TILE_ROWS = 128
+"""Queries of a tile, times the heads that share a key."""
+
+
+@dataclass(frozen=True, eq=False)
+class KeyValues:
+    """Keys and values of all rows, and who may see them.
+
+    Attributes:
+        k_bgsd, v_bgsd: [b, g, s, d]; the last t of the s keys are the tokens of this forward.
+        causal: a key is visible to queries at its position or later.
+        scale: factor on the scores.
+        segments_bs: int [b, s], 0 = padding, equal = one sequence; None = one sequence without padding.
+        window: sliding window in tokens, or None.
+    """
+
+    k_bgsd: Tensor
+    v_bgsd: Tensor
+    causal: bool
+    scale: float
+    segments_bs: Tensor | None = None
+    window: int | None = None
+
+
+def selected_attention(
+    q_bhkd: Tensor,
+    k_bgkd: Tensor,
+    v_bgkd: Tensor,
+    everything: KeyValues,
+    rows: Rows,
+    *,
+    known: Tensor | None = None,
+) -> Tensor:
+    """softmax(q Kᵀ · scale) V of the selected queries, [b, h, k, d].
+
+    Args:
+        q_bhkd: selected queries.
+        k_bgkd, v_bgkd: selected keys and values, through which gradient flows; their values stand in `everything` too.
+        everything: keys and values of all rows, constants.
+        rows: the positions of the selected rows.
+        known: the result where it was computed already; None computes it.
+
+    Returns: the attention's output on the selected rows. Unused slots of a ragged selection hold zeros when computed,
+        and neither send nor receive gradient.
+    """
+    if known is None:
+        known = _forward(q_bhkd.detach(), everything, rows)
+    e = everything
+    return _Attention.apply(
+        q_bhkd, k_bgkd, v_bgkd, known, e.k_bgsd, e.v_bgsd, e.segments_bs, rows, (e.causal, e.scale, e.window)
+    )  # type: ignore[return-value]
+
+
+class _Tile:
+    """Queries `q_from:q_to` of one sample, the keys `s_from:s_to` they can see, and the selected keys among these."""
+
+    def __init__(self, e: KeyValues, rows: Rows, sample: int, positions: list[int], q_from: int, q_to: int) -> None:
+        s = e.k_bgsd.shape[2]
+        offset = s - rows.num_tokens
+        first, last = positions[q_from] + offset, positions[q_to - 1] + offset
+        self.q_from, self.q_to = q_from, q_to
+        self.s_from = 0 if e.window is None else max(0, first - e.window + 1)
+        self.s_to = last + 1 if e.causal else s if e.window is None else min(s, last + e.window)
+        # the selected keys in that range are a stretch of the sorted positions
+        self.k_from = bisect_left(positions, self.s_from - offset)
+        self.k_to = bisect_left(positions, self.s_to - offset)
+        self._exact = not e.causal and e.window is None and e.segments_bs is None
+        self._e, self._sample, self.offset, self._first = e, sample, offset, first
+
+    def hidden(self, index_k: Tensor) -> tuple[slice, Tensor] | None:
+        """(keys, bool [queries, keys]) where a key of the range is not visible; keys before them are visible to all."""
+        e = self._e
+        if self._exact:
+            return None
+        # without windows and segments, only keys after the tile's first query can be hidden
+        start = self._first if e.window is None and e.segments_bs is None else self.s_from
+        i = index_k[self.q_from : self.q_to, None] + self.offset
+        j = torch.arange(start, self.s_to, device=index_k.device)[None]
+        hidden = j > i if e.causal else torch.zeros(1, 1, dtype=torch.bool, device=index_k.device)
+        if e.window is not None:
+            hidden = hidden | ((i - j) >= e.window) | ((j - i) >= e.window)
+        if e.segments_bs is not None:
+            segments = e.segments_bs[self._sample]
+            hidden = hidden | (segments[i] != segments[None, start : self.s_to])
+        return slice(start - self.s_from, self.s_to - self.s_from), hidden
+
+
+def _tiles(e: KeyValues, rows: Rows, rep: int) -> Iterator[tuple[int, Tensor, list[_Tile]]]:
+    """(sample, its positions, its tiles) of every sample that has selected rows."""
+    size = max(1, TILE_ROWS // rep)
+    for sample, (positions, count) in enumerate(zip(rows.index_bk.tolist(), rows.counts, strict=True)):
+        positions = positions[:count]
+        tiles = [_Tile(e, rows, sample, positions, q, min(q + size, count)) for q in range(0, count, size)]
+        if tiles:
+            yield sample, rows.index_bk[sample], tiles
+
+
+def _probabilities(q_gnd: Tensor, k_gsd: Tensor, tile: _Tile, index_k: Tensor) -> Tensor:
+    """[g, rep·queries, keys]; q holds the scale."""
+    scores = torch.bmm(q_gnd, k_gsd[:, tile.s_from : tile.s_to].transpose(1, 2))
+    masked = tile.hidden(index_k)
+    if masked is not None:
+        keys, hidden = masked
+        heads = scores.unflatten(1, (-1, tile.q_to - tile.q_from))
+        heads[..., keys].masked_fill_(hidden, float("-inf"))
+    return torch.softmax(scores, dim=-1)
+
+
+def _of_sample(x_bhkd: Tensor, sample: int, groups: int) -> Tensor:
+    """[b, h, k, d] -> [g, rep, k, d] of one sample."""
+    return x_bhkd[sample].unflatten(0, (groups, -1))
+
+
+def _rows_of(x_grkd: Tensor, tile: _Tile) -> Tensor:
+    """[g, rep, k, d] -> [g, rep·queries, d] of one tile."""
+    return x_grkd[:, :, tile.q_from : tile.q_to].flatten(1, 2)
+
+
+def _forward(q_bhkd: Tensor, e: KeyValues, rows: Rows) -> Tensor:
+    groups = e.k_bgsd.shape[1]
+    out = torch.zeros_like(q_bhkd, memory_format=torch.contiguous_format)
+    for sample, index_k, tiles in _tiles(e, rows, q_bhkd.shape[1] // groups):
+        q, o = _of_sample(q_bhkd * e.scale, sample, groups), _of_sample(out, sample, groups)
+        for tile in tiles:
+            p = _probabilities(_rows_of(q, tile), e.k_bgsd[sample], tile, index_k)
+            found = torch.bmm(p, e.v_bgsd[sample][:, tile.s_from : tile.s_to])
+            o[:, :, tile.q_from : tile.q_to] = found.unflatten(1, (o.shape[1], -1))
+    return out
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, known: Tensor, *rest: Any) -> Tensor:
+        keys, values, segments, rows, form = rest
+        ctx.save_for_backward(q, keys, values, segments)
+        ctx.rows, ctx.form = rows, form
+        return known.view_as(known)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (do,) = grads
+        q, keys, values, segments = ctx.saved_tensors
+        rows, (causal, scale, window) = ctx.rows, ctx.form
+        e = KeyValues(keys, values, causal, scale, segments, window)
+        b, groups, _, d = keys.shape
+        dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        dk, dv = (x.new_zeros(b, groups, q.shape[2], x.shape[3]) for x in (keys, values))
+        for sample, index_k, tiles in _tiles(e, rows, q.shape[1] // groups):
+            q_s, do_s = _of_sample(q * scale, sample, groups), _of_sample(do, sample, groups)
+            dq_s = _of_sample(dq, sample, groups)
+            for tile in tiles:
+                _backward_tile(tile, index_k, q_s, do_s, keys[sample], values[sample], dq_s, dk[sample], dv[sample], e)
+        return dq, dk, dv, *(None,) * 6
+
+
+def _backward_tile(
+    tile: _Tile, index_k: Tensor, q: Tensor, do: Tensor, keys: Tensor, values: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    e: KeyValues,
+) -> None:  # fmt: skip
+    q_n, do_n = _rows_of(q, tile), _rows_of(do, tile)
+    seen = slice(tile.s_from, tile.s_to)
+    p = _probabilities(q_n, keys, tile, index_k)
+    columns = index_k[tile.k_from : tile.k_to] + (tile.offset - tile.s_from)
+    chosen = slice(tile.k_from, tile.k_to)
+    dv[:, chosen].baddbmm_(p.index_select(2, columns).transpose(1, 2), do_n)
+    dp = torch.bmm(do_n, values[:, seen].transpose(1, 2))
+    ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+    dq[:, :, tile.q_from : tile.q_to] = torch.bmm(ds, keys[:, seen]).mul_(e.scale).unflatten(1, (dq.shape[1], -1))
+    dk[:, chosen].baddbmm_(ds.index_select(2, columns).transpose(1, 2), q_n)

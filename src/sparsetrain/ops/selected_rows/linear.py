@@ -1,0 +1,78 @@
+"""Linears and dropout on selected rows: the values come from the pass over all rows, the backward is compact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def selected_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, known: Tensor | None = None, transposed: bool = False
+) -> Tensor:
+    """y = x Wᵀ + b on the selected rows; x is saved only if W needs a gradient.
+
+    Args:
+        x: selected rows [..., in].
+        weight: [out, in]; [in, out] with `transposed`.
+        bias: [out] or None.
+        known: y where it was computed already, in the dtype the backward shall use; None computes it.
+        transposed: the weight is stored as in GPT-2's Conv1D.
+    """
+    if known is None:
+        known = x @ weight if transposed else F.linear(x, weight)
+        known = known if bias is None else known + bias
+        return known
+    return _Linear.apply(x, weight, bias, known, transposed)  # type: ignore[return-value]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, known: Tensor, transposed: bool
+    ) -> Tensor:
+        need_weight = ctx.needs_input_grad[1]
+        # under autocast the product was formed in a lower dtype than x and W have
+        ctx.save_for_backward(x.to(known.dtype) if need_weight else None, weight)
+        ctx.transposed, ctx.dtypes = transposed, (x.dtype, None if bias is None else bias.dtype)
+        return known.view_as(known)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (dy,) = grads
+        x, weight = ctx.saved_tensors
+        x_dtype, bias_dtype = ctx.dtypes
+        dx = dw = db = None
+        dy_n = dy.reshape(-1, dy.shape[-1])
+        if ctx.needs_input_grad[0]:
+            w = weight.to(dy.dtype)
+            dx = torch.mm(dy_n, w.t() if ctx.transposed else w).view(*dy.shape[:-1], -1).to(x_dtype)
+        if ctx.needs_input_grad[1]:
+            x_n = x.reshape(-1, x.shape[-1])
+            dw = (torch.mm(x_n.t(), dy_n) if ctx.transposed else torch.mm(dy_n.t(), x_n)).to(weight.dtype)
+        if bias_dtype is not None and ctx.needs_input_grad[2]:
+            db = dy_n.sum(0, dtype=bias_dtype)
+        return dx, dw, db, None, None
+
+
+def selected_dropout(x: Tensor, keep_mask: Tensor, scale: float, *, known: Tensor) -> Tensor:
+    """The selected rows of a dropout that all rows have had: `known` = x · keep_mask · scale."""
+    return _Dropout.apply(x, keep_mask, scale, known)  # type: ignore[return-value]
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep_mask: Tensor, scale: float, known: Tensor) -> Tensor:
+        ctx.save_for_backward(keep_mask)
+        ctx.scale = scale
+        return known.view_as(known)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (keep_mask,) = ctx.saved_tensors
+        return grads[0] * keep_mask * ctx.scale, None, None, None

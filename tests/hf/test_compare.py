@@ -1,0 +1,108 @@
+"""compare(): two processes in turns; what they report, and what happens when one of them fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sparsetrain.core.errors import CheckpointError, PlanError
+from sparsetrain.hf.compare import Comparison, compare
+from sparsetrain.hf.finetune import finetune
+from sparsetrain.hf.io import load
+from sparsetrain.hf.recipe import Recipe
+from sparsetrain.measure import load_report
+from tests.hf import runs
+
+
+def recipe(folder: Path, **changes: Any) -> Recipe:
+    return runs.recipe(folder, **({"methods": [runs.ROUTED], "compare": "dense", "threads": 1} | changes))
+
+
+def losses(result: dict[str, Any]) -> list[float]:
+    return [row["loss"] for row in result["run"]["steps"]]
+
+
+def children() -> list[psutil.Process]:
+    found = psutil.Process().children(recursive=True)
+    return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_there_must_be_something_to_compare(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="something to compare"):
+        compare(recipe(tmp_path, methods=[]))
+    with pytest.raises(CheckpointError, match="no whole checkpoint of either side"):
+        compare(recipe(tmp_path, resume=True))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_both_sides_train_as_they_would_alone_in_turns(tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    made = compare(recipe(tmp_path), report=events.append)
+    for side, result in (("sparse", made.sparse), ("dense", made.dense)):
+        methods = [runs.ROUTED] if side == "sparse" else []
+        alone = finetune(runs.recipe(tmp_path, output=str(tmp_path / side), methods=methods), write=False)
+        assert losses(result) == [row["loss"] for row in alone.run["steps"]]
+        assert result["run"]["perplexity"] == alone.run["perplexity"]
+        assert result["run"]["peak_rss_bytes"] > 2**26
+    assert made.sparse["data_order"] == made.dense["data_order"]
+
+    # one step each, the order flipped each round
+    order = [(event["side"], event["step"]) for event in events if event["event"] == "step"]
+    rounds = [("sparse", "dense") if step % 2 else ("dense", "sparse") for step in range(1, 7)]
+    assert order == [(side, step) for step, sides in enumerate(rounds, 1) for side in sides]
+
+    report = load_report(tmp_path / "out" / "report.json")
+    assert set(report["runs"]) == {"sparse", "dense"} and report["timing"]["median"] > 0  # type: ignore[index]
+    assert len(report["timing"]["baseline_s"]) == 5  # type: ignore[index]
+    judged = {judgement["quantity"] for judgement in report["judgements"]}
+    assert judged >= {"time_per_step", "loss_at_equal_steps", "loss_at_equal_time", "saved_activations", "quality"}
+    assert any("same rows in the same order" in note for note in report["notes"])
+    assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
+    assert load(tmp_path / "out").handle is not None
+    assert children() == []
+
+
+@pytest.mark.slow
+def test_an_interrupted_comparison_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+    def interrupt(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and (event["side"], event["step"]) == ("dense", 3):
+            raise KeyboardInterrupt
+
+    asked = recipe(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        compare(asked, report=interrupt)
+    assert children() == []
+    made: Comparison = compare(asked.model_copy(update={"resume": True}))
+    assert (made.sparse["resumed_from"], made.dense["resumed_from"]) == (2, 2)
+    for side, result, methods in (("a", made.sparse, [runs.ROUTED]), ("b", made.dense, [])):
+        alone = finetune(runs.recipe(tmp_path, output=str(tmp_path / side), methods=methods), write=False)
+        assert losses(result) == [row["loss"] for row in alone.run["steps"]]
+
+
+@pytest.mark.slow
+def test_when_one_side_is_killed_the_other_is_stopped_and_it_is_said(tmp_path: Path) -> None:
+    def kill_the_idle_side(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and (event["side"], event["step"]) == ("dense", 1):
+            oldest = min(children(), key=lambda process: process.create_time())
+            os.kill(oldest.pid, signal.SIGKILL)
+            time.sleep(0.2)
+
+    with pytest.raises(RuntimeError, match="the sparse side was killed by signal 9"):
+        compare(recipe(tmp_path), report=kill_the_idle_side)
+    assert children() == []
+
+
+@pytest.mark.slow
+def test_a_side_s_error_comes_back_as_it_was_and_nothing_is_written(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, methods=[runs.ROUTED, runs.ROUTED | {"layers": [1]}])
+    with pytest.raises(PlanError, match="sparse side: .*both claim") as caught:
+        compare(asked)
+    assert "Traceback" in caught.value.__notes__[0]
+    assert not (tmp_path / "out").exists()
