@@ -87,7 +87,7 @@ def test_wrong_key_in_a_recipe(call: Call, llama: Path, text: Path, tmp_path: Pa
 
 def test_wrong_flag(call: Call, tmp_path: Path) -> None:
     refused(call("finetune", "--seq-length", 32), tmp_path / "run", "--seq-length", "--seq-len", "--help")
-    refused(call("finetun"), tmp_path / "run", "finetun", "finetune")
+    refused(call("finetun"), tmp_path / "run", "finetun", "--help")
     refused(call("finetune", "--steps", "many"), tmp_path / "run", "steps='many'", "integer")
 
 

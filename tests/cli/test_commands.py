@@ -45,6 +45,7 @@ def test_eval_repeats_the_run_s_own_number(call: Call, trained: Path, llama: Pat
     sizes = ("--data", text, "--seq-len", 32, "--eval-tokens", 128, "--json")
     sparse = call("eval", trained, *sizes).json
     assert sparse["sparse"] and sparse["perplexity"] == pytest.approx(run["after_training"], rel=1e-5)
+    assert call("eval", trained, "--json").json["perplexity"] == sparse["perplexity"]  # by the run's own recipe
     dense = call("eval", llama, *sizes).json
     assert not dense["sparse"] and dense["perplexity"] == pytest.approx(run["dense"], rel=1e-5)
     everything = call("eval", llama, *sizes, "--all").json
@@ -52,7 +53,7 @@ def test_eval_repeats_the_run_s_own_number(call: Call, trained: Path, llama: Pat
 
 
 def test_export_keeps_the_outputs(call: Call, trained: Path, text: Path, tmp_path: Path) -> None:
-    sizes = ("--data", text, "--seq-len", 32, "--json")
+    sizes = ("--data", text, "--seq-len", 32, "--eval-tokens", 128, "--json")
     before = call("eval", trained, *sizes).json["perplexity"]
     assert call("export", trained, "--output", tmp_path / "full").code == 0
     assert call("export", trained, "--output", tmp_path / "adapter", "--keep-lora").code == 0

@@ -29,7 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "both methods": {"methods": [runs.CLUSTERED, runs.PQ]},
     "accumulating": {"methods": [runs.ROUTED], "batch_size": 1, "grad_accum": 2, "lr_schedule": "linear"},
     "all weights": {"methods": [runs.CLUSTERED], "lora_r": 0},
-    "two epochs": {"epochs": 2.0, "batch_size": 4},
+    "in the second epoch": {"epochs": 2.0, "batch_size": 16},
 }
 
 
@@ -61,9 +61,10 @@ def losses(result: Result) -> list[float | None]:
 def test_a_resumed_run_reproduces_the_uninterrupted_one(kind: str, tmp_path: Path) -> None:
     whole = finetune(runs.recipe(tmp_path, output=str(tmp_path / "whole"), **KINDS[kind]), write=False)
     recipe = runs.recipe(tmp_path, output=str(tmp_path / "parts"), **KINDS[kind])
-    stopped(recipe, 3)
+    steps = len(whole.run["steps"])
+    stopped(recipe, steps // 2 + 2)
     again = resume(recipe)
-    assert again.resumed_from == 2
+    assert again.resumed_from in (steps // 2 + 1, steps // 2)
     assert losses(again) == losses(whole) and len(losses(whole)) == len(set(losses(whole)))
     assert again.run["evals"][-1]["loss"] == whole.run["evals"][-1]["loss"]
     for stage in ("dense", "after_conversion", "after_training"):

@@ -69,21 +69,32 @@ def test_both_sides_train_as_they_would_alone_in_turns(tmp_path: Path) -> None:
     assert children() == []
 
 
-@pytest.mark.slow
-def test_an_interrupted_comparison_goes_on_and_ends_the_same(tmp_path: Path) -> None:
-    def interrupt(event: dict[str, Any]) -> None:
-        if event["event"] == "step" and (event["side"], event["step"]) == ("dense", 3):
+def interrupt_at(side: str, step: int) -> Any:
+    def tell(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and (event["side"], event["step"]) == (side, step):
             raise KeyboardInterrupt
 
+    return tell
+
+
+@pytest.mark.slow
+def test_an_interrupted_comparison_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     asked = recipe(tmp_path)
+    again = asked.model_copy(update={"resume": True})
     with pytest.raises(KeyboardInterrupt):
-        compare(asked, report=interrupt)
+        compare(asked, report=interrupt_at("dense", 3))
     assert children() == []
-    made: Comparison = compare(asked.model_copy(update={"resume": True}))
-    assert (made.sparse["resumed_from"], made.dense["resumed_from"]) == (2, 2)
+    with pytest.raises(KeyboardInterrupt):  # the dense side is done then, the sparse one about to be
+        compare(again, report=interrupt_at("sparse", 6))
+    with pytest.raises(CheckpointError, match=r"side was finished with another recipe.*lr"):
+        compare(again.model_copy(update={"lr": 1e-3}))
+    made: Comparison = compare(again)
+    assert made.dense["resumed_from"] == 2 and made.sparse["resumed_from"] in (2, 4, 6)
     for side, result, methods in (("a", made.sparse, [runs.ROUTED]), ("b", made.dense, [])):
         alone = finetune(runs.recipe(tmp_path, output=str(tmp_path / side), methods=methods), write=False)
         assert losses(result) == [row["loss"] for row in alone.run["steps"]]
+    with pytest.raises(CheckpointError, match="finished comparison"):
+        compare(again)
 
 
 @pytest.mark.slow
@@ -102,7 +113,7 @@ def test_when_one_side_is_killed_the_other_is_stopped_and_it_is_said(tmp_path: P
 @pytest.mark.slow
 def test_a_side_s_error_comes_back_as_it_was_and_nothing_is_written(tmp_path: Path) -> None:
     asked = recipe(tmp_path, methods=[runs.ROUTED, runs.ROUTED | {"layers": [1]}])
-    with pytest.raises(PlanError, match="sparse side: .*both claim") as caught:
+    with pytest.raises(PlanError, match=r"sparse side: .*both claim") as caught:
         compare(asked)
     assert "Traceback" in caught.value.__notes__[0]
     assert not (tmp_path / "out").exists()

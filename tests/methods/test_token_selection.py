@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,11 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsetrain
+from sparsetrain import PQAttention, RoutedFFN
 from sparsetrain.core.anatomy import describe
+from sparsetrain.hf.token_selection import select_tokens, selecting
+from sparsetrain.measure.memory import saved_activations
 from sparsetrain.methods.token_selection import TokenSelection
+from sparsetrain.methods.token_selection.policies import Batch, draw
 from sparsetrain.ops.selected_rows import Rows, keep
 from tests.families import FAMILIES, Family
 
@@ -92,6 +100,15 @@ def selected_gradients(model: Any, batch: dict[str, Tensor], rows: Rows) -> tupl
         return gradients(model, batch, rows)
 
 
+def doubled(case: Family) -> tuple[Any, dict[str, Tensor]]:
+    batch = {name: x.double() if x.is_floating_point() else x for name, x in case.batch().items()}
+    return case.model().double().train(), batch
+
+
+def exact(family: str) -> float:
+    return 1e-6 if family == "gemma3" else 1e-10  # Gemma's norms compute in fp32
+
+
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
@@ -103,9 +120,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_gradients_equal_the_detach_oracle(family: str, backend: str) -> None:
     case = FAMILIES[family]
-    model, batch = case.model().double().train(), case.batch()
-    if case.vision:
-        batch = {name: x.double() for name, x in batch.items()}
+    model, batch = doubled(case)
     rows = some_rows(2, tokens_of(case, batch))
     with cut_by_hooks(model, rows.selected_bt):
         logits, expected = gradients(model, batch, rows)
@@ -113,4 +128,483 @@ def test_gradients_equal_the_detach_oracle(family: str, backend: str) -> None:
     with sparsetrain.use_backend(backend):
         found_logits, found = selected_gradients(model, batch, rows)
     assert torch.equal(found_logits, logits) or backend == "reference"
+    assert_same(found, expected, exact(family))
+
+
+@every
+def test_everything_kept_is_the_dense_model_bit_for_bit(family: str) -> None:
+    case = FAMILIES[family]
+    model, batch = case.model().train(), case.batch()
+    rows = some_rows(2, tokens_of(case, batch), k=tokens_of(case, batch))
+    logits, expected = gradients(model, batch, rows)
+    sparsetrain.sparsify(model, TokenSelection.dense_limit())
+    found_logits, found = gradients(model, batch, rows)
+    assert torch.equal(found_logits, logits)
+    assert all(torch.equal(found[name], grad) for name, grad in expected.items())
+
+
+@every
+def test_evaluation_and_restored_models_are_untouched(family: str) -> None:
+    case = FAMILIES[family]
+    model, batch = case.model(), case.batch()
+    classes = [type(m) for m in model.modules()]
+    rows = some_rows(2, tokens_of(case, batch))
+    logits, expected = gradients(model, batch, rows)
+    handle = sparsetrain.sparsify(model, TokenSelection())
+    found_logits, found = gradients(model, batch, rows)
+    close = {name: (found[name] - grad).abs().max() for name, grad in expected.items()}
+    assert max(close.values()) < 1e-4 and (found_logits - logits).abs().max() < 1e-4
+    handle.merge()
+    assert [type(m) for m in model.modules()] == classes
+    assert torch.equal(gradients(model, batch, rows)[0], logits)
+
+
+@every
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_no_gradient(family: str, reentrant: bool) -> None:
+    case = FAMILIES[family]
+    model, batch = doubled(case)
+    rows = some_rows(2, tokens_of(case, batch))
+    sparsetrain.sparsify(model, TokenSelection())
+    _, expected = selected_gradients(model, batch, rows)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    _, found = selected_gradients(model, batch, rows)
+    assert_same(found, expected, exact(family))
+
+
+def test_nothing_leaks_to_tokens_that_are_not_selected() -> None:
+    model = FAMILIES["llama"].model().train()
+    ids = torch.arange(3, 53)[None]
+    rows = some_rows(1, 50, k=12)
+    inputs: list[Tensor] = []
+
+    def watch(module: nn.Module, args: Any) -> None:
+        args[0].retain_grad()
+        inputs.append(args[0])
+
+    sparsetrain.sparsify(model, TokenSelection())
+    hooks = [layer.register_forward_pre_hook(watch) for layer in model.model.layers]
+    with selector_of(model).using(rows):
+        model(input_ids=ids).logits.square().mean().backward()
+    for hook in hooks:
+        hook.remove()
+    for x in inputs:
+        assert x.grad is not None and not x.grad[~rows.selected_bt].any() and x.grad[rows.selected_bt].all(-1).any()
+    unselected = ids[~rows.selected_bt]
+    assert not model.model.embed_tokens.weight.grad[unselected].any()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert", "distilbert", "mistral"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_ragged_batches_equal_their_samples_alone(family: str, side: str) -> None:
+    if family in ("bert", "distilbert") and side == "left":
+        pytest.skip("the classification token stands first")
+    case = FAMILIES[family]
+    model, _ = doubled(case)
+    sparsetrain.sparsify(model, TokenSelection())
+    ids = case.batch(2, 60)["input_ids"]
+    lengths, alone = (60, 41), {}
+    positions = [some_rows(1, n, k=n // 3, seed=n).index_bk[0] for n in lengths]
+    mask = torch.zeros(2, 60, dtype=torch.int64)
+    padded = torch.zeros_like(ids)
+    placed = []
+    for i, n in enumerate(lengths):
+        where = slice(60 - n, 60) if side == "left" else slice(0, n)
+        mask[i, where], padded[i, where] = 1, ids[i, :n]
+        placed.append(positions[i] + where.start)
+        one = {"input_ids": ids[i : i + 1, :n], "attention_mask": torch.ones(1, n, dtype=torch.int64)}
+        rows = Rows.of([positions[i]], n)
+        with selector_of(model).using(rows):
+            model.zero_grad()
+            logits = model(**one).logits
+            (logits[rows.selected_bt] if logits.ndim == 3 else logits).square().sum().backward()
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                alone[name] = alone.get(name, 0) + p.grad
+    batch = {"input_ids": padded, "attention_mask": mask}
+    if side == "left" and family != "opt":
+        batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    rows = Rows.of(placed, 60)
+    model.zero_grad()
+    with selector_of(model).using(rows):
+        logits = model(**batch).logits
+        (logits[rows.selected_bt] if logits.ndim == 3 else logits).square().sum().backward()
+    assert_same({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, alone, 1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "qwen3"])
+def test_packed_rows_equal_separate_ones(family: str) -> None:
+    case = FAMILIES[family]
+    model, _ = doubled(case)
+    sparsetrain.sparsify(model, TokenSelection())
+    first, second = (case.batch(1, n, seed=n)["input_ids"] for n in (31, 46))
+    chosen = [some_rows(1, n, k=n // 3, seed=n).index_bk[0] for n in (31, 46)]
+    separate: dict[str, Tensor] = {}
+    for ids, positions in zip((first, second), chosen):
+        rows = Rows.of([positions], ids.shape[1])
+        with selector_of(model).using(rows):
+            model.zero_grad()
+            model(input_ids=ids).logits[rows.selected_bt].square().sum().backward()
+        for name, p in model.named_parameters():
+            separate[name] = separate.get(name, 0) + p.grad
+    rows = Rows.of([torch.cat([chosen[0], chosen[1] + 31])], 77)
+    positions = torch.cat([torch.arange(31), torch.arange(46)])[None]
+    model.zero_grad()
+    with selector_of(model).using(rows):
+        out = model(input_ids=torch.cat([first, second], 1), position_ids=positions, use_cache=False)
+        out.logits[rows.selected_bt].square().sum().backward()
+    assert_same({n: p.grad for n, p in model.named_parameters()}, separate, 1e-9)
+
+
+def test_order_and_unused_slots_change_nothing() -> None:
+    model, batch = doubled(FAMILIES["llama"])
+    sparsetrain.sparsify(model, TokenSelection())
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(1))
+    found = [
+        selected_gradients(model, batch, Rows.of(lists, 100))[1]
+        for lists in ([order[:20], order[30:50]], [order[:20].flip(0), order[30:50].sort().values])
+    ]
+    assert_same(found[1], found[0], 1e-14)
+    rows = Rows.of([order[:20], order[30:50]], 100)
+    wide = Rows(torch.cat([rows.index_bk, rows.index_bk[:, -1:].expand(-1, 5)], 1), rows.counts, 100)
+    assert_same(selected_gradients(model, batch, wide)[1], found[0], 1e-12)
+
+
+def test_dropout_of_selected_rows_is_the_one_that_was_drawn() -> None:
+    model, batch = doubled(FAMILIES["gpt2"])
+    for block in model.transformer.h:
+        block.mlp.dropout.p = block.attn.resid_dropout.p = 0.3
+    rows = some_rows(2, 100)
+    sparsetrain.sparsify(model, TokenSelection())
+    torch.manual_seed(5)
+    _, found = selected_gradients(model, batch, rows)
+    # no path through other rows leads from the last block's output, so differences see the same gradient
+    name = "transformer.h.2.mlp.c_proj.weight"
+    weight, losses = model.get_parameter(name), []
+    direction = torch.randn_like(weight)
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight.add_(direction, alpha=sign * 1e-6)
+        torch.manual_seed(5)
+        with selector_of(model).using(rows):
+            losses.append(weighted(model, batch, rows)[1].item())
+        with torch.no_grad():
+            weight.sub_(direction, alpha=sign * 1e-6)
+    torch.testing.assert_close(
+        (found[name] * direction).sum().item(), (losses[0] - losses[1]) / 2e-6, rtol=1e-4, atol=1e-7
+    )
+
+
+def test_the_draw_depends_on_seed_step_and_sample_alone() -> None:
+    model, batch = FAMILIES["llama"].model().train(), FAMILIES["llama"].batch()
+    handle = sparsetrain.sparsify(model, TokenSelection(seed=3))
+
+    def chosen(step: int, inputs: dict[str, Tensor] = batch) -> list[list[int]]:
+        handle.step(step)
+        model(**inputs)
+        return selector_of(model).rows.index_bk.tolist()
+
+    first = chosen(1)
+    assert chosen(2) != first and chosen(1) == first
+    assert first[0] != first[1] and first[0][0] == first[1][0] == 0
+    swapped = {name: x.flip(0) for name, x in batch.items()}
+    assert chosen(1, swapped) == first[::-1]
+    one = {name: x[1:] for name, x in batch.items()}
+    assert chosen(1, one) == first[1:]
+
+
+def test_autocast_and_a_key_value_cache_are_harmless() -> None:
+    case = FAMILIES["llama"]
+    model, batch = case.model().train(), case.batch()
+    sparsetrain.sparsify(model, TokenSelection())
+    rows = some_rows(2, 100)
+    _, exact_gradients = selected_gradients(model, batch, rows)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, found = selected_gradients(model, batch | {"use_cache": True}, rows)
+    for name, grad in exact_gradients.items():
+        assert (found[name] - grad).norm() < 0.2 * grad.norm() + 1e-3, name
+
+
+def test_inputs_embeds_and_a_changed_batch_select_anew() -> None:
+    case = FAMILIES["llama"]
+    model = case.model().train()
+    sparsetrain.sparsify(model, TokenSelection())
+    model(**case.batch())
+    before = selector_of(model).rows
+    model(inputs_embeds=torch.randn(2, 100, 32)).logits.sum().backward()
+    assert selector_of(model).rows.index_bk.tolist() != before.index_bk.tolist()
+
+
+def test_only_some_layers_can_be_taken() -> None:
+    model, batch = doubled(FAMILIES["llama"])
+    rows = some_rows(2, 100)
+    reference = copy.deepcopy(model)
+    blocks = describe(reference).blocks
+    handle = sparsetrain.sparsify(model, TokenSelection(layers=(2,)))
+    assert len(handle.plan.edits) == 1
+    _, found = selected_gradients(model, batch, rows)
+    sparsetrain.sparsify(reference, TokenSelection(targets=(blocks[2].name,)))
+    with sparsetrain.use_backend("reference"):
+        _, expected = selected_gradients(reference, batch, rows)
     assert_same(found, expected)
+
+
+def test_bad_configs_and_models_are_named() -> None:
+    for wrong, message in (
+        ({"keep_ratio": 0.0}, "out of range"),
+        ({"keep_ratio": 1.1}, "out of range"),
+        ({"keep_ratio": 0.3, "num_tokens": 8}, "both given"),
+        ({"num_tokens": 0}, "at least 1"),
+        ({"policy": "luck"}, "unknown"),
+        ({"unbiased": True, "policy": "loss"}, "known probabilities"),
+        ({"always_keep": ("middle",)}, "unknown"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TokenSelection(**wrong)
+    model = FAMILIES["gpt2"].model()
+    model.transformer.h[0].attn.attn_dropout.p = 0.1
+    with pytest.raises(ValueError, match="attention dropout"):
+        sparsetrain.sparsify(model, TokenSelection())
+    model = FAMILIES["llama"].model().train()
+    sparsetrain.sparsify(model, TokenSelection(num_tokens=200))
+    with pytest.raises(ValueError, match="num_tokens=200 of a sample with 100 tokens"):
+        model(**FAMILIES["llama"].batch())
+    model = FAMILIES["llama"].model().train()
+    sparsetrain.sparsify(model, TokenSelection(pool="targets"))
+    with pytest.raises(ValueError, match="without labels"):
+        model(**FAMILIES["llama"].batch())
+    with pytest.raises(sparsetrain.UnknownFamily):
+        sparsetrain.sparsify(nn.Linear(2, 2), TokenSelection())
+
+
+def with_lora(model: Any, dropout: float = 0.0) -> Any:
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=dropout))
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.2)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "opt", "qwen3", "vit"])
+def test_lora_gradients_equal_the_detach_oracle(family: str) -> None:
+    case = FAMILIES[family]
+    model, batch = doubled(case)
+    model = with_lora(model).train()
+    rows = some_rows(2, tokens_of(case, batch))
+    base = model.get_base_model()
+    with cut_by_hooks(base, rows.selected_bt):
+        logits, expected = gradients(model, batch, rows)
+    again, _ = doubled(case)
+    sparsetrain.sparsify(again, TokenSelection())
+    again = with_lora(again).train()
+    found_logits, found = selected_gradients(again, batch, rows)
+    assert torch.equal(found_logits, logits)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_lora_dropout_survives_checkpointing(reentrant: bool) -> None:
+    case = FAMILIES["llama"]
+    model, batch = doubled(case)
+    sparsetrain.sparsify(model, TokenSelection())
+    model = with_lora(model, dropout=0.3).train()
+    rows = some_rows(2, 100)
+    torch.manual_seed(7)
+    _, expected = selected_gradients(model, batch, rows)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    torch.manual_seed(7)
+    _, found = selected_gradients(model, batch, rows)
+    assert_same(found, expected, 1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "opt"])
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+@pytest.mark.parametrize("methods", ["routed_ffn", "pq_attention", "both"])
+def test_sparse_context_and_selected_targets_equal_the_definition(
+    family: str, methods: str, checkpointing: bool | None
+) -> None:
+    """Selected tokens attend to all keys, others sparsely; a routed FFN treats both alike."""
+    case = FAMILIES[family]
+    results = []
+    routed = RoutedFFN(num_blocks=4, num_active=2, warmup_ratio=0.0, balance_weight=0.0)
+    attention = PQAttention.from_dict({**PQAttention.example().to_dict(), "codebook_weight": 0.0})
+    configs = {"routed_ffn": (routed,), "pq_attention": (attention,), "both": (attention, routed)}[methods]
+    for backend in ("reference", "auto"):
+        model, batch = doubled(case)
+        rows = some_rows(2, 100)
+        calibration = [{n: x for n, x in case.batch(4, seed=5).items()}]
+        handle = sparsetrain.sparsify(model, TokenSelection(), *configs, calibration=calibration)
+        model.double()
+        handle.step(1, 10)
+        if checkpointing is not None and backend == "auto":
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+            if checkpointing:
+                model.enable_input_require_grads()
+        stand_in = sparsetrain.use_backend(backend) if backend == "reference" else contextlib.nullcontext()
+        with stand_in:
+            logits, found = selected_gradients(model, batch, rows)
+        results.append((logits[rows.selected_bt] if logits.ndim == 3 else logits, found))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-6, atol=1e-6)
+    assert_same(results[1][1], results[0][1], 1e-6)
+
+
+def llama_block(kv_heads: int, hidden: int = 64, ffn: int = 176) -> Any:
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=1, num_attention_heads=8,
+        num_key_value_heads=kv_heads, max_position_embeddings=512,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).train()
+
+
+def saved_by_layers(model: Any, ids: Tensor) -> int:
+    saved = saved_activations(model, lambda: model.model(input_ids=ids, use_cache=False).last_hidden_state)
+    return sum(saved.by_layer[0].values())
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize("ratio", [0.05, 0.1, 0.2, 0.3, 0.5, 1.0])
+def test_saved_bytes_follow_the_formula(kv_heads: int, ratio: float) -> None:
+    ids = torch.randint(32, (1, 400))
+    dense = saved_by_layers(llama_block(kv_heads), ids)
+    model = llama_block(kv_heads)
+    sparsetrain.sparsify(model, TokenSelection(keep_ratio=ratio))
+    found = saved_by_layers(model, ids)
+    key_value = 2 * kv_heads * 8 * 4 * 400
+    share = key_value / dense
+    expected = ratio + (1 - ratio) * share
+    assert abs(found / dense - expected) < 0.05 * expected, (found / dense, expected)
+
+
+@pytest.mark.parametrize("prompt", [0, 40])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma3"])
+def test_the_loss_of_selected_targets_equals_that_of_masked_labels(family: str, prompt: int) -> None:
+    case = FAMILIES[family]
+    model, batch = doubled(case)
+    handle = sparsetrain.sparsify(model, TokenSelection())
+    labels = batch["input_ids"].clone()
+    labels[:, :prompt] = -100
+    with selecting(handle, batch | {"labels": labels}) as chosen:
+        loss = model(**chosen).loss
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    rows = selector_of(model).rows
+    model.zero_grad()
+    handle.restore()
+    with cut_by_hooks(model, rows.selected_bt):
+        logits = model(**batch).logits
+    target = F.pad(labels[:, 1:], (0, 1), value=-100)[rows.selected_bt]
+    expected = F.cross_entropy(logits[rows.selected_bt], target, ignore_index=-100)
+    expected.backward()
+    torch.testing.assert_close(loss.detach().double(), expected.detach(), rtol=1e-6, atol=1e-6)
+    assert (target != -100).any()
+    for name, p in model.named_parameters():
+        if p.grad is not None and name in found:
+            torch.testing.assert_close(found[name], p.grad, rtol=1e-5, atol=1e-7)
+    assert "forward" not in vars(model.get_output_embeddings()) and "_loss_function" not in vars(model)
+
+
+def test_a_batch_without_targets_has_zero_loss_and_evaluation_sees_all_labels() -> None:
+    case = FAMILIES["llama"]
+    model, batch = case.model().train(), case.batch()
+    handle = sparsetrain.sparsify(model, TokenSelection())
+    with selecting(handle, batch | {"labels": torch.full_like(batch["input_ids"], -100)}) as chosen:
+        loss = model(**chosen).loss
+    loss.backward()
+    assert loss == 0 and not any(p.grad is not None and p.grad.any() for p in model.parameters())
+    model.eval()
+    labelled = batch | {"labels": batch["input_ids"]}
+    with torch.no_grad(), selecting(handle, labelled) as chosen:
+        assert model(**chosen).loss == model(**labelled).loss
+
+
+class _Trainer:
+    """What `select_tokens` needs of a Trainer."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        return model(**inputs, **extra).loss
+
+
+def test_accumulated_micro_batches_weigh_as_their_targets() -> None:
+    case = FAMILIES["llama"]
+    model, batch = case.model().train(), case.batch(2)
+    labels = batch["input_ids"].clone()
+    labels[0, :60] = -100
+    handle = sparsetrain.sparsify(model, TokenSelection(pool="targets", keep_ratio=0.2))
+    trainer = _Trainer()
+    select_tokens(trainer, handle)
+    losses, counts = [], []
+    for i in range(2):
+        one = {n: x[i : i + 1] for n, x in batch.items()} | {"labels": labels[i : i + 1]}
+        losses.append(trainer.compute_loss(model, one, num_items_in_batch=torch.tensor(139)))
+        counts.append(trainer.compute_loss(model, one))
+    assert [round(139 * float(a.detach() / m.detach())) for a, m in zip(losses, counts)] == [40, 99]
+
+
+def test_targets_come_first_and_one_is_ensured() -> None:
+    ids = torch.randint(3, 60, (1, 50), generator=torch.Generator().manual_seed(0))
+    labels = torch.full_like(ids, -100)
+    labels[0, 45:] = ids[0, 45:]
+    batch = Batch.of({"input_ids": ids, "labels": labels}, causal=True)
+    assert batch.targets_bt is not None and batch.targets_bt[0].nonzero().flatten().tolist() == [44, 45, 46, 47, 48]
+    rows = draw(TokenSelection(pool="targets", num_tokens=10), batch, step=0)
+    assert {0, 44, 45, 46, 47, 48} <= set(rows.index_bk[0].tolist())
+    for step in range(20):
+        rows = draw(TokenSelection(num_tokens=2), batch, step=step)
+        assert rows.counts == (2,) and rows.index_bk[0, 0] == 0 and 44 <= rows.index_bk[0, 1] <= 48
+    rows = draw(TokenSelection.paper(keep_ratio=0.25), batch, step=0)
+    assert rows.counts == (14,) and {0, 49} <= set(rows.index_bk[0].tolist())
+    rows = draw(TokenSelection(policy="prefix", num_tokens=7, ensure_target=False), batch, step=0)
+    assert rows.index_bk[0].tolist() == list(range(7))
+
+
+def test_scores_choose_and_are_checked() -> None:
+    ids = torch.zeros(1, 10, dtype=torch.int64)
+    scores = torch.tensor([[0.0, 5, 1, 9, 2, 2, 2, 2, 8, 0]])
+    for config in (TokenSelection(pool="scored", num_tokens=4), TokenSelection(policy="loss", num_tokens=4)):
+        rows = draw(config, Batch.of({"input_ids": ids, "token_scores": scores}, causal=True), step=0)
+        assert rows.index_bk[0].tolist() == [0, 1, 3, 8]
+        with pytest.raises(ValueError, match="token_scores"):
+            draw(config, Batch.of({"input_ids": ids}, causal=True), step=0)
+    for wrong in (scores[:, :5], scores * float("nan")):
+        with pytest.raises(ValueError, match="one number a token"):
+            Batch.of({"input_ids": ids, "token_scores": wrong}, causal=True)
+
+
+def test_padding_and_documents_are_drawn_from_separately() -> None:
+    ids = torch.randint(3, 60, (2, 40))
+    mask = torch.ones_like(ids)
+    mask[1, :10] = 0
+    positions = torch.cat([torch.arange(16), torch.arange(24)])[None].expand(2, -1)
+    packed = Batch.of({"input_ids": ids[:1], "position_ids": positions[:1]}, causal=True)
+    rows = draw(TokenSelection(keep_ratio=0.25), packed, step=0)
+    chosen = rows.index_bk[0]
+    assert rows.counts == (10,) and (chosen < 16).sum() == 4 and {0, 16} <= set(chosen.tolist())
+    rows = draw(
+        TokenSelection(keep_ratio=0.25), Batch.of({"input_ids": ids, "attention_mask": mask}, causal=True), step=0
+    )
+    assert rows.counts == (10, 8) and rows.index_bk[1, 0] == 10
+
+
+def test_inclusion_is_uniform_and_weights_make_it_unbiased() -> None:
+    ids = torch.randint(3, 60, (1, 21))
+    batch = Batch.of({"input_ids": ids, "labels": ids}, causal=True)
+    config = TokenSelection(num_tokens=6, unbiased=True)
+    counts, total = torch.zeros(21), torch.zeros(21)
+    for step in range(2000):
+        rows = draw(config, batch, step=step)
+        counts[rows.index_bk[0]] += 1
+        assert rows.weight_bk is not None
+        total[rows.index_bk[0]] += rows.weight_bk[0]
+    assert counts[0] == 2000
+    expected = 2000 * 5 / 20
+    assert ((counts[1:] - expected) ** 2 / expected).sum() < 38.6  # chi-square, 19 degrees of freedom, 0.5 %
+    torch.testing.assert_close(total / 2000, torch.ones(21), rtol=0.15, atol=0)

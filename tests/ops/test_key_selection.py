@@ -1,12 +1,25 @@
+"""Kept keys against a scalar loop of the rule, kept blocks against brute force, and what a model relies on."""
+
 from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import sparsetrain.ops.key_selection.keys as key_tiles
+import sparsetrain.ops.key_selection.probes as probe_tiles
+from sparsetrain.core.errors import Unsupported
 from sparsetrain.ops.key_selection import Visibility, select_blocks, select_keys
 from sparsetrain.ops.product_quantization import encode
 
 B, H, G, T, D = 2, 4, 2, 29, 32
+
+
+@pytest.fixture(autouse=True)
+def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_tiles, "TILE_ELEMENTS", 300)
+    monkeypatch.setattr(probe_tiles, "TILE_ELEMENTS", 300)
 
 
 def data(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -24,7 +37,7 @@ def segments() -> torch.Tensor:
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("score", ["match_count", "table"])
+@pytest.mark.parametrize("score", ["match_count", "table", "attention"])
 @pytest.mark.parametrize("window", [None, 9])
 def test_exact_selection_equals_the_rule(causal: bool, packed: bool, score: str, window: int | None) -> None:
     q, k, codebook = data()
@@ -34,30 +47,30 @@ def test_exact_selection_equals_the_rule(causal: bool, packed: bool, score: str,
     options = {"score": score, "local_tokens": 3}
     found = select_keys(q, k, codebook, limit, visibility, **options)
     expected = select_keys(q, k, codebook, limit, visibility, **options, backend="reference")
-    assert torch.equal(found.sort(-1).values, expected.sort(-1).values)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
-def test_bucket4_equals_the_rule(causal: bool, packed: bool) -> None:
+@pytest.mark.parametrize("local", [0, 3, 16])
+@pytest.mark.parametrize("window", [None, 15])
+def test_bucket4_equals_the_rule(causal: bool, packed: bool, local: int, window: int | None) -> None:
     q, k, codebook = data()
-    visibility = Visibility(causal, segments() if packed else None)
+    visibility = Visibility(causal, segments() if packed else None, window)
     limit = torch.full((B, T), 8)
-    options = {"score": "match_count", "selection": "bucket4"}
+    options = {"score": "match_count", "selection": "bucket4", "local_tokens": local, "keep_first": local == 3}
     found = select_keys(q, k, codebook, limit, visibility, **options)
     expected = select_keys(q, k, codebook, limit, visibility, **options, backend="reference")
-    assert torch.equal(found.sort(-1).values, expected.sort(-1).values)
+    assert torch.equal(found, expected)
 
 
 def test_equal_codes_keep_the_newest_keys() -> None:
     q, k = torch.ones(1, 1, 20, 32), torch.ones(1, 1, 20, 32)
     codebook = torch.randn(1, 4, 6, 8, generator=torch.Generator().manual_seed(0))
     limit = torch.full((1, 20), 5)
-    keys = select_keys(
-        q, k, codebook, limit, Visibility(True), score="match_count", local_tokens=0, keep_first=False
-    )
-    assert keys[0, 0, 19].tolist() == [19, 18, 17, 16, 15]
-    assert keys[0, 0, 1].tolist() == [1, 0, -1, -1, -1]
+    keys = select_keys(q, k, codebook, limit, Visibility(True), score="match_count", local_tokens=0, keep_first=False)
+    assert keys[0, 0, 19].tolist() == [15, 16, 17, 18, 19]
+    assert keys[0, 0, 1].tolist() == [0, 1, -1, -1, -1]
 
 
 def test_a_query_agrees_fully_with_an_equal_key() -> None:
@@ -74,7 +87,7 @@ def test_decoding_sees_what_the_whole_sequence_sees() -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("score", ["table", "match_count"])
+@pytest.mark.parametrize("score", ["table", "match_count", "attention", "mean"])
 def test_blocks_are_visible_unique_and_hold_the_forced_ones(causal: bool, score: str) -> None:
     q, k, codebook = data()
     slots = torch.full((B, 8), 5)
@@ -96,7 +109,7 @@ def test_the_choice_of_a_block_reads_nothing_later_than_its_first_query() -> Non
     slots = torch.full((B, 8), 4)
     options = {"block_q": 4, "block_k": 4, "scale": 0.2, "local_tokens": 0}
     before = select_blocks(q, k, codebook, slots, Visibility(True), **options)
-    q[:, :, 17:], k[:, :, 16:] = torch.randn(B, H, 12, D), torch.randn(B, G, 13, D)
+    q[:, :, 17:], k[:, :, 16:] = (x[:, :, n:] for x, n in zip(data(seed=1), (17, 16)))
     after = select_blocks(q, k, codebook, slots, Visibility(True), **options)
     assert torch.equal(before[:, :, :5], after[:, :, :5])
     assert not torch.equal(before[:, :, 5:], after[:, :, 5:])
@@ -126,11 +139,209 @@ def test_segments_do_not_see_each_other() -> None:
     assert (lists[1, :, 4:] == -1).all()
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_equal_products_are_broken_by_nearness_then_by_place(causal: bool) -> None:
+    q, k, codebook = data()
+    # one-hot codes as vectors: their product is the number of equal codes, so most scores tie
+    q_hot, k_hot = (F.one_hot(encode(x, codebook).long(), 6).flatten(-2).double() for x in (q, k))
+    limit, options = torch.full((B, T), 7), {"local_tokens": 2, "keep_first": False}
+    counts = select_keys(q, k, codebook, limit, Visibility(causal), score="match_count", distance="l1", **options)
+    assert torch.equal(select_keys(q_hot, k_hot, None, limit, Visibility(causal), score="attention", **options), counts)
+
+
+@pytest.mark.parametrize("score", ["match_count", "table", "attention"])
+def test_no_later_token_reaches_the_keys_of_an_earlier_query(score: str) -> None:
+    q, k, codebook = data()
+    limit = torch.full((B, T), 6)
+    before = select_keys(q, k, codebook, limit, Visibility(True), score=score, local_tokens=2)
+    for place in range(1, T, 5):
+        other_q, other_k = q.clone(), k.clone()
+        other_q[:, :, place:], other_k[:, :, place:] = torch.nan, torch.nan
+        after = select_keys(other_q, other_k, codebook, limit, Visibility(True), score=score, local_tokens=2)
+        assert torch.equal(before[:, :, :place], after[:, :, :place])
+
+
+@pytest.mark.parametrize("selection", ["exact", "bucket4"])
+def test_padding_and_packing_change_no_key(selection: str) -> None:
+    q, k, codebook = data()
+    limit, options = torch.full((B, T), 8), {"score": "match_count", "selection": selection, "local_tokens": 3}
+    ids = torch.tensor([[0] * 4 + [5] * 12 + [2] * 13]).expand(B, -1)
+    packed = select_keys(q, k, codebook, limit, Visibility(True, ids), **options)
+    for start, stop in ((4, 16), (16, 29)):
+        here = slice(start, stop)
+        alone = select_keys(q[:, :, here], k[:, :, here], codebook, limit[:, here], Visibility(True), **options)
+        assert torch.equal(packed[:, :, here], torch.where(alone < 0, -1, alone + start))
+    assert (packed[:, :, :4] == -1).all()
+
+
+@pytest.mark.parametrize("limit", [1, 29, 100])
+def test_extreme_budgets(limit: int) -> None:
+    q, k, codebook = data()
+    for score in ("match_count", "attention"):
+        keys = select_keys(
+            q, k, codebook, torch.full((B, T), limit), Visibility(True), score=score, local_tokens=1, keep_first=False
+        )
+        assert keys.shape[-1] == min(limit, T) and torch.equal(
+            (keys >= 0).sum(-1)[0, 0], (torch.arange(T) + 1).clamp(max=limit)
+        )
+        assert (keys == torch.arange(T)[:, None]).any(-1).all()
+
+
+def test_strides_and_half_precision_change_nothing() -> None:
+    q, k, _ = data()
+    q, k = (x.bfloat16().transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
+    limit, slots = torch.full((B, T), 6), torch.full((B, 8), 5)
+    shape = {"block_q": 4, "block_k": 4, "scale": 0.2, "score": "attention"}
+    for x, y in (
+        (q, k),
+        (q.float().contiguous(), k.float().contiguous()),
+    ):
+        keys = select_keys(x, y, None, limit, Visibility(True), score="attention")
+        blocks = select_blocks(x, y, None, slots, Visibility(True), **shape)
+        if x is q:
+            expected = keys, blocks
+        assert torch.equal(keys, expected[0]) and torch.equal(blocks, expected[1])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_attention_blocks_follow_the_softmax_of_the_probes(causal: bool, packed: bool) -> None:
+    q, k, _ = (x.double() for x in data())
+    ids = torch.tensor([[1] * 12 + [2] * 17, [1] * 16 + [0] * 13]) if packed else torch.ones(B, T, dtype=torch.int64)
+    visibility = Visibility(causal, ids if packed else None)
+    options = {"block_q": 4, "block_k": 4, "scale": 0.3, "local_tokens": 4, "score": "attention", "num_probes": 2}
+    found = select_blocks(q, k, None, torch.full((B, 8), 5), visibility, **options)
+    place = torch.arange(T)
+    seen = (ids[:, :, None] == ids[:, None]) & (ids > 0)[:, None] & ((place[:, None] >= place) | (not causal))
+    logits = (q @ k.repeat_interleave(H // G, 1).mT) * 0.3
+    weights = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num(0)
+    mass = F.pad(weights.view(B, G, H // G, T, T).sum(2), (0, 3)).unflatten(-1, (8, 4)).sum(-1)  # [b, g, t, n]
+    for b, g, i in torch.cartesian_prod(torch.arange(B), torch.arange(G), torch.arange(8)).tolist():
+        probes = [4 * i, 4 * i - 4] if causal else [min(T - 1, 4 * i + 1), min(T - 1, 4 * i + 3)]
+        probes = [p for p in probes if p >= 0 and ids[b, p] == ids[b, 4 * i] and ids[b, p] > 0]
+        total = mass[b, g, probes].sum(0)
+        kept = [n for n in found[b, g, i].tolist() if n >= 0]
+        visible = [n for n in range(8) if seen[b, 4 * i : 4 * i + 4, 4 * n : 4 * n + 4].any()]
+        local = [n for n in visible if i - 1 <= n <= (i if causal else i + 1)]
+        first = [min(visible)] if visible else []
+        rest = sorted(set(visible) - {*local, *first}, key=lambda n: -float(total[n]))
+        assert set(kept) == set(local + first) | set(rest[: 5 - len({*local, *first})])
+
+
+@pytest.mark.parametrize("score", ["table", "match_count", "attention", "mean"])
+def test_no_later_token_reaches_the_list_of_an_earlier_block(score: str) -> None:
+    q, k, codebook = data()
+    slots, options = torch.full((B, 8), 4), {"block_q": 4, "block_k": 4, "scale": 0.2, "score": score}
+    before = select_blocks(q, k, codebook, slots, Visibility(True), local_tokens=0, **options)
+    for place in range(1, T, 3):
+        other_q, other_k = q.clone(), k.clone()
+        other_q[:, :, place:], other_k[:, :, place:] = torch.nan, torch.nan
+        after = select_blocks(other_q, other_k, codebook, slots, Visibility(True), local_tokens=0, **options)
+        unchanged = -(-place // 4)  # the block of `place` itself may read its own first query
+        assert torch.equal(before[:, :, :unchanged], after[:, :, :unchanged])
+
+
+@pytest.mark.parametrize("score", ["table", "match_count", "attention", "mean"])
+def test_aligned_packing_changes_no_block(score: str) -> None:
+    q, k, codebook = data()
+    ids = torch.tensor([[7] * 8 + [3] * 21]).expand(B, -1)
+    options = {"block_q": 4, "block_k": 4, "scale": 0.2, "score": score, "local_tokens": 4}
+    packed = select_blocks(q, k, codebook, torch.full((B, 8), 4), Visibility(True, ids), **options)
+    for start, stop in ((0, 8), (8, 29)):
+        here, rows = slice(start, stop), slice(start // 4, -(-stop // 4))
+        slots = torch.full((B, rows.stop - rows.start), 4)
+        alone = select_blocks(q[:, :, here], k[:, :, here], codebook, slots, Visibility(True), **options)
+        moved = torch.where(alone < 0, -1, alone + start // 4)
+        assert torch.equal(packed[:, :, rows][..., : moved.shape[-1]], moved)
+        assert (packed[:, :, rows][..., moved.shape[-1] :] == -1).all()
+
+
+def test_equal_ranks_keep_the_nearest_blocks() -> None:
+    q, k = torch.ones(1, 1, 64, 8), torch.zeros(1, 1, 64, 8)
+    for tokens in (40, 64):  # the same order in a longer row
+        slots = torch.full((1, tokens // 4), 5)
+        lists = select_blocks(
+            q[:, :, :tokens],
+            k[:, :, :tokens],
+            None,
+            slots,
+            Visibility(True),
+            block_q=4,
+            block_k=4,
+            scale=1.0,
+            score="mean",
+            local_tokens=4,
+        )
+        assert sorted(lists[0, 0, 9].tolist()) == [0, 6, 7, 8, 9]
+
+
+def test_no_square_table_and_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_tiles, "TILE_ELEMENTS", 2**14)
+    monkeypatch.setattr(probe_tiles, "TILE_ELEMENTS", 2**14)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else (out,):
+                largest = max(largest, x.numel() if isinstance(x, torch.Tensor) else 0)
+            return out
+
+    n = 512
+    q, k, codebook = torch.randn(1, 2, n, 32, requires_grad=True), torch.randn(1, 2, n, 32), torch.randn(2, 4, 4, 8)
+    with Watch():
+        keys = select_keys(q, k, codebook, torch.full((1, n), 32), Visibility(True), score="match_count")
+        for score in ("table", "attention"):
+            blocks = select_blocks(
+                q,
+                k,
+                codebook,
+                torch.full((1, n // 32), 6),
+                Visibility(True),
+                block_q=32,
+                block_k=32,
+                scale=0.2,
+                score=score,
+            )
+    assert not keys.requires_grad and not blocks.requires_grad
+    assert largest < n * n / 2
+
+
+def test_mistakes_say_what_was_asked_and_found() -> None:
+    q, k, codebook = data()
+    limit, slots, shape = torch.full((B, T), 8), torch.full((B, 8), 4), {"block_q": 4, "block_k": 4, "scale": 1.0}
+    for call, message in (
+        (lambda: select_keys(q, k, codebook, limit, Visibility(True), score="mean"), "score='mean'"),
+        (lambda: select_keys(q, k, None, limit, Visibility(True)), "compares codes"),
+        (lambda: select_keys(q, k[..., :8], None, limit, Visibility(True), score="attention"), "do not fit"),
+        (lambda: select_keys(q, k[:, :, :5], codebook, limit, Visibility(True)), "29 queries and 5 keys"),
+        (lambda: select_keys(q, k, codebook, limit[:, :3], Visibility(True)), "num_keys is"),
+        (lambda: select_keys(q, k, codebook, limit, Visibility(True, torch.ones(B, 3))), "need integers"),
+        (
+            lambda: select_keys(
+                q[..., :24],
+                k[..., :24],
+                codebook[:, :3],
+                limit,
+                Visibility(True),
+                score="match_count",
+                selection="bucket4",
+            ),
+            "4 sub-spaces",
+        ),
+        (lambda: select_blocks(q, k, codebook, slots, Visibility(True), score="top", **shape), "score='top'"),
+        (lambda: select_blocks(q, k, codebook, slots, Visibility(True), num_probes=0, **shape), "num_probes=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(Unsupported, match="triton"):
+        select_keys(q, k, codebook, limit, Visibility(True), backend="triton")
+
+
 def test_errors() -> None:
     q, k, codebook = data()
     with pytest.raises(ValueError, match="match_count"):
         select_keys(q, k, codebook, torch.full((B, T), 8), Visibility(True), selection="bucket4")
     with pytest.raises(ValueError, match="whole sequences"):
-        select_blocks(
-            q[:, :, -1:], k, codebook, torch.ones(B, 1), Visibility(True), block_q=4, block_k=4, scale=1.0
-        )
+        select_blocks(q[:, :, -1:], k, codebook, torch.ones(B, 1), Visibility(True), block_q=4, block_k=4, scale=1.0)

@@ -30,7 +30,7 @@ REQUIRED = {
     "typer": "0.12",
     "rich": "13",
     "matplotlib": "3.8",
-    "gguf": "0.10",
+    "gguf": "0.16",
 }
 OPTIONAL = {"trl": ("1.8", "needed only to train with TRL's SFTTrainer")}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -21,23 +22,23 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
     """Measure a model on data: perplexity (lm, sft) or accuracy (classify).
 
     Uses the rows that finetune holds out of the same data with the same --seed, so that a trained model is never
-    measured on what it learnt; with --all, every row. --task is that of the run, where MODEL is one.
+    measured on what it learnt; with --all, every row. Where MODEL is a run's --output, its own recipe.yaml stands in
+    for flags that are not given.
 
     \b
     Examples:
       sparsetrain eval smollm2-135m --data python-stdlib
-      sparsetrain eval runs/finetune --data python-stdlib
+      sparsetrain eval runs/finetune
       sparsetrain eval runs/finetune --data my-test-set.txt --all
     """
+    import torch
+
     from sparsetrain.hf.assemble import pick_device, pick_dtype
     from sparsetrain.hf.evaluate import evaluate as evaluate_rows
     from sparsetrain.hf.io import load
-    from sparsetrain.hf.recipe import Recipe
 
-    recipe = Recipe.from_values({"model": model, "preset": "dense", "steps": 1, **changes(flags)})
+    recipe = _recipe(model, changes(flags))
     if recipe.threads:
-        import torch
-
         torch.set_num_threads(recipe.threads)
     device = pick_device(recipe)
     with telling() as tell:
@@ -54,17 +55,22 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
             progress=lambda share: tell({"event": "phase", "name": "evaluating", "share": share}),
         )
     part = "all" if all else "held-out"
+    about = {"model": model, "data": recipe.data, "part": part, "task": recipe.task, "sparse": bool(loaded.handle)}
     value = f"{quality.value:.1%}" if quality.accuracy is not None else f"{quality.value:.4g}"
-    about = {
-        "model": model,
-        "data": recipe.data,
-        "part": part,
-        "task": recipe.task,
-        "sparse": loaded.handle is not None,
-    }
     rows_text = f"{quality.rows:,} {'' if all else 'held-out '}rows"
     line = f"{quality.metric} {value} on {rows_text} of {recipe.data} ({quality.tokens:,} tokens)"
     return Answer(data={**about, **quality.to_dict()}, show=[line])
+
+
+def _recipe(model: str, given: dict[str, Any]) -> Any:
+    """What to measure on: the run's own recipe under the flags, without its training."""
+    from sparsetrain.hf.recipe import Recipe
+
+    # one step, since only held-out rows are read; no methods, since the model brings its own
+    training = {"steps": 1, "epochs": None, "warmup_steps": 0, "methods": [], "preset": None, "compare": "none"}
+    values = {**given, **training, "model": model}
+    run = Path(model) / "recipe.yaml"
+    return Recipe.from_yaml(run, values) if run.is_file() else Recipe.from_values(values)
 
 
 def _rows(recipe: Any, loaded: Any, every: bool, tell: Any) -> tuple[Any, Any]:

@@ -78,7 +78,7 @@ def _os_error(error: OSError, library: str, text: str) -> Failure:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return _failed(
             f"Writing{name} failed: {error.strerror}. Nothing half-written was kept; the checkpoints before it are "
-            "whole. Free some space (or write to another --output), then run again with --resume."
+            "whole. Free some space, then run again (with --resume if there is a checkpoint)."
         )
     if library in ("transformers", "huggingface_hub") or type(error).__module__.startswith("huggingface_hub"):
         return _bad(

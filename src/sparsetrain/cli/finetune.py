@@ -76,7 +76,7 @@ def _compared(recipe: Any, tell: Any) -> Answer:
 def _next(recipe: Any, trained: str) -> list[str]:
     return [
         f"Report: {recipe.output}/report.html",
-        f"Measure it on other data: sparsetrain eval {trained} --data PATH --all",
+        f"Measure it again: sparsetrain eval {trained}",
         f"Use it elsewhere: sparsetrain export {trained} --output DIR",
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,17 +27,21 @@ def telling() -> Iterator[Callable[[Event], None]]:
 
 
 def _with_lines(bar: Callable[[Event], None]) -> Callable[[Event], None]:
-    """Notes and qualities as the bar prints them; a line for the first step and about ten more."""
+    """Notes and qualities as the bar prints them, and a line for the first step, each tenth, and each half minute."""
+    printed_at: dict[str, float] = {}
 
     def tell(event: Event) -> None:
         bar(event)
-        if event["event"] == "step" and (event["step"] == 1 or event["step"] % max(1, event["steps"] // 10) == 0):
-            side = f"{event['side']} " if "side" in event else ""
-            speed = event["tokens"] / event["step_time_s"] if event["step_time_s"] else 0.0
-            memory = f", {event['memory_bytes'] / 2**20:,.0f} MiB" if event.get("memory_bytes") else ""
-            line = (
-                f"{side}step {event['step']}/{event['steps']}: loss {event['loss']:.3f}, {speed:,.0f} tokens/s{memory}"
-            )
-            print(line, file=sys.stderr, flush=True)
+        if event["event"] != "step":
+            return
+        side, step, steps = event.get("side", ""), event["step"], event["steps"]
+        now = time.monotonic()
+        if step % max(1, steps // 10) and now - printed_at.get(side, 0.0) < 30:
+            return
+        printed_at[side] = now
+        speed = event["tokens"] / event["step_time_s"] if event["step_time_s"] else 0.0
+        memory = f", {event['memory_bytes'] / 2**20:,.0f} MiB" if event.get("memory_bytes") else ""
+        line = f"{side} step {step}/{steps}: loss {event['loss']:.3f}, {speed:,.0f} tokens/s{memory}"
+        print(line.strip(), file=sys.stderr, flush=True)
 
     return tell

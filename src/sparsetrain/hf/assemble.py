@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +32,47 @@ from sparsetrain.hf.io import model_not_found
 from sparsetrain.hf.recipe import Recipe
 from sparsetrain.hf.trainer import Report
 from sparsetrain.surgery.apply import Handle
-from sparsetrain.surgery.plan import method_of
+from sparsetrain.surgery.plan import Plan, method_of, plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a run is made of, checked against each other; the weights are still unread. `plan` is None if dense."""
+
+    recipe: Recipe
+    device: torch.device
+    path: str
+    config: Any
+    plan: Plan | None
+    tokenizer: Any
+    bundle: DataBundle
+
+    @property
+    def sample(self) -> dict[str, Tensor]:
+        """The first training batch."""
+        return next(_row_batches(self))
+
+
+def open_parts(recipe: Recipe, report: Report, like: Recipe | None = None) -> Parts:
+    """Everything but the weights, in the order of what fails fastest.
+
+    Args:
+        like: a sparse recipe that this dense run is compared with; attention dropout is as there.
+
+    Raises:
+        ValueError, PlanError: the recipe does not fit the machine, the model or the data.
+    """
+    device = pick_device(recipe)
+    path, config = open_config(recipe, report, (like or recipe).configs)
+    planned = None
+    if recipe.methods:
+        planned = plan(empty_model(config, recipe.task), *recipe.configs, seq_tokens=recipe.seq_len)
+    tokenizer = open_tokenizer(path)
+    bundle = load_rows(recipe, tokenizer, config, report)
+    return Parts(
+        recipe=recipe, device=device, path=path, config=config, plan=planned, tokenizer=tokenizer, bundle=bundle
+    )
+
 
 ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
@@ -128,26 +169,31 @@ def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> Da
     )
 
 
-def calibration_batches(recipe: Recipe, bundle: DataBundle) -> list[dict[str, Tensor]] | None:
+def calibration_batches(parts: Parts) -> list[dict[str, Tensor]] | None:
     """The first training rows that hold `calibration_tokens`, without labels; None for no calibration."""
     batches: list[dict[str, Tensor]] = []
     tokens = 0
-    for start in range(0, len(bundle.train), recipe.batch_size):
-        if tokens >= recipe.calibration_tokens:
+    for batch in _row_batches(parts):
+        if tokens >= parts.recipe.calibration_tokens:
             break
-        stop = min(start + recipe.batch_size, len(bundle.train))
-        batch = bundle.collate_fn([bundle.train[i] for i in range(start, stop)])
         tokens += batch["input_ids"].numel()
-        batches.append({name: tensor for name, tensor in batch.items() if name != "labels"})
+        batches.append({name: tensor.to(parts.device) for name, tensor in batch.items() if name != "labels"})
     return batches or None
 
 
-def load_model(path: str, config: Any, recipe: Recipe, bundle: DataBundle, dtype: torch.dtype) -> tuple[Any, list[str]]:
-    """The pretrained model with SDPA attention, and the names of modules whose weights it did not have.
+def _row_batches(parts: Parts) -> Iterator[dict[str, Tensor]]:
+    rows, size = parts.bundle.train, parts.recipe.batch_size
+    for start in range(0, len(rows), size):
+        yield parts.bundle.collate_fn([rows[i] for i in range(start, min(start + size, len(rows)))])
+
+
+def load_model(parts: Parts) -> tuple[Any, list[str]]:
+    """The pretrained model on its device with SDPA attention, and the names of modules it had no weights for.
 
     Raises:
         ValueError: weights that are missing or damaged; a language model without a trained head.
     """
+    recipe, config, bundle = parts.recipe, parts.config, parts.bundle
     options: dict[str, Any] = {}
     if recipe.task == "classify":
         config.num_labels = bundle.num_labels
@@ -160,12 +206,17 @@ def load_model(path: str, config: Any, recipe: Recipe, bundle: DataBundle, dtype
     set_seed(recipe.seed)  # a new head is drawn here
     try:
         model, info = kind.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **options
+            parts.path,
+            config=config,
+            dtype=pick_dtype(recipe, parts.device),
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            **options,
         )
     except Exception as error:  # the safetensors reader has its own exception for a truncated file
         if type(error).__name__ not in ("OSError", "SafetensorError", "RuntimeError"):
             raise
-        raise ValueError(model_not_found(path, error)) from None
+        raise ValueError(model_not_found(parts.path, error)) from None
     mismatched = [key if isinstance(key, str) else key[0] for key in info.get("mismatched_keys", ())]
     new = sorted({key.rpartition(".")[0] for key in [*info["missing_keys"], *mismatched]})
     if new and recipe.task != "classify":
@@ -173,7 +224,7 @@ def load_model(path: str, config: Any, recipe: Recipe, bundle: DataBundle, dtype
             f"{recipe.model} has no weights for {', '.join(new[:3])}, so it is no trained language model. "
             "Use a causal language model, or task=classify."
         )
-    return model, new
+    return model.to(parts.device), new
 
 
 def add_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: list[str]) -> Any:
@@ -231,14 +282,11 @@ def _computes_bf16(recipe: Recipe, device: torch.device) -> bool:
     return recipe.dtype == "bf16" or (recipe.dtype == "auto" and able)
 
 
-def training_arguments(recipe: Recipe, device: torch.device, output: Path, counts_padding: bool) -> TrainingArguments:
-    """The Trainer's arguments; what the checkpoint protocol needs is fixed here."""
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    # the name changed in transformers 5.2x; the old one is deprecated and goes in v6
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    recompute = recipe.gradient_checkpointing != "none"
+def training_arguments(parts: Parts) -> TrainingArguments:
+    """The Trainer's arguments; what the checkpoint protocol and the records need is fixed here."""
+    recipe, device = parts.recipe, parts.device
     arguments = TrainingArguments(
-        output_dir=str(output),
+        output_dir=recipe.output,
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.grad_accum,
         max_steps=recipe.steps or -1,
@@ -262,18 +310,22 @@ def training_arguments(recipe: Recipe, device: torch.device, output: Path, count
         bf16=_computes_bf16(recipe, device) and recipe.lora_r == 0,
         dataloader_pin_memory=device.type == "cuda",
         remove_unused_columns=False,
-        include_num_input_tokens_seen="non_padding" if counts_padding else "all",
+        include_num_input_tokens_seen="non_padding" if "attention_mask" in parts.sample else "all",
         report_to="none",
         disable_tqdm=True,
-        **{checkpointing: recompute},
-        **(
-            {f"{checkpointing}_kwargs": {"use_reentrant": recipe.gradient_checkpointing == "reentrant"}}
-            if recompute
-            else {}
-        ),
+        **_recomputation(recipe),
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process, one GPU: no DataParallel
     return arguments
+
+
+def _recomputation(recipe: Recipe) -> dict[str, Any]:
+    """Gradient checkpointing under the name that this transformers uses (5.23 deprecates the old one, v6 drops it)."""
+    if recipe.gradient_checkpointing == "none":
+        return {}
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": recipe.gradient_checkpointing == "reentrant"}}
 
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:

@@ -40,6 +40,7 @@ from sparsetrain.measure.schema import Report
 from sparsetrain.measure.timing import ratio
 
 SIDES = ("sparse", "dense")
+REPORT = "report.json"
 # an idle side must leave the cores alone: OpenMP threads spin for a while by default
 _IDLE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 _ERRORS: dict[str, type[Exception]] = {
@@ -76,15 +77,18 @@ def compare(recipe: Recipe, *, report: Tell = silent) -> Comparison:
     output = Path(recipe.output)
     check_output(output, resume=recipe.resume)
     recipes = {side: _side_recipe(recipe, side) for side in SIDES}
-    if recipe.resume and not any(side.resume for side in recipes.values()):
-        raise CheckpointError(f"{output} holds no whole checkpoint of either side. Start again without --resume.")
+    finished = [side for side in SIDES if recipe.resume and (output / side / RESULT).is_file()]
+    if recipe.resume:
+        _check_resumable(output, recipes, finished)
     with contextlib.ExitStack() as stack:
-        # the sparse side first: it checks everything, and measures the dense model that both start from
-        sides = [stack.enter_context(_Side("sparse", recipes["sparse"], recipe, None))]
-        _until_waiting(sides, sides[0], report)
-        known = sides[0].dense_quality
-        sides.append(stack.enter_context(_Side("dense", recipes["dense"], recipe, known)))
-        _until_waiting(sides, sides[1], report)
+        # both import their libraries at once; then the sparse side sets up first: it checks everything, and measures
+        # the dense model that both start from
+        sides = [stack.enter_context(_Side(side, recipes[side])) for side in SIDES if side not in finished]
+        known = None
+        for side in sides:
+            side.begin(recipe, known)
+            _until_waiting(sides, side, report)
+            known = side.dense_quality
         _take_turns(sides, report)
     results = {side: read_json(Path(recipes[side].output) / RESULT) for side in SIDES}
     _check_same_rows(results)
@@ -123,11 +127,22 @@ def _side_recipe(recipe: Recipe, side: str) -> Recipe:
     if side == "dense":
         changes["methods"] = []
     if recipe.resume:
-        whole = any((path / MANIFEST).is_file() for path in checkpoints(output))
-        changes["resume"] = whole
-        if not whole:
+        changes["resume"] = any((path / MANIFEST).is_file() for path in checkpoints(output))
+        if not changes["resume"] and not (output / RESULT).is_file():
             shutil.rmtree(output, ignore_errors=True)
     return recipe.model_copy(update=changes)
+
+
+def _check_resumable(output: Path, recipes: dict[str, Recipe], finished: list[str]) -> None:
+    if (output / REPORT).is_file():
+        raise CheckpointError(f"{output} holds a finished comparison ({REPORT}). Choose another output.")
+    if not finished and not any(recipe.resume for recipe in recipes.values()):
+        raise CheckpointError(f"{output} holds no whole checkpoint of either side. Start again without --resume.")
+    for side in finished:
+        earlier = read_json(output / side / RESULT)["recipe"]
+        differences = recipes[side].differences(Recipe(**earlier).training_values())
+        if differences:
+            raise CheckpointError(f"the {side} side was finished with another recipe ({'; '.join(differences)}).")
 
 
 def _take_turns(sides: list[_Side], report: Tell) -> None:
@@ -160,8 +175,6 @@ class _Side:
 
     name: str
     recipe: Recipe
-    like: Recipe
-    known: dict[str, Any] | None
     waiting: bool = False
     done: bool = False
     dense_quality: dict[str, Any] | None = None
@@ -185,8 +198,6 @@ class _Side:
             start_new_session=True,  # Ctrl-C reaches us alone; we stop both sides
         )
         os.close(writer)
-        job = {"recipe": self.recipe.model_dump(mode="json"), "like": self.like.model_dump(mode="json")}
-        self._send(json.dumps(job | {"dense_quality": self.known}))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -202,7 +213,13 @@ class _Side:
             self._process.wait()
         self._errors.close()
 
+    def begin(self, like: Recipe, dense_quality: dict[str, Any] | None) -> None:
+        """Hand over the job: load, convert, and come to the first step."""
+        job = {"recipe": self.recipe.model_dump(mode="json"), "like": like.model_dump(mode="json")}
+        self._send(json.dumps(job | {"dense_quality": dense_quality}))
+
     def go(self) -> None:
+        """Give it the turn."""
         self._send("go")
 
     def read(self, report: Tell) -> None:

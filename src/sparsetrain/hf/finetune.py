@@ -7,32 +7,29 @@ Trainer; the same recipe, seed and machine give the same losses, also across an 
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from sparsetrain.hf import assemble, checkpoint
-from sparsetrain.hf.data import DataBundle
-from sparsetrain.hf.evaluate import Collate, Quality, evaluate
+from sparsetrain.hf.assemble import Parts
+from sparsetrain.hf.evaluate import Quality, evaluate
 from sparsetrain.hf.io import quiet, save
-from sparsetrain.hf.journal import Journal
+from sparsetrain.hf.journal import EvalCallback, Journal, OrderedCollator, SavedCallback
 from sparsetrain.hf.manifest import disk_errors, write_json
 from sparsetrain.hf.recipe import Recipe
 from sparsetrain.hf.sidecar import read_state
 from sparsetrain.hf.trainer import Report, SparsityCallback, silent
 from sparsetrain.measure.machine import describe_machine
-from sparsetrain.measure.memory import reset_peak, saved_activations, static_memory
+from sparsetrain.measure.memory import reset_peak, static_memory
 from sparsetrain.measure.report import build_report, write_report
 from sparsetrain.measure.schema import Run
 from sparsetrain.surgery.apply import Handle, sparsify
-from sparsetrain.surgery.plan import plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,75 +94,63 @@ def finetune(
         OSError: the disk is full; the last checkpoint is whole.
         RuntimeError: training diverged.
     """
-    output, device = Path(recipe.output), assemble.pick_device(recipe)
+    output = Path(recipe.output)
     checkpoint.check_output(output, resume=recipe.resume)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     resumed = checkpoint.find_resumable(output, recipe, report) if recipe.resume else None
     journal = Journal(report, resumed)
-    path, config = assemble.open_config(recipe, journal.report, (like or recipe).configs)
-    planned = None
-    if recipe.methods:
-        planned = plan(assemble.empty_model(config, recipe.task), *recipe.configs, seq_tokens=recipe.seq_len)
-    tokenizer = assemble.open_tokenizer(path)
-    bundle = assemble.load_rows(recipe, tokenizer, config, journal.report)
-    rows = checkpoint.data_fingerprint(bundle.train)
+    parts = assemble.open_parts(recipe, journal.report, like)
+    rows = checkpoint.data_fingerprint(parts.bundle.train)
     if resumed is not None:
         checkpoint.check_data(resumed, rows)
-
-    journal.phase("loading the model", 0.0)
-    model, new_modules = assemble.load_model(path, config, recipe, bundle, assemble.pick_dtype(recipe, device))
-    model = model.to(device)
-    if resumed is None:
-        known = dense_quality or _evaluate(model, recipe, bundle, journal, "evaluating the dense model")
-        journal.quality("dense", known, step=None if recipe.methods else 0)
-    handle = _convert(model, recipe, bundle, journal, resumed) if recipe.methods else None
-    model = assemble.add_lora(model, recipe, handle, new_modules)
-
-    about = _about(recipe, config)
-    order = _Order(bundle.collate_fn)
-    sample = bundle.collate_fn([bundle.train[i] for i in range(min(recipe.batch_size, len(bundle.train)))])
-    ours = [*callbacks, journal.recorder, _EvalCallback(lambda: _evaluate(model, recipe, bundle), recipe, journal)]
-    if resumed is None:
-        ours.append(_SavedCallback(handle, sample, journal))
-    if handle is not None:
-        ours.append(SparsityCallback(handle, at_end=False, **about))
-    ours.append(checkpoint.CheckpointCallback(recipe, rows, journal.progress, journal.report))
+    model, handle = _build(parts, journal, resumed, dense_quality)
+    about = _about(parts)
+    collator = OrderedCollator(parts.bundle.collate_fn)
     trainer = Trainer(
         model=model,
-        args=assemble.training_arguments(recipe, device, output, "attention_mask" in sample),
-        train_dataset=bundle.train,
-        data_collator=order,
-        callbacks=ours,
-        processing_class=tokenizer,
+        args=assemble.training_arguments(parts),
+        train_dataset=parts.bundle.train,
+        data_collator=collator,
+        processing_class=parts.tokenizer,
+        callbacks=[
+            *callbacks,
+            journal.recorder,
+            EvalCallback(lambda: _evaluate(model, handle, parts), recipe.eval_every, journal),
+            *([SavedCallback(handle, parts.sample, journal)] if resumed is None else []),
+            *([SparsityCallback(handle, at_end=False, **about)] if handle is not None else []),
+            checkpoint.CheckpointCallback(
+                recipe, rows, journal.progress, journal.report
+            ),  # completes what others wrote
+        ],
     )
     trainer.remove_callback(PrinterCallback)
-    _train(trainer, recipe, resumed, device)
-    journal.peaks(device)
-    assert trainer.optimizer is not None
-    journal.run["static_bytes"] = static_memory(model, trainer.optimizer).to_dict()
-    trained = _evaluate(model, recipe, bundle, journal, "evaluating the trained model")
+    _train(trainer, parts, resumed)
+    journal.peaks(parts.device)
+    optimizer: Any = trainer.optimizer
+    journal.run["static_bytes"] = static_memory(model, optimizer).to_dict()
+    trained = _evaluate(model, handle, parts, journal, "evaluating the trained model")
     journal.quality("after_training", trained, step=trainer.state.global_step)
     saved = output / ("adapter" if recipe.lora_r > 0 else "model")
-    save(model, handle, saved, tokenizer=tokenizer, **about)
+    save(model, handle, saved, tokenizer=parts.tokenizer, **about)
     total, trainable = assemble.num_parameters(model)
     result = Result(
         recipe=recipe,
         saved=saved,
         run=journal.run,
-        data=bundle.description,
-        plan=planned.rows() if planned is not None else [],
+        data=parts.bundle.description,
+        plan=parts.plan.rows() if parts.plan is not None else [],
         sparsity=handle.report() if handle is not None else {},
         notes=journal.notes,
         parameters=total,
         trainable_parameters=trainable,
-        data_order=order.digest if resumed is None else None,
+        data_order=collator.digest if resumed is None else None,
         resumed_from=None if resumed is None else resumed.step,
         machine=describe_machine().to_dict(),
     )
     if write:
         write_report(run_report(result), output)
-    write_json(output / checkpoint.RESULT, result.to_dict())
+    write_json(output / checkpoint.RESULT, result.to_dict())  # last: it marks the run as finished
     return result
 
 
@@ -188,31 +173,38 @@ def title(recipe: Recipe) -> str:
     return f"{recipe.model} on {recipe.data}, {methods}, {how}, {recipe.seq_len} tokens"
 
 
-def _convert(
-    model: Any, recipe: Recipe, bundle: DataBundle, journal: Journal, resumed: checkpoint.Checkpoint | None
-) -> Handle:
-    """Convert the model and record its quality; a continued run rebuilds it from the checkpoint's state."""
-    if resumed is not None:
-        return sparsify(model, *recipe.configs, state=read_state(resumed.path), seed=recipe.seed)
-    began = time.perf_counter()
-    batches = assemble.calibration_batches(recipe, bundle)
-    device = next(model.parameters()).device
-    batches = None if batches is None else [{k: v.to(device) for k, v in batch.items()} for batch in batches]
-    handle = sparsify(model, *recipe.configs, calibration=batches, seed=recipe.seed, progress=journal.phase)
-    journal.run["setup_s"] = time.perf_counter() - began
-    distilled = any(getattr(config, "distill_steps", 0) for config in recipe.configs)
-    quality = _evaluate(model, recipe, bundle, journal, "evaluating the converted model")
-    journal.quality("after_distillation" if distilled else "after_conversion", quality, step=0)
-    return handle
+def _build(
+    parts: Parts, journal: Journal, resumed: checkpoint.Checkpoint | None, dense_quality: Quality | None
+) -> tuple[Any, Handle | None]:
+    """The model, converted and with LoRA, its quality recorded at each stage; a continued run is rebuilt."""
+    recipe = parts.recipe
+    journal.phase("loading the model", 0.0)
+    model, new_modules = assemble.load_model(parts)
+    if new_modules:
+        journal.report({"event": "note", "text": f"New in the model, and trained: {', '.join(new_modules)}."})
+    if resumed is None:
+        known = dense_quality or _evaluate(model, None, parts, journal, "evaluating the dense model")
+        journal.quality("dense", known, step=None if recipe.methods else 0)
+    handle = None
+    if recipe.methods and resumed is not None:
+        handle = sparsify(model, *recipe.configs, state=read_state(resumed.path), seed=recipe.seed)
+    elif recipe.methods:
+        began = time.perf_counter()
+        batches = assemble.calibration_batches(parts)
+        handle = sparsify(model, *recipe.configs, calibration=batches, seed=recipe.seed, progress=journal.phase)
+        journal.run["setup_s"] = time.perf_counter() - began
+        quality = _evaluate(model, handle, parts, journal, "evaluating the converted model")
+        journal.quality("after_conversion", quality, step=0)
+    return assemble.add_lora(model, recipe, handle, new_modules), handle
 
 
-def _train(trainer: Trainer, recipe: Recipe, resumed: checkpoint.Checkpoint | None, device: torch.device) -> None:
-    output = Path(recipe.output)
+def _train(trainer: Trainer, parts: Parts, resumed: checkpoint.Checkpoint | None) -> None:
+    output = Path(parts.recipe.output)
     with disk_errors(output):
         checkpoint.clear_interrupted(output)
-        recipe.to_yaml(output / "recipe.yaml")
-        set_seed(recipe.seed)
-        reset_peak(device)
+        parts.recipe.to_yaml(output / "recipe.yaml")
+        set_seed(parts.recipe.seed)
+        reset_peak(parts.device)
         try:
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.path))
         except BaseException:
@@ -221,82 +213,32 @@ def _train(trainer: Trainer, recipe: Recipe, resumed: checkpoint.Checkpoint | No
 
 
 def _evaluate(
-    model: Any, recipe: Recipe, bundle: DataBundle, journal: Journal | None = None, name: str = ""
+    model: Any, handle: Handle | None, parts: Parts, journal: Journal | None = None, name: str = ""
 ) -> Quality:
-    assert bundle.eval is not None
+    if handle is not None:
+        handle.step(1, 1)  # past any warm-up: the quality is that of the sparse model; training sets its own step
+    assert parts.bundle.eval is not None
     return evaluate(
         model,
-        bundle.eval,
-        bundle.collate_fn,
-        task=recipe.task,
-        batch_size=recipe.batch_size,
-        max_tokens=recipe.eval_tokens,
+        parts.bundle.eval,
+        parts.bundle.collate_fn,
+        task=parts.recipe.task,
+        batch_size=parts.recipe.batch_size,
+        max_tokens=parts.recipe.eval_tokens,
         progress=None if journal is None else lambda share: journal.phase(name, share),
     )
 
 
-def _about(recipe: Recipe, config: Any) -> dict[str, Any]:
+def _about(parts: Parts) -> dict[str, Any]:
     """Entries of the sidecar that let `load` rebuild the model around an adapter."""
-    options: dict[str, Any] = {}
+    recipe, config = parts.recipe, parts.config
+    options: dict[str, Any] = {name: 0.0 for name in assemble.ATTENTION_DROPOUT if getattr(config, name, None) == 0.0}
     if recipe.task == "classify":
-        options = {"id2label": config.id2label, "label2id": config.label2id}
+        options |= {"id2label": config.id2label, "label2id": config.label2id}
         options |= {"pad_token_id": config.pad_token_id, "ignore_mismatched_sizes": True}
-    options |= {name: 0.0 for name in assemble.ATTENTION_DROPOUT if getattr(config, name, None) == 0.0}
     return {
         "base_model": recipe.model,
         "task": recipe.task,
         "model_options": options,
         "fingerprint": recipe.fingerprint(),
     }
-
-
-class _EvalCallback(TrainerCallback):
-    """Evaluates every `eval_every` steps, outside the timed part of a step."""
-
-    def __init__(self, evaluate_now: Any, recipe: Recipe, journal: Journal) -> None:
-        self.evaluate_now, self.every, self.journal = evaluate_now, recipe.eval_every, journal
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        due = self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps
-        if due and "loss" in (kwargs.get("logs") or {}):
-            quality = self.evaluate_now()
-            self.journal.point(quality, state.global_step)
-            event = {"stage": f"step {state.global_step}", "metric": quality.metric, "value": quality.value}
-            self.journal.report({"event": "quality", **event})
-
-
-class _SavedCallback(TrainerCallback):
-    """Counts what a training forward keeps for its backward, as it is after the warm-up, when training begins."""
-
-    def __init__(self, handle: Handle | None, sample: dict[str, Tensor], journal: Journal) -> None:
-        self.handle, self.sample, self.journal = handle, sample, journal
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        model, device = kwargs["model"], args.device
-        batch = {name: tensor.to(device) for name, tensor in self.sample.items()}
-        model.train()
-        if self.handle is not None:
-            self.handle.step(state.max_steps, state.max_steps)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            saved = saved_activations(model, lambda: model(**batch).loss)
-        self.journal.run["saved_activation_bytes"] = dict(saved.by_component)
-        self.journal.run["saved_by_layer"] = saved.by_layer
-
-
-class _Order:
-    """A collator that hashes the rows it is given, so that two runs can be shown to have seen the same."""
-
-    def __init__(self, collate_fn: Collate) -> None:
-        self.collate_fn = collate_fn
-        self._crc = 0
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        for row in rows:
-            self._crc = zlib.crc32(repr(list(row["input_ids"])).encode(), self._crc)
-        return self.collate_fn(rows)
-
-    @property
-    def digest(self) -> str:
-        return f"{self._crc:08x}"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparsetrain.hf.checkpoint import Checkpoint
-from sparsetrain.hf.evaluate import Quality
+from sparsetrain.hf.evaluate import Collate, Quality
 from sparsetrain.hf.trainer import Event, Report, StepRecorder
-from sparsetrain.measure.memory import peak_memory
+from sparsetrain.measure.memory import peak_memory, saved_activations
 from sparsetrain.measure.schema import Run
+from sparsetrain.surgery.apply import Handle
 
 
 class Journal:
@@ -62,3 +67,55 @@ class Journal:
     def progress(self) -> dict[str, Any]:
         """What a checkpoint stores, for `resumed` of a later run."""
         return {"run": dict(self.run), "notes": list(self.notes)}
+
+
+class EvalCallback(TrainerCallback):
+    """Evaluates every `every` steps (0: never), outside the timed part of a step."""
+
+    def __init__(self, evaluate_now: Callable[[], Quality], every: int, journal: Journal) -> None:
+        self.evaluate_now, self.every, self.journal = evaluate_now, every, journal
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        due = self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps
+        if due and "loss" in (kwargs.get("logs") or {}):
+            quality = self.evaluate_now()
+            self.journal.point(quality, state.global_step)
+            event = {"stage": f"step {state.global_step}", "metric": quality.metric, "value": quality.value}
+            self.journal.report({"event": "quality", **event})
+
+
+class SavedCallback(TrainerCallback):
+    """Counts what a training forward keeps for its backward, as it is after the warm-up, when training begins."""
+
+    def __init__(self, handle: Handle | None, sample: dict[str, Tensor], journal: Journal) -> None:
+        self.handle, self.sample, self.journal = handle, sample, journal
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model, device = kwargs["model"], args.device
+        batch = {name: tensor.to(device) for name, tensor in self.sample.items()}
+        model.train()
+        if self.handle is not None:
+            self.handle.step(state.max_steps, state.max_steps)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            saved = saved_activations(model, lambda: model(**batch).loss)
+        self.journal.run["saved_activation_bytes"] = dict(saved.by_component)
+        self.journal.run["saved_by_layer"] = saved.by_layer
+
+
+class OrderedCollator:
+    """A collator that hashes the rows it is given, so that two runs can be shown to have seen the same."""
+
+    def __init__(self, collate_fn: Collate) -> None:
+        self.collate_fn = collate_fn
+        self._crc = 0
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        for row in rows:
+            self._crc = zlib.crc32(repr(list(row["input_ids"])).encode(), self._crc)
+        return self.collate_fn(rows)
+
+    @property
+    def digest(self) -> str:
+        return f"{self._crc:08x}"

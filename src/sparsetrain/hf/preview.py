@@ -11,7 +11,7 @@ from sparsetrain.hf.assets import ASSETS, asset_status
 from sparsetrain.hf.checkpoint import check_output, find_resumable
 from sparsetrain.hf.recipe import Recipe
 from sparsetrain.hf.trainer import Event, Report, silent
-from sparsetrain.surgery.plan import Plan, plan
+from sparsetrain.surgery.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,25 +70,21 @@ def preview(recipe: Recipe, *, report: Report = silent) -> Preview:
     for name in (recipe.model, recipe.data):
         if name in ASSETS and asset_status(name).state == "absent":
             raise ValueError(f"{name} is not fetched yet. Run: sparsetrain models fetch {name}")
-    device = assemble.pick_device(recipe)
     resumed = find_resumable(recipe.output, recipe, note) if recipe.resume and recipe.compare == "none" else None
-    path, config = assemble.open_config(recipe, note, recipe.configs)
-    model = assemble.empty_model(config, recipe.task)
-    planned = plan(model, *recipe.configs, seq_tokens=recipe.seq_len) if recipe.methods else None
-    bundle = assemble.load_rows(recipe, assemble.open_tokenizer(path), config, note)
-    width = assemble.pick_dtype(recipe, device).itemsize
+    parts = assemble.open_parts(recipe, note)
+    model = assemble.empty_model(parts.config, recipe.task)
     weights, _ = assemble.num_parameters(model)
-    added = sum(row["added_params"] for row in planned.rows()) if planned is not None else 0
+    added = sum(row["added_params"] for row in parts.plan.rows()) if parts.plan is not None else 0
     total, trainable = assemble.num_parameters(assemble.add_lora(model, recipe, None, []))
     rows_per_step = recipe.batch_size * recipe.grad_accum
-    steps = recipe.steps or math.ceil((recipe.epochs or 1) * math.ceil(len(bundle.train) / rows_per_step))
+    steps = recipe.steps or math.ceil((recipe.epochs or 1) * math.ceil(len(parts.bundle.train) / rows_per_step))
     return Preview(
         recipe=recipe,
-        plan=planned,
-        data=bundle.description,
+        plan=parts.plan,
+        data=parts.bundle.description,
         parameters=total + added,
         trainable_parameters=trainable + added,
-        weight_bytes=weights * width,
+        weight_bytes=weights * assemble.pick_dtype(recipe, parts.device).itemsize,
         optimizer_bytes=(trainable + added) * 8,
         steps=steps,
         tokens_per_step=rows_per_step * recipe.seq_len,

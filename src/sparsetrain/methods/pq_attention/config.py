@@ -22,7 +22,8 @@ class PQAttention(MethodConfig, method="pq_attention"):
         num_keys: an absolute L for every length; prefix-consistent, so recommended for generation with a cache.
         block_q, block_k: tokens in a query block and in a key block (`block` only).
         selection: `exact` orders keys by (score, nearness); `bucket4` is the published approximation (`token` only).
-        score: `table`, q against the quantised key, or `match_count` (published), the number of equal codes.
+        score: `table`, q against the quantised key; `match_count` (published), the number of equal codes; `attention`,
+            no codes: exact scores (of a few probe queries a block with `block`), the ceiling of what codes can do.
         distance: metric of the codes: `l2`, or `l1` (published).
         num_codewords: E, codewords a sub-space.
         codebook_scope: `head`, one codebook a key/value head, or `layer`, one for all.
@@ -109,7 +110,7 @@ class PQAttention(MethodConfig, method="pq_attention"):
         in_range(name, "keep_ratio", self.keep_ratio, 0, 1, low_open=True)
         one_of(name, "granularity", self.granularity, ("block", "token"))
         one_of(name, "selection", self.selection, ("exact", "bucket4"))
-        one_of(name, "score", self.score, ("match_count", "table"))
+        one_of(name, "score", self.score, ("table", "match_count", "attention"))
         one_of(name, "distance", self.distance, ("l1", "l2"))
         one_of(name, "codebook_scope", self.codebook_scope, ("head", "layer"))
         one_of(name, "codebook_init", self.codebook_init, ("kmeans", "normal"))

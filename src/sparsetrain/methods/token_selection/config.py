@@ -91,15 +91,18 @@ class TokenSelection(MethodConfig, method="token_selection"):
 
     def ratio(self, num_tokens: int) -> float:
         """ρ = |S| / n."""
-        return min(1.0, self.count(num_tokens) / num_tokens) if self.num_tokens is None else min(
-            1.0, self.num_tokens / num_tokens
+        return (
+            min(1.0, self.count(num_tokens) / num_tokens)
+            if self.num_tokens is None
+            else min(1.0, self.num_tokens / num_tokens)
         )
 
     def check(self) -> None:
         super().check()
         if self.keep_ratio is not None and self.num_tokens is not None:
             raise ValueError(
-                f"token_selection: keep_ratio={self.keep_ratio} and num_tokens={self.num_tokens} are both given. Give one."
+                f"token_selection: keep_ratio={self.keep_ratio} and num_tokens={self.num_tokens} are both given. "
+                "Give one."
             )
         if self.keep_ratio is not None:
             in_range("token_selection", "keep_ratio", self.keep_ratio, 0, 1, low_open=True)
@@ -111,6 +114,6 @@ class TokenSelection(MethodConfig, method="token_selection"):
             one_of("token_selection", "always_keep", name, ALWAYS)
         if self.unbiased and (self.policy != "random" or self.pool == "scored"):
             raise ValueError(
-                f"token_selection: unbiased=True needs known probabilities of selection, and policy={self.policy!r} with "
-                f"pool={self.pool!r} has none. Use policy='random' with pool='all' or 'targets'."
+                f"token_selection: unbiased=True needs known probabilities of selection, and policy={self.policy!r} "
+                f"with pool={self.pool!r} has none. Use policy='random' with pool='all' or 'targets'."
             )

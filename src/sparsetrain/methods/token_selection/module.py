@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,12 +34,19 @@ class Selector:
     A selection that was drawn with the batch (`prepare`, by a collator that sees labels) is found again by the token
     ids of the batch; else it is drawn when the forward begins, from the token ids alone.
 
+    Args:
+        causal: position p predicts token p + 1.
+        keep_last: a causal model without a language model's head reads its answer off the last token.
+
     Attributes:
         rows: the selection of the forward that runs or ran last; None before a training forward.
     """
 
-    def __init__(self, config: TokenSelection, causal: bool) -> None:
-        self.config, self.causal = config, causal
+    def __init__(self, config: TokenSelection, causal: bool, keep_last: bool) -> None:
+        self.causal = causal
+        if keep_last and "last" not in config.always_keep:
+            config = replace(config, always_keep=(*config.always_keep, "last"))
+        self.config = config
         self.step = 0
         self.rows: Rows | None = None
         self._prepared: dict[tuple[int, ...], Rows] = {}
@@ -77,8 +85,8 @@ class Selector:
             self._ids = None
         if self.rows.num_tokens != x_btd.shape[1] or len(self.rows.counts) != x_btd.shape[0]:
             raise ValueError(
-                f"token_selection: the selection is for {len(self.rows.counts)} rows of {self.rows.num_tokens} tokens, and "
-                f"a block was given {tuple(x_btd.shape[:2])}. Select for the batch that is trained on."
+                f"token_selection: the selection is for {len(self.rows.counts)} rows of {self.rows.num_tokens} tokens, "
+                f"and a block was given {tuple(x_btd.shape[:2])}. Select for the batch that is trained on."
             )
         return self.rows
 
@@ -161,7 +169,11 @@ class SelectsTokens:
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def forward(self, *args: Any, selected_rows: Rows | None = None, **kwargs: Any) -> Any:
-        if selected_rows is None or selected_rows.everything or not torch.is_grad_enabled():
+        if selected_rows is None or selected_rows.everything:
+            return dense_forward(SelectsTokens, self, *args, **kwargs)
+        attention = self.get_submodule(self.selected.attention)  # type: ignore[attr-defined]
+        if not torch.is_grad_enabled() and getattr(attention, "sparse_attention", None) is None:
+            # the values that a checkpointed block is first run for; beside sparse ones they need the second pass
             return dense_forward(SelectsTokens, self, *args, **kwargs)
         if choose("token_selection", "auto", {"cpu": None, "reference": None}) == "reference":
             return _by_definition(self, selected_rows, args, kwargs)
@@ -173,43 +185,34 @@ def _in_two_passes(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
     attention = block.get_submodule(state.attention)
     notes = Notes(rows)
     x = args[0] if args else kwargs["hidden_states"]
-    recomputing = getattr(block, "gradient_checkpointing", False) and in_backward()
+    notes.ends_at_attention = recomputing = getattr(block, "gradient_checkpointing", False) and in_backward()
     sparse = getattr(attention, "sparse_attention", None)
-    with torch.no_grad(), _standing_in(attention, AttentionOfAllRows(notes, sparse, keys_only=recomputing)):
-        if recomputing:
-            out = _only_keys(block, notes, args, kwargs)
-        else:
-            with AllRows(notes):
-                out = dense_forward(SelectsTokens, block, *args, **kwargs)
+    with torch.no_grad(), AllRows(notes), _standing_in(attention, AttentionOfAllRows(notes, sparse)):
+        try:
+            out = dense_forward(SelectsTokens, block, *args, **kwargs)
+        except FoundKeys:  # a block that is recomputed for its backward needs no more of the other rows
+            out = x
     own_args, own_kwargs = _on_rows(args, kwargs, rows)
     with SelectedRows(notes), _standing_in(attention, AttentionOfSelectedRows(notes)):
         selected = dense_forward(SelectsTokens, block, *own_args, **own_kwargs)
     notes.check_all_taken()
     state.note(rows, notes.everything)
     y, y_selected = _first(out), _first(selected)
+    if recomputing:
+        # Checkpointing one block asks for no value of the recomputed output. What did ask would read NaN.
+        y, out = torch.full_like(x, float("nan")), selected
     if notes.diverged:
-        y = _written_over(x.detach() if recomputing else y, y_selected.detach(), rows, poison=recomputing)
+        y = _written_over(y, y_selected.detach(), rows)
     return _with_first(out, replace_rows(y, y_selected, rows))
 
 
-def _only_keys(block: Any, notes: Notes, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Run a block that is recomputed for its backward up to its attention; its output on other rows is not asked for."""
-    notes.diverged = True
-    try:
-        return dense_forward(SelectsTokens, block, *args, **kwargs)
-    except FoundKeys:
-        return args[0] if args else kwargs["hidden_states"]
-
-
-def _written_over(y: Tensor, y_selected: Tensor, rows: Rows, poison: bool) -> Tensor:
-    # Checkpointing one block looks at no value of the recomputed output. Something that did would read NaN.
-    y = torch.full_like(y, float("nan")) if poison else y.clone()
-    flat = y.view(-1, *y.shape[2:])
-    if rows.used_bk is None:
-        flat.index_copy_(0, rows.flat_n, y_selected.flatten(0, 1).to(y.dtype))
-    else:
+def _written_over(y: Tensor, y_selected: Tensor, rows: Rows) -> Tensor:
+    y, y_selected = y.clone(), y_selected.to(y.dtype).flatten(0, 1)
+    index = rows.flat_n
+    if rows.used_bk is not None:
         used = rows.used_bk.flatten()
-        flat[rows.flat_n[used]] = y_selected.flatten(0, 1)[used].to(y.dtype)
+        index, y_selected = index[used], y_selected[used]
+    y.view(-1, *y.shape[2:]).index_copy_(0, index, y_selected)
     return y
 
 
@@ -259,7 +262,9 @@ def _standing_in(attention: nn.Module, stand_in: Any) -> Iterator[None]:
 def _mask_of(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
     mask = kwargs.get("attention_mask")
     if mask is None:
-        mask = next((a for a in args[1:] if isinstance(a, Tensor) and a.ndim in (2, 4) and not a.is_floating_point()), None)
+        mask = next(
+            (a for a in args[1:] if isinstance(a, Tensor) and a.ndim in (2, 4) and not a.is_floating_point()), None
+        )
     return mask
 
 

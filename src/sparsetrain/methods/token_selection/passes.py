@@ -1,4 +1,4 @@
-"""One block, run twice: on all rows without gradient, then on the selected rows with gradient and nothing computed twice.
+"""One block, run twice: on all rows without gradient, then on the selected rows with gradient and looked-up values.
 
 The first pass is the block's own dense forward. It notes what every linear, dropout and attention said at the selected
 rows. The second pass is the same code on [b, k, d]: linears, dropouts and the attention take their values from the
@@ -41,30 +41,34 @@ class Notes:
 
     Attributes:
         everything: keys and values of all rows.
-        diverged: the second pass computes other values than the first from here on, so notes no longer hold.
+        diverged: the second pass has other values than the first from here on: it attends to every key where the first
+            attended sparsely, or the first pass ended at the attention. What was noted of linears is then not used;
+            masks of dropouts are.
     """
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
-        self.said: list[Note] = []
+        self.said: list[Note | None] = []
         self.next = 0
         self.everything: KeyValues | None = None
         self.attended: Tensor | None = None
         self.diverged = False
+        self.ends_at_attention = False
 
     def take(self, kind: str) -> Note | None:
-        if self.diverged:
+        """The note of the next call; None after the end of a first pass that ended at the attention."""
+        if self.next == len(self.said) and self.ends_at_attention:
             return None
-        assert self.next < len(self.said) and self.said[self.next].kind == kind, (
-            f"the block's second pass calls {kind} where its first pass did not (call {self.next})"
+        note = self.said[self.next] if self.next < len(self.said) else None
+        assert note is not None and note.kind == kind, (
+            f"call {self.next} of the block's second pass is {kind}, and of its first {note and note.kind}"
         )
-        note = self.said[self.next]
-        self.said[self.next] = Note(kind, note.known[:0])  # autograd alone decides how long it lives
+        self.said[self.next] = None  # autograd alone decides how long it lives
         self.next += 1
         return note
 
     def check_all_taken(self) -> None:
-        assert self.diverged or self.next == len(self.said), (
+        assert self.next == len(self.said), (
             f"the block's second pass made {self.next} of the {len(self.said)} calls of its first pass"
         )
 
@@ -120,32 +124,42 @@ class SelectedRows(TorchFunctionMode):
         return getattr(self, f"_{kind}")(func, *args, **kwargs)
 
     def _linear(self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        note = self.notes.take("linear")
-        return func(input, weight, bias) if note is None else selected_linear(input, weight, bias, known=note.known)
+        known = self._known("linear", func, input, weight, bias)
+        return selected_linear(input, weight, bias, known=known)
 
     def _addmm(self, func: Any, input: Tensor, mat1: Tensor, mat2: Tensor) -> Tensor:
-        note = self.notes.take("addmm")
-        if note is None:
-            return func(input, mat1, mat2)
-        return selected_linear(mat1, mat2, input, known=note.known, transposed=True)
+        known = self._known("addmm", func, input, mat1, mat2)
+        return selected_linear(mat1, mat2, input, known=known, transposed=True)
 
-    def _dropout(
-        self, func: Any, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-    ) -> Tensor:
+    def _known(self, kind: str, func: Any, *args: Any) -> Tensor:
+        note = self.notes.take(kind)
+        if note is not None and not self.notes.diverged:
+            return note.known
+        with torch.no_grad():
+            return func(*args)
+
+    def _dropout(self, func: Any, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0:
             return x
+        scale = 1 / (1 - p) if p < 1 else 0.0
         note = self.notes.take("dropout")
-        if note is None:
-            return func(x, p, training)
-        assert note.keep_mask is not None
-        return selected_dropout(x, note.keep_mask, 1 / (1 - p) if p < 1 else 0.0, known=note.known)
+        mask = self._mask(x, p) if note is None else note.keep_mask
+        assert mask is not None
+        known = x.detach() * mask * scale if note is None or self.notes.diverged else note.known
+        return selected_dropout(x, mask, scale, known=known)
+
+    def _mask(self, x: Tensor, p: float) -> Tensor:
+        """The mask that the forward drew for all rows, drawn again from the same state of the generator."""
+        b, t = self.shape[0], self.notes.rows.num_tokens
+        whole = (b * t, *x.shape[1:]) if x.ndim == 2 else (b, t, *x.shape[2:])
+        return self.notes.rows.gather(torch.native_dropout(x.new_ones(whole), p, True)[1])
 
 
 class AttentionOfAllRows:
     """Stands where the attention function looks for a sparse attention, during the first pass."""
 
-    def __init__(self, notes: Notes, sparse: Any, keys_only: bool = False) -> None:
-        self.notes, self.sparse, self.keys_only = notes, sparse, keys_only
+    def __init__(self, notes: Notes, sparse: Any) -> None:
+        self.notes, self.sparse = notes, sparse
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, dense: Callable[[], Tensor], causal: bool, scale: float,
@@ -153,12 +167,10 @@ class AttentionOfAllRows:
     ) -> Tensor:  # fmt: skip
         notes = self.notes
         notes.everything = KeyValues(_compact(k), _compact(v), causal, scale, segments_bs, window)
-        if self.keys_only:
+        if notes.ends_at_attention:
             raise FoundKeys
         if self.sparse is not None:
-            return self.sparse(
-                q, k, v, dense=dense, causal=causal, scale=scale, segments_bs=segments_bs, window=window
-            )
+            return self.sparse(q, k, v, dense=dense, causal=causal, scale=scale, segments_bs=segments_bs, window=window)
         out = dense()
         notes.attended = notes.rows.gather(out.transpose(1, 2)).transpose(1, 2)
         return out

@@ -115,13 +115,15 @@ def draw(config: TokenSelection, batch: Batch, *, step: int) -> Rows:
         )
     if config.needs_scores and batch.scores_bt is None:
         raise ValueError(
-            f"token_selection: pool={config.pool!r}, policy={config.policy!r} need `token_scores` with every batch, and "
-            "there are none. Score the tokens in the collator, or use policy='random'."
+            f"token_selection: pool={config.pool!r}, policy={config.policy!r} need `token_scores` with every batch, "
+            "and there are none. Score the tokens in the collator, or use policy='random'."
         )
     chosen, weights = [], []
     for row, name in enumerate(batch.ids):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed} {step} {name}".encode()))
-        found = [_draw_document(config, batch, row, positions, generator) for positions in _documents(batch.segments_bt[row])]
+        found = [
+            _draw_document(config, batch, row, positions, generator) for positions in _documents(batch.segments_bt[row])
+        ]
         chosen.append(torch.cat([p for p, _ in found]) if found else torch.empty(0, dtype=torch.int64))
         weights.append(torch.cat([w for _, w in found]) if found else torch.empty(0))
     rows = Rows.of(chosen, batch.num_tokens)
@@ -169,7 +171,7 @@ def _draw_document(
 def _weights(
     config: TokenSelection, chosen: Tensor, forced: list[int], targets: Tensor | None, n: int, count: int
 ) -> Tensor:
-    """1 / probability of selection, scaled so that all targets together weigh as much as with every token kept."""
+    """1 / probability of selection of each chosen token; a target that was put in by force counts as drawn."""
     drawn = count - len(set(forced))
     probability = torch.full((n,), drawn / max(1, n - len(set(forced))))
     if config.pool == "targets" and targets is not None:

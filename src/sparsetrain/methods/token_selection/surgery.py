@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from sparsetrain.core.anatomy import Anatomy, Block, Undo, describe, submodule
 from sparsetrain.core.cost import Cost, attention_cost, ffn_cost, mean_visible_keys
@@ -27,7 +27,7 @@ def edits(config: TokenSelection, anatomy: Anatomy, model: nn.Module) -> list[Ed
 
     def shared(opens: bool) -> Selector:
         if opens:
-            selectors[:] = [Selector(config, causal)]
+            selectors[:] = [Selector(config, causal, keep_last=causal and anatomy.head is None)]
         return selectors[0]
 
     return [
@@ -58,9 +58,9 @@ def _check(block: Block, anatomy: Anatomy) -> None:
         )
     if block.attention.dropout > 0:
         raise ValueError(
-            f"token_selection cannot take {block.name}: attention dropout is {block.attention.dropout}, and the backward "
-            "forms probabilities again without it. Load the model with attention dropout 0 (attention_dropout=0.0; BERT "
-            "and ViT: attention_probs_dropout_prob=0.0; GPT-2: attn_pdrop=0.0)."
+            f"token_selection cannot take {block.name}: attention dropout is {block.attention.dropout}, and the "
+            "backward forms probabilities again without it. Load the model with attention dropout 0 "
+            "(attention_dropout=0.0; BERT and ViT: attention_probs_dropout_prob=0.0; GPT-2: attn_pdrop=0.0)."
         )
 
 
@@ -89,7 +89,9 @@ def costs(config: TokenSelection, block: Block, num_tokens: int) -> tuple[Cost, 
     return dense, Cost(flops=dense.flops, saved_elements=saved)
 
 
-def install(model: nn.Module, block: Block, selector: Selector, opens: bool, embedding: str | None) -> tuple[Undo, nn.Module]:
+def install(
+    model: nn.Module, block: Block, selector: Selector, opens: bool, embedding: str | None
+) -> tuple[Undo, nn.Module]:
     """Give a block its new forward; with the first one, the embedding learns to say that a forward begins."""
     assert block.attention is not None
     attention_path = block.attention.name.removeprefix(f"{block.name}.")

@@ -7,33 +7,24 @@ e codewords, i query blocks, n key blocks, l slots of a list (-1 = empty).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from sparsetrain.ops.key_selection import blocks, reference, tokens
+from sparsetrain.core.backend import choose
+from sparsetrain.ops.key_selection import blocks, keys, reference
+from sparsetrain.ops.key_selection.visibility import Visibility as Visibility
+from sparsetrain.ops.key_selection.visibility import sequences
+from sparsetrain.ops.product_quantization import decode, encode
 
-SCORES = ("match_count", "table")
-
-
-@dataclass(frozen=True)
-class Visibility:
-    """Which keys a query may see. Positions count from the first key; t queries sit at the end of s keys.
-
-    segments_bs: integers [b, s], 0 = padding, equal positive ids see each other; None: one segment.
-    window: keys at a distance of `window` or more are invisible; None: no window.
-    """
-
-    causal: bool
-    segments_bs: Tensor | None = None
-    window: int | None = None
+KEY_SCORES = ("match_count", "table", "attention")
+BLOCK_SCORES = (*KEY_SCORES, "mean")
 
 
+@torch.no_grad()
 def select_keys(
     q_bhtd: Tensor,
     k_bgsd: Tensor,
-    codebook_gmew: Tensor,
+    codebook_gmew: Tensor | None,
     num_keys_bt: Tensor,
     visibility: Visibility,
     *,
@@ -47,51 +38,67 @@ def select_keys(
     """The L best visible keys of every query.
 
     score: `match_count` s(i, j) = number of sub-spaces where the codes of q_i and k_j agree (published);
-        `table` s(i, j) = sum_m <q_m, C[m, code_k(j)[m]]>, the query against the quantised key.
+        `table` s(i, j) = sum_m <q_m, C[m, code_k(j)[m]]>, the query against the quantised key;
+        `attention` s(i, j) = <q_i, k_j>, the best keys there are, at the cost of dense scores.
     selection: `exact` orders keys by (score descending, |i - j| ascending, j ascending); `bucket4` (published, match
-        counts only): buckets min(3, s // (m // 4)); the keys whose rank among the visible ones is c modulo 4 give L / 4,
+        counts only): buckets min(3, s // (m // 4)); keys whose rank among the visible ones is c modulo 4 give L / 4,
         from the highest bucket down, oldest first.
+
+    Forced keys come first in either order; where L does not hold them all, the order decides among them.
+    Ties are broken by position alone, so a later token, whatever it holds, changes no earlier list. What we do
+    differently: no unused slot counts as key 0, and no bucket overflows into another's slots.
 
     Args:
         q_bhtd, k_bgsd: queries and keys as attention uses them.
-        codebook_gmew: codewords of each key/value head, or one set [1, m, e, w] for all.
+        codebook_gmew: codewords of each key/value head, or one set [1, m, e, w] for all; unused by `attention`.
         num_keys_bt: integers [b, t], L of each query; fewer visible keys are all kept.
         local_tokens: the nearest keys (half on each side if not causal) are kept, counted inside L.
-        keep_first: the first visible key of the segment is kept, counted inside L. The query itself always is, with
-            `exact`.
+        keep_first: the first key of the segment, where it is visible, is kept, counted inside L.
+        backend: auto | reference | cpu; `cpu` is plain PyTorch in tiles and runs on any device.
 
     Returns:
-        Key positions, int32 [b, h, t, max L], best first.
+        Key positions, int32 [b, h, t, max L], ascending, then -1.
 
     Raises:
-        ValueError: an option is unknown, or L does not hold the forced keys or is no multiple of 4 for `bucket4`.
+        ValueError: an option is unknown, shapes do not fit, or `bucket4` has fewer than 4 sub-spaces.
+        Unsupported: the named backend cannot run this call.
 
-    Cost: the scores of every visible pair, [t, s] a head, computed in tiles of bounded size.
+    Cost: the scores of every visible pair, one byte each for match counts, in tiles of about a million; never a
+    [t, s] tensor. Each call waits for the device once, to read the largest L (and once a tile for products).
     """
-    if score not in SCORES or selection not in ("exact", "bucket4"):
-        raise ValueError(f"score={score!r}, selection={selection!r}: choose from {SCORES} and ('exact', 'bucket4').")
+    if score not in KEY_SCORES or selection not in ("exact", "bucket4"):
+        raise ValueError(
+            f"score={score!r}, selection={selection!r}: choose from {KEY_SCORES} and ('exact', 'bucket4')."
+        )
     if selection == "bucket4" and score != "match_count":
         raise ValueError("selection='bucket4' sorts match counts into buckets. Set score='match_count'.")
-    run = reference.select_keys if backend == "reference" else tokens.select_keys
-    return run(
-        q_bhtd,
-        k_bgsd,
-        codebook_gmew,
-        num_keys_bt,
-        visibility,
-        score=score,
-        selection=selection,
-        distance=distance,
-        local_tokens=local_tokens,
-        keep_first=keep_first,
-    )
+    _check(q_bhtd, k_bgsd, codebook_gmew, score, visibility)
+    if num_keys_bt.shape != (q_bhtd.shape[0], q_bhtd.shape[2]):
+        raise ValueError(f"num_keys is {list(num_keys_bt.shape)}; need [{q_bhtd.shape[0]}, {q_bhtd.shape[2]}].")
+    if selection == "bucket4" and codebook_gmew is not None and codebook_gmew.shape[1] < 4:
+        raise ValueError(
+            f"selection='bucket4' needs 4 sub-spaces or more, and the codebook has {codebook_gmew.shape[1]}."
+        )
+    left, right, num_levels = q_bhtd, k_bgsd, None
+    if score == "table":
+        assert codebook_gmew is not None
+        right = decode(encode(k_bgsd, codebook_gmew, distance), codebook_gmew)
+    elif score == "match_count":
+        assert codebook_gmew is not None
+        left, right = encode(q_bhtd, codebook_gmew, distance), encode(k_bgsd, codebook_gmew, distance)
+        num_levels = 4 if selection == "bucket4" else codebook_gmew.shape[1] + 1
+    rule = keys.Rule(visibility, selection, local_tokens, keep_first)
+    name = choose("key_selection", backend, {"cpu": None, "reference": None})
+    run = reference.select_keys if name == "reference" else keys.select
+    seq = sequences(visibility.segments_bs, len(k_bgsd), k_bgsd.shape[2], k_bgsd.device)
+    return run(left, right, num_keys_bt, num_levels, rule, seq)
 
 
 @torch.no_grad()
 def select_blocks(
     q_bhtd: Tensor,
     k_bgsd: Tensor,
-    codebook_gmew: Tensor,
+    codebook_gmew: Tensor | None,
     num_slots_bi: Tensor,
     visibility: Visibility,
     *,
@@ -108,7 +115,8 @@ def select_blocks(
 
     A key block is known by its histogram of codes, H[m, e]; a probe is a query that stands for its block. `table`
     estimates the attention mass that a probe p gives to a block, taking sub-spaces as independent:
-        log mass = sum_m log sum_e H[m, e] exp(scale <p_m, C[m, e]>),  softmax over blocks, summed over probes and heads.
+        log mass = sum_m log sum_e H[m, e] exp(scale <p_m, C[m, e]>), softmax over blocks, summed over probes and heads.
+    `attention` is that mass itself, with every key read. `mean` is the mean probe times the mean key of the block.
     `match_count` is sum_m H_probes[m, e] H[m, e], the pooled form of the published score.
     Probes of a causal block are the queries at distances 0, 4, 8, ... before its first: a choice that read later
     queries would let a token see the future through the keys it keeps. Otherwise they are spread over the block.
@@ -125,15 +133,19 @@ def select_blocks(
     Raises:
         ValueError: t != s, or an unknown score.
 
-    Cost: per head 2·probes·i·n·m·e multiply-adds and probes·i·n logarithms; no tensor of [t, s].
+    Cost: `table`: per head 2·probes·i·n·m·e multiply-adds and probes·i·n logarithms; `attention`: probes / block_q of
+    the dense scores and their softmax, in tiles of 1 MiB. No tensor of [t, s].
     """
     if q_bhtd.shape[2] != k_bgsd.shape[2]:
         raise ValueError(
             f"{q_bhtd.shape[2]} queries and {k_bgsd.shape[2]} keys: blocks are chosen for whole sequences only. "
             "Decode with dense attention, or with granularity='token'."
         )
-    if score not in SCORES:
-        raise ValueError(f"score={score!r} is unknown. Choose from {SCORES}.")
+    if score not in BLOCK_SCORES:
+        raise ValueError(f"score={score!r} is unknown. Choose from {BLOCK_SCORES}.")
+    _check(q_bhtd, k_bgsd, None if score == "mean" else codebook_gmew, score, visibility)
+    if min(block_q, block_k, num_probes) < 1:
+        raise ValueError(f"block_q={block_q}, block_k={block_k}, num_probes={num_probes}: give at least 1 of each.")
     return blocks.select_blocks(
         q_bhtd,
         k_bgsd,
@@ -149,3 +161,17 @@ def select_blocks(
         keep_first=keep_first,
         num_probes=num_probes,
     )
+
+
+def _check(q: Tensor, k: Tensor, codebook: Tensor | None, score: str, visibility: Visibility) -> None:
+    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} do not fit: need [b, h, t, d] and [b, g, s, d].")
+    if q.shape[2] > k.shape[2] or q.shape[2] == 0:
+        raise ValueError(f"{q.shape[2]} queries and {k.shape[2]} keys: queries sit at the end of the keys.")
+    if codebook is None and score in ("match_count", "table"):
+        raise ValueError(f"score={score!r} compares codes. Pass a codebook [{k.shape[1]} or 1, m, e, w].")
+    segments = visibility.segments_bs
+    if segments is not None and (segments.is_floating_point() or segments.shape != (k.shape[0], k.shape[2])):
+        raise ValueError(
+            f"segments is {segments.dtype} {list(segments.shape)}; need integers {[k.shape[0], k.shape[2]]}."
+        )

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsetrain.ops.key_selection.probes import attention_mass, mean_products
+from sparsetrain.ops.key_selection.visibility import Visibility, sequences
 from sparsetrain.ops.product_quantization import encode
-
-if TYPE_CHECKING:
-    from sparsetrain.ops.key_selection import Visibility
 
 PROBE_STRIDE = 4
 """Tokens between the probes of a causal block: at strides 1 and 4 the error was alike, and 4 reaches further back."""
@@ -20,7 +17,7 @@ PROBE_STRIDE = 4
 def select_blocks(
     q_bhtd: Tensor,
     k_bgsd: Tensor,
-    codebook_gmew: Tensor,
+    codebook_gmew: Tensor | None,
     num_slots_bi: Tensor,
     visibility: Visibility,
     *,
@@ -39,10 +36,19 @@ def select_blocks(
     rank_bgin = rank_bgin.masked_fill(forced[:, None], torch.inf).masked_fill(~seen[:, None], -torch.inf)
     slots_bi = torch.maximum(num_slots_bi, forced.sum(-1))
     most = min(int(slots_bi.max()), rank_bgin.shape[-1])
-    value, block = rank_bgin.topk(most, dim=-1)
-    slot = torch.arange(most, device=value.device)
-    empty = (value == -torch.inf) | (slot >= slots_bi[:, None, :, None])
+    block = _in_order(rank_bgin, grid).topk(most, dim=-1).indices
+    slot = torch.arange(most, device=block.device)
+    empty = (rank_bgin.gather(-1, block) == -torch.inf) | (slot >= slots_bi[:, None, :, None])
     return block.to(torch.int32).masked_fill(empty, -1)
+
+
+def _in_order(rank_bgin: Tensor, grid: Grid) -> Tensor:
+    """Integers ordered by (rank, nearness, lower id): equal ranks are broken alike on every device and length."""
+    bits = (rank_bgin.float() + 0.0).contiguous().view(torch.int32).long()  # + 0: -0 is 0
+    rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # fp32 bits, ordered as the numbers are
+    num_blocks = rank_bgin.shape[-1]
+    away_in = torch.arange(num_blocks, device=bits.device) - (grid.first_q // grid.block_k)[:, None]
+    return rising * (2 * num_blocks + 1) + (2 * num_blocks - 2 * away_in.abs() - (away_in > 0).long())
 
 
 class Grid:
@@ -70,7 +76,9 @@ class Grid:
     def forced(self, local_tokens: int, keep_first: bool) -> Tensor:
         before = local_tokens if self.visibility.causal else local_tokens // 2
         after = 0 if self.visibility.causal else before
-        local = (self.last_k[None] >= self.first_q[:, None] - before) & (self.first_k[None] <= self.last_q[:, None] + after)
+        local = (self.last_k[None] >= self.first_q[:, None] - before) & (
+            self.first_k[None] <= self.last_q[:, None] + after
+        )
         forced = local[None] & self.seen()
         if keep_first:
             segments = self.segments_k
@@ -96,20 +104,28 @@ class Grid:
 
 
 def _scores(
-    grid: Grid, q: Tensor, k: Tensor, codebook: Tensor, scale: float, score: str, distance: str, num_probes: int
+    grid: Grid, q: Tensor, k: Tensor, codebook: Tensor | None, scale: float, score: str, distance: str, num_probes: int
 ) -> Tensor:
     """How much each query block wants each key block, [b, g, i, n]."""
     b, h, t, d = q.shape
-    g, (_, m, e, _w) = k.shape[1], codebook.shape
-    codebook = codebook.float().expand(g, -1, -1, -1)
-    hist_bgmne = _histograms(grid, k, codebook, distance)
+    g = k.shape[1]
     place_ir = grid.probes(num_probes)
     i, r = place_ir.shape
-    probe = q.float().view(b, g, h // g, t, d)[:, :, :, place_ir.clamp(min=0).flatten()]  # [b, g, p, i·r, d]
     valid_bir = (place_ir >= 0).expand(b, -1, -1)
     segments = grid.visibility.segments_bs
     if segments is not None and grid.segments_q is not None:
-        valid_bir = valid_bir & (segments[:, place_ir.clamp(min=0)] == grid.segments_q[:, :, None])
+        own = grid.segments_q[:, :, None]
+        valid_bir = valid_bir & (segments[:, place_ir.clamp(min=0)] == own) & (own > 0)
+    if score in ("attention", "mean"):
+        seq = sequences(segments, b, t, q.device)
+        if score == "mean":
+            return mean_products(q, k, place_ir, valid_bir, grid.block_k, seq)
+        return attention_mass(q, k, place_ir, valid_bir, grid.block_k, scale, grid.visibility, seq)
+    assert codebook is not None
+    _, m, e, _w = codebook.shape
+    codebook = codebook.float().expand(g, -1, -1, -1)
+    hist_bgmne = _histograms(grid, k, codebook, distance)
+    probe = q.float().view(b, g, h // g, t, d)[:, :, :, place_ir.clamp(min=0).flatten()]  # [b, g, p, i·r, d]
     # a causal probe at position p may score a block only when it has read all of it
     read_bxn = grid.seen().repeat_interleave(r, 1) & valid_bir.flatten(1)[..., None]
     if grid.visibility.causal:
@@ -126,7 +142,7 @@ def _scores(
 
 def _mass(probe: Tensor, hist: Tensor, codebook: Tensor, scale: float, read_bxn: Tensor) -> Tensor:
     """Estimated softmax mass of each block, summed over the heads of a group: [b, g, x, n] for x probes."""
-    g, m, e, w = codebook.shape
+    m, w = codebook.shape[1], codebook.shape[3]
     table = torch.einsum("bgpxmw,gmew->bgpmxe", probe.unflatten(-1, (m, w)), codebook) * scale
     peak = table.amax(-1, keepdim=True)
     table = (table - peak).exp_()

@@ -3,8 +3,9 @@
 l2: argmin_e |x - C_e|^2 = argmin_e (|C_e|^2 - 2 x C_e), one product with a block-diagonal codebook [e m, d].
 l1: |x - C_e| is added up channel by channel.
 
-The index of the smallest is found without `argmin`, which is not vectorised (150 ms for 4,096 tokens of 8 heads of 64
-where this takes 3.5): amin, compare, and the largest of (e - 1 - index) among the equal ones, i.e. the lowest index.
+The index of the smallest is found without `argmin`: amin, compare, and the largest of (e - 1 - index) among the equal
+ones, i.e. the lowest index. That takes 3.5 ms of processor time for 4,096 tokens of 8 heads of 64; a tournament of
+pairs that carries the index took 8 to 12.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ def _l2(x_nd: Tensor, diagonal: Tensor, squares: Tensor) -> Tensor:
     return torch.addmm(squares, diagonal, x_nd.T)
 
 
-def _l1(x_nd: Tensor, channels: Tensor, _: Tensor) -> Tensor:
+def _l1(x_nd: Tensor, channels: Tensor, _unused: Tensor) -> Tensor:
     """[e, m, n]."""
-    w, e, m, _one = channels.shape
+    w, _, m, _ = channels.shape
     x_wmn = x_nd.T.reshape(m, w, -1).transpose(0, 1).contiguous()
     total = (x_wmn[0] - channels[0]).abs_()
     term = torch.empty_like(total)

@@ -40,10 +40,12 @@ def decode(codes_bhtm: Tensor, codebook_gmew: Tensor) -> Tensor:
     return per_head(codebook_gmew, h)[head, subspace, codes_bhtm.long()].flatten(-2)
 
 
-def loss_per_token(x_bhtd: Tensor, codebook_gmew: Tensor, distance: str) -> Tensor:
-    """[b, h, t]: (soft - hard)^2 + (x - hard)^2, each summed over the channels of a head."""
+def loss_per_token(x_bhtd: Tensor, codebook_gmew: Tensor, distance: str, valid_bt: Tensor | None) -> Tensor:
+    """[b, h, t]: (soft - hard)^2 + (x - hard)^2, each summed over the channels of a head; 0 where not valid."""
     work = torch.promote_types(x_bhtd.dtype, torch.float32)
     x, codebook = x_bhtd.to(work), codebook_gmew.to(work)
+    if valid_bt is not None:  # before the equation: what padding holds must not reach a gradient, even times 0
+        x = x.masked_fill(~valid_bt[:, None, :, None], 0)
     delta = distances(x, codebook, distance)
     # the square root has no gradient at 0, so the floor comes first
     delta = delta.clamp(min=MIN_DISTANCE) if distance == "l1" else delta.clamp(min=MIN_DISTANCE**2).sqrt()
@@ -51,13 +53,12 @@ def loss_per_token(x_bhtd: Tensor, codebook_gmew: Tensor, distance: str) -> Tens
     weights = delta.reciprocal()
     weights = weights / weights.sum(-1, keepdim=True)
     soft = torch.einsum("bhtme,hmew->bhtmw", weights, per_head(codebook, x.shape[1])).flatten(-2)
-    return ((soft - hard).square() + (x - hard).square()).sum(-1)
+    per_token = ((soft - hard).square() + (x - hard).square()).sum(-1)
+    return per_token if valid_bt is None else per_token.masked_fill(~valid_bt[:, None], 0)
 
 
 def codebook_loss(x_bhtd: Tensor, codebook_gmew: Tensor, distance: str, valid_bt: Tensor | None) -> Tensor:
     """The mean over the elements of valid tokens; differentiable any number of times."""
-    per_token = loss_per_token(x_bhtd, codebook_gmew, distance)
-    _, h, _, d = x_bhtd.shape
-    if valid_bt is None:
-        return per_token.mean() / d
-    return per_token.masked_fill(~valid_bt[:, None], 0).sum() / (valid_bt.sum() * h * d).clamp(min=1)
+    b, h, t, d = x_bhtd.shape
+    count = b * t if valid_bt is None else valid_bt.sum().clamp(min=1)
+    return loss_per_token(x_bhtd, codebook_gmew, distance, valid_bt).sum() / (count * h * d)

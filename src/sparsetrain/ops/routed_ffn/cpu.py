@@ -19,10 +19,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from sparsetrain.ops.routed_ffn.activations import ACTIVATIONS
+from sparsetrain.ops.routed_ffn.activations import ACTIVATIONS, Forward
 from sparsetrain.ops.routed_ffn.problem import Problem
 from sparsetrain.ops.routed_ffn.products import Matrices, Products, accumulate, product
-from sparsetrain.ops.routed_ffn.tiles import Layout, Pairs, Tile, lay_out, pad_pairs
+from sparsetrain.ops.routed_ffn.rows import Source, Total
+from sparsetrain.ops.routed_ffn.tiles import Layout, Tile, lay_out, pad_pairs
+from sparsetrain.ops.routing import group_by_block
 
 
 class Form(NamedTuple):
@@ -31,17 +33,20 @@ class Form(NamedTuple):
     activation: str
     gates_base: bool
     num_shared: int
+    num_blocks: int
     width: int
     num_inputs: int
     layout: Layout
 
 
+@torch.compiler.disable
 def grouped_ffn(p: Problem) -> Tensor:
-    """y [t, d]; the equation is that of `reference.py`."""
-    loads = p.groups.offsets.diff().tolist() if p.groups is not None else []
+    """y [t, d]; the equation is that of `reference.py`. Reads the loads on the host once."""
+    groups = None if p.choice_tk is None else group_by_block(p.choice_tk, p.num_blocks, p.valid_t)
+    loads = [] if groups is None else groups.offsets.diff().tolist()
     layout = lay_out(p.x_td.shape[0], p.num_shared, p.width, len(p.weights), loads)
-    pairs = pad_pairs(p.groups, layout) if p.groups is not None else (None,) * 4
-    form = Form(p.activation, p.gates_base, p.num_shared, p.width, len(p.weights), layout)
+    pairs = (None,) * 4 if groups is None else pad_pairs(groups, layout)
+    form = Form(p.activation, p.gates_base, p.num_shared, p.num_blocks, p.width, len(p.weights), layout)
     return _GroupedFFN.apply(
         form, p.x_td, p.low_tr, p.gate_tk, p.start_d, p.shift_gd, p.down_df, p.lora_a_rf, p.lora_b_dr,
         *p.weights, *p.biases, *p.lora_b, p.keep_tf, *pairs,
@@ -71,7 +76,12 @@ class _GroupedFFN(torch.autograd.Function):
             c = _tile_gates(c_q, tile)
             xs_t = xs.mT
             for term in terms.inputs:
-                product(pre[:, term.units], term.matrix, xs_t[:, term.columns], None if terms.bias is None else terms.bias[:, term.units])
+                product(
+                    pre[:, term.units],
+                    term.matrix,
+                    xs_t[:, term.columns],
+                    None if terms.bias is None else terms.bias[:, term.units],
+                )
             if c is not None and form.gates_base:
                 pre = pre * c
             for term in terms.low_inputs:
@@ -80,19 +90,38 @@ class _GroupedFFN(torch.autograd.Function):
             if c is not None and not form.gates_base:
                 h.mul_(c)
             if terms.low_output is not None:
-                product(ys[:, :, terms.low_output.columns], _dropped(h, keep_tf, tile, token_q, form).mT, terms.low_output.matrix)
+                product(
+                    ys[:, :, terms.low_output.columns],
+                    _dropped(h, keep_tf, tile, token_q, form).mT,
+                    terms.low_output.matrix,
+                )
             if c is not None and form.gates_base:
                 h.mul_(c)
             offset = None
             if tile.blocks and offset_ge is not None:
-                offset = offset_ge[list(tile.blocks), None, terms.output.columns]
+                offset = offset_ge[list(tile.blocks)][:, None, terms.output.columns]
             elif not tile.blocks and start_d is not None:
                 offset = start_d[None, None]
             product(ys[:, :, terms.output.columns], h.mT, terms.output.matrix, offset)
             y.add(tile, sink_q, ys)
         low_out = y.sum[:-1, d:].to(x_td.dtype, copy=True) if a_rf is not None else None
         ctx.form = form
-        ctx.save_for_backward(x_td, low_tr, gate_tk, down_df, a_rf, b_dr, *rest, keep_tf, pair_q, token_q, sink_q, place_tk, saved, low_out)
+        ctx.save_for_backward(
+            x_td,
+            low_tr,
+            gate_tk,
+            down_df,
+            a_rf,
+            b_dr,
+            *rest,
+            keep_tf,
+            pair_q,
+            token_q,
+            sink_q,
+            place_tk,
+            saved,
+            low_out,
+        )
         if low_out is None:
             return y.sum.resize_(t, d).to(x_td.dtype)
         return torch.addmm(y.sum[:-1, :d].to(x_td.dtype), low_out, b_dr.t())
@@ -106,7 +135,9 @@ class _GroupedFFN(torch.autograd.Function):
         products = _products(form, down_df, a_rf, rest, keep_tf)
         act, act_backward = ACTIVATIONS[form.activation]
         t, d = x_td.shape
-        _, need_x, need_low, need_gate, need_start, need_shift, need_down, need_a, need_b, *need_rest = ctx.needs_input_grad
+        _, need_x, need_low, need_gate, need_start, need_shift, need_down, need_a, need_b, *need_rest = (
+            ctx.needs_input_grad
+        )
         d_down, d_a = _zeros(down_df, need_down), _zeros(a_rf, need_a)
         d_rest = [_zeros(tensor, need) for tensor, need in zip(rest, need_rest)]
         wanted = _matrices(form, d_down, d_a, d_rest)
@@ -114,11 +145,12 @@ class _GroupedFFN(torch.autograd.Function):
         dy_te[:t, :d] = dy_td
         if a_rf is not None:
             torch.mm(dy_td, b_dr, out=dy_te[:t, d:])
-        dx = Total(x_td, t, products.in_width, written=form.num_shared > 0) if need_x or need_low else None
+        dx: Any = Total(x_td, t, products.in_width, written=form.num_shared > 0) if need_x or need_low else None
         c_q = _gates(gate_tk, pair_q)
         dc_q = x_td.new_zeros(len(c_q) + 1) if need_gate and c_q is not None else None
-        dy_rows, low_rows, x_rows = Source(dy_te, sink_q), Source(low_tr, token_q), Source(x_td, token_q)
-        d_shift = torch.zeros_like(shift_like(form, dy_td)) if need_shift else None
+        dy_rows, x_rows = Source(dy_te, sink_q), Source(x_td, token_q)
+        low_rows = Source(low_tr if low_tr is not None else x_td[:, :0], token_q)
+        d_shift = x_td.new_zeros(form.num_blocks, d) if need_shift else None
         for tile in form.layout.tiles:
             terms = products.of(tile)
             dys, lows = dy_rows.rows(tile), low_rows.rows(tile)
@@ -126,16 +158,18 @@ class _GroupedFFN(torch.autograd.Function):
             spt = c is not None and form.gates_base
             base = pre = _saved(saved, tile, form)
             if spt:
-                pre = pre * c
+                pre = pre * c  # type: ignore
                 for term in terms.low_inputs:
-                    accumulate(pre[:, term.units], term.matrix, lows.mT[:, term.columns.start - d : term.columns.stop - d])
+                    accumulate(
+                        pre[:, term.units], term.matrix, lows.mT[:, term.columns.start - d : term.columns.stop - d]
+                    )
             a, h = _hidden(act, pre, form)
             dh = torch.empty_like(h)
             product(dh, terms.output.matrix, dys.mT[:, terms.output.columns])
-            dc = None
+            dc: Any = None
             if spt:
                 dc = (dh * h).sum(1)
-                dh.mul_(c)
+                dh.mul_(c)  # type: ignore
             low_dys = dys[:, :, products.out_columns]
             if terms.low_output is not None:
                 if keep_tf is None:
@@ -160,13 +194,13 @@ class _GroupedFFN(torch.autograd.Function):
             for target, part, columns in zip(wanted.lora_b, parts, products.low_columns):
                 if target is not None:
                     products.add_product(target, tile, dpre[:, part], lows[:, :, columns.start - d : columns.stop - d])
-            dxs = dx.rows(tile) if dx is not None else None
+            dxs: Any = dx.rows(tile) if dx is not None else None
             if dxs is not None:
                 for term in terms.low_inputs:
                     product(dxs[:, :, term.columns], dpre[:, term.units].mT, term.matrix)
             if spt:
                 dc.add_((dpre * base).sum(1))
-                dpre.mul_(c)
+                dpre.mul_(c)  # type: ignore
             if dc_q is not None and dc is not None:
                 dc_q[tile.span] = dc.view(-1)
             if any(w is not None for w in wanted.weights):
@@ -180,8 +214,8 @@ class _GroupedFFN(torch.autograd.Function):
             if dxs is not None:
                 for i, term in enumerate(terms.inputs):
                     (accumulate if i else product)(dxs[:, :, term.columns], dpre[:, term.units].mT, term.matrix)
-                dx.add(tile, token_q, dxs)
-        dx_te = dx.sum.to(x_td.dtype) if dx is not None else None
+                dx.add(tile, token_q, dxs)  # type: ignore[union-attr]
+        dx_te: Any = dx.sum.to(x_td.dtype) if dx is not None else None
         return (
             None,
             dx_te[:, :d] if need_x else None,
@@ -197,77 +231,50 @@ class _GroupedFFN(torch.autograd.Function):
         )
 
 
-def shift_like(form, dy):
-    return dy.new_empty(1 + max(form.layout.order, default=0), dy.shape[1])
-
-
-class Total:
-    def __init__(self, like, rows, width, written):
-        low = like.dtype in (torch.float16, torch.bfloat16)
-        self.sum = like.new_empty(rows, width, dtype=torch.float32 if low else like.dtype)
-        if not written:
-            self.sum.zero_()
-        self.like, self.direct, self.scratch = like, not low, None
-
-    def rows(self, tile):
-        if self.direct and not tile.blocks:
-            return self.sum[None, tile.span]
-        size = max(1, len(tile.blocks)) * tile.rows
-        if self.scratch is None or len(self.scratch) < size:
-            self.scratch = self.like.new_empty(size, self.sum.shape[1])
-        return self.scratch[:size].unflatten(0, (max(1, len(tile.blocks)), -1))
-
-    def add(self, tile, index_q, rows):
-        if tile.blocks:
-            self.sum.index_add_(0, index_q[tile.span], rows.flatten(0, 1).to(self.sum.dtype))
-        elif not self.direct:
-            self.sum[tile.span] = rows[0]
-
-
-def _matrices(form, down_df, a_rf, rest):
+def _matrices(form: Form, down_df: Tensor | None, a_rf: Tensor | None, rest: list[Any]) -> Matrices:
     n = form.num_inputs
-    return Matrices(rest[:n], rest[n : 2 * n], rest[2 * n :], None if down_df is None else down_df.t(), None if a_rf is None else a_rf.t())
+    return Matrices(
+        rest[:n],
+        rest[n : 2 * n],
+        rest[2 * n :],
+        None if down_df is None else down_df.t(),
+        None if a_rf is None else a_rf.t(),
+    )
 
 
-def _products(form, down_df, a_rf, rest, keep_tf):
-    return Products(_matrices(form, down_df, a_rf, rest), form.num_shared, form.width, form.layout, form.gates_base or keep_tf is not None)
+def _products(form: Form, down_df: Tensor, a_rf: Tensor | None, rest: list[Any], keep_tf: Tensor | None) -> Products:
+    return Products(
+        _matrices(form, down_df, a_rf, rest),
+        form.num_shared,
+        form.width,
+        form.layout,
+        form.gates_base or keep_tf is not None,
+    )
 
 
-def _zeros(tensor, needed):
+def _zeros(tensor: Tensor | None, needed: bool) -> Tensor | None:
     return torch.zeros_like(tensor) if needed and tensor is not None else None
 
 
-def _gates(gate_tk, pair_q):
+def _gates(gate_tk: Tensor | None, pair_q: Tensor | None) -> Tensor | None:
+    """c at every place."""
     return gate_tk.reshape(-1)[pair_q] if gate_tk is not None and pair_q is not None else None
 
 
-def _tile_gates(c_q, tile):
+def _tile_gates(c_q: Tensor | None, tile: Tile) -> Any:
+    """c of the tile's rows [B, 1, m]; None for always-on units."""
     return c_q[tile.span].view(len(tile.blocks), 1, -1) if c_q is not None and tile.blocks else None
 
 
-class Source:
-    def __init__(self, table, index_q):
-        self.table, self.index_q, self.scratch = table, index_q, None
-
-    def rows(self, tile):
-        if self.table is None:
-            return None
-        if not tile.blocks:
-            return self.table[None, tile.span]
-        size = len(tile.blocks) * tile.rows
-        if self.scratch is None or len(self.scratch) < size:
-            self.scratch = self.table.new_empty(size, self.table.shape[1])
-        rows = torch.index_select(self.table, 0, self.index_q[tile.span], out=self.scratch[:size])
-        return rows.unflatten(0, (len(tile.blocks), -1))
-
-
-def _saved(saved, tile, form):
+def _saved(saved: Tensor, tile: Tile, form: Form) -> Tensor:
+    """The tile's pre-activations [B, u, m] in the saved buffer."""
     units = form.num_inputs * (form.width if tile.blocks else form.num_shared)
     b = max(1, len(tile.blocks))
     return saved[tile.saved : tile.saved + b * units * tile.rows].view(b, units, tile.rows)
 
 
-def _hidden(act, pre, form):
+def _hidden(act: Forward, pre: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """(act(gate), act(gate) * up), or twice act(up) if the FFN is not gated."""
     if form.num_inputs == 1:
         h = act(pre)
         return h, h
@@ -276,7 +283,8 @@ def _hidden(act, pre, form):
     return a, a * up
 
 
-def _dropped(h, keep_tf, tile, token_q, form):
+def _dropped(h: Tensor, keep_tf: Tensor | None, tile: Tile, token_q: Any, form: Form) -> Tensor:
+    """h as the down-projection's LoRA sees it."""
     if keep_tf is None:
         return h
     if not tile.blocks:

@@ -9,7 +9,8 @@ Legend: B blocks of a tile, u hidden units of a block, m rows, f hidden units, d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from sparsetrain.ops.routed_ffn.tiles import NARROW, Layout, Tile
 
 
 class Matrices(NamedTuple):
-    """What an FFN multiplies with, hidden units first and gate before up; or the gradients of it, None if not wanted."""
+    """What an FFN multiplies with, hidden units first, gate before up; or its gradients, None if not wanted."""
 
     weights: Sequence[Tensor | None]  # [f, d]
     biases: Sequence[Tensor | None]  # [f]
@@ -51,13 +52,14 @@ class Products:
 
     def __init__(self, matrices: Matrices, num_shared: int, width: int, layout: Layout, apart: bool) -> None:
         """`apart` keeps LoRA's products apart from the base's: they are gated or dropped differently."""
-        self.matrices, self.num_shared, self.width = matrices, num_shared, width
+        self.matrices: Any = matrices  # of an FFN, so weights and down are there
+        self.num_shared, self.width = num_shared, width
         hidden = matrices.down_fd.shape[1]  # type: ignore[union-attr]
         edges = [hidden]
         for b in matrices.lora_b:
             edges.append(edges[-1] + (0 if b is None else b.shape[1]))
         self.row_columns, self.in_width = slice(0, hidden), edges[-1]
-        self.low_columns = [slice(low, high) for low, high in zip(edges, edges[1:])]
+        self.low_columns = [slice(low, high) for low, high in pairwise(edges)]
         rank = 0 if matrices.lora_a_fr is None else matrices.lora_a_fr.shape[1]
         self.out_columns, self.out_width = slice(hidden, hidden + rank), hidden + rank
         self.packed = self._pack(layout.order) if layout.order and width <= NARROW and not apart else None
@@ -65,8 +67,10 @@ class Products:
     def of(self, tile: Tile) -> TileTerms:
         everything = slice(None)
         if tile.blocks and self.packed is not None:
-            inputs, output, bias = (None if t is None else t[tile.rank : tile.rank + len(tile.blocks)] for t in self.packed)
-            return TileTerms([Term(inputs, everything, everything)], [], Term(output, everything, everything), None, bias)
+            inputs, output, bias = self.packed
+            here = slice(tile.rank, tile.rank + len(tile.blocks))
+            wide_in, wide_out = (Term(t[here], everything, everything) for t in (inputs, output))
+            return TileTerms([wide_in], [], wide_out, None, None if bias is None else bias[here])
         weights, biases, lora_b, down_fd, lora_a_fr = self.matrices
         parts = self.parts(tile)
         low_output = None if lora_a_fr is None else Term(self._pick(lora_a_fr, tile), self.out_columns, everything)

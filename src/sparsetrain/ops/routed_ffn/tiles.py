@@ -17,12 +17,13 @@ from torch import Tensor
 
 from sparsetrain.ops.routing import Grouping
 
-# Blocks up to this width share tiles. Their weights are copied, which costs 2-3 % of the step at 64 units.
+# Blocks up to this width share tiles, at the price of a copy of their weights: 15-25 % faster at 18 units, 3-7 % at 36,
+# and no gain at 72 and 144 (one thread, f+b, loaded machine).
 NARROW = 64
-# Rows a tile holds at most, for narrow and for wide blocks: 1,024 rows of width 576 are 2.3 MB, so a tile's inputs,
-# hidden units and outputs stay in L3, and its products run at full rate (they do from about 128 rows on).
-NARROW_ROWS, WIDE_ROWS = 4096, 1024
-# Rows of a block are padded to a multiple of 16, one vector of fp32: products on 341 rows were 6-25 % slower than on 336.
+# Rows a tile holds at most, for narrow and for wide blocks: 1,024 rows of width 576 are 2.3 MB, to stay in L3.
+# From 704 to 2,816 rows no limit was faster beyond noise; 352 was slower.
+NARROW_ROWS, WIDE_ROWS = 1536, 1024
+# Rows of a block are padded to a multiple of 16, one vector of fp32: 341 rows ran 6-25 % slower than 336.
 ROW_MULTIPLE = 16
 # A block joins a tile if at most this share of its rows would be padding.
 MAX_PADDING = 0.1

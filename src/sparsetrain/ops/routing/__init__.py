@@ -48,7 +48,9 @@ def choose_blocks(logits_tg: Tensor, num_active: int) -> Tensor:
     """
     num_blocks = logits_tg.shape[1]
     if not 1 <= num_active <= num_blocks:
-        raise ValueError(f"num_active={num_active} is outside 1..{num_blocks}. A token uses at least one block, at most all.")
+        raise ValueError(
+            f"num_active={num_active} is outside 1..{num_blocks}. A token uses at least one block, at most all."
+        )
     if num_active == num_blocks:
         return torch.arange(num_blocks, device=logits_tg.device).expand(logits_tg.shape[0], -1).contiguous()
     best_tk = logits_tg.detach().sort(dim=1, descending=True, stable=True).indices[:, :num_active]

@@ -1,7 +1,7 @@
 """Gradients through selected rows only: the forward's values are those of all rows, the backward is compact.
 
-Every function here takes the selected rows as a compact tensor [b, k, ...] and returns one. Where all rows were computed
-already, the caller hands over the selected rows of that result as `known`, and nothing is computed twice.
+Every function here takes the selected rows as a compact tensor [b, k, ...] and returns one. Where all rows were
+computed already, the caller hands over the selected rows of that result as `known`, and nothing is computed twice.
 
 Equals: the same function of `keep(x) = where(selected, x, x.detach())`, of which only selected rows are looked at; keys
 and values of the other rows are constants (arXiv 2501.18824).

@@ -1,8 +1,8 @@
 """Attention of the selected queries over all keys, with gradient to the selected queries, keys and values.
 
-The backward walks tiles of sorted queries and forms the probabilities again. A causal tile reads the keys up to its last
-query and no further, and dK, dV are formed for selected keys alone: of the five products of a dense backward, three
-have |S| rows and two have |S| rows and |S| columns.
+The backward walks tiles of sorted queries and forms the probabilities again. A causal tile reads the keys up to its
+last query and no further, and dK, dV are formed for selected keys alone: of the five products of a dense backward,
+three have |S| rows and two have |S| rows and |S| columns.
 """
 
 from __future__ import annotations
@@ -63,9 +63,11 @@ def selected_attention(
     Returns: the attention's output on the selected rows. Unused slots of a ragged selection hold zeros when computed,
         and neither send nor receive gradient.
     """
+    e = everything
+    # under autocast, projections are in another dtype than keys that went through a cache
+    q_bhkd, k_bgkd, v_bgkd = (x.to(e.k_bgsd.dtype) for x in (q_bhkd, k_bgkd, v_bgkd))
     if known is None:
         known = _forward(q_bhkd.detach(), everything, rows)
-    e = everything
     return _Attention.apply(
         q_bhkd, k_bgkd, v_bgkd, known, e.k_bgsd, e.v_bgsd, e.segments_bs, rows, (e.causal, e.scale, e.window)
     )  # type: ignore[return-value]
@@ -116,14 +118,26 @@ def _tiles(e: KeyValues, rows: Rows, rep: int) -> Iterator[tuple[int, Tensor, li
 
 
 def _probabilities(q_gnd: Tensor, k_gsd: Tensor, tile: _Tile, index_k: Tensor) -> Tensor:
-    """[g, rep·queries, keys]; q holds the scale."""
+    """[g, rep·queries, keys] in fp32 or better; q holds the scale."""
     scores = torch.bmm(q_gnd, k_gsd[:, tile.s_from : tile.s_to].transpose(1, 2))
     masked = tile.hidden(index_k)
     if masked is not None:
         keys, hidden = masked
         heads = scores.unflatten(1, (-1, tile.q_to - tile.q_from))
         heads[..., keys].masked_fill_(hidden, float("-inf"))
-    return torch.softmax(scores, dim=-1)
+    return torch.softmax(scores, dim=-1, dtype=_accurate(scores.dtype))
+
+
+def _accurate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, the sum over tiles in the dtype of `total`."""
+    if total.dtype == b.dtype:
+        total.baddbmm_(a, b)
+    else:
+        total += torch.bmm(a.to(b.dtype), b)
 
 
 def _of_sample(x_bhkd: Tensor, sample: int, groups: int) -> Tensor:
@@ -143,7 +157,7 @@ def _forward(q_bhkd: Tensor, e: KeyValues, rows: Rows) -> Tensor:
         q, o = _of_sample(q_bhkd * e.scale, sample, groups), _of_sample(out, sample, groups)
         for tile in tiles:
             p = _probabilities(_rows_of(q, tile), e.k_bgsd[sample], tile, index_k)
-            found = torch.bmm(p, e.v_bgsd[sample][:, tile.s_from : tile.s_to])
+            found = torch.bmm(p.to(q.dtype), e.v_bgsd[sample][:, tile.s_from : tile.s_to])
             o[:, :, tile.q_from : tile.q_to] = found.unflatten(1, (o.shape[1], -1))
     return out
 
@@ -163,28 +177,29 @@ class _Attention(torch.autograd.Function):
         q, keys, values, segments = ctx.saved_tensors
         rows, (causal, scale, window) = ctx.rows, ctx.form
         e = KeyValues(keys, values, causal, scale, segments, window)
-        b, groups, _, d = keys.shape
+        b, groups = keys.shape[:2]
         dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        dk, dv = (x.new_zeros(b, groups, q.shape[2], x.shape[3]) for x in (keys, values))
+        dk, dv = (x.new_zeros(b, groups, q.shape[2], x.shape[3], dtype=_accurate(x.dtype)) for x in (keys, values))
         for sample, index_k, tiles in _tiles(e, rows, q.shape[1] // groups):
             q_s, do_s = _of_sample(q * scale, sample, groups), _of_sample(do, sample, groups)
             dq_s = _of_sample(dq, sample, groups)
             for tile in tiles:
-                _backward_tile(tile, index_k, q_s, do_s, keys[sample], values[sample], dq_s, dk[sample], dv[sample], e)
-        return dq, dk, dv, *(None,) * 6
+                _backward_tile(
+                    tile, index_k, q_s, do_s, keys[sample], values[sample], dq_s, dk[sample], dv[sample], scale
+                )
+        return dq, dk.to(keys.dtype), dv.to(values.dtype), *(None,) * 6
 
 
 def _backward_tile(
-    tile: _Tile, index_k: Tensor, q: Tensor, do: Tensor, keys: Tensor, values: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    e: KeyValues,
+    tile: _Tile, index_k: Tensor, q: Tensor, do: Tensor, keys: Tensor, values: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor, scale: float,
 ) -> None:  # fmt: skip
     q_n, do_n = _rows_of(q, tile), _rows_of(do, tile)
-    seen = slice(tile.s_from, tile.s_to)
+    seen, chosen = slice(tile.s_from, tile.s_to), slice(tile.k_from, tile.k_to)
+    columns = index_k[chosen] + (tile.offset - tile.s_from)
     p = _probabilities(q_n, keys, tile, index_k)
-    columns = index_k[tile.k_from : tile.k_to] + (tile.offset - tile.s_from)
-    chosen = slice(tile.k_from, tile.k_to)
-    dv[:, chosen].baddbmm_(p.index_select(2, columns).transpose(1, 2), do_n)
-    dp = torch.bmm(do_n, values[:, seen].transpose(1, 2))
-    ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-    dq[:, :, tile.q_from : tile.q_to] = torch.bmm(ds, keys[:, seen]).mul_(e.scale).unflatten(1, (dq.shape[1], -1))
-    dk[:, chosen].baddbmm_(ds.index_select(2, columns).transpose(1, 2), q_n)
+    _add_product(dv[:, chosen], p.index_select(2, columns).transpose(1, 2), do_n)
+    dp = torch.bmm(do_n, values[:, seen].transpose(1, 2)).to(p.dtype)
+    ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).to(q.dtype)
+    _add_product(dk[:, chosen], ds.index_select(2, columns).transpose(1, 2), q_n)
+    dq[:, :, tile.q_from : tile.q_to] = torch.bmm(ds, keys[:, seen]).mul_(scale).unflatten(1, (dq.shape[1], -1))

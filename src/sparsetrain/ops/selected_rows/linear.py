@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 
 def selected_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, known: Tensor | None = None, transposed: bool = False
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, known: Tensor, transposed: bool = False
 ) -> Tensor:
     """y = x Wᵀ + b on the selected rows; x is saved only if W needs a gradient.
 
@@ -19,21 +18,15 @@ def selected_linear(
         x: selected rows [..., in].
         weight: [out, in]; [in, out] with `transposed`.
         bias: [out] or None.
-        known: y where it was computed already, in the dtype the backward shall use; None computes it.
+        known: y, in the dtype that the backward shall use.
         transposed: the weight is stored as in GPT-2's Conv1D.
     """
-    if known is None:
-        known = x @ weight if transposed else F.linear(x, weight)
-        known = known if bias is None else known + bias
-        return known
     return _Linear.apply(x, weight, bias, known, transposed)  # type: ignore[return-value]
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, known: Tensor, transposed: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, known: Tensor, transposed: bool) -> Tensor:
         need_weight = ctx.needs_input_grad[1]
         # under autocast the product was formed in a lower dtype than x and W have
         ctx.save_for_backward(x.to(known.dtype) if need_weight else None, weight)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-import torch
 
 
 def keep(x: Tensor, selected_bt: Tensor) -> Tensor:
@@ -39,6 +38,9 @@ def selected_attention_reference(
     visible = visible[None]
     if segments_bt is not None:
         same = segments_bt[:, :, None] == segments_bt[:, None]
-        visible = visible & same & (segments_bt > 0)[:, :, None] | torch.eye(t, dtype=torch.bool) & (segments_bt == 0)[:, :, None]
+        visible = (
+            visible & same & (segments_bt > 0)[:, :, None]
+            | torch.eye(t, dtype=torch.bool) & (segments_bt == 0)[:, :, None]
+        )
     scores = (q_bhtd @ k.transpose(2, 3)) * scale
     return F.softmax(scores.masked_fill(~visible[:, None], float("-inf")), dim=-1) @ v

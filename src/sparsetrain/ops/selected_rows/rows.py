@@ -70,7 +70,7 @@ class Rows:
     @cached_property
     def used_bk(self) -> Tensor | None:
         """bool [b, k]: slots that are used; None when all are."""
-        b, k = self.shape
+        k = self.shape[1]
         if all(count == k for count in self.counts):
             return None
         counts = torch.tensor(self.counts, device=self.index_bk.device)

@@ -1,0 +1,195 @@
+"""Functions on selected rows against the detach definition: fp64, odd sizes, ragged counts, packing, windows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsetrain.ops.selected_rows import (
+    KeyValues,
+    Rows,
+    keep,
+    replace_rows,
+    selected_attention,
+    selected_attention_reference,
+    selected_dropout,
+    selected_linear,
+    take_rows,
+)
+
+
+def rows_of(counts: tuple[int, ...], tokens: int, seed: int = 0) -> Rows:
+    generator = torch.Generator().manual_seed(seed)
+    return Rows.of([torch.randperm(tokens, generator=generator)[:n] for n in counts], tokens)
+
+
+def used(x: Tensor, rows: Rows) -> Tensor:
+    """[b, k, ...] -> [all used slots, ...]."""
+    return torch.cat([row[:n] for row, n in zip(x, rows.counts, strict=True)])
+
+
+@pytest.mark.parametrize("counts", [(5, 5), (7, 2), (0, 3), (11, 11), (1, 1)])
+def test_rows_know_what_is_selected(counts: tuple[int, ...]) -> None:
+    rows = rows_of(counts, 11)
+    assert rows.selected_bt.sum(1).tolist() == list(counts)
+    assert rows.everything == (counts == (11, 11))
+    x = torch.randn(2, 11, 3)
+    assert torch.equal(used(rows.gather(x), rows), x[rows.selected_bt])
+    assert torch.equal(rows.gather(x.flatten(0, 1)), rows.gather(x).flatten(0, 1))
+    assert torch.equal(rows.gather(x[:1]), rows.gather(x[:1].expand(2, -1, -1)))
+
+
+@pytest.mark.parametrize("positions", [[3, 3], [-1, 2], [0, 11]])
+def test_impossible_positions_are_refused(positions: list[int]) -> None:
+    with pytest.raises(ValueError, match="distinct and lie in"):
+        Rows.of([positions], 11)
+
+
+@pytest.mark.parametrize("counts", [(5, 5), (7, 2), (0, 3)])
+def test_taking_and_replacing_cut_the_gradient_of_other_rows(counts: tuple[int, ...]) -> None:
+    rows = rows_of(counts, 11)
+    x = torch.randn(2, 11, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 11, 3, dtype=torch.float64)
+    y = replace_rows(x.detach() * 2, take_rows(x, rows) * 2, rows)
+    assert torch.equal(y, x.detach() * 2)
+    (y * weight).sum().backward()
+    expected = torch.where(rows.selected_bt[:, :, None], 2 * weight, 0)
+    assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_takes_known_values_and_has_the_dense_gradient(transposed: bool, bias: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
+    w = torch.randn((7, 3) if transposed else (3, 7), dtype=torch.float64, requires_grad=True)
+    b = torch.randn(3, dtype=torch.float64, requires_grad=True) if bias else None
+
+    def run(*tensors: Tensor) -> Tensor:
+        with torch.no_grad():
+            known = F.linear(x, w.t() if transposed else w, b)
+        return selected_linear(*tensors, known=known, transposed=transposed)
+
+    inputs = [z for z in (x, w, b) if z is not None]
+    dense = F.linear(x, w.t() if transposed else w, b)
+    assert torch.equal(run(*inputs), dense)
+    weight = torch.randn_like(dense)
+    expected = torch.autograd.grad((dense * weight).sum(), inputs)
+    for found, grad in zip(torch.autograd.grad((run(*inputs) * weight).sum(), inputs), expected, strict=True):
+        torch.testing.assert_close(found, grad, rtol=1e-12, atol=1e-12)
+
+
+def test_linear_with_a_frozen_weight_saves_no_input() -> None:
+    x, w = torch.randn(4, 7, requires_grad=True), torch.randn(3, 7)
+    known = F.linear(x, w).detach()
+    saved: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        selected_linear(x, w, known=known)
+    assert saved == [(3, 7)]
+
+
+def test_dropout_uses_the_mask_that_was_drawn() -> None:
+    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    out, mask = torch.native_dropout(x.detach(), 0.4, True)
+    y = selected_dropout(x, mask, 1 / 0.6, known=out)
+    assert torch.equal(y, out)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, mask.double() / 0.6)
+
+
+ATTENTION = {
+    "causal": {"causal": True},
+    "bidirectional": {"causal": False},
+    "window": {"causal": True, "window": 9},
+    "local": {"causal": False, "window": 6},
+    "packed": {"causal": True, "segments": "packed"},
+    "padded left": {"causal": True, "segments": "left"},
+    "padded both ways": {"causal": False, "segments": "right"},
+    "packed window": {"causal": True, "window": 5, "segments": "packed"},
+}
+
+
+def segments_of(kind: str | None, b: int, t: int) -> Tensor | None:
+    if kind is None:
+        return None
+    segments = torch.ones(b, t, dtype=torch.int32)
+    if kind == "packed":
+        segments[0, 13:] = 2
+        segments[1, 30:] = 2
+    if kind == "left":
+        segments[1, :9] = 0
+    if kind == "right":
+        segments[1, -9:] = 0
+    return segments
+
+
+@pytest.mark.parametrize("name", list(ATTENTION))
+@pytest.mark.parametrize(("heads", "groups"), [(2, 2), (4, 2), (3, 1)])
+@pytest.mark.parametrize("counts", [(13, 13), (17, 4), (37, 37)])
+@pytest.mark.parametrize("known", [False, True])
+def test_attention_equals_the_detach_definition(
+    name: str, heads: int, groups: int, counts: tuple[int, ...], known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsetrain.ops.selected_rows.attention.TILE_ROWS", 6 * heads // groups)
+    form = dict(ATTENTION[name])
+    b, t, d = 2, 37, 5
+    segments = segments_of(form.pop("segments", None), b, t)
+    rows = rows_of(counts, t)
+    if segments is not None and (segments == 0).any():  # padding is never selected
+        rows = Rows.of([row[:n][segments[i, row[:n]] > 0] for i, (row, n) in enumerate(zip(rows.index_bk, counts))], t)
+    torch.manual_seed(1)
+    shapes = ((b, heads, t, d), (b, groups, t, d), (b, groups, t, d))
+    q, k, v = (torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes)
+    weight = torch.randn(b, t, heads, d, dtype=torch.float64)
+    dense = selected_attention_reference(
+        *(keep(x.transpose(1, 2), rows.selected_bt).transpose(1, 2) for x in (q, k, v)),
+        rows.selected_bt, scale=0.4, segments_bt=segments, **form,
+    ).transpose(1, 2)  # fmt: skip
+    expected = torch.autograd.grad((dense * weight)[rows.selected_bt].sum(), (q, k, v))
+    everything = KeyValues(k.detach(), v.detach(), form["causal"], 0.4, segments, form.get("window"))
+    q_s, k_s, v_s = (take_rows(x.transpose(1, 2), rows).transpose(1, 2) for x in (q, k, v))
+    values = rows.gather(dense.detach()).transpose(1, 2) if known else None
+    out = selected_attention(q_s, k_s, v_s, everything, rows, known=values).transpose(1, 2)
+    torch.testing.assert_close(used(out, rows), dense[rows.selected_bt].detach(), rtol=1e-12, atol=1e-12)
+    found = torch.autograd.grad((used(out, rows) * weight[rows.selected_bt]).sum(), (q, k, v))
+    for a, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+def test_attention_passes_gradcheck() -> None:
+    rows = rows_of((4, 4), 7)
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 2, 2, 7, 3, dtype=torch.float64)
+    index = rows.index_bk[:, None, :, None].expand(-1, 2, -1, 3)
+
+    def run(q: Tensor, k_s: Tensor, v_s: Tensor) -> Tensor:
+        # the selected keys stand among all keys, as they do in a model
+        k, v = keys.scatter(2, index, k_s.detach()), values.scatter(2, index, v_s.detach())
+        return selected_attention(q, k_s, v_s, KeyValues(k, v, True, 0.5), rows)
+
+    inputs = (torch.randn(2, 4, 4, 3, dtype=torch.float64), keys.gather(2, index), values.gather(2, index))
+    assert torch.autograd.gradcheck(run, tuple(x.requires_grad_() for x in inputs))
+
+
+def test_attention_reads_no_memory_that_it_did_not_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.empty_like", lambda x, **_: torch.full(x.shape, float("nan"), dtype=x.dtype))
+    rows = rows_of((5, 0), 9)
+    q, k, v = (torch.randn(2, 2, 5, 4, requires_grad=True) for _ in range(3))
+    everything = KeyValues(torch.randn(2, 2, 9, 4), torch.randn(2, 2, 9, 4), True, 0.5)
+    out = selected_attention(q, k, v, everything, rows)
+    out.sum().backward()
+    assert all(x.isfinite().all() for x in (out, q.grad, k.grad, v.grad))
+    assert not q.grad[1].any() and not k.grad[1].any()
+
+
+def test_a_single_token_at_the_start_attends_to_itself() -> None:
+    rows = Rows.of([[0]], 9)
+    k, v = torch.randn(2, 1, 2, 9, 4, dtype=torch.float64)
+    q = torch.randn(1, 2, 1, 4, dtype=torch.float64, requires_grad=True)
+    v_s = v[:, :, :1].clone().requires_grad_()
+    out = selected_attention(q, k[:, :, :1], v_s, KeyValues(k, v, True, 0.5), rows)
+    assert torch.equal(out, v[:, :, :1])
+    out.sum().backward()
+    assert torch.equal(v_s.grad, torch.ones_like(v_s)) and not q.grad.any()
