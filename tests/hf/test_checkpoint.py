@@ -160,13 +160,17 @@ def test_resuming_on_changed_data_is_an_error(tmp_path: Path) -> None:
 
 def test_nothing_to_resume_and_finished_runs(tmp_path: Path) -> None:
     recipe = runs.recipe(tmp_path)
-    with pytest.raises(CheckpointError, match="no checkpoint"):
+    with pytest.raises(CheckpointError, match="holds no run"):
         find_resumable(tmp_path / "out", recipe)
     finetune(recipe, write=False)
     with pytest.raises(CheckpointError, match="finished run"):
         resume(recipe)
     with pytest.raises(ValueError, match="is a file"):
         check_output(tmp_path / "text" / "0.txt", resume=False)
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "recipe.yaml").write_text("")
+    assert find_resumable(begun, recipe) is None  # stopped before its first checkpoint: starts afresh
 
 
 _SERVER = """

@@ -245,3 +245,17 @@ def test_a_named_backend_never_falls_back() -> None:
     with pytest.raises(Unsupported, match="on meta"):
         on_meta = [x.to("meta") for x in (*case.tensors(torch.float32), case.lists())]
         token_sparse_attention(*on_meta, backend="cpu")
+
+
+def test_a_clamp_beyond_every_score_changes_nothing_and_a_small_one_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, 140, 8, generator=generator, dtype=torch.float64) for h in (4, 2, 2))
+    keys = torch.randint(-1, 140, (1, 4, 140, 9), generator=generator)
+    keys[:, :, 3] = -1
+    q.requires_grad_()
+    wide = token_sparse_attention(q, k, v, keys, logit_clamp=100.0)
+    plain = token_sparse_attention(q, k, v, keys)
+    torch.testing.assert_close(wide, plain, rtol=1e-6, atol=1e-6)
+    (found,) = torch.autograd.grad(wide.sum(), q)
+    assert found.isfinite().all() and (found[:, :, 3] == 0).all()
+    assert (token_sparse_attention(q, k, v, keys, logit_clamp=0.5) - plain).abs().max() > 1e-2

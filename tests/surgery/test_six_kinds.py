@@ -70,7 +70,7 @@ def test_what_flows_between_blocks() -> None:
                 install=lambda m, t, name=block.name: install(m, t, name),
             )
             for block in anatomy.blocks
-            if config.takes(block.name, block.layer)
+            if config.takes(block.name, block.layer, len(anatomy.blocks))
         ]
 
     register_method(Flow, Method(edits=edits, site_names=lambda a: [b.name for b in a.blocks]))
@@ -106,7 +106,7 @@ def test_which_parameter_entries_are_updated() -> None:
 
             return parameter.register_post_accumulate_grad_hook(keep_chosen).remove, None
 
-        names = [n for n, axes in anatomy.axes.items() if "ffn" in axes and config.takes(n, 0)]
+        names = [n for n, axes in anatomy.axes.items() if "ffn" in axes and config.takes(n, 0, 1)]
         return [
             Edit(
                 config=config,

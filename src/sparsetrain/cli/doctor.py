@@ -27,7 +27,7 @@ REQUIRED = {
     "numpy": "",
     "pyyaml": "",
     "pydantic": "2.6",
-    "typer": "0.12",
+    "typer": "0.12.5",
     "rich": "13",
     "matplotlib": "3.8",
     "gguf": "0.16",

@@ -97,7 +97,7 @@ class Anatomy:
 
 Describe = Callable[[nn.Module], Anatomy]
 # module prefix of a model's class -> "module:function" of the adapter, imported when first needed
-_SOURCES: dict[str, str] = {}
+_SOURCES: dict[str, str] = {name: "sparsetrain.hf.anatomy:describe_model" for name in ("transformers", "peft")}
 
 
 def register_anatomy(module_prefix: str, function: str) -> None:

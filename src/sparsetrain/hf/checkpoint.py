@@ -79,14 +79,14 @@ def checkpoints(output: str | Path) -> list[Path]:
     return sorted(found, key=_step_of)
 
 
-def find_resumable(output: str | Path, recipe: Recipe, report: Report = silent) -> Checkpoint:
-    """The newest whole checkpoint of a run.
+def find_resumable(output: str | Path, recipe: Recipe, report: Report = silent) -> Checkpoint | None:
+    """The newest whole checkpoint of a run; None, with a note, if it was stopped before its first was whole.
 
     Interrupted checkpoints are passed over with a note. A checkpoint that was whole and is damaged now is an error, and
     so is one of another recipe.
 
     Raises:
-        CheckpointError: nothing to continue; a damaged file (named); another recipe (its keys named); a finished run.
+        CheckpointError: no run at all; a damaged file (named); another recipe (its keys named); a finished run.
     """
     output = Path(output)
     if (output / RESULT).is_file():
@@ -98,8 +98,10 @@ def find_resumable(output: str | Path, recipe: Recipe, report: Report = silent) 
             report({"event": "note", "text": f"{path} was interrupted while it was written; passing over it."})
             continue
         return _whole(path, recipe)
-    found = "no checkpoint" if not checkpoints(output) else "no whole checkpoint"
-    raise CheckpointError(f"{output} holds {found}, so there is nothing to resume. Start again without --resume.")
+    if not output.is_dir() or not any(output.iterdir()):
+        raise CheckpointError(f"{output} holds no run, so there is nothing to resume. Start without --resume.")
+    report({"event": "note", "text": f"{output} was stopped before its first checkpoint was whole; starting afresh."})
+    return None
 
 
 def _whole(path: Path, recipe: Recipe) -> Checkpoint:

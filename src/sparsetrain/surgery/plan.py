@@ -164,7 +164,7 @@ def _no_match(config: MethodConfig, anatomy: Anatomy, sites: Iterable[str]) -> s
     shown = ", ".join(sites[:3]) + (f", … {sites[-1]}" if len(sites) > 3 else "")
     return (
         f"{config.method!r} matches nothing in {anatomy.model_class} with targets={config.targets}, "
-        f"layers={config.layers}. Its sites there ({len(sites)}): {shown or 'none'}. Widen `targets` or `layers`."
+        f"layers={config.layers}, from_depth={config.from_depth}. Its sites there ({len(sites)}): {shown or 'none'}. Widen `targets` or `layers`."
     )
 
 

@@ -39,12 +39,14 @@ class Codebook(nn.Module):
 class PQSparseAttention(nn.Module):
     """What `module.sparse_attention` is on a converted attention."""
 
-    def __init__(self, config: PQAttention, site: AttentionSite, codewords: Tensor | None) -> None:
+    def __init__(
+        self, config: PQAttention, site: AttentionSite, codewords: Tensor | None, fitted: bool = True
+    ) -> None:
         super().__init__()
         self.config, self.site = config, site
         scopes = site.num_kv_heads if config.codebook_scope == "head" else 1
         self.codebook = Codebook(scopes, site.head_dim // SUBSPACE, config.num_codewords)
-        self.fitted = codewords is not None
+        self.fitted = codewords is not None and fitted
         if codewords is not None:
             with torch.no_grad():
                 self.codebook.weight.copy_(codewords)
@@ -62,7 +64,7 @@ class PQSparseAttention(nn.Module):
         codebook = self.codebook
         if hasattr(codebook, "modules_to_save"):  # PEFT trains a copy
             codebook = codebook.modules_to_save[codebook.active_adapters[0]]  # type: ignore[index, operator, union-attr]
-        return {"codebook": codebook.weight.detach()}
+        return {"codebook": codebook.weight.detach(), "fitted": torch.tensor(self.fitted)}
 
     def stats(self) -> dict[str, float]:
         return {name: float(value) for name, value in self.last.items()}
@@ -155,8 +157,7 @@ class PQSparseAttention(nn.Module):
             local_tokens=config.local_tokens,
             keep_first=config.keep_first,
         )
-        clamp = {} if config.logit_clamp is None else {"logit_clamp": config.logit_clamp}
-        return token_sparse_attention(q, k, v, keys, scale=scale, **clamp)
+        return token_sparse_attention(q, k, v, keys, scale=scale, logit_clamp=config.logit_clamp)
 
     def _kept_keys(self, segments_bs: Tensor | None, k_bgsd: Tensor) -> Tensor:
         """L of every token, [b, s], from the length of its own sequence."""

@@ -29,7 +29,7 @@ def edits(config: PQAttention, anatomy: Anatomy, model: nn.Module) -> list[Edit]
     found = []
     for block in anatomy.blocks:
         site = block.attention
-        if site is None or not config.takes(site.name, site.layer):
+        if site is None or not config.takes(site.name, site.layer, len(anatomy.blocks)):
             continue
         config.check_head(site.name, site.head_dim)
         if anatomy.install_attention is None:
@@ -88,7 +88,7 @@ def install(
     anatomy = describe(model)
     assert anatomy.install_attention is not None
     uninstall = anatomy.install_attention(model)
-    sparse = PQSparseAttention(config, site, tensors.get("codebook"))
+    sparse = PQSparseAttention(config, site, tensors.get("codebook"), bool(tensors.get("fitted", True)))
     # codewords are compared in fp32 whatever the model's dtype, so that all backends agree on codes
     sparse.to(next(module.parameters()).device).train(module.training)
     module.sparse_attention = sparse

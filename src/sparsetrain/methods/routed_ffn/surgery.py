@@ -28,7 +28,7 @@ def edits(config: RoutedFFN, anatomy: Anatomy, model: nn.Module) -> list[Edit]:
     found = []
     for block in anatomy.blocks:
         site = block.ffn
-        if site is None or not config.takes(site.name, site.layer):
+        if site is None or not config.takes(site.name, site.layer, len(anatomy.blocks)):
             continue
         if site.refused:
             raise ValueError(f"routed_ffn cannot take {site.name}: {site.refused}. Leave it out with `targets`.")

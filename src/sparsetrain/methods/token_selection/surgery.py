@@ -19,7 +19,7 @@ def edits(config: TokenSelection, anatomy: Anatomy, model: nn.Module) -> list[Ed
         ValueError: a block without attention (rows of a recurrence cannot be cut), attention dropout, or an adapter
             without a way into attention.
     """
-    taken = [block for block in anatomy.blocks if config.takes(block.name, block.layer)]
+    taken = [block for block in anatomy.blocks if config.takes(block.name, block.layer, len(anatomy.blocks))]
     for block in taken:
         _check(block, anatomy)
     causal = all(site.causal for site in anatomy.attentions)

@@ -18,6 +18,7 @@ def token_sparse_attention(
     keys_bhtl: Tensor,
     *,
     scale: float | None = None,
+    logit_clamp: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Softmax attention of every query over its listed keys: the "attend" step of SPT (arXiv 2312.10365).
@@ -42,6 +43,8 @@ def token_sparse_attention(
         keys_bhtl: integers [b, h, t, l] in 0 .. s - 1, in any order, -1 for an empty slot; a key named twice counts
             once.
         scale: of the scores; d ** -0.5 if None.
+        logit_clamp: clamp the scaled scores to ± this (the published code's substitute for subtracting the maximum;
+            scores beyond it get no gradient). Computed in checkpointed tiles, slower.
         backend: auto | reference | cpu | triton.
 
     Returns:
@@ -60,6 +63,8 @@ def token_sparse_attention(
     name = choose("token_sparse_attention", backend, {"cpu": reason, "reference": None})
     attend = cpu.attend if name == "cpu" else reference.attend
     factor = q_bhtd.shape[3] ** -0.5 if scale is None else scale
+    if logit_clamp is not None:
+        return reference.attend_clamped(q_bhtd, k_bgsd, v_bgsd, keys_bhtl, factor, logit_clamp)
     return attend(q_bhtd, k_bgsd, v_bgsd, keys_bhtl, factor)
 
 
