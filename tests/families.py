@@ -109,7 +109,10 @@ def _gpt2() -> nn.Module:
 def _gemma3() -> nn.Module:
     return Gemma3ForCausalLM(
         Gemma3TextConfig(
-            **_DECODER, head_dim=8, sliding_window=24, layer_types=["sliding_attention", "sliding_attention", "full_attention"]
+            **_DECODER,
+            head_dim=8,
+            sliding_window=24,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
         )
     )
 

@@ -15,7 +15,8 @@ SOURCE = Path(sparsetrain.__file__).parent
 def test_importing_the_package_imports_no_hugging_face_library_and_no_triton() -> None:
     code = (
         "import sys, sparsetrain; "
-        "print([m for m in ('transformers', 'peft', 'trl', 'datasets', 'accelerate', 'triton', 'matplotlib') if m in sys.modules])"
+        "names = ('transformers', 'peft', 'trl', 'datasets', 'accelerate', 'triton', 'matplotlib'); "
+        "print([name for name in names if name in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     # torch itself imports triton where it is installed

@@ -45,6 +45,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'sparsetrain' has no attribute {name!r}")
     import sparsetrain.methods  # noqa: F401  (enters every method in the registry)
+
     value = getattr(import_module(f"sparsetrain.{_HOMES[name]}"), name)
     globals()[name] = value
     return value

@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
-trl = pytest.importorskip("trl")
-
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -18,6 +15,7 @@ import sparsetrain
 from sparsetrain import PQAttention, RoutedFFN
 from tests.families import FAMILIES, VOCAB
 
+trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("default")
 
 

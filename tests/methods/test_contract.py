@@ -267,7 +267,9 @@ def test_no_match_and_double_claims_are_errors_that_change_nothing(method: str, 
 def test_generation_with_a_cache_equals_generation_without(family: str) -> None:
     case = FAMILIES[family]
     model = case.model()
-    convert(model, case, registered_methods()["routed_ffn"].example(), registered_methods()["pq_attention"].dense_limit())
+    convert(
+        model, case, registered_methods()["routed_ffn"].example(), registered_methods()["pq_attention"].dense_limit()
+    )
     batch = case.batch(2, 30)
     options = {"max_new_tokens": 6, "do_sample": False, "min_new_tokens": 6}
     with_cache = model.generate(**batch, **options, use_cache=True)

@@ -136,11 +136,13 @@ def describe_model(model: nn.Module) -> Anatomy:
     """
     blocks = [(name, module, row) for name, module in model.named_modules() if (row := _row(module)) is not None]
     if not blocks:
-        kinds = sorted({type(m).__name__ for _, m in model.named_modules() if type(m).__name__.endswith(("Layer", "Block"))})
+        kinds = sorted(
+            {type(m).__name__ for _, m in model.named_modules() if type(m).__name__.endswith(("Layer", "Block"))}
+        )
         raise UnknownFamily(
-            f"{type(model).__name__}: no block class is in the table of families. Found: {', '.join(kinds) or 'no blocks'}; "
-            f"known: {', '.join(FAMILIES)}. To add a family, add a row to FAMILIES in sparsetrain/hf/anatomy.py with the "
-            "places of its attention, FFN linears and norms."
+            f"{type(model).__name__}: no block class is in the table of families. Found: "
+            f"{', '.join(kinds) or 'no blocks'}; known: {', '.join(FAMILIES)}. To add a family, add a row to FAMILIES in "
+            "sparsetrain/hf/anatomy.py with the places of its attention, FFN linears and norms."
         )
     from sparsetrain.hf.attention import install_attention
 

@@ -1,7 +1,7 @@
 """The attention function and the mask function, registered as a pair under one name of ours.
 
-transformers asks the mask function for whatever the attention function wants as `attention_mask`. Ours returns segment
-ids [b, s]: 0 where a key is padding, else the number of the packed sequence it belongs to, or None when every key is
+transformers asks the mask function for whatever the attention function wants as `attention_mask`. Ours returns
+segment ids [b, s]: 0 where a key is padding, else the number of the packed sequence it belongs to, or None when every key is
 visible but for causality. That is n numbers where the built-in masks hold n². Causality and windows come from the module.
 """
 
@@ -57,7 +57,11 @@ def segments_mask(
     aligned = q_offset + q_length == kv_offset + kv_length
     starts = None
     expressible = aligned and not use_vmap
-    if expressible and q_length == kv_length and mask_function not in (causal_mask_function, bidirectional_mask_function):
+    if (
+        expressible
+        and q_length == kv_length
+        and mask_function not in (causal_mask_function, bidirectional_mask_function)
+    ):
         b = torch.arange(batch_size, device=device)[:, None]
         later = torch.arange(1, kv_length, device=device)[None] + kv_offset
         if kv_length > 1:

@@ -118,7 +118,7 @@ def sparsify(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Handle:
-    """Apply a recipe to `model` in place; the model keeps its class, so Trainer, PEFT and save_pretrained go on working.
+    """Apply a recipe to `model` in place; the model keeps its class, so Trainer, PEFT and save_pretrained work on.
 
     Args:
         model: the model; convert it before PEFT wraps it.

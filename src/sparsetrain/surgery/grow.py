@@ -44,15 +44,16 @@ def grow(model: nn.Module, config: MethodConfig, optimizer: torch.optim.Optimize
     Args:
         model: the model to grow.
         config: a growth config.
-        optimizer: the old model's Adam or AdamW. The new parameters take its place in it, and its state is carried over:
-            old entries keep their moments, new entries start at zero, `step` is kept.
+        optimizer: the old model's Adam or AdamW. The new parameters take its place in it, and its state is carried
+            over: old entries keep their moments, new entries start at zero, `step` is kept.
 
     Raises:
         ValueError: the config is not of a growth method, or the optimizer's state is not Adam's.
     """
     if config.method not in _GROWTHS:
         raise ValueError(
-            f"{config.method!r} changes a model in place; use sparsify(). Growth methods: {', '.join(_GROWTHS) or 'none yet'}."
+            f"{config.method!r} changes a model in place; use sparsify(). "
+            f"Growth methods: {', '.join(_GROWTHS) or 'none yet'}."
         )
     new, origins = _GROWTHS[config.method](config, model, describe(model))
     old_parameters = dict(model.named_parameters())
@@ -79,7 +80,7 @@ def carry_optimizer_state(
     by_old: dict[int, list[tuple[nn.Parameter, Origin]]] = {}
     for name, origin in origins.items():
         by_old.setdefault(id(old_parameters[origin.old]), []).append((new_parameters[name], origin))
-    carried: dict[nn.Parameter, dict[str, Any]] = {}
+    carried: dict[Tensor, dict[str, Any]] = {}
     for group in optimizer.param_groups:
         renewed = []
         for old in group["params"]:
@@ -89,13 +90,15 @@ def carry_optimizer_state(
                     carried[new] = _grown_state(optimizer.state[old], new)
         group["params"] = renewed
     optimizer.state.clear()
-    optimizer.state.update(carried)
+    optimizer.state.update(carried)  # type: ignore[call-overload]
 
 
 def _grown_state(state: dict[str, Any], new: nn.Parameter) -> dict[str, Any]:
     unknown = set(state) - {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
     if unknown:
-        raise ValueError(f"the optimizer keeps {sorted(unknown)}; only the state of Adam and AdamW can be carried over.")
+        raise ValueError(
+            f"the optimizer keeps {sorted(unknown)}; only the state of Adam and AdamW can be carried over."
+        )
     grown: dict[str, Any] = {}
     for name, value in state.items():
         if name == "step":

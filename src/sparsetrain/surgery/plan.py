@@ -61,7 +61,9 @@ class Method:
 
     edits: Callable[[Any, Anatomy, nn.Module], list[Edit]]
     site_names: Callable[[Anatomy], list[str]]
-    prepare: Callable[[nn.Module, list[Edit], list[dict[str, Tensor]], Callable[[str, float], None]], State] | None = None
+    prepare: Callable[[nn.Module, list[Edit], list[dict[str, Tensor]], Callable[[str, float], None]], State] | None = (
+        None
+    )
     modules_to_save: tuple[str, ...] = ()
 
 
@@ -110,7 +112,7 @@ class Plan:
 
     def __str__(self) -> str:
         head = ("site", "method", "MFLOP/token", "saved numbers/token", "added params", "note")
-        lines = [head]
+        lines: list[tuple[str, ...]] = [head]
         for row in self.rows():
             lines.append(
                 (
@@ -164,7 +166,8 @@ def _no_match(config: MethodConfig, anatomy: Anatomy, sites: Iterable[str]) -> s
     shown = ", ".join(sites[:3]) + (f", … {sites[-1]}" if len(sites) > 3 else "")
     return (
         f"{config.method!r} matches nothing in {anatomy.model_class} with targets={config.targets}, "
-        f"layers={config.layers}, from_depth={config.from_depth}. Its sites there ({len(sites)}): {shown or 'none'}. Widen `targets` or `layers`."
+        f"layers={config.layers}, from_depth={config.from_depth}. "
+        f"Its sites there ({len(sites)}): {shown or 'none'}. Widen `targets` or `layers`."
     )
 
 

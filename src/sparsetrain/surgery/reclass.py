@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
 
-@lru_cache(maxsize=None)
+@cache
 def _subclass(mixin: type, dense: type) -> type:
     name = f"{mixin.__name__}{dense.__name__}"
     return type(name, (mixin, dense), {"__module__": mixin.__module__, "mixin": mixin, "dense_class": dense})

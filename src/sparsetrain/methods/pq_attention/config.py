@@ -134,14 +134,16 @@ class PQAttention(MethodConfig, method="pq_attention"):
         if self.selection == "bucket4" and self.score != "match_count":
             raise ValueError(f"{name}: selection='bucket4' sorts match counts. Set score='match_count'.")
         if self.selection == "bucket4" and self.num_keys is not None and self.num_keys % 4:
-            raise ValueError(f"{name}: selection='bucket4' fills four classes, so num_keys={self.num_keys} % 4 must be 0.")
+            raise ValueError(
+                f"{name}: selection='bucket4' fills four classes, so num_keys={self.num_keys} % 4 must be 0."
+            )
 
     def check_head(self, site: str, head_dim: int) -> None:
         """Raise ValueError if a head width cannot be cut into sub-spaces."""
         if head_dim % SUBSPACE:
             raise ValueError(
-                f"pq_attention cannot take {site}: head width {head_dim} is not divisible by {SUBSPACE}, the width of a "
-                "sub-space. Leave this model's attention dense."
+                f"pq_attention cannot take {site}: head width {head_dim} is not divisible by {SUBSPACE}, the width of "
+                "a sub-space. Leave this model's attention dense."
             )
         if self.selection == "bucket4" and head_dim // SUBSPACE < 4:
             raise ValueError(

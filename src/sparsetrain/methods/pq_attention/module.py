@@ -1,12 +1,13 @@
 """PQ sparse attention inside a model: the codebooks, and what runs instead of dense attention.
 
-code(x)[m] = nearest codeword of sub-space m;  keep the L keys whose codes agree most with the query's;  softmax over them.
+code(x)[m] = nearest codeword of sub-space m;  keep the L keys whose codes score best for the query;  softmax over them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from sparsetrain.core.anatomy import AttentionSite
 from sparsetrain.methods.pq_attention.config import SUBSPACE, PQAttention
 from sparsetrain.ops.block_sparse_attention import block_sparse_attention
 from sparsetrain.ops.key_selection import Visibility, select_blocks, select_keys
-from sparsetrain.ops.product_quantization import codebook_loss, encode
+from sparsetrain.ops.product_quantization import codebook_loss
 from sparsetrain.ops.segments import align_segments
 from sparsetrain.ops.token_sparse_attention import token_sparse_attention
 from sparsetrain.surgery.auxiliary import attach_loss
@@ -39,9 +40,7 @@ class Codebook(nn.Module):
 class PQSparseAttention(nn.Module):
     """What `module.sparse_attention` is on a converted attention."""
 
-    def __init__(
-        self, config: PQAttention, site: AttentionSite, codewords: Tensor | None, fitted: bool = True
-    ) -> None:
+    def __init__(self, config: PQAttention, site: AttentionSite, codewords: Tensor | None, fitted: bool = True) -> None:
         super().__init__()
         self.config, self.site = config, site
         scopes = site.num_kv_heads if config.codebook_scope == "head" else 1
@@ -61,9 +60,9 @@ class PQSparseAttention(nn.Module):
         self.loss_scale = loss_scale
 
     def tensors(self) -> dict[str, Tensor]:
-        codebook = self.codebook
+        codebook: Any = self.codebook
         if hasattr(codebook, "modules_to_save"):  # PEFT trains a copy
-            codebook = codebook.modules_to_save[codebook.active_adapters[0]]  # type: ignore[index, operator, union-attr]
+            codebook = codebook.modules_to_save[codebook.active_adapters[0]]
         return {"codebook": codebook.weight.detach(), "fitted": torch.tensor(self.fitted)}
 
     def stats(self) -> dict[str, float]:
@@ -110,7 +109,6 @@ class PQSparseAttention(nn.Module):
         window: int | None,
     ) -> Tensor:
         config = self.config
-        blocks = {"block_q": config.block_q, "block_k": config.block_k}
         aligned = None
         if segments_bs is not None:
             aligned = align_segments(segments_bs, math.lcm(config.block_q, config.block_k))
@@ -127,10 +125,20 @@ class PQSparseAttention(nn.Module):
             distance=config.distance,
             local_tokens=config.local_tokens,
             keep_first=config.keep_first,
-            **blocks,
+            block_q=config.block_q,
+            block_k=config.block_k,
         )
         out = block_sparse_attention(
-            q, k, v, lists, causal=causal, scale=scale, segments_bs=segments_bs, window=window, **blocks
+            q,
+            k,
+            v,
+            lists,
+            block_q=config.block_q,
+            block_k=config.block_k,
+            causal=causal,
+            scale=scale,
+            segments_bs=segments_bs,
+            window=window,
         )
         return out if aligned is None else aligned.scatter(out)
 

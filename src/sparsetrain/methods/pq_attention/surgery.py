@@ -33,11 +33,13 @@ def edits(config: PQAttention, anatomy: Anatomy, model: nn.Module) -> list[Edit]
             continue
         config.check_head(site.name, site.head_dim)
         if anatomy.install_attention is None:
-            raise ValueError(f"pq_attention cannot take {site.name}: the anatomy of {anatomy.model_class} has no way in.")
+            raise ValueError(
+                f"pq_attention cannot take {site.name}: the anatomy of {anatomy.model_class} has no way in."
+            )
         if site.dropout > 0:
             raise ValueError(
-                f"pq_attention cannot take {site.name}: attention dropout is {site.dropout}, and no sparse attention has "
-                "it. Load the model with attention dropout 0 (attention_dropout=0.0; BERT and ViT: "
+                f"pq_attention cannot take {site.name}: attention dropout is {site.dropout}, and no sparse attention "
+                "has it. Load the model with attention dropout 0 (attention_dropout=0.0; BERT and ViT: "
                 "attention_probs_dropout_prob=0.0; GPT-2: attn_pdrop=0.0)."
             )
         found.append(

@@ -66,9 +66,9 @@ class Routing(nn.Module):
         self.loss_scale = loss_scale
 
     def tensors(self) -> dict[str, Tensor]:
-        router = self.router
+        router: Any = self.router
         if hasattr(router, "modules_to_save"):  # PEFT trains a copy
-            router = router.modules_to_save[router.active_adapters[0]]  # type: ignore[index, operator, union-attr]
+            router = router.modules_to_save[router.active_adapters[0]]
         found = {f"router.{name}": value.detach() for name, value in router.named_parameters()}
         if self.order is not None:
             found["order"] = self.order
@@ -109,7 +109,8 @@ class Routing(nn.Module):
             num_shared=self.num_shared,
             num_blocks=config.num_blocks,
             activation=site.activation,
-            gate_mode=config.gated_by,
+            # rescaled gates are no longer 1, so they count as an output gate
+            gate_mode="output" if config.gated_by == "ste" and config.rescale else config.gated_by,
             up_lora=up.lora,
             gate_lora=gate.lora if gate else None,
             down_lora=down.lora,

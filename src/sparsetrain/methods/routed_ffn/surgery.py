@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import Anatomy, FFNSite, Undo, submodule
 from sparsetrain.core.cost import Cost, ffn_cost
-from sparsetrain.methods.routed_ffn.config import RoutedFFN
 from sparsetrain.methods.routed_ffn.calibrate import convert_sites
+from sparsetrain.methods.routed_ffn.config import RoutedFFN
 from sparsetrain.methods.routed_ffn.module import NotesPadding, Routed, Router, Routing
 from sparsetrain.methods.routed_ffn.permute import permute_units
 from sparsetrain.ops.routed_ffn import ACTIVATIONS
@@ -34,7 +34,8 @@ def edits(config: RoutedFFN, anatomy: Anatomy, model: nn.Module) -> list[Edit]:
             raise ValueError(f"routed_ffn cannot take {site.name}: {site.refused}. Leave it out with `targets`.")
         if site.activation not in ACTIVATIONS:
             raise ValueError(
-                f"routed_ffn cannot take {site.name}: activation {site.activation!r} is not one of {sorted(ACTIVATIONS)}."
+                f"routed_ffn cannot take {site.name}: activation {site.activation!r} is not one of "
+                f"{sorted(ACTIVATIONS)}."
             )
         config.split(site.ffn_size)
         found.append(
