@@ -170,7 +170,8 @@ def main() -> None:
             ratio = "{ratio_median:5.2f} [{ratio_q1:.2f}, {ratio_q3:.2f}]".format(**result)
         print(f"{result['op']:24} {case.name:26} {ratio} {result['verdict']}", flush=True)
         if arguments.json:  # written after every case: a run that is cut short still counts
-            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+            path = arguments.json / "attention.json" if arguments.json.is_dir() else arguments.json
+            path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

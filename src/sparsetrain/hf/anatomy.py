@@ -140,9 +140,9 @@ def describe_model(model: nn.Module) -> Anatomy:
             {type(m).__name__ for _, m in model.named_modules() if type(m).__name__.endswith(("Layer", "Block"))}
         )
         raise UnknownFamily(
-            f"{type(model).__name__}: no block class is in the table of families. Found: "
-            f"{', '.join(kinds) or 'no blocks'}; known: {', '.join(FAMILIES)}. To add a family, add a row to FAMILIES in "
-            "sparsetrain/hf/anatomy.py with the places of its attention, FFN linears and norms."
+            f"{type(model).__name__}: no block class is in the table of families. "
+            f"Found: {', '.join(kinds) or 'no blocks'}; known: {', '.join(FAMILIES)}. To add a family, add a row to "
+            "FAMILIES in sparsetrain/hf/anatomy.py with the places of its attention, FFN linears and norms."
         )
     from sparsetrain.hf.attention import install_attention
 

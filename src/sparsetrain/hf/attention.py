@@ -1,8 +1,9 @@
 """The attention function and the mask function, registered as a pair under one name of ours.
 
 transformers asks the mask function for whatever the attention function wants as `attention_mask`. Ours returns
-segment ids [b, s]: 0 where a key is padding, else the number of the packed sequence it belongs to, or None when every key is
-visible but for causality. That is n numbers where the built-in masks hold n². Causality and windows come from the module.
+segment ids [b, s]: 0 where a key is padding, else the number of the packed sequence it belongs to, or None when every
+key is visible but for causality. That is n numbers where the built-in masks hold n². Causality and windows come from
+the module.
 """
 
 from __future__ import annotations
