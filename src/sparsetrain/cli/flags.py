@@ -85,7 +85,7 @@ FLAGS: dict[str, Flag] = {
         Flag("preset", "spt|spt-paper|dense", "spt", SPARSE, "A ready set of methods."),
         Flag("methods", "NAME:KEY=VALUE,...", "", SPARSE, "A sparse method; repeat for several. Given without "
              "--preset, it replaces the default one.", list[str], "--method"),
-        Flag("calibration_tokens", INT, "4096", SPARSE, "Training tokens that the conversion is fitted on."),
+        Flag("calibration_tokens", INT, "8192", SPARSE, "Training tokens that the conversion is fitted on."),
         Flag("compare", "none|dense", "none", SPARSE, "dense: also train dense LoRA, step by step beside, and report "
              "who won where. Takes twice the time."),
         Flag("lora_r", INT, "16", TRAIN, "Rank of LoRA; 0 trains all weights."),

@@ -20,7 +20,7 @@ from sparsetrain.core.config import MethodConfig, method_config, suggest
 from sparsetrain.methods import PQAttention, RoutedFFN
 
 PRESETS: dict[str, tuple[MethodConfig, ...]] = {
-    "spt": (PQAttention(keep_ratio=0.25, from_depth=0.45), RoutedFFN.converted()),
+    "spt": (PQAttention(keep_ratio=0.25, block_q=64, block_k=16, from_depth=0.45), RoutedFFN.converted()),
     "spt-paper": (PQAttention.paper(), RoutedFFN.paper()),
     "dense": (),
 }
@@ -79,8 +79,8 @@ class Recipe(BaseModel):
     methods: list[dict[str, Any]] = Field(default_factory=list)
     """Sparse methods, each {method: name, key: value}; on the command line name:key=value,key=value. Without methods
     and preset: the preset spt. An empty list: dense."""
-    calibration_tokens: int = Field(4096, ge=0)
-    """Training tokens from which the conversion learns (clusters, router, codebooks)."""
+    calibration_tokens: int = Field(8192, ge=0)
+    """Training tokens from which the conversion learns (clusters, router, codebooks), spread over the data."""
     compare: Literal["none", "dense"] = "none"
     """dense: also train the strongest dense baseline beside, step by step in turns, and report both."""
     save_every: int = Field(50, ge=0)

@@ -1,0 +1,61 @@
+"""Write the tables of docs/results.md from the result files: `python bench/report.py`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent
+PAGE = ROOT.parent / "docs" / "results.md"
+
+
+def attention(results: dict[str, Any]) -> list[str]:
+    lines = ["| case | dense / ours | quartiles | choosing blocks, ms | verdict |", "| --- | --- | --- | --- | --- |"]
+    for row in results["results"]:
+        lines.append(
+            f"| {row['case_id']} | {row['median']:.2f} | {row['q1']:.2f}–{row['q3']:.2f} | {row['selection_ms']:.0f} "
+            f"| {row['verdict']} |"
+        )
+    return lines
+
+
+def ffn(results: dict[str, Any]) -> list[str]:
+    lines = ["| shape | tokens | blocks, active | β | dense / ours | share of 1/β | verdict |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    for row in results["results"]:
+        shape = row["shape"]
+        lines.append(
+            f"| {shape['name']}: d {shape['d']}, f {shape['f']}, {shape['shared']} always on | {shape['tokens']:,} "
+            f"| {shape['blocks']}, {shape['active']} | {row['keep_ratio_executed']:.2f} | {row['ratio_median']:.2f} "
+            f"| {row['efficiency']:.2f} | {row['verdict']} |"
+        )
+    return lines
+
+
+def main() -> None:
+    page = PAGE.read_text()
+    for name, table in (("selected_attention", attention), ("routed_ffn", ffn)):
+        file = ROOT / "results" / f"{name}.json"
+        if not file.exists():
+            print(f"{file.name} is not there; its table is left as it is")
+            continue
+        results = json.loads(file.read_text())
+        machine = results["machine"]
+        origin = f"{machine.get('cpu', 'CPU')}, commit {machine.get('commit', 'not recorded')}."
+        body = "\n".join([*table(results), "", origin])
+            [
+                *table(results),
+                "",
+                f"{results['machine'].get('cpu', 'CPU')}, commit {results['machine'].get('commit', 'not recorded')}.",
+            ]
+        )
+        marked = f"<!-- {name} -->\n{body}\n<!-- /{name} -->"
+        page, count = re.subn(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, m=marked: m, page, flags=re.S)
+        assert count == 1, f"docs/results.md has no place for {name}"
+    PAGE.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
