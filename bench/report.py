@@ -45,12 +45,6 @@ def main() -> None:
         machine = results["machine"]
         origin = f"{machine.get('cpu', 'CPU')}, commit {machine.get('commit', 'not recorded')}."
         body = "\n".join([*table(results), "", origin])
-            [
-                *table(results),
-                "",
-                f"{results['machine'].get('cpu', 'CPU')}, commit {results['machine'].get('commit', 'not recorded')}.",
-            ]
-        )
         marked = f"<!-- {name} -->\n{body}\n<!-- /{name} -->"
         page, count = re.subn(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, m=marked: m, page, flags=re.S)
         assert count == 1, f"docs/results.md has no place for {name}"

@@ -159,7 +159,7 @@ def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> Da
         return load_sft(source, tokenizer, recipe.seq_len, max_rows=rows, **common)
     # calibration rows are spread over eight times as many: on 8,192 tokens from 4 places a conversion cost 1.47 times
     # the perplexity of other files, from 8 places 1.16
-    calibration_rows = 8 * -(-recipe.calibration_tokens // recipe.seq_len) if recipe.methods else 0
+    calibration_rows = 8 * -(-recipe.calibration_tokens // recipe.seq_len)
     return load_text(
         source,
         tokenizer,

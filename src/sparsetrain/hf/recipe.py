@@ -20,7 +20,7 @@ from sparsetrain.core.config import MethodConfig, method_config, suggest
 from sparsetrain.methods import PQAttention, RoutedFFN
 
 PRESETS: dict[str, tuple[MethodConfig, ...]] = {
-    "spt": (PQAttention(keep_ratio=0.25, block_q=64, block_k=16, from_depth=0.45), RoutedFFN.converted()),
+    "spt": (PQAttention(keep_ratio=0.25, block_q=64, block_k=16, from_depth=0.7), RoutedFFN.converted()),
     "spt-paper": (PQAttention.paper(), RoutedFFN.paper()),
     "dense": (),
 }
