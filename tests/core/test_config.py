@@ -56,7 +56,7 @@ def test_targets_and_layers() -> None:
     config = RoutedFFN(targets=("model.layers.1*",), layers=(1, 11))
     assert [config.takes(f"model.layers.{i}.mlp", i, 12) for i in (0, 1, 10, 11)] == [False, True, False, True]
     assert RoutedFFN(targets=["model.layers.3"]).takes("model.layers.3.mlp", 3, 12)
-    assert [RoutedFFN(from_depth=0.5).takes("x", i, 5) for i in range(5)] == [False, False, False, True, True]
+    assert [RoutedFFN(from_depth=0.5).takes("x", i, 5) for i in range(5)] == [False, False, True, True, True]
 
 
 def test_every_method_has_a_dense_limit_and_an_example() -> None:

@@ -22,7 +22,7 @@ class MethodConfig:
     Args:
         targets: patterns (`*` and `?`) on the names of sites, e.g. `model.layers.3.*`. A site is taken if any matches.
         layers: indices of the blocks to take, counted from 0; None takes all that `targets` match.
-        from_depth: blocks before this share of the depth stay dense; 0.5 takes the second half. In the models measured,
+        from_depth: blocks before this share of the depth stay dense; the last block is always taken. In what we measured,
             early blocks cost the most quality.
     """
 
@@ -67,7 +67,7 @@ class MethodConfig:
 
     def takes(self, site_name: str, layer: int, num_layers: int) -> bool:
         """Does this config ask for that site, in block `layer` of `num_layers`?"""
-        if layer < self.from_depth * num_layers or (self.layers is not None and layer not in self.layers):
+        if layer < self.from_depth * (num_layers - 1) or (self.layers is not None and layer not in self.layers):
             return False
         return any(fnmatchcase(site_name, p) or fnmatchcase(site_name, f"{p}.*") for p in self.targets)
 
