@@ -22,8 +22,8 @@ class MethodConfig:
     Args:
         targets: patterns (`*` and `?`) on the names of sites, e.g. `model.layers.3.*`. A site is taken if any matches.
         layers: indices of the blocks to take, counted from 0; None takes all that `targets` match.
-        from_depth: blocks before this share of the depth stay dense; the last block is always taken. In what we measured,
-            early blocks cost the most quality.
+        from_depth: blocks before this share of the depth stay dense; the last block is always taken. In what we
+            measured, early blocks cost the most quality.
     """
 
     method: ClassVar[str]
