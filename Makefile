@@ -46,5 +46,8 @@ bench: setup ## measure the committed cases on this machine and rewrite the tabl
 	$(PY) bench/ops/routed_ffn.py --json bench/results
 	$(PY) bench/report.py
 
+docs: setup ## rewrite the docs' tables from the result files
+	$(PY) bench/report.py
+
 clean: ## remove the environment and runs
 	rm -rf $(VENV) runs
