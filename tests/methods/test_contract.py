@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 import sparsetrain
+import sparsetrain.methods  # enters every method in the registry
 from sparsetrain.core.config import MethodConfig, registered_methods
 from tests.families import FAMILIES, LAYERS, Family
 
 METHODS = list(registered_methods())
+assert METHODS, "no method is registered, so nothing would be tested"
 CAUSAL = [name for name, family in FAMILIES.items() if family.causal]
 TEXT = [name for name, family in FAMILIES.items() if not family.vision]
 both = pytest.mark.parametrize("method", METHODS)
