@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsetrain.methods.routed_ffn.convert import FFNWeights, choose_layers, convert_ffn
+from sparsetrain.methods.routed_ffn.convert import FFNWeights, convert_ffn
 from sparsetrain.methods.routed_ffn.partition import always_on
 from sparsetrain.methods.routed_ffn.regression import Ridge, with_constant
 
@@ -168,14 +168,3 @@ def test_leading_directions_at_full_rank_are_the_whole_map() -> None:
     slope_po = ridge.fit(y_no)
     a_rd, b_dr = ridge.leading(slope_po, slice(0, 4), 3)
     torch.testing.assert_close((b_dr @ a_rd).T, slope_po[:4])
-
-
-def test_layers_are_chosen_by_what_they_save_for_their_loss() -> None:
-    loss_l = {0: 0.4, 1: 0.05, 2: 0.02, 3: -0.01, 4: 0.01}
-    even_l = dict.fromkeys(loss_l, 1.0)
-    assert choose_layers(loss_l, even_l, 0.03) == [2, 3, 4]
-    assert choose_layers(loss_l, even_l, 0.029) == [3, 4], "layer 3's gain is noise and buys no room"
-    assert choose_layers(loss_l, {**even_l, 4: 0.0}, 1.0) == [0, 1, 2, 3]
-    assert choose_layers(loss_l, {**even_l, 1: 10.0}, 0.05) == [1, 3]
-    with pytest.raises(ValueError, match=r"layers \[4\]"):
-        choose_layers({0: 0.1}, {0: 1.0, 4: 1.0}, 0.1)

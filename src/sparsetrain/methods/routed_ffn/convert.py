@@ -179,34 +179,6 @@ def default_weight(y_nd: Tensor) -> Tensor:
     return 1 / (size_n + size_n.median() + 1e-30)
 
 
-def choose_layers(loss_l: dict[int, float], saved_l: dict[int, float], max_loss: float) -> list[int]:
-    """Layers to convert: most saved for each nat lost first, while the losses add up to at most `max_loss`.
-
-    Losses of single layers are taken as additive. On SmolLM2-135M, layers 14..29 at half the units, they add up to
-    0.126 nats and cost 0.144 together: leave a fifth of the budget for that.
-
-    Args:
-        loss_l: layer -> rise of the loss in nats when that layer alone is converted, measured on held-out text.
-            `relative_error` cannot stand in for it: layer 29 has the smallest (0.005) and costs most (0.0215 nats).
-        saved_l: layer -> what its conversion saves, in any unit.
-        max_loss: nats; log(1.25) is a perplexity 1.25 times the dense one.
-
-    Raises:
-        ValueError: the two name different layers.
-    """
-    if loss_l.keys() != saved_l.keys():
-        odd = sorted(loss_l.keys() ^ saved_l.keys())
-        raise ValueError(f"layers {odd} have a loss or a saving, not both. Give both for each layer.")
-    useful = [layer for layer in loss_l if saved_l[layer] > 0]
-    chosen, total = [], 0.0
-    for layer in sorted(useful, key=lambda layer: (max(loss_l[layer], 1e-6) / saved_l[layer], layer)):
-        # a layer that seems to help (noise of the measurement) must not buy room for another
-        if total + max(loss_l[layer], 0.0) <= max_loss:
-            chosen.append(layer)
-            total += max(loss_l[layer], 0.0)
-    return sorted(chosen)
-
-
 def _fit_router(x_nd: Tensor, root_ng: Tensor) -> tuple[Tensor, Tensor]:
     """Weight [g, d] and bias [g] whose logits order the blocks as the fitted roots of their energies do."""
     ridge = Ridge(with_constant(x_nd), torch.ones_like(x_nd[:, 0]))
