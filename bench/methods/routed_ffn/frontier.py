@@ -1,0 +1,173 @@
+"""What converting SmolLM2's FFNs costs in perplexity and gives in time: one row a configuration.
+
+    python bench/methods/routed_ffn/frontier.py --json bench/results              # all rows, perplexity and time
+    python bench/methods/routed_ffn/frontier.py --json bench/results --only time  # or: convert, sensitivity
+    python bench/methods/routed_ffn/frontier.py --json bench/results --rows half-fine,demo
+
+Perplexity: held-out Python source, windows of 1,024 tokens, before any training. Time: forward and backward of one
+converted FFN under LoRA, router and compensation included, against the same dense FFN under LoRA, in turns. The result
+file is read back, so a run that was stopped goes on. Training is measured by `sparsetrain finetune`; see docs/log.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from sparsetrain import RoutedFFN, sparsify
+from sparsetrain.hf import assemble
+from sparsetrain.hf.evaluate import evaluate
+from sparsetrain.hf.recipe import Recipe
+from sparsetrain.hf.trainer import silent
+from sparsetrain.measure.machine import describe_machine
+from sparsetrain.measure.timing import compare
+from sparsetrain.surgery.sensitivity import layer_losses
+
+NAME = "routed_ffn_frontier"
+LATER = tuple(range(14, 30))
+CHOSEN = (*range(3, 8), *range(9, 19), *range(20, 25), *range(26, 29))  # what the sensitivities leave
+ALL = tuple(range(30))
+
+
+def row(active: int, blocks: int, shared: float, layers: tuple[int, ...], rank: int = 96, **more: Any) -> RoutedFFN:
+    return RoutedFFN.converted(
+        num_active=active,
+        num_blocks=blocks,
+        shared_ratio=shared,
+        layers=layers,
+        from_depth=0.0,
+        compensation_rank=rank,
+        **more,
+    )
+
+
+ROWS: dict[str, RoutedFFN] = {
+    "demo": row(1, 4, 1 / 2, CHOSEN),
+    "all-5/8": row(1, 4, 1 / 2, ALL),
+    "all-half": row(1, 8, 3 / 7, ALL, rank=128),
+    "all-half-coarse": row(1, 4, 1 / 3, ALL),
+    "later-half-8": row(2, 8, 1 / 3, LATER, rank=64),
+    "later-half-4": row(1, 4, 1 / 3, LATER),
+    "later-5/8": row(1, 4, 1 / 2, LATER),
+    "later-half-32": row(8, 32, 1 / 3, LATER),
+    "later-half-no-shared": row(4, 8, 0.0, LATER),
+    "later-quarter": row(1, 16, 1 / 5, LATER, rank=128),
+    "later-half-mean": row(2, 8, 1 / 3, LATER, compensation="mean"),
+    "later-half-contiguous": RoutedFFN(num_blocks=8, num_active=4, layers=LATER),
+    "all-half-contiguous": RoutedFFN(num_blocks=8, num_active=4, layers=ALL),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True, help="folder of the result file")
+    parser.add_argument("--only", choices=["convert", "time", "sensitivity"])
+    parser.add_argument("--rows", help=f"comma-separated; all if not given: {', '.join(ROWS)}")
+    parser.add_argument("--tokens", default="1024,2048,4096", help="tokens of the timed FFN")
+    parser.add_argument("--threads", type=int, default=2)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    file = asked.json / f"{NAME}.json"
+    found = json.loads(file.read_text()) if file.exists() else {"name": NAME, "rows": {}}
+    found["machine"] = describe_machine().to_dict()
+    names = asked.rows.split(",") if asked.rows else list(ROWS)
+    model_and_rows = Opened()
+    for name in names:
+        entry = found["rows"].setdefault(name, {})
+        entry["config"] = _values(ROWS[name])
+        if asked.only in (None, "convert") and "times_dense" not in entry:
+            entry |= model_and_rows.quality(ROWS[name])
+        if asked.only in (None, "time"):
+            for tokens in map(int, asked.tokens.split(",")):
+                entry.setdefault("speedup", {})[str(tokens)] = model_and_rows.speedup(ROWS[name], tokens)
+        if asked.only == "sensitivity":
+            entry["layer_losses"] = model_and_rows.sensitivity(ROWS[name])
+        print(name, {key: value for key, value in entry.items() if key != "config"}, flush=True)
+        _write(file, found)
+
+
+class Opened:
+    """SmolLM2 with rows for calibration and evaluation, opened when first needed."""
+
+    def __init__(self) -> None:
+        recipe = Recipe(
+            model="smollm2-135m",
+            data="python-stdlib",
+            preset="dense",
+            seq_len=1024,
+            calibration_tokens=16384,
+            eval_tokens=8192,
+        )
+        self.parts = assemble.open_parts(recipe, silent)
+        self.model, _ = assemble.load_model(self.parts)
+        self.calibration = assemble.calibration_batches(self.parts)
+        self.dense = self._loss()
+
+    def _loss(self) -> float:
+        bundle = self.parts.bundle
+        assert bundle.eval is not None
+        return evaluate(self.model, bundle.eval, bundle.collate_fn, max_tokens=self.parts.recipe.eval_tokens).loss
+
+    def quality(self, config: RoutedFFN) -> dict[str, float]:
+        began = time.perf_counter()
+        handle = sparsify(self.model, config, calibration=self.calibration)
+        seconds = time.perf_counter() - began
+        handle.step(1, 1)
+        loss = self._loss()
+        handle.restore()
+        return {
+            "dense_perplexity": math.exp(self.dense),
+            "perplexity": math.exp(loss),
+            "times_dense": math.exp(loss - self.dense),
+            "conversion_s": round(seconds, 1),
+        }
+
+    def sensitivity(self, config: RoutedFFN) -> dict[int, float]:
+        bundle = self.parts.bundle
+        assert bundle.eval is not None
+        held_out = [bundle.collate_fn([bundle.eval[i]]) for i in range(3)]
+        return layer_losses(self.model, config, held_out, calibration=self.calibration)
+
+    def speedup(self, config: RoutedFFN, tokens: int) -> dict[str, Any]:
+        """Layer 20, converted on two rows, beside layer 21, left dense; both in PEFT's LoRA, base frozen."""
+        handle = sparsify(
+            self.model, dataclasses.replace(config, layers=(20,)), calibration=(self.calibration or [])[:2]
+        )
+        handle.step(1, 1)
+        lora = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", modules_to_save=handle.modules_to_save)
+        model: Any = get_peft_model(self.model, lora).train()
+        sparse, dense = (model.base_model.model.model.layers[i].mlp for i in (20, 21))
+        x, grad = torch.randn(2, 1, tokens, 576)
+        x.requires_grad_()
+        found = compare(lambda: dense(x).backward(grad), lambda: sparse(x).backward(grad), rounds=9)
+        model.unload()
+        handle.restore()
+        return {
+            "median": round(found.median, 3),
+            "quartiles": [round(found.q1, 3), round(found.q3, 3)],
+            "dense_ms": round(1e3 * statistics.median(found.baseline_s), 1),
+        }
+
+
+def _values(config: RoutedFFN) -> dict[str, Any]:
+    return config.to_dict() | {"active_ratio": round(config.active_ratio, 3)}
+
+
+def _write(file: Path, found: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(found, indent=1) + "\n")
+    part.replace(file)
+
+
+if __name__ == "__main__":
+    main()
