@@ -262,3 +262,19 @@ def test_disk_full(llama: Path, text: Path, tmp_path: Path) -> None:
     assert "File too large" in done.stderr
     assert not (tmp_path / "run" / "adapter").exists()
     assert not [path for path in (tmp_path / "run").rglob("manifest.json")]
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("keep_ratio=0", ("keep_ratio=0", "(0, 1]")),
+        ("keep_ratio=1.5", ("keep_ratio=1.5", "(0, 1]")),
+        ("keep_ratio=0.3,num_tokens=4", ("keep_ratio=0.3", "num_tokens=4", "Give one")),
+        ("num_tokens=0", ("num_tokens=0", "at least 1")),
+        ("policy=best", ("best", "random")),
+        ("unbiased=true,policy=loss", ("unbiased", "random")),
+        ("num_tokens=40", ("num_tokens=40", "32 tokens", "keep_ratio")),
+    ],
+)
+def test_a_selection_that_cannot_be_made(train, tmp_path: Path, method: str, words: tuple[str, ...]) -> None:
+    refused(train(method=f"token_selection:{method}"), tmp_path / "run", *words)

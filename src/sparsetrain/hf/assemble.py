@@ -78,7 +78,7 @@ ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout
 
 
 def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...]) -> tuple[str, Any]:
-    """(path, config) of the recipe's model, with attention dropout off where `configs` make attention sparse.
+    """(path, config) of the recipe's model, with attention dropout off where `configs` take attention.
 
     Raises:
         ValueError: no such model, or `seq_len` is longer than its context.
@@ -94,9 +94,10 @@ def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...
             f"seq_len={recipe.seq_len} is longer than the context of {recipe.model}, {context} tokens. Lower it."
         )
     dropped = [name for name in ATTENTION_DROPOUT if getattr(config, name, 0)]
-    if dropped and _attention_is_sparse(config, recipe.task, configs):
+    if dropped and _attention_is_taken(config, recipe.task, configs):
         for name in dropped:
-            report({"event": "note", "text": f"{name} {getattr(config, name)} -> 0: sparse attention has no dropout."})
+            why = f"attention has no dropout under {', '.join(method.method for method in configs)}"
+            report({"event": "note", "text": f"{name} {getattr(config, name)} -> 0: {why}."})
             setattr(config, name, 0.0)
     return path, config
 
@@ -110,12 +111,13 @@ def context_length(config: Any) -> int | None:
     return None
 
 
-def _attention_is_sparse(config: Any, task: str, configs: tuple[MethodConfig, ...]) -> bool:
+def _attention_is_taken(config: Any, task: str, configs: tuple[MethodConfig, ...]) -> bool:
+    """Does a method take an attention, or a block with the attention in it?"""
     if not configs:
         return False
     anatomy = describe(empty_model(config, task))
-    attentions = {site.name for site in anatomy.attentions}
-    return any(attentions & set(method_of(method).site_names(anatomy)) for method in configs)
+    sites = [site for method in configs for site in method_of(method).site_names(anatomy)]
+    return any(f"{attention.name}.".startswith(f"{site}.") for attention in anatomy.attentions for site in sites)
 
 
 def empty_model(config: Any, task: str) -> Any:
