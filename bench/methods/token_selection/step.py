@@ -189,8 +189,11 @@ def memory(cell: str, args: argparse.Namespace) -> dict[str, Any]:
     command += [] if args.layers is None else ["--layers", str(args.layers)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     row = {"case_id": f"C1 memory {cell}", "part": "memory", "layers": args.layers, **json.loads(out.splitlines()[-1])}
-    print(f"{row['case_id']:34} saved {row['saved_bytes'] / 2**20:7.0f} MiB  blocks {row['block_bytes'] / 2**20:7.0f}  "
-          f"peak {row['peak_bytes'] / 2**20:7.0f} MiB (model {row['model_bytes'] / 2**20:.0f})", flush=True)  # fmt: skip
+    saved, blocks, peak, model = (row[f"{name}_bytes"] / 2**20 for name in ("saved", "block", "peak", "model"))
+    print(
+        f"{row['case_id']:34} saved {saved:.0f} MiB (blocks {blocks:.0f}), peak {peak:.0f} (model {model:.0f})",
+        flush=True,
+    )
     return row
 
 

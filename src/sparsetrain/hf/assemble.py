@@ -31,6 +31,7 @@ from sparsetrain.hf.data import DataBundle, load_classify, load_sft, load_text
 from sparsetrain.hf.io import model_not_found
 from sparsetrain.hf.recipe import Recipe
 from sparsetrain.hf.trainer import Report
+from sparsetrain.methods import TokenSelection
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.plan import Plan, method_of, plan
 
@@ -155,10 +156,12 @@ def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> Da
     source = resolve_data(recipe.data, progress=say)
     common: dict[str, Any] = {"seed": recipe.seed, "max_position_embeddings": context_length(config), "progress": say}
     rows = None if recipe.steps is None else recipe.steps * recipe.batch_size * recipe.grad_accum
+    _check_selection(recipe)
     if recipe.task == "classify":
-        return load_classify(source, tokenizer, recipe.seq_len, text_column=recipe.text_column, **common)
+        bundle = load_classify(source, tokenizer, recipe.seq_len, text_column=recipe.text_column, **common)
+        return _long_enough(bundle, recipe)
     if recipe.task == "sft":
-        return load_sft(source, tokenizer, recipe.seq_len, max_rows=rows, **common)
+        return _long_enough(load_sft(source, tokenizer, recipe.seq_len, max_rows=rows, **common), recipe)
     # calibration rows are spread over eight times as many: on 8,192 tokens from 4 places a conversion cost 1.47 times
     # the perplexity of other files, from 8 places 1.16
     calibration_rows = 8 * -(-recipe.calibration_tokens // recipe.seq_len)
@@ -171,6 +174,37 @@ def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> Da
         max_eval_tokens=max(recipe.eval_tokens, recipe.seq_len),
         **common,
     )
+
+
+def _check_selection(recipe: Recipe) -> None:
+    """Raise ValueError if a token selection asks for what this task's rows do not have."""
+    for config in recipe.configs:
+        if not isinstance(config, TokenSelection):
+            continue
+        if config.pool == "scored":
+            raise ValueError(
+                "token_selection: pool='scored' takes the scores that come with each batch as token_scores, and rows "
+                "read from data have none. Use pool=all or targets, or train from Python."
+            )
+        if recipe.task == "classify" and (config.needs_scores or config.pool == "targets"):
+            raise ValueError(
+                f"token_selection: pool={config.pool!r}, policy={config.policy!r} need a label a token, and "
+                "task=classify has one a text. Use pool=all with policy=random or prefix."
+            )
+        if (config.num_tokens or 0) > recipe.seq_len:
+            config.count(recipe.seq_len)
+
+
+def _long_enough(bundle: DataBundle, recipe: Recipe) -> DataBundle:
+    """The rows, none of them shorter than the `num_tokens` of a token selection.
+
+    Raises:
+        ValueError: one is.
+    """
+    for config in recipe.configs:
+        if isinstance(config, TokenSelection) and config.num_tokens is not None:
+            config.count(min(len(row) for row in bundle.train["input_ids"]))
+    return bundle
 
 
 def calibration_batches(parts: Parts) -> list[dict[str, Tensor]] | None:
