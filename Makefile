@@ -44,6 +44,7 @@ bench: setup ## measure the committed cases on this machine and rewrite the tabl
 	$(PY) bench/ops/attention.py --json bench/results
 	$(PY) bench/ops/selected_attention.py --json bench/results
 	$(PY) bench/ops/routed_ffn.py --json bench/results
+	$(PY) bench/methods/token_selection/step.py --json bench/results
 	$(PY) bench/report.py
 
 docs: setup ## rewrite the docs' tables from the result files

@@ -262,3 +262,46 @@ def test_disk_full(llama: Path, text: Path, tmp_path: Path) -> None:
     assert "File too large" in done.stderr
     assert not (tmp_path / "run" / "adapter").exists()
     assert not [path for path in (tmp_path / "run").rglob("manifest.json")]
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("keep_ratio=0", ("keep_ratio=0", "(0, 1]")),
+        ("keep_ratio=1.5", ("keep_ratio=1.5", "(0, 1]")),
+        ("keep_ratio=0.3,num_tokens=4", ("keep_ratio=0.3", "num_tokens=4", "Give one")),
+        ("num_tokens=0", ("num_tokens=0", "at least 1")),
+        ("policy=best", ("best", "random")),
+        ("unbiased=true,policy=loss", ("unbiased", "random")),
+        ("num_tokens=40", ("num_tokens=40", "32 tokens", "keep_ratio")),
+    ],
+)
+def test_a_selection_that_cannot_be_made(train, tmp_path: Path, method: str, words: tuple[str, ...]) -> None:
+    refused(train(method=f"token_selection:{method}"), tmp_path / "run", *words)
+
+
+def test_a_selection_that_the_rows_do_not_allow(train, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "".join(f"x = {i} + y if else for,{'ab'[i % 2]}\n" for i in range(40)))
+    classify = {"data": rows, "task": "classify"}
+    for method in ("pool=targets", "policy=loss", "policy=gradient_norm"):
+        result = train(method=f"token_selection:{method}", **classify)
+        refused(result, tmp_path / "run", "label a token", "policy=random")
+    refused(train(method="token_selection:pool=scored"), tmp_path / "run", "token_scores", "pool=all")
+    short = train(method="token_selection:num_tokens=30", **classify)
+    refused(short, tmp_path / "run", "num_tokens=30", "of a sample with", "drop or pack")
+
+
+def test_a_selection_without_a_single_target(train, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "{"x = y + " * 40}{i}", "completion": "1"}}\n' for i in range(40)))
+    refused(train(data=rows, task="sft", method="token_selection"), tmp_path / "run", "target")
+
+
+def test_a_selection_in_a_model_whose_blocks_are_not_known(train, tmp_path: Path) -> None:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    folder = save_llama(tmp_path / "model")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=300, **sizes)).save_pretrained(folder)
+    refused(train(model=folder, method="token_selection"), tmp_path / "run", "GPTNeoX", "FAMILIES")

@@ -32,8 +32,12 @@ _METHODS = (
     "[cyan]routed_ffn[/]  A router gives each token num_active of num_blocks blocks of every FFN (shared_ratio; "
     "partition clustered is fitted to the model, contiguous is the published start). Not for mixture-of-experts "
     "models, which are routed already, nor when the trained model must be dense again.",
-    "[bold]Presets[/]  [cyan]spt[/]: both methods, fitted to the model. [cyan]spt-paper[/]: the published choices, "
-    "which start far from the pretrained model. [cyan]dense[/]: plain LoRA, what to beat.",
+    "[cyan]token_selection[/]  Gradient and activations for some tokens alone (keep_ratio or num_tokens; policy "
+    "random, prefix, loss, gradient_norm; pool targets for sft); the forward stays exact. Not where activations are "
+    "small beside weights and optimizer state, nor above keep_ratio=0.5.",
+    "[bold]Presets[/]  [cyan]spt[/]: attention and FFN, fitted to the model. [cyan]spt-paper[/]: the published "
+    "choices, which start far from the pretrained model. [cyan]tokens[/]: token_selection alone. [cyan]spt+tokens[/]: "
+    "all three. [cyan]dense[/]: plain LoRA, what to beat.",
 )
 METHODS_HELP = "\n\n".join(_METHODS)
 
@@ -82,7 +86,7 @@ FLAGS: dict[str, Flag] = {
         Flag("grad_accum", INT, "1", LENGTH, "Passes added up for one step. Effective batch: batch-size x grad-accum."),
         Flag("steps", INT, "200", LENGTH, "Optimizer steps."),
         Flag("epochs", FLOAT, "", LENGTH, "Passes over the data, instead of --steps."),
-        Flag("preset", "spt|spt-paper|dense", "spt", SPARSE, "A ready set of methods."),
+        Flag("preset", "spt|spt-paper|tokens|spt+tokens|dense", "spt", SPARSE, "A ready set of methods."),
         Flag("methods", "NAME:KEY=VALUE,...", "", SPARSE, "A sparse method; repeat for several. Given without "
              "--preset, it replaces the default one.", list[str], "--method"),
         Flag("calibration_tokens", INT, "8192", SPARSE, "Training tokens that the conversion is fitted on."),

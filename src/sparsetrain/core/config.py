@@ -27,6 +27,8 @@ class MethodConfig:
     """
 
     method: ClassVar[str]
+    changes_outputs: ClassVar[bool] = True
+    """Does the forward compute something else than the dense one? A method that changes gradients alone says False."""
     targets: tuple[str, ...] = ("*",)
     layers: tuple[int, ...] | None = None
     from_depth: float = 0.0

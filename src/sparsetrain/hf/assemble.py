@@ -31,6 +31,7 @@ from sparsetrain.hf.data import DataBundle, load_classify, load_sft, load_text
 from sparsetrain.hf.io import model_not_found
 from sparsetrain.hf.recipe import Recipe
 from sparsetrain.hf.trainer import Report
+from sparsetrain.methods import TokenSelection
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.plan import Plan, method_of, plan
 
@@ -78,7 +79,7 @@ ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout
 
 
 def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...]) -> tuple[str, Any]:
-    """(path, config) of the recipe's model, with attention dropout off where `configs` make attention sparse.
+    """(path, config) of the recipe's model, with attention dropout off where `configs` take attention.
 
     Raises:
         ValueError: no such model, or `seq_len` is longer than its context.
@@ -94,9 +95,10 @@ def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...
             f"seq_len={recipe.seq_len} is longer than the context of {recipe.model}, {context} tokens. Lower it."
         )
     dropped = [name for name in ATTENTION_DROPOUT if getattr(config, name, 0)]
-    if dropped and _attention_is_sparse(config, recipe.task, configs):
+    if dropped and _attention_is_taken(config, recipe.task, configs):
         for name in dropped:
-            report({"event": "note", "text": f"{name} {getattr(config, name)} -> 0: sparse attention has no dropout."})
+            why = f"attention has no dropout under {', '.join(method.method for method in configs)}"
+            report({"event": "note", "text": f"{name} {getattr(config, name)} -> 0: {why}."})
             setattr(config, name, 0.0)
     return path, config
 
@@ -110,12 +112,13 @@ def context_length(config: Any) -> int | None:
     return None
 
 
-def _attention_is_sparse(config: Any, task: str, configs: tuple[MethodConfig, ...]) -> bool:
+def _attention_is_taken(config: Any, task: str, configs: tuple[MethodConfig, ...]) -> bool:
+    """Does a method take an attention, or a block with the attention in it?"""
     if not configs:
         return False
     anatomy = describe(empty_model(config, task))
-    attentions = {site.name for site in anatomy.attentions}
-    return any(attentions & set(method_of(method).site_names(anatomy)) for method in configs)
+    sites = [site for method in configs for site in method_of(method).site_names(anatomy)]
+    return any(f"{attention.name}.".startswith(f"{site}.") for attention in anatomy.attentions for site in sites)
 
 
 def empty_model(config: Any, task: str) -> Any:
@@ -153,10 +156,12 @@ def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> Da
     source = resolve_data(recipe.data, progress=say)
     common: dict[str, Any] = {"seed": recipe.seed, "max_position_embeddings": context_length(config), "progress": say}
     rows = None if recipe.steps is None else recipe.steps * recipe.batch_size * recipe.grad_accum
+    _check_selection(recipe)
     if recipe.task == "classify":
-        return load_classify(source, tokenizer, recipe.seq_len, text_column=recipe.text_column, **common)
+        bundle = load_classify(source, tokenizer, recipe.seq_len, text_column=recipe.text_column, **common)
+        return _long_enough(bundle, recipe)
     if recipe.task == "sft":
-        return load_sft(source, tokenizer, recipe.seq_len, max_rows=rows, **common)
+        return _long_enough(load_sft(source, tokenizer, recipe.seq_len, max_rows=rows, **common), recipe)
     # calibration rows are spread over eight times as many: on 8,192 tokens from 4 places a conversion cost 1.47 times
     # the perplexity of other files, from 8 places 1.16
     calibration_rows = 8 * -(-recipe.calibration_tokens // recipe.seq_len)
@@ -169,6 +174,37 @@ def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> Da
         max_eval_tokens=max(recipe.eval_tokens, recipe.seq_len),
         **common,
     )
+
+
+def _check_selection(recipe: Recipe) -> None:
+    """Raise ValueError if a token selection asks for what this task's rows do not have."""
+    for config in recipe.configs:
+        if not isinstance(config, TokenSelection):
+            continue
+        if config.pool == "scored":
+            raise ValueError(
+                "token_selection: pool='scored' takes the scores that come with each batch as token_scores, and rows "
+                "read from data have none. Use pool=all or targets, or train from Python."
+            )
+        if recipe.task == "classify" and (config.needs_scores or config.pool == "targets"):
+            raise ValueError(
+                f"token_selection: pool={config.pool!r}, policy={config.policy!r} need a label a token, and "
+                "task=classify has one a text. Use pool=all with policy=random or prefix."
+            )
+        if (config.num_tokens or 0) > recipe.seq_len:
+            config.count(recipe.seq_len)
+
+
+def _long_enough(bundle: DataBundle, recipe: Recipe) -> DataBundle:
+    """The rows, none of them shorter than the `num_tokens` of a token selection.
+
+    Raises:
+        ValueError: one is.
+    """
+    for config in recipe.configs:
+        if isinstance(config, TokenSelection) and config.num_tokens is not None:
+            config.count(min(len(row) for row in bundle.train["input_ids"]))
+    return bundle
 
 
 def calibration_batches(parts: Parts) -> list[dict[str, Tensor]] | None:

@@ -24,6 +24,7 @@ from sparsetrain.hf.journal import EvalCallback, Journal, OrderedCollator, Saved
 from sparsetrain.hf.manifest import disk_errors, write_json
 from sparsetrain.hf.recipe import Recipe
 from sparsetrain.hf.sidecar import read_state
+from sparsetrain.hf.token_selection import select_tokens, selector_of
 from sparsetrain.hf.trainer import Report, SparsityCallback, silent
 from sparsetrain.measure.machine import describe_machine
 from sparsetrain.measure.memory import reset_peak, static_memory
@@ -125,6 +126,8 @@ def finetune(
         ],
     )
     trainer.remove_callback(PrinterCallback)
+    if handle is not None and selector_of(handle) is not None:
+        select_tokens(trainer, handle)
     _train(trainer, parts, resumed)
     journal.peaks(parts.device)
     optimizer: Any = trainer.optimizer

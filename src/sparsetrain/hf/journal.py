@@ -12,8 +12,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sparsetrain.hf.checkpoint import Checkpoint
 from sparsetrain.hf.evaluate import Collate, Quality
+from sparsetrain.hf.token_selection import SavedShare, saved_share, selecting
 from sparsetrain.hf.trainer import Event, Report, StepRecorder
-from sparsetrain.measure.memory import peak_memory, saved_activations
+from sparsetrain.measure.memory import SavedActivations, peak_memory, saved_activations
 from sparsetrain.measure.schema import Run
 from sparsetrain.surgery.apply import Handle
 
@@ -99,9 +100,18 @@ class SavedCallback(TrainerCallback):
         if self.handle is not None:
             self.handle.step(state.max_steps, state.max_steps)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            saved = saved_activations(model, lambda: model(**batch).loss)
+            saved, share = self._measure(model, batch)
         self.journal.run["saved_activation_bytes"] = dict(saved.by_component)
         self.journal.run["saved_by_layer"] = saved.by_layer
+        if share is not None:
+            self.journal.report({"event": "note", "text": str(share)})
+
+    def _measure(self, model: Any, batch: dict[str, Tensor]) -> tuple[SavedActivations, SavedShare | None]:
+        if self.handle is None:
+            return saved_activations(model, lambda: model(**batch).loss), None
+        with selecting(self.handle, batch) as chosen:
+            saved = saved_activations(model, lambda: model(**chosen).loss)
+        return saved, saved_share(self.handle, model, batch)
 
 
 class OrderedCollator:

@@ -17,14 +17,18 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sparsetrain.core.config import MethodConfig, method_config, suggest
-from sparsetrain.methods import PQAttention, RoutedFFN
+from sparsetrain.methods import PQAttention, RoutedFFN, TokenSelection
 
+_SPT = (PQAttention(keep_ratio=0.25, block_q=64, block_k=16, from_depth=0.7), RoutedFFN.converted())
 PRESETS: dict[str, tuple[MethodConfig, ...]] = {
-    "spt": (PQAttention(keep_ratio=0.25, block_q=64, block_k=16, from_depth=0.7), RoutedFFN.converted()),
+    "spt": _SPT,
     "spt-paper": (PQAttention.paper(), RoutedFFN.paper()),
+    "tokens": (TokenSelection(),),
+    "spt+tokens": (*_SPT, TokenSelection()),
     "dense": (),
 }
-"""Name -> methods: block-sparse attention with a fitted routed FFN; the published choices; plain LoRA."""
+"""Name -> methods: block-sparse attention with a fitted routed FFN; the published choices; gradient through selected
+tokens, alone and on top of the first; plain LoRA."""
 
 # what may differ between a run and its continuation: where and how often things are written, how progress is watched
 _NOT_TRAINING = frozenset(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 from sparsetrain.core.config import MethodConfig, in_range, one_of
 
@@ -33,6 +33,8 @@ class TokenSelection(MethodConfig, method="token_selection"):
         unbiased: weigh the loss of each selected target by 1 / its probability of selection (policy `random`).
         seed: with the step and the sample's token ids, the whole state of the draw.
     """
+
+    changes_outputs: ClassVar[bool] = False
 
     keep_ratio: float | None = None
     num_tokens: int | None = None

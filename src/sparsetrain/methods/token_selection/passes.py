@@ -90,7 +90,7 @@ class AllRows(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        kind = _KINDS.get(func)
+        kind = None if "out" in kwargs else _KINDS.get(func)  # an op's own products are no layer's
         if kind is None or not _stream(args[1] if kind == "addmm" else args[0], self.shape):
             return func(*args, **kwargs)
         if kind == "dropout":
@@ -118,7 +118,7 @@ class SelectedRows(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        kind = _KINDS.get(func)
+        kind = None if "out" in kwargs else _KINDS.get(func)  # an op's own products are no layer's
         if kind is None or not _stream(args[1] if kind == "addmm" else args[0], self.shape):
             return func(*args, **kwargs)
         return getattr(self, f"_{kind}")(func, *args, **kwargs)

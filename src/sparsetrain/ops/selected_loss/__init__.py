@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparsetrain.core.backend import choose
 from sparsetrain.ops.selected_loss.chunked import chunked_loss
@@ -63,3 +64,31 @@ def selected_loss(
     scale_n = torch.ones(len(kept), device=x_nd.device) if row_weight_n is None else row_weight_n
     scale_n = scale_n.to(x_nd.dtype if x_nd.dtype == torch.float64 else torch.float32) / (count if len(kept) else 1.0)
     return run(x_nd, weight_vd, bias_v, target_n, scale_n, softcap, chunk_rows)
+
+
+def row_scores(
+    x_nd: Tensor,
+    weight_vd: Tensor,
+    target_n: Tensor,
+    *,
+    bias_v: Tensor | None = None,
+    softcap: float | None = None,
+    chunk_rows: int = 128,
+) -> tuple[Tensor, Tensor]:
+    """(cross-entropy, norm of its gradient with respect to the head's weight) of every row, both fp32 [n].
+
+    dL/dW = dz xᵀ with dz = softmax(z) - onehot(target), so its norm is ‖dz‖·‖x‖ and needs no second product (a soft
+    cap's derivative is left out of dz).
+    """
+    losses, norms = [], []
+    for start in range(0, len(x_nd), chunk_rows):
+        x, target = x_nd[start : start + chunk_rows], target_n[start : start + chunk_rows, None]
+        z = F.linear(x, weight_vd, bias_v).float()
+        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+        log_p = torch.log_softmax(z, 1)
+        of_target = log_p.gather(1, target)[:, 0]
+        dz = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0))
+        losses.append(-of_target)
+        norms.append(dz.norm(dim=1) * x.float().norm(dim=1))
+    empty = x_nd.new_zeros(0, dtype=torch.float32)
+    return torch.cat([empty, *losses]), torch.cat([empty, *norms])

@@ -64,12 +64,13 @@ def selected_attention(
         and neither send nor receive gradient.
     """
     e = everything
-    # under autocast, projections are in another dtype than keys that went through a cache
-    q_bhkd, k_bgkd, v_bgkd = (x.to(e.k_bgsd.dtype) for x in (q_bhkd, k_bgkd, v_bgkd))
+    # under autocast, keys that went through a cache are in another dtype than projections and the output
+    dtype = e.k_bgsd.dtype if known is None else known.dtype
+    q_bhkd, k_bgkd, v_bgkd, keys, values = (x.to(dtype) for x in (q_bhkd, k_bgkd, v_bgkd, e.k_bgsd, e.v_bgsd))
     if known is None:
         known = _forward(q_bhkd.detach(), everything, rows)
     return _Attention.apply(
-        q_bhkd, k_bgkd, v_bgkd, known, e.k_bgsd, e.v_bgsd, e.segments_bs, rows, (e.causal, e.scale, e.window)
+        q_bhkd, k_bgkd, v_bgkd, known, keys, values, e.segments_bs, rows, (e.causal, e.scale, e.window)
     )  # type: ignore[return-value]
 
 

@@ -1,0 +1,246 @@
+"""A training step on selected tokens against the same step on all of them: time and memory, SmolLM2 with LoRA.
+
+    python bench/methods/token_selection/step.py [--json bench/results] [--parts linear,step,checkpointing,head,memory]
+
+Baseline and candidate run in one loop whose order flips each round. The baseline's head is chunked too, over all rows.
+Selection, gathering, LoRA and the optimizer are inside the timed region. Peaks are of a fresh process each. Parts that
+are not measured keep what an earlier run wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrain import TokenSelection, sparsify
+from sparsetrain.measure.machine import describe_machine
+from sparsetrain.measure.memory import peak_memory, saved_activations
+from sparsetrain.measure.timing import compare
+
+PARTS = ("linear", "step", "checkpointing", "head", "memory")
+TARGETS: dict[str, Callable[[float], float | None]] = {
+    "linear": lambda r: 0.9 * 2 / (1 + r),
+    "step": lambda r: 1.3 if r == 0.3 else 1.0,
+    "checkpointing": lambda r: 1.7 if r == 0.3 else 1.0,
+    "head": lambda r: 0.95 / r,
+}
+CELLS = ("lora", "lora+chunked head", "tokens", "lora+checkpointing", "tokens+checkpointing")
+
+
+class Trainee:
+    """SmolLM2-135M with LoRA r=16 on all linears, converted once; how much is selected changes from call to call."""
+
+    def __init__(self, tokens: int, layers: int | None) -> None:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        from sparsetrain.hf.assets import resolve_model
+        from sparsetrain.hf.token_selection import selector_of
+
+        model: Any = AutoModelForCausalLM.from_pretrained(resolve_model("smollm2-135m"), attn_implementation="sdpa")
+        if layers is not None:
+            model.model.layers = model.model.layers[:layers]
+            model.config.num_hidden_layers = layers
+        model.config.use_cache = False
+        self.handle = sparsify(model, TokenSelection())
+        self.selector: Any = selector_of(self.handle)
+        self.base = model
+        self.model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear")).train()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=generator)
+        self.batch = {"input_ids": ids, "labels": ids}
+
+    def loss(self, ratio: float, plain_head: bool = False) -> Tensor:
+        from sparsetrain.hf.token_selection import selecting
+
+        self.selector.config = replace(self.selector.config, keep_ratio=ratio)
+        if plain_head:
+            self.selector.prepare(self.batch)
+            return self.model(**self.batch).loss
+        with selecting(self.handle, self.batch) as chosen:
+            return self.model(**chosen).loss
+
+    def step(self, ratio: float, checkpointing: bool = False, plain_head: bool = False) -> None:
+        self.recompute(checkpointing)
+        self.loss(ratio, plain_head).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.selector.step += 1
+
+    def recompute(self, on: bool) -> None:
+        if on == any(getattr(m, "gradient_checkpointing", False) for m in self.base.modules()):
+            return
+        name = "activation_checkpointing" if hasattr(self.base, "activation_checkpointing_enable") else None
+        name = name or "gradient_checkpointing"
+        if on:
+            getattr(self.base, f"{name}_enable")({"use_reentrant": False})
+        else:
+            getattr(self.base, f"{name}_disable")()
+
+
+class LinearsOfABlock(nn.Module):
+    """The seven linears of SmolLM2's block with LoRA r=16, in the operations of PEFT, and nothing between them."""
+
+    def __init__(self, d: int = 576, kv: int = 192, f: int = 1536, rank: int = 16) -> None:
+        super().__init__()
+        shapes = {"q": (d, d), "k": (d, kv), "v": (d, kv), "o": (d, d), "gate": (d, f), "up": (d, f), "down": (f, d)}
+        self.base = nn.ModuleDict(
+            {n: nn.Linear(i, o, bias=False).requires_grad_(False) for n, (i, o) in shapes.items()}
+        )
+        self.a = nn.ModuleDict({n: nn.Linear(i, rank, bias=False) for n, (i, _) in shapes.items()})
+        self.b = nn.ModuleDict({n: nn.Linear(rank, o, bias=False) for n, (_, o) in shapes.items()})
+
+    def one(self, name: str, x: Tensor) -> Tensor:
+        return self.base[name](x) + self.b[name](self.a[name](x))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        attended = self.one("o", self.one("q", x))
+        return (
+            self.one("k", x),
+            self.one("v", x),
+            self.one("down", self.one("gate", attended) + self.one("up", attended)),
+        )
+
+
+def linears(tokens: int) -> Callable[[float], Callable[[], None]]:
+    from sparsetrain.methods.token_selection.passes import AllRows, Notes, SelectedRows
+    from sparsetrain.methods.token_selection.policies import Batch, draw
+    from sparsetrain.ops.selected_rows import take_rows
+
+    torch.manual_seed(0)
+    stack, x = LinearsOfABlock(), torch.randn(1, tokens, 576)
+    dy = [torch.randn(1, tokens, width) for width in (192, 192, 576)]
+    ids = torch.randint(0, 100, (1, tokens))
+
+    def run(ratio: float) -> Callable[[], None]:
+        def dense() -> None:
+            torch.autograd.backward(stack(x.detach().requires_grad_()), dy)
+
+        def selected() -> None:
+            rows = draw(TokenSelection(keep_ratio=ratio), Batch.of({"input_ids": ids}, causal=True), step=0)
+            inputs, notes = x.detach().requires_grad_(), Notes(rows)
+            with torch.no_grad(), AllRows(notes):
+                stack(inputs)
+            with SelectedRows(notes):
+                outputs = stack(take_rows(inputs, rows))
+            torch.autograd.backward(outputs, [rows.gather(d) for d in dy])
+
+        return dense if ratio == 1 else selected
+
+    return run
+
+
+def head(tokens: int, words: int = 49152, d: int = 576) -> Callable[[float], Callable[[], None]]:
+    from sparsetrain.ops.selected_loss import selected_loss
+
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(tokens, d, generator=generator), torch.randn(words, d, generator=generator) * 0.02
+    target = torch.randint(0, words, (tokens,), generator=generator)
+
+    def run(ratio: float) -> Callable[[], None]:
+        def loss() -> None:
+            x = hidden.detach().requires_grad_()
+            rows = torch.randperm(tokens)[: round(ratio * tokens)].sort().values
+            chosen, targets = (x, target) if ratio == 1 else (x.index_select(0, rows), target[rows])
+            selected_loss(chosen, weight, targets).backward()
+
+        return loss
+
+    return run
+
+
+def measure(part: str, ratios: list[float], args: argparse.Namespace) -> list[dict[str, Any]]:
+    if part == "memory":
+        return [memory(name, args) for name in CELLS]
+    if part in ("linear", "head"):
+        at = (linears if part == "linear" else head)(args.tokens)
+        dense = at(1.0)
+    else:
+        trainee = Trainee(args.tokens, args.layers)
+        at = lambda r: lambda: trainee.step(r)  # noqa: E731
+        dense = lambda: trainee.step(1.0, checkpointing=part == "checkpointing")  # noqa: E731
+    found = []
+    for ratio in ratios:
+        timed = compare(dense, at(ratio), rounds=args.rounds)
+        target = TARGETS[part](ratio)
+        row = {"case_id": f"C1 {part} r={ratio}", "part": part, "ratio": ratio, "tokens": args.tokens}
+        row |= {"layers": args.layers, "target": target, **timed.to_dict()}
+        print(
+            f"{row['case_id']:24} {timed.median:.2f}x [{timed.q1:.2f}, {timed.q3:.2f}] target {target:.2f}", flush=True
+        )
+        found.append(row)
+    return found
+
+
+def memory(cell: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Peak of resident memory of a fresh process, at r = 0.3, and the bytes that a forward saves."""
+    command = [sys.executable, __file__, "--cell", cell, "--threads", str(args.threads)]
+    command += [] if args.layers is None else ["--layers", str(args.layers)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    row = {"case_id": f"C1 memory {cell}", "part": "memory", "layers": args.layers, **json.loads(out.splitlines()[-1])}
+    saved, blocks, peak, model = (row[f"{name}_bytes"] / 2**20 for name in ("saved", "block", "peak", "model"))
+    print(
+        f"{row['case_id']:34} saved {saved:.0f} MiB (blocks {blocks:.0f}), peak {peak:.0f} (model {model:.0f})",
+        flush=True,
+    )
+    return row
+
+
+def cell(name: str, layers: int | None, tokens: int = 1024) -> dict[str, Any]:
+    trainee = Trainee(tokens, layers)
+    ratio, plain = (0.3 if name.startswith("tokens") else 1.0), name in ("lora", "lora+checkpointing")
+    trainee.recompute(name.endswith("checkpointing"))
+    before = peak_memory().rss_peak_bytes
+    for _ in range(2):
+        trainee.step(ratio, name.endswith("checkpointing"), plain)
+    peak = peak_memory().rss_peak_bytes
+    saved = saved_activations(trainee.model, lambda: trainee.loss(ratio, plain))
+    blocks = sum(sum(layer.values()) for layer in saved.by_layer.values())
+    return {
+        "tokens": tokens,
+        "model_bytes": before,
+        "peak_bytes": peak,
+        "saved_bytes": saved.total,
+        "block_bytes": blocks,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="DIR", type=Path)
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--ratios", default="0.1,0.3,0.5")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--layers", type=int, help="first blocks of the model; all 30 by default")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.cell:
+        print(json.dumps(cell(args.cell, args.layers)))
+        return
+    rows = [
+        r for part in args.parts.split(",") for r in measure(part, [float(x) for x in args.ratios.split(",")], args)
+    ]
+    if args.json:
+        path = args.json / "token_selection.json"
+        known = json.loads(path.read_text())["results"] if path.exists() else []
+        new = {row["case_id"] for row in rows}
+        kept = [row for row in known if row["case_id"] not in new]
+        path.write_text(json.dumps({"machine": describe_machine().to_dict(), "results": [*kept, *rows]}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
