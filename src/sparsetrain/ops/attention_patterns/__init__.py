@@ -112,7 +112,7 @@ def fit_pattern(mask_hnn: Tensor, num_blocks: int, extend: str = "error") -> Ten
 
 
 def block_lists(mask_hnn: Tensor) -> Tensor:
-    """The true cells of each row as `block_sparse_attention` takes them: bool [h, n, n] -> ids [1, h, n, k], -1 = none."""
+    """The true cells of each row, for `block_sparse_attention`: bool [h, n, n] -> ids [1, h, n, k], -1 = empty slot."""
     kept = mask_hnn.sum(-1)
     slots = max(1, int(kept.max()))
     order = mask_hnn.byte().argsort(dim=-1, descending=True, stable=True)[..., :slots]
