@@ -135,7 +135,7 @@ class FloodFillSparseAttention(nn.Module):
             return self._decode(q_bhtd, k_bgsd, v_bgsd, causal, scale, segments_bs, window)
         config, block = self.config, self.config.block_tokens
         aligned = None
-        if segments_bs is not None:
+        if segments_bs is not None and not _starts_at_blocks(segments_bs, block):
             aligned = align_segments(segments_bs, block)
             q_bhtd, k_bgsd, v_bgsd = (aligned.gather(x) for x in (q_bhtd, k_bgsd, v_bgsd))
             segments_bs = aligned.segments_bw
@@ -188,6 +188,13 @@ class FloodFillSparseAttention(nn.Module):
         if self.config.softmax == "phantom_zero":
             out, _ = add_phantom_zeros(out, lse, visible[:, None].sum(-1) - kept.sum(-1))
         return out
+
+
+def _starts_at_blocks(segments_bs: Tensor, block: int) -> bool:
+    """Does every sequence begin at a block boundary? Rows padded on the right do, and need not be moved."""
+    begins = F.pad(segments_bs[:, 1:] != segments_bs[:, :-1], (1, 0), value=True) & (segments_bs > 0)
+    begins[:, ::block] = False
+    return not bool(begins.any())
 
 
 def _sequence_blocks(
