@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from transformers import (
 
 import sparsetrain
 from sparsetrain import FloodFillAttention
+from sparsetrain.hf.finetune import finetune
+from sparsetrain.hf.patterns import read_patterns
 from sparsetrain.hf.sidecar import read_state
 from sparsetrain.hf.trainer import SparsityCallback
 from sparsetrain.measure.memory import saved_activations
+from tests.hf import runs
 
 TOKENS, STEPS = 128, 20
 CONFIG = FloodFillAttention(block_tokens=8, filter_edge=5, keep_ratio=0.2, change_threshold=0, probe_every=3,
@@ -106,7 +110,8 @@ def train(
 def test_a_run_resumed_before_or_after_the_switch_equals_the_uninterrupted_one(build: Any, tmp_path: Path) -> None:
     whole, weights, _ = train(build, tmp_path)
     assert sorted(whole.losses) == list(range(1, STEPS + 1))
-    assert len(whole.notes) == 1 and "2 layers are sparse from step 9 on" in whole.notes[0]
+    assert "2 layers are sparse from step 9 on" in whole.notes[0]
+    assert len(whole.notes) == 2 and whole.notes[1].startswith("Peak memory: ")  # of the dense phase, and after it
     stats = whole.handle.report()["stats"].values()
     assert all(0 < site["density"] <= 0.2 and site["switched_at_step"] == 9 for site in stats)
     for step in (4, 8, 12):  # dense before and after a probe; sparse
@@ -146,3 +151,25 @@ def test_attention_memory_after_the_switch(build: Any, tmp_path: Path) -> None:
     maps = 2 * 2 * 4 * TOKENS**2 * 4  # layers, rows, heads, one map of fp32
     assert saved["sparse"] <= saved["fused"]
     assert saved["eager"] - saved["sparse"] >= 0.9 * maps  # not all of it: fused kernels keep their output
+
+
+def test_finetune_switches_resumes_and_saves_its_patterns(tmp_path: Path) -> None:
+    method = {"method": "flood_fill_attention", "block_tokens": 8, "filter_edge": 5, "keep_ratio": 0.5}
+    recipe = runs.recipe(
+        tmp_path,
+        methods=[method | {"probe_every": 1, "max_dense_steps": 3, "change_threshold": 1000}],
+        keep_checkpoints=9,
+    )
+    result = finetune(recipe)
+    assert any("sparse from step 3 on (the maps have settled)" in note for note in result.notes)
+    assert any(note.startswith("Peak memory") for note in result.notes)
+    losses = {record["step"]: record["loss"] for record in result.run["steps"]}
+    _, patterns = read_patterns(tmp_path / "out")
+    assert [pattern.switched_at_step for pattern in patterns] == [3, 3]
+    assert all(0 < (pattern.density or 1) <= 0.5 for pattern in patterns)
+    for step in (2, 4):  # in the dense phase, and after it
+        folder = tmp_path / f"from-{step}"
+        shutil.copytree(tmp_path / "out" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        shutil.copy(tmp_path / "out" / "recipe.yaml", folder)
+        again = finetune(recipe.model_copy(update={"output": str(folder), "resume": True}))
+        assert {record["step"]: record["loss"] for record in again.run["steps"]} == losses

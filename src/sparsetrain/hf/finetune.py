@@ -118,7 +118,7 @@ def finetune(
             journal.recorder,
             EvalCallback(lambda: _evaluate(model, handle, parts), recipe.eval_every, journal),
             *([SavedCallback(handle, parts.sample, journal)] if resumed is None else []),
-            *([SparsityCallback(handle, at_end=False, report=journal.report, **about)] if handle is not None else []),
+            *([_sparsity(handle, parts, journal, about)] if handle is not None else []),
             checkpoint.CheckpointCallback(
                 recipe, rows, journal.progress, journal.report
             ),  # completes what others wrote
@@ -196,6 +196,13 @@ def _build(
         quality = _evaluate(model, handle, parts, journal, "evaluating the converted model")
         journal.quality("after_conversion", quality, step=0)
     return assemble.add_lora(model, recipe, handle, new_modules), handle
+
+
+def _sparsity(handle: Handle, parts: Parts, journal: Journal, about: dict[str, Any]) -> SparsityCallback:
+    def keep_peaks() -> None:
+        journal.peaks(parts.device)
+
+    return SparsityCallback(handle, at_end=False, report=journal.report, before_reset=keep_peaks, **about)
 
 
 def _train(trainer: Trainer, parts: Parts, resumed: checkpoint.Checkpoint | None) -> None:

@@ -19,7 +19,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sparsetrain.core.anatomy import submodule
 from sparsetrain.hf.sidecar import write_sidecar
-from sparsetrain.measure.memory import peak_memory
+from sparsetrain.measure.memory import peak_memory, reset_peak
+from sparsetrain.measure.units import bytes_text
 from sparsetrain.surgery.apply import Handle
 
 Event = dict[str, Any]
@@ -40,13 +41,30 @@ class SparsityCallback(TrainerCallback):
     Args:
         handle: what `sparsify` returned.
         at_end: write the sidecar into `output_dir` at the end of training.
-        report: told, as notes, what a method changed for good (patterns cut, say).
+        report: told, as notes, what a method changed for good (patterns cut, say), and the peak of memory before and
+            after it: a peak counts from the last change, since a dense phase would hide what follows.
+        before_reset: called at a change, before the peak starts anew.
         about: entries for the sidecar, as in `hf.io.save`.
     """
 
-    def __init__(self, handle: Handle, *, at_end: bool = True, report: Report = silent, **about: Any) -> None:
-        self.handle, self.at_end, self.report, self.about = handle, at_end, report, about
+    def __init__(
+        self,
+        handle: Handle,
+        *,
+        at_end: bool = True,
+        report: Report = silent,
+        before_reset: Callable[[], None] = lambda: None,
+        **about: Any,
+    ) -> None:
+        self.handle, self.at_end, self.report, self.before_reset, self.about = (
+            handle,
+            at_end,
+            report,
+            before_reset,
+            about,
+        )
         self._restarted: int | None = None
+        self._peak_before: int | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -68,17 +86,31 @@ class SparsityCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        after = _peak(args.device)
+        if self._peak_before is not None and after is not None:
+            text = f"Peak memory: {bytes_text(self._peak_before)} before the change, {bytes_text(after)} after it."
+            self.report({"event": "note", "text": text})
         if self.at_end and args.output_dir:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             write_sidecar(args.output_dir, kwargs.get("model", self.handle.model), self.handle, **self.about)
 
     def _step(self, args: TrainingArguments, state: TrainerState, scheduler: Any) -> None:
-        for line in self.handle.step(state.global_step, state.max_steps, 1 / args.gradient_accumulation_steps) or ():
+        changes = self.handle.step(state.global_step, state.max_steps, 1 / args.gradient_accumulation_steps)
+        for line in changes:
             self.report({"event": "note", "text": line})
+        if changes:
+            self.before_reset()
+            before = _peak(args.device)
+            self._peak_before = before if reset_peak(args.device) else None
         at = self.handle.restart_step
         if at is not None and at != self._restarted:
             restart_schedule(scheduler, at, state.global_step)
             self._restarted = at
+
+
+def _peak(device: torch.device) -> int | None:
+    found = peak_memory(device)
+    return found.gpu_allocated_peak_bytes or found.rss_peak_bytes
 
 
 def restart_schedule(scheduler: Any, at: int, step: int) -> None:
