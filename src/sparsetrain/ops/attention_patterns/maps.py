@@ -145,11 +145,14 @@ def _one_sequence(
         first, last = int(low.min()), int(high.max()) + 1
         keys = torch.arange(first, last, device=q_htd.device)
         hidden = (keys < low) | (keys > high)
+        some_hidden = bool(hidden.any())
         strip = torch.zeros(len(raw), stop - start, last - first, dtype=work, device=q_htd.device)
         for head in range(g):
-            q = q_htd[head * (h // g) : (head + 1) * (h // g), start:stop].to(work)
-            scores = (q @ k_gtd[head, first:last].to(work).mT).mul_(scale)
-            strip[0 if share_heads else head] += scores.masked_fill_(hidden, -torch.inf).softmax(-1).mean(0)
+            q = q_htd[head * (h // g) : (head + 1) * (h // g), start:stop].to(work) * scale
+            scores = q @ k_gtd[head, first:last].to(work).mT
+            if some_hidden:
+                scores.masked_fill_(hidden, -torch.inf)
+            strip[0 if share_heads else head] += scores.softmax(-1).mean(0)
         strip = strip / g if share_heads else strip
         if row_normalise:
             strip = strip * (high - low + 1)
