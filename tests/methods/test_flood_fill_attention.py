@@ -260,11 +260,14 @@ def test_a_pattern_of_one_block_is_dense() -> None:
     handle.merge()  # it drops nothing, so it may
 
 
-def test_probe_rows_are_the_first_ones() -> None:
-    batches = [{"input_ids": torch.arange(6).view(3, 2) + 6 * i, "labels": torch.zeros(3)} for i in range(3)]
-    found = probe_rows(batches, 4)
-    assert [sorted(batch) for batch in found] == [["input_ids"]] * 2
-    assert torch.cat([batch["input_ids"] for batch in found]).flatten().tolist() == list(range(8))
+def test_probe_rows_are_the_longest_ones() -> None:
+    ids = torch.arange(12).view(3, 4)
+    masks = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 1, 1, 1]])
+    batches = [{"input_ids": ids, "attention_mask": masks, "labels": ids}, {"input_ids": ids[:, :3], "labels": ids}]
+    found = probe_rows(batches, 3)
+    assert [row["input_ids"].tolist() for row in found] == [[[4, 5, 6, 7]], [[8, 9, 10, 11]], [[0, 1, 2]]]
+    assert all("labels" not in row for row in found)
+    assert [row["pixel_values"].item() for row in probe_rows([{"pixel_values": torch.arange(5.0)}], 2)] == [0, 1]
 
 
 @pytest.mark.parametrize(

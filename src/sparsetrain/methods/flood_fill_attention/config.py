@@ -26,7 +26,7 @@ class FloodFillAttention(MethodConfig, method="flood_fill_attention"):
         keep_ratio: kept / visible blocks, at most this (the diagonal is always kept). 1 is dense attention.
         softmax: `masked` over kept keys; `phantom_zero` (published) counts pruned keys as zero logits.
         probe_every: steps between looks at the maps. None: a twentieth of the run.
-        probe_rows: rows of the calibration data that are looked at, always the same, with dropout off.
+        probe_rows: rows of the calibration data that are looked at: the longest ones, always the same, no dropout.
         reference: what a map is compared with: the `previous` probe's, or the `official` code's irregular choice.
         change_threshold: all layers switch when the distance between maps changes by less than this many percent in
             every layer. 0: never; only the cap switches then.

@@ -44,6 +44,7 @@ class FloodFillSparseAttention(nn.Module):
         for name in STATE:
             self.register_buffer(name, tensors.get(name), persistent=False)
         self.probe_rows = {name: value for name, value in tensors.items() if name.startswith(PROBE)}
+        self._lists: dict[tuple[int, torch.device], Tensor] = {}  # made once a length: on a GPU their width is a sync
 
     mask: Tensor | None
     mean_map: Tensor | None
@@ -113,6 +114,7 @@ class FloodFillSparseAttention(nn.Module):
         except ValueError as error:
             raise ValueError(f"{self.site.name}: {error}") from None
         self.mask = mask
+        self._lists.clear()
         self.switched = torch.tensor([step, reason], device=mask.device)
         self.reference_map, self.probe_rows = None, {}
 
@@ -141,7 +143,7 @@ class FloodFillSparseAttention(nn.Module):
             segments_bs = aligned.segments_bw
         num_blocks = -(-q_bhtd.shape[2] // block)
         longest, own_bn, first_bn = _sequence_blocks(segments_bs, block, num_blocks)
-        lists = block_lists(fit_pattern(self.mask, longest, config.extend))
+        lists = self._lists_for(longest)
         if own_bn is not None and first_bn is not None:
             lists = _lists_of_sequences(lists, own_bn, first_bn)
         out = block_sparse_attention(
@@ -158,6 +160,14 @@ class FloodFillSparseAttention(nn.Module):
             softmax=config.softmax,
         )
         return out if aligned is None else aligned.scatter(out)
+
+    def _lists_for(self, num_blocks: int) -> Tensor:
+        """The pattern of a sequence of so many blocks, as lists [1, p, n, k]."""
+        assert self.mask is not None
+        key = (num_blocks, self.mask.device)
+        if key not in self._lists:
+            self._lists[key] = block_lists(fit_pattern(self.mask, num_blocks, self.config.extend))
+        return self._lists[key]
 
     def _decode(
         self,

@@ -132,15 +132,23 @@ def prepare(
 
 
 def probe_rows(batches: list[dict[str, Tensor]], num_rows: int) -> list[dict[str, Tensor]]:
-    """The first rows of the batches, without labels."""
-    found = []
+    """The longest rows, one a batch, without labels: a pattern serves no sequence longer than it was cut from."""
+    rows = []
     for batch in batches:
         tensors = {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.ndim and name != "labels"}
-        size = min(num_rows, min(len(x) for x in tensors.values()))
-        if size > 0:
-            found.append({name: x[:size].clone() for name, x in tensors.items()})
-        num_rows -= size
-    return found
+        rows += [{name: x[i : i + 1].clone() for name, x in tensors.items()} for i in range(_num_rows(tensors))]
+    return sorted(rows, key=_length, reverse=True)[:num_rows]
+
+
+def _num_rows(tensors: dict[str, Tensor]) -> int:
+    return min((len(x) for x in tensors.values()), default=0)
+
+
+def _length(row: dict[str, Tensor]) -> int:
+    """Tokens of a row that are not padding; of images, all rows are alike."""
+    if "attention_mask" in row:
+        return int((row["attention_mask"] != 0).sum())
+    return row["input_ids"].shape[1] if "input_ids" in row else 0
 
 
 def schedule(model: nn.Module, config: FloodFillAttention, modules: list[nn.Module]) -> SwitchSchedule:
