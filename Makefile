@@ -43,6 +43,7 @@ check: setup ## format, lint, types, import rules, tests
 bench: setup ## measure the committed cases on this machine and rewrite the tables of the docs
 	$(PY) bench/ops/attention.py --json bench/results
 	$(PY) bench/ops/selected_attention.py --json bench/results
+	$(PY) bench/ops/flood_fill.py --json bench/results
 	$(PY) bench/ops/routed_ffn.py --json bench/results
 	$(PY) bench/methods/token_selection/step.py --json bench/results
 	$(PY) bench/report.py

@@ -21,6 +21,17 @@ def attention(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def patterns(results: dict[str, Any]) -> list[str]:
+    lines = ["| case | blocks kept | dense / ours | quartiles | searching the pattern, ms | verdict |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for row in results["results"]:
+        lines.append(
+            f"| {row['case_id']} | {row['keep_ratio_executed']:.1%} | {row['median']:.2f} "
+            f"| {row['q1']:.2f}–{row['q3']:.2f} | {row['selection_ms']:.0f} | {row['verdict']} |"
+        )
+    return lines
+
+
 def ffn(results: dict[str, Any]) -> list[str]:
     lines = ["| shape | tokens | blocks, active | β | dense / ours | share of 1/β | verdict |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
@@ -36,7 +47,7 @@ def ffn(results: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     page = PAGE.read_text()
-    for name, table in (("selected_attention", attention), ("routed_ffn", ffn)):
+    for name, table in (("selected_attention", attention), ("flood_fill", patterns), ("routed_ffn", ffn)):
         file = ROOT / "results" / f"{name}.json"
         if not file.exists():
             print(f"{file.name} is not there; its table is left as it is")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sparsetrain.core.errors import PlanError as PlanError
     from sparsetrain.core.errors import UnknownFamily as UnknownFamily
     from sparsetrain.core.errors import Unsupported as Unsupported
+    from sparsetrain.methods import FloodFillAttention as FloodFillAttention
     from sparsetrain.methods import PQAttention as PQAttention
     from sparsetrain.methods import RoutedFFN as RoutedFFN
     from sparsetrain.methods import TokenSelection as TokenSelection
@@ -32,6 +33,7 @@ _HOMES = {
     "PlanError": "core.errors",
     "UnknownFamily": "core.errors",
     "Unsupported": "core.errors",
+    "FloodFillAttention": "methods",
     "PQAttention": "methods",
     "RoutedFFN": "methods",
     "TokenSelection": "methods",

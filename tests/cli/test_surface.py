@@ -30,6 +30,7 @@ SURFACE = {
     "export": ALWAYS | {"RUN", "--output", "--format", "--merge-lora", "--keep-lora"},
     "plan": ALWAYS | {"--recipe", "--model", "--task", "--preset", "--method", "--seq-len"},
     "methods": ALWAYS | {"NAME"},
+    "patterns": ALWAYS | {"RUN", "--output"},
     "doctor": ALWAYS,
     "models list": ALWAYS,
     "models fetch": ALWAYS | {"NAME"},

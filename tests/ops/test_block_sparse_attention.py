@@ -18,7 +18,9 @@ from sparsetrain.ops.block_sparse_attention.cases import REAL, TINY, TOLERANCE, 
 CASES = pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
 
 
-def call(case: Case, q: Tensor, k: Tensor, v: Tensor, lists: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def call(
+    case: Case, q: Tensor, k: Tensor, v: Tensor, lists: Tensor, backend: str, softmax: str = "masked"
+) -> tuple[Tensor, Tensor]:
     return block_sparse_attention(
         q,
         k,
@@ -29,6 +31,7 @@ def call(case: Case, q: Tensor, k: Tensor, v: Tensor, lists: Tensor, backend: st
         causal=case.causal,
         window=case.window,
         segments_bs=case.segments(),
+        softmax=softmax,
         return_lse=True,
         backend=backend,
     )
@@ -154,25 +157,55 @@ def test_lse_alone_has_a_gradient() -> None:
     assert found[-1].abs().max() == 0  # values do not move it
 
 
-def test_phantom_zero_rewrite() -> None:
-    """softmax with every pruned visible key as a zero logit = masked softmax times a sigmoid of lse."""
-    case = next(case for case in TINY if case.name == "packed")
+def phantom(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
+    """The dense definition: every pruned visible key adds exp(0) to the denominator."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    weights = (q @ k.mT / q.shape[-1] ** 0.5).exp() * kept
+    total = weights.sum(-1) + pruned
+    safe = torch.where(total > 0, total, 1)
+    return weights / safe[..., None] @ v, safe.log().masked_fill(total == 0, -torch.inf)
+
+
+@CASES
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_phantom_zero_equals_its_dense_definition(case: Case, backend: str) -> None:
     tensors, lists = case.tensors(torch.float64), case.lists()
     seen = visible(case).expand(-1, case.heads, -1, -1)
     kept = seen & listed(case, lists)
     pruned = (seen.sum(-1) - kept.sum(-1)).double()
+    found = with_gradients(lambda *x: call(case, *x, lists, backend, softmax="phantom_zero"), tensors)
+    assert_near(found, with_gradients(lambda *x: phantom(*x, kept, pruned), tensors), 1e-12)
 
-    def rewritten(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, lse = call(case, q, k, v, lists, "cpu")
-        factor = torch.where(pruned > 0, torch.sigmoid(lse - pruned.clamp(min=1).log()), 1)
-        return out * factor[..., None]
 
-    def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        weights = (q @ k.mT / case.head_dim**0.5).exp() * kept
-        total = weights.sum(-1, keepdim=True) + pruned[..., None]
-        return weights / torch.where(total > 0, total, 1) @ v
+@CASES
+def test_phantom_zero_with_full_lists_equals_the_masked_softmax(case: Case) -> None:
+    tensors, lists = case.tensors(torch.float64), everything(case)
+    found = with_gradients(lambda *x: call(case, *x, lists, "cpu", softmax="phantom_zero"), tensors)
+    assert_near(found, with_gradients(lambda *x: call(case, *x, lists, "cpu"), tensors), 1e-12)
 
-    assert_near(with_gradients(rewritten, tensors), with_gradients(explicit, tensors), 1e-12)
+
+def test_phantom_zero_counts_segments_that_are_not_contiguous() -> None:
+    case = Case(name="mixed", queries=40, block_q=8, block_k=8, kept_keys=16)
+    tensors, lists = case.tensors(torch.float64), case.lists()
+    segments = torch.randint(0, 3, (1, 40), generator=torch.Generator().manual_seed(2))
+    sizes = {"block_q": 8, "block_k": 8, "causal": True, "segments_bs": segments}
+    same = (segments[:, :, None] == segments[:, None]) & (segments > 0)[:, :, None]
+    seen = (visible(case) & same[:, None]).expand(-1, 2, -1, -1)
+    kept = seen & listed(case, lists)
+    pruned = (seen.sum(-1) - kept.sum(-1)).double()
+    found = with_gradients(lambda *x: block_sparse_attention(*x, lists, softmax="phantom_zero", **sizes), tensors)
+    assert_near(found, with_gradients(lambda *x: phantom(*x, kept, pruned)[0], tensors), 1e-12)
+
+
+def test_phantom_zero_with_zero_queries_is_the_kept_share_of_the_mean_value() -> None:
+    case = Case(name="zero", queries=32, block_q=8, block_k=8, kept_keys=16, causal=False)
+    (q, k, v), lists = case.tensors(torch.float64), case.lists()
+    out, lse = call(case, torch.zeros_like(q), k, v, lists, "cpu", softmax="phantom_zero")
+    kept = listed(case, lists).double()
+    torch.testing.assert_close(out, kept @ v / 32)
+    torch.testing.assert_close(lse.exp(), torch.full_like(lse, 32))
+    with pytest.raises(ValueError, match="phantom_zero"):
+        call(case, q, k, v, lists, "cpu", softmax="phantom")
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -14,6 +14,7 @@ from sparsetrain.cli.export import export
 from sparsetrain.cli.failure import EXIT_CODES
 from sparsetrain.cli.finetune import finetune
 from sparsetrain.cli.models import MODELS_HELP, fetch, list_assets, verify
+from sparsetrain.cli.patterns import patterns
 from sparsetrain.cli.plan import methods, plan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", epilog=EXIT_CODES)
@@ -50,6 +51,7 @@ for _name, _command in {
     "export": export,
     "plan": plan,
     "methods": methods,
+    "patterns": patterns,
     "doctor": doctor,
 }.items():
     _add(app, _name, _command)

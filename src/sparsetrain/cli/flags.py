@@ -29,6 +29,9 @@ _METHODS = (
     "[cyan]pq_attention[/]  Each query attends to the keys whose product-quantised codes match its own best "
     "(keep_ratio; granularity block is fast, token keeps more quality and saves no time). Not for short sequences, "
     "where choosing keys costs more than it saves, nor for head widths that 8 does not divide.",
+    "[cyan]flood_fill_attention[/]  Trains dense until the attention maps settle, then keeps a fixed block pattern of "
+    "each layer's map (quantile or keep_ratio; block_tokens). For training on long rows of one length; not for "
+    "chat or generation, where what matters moves with the content.",
     "[cyan]routed_ffn[/]  A router gives each token num_active of num_blocks blocks of every FFN (shared_ratio; "
     "partition clustered is fitted to the model, contiguous is the published start). Not for mixture-of-experts "
     "models, which are routed already, nor when the trained model must be dense again.",

@@ -119,7 +119,7 @@ def finetune(
             journal.recorder,
             EvalCallback(lambda: _evaluate(model, handle, parts), recipe.eval_every, journal),
             *([SavedCallback(handle, parts.sample, journal)] if resumed is None else []),
-            *([SparsityCallback(handle, at_end=False, **about)] if handle is not None else []),
+            *([_sparsity(handle, parts, journal, about)] if handle is not None else []),
             checkpoint.CheckpointCallback(
                 recipe, rows, journal.progress, journal.report
             ),  # completes what others wrote
@@ -201,6 +201,13 @@ def _build(
     return assemble.add_lora(model, recipe, handle, new_modules), handle
 
 
+def _sparsity(handle: Handle, parts: Parts, journal: Journal, about: dict[str, Any]) -> SparsityCallback:
+    def keep_peaks() -> None:
+        journal.peaks(parts.device)
+
+    return SparsityCallback(handle, at_end=False, report=journal.report, before_reset=keep_peaks, **about)
+
+
 def _train(trainer: Trainer, parts: Parts, resumed: checkpoint.Checkpoint | None) -> None:
     output = Path(parts.recipe.output)
     with disk_errors(output):
@@ -219,7 +226,7 @@ def _evaluate(
     model: Any, handle: Handle | None, parts: Parts, journal: Journal | None = None, name: str = ""
 ) -> Quality:
     if handle is not None:
-        handle.step(1, 1)  # past any warm-up: the quality is that of the sparse model; training sets its own step
+        handle.settle()  # past any warm-up: the quality is that of the sparse model; training sets its own step
     assert parts.bundle.eval is not None
     return evaluate(
         model,

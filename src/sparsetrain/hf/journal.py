@@ -98,7 +98,7 @@ class SavedCallback(TrainerCallback):
         batch = {name: tensor.to(device) for name, tensor in self.sample.items()}
         model.train()
         if self.handle is not None:
-            self.handle.step(state.max_steps, state.max_steps)
+            self.handle.settle()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             saved, share = self._measure(model, batch)
         self.journal.run["saved_activation_bytes"] = dict(saved.by_component)

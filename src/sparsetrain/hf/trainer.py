@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparsetrain.core.anatomy import submodule
 from sparsetrain.hf.sidecar import write_sidecar
-from sparsetrain.measure.memory import peak_memory
+from sparsetrain.measure.memory import peak_memory, reset_peak
+from sparsetrain.measure.units import bytes_text
 from sparsetrain.surgery.apply import Handle
 
 Event = dict[str, Any]
@@ -39,23 +41,43 @@ class SparsityCallback(TrainerCallback):
     Args:
         handle: what `sparsify` returned.
         at_end: write the sidecar into `output_dir` at the end of training.
+        report: told, as notes, what a method changed for good (patterns cut, say), and the peak of memory before and
+            after it: a peak counts from the last change, since a dense phase would hide what follows.
+        before_reset: called at a change, before the peak starts anew.
         about: entries for the sidecar, as in `hf.io.save`.
     """
 
-    def __init__(self, handle: Handle, *, at_end: bool = True, **about: Any) -> None:
-        self.handle, self.at_end, self.about = handle, at_end, about
+    def __init__(
+        self,
+        handle: Handle,
+        *,
+        at_end: bool = True,
+        report: Report = silent,
+        before_reset: Callable[[], None] = lambda: None,
+        **about: Any,
+    ) -> None:
+        self.handle, self.at_end, self.report, self.before_reset, self.about = (
+            handle,
+            at_end,
+            report,
+            before_reset,
+            about,
+        )
+        self._restarted: int | None = None
+        self._peak_before: int | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         check_forwards(self.handle)
         check_trainable(self.handle)
-        self._step(args, state)
+        self._restarted = None  # a Trainer makes its schedule anew for each run
+        self._step(args, state, kwargs.get("lr_scheduler"))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._step(args, state)
+        self._step(args, state, kwargs.get("lr_scheduler"))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = checkpoint_folder(args, state)
@@ -64,12 +86,57 @@ class SparsityCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        after = _peak(args.device)
+        if self._peak_before is not None and after is not None:
+            text = f"Peak memory: {bytes_text(self._peak_before)} before the change, {bytes_text(after)} after it."
+            self.report({"event": "note", "text": text})
         if self.at_end and args.output_dir:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             write_sidecar(args.output_dir, kwargs.get("model", self.handle.model), self.handle, **self.about)
 
-    def _step(self, args: TrainingArguments, state: TrainerState) -> None:
-        self.handle.step(state.global_step, state.max_steps, 1 / args.gradient_accumulation_steps)
+    def _step(self, args: TrainingArguments, state: TrainerState, scheduler: Any) -> None:
+        changes = self.handle.step(state.global_step, state.max_steps, 1 / args.gradient_accumulation_steps)
+        for line in changes:
+            self.report({"event": "note", "text": line})
+        if changes:
+            self.before_reset()
+            before = _peak(args.device)
+            self._peak_before = before if reset_peak(args.device) else None
+        at = self.handle.restart_step
+        if at is not None and at != self._restarted:
+            restart_schedule(scheduler, at, state.global_step)
+            self._restarted = at
+
+
+def _peak(device: torch.device) -> int | None:
+    found = peak_memory(device)
+    return found.gpu_allocated_peak_bytes or found.rss_peak_bytes
+
+
+def restart_schedule(scheduler: Any, at: int, step: int) -> None:
+    """Let a learning-rate schedule count from step `at`: its factor at step s becomes that of step s - at.
+
+    Raises:
+        ValueError: the schedule is not a function of the step alone.
+    """
+    while hasattr(scheduler, "scheduler"):  # as accelerate holds it
+        scheduler = scheduler.scheduler
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"restart_lr needs a schedule that is a function of the step, and this run has {type(scheduler).__name__}. "
+            "Use the Trainer's linear, cosine or constant schedule, or set restart_lr=False."
+        )
+
+    def counted_from(factor: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda s: factor(s - at if s >= at else s)
+
+    # a plain function, so that the scheduler's state dict leaves it out and stays loadable
+    scheduler.lr_lambdas = [counted_from(factor) for factor in scheduler.lr_lambdas]
+    for group, base, factor in zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * factor(step)
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

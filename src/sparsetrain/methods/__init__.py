@@ -1,6 +1,9 @@
 """The table of contents: one line a method, grouped by what it makes sparse."""
 
 # attention
+from sparsetrain.methods.flood_fill_attention import (  # block patterns cut from attention maps, arXiv 2309.12578
+    FloodFillAttention as FloodFillAttention,
+)
 from sparsetrain.methods.pq_attention import PQAttention as PQAttention  # keys chosen by PQ codes, arXiv 2312.10365
 
 # feed-forward networks

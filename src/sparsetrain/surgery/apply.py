@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import Undo
 from sparsetrain.core.config import MethodConfig
-from sparsetrain.surgery.plan import Plan, State, method_of, plan
+from sparsetrain.surgery.plan import Plan, Schedule, State, method_of, plan
 
 Progress = Callable[[str, float], None]
 
@@ -46,6 +46,7 @@ class Handle:
     plan: Plan
     _undos: list[Undo] = field(default_factory=list, repr=False)
     _installed: dict[str, Scheduled] = field(default_factory=dict, repr=False)
+    _schedules: list[Schedule] = field(default_factory=list, repr=False)
 
     @property
     def configs(self) -> tuple[MethodConfig, ...]:
@@ -61,8 +62,13 @@ class Handle:
         """False once `restore` or `merge` has made the model dense again."""
         return bool(self._undos)
 
-    def step(self, step: int, total_steps: int | None = None, loss_scale: float = 1.0) -> None:
-        """Drive every schedule: call before each optimizer step.
+    @property
+    def restart_step(self) -> int | None:
+        """The step from which a method wants the learning-rate schedule to count anew, or None."""
+        return max((at for s in self._schedules if (at := s.restart_step) is not None), default=None)
+
+    def step(self, step: int, total_steps: int | None = None, loss_scale: float = 1.0) -> list[str]:
+        """Drive every schedule: call before each optimizer step. Returns a line for each thing that changed for good.
 
         Args:
             step: optimizer steps done so far.
@@ -71,6 +77,12 @@ class Handle:
         """
         for module in self._installed.values():
             module.set_step(step, total_steps, loss_scale)
+        return [line for schedule in self._schedules for line in schedule.advance(step, total_steps)]
+
+    def settle(self) -> None:
+        """Let every site behave as after its warm-up, and advance nothing: for evaluation between two steps."""
+        for module in self._installed.values():
+            module.set_step(1, 1, 1.0)
 
     def state(self) -> State:
         """`edit.key` -> tensors that rebuild the site beside the dense weights; feed it to `sparsify(state=...)`."""
@@ -92,6 +104,7 @@ class Handle:
         while self._undos:
             self._undos.pop()()
         self._installed.clear()
+        self._schedules.clear()
 
     def merge(self) -> nn.Module:
         """Return to the dense class where that changes no output; refuse otherwise, changing nothing.
@@ -145,6 +158,10 @@ def sparsify(
             if module is not None:
                 assert isinstance(module, Scheduled)
                 handle._installed[edit.key] = module
+        for config in configs:
+            if (schedule := method_of(config).schedule) is not None:
+                sites = [handle._installed[edit.key] for edit in planned.edits if edit.config is config]
+                handle._schedules.append(schedule(model, config, sites))
     except BaseException:
         handle.restore()
         raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -49,6 +49,19 @@ class Edit:
         return f"{self.site}:{self.method}"
 
 
+class Schedule(Protocol):
+    """What changes the sites of a config together, at a time that training decides.
+
+    advance: called between optimizer steps; returns a line for each thing it did. It keeps what it knows in the sites'
+        tensors, so that a rebuilt run goes on as it would have, and does nothing when called for a step again.
+    restart_step: the step from which the learning-rate schedule shall count anew, or None.
+    """
+
+    @property
+    def restart_step(self) -> int | None: ...
+    def advance(self, step: int, total_steps: int | None) -> list[str]: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """How a method meets a model.
@@ -57,6 +70,7 @@ class Method:
     prepare: (model, edits, calibration batches, progress) -> tensors for each site; None when nothing is to be found.
     modules_to_save: names of child modules with parameters of our own, for PEFT's list of that name.
     site_names: anatomy -> all sites the method could take, for the error when nothing matches.
+    schedule: (model, config, its installed modules) -> what changes them together in training, if anything does.
     """
 
     edits: Callable[[Any, Anatomy, nn.Module], list[Edit]]
@@ -65,6 +79,7 @@ class Method:
         None
     )
     modules_to_save: tuple[str, ...] = ()
+    schedule: Callable[[nn.Module, Any, list[Any]], Schedule] | None = None
 
 
 _METHODS: dict[str, Method] = {}

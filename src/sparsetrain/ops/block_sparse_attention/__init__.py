@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsetrain.core.backend import choose
 from sparsetrain.ops.block_sparse_attention import cpu, reference
+from sparsetrain.ops.block_sparse_attention.phantom import add_phantom_zeros, pruned_keys
 from sparsetrain.ops.block_sparse_attention.tiles import Geometry
 
 
@@ -28,6 +29,7 @@ def block_sparse_attention(
     scale: float | None = None,
     segments_bs: Tensor | None = None,
     window: int | None = None,
+    softmax: str = "masked",
     return_lse: Literal[False] = False,
     backend: str = "auto",
 ) -> Tensor: ...
@@ -46,6 +48,7 @@ def block_sparse_attention(
     scale: float | None = None,
     segments_bs: Tensor | None = None,
     window: int | None = None,
+    softmax: str = "masked",
     return_lse: Literal[True],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
@@ -63,6 +66,7 @@ def block_sparse_attention(
     scale: float | None = None,
     segments_bs: Tensor | None = None,
     window: int | None = None,
+    softmax: str = "masked",
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -80,9 +84,9 @@ def block_sparse_attention(
         scores[~visible] = -inf
         out = softmax(scores, -1).nan_to_num(0) @ v.repeat_interleave(h // g, 1)
 
-    The block pattern is that of SPION (arXiv 2309.12578) and of block-wise key selection; rows are normalised over
-    N(i) alone. `lse` is differentiable, so a softmax that counts pruned keys as zero logits is
-    out * sigmoid(lse - log(number of pruned visible keys)), with factor 1 where that number is 0.
+    The block pattern is that of SPION (arXiv 2309.12578) and of block-wise key selection. With softmax="masked" rows
+    are normalised over N(i) alone; with "phantom_zero" every visible key outside N(i) adds exp(0) to the denominator
+    (and to lse), so rows sum to less than 1.
 
     Args:
         q_bhtd: queries [b, h, t, d].
@@ -95,7 +99,8 @@ def block_sparse_attention(
         scale: of the scores; d ** -0.5 if None.
         segments_bs: integers [b, s], 0 = padding (never seen, and a padded query gives 0), equal ids see each other.
         window: keys at a distance of `window` or more are invisible.
-        return_lse: also return the log-sum-exp of the scores.
+        softmax: masked | phantom_zero.
+        return_lse: also return the logarithm of the denominator; it is differentiable.
         backend: auto | reference | cpu | triton.
 
     Returns:
@@ -115,6 +120,8 @@ def block_sparse_attention(
     if window is not None and window < 1:
         raise ValueError(f"window={window} hides every key; give a positive window or None.")
     geometry = Geometry(t, s, block_q, block_k, causal, window)
+    if softmax not in ("masked", "phantom_zero"):
+        raise ValueError(f"softmax={softmax!r} is unknown. Choose 'masked' or 'phantom_zero'.")
     _check_ids(blocks_bgik, geometry.num_key_blocks)
     name = choose("block_sparse_attention", backend, _available(q_bhtd))
     heads = max(blocks_bgik.shape[1], k_bgsd.shape[1])
@@ -122,6 +129,8 @@ def block_sparse_attention(
     attend = cpu.attend if name == "cpu" else reference.attend
     factor = q_bhtd.shape[3] ** -0.5 if scale is None else scale
     out, lse = attend(q_bhtd, k_bgsd, v_bgsd, blocks_blik, segments_bs, geometry, factor)
+    if softmax == "phantom_zero":
+        out, lse = add_phantom_zeros(out, lse, pruned_keys(blocks_blik, segments_bs, geometry))
     return (out, lse) if return_lse else out
 
 

@@ -1,0 +1,238 @@
+"""Flood-fill attention inside a model: one layer's maps and pattern, and what runs instead of dense attention.
+
+Nothing here changes during a forward: `schedule.py` looks at the maps and sets the pattern between two steps.
+
+Legend: b batch, h query heads, g key/value heads, t queries, s keys, d head width, p patterns (1 or g), n blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsetrain.core.anatomy import AttentionSite
+from sparsetrain.methods.flood_fill_attention.config import FloodFillAttention
+from sparsetrain.ops.attention_patterns import block_lists, block_pattern, fit_pattern
+from sparsetrain.ops.attention_patterns.maps import MapSums
+from sparsetrain.ops.block_sparse_attention import block_sparse_attention
+from sparsetrain.ops.block_sparse_attention.phantom import add_phantom_zeros
+from sparsetrain.ops.block_sparse_attention.reference import masked_attention
+from sparsetrain.ops.segments import align_segments
+
+STATE = ("mask", "mean_map", "filtered_map", "seen", "reference_map", "history", "switched")
+"""Buffers of a site, all None at first.
+
+mask: bool [p, n, n], the pattern. mean_map, filtered_map: [p, n, n], as last probed. seen: bool [n, n], cells with a
+visible pair. reference_map: what the next probe is compared with. history: [probes, 3], step, distance and change in
+percent (NaN where undefined). switched: [2], the step, and why (an index of `REASONS`).
+"""
+REASONS = ("the maps have settled", "the dense phase is over", "cut at the conversion")
+PROBE = "probe."
+"""Names of probe rows in the state: `probe.<batch>.<argument of forward>`."""
+
+
+class FloodFillSparseAttention(nn.Module):
+    """What `module.sparse_attention` is on a converted attention."""
+
+    def __init__(self, config: FloodFillAttention, site: AttentionSite, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.config, self.site = config, site
+        # not in the state dict: it keeps the dense names, and the sidecar carries these
+        for name in STATE:
+            self.register_buffer(name, tensors.get(name), persistent=False)
+        self.probe_rows = {name: value for name, value in tensors.items() if name.startswith(PROBE)}
+        self._lists: dict[tuple[int, torch.device], Tensor] = {}  # made once a length: on a GPU their width is a sync
+
+    mask: Tensor | None
+    mean_map: Tensor | None
+    filtered_map: Tensor | None
+    seen: Tensor | None
+    reference_map: Tensor | None
+    history: Tensor | None
+    switched: Tensor | None
+
+    def set_step(self, step: int, total_steps: int | None, loss_scale: float) -> None:
+        """Nothing follows the step alone; see `schedule.py`."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {name: value for name in STATE if (value := getattr(self, name)) is not None}
+        return found | (self.probe_rows if self.mask is None else {})
+
+    def stats(self) -> dict[str, float]:
+        if self.mask is None or self.seen is None or self.switched is None:
+            return {"num_probes": 0.0 if self.history is None else float(len(self.history))}
+        kept = self.mask.sum((1, 2)).float().mean()
+        rows = self.mask.sum(-1).float()
+        return {
+            "density": float(kept / self.seen.sum()),
+            "kept_blocks": float(kept),
+            "kept_blocks_per_row_min": float(rows.min()),
+            "kept_blocks_per_row_max": float(rows.max()),
+            "switched_at_step": float(self.switched[0]),
+        }
+
+    def merge_error(self) -> str | None:
+        if self.mask is None or self.seen is None or bool((self.mask | ~self.seen).all()):
+            return None
+        return f"its pattern keeps {self.stats()['density']:.1%} of the blocks, and dense attention would read all"
+
+    def observe(self, sums: MapSums) -> None:
+        """Take over the maps of a probe."""
+        self.mean_map, self.filtered_map = (x.float() for x in sums.means())
+        self.seen = sums.seen_nn
+
+    def record(self, step: int) -> float:
+        """Compare the filtered map with the reference, move the reference, and return the change in percent."""
+        assert self.filtered_map is not None
+        history = torch.empty(0, 3, dtype=torch.float64) if self.history is None else self.history.cpu()
+        distance = change = torch.nan
+        if self.reference_map is not None:
+            distance = float((self.filtered_map - self.reference_map).double().norm())
+            before = float(history[-1, 1])
+            if before == 0:
+                change = 0.0 if distance == 0 else torch.inf
+            elif before == before:  # not NaN: the second distance or a later one
+                change = 100 * abs(distance - before) / before
+        device = self.filtered_map.device
+        self.history = torch.cat((history, torch.tensor([[step, distance, change]], dtype=torch.float64))).to(device)
+        # the official code leaves the reference where it was at the second probe
+        if self.config.reference == "previous" or len(history) != 1:
+            self.reference_map = self.filtered_map
+        return change
+
+    def switch(self, step: int, reason: int) -> None:
+        """Cut the pattern from the maps last probed; attention is sparse from now on."""
+        assert self.filtered_map is not None and self.seen is not None
+        config = self.config
+        try:
+            mask = block_pattern(
+                self.filtered_map, self.seen, variant=config.variant, causal=self.site.causal, **config.target
+            )
+        except ValueError as error:
+            raise ValueError(f"{self.site.name}: {error}") from None
+        self.mask = mask
+        self._lists.clear()
+        self.switched = torch.tensor([step, reason], device=mask.device)
+        self.reference_map, self.probe_rows = None, {}
+
+    def forward(
+        self,
+        q_bhtd: Tensor,
+        k_bgsd: Tensor,
+        v_bgsd: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+        segments_bs: Tensor | None,
+        window: int | None,
+        dense: Callable[[], Tensor],
+    ) -> Tensor:
+        """[b, h, t, d] -> [b, h, t, d]; `dense()` gives the dense attention of the same call."""
+        if self.mask is None:
+            return dense()
+        if q_bhtd.shape[2] != k_bgsd.shape[2]:
+            return self._decode(q_bhtd, k_bgsd, v_bgsd, causal, scale, segments_bs, window)
+        config, block = self.config, self.config.block_tokens
+        aligned = None
+        if segments_bs is not None and not _starts_at_blocks(segments_bs, block):
+            aligned = align_segments(segments_bs, block)
+            q_bhtd, k_bgsd, v_bgsd = (aligned.gather(x) for x in (q_bhtd, k_bgsd, v_bgsd))
+            segments_bs = aligned.segments_bw
+        num_blocks = -(-q_bhtd.shape[2] // block)
+        longest, own_bn, first_bn = _sequence_blocks(segments_bs, block, num_blocks)
+        lists = self._lists_for(longest)
+        if own_bn is not None and first_bn is not None:
+            lists = _lists_of_sequences(lists, own_bn, first_bn)
+        out = block_sparse_attention(
+            q_bhtd,
+            k_bgsd,
+            v_bgsd,
+            lists,
+            block_q=block,
+            block_k=block,
+            causal=causal,
+            scale=scale,
+            segments_bs=segments_bs,
+            window=window,
+            softmax=config.softmax,
+        )
+        return out if aligned is None else aligned.scatter(out)
+
+    def _lists_for(self, num_blocks: int) -> Tensor:
+        """The pattern of a sequence of so many blocks, as lists [1, p, n, k]."""
+        assert self.mask is not None
+        key = (num_blocks, self.mask.device)
+        if key not in self._lists:
+            self._lists[key] = block_lists(fit_pattern(self.mask, num_blocks, self.config.extend))
+        return self._lists[key]
+
+    def _decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        scale: float,
+        segments_bs: Tensor | None,
+        window: int | None,
+    ) -> Tensor:
+        """A few queries at the end of cached keys: the same pattern, as an explicit mask of t * s pairs."""
+        assert self.mask is not None
+        t, s = q.shape[2], k.shape[2]
+        position = torch.arange(s, device=q.device)
+        ids = torch.ones(1, s, dtype=torch.int32, device=q.device) if segments_bs is None else segments_bs
+        begins = F.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
+        block = (position - torch.where(begins, position, 0).cummax(1).values) // self.config.block_tokens
+        mask = fit_pattern(self.mask, int(block[ids > 0].max()) + 1, self.config.extend)
+        distance = position[s - t :, None] - position
+        visible = (ids[:, s - t :, None] == ids[:, None]) & (ids[:, s - t :, None] > 0)
+        visible = visible & (distance >= 0) if causal else visible
+        visible = visible if window is None else visible & (distance.abs() < window)
+        block = block.clamp(max=mask.shape[-1] - 1)  # padding may run on; it sees and is seen by nothing
+        kept = mask[:, block[:, s - t :, None], block[:, None]].movedim(0, 1) & visible[:, None]
+        kept = kept.expand(len(q), -1, -1, -1)
+        out, lse = masked_attention(q, k, v, kept, scale)
+        if self.config.softmax == "phantom_zero":
+            out, _ = add_phantom_zeros(out, lse, visible[:, None].sum(-1) - kept.sum(-1))
+        return out
+
+
+def _starts_at_blocks(segments_bs: Tensor, block: int) -> bool:
+    """Does every sequence begin at a block boundary? Rows padded on the right do, and need not be moved."""
+    begins = F.pad(segments_bs[:, 1:] != segments_bs[:, :-1], (1, 0), value=True) & (segments_bs > 0)
+    begins[:, ::block] = False
+    return not bool(begins.any())
+
+
+def _sequence_blocks(
+    segments_bs: Tensor | None, block: int, num_blocks: int
+) -> tuple[int, Tensor | None, Tensor | None]:
+    """(blocks of the longest sequence, segment id of each block, first block of each block's segment), [b, n].
+
+    Every segment starts at a block boundary; gaps have id 0.
+    """
+    if segments_bs is None:
+        return num_blocks, None, None
+    own = segments_bs[:, ::block]
+    begins = F.pad(own[:, 1:] != own[:, :-1], (1, 0), value=True)
+    position = torch.arange(num_blocks, device=own.device)
+    first = torch.where(begins, position, 0).cummax(1).values
+    longest = int(torch.where(own > 0, position - first, 0).max()) + 1
+    return longest, own, first
+
+
+def _lists_of_sequences(lists_1pnk: Tensor, own_bn: Tensor, first_bn: Tensor) -> Tensor:
+    """Lists that count from the first block of a sequence -> lists of whole rows, [b, p, n, k]."""
+    num_blocks = own_bn.shape[1]
+    local = torch.arange(num_blocks, device=own_bn.device) - first_bn
+    local = torch.where(own_bn > 0, local, 0).clamp(max=lists_1pnk.shape[2] - 1)
+    lists = lists_1pnk[0][:, local].movedim(0, 1)  # [b, p, n, k]
+    shifted = lists + first_bn[:, None, :, None]
+    inside = shifted.clamp(max=num_blocks - 1)
+    owner = own_bn[:, None, None].expand(-1, *inside.shape[1:3], -1).gather(3, inside.clamp(min=0))
+    # a list may name blocks past the end of a short sequence: of the next one, or of none
+    same = (owner == own_bn[:, None, :, None]) & (shifted < num_blocks) & (own_bn > 0)[:, None, :, None]
+    return torch.where((lists >= 0) & same, shifted, -1)

@@ -1,0 +1,214 @@
+"""When a model turns sparse: probe every layer's map, decide, cut all patterns. Driven by `handle.step`.
+
+Everything it knows is in the buffers of the sites, so a run that is rebuilt from a checkpoint decides as it would have.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from sparsetrain.core.anatomy import describe, submodule
+from sparsetrain.methods.flood_fill_attention.config import MIN_PROBES, FloodFillAttention
+from sparsetrain.methods.flood_fill_attention.module import PROBE, REASONS, FloodFillSparseAttention
+from sparsetrain.ops.attention_patterns import MapSums, pooled_maps
+
+SETTLED, CAPPED, AT_ONCE = range(len(REASONS))
+
+
+class SwitchSchedule:
+    """Switches the sites of one config, all at one step.
+
+    Raises:
+        ValueError: the sites have neither a pattern nor rows to probe.
+    """
+
+    def __init__(self, model: nn.Module, config: FloodFillAttention, sites: list[FloodFillSparseAttention]) -> None:
+        self.model, self.config, self.sites = model, config, sites
+        if not config.is_dense and not self.switched and not self.batches:
+            raise ValueError(
+                "flood_fill_attention has no rows to probe and no pattern. Pass calibration=[batches] of full length "
+                "to sparsify(), or the state of an earlier conversion."
+            )
+
+    @property
+    def switched(self) -> bool:
+        return self.sites[0].mask is not None
+
+    @property
+    def batches(self) -> list[dict[str, Tensor]]:
+        """The probe rows, which the first site keeps until the switch."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, value in self.sites[0].probe_rows.items():
+            number, _, argument = name.removeprefix(PROBE).partition(".")
+            found.setdefault(number, {})[argument] = value
+        return list(found.values())
+
+    @property
+    def restart_step(self) -> int | None:
+        """The step from which the learning-rate schedule counts anew, or None."""
+        at = self.sites[0].switched
+        return int(at[0]) if self.config.restart_lr and at is not None and int(at[0]) > 0 else None
+
+    def advance(self, step: int, total_steps: int | None) -> list[str]:
+        """Probe and switch if it is time; says what it did. The same step twice does nothing the second time."""
+        if self.config.is_dense or self.switched or (step == 0 and total_steps is None):
+            return []
+        cap, every = self.config.last_dense_step(total_steps), self.config.probe_interval(total_steps)
+        history = self.sites[0].history
+        due = step > 0 and step % every == 0 and (history is None or int(history[-1, 0]) < step)
+        if due:
+            self._probe()
+            changes = [site.record(step) for site in self.sites]
+            assert self.sites[0].history is not None
+            probes = len(self.sites[0].history)
+            # floor(c) < threshold is the published comparison; NaN (no change known yet) and infinity fail it
+            settled = all(math.isfinite(c) and math.floor(c) < self.config.change_threshold for c in changes)
+            if probes >= MIN_PROBES and settled:
+                return self._switch(step, SETTLED)
+        if cap is None or step < cap:
+            return []
+        if not due:
+            self._probe()
+        if self.config.change_threshold > 0:
+            warnings.warn(
+                f"flood_fill_attention: the maps had not settled by step {step}, the end of the dense phase "
+                "(max_dense_steps, max_dense_ratio); the patterns are cut now.",
+                stacklevel=3,
+            )
+        return self._switch(step, CAPPED)
+
+    def _probe(self) -> None:
+        for site, sums in probe(self.model, self.config, [s.site.name for s in self.sites], self.batches).items():
+            next(s for s in self.sites if s.site.name == site).observe(sums)
+
+    def _switch(self, step: int, reason: int) -> list[str]:
+        for site in self.sites:
+            site.switch(step, reason)
+            _share(site)
+        densities = [site.stats()["density"] for site in self.sites]
+        return [
+            f"flood_fill_attention: {len(self.sites)} layers are sparse from step {step} on ({REASONS[reason]}); they "
+            f"keep {sum(densities) / len(densities):.1%} of the blocks ({min(densities):.1%} to {max(densities):.1%})."
+        ]
+
+
+def probe(
+    model: nn.Module,
+    config: FloodFillAttention,
+    sites: list[str],
+    batches: list[dict[str, Tensor]],
+    progress: Callable[[str, float], None] = lambda *_: None,
+) -> dict[str, MapSums]:
+    """Every site's pooled attention map over the batches, by an extra forward without gradient or dropout.
+
+    Raises:
+        ValueError: a site's attention function was not called, or its map holds NaN.
+    """
+    watches = {name: _Watch(config) for name in sites}
+    body: Any = getattr(model, "base_model", model)  # the head's logits of long rows would be gigabytes
+    device = next(model.parameters()).device
+    options = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
+    with torch.no_grad(), _watching(model, watches):
+        for i, batch in enumerate(batches):
+            progress("flood_fill_attention: reading attention maps", i / len(batches))
+            body(**{name: value.to(device) for name, value in batch.items()}, **options)
+    found = {}
+    for name, watch in watches.items():
+        if watch.sums is None:
+            raise ValueError(
+                f"flood_fill_attention cannot probe {name}: the model's forward never called its attention function on "
+                "the probe rows. Leave it out with `targets` or `layers`."
+            )
+        found[name] = _reduced(watch.sums)
+        if not bool(found[name].filtered_pnn.isfinite().all()):
+            raise ValueError(
+                f"flood_fill_attention: the attention map of {name} holds NaN or infinity; it has diverged."
+            )
+    return found
+
+
+class _Watch(nn.Module):
+    """Stands in for a site's attention during a probe: adds up its maps, and runs dense."""
+
+    def __init__(self, config: FloodFillAttention) -> None:
+        super().__init__()
+        self.config = config
+        self.sums: MapSums | None = None
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+        segments_bs: Tensor | None,
+        window: int | None,
+        dense: Callable[[], Tensor],
+    ) -> Tensor:
+        config = self.config
+        found = pooled_maps(
+            q,
+            k,
+            block=config.block_tokens,
+            filter_edge=config.edge_in_force,
+            causal=causal,
+            scale=scale,
+            window=window,
+            segments_bt=segments_bs,
+            share_heads=config.share_heads,
+            row_normalise=config.row_normalise,
+        )
+        self.sums = found if self.sums is None else self.sums + found
+        return dense()
+
+
+@contextmanager
+def _watching(model: nn.Module, watches: dict[str, _Watch]) -> Iterator[None]:
+    """Inside: the model is in evaluation mode and the watches stand at their sites. After: all is as before."""
+    install = describe(model).install_attention
+    assert install is not None
+    uninstall = install(model)
+    training = [module for module in model.modules() if module.training]
+    modules = {name: submodule(model, name) for name in watches}
+    before = {name: module._modules.get("sparse_attention") for name, module in modules.items()}
+    try:
+        model.eval()
+        for name, watch in watches.items():
+            modules[name].sparse_attention = watch
+        yield
+    finally:
+        for name, module in modules.items():
+            if before[name] is None:
+                module._modules.pop("sparse_attention", None)
+            else:
+                module.sparse_attention = before[name]
+        uninstall()
+        for module in training:
+            module.training = True
+
+
+def _reduced(sums: MapSums) -> MapSums:
+    """The sums over all data-parallel ranks."""
+    if distributed.is_available() and distributed.is_initialized():
+        for x in (sums.raw_pnn, sums.filtered_pnn, sums.pairs_nn):
+            distributed.all_reduce(x)
+    return sums
+
+
+def _share(site: FloodFillSparseAttention) -> None:
+    """Rank 0's pattern for all ranks: quantiles of equal sums need not be equal to the bit on unequal devices."""
+    if distributed.is_available() and distributed.is_initialized():
+        assert site.mask is not None
+        mask = site.mask.byte()
+        distributed.broadcast(mask, 0)
+        site.mask = mask.bool()

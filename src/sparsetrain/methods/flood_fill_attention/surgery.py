@@ -1,0 +1,166 @@
+"""How flood-fill attention meets a model: its edits, their costs, the rows it probes, and its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from sparsetrain.core.anatomy import Anatomy, AttentionSite, Undo, describe, submodule
+from sparsetrain.core.cost import Cost, attention_cost, mean_visible_keys
+from sparsetrain.methods.flood_fill_attention.config import FloodFillAttention
+from sparsetrain.methods.flood_fill_attention.module import PROBE, FloodFillSparseAttention
+from sparsetrain.methods.flood_fill_attention.schedule import AT_ONCE, SwitchSchedule, probe
+from sparsetrain.surgery.plan import Edit, Method, State, register_method
+
+
+def edits(config: FloodFillAttention, anatomy: Anatomy, model: nn.Module) -> list[Edit]:
+    """One edit for each attention the config takes.
+
+    Raises:
+        ValueError: attention dropout, or an adapter without a way into attention, so that it cannot be probed.
+    """
+    found = []
+    for block in anatomy.blocks:
+        site = block.attention
+        if site is None or not config.takes(site.name, site.layer, len(anatomy.blocks)):
+            continue
+        if anatomy.install_attention is None:
+            raise ValueError(
+                f"flood_fill_attention cannot probe {site.name}: the anatomy of {anatomy.model_class} has no way into "
+                "attention (install_attention). Leave this model's attention dense."
+            )
+        if site.dropout > 0:
+            raise ValueError(
+                f"flood_fill_attention cannot take {site.name}: attention dropout is {site.dropout}, and block-sparse "
+                "attention has none. Load the model with attention dropout 0 (attention_dropout=0.0; BERT and ViT: "
+                "attention_probs_dropout_prob=0.0; GPT-2: attn_pdrop=0.0)."
+            )
+        found.append(
+            Edit(
+                config=config,
+                site=site.name,
+                layer=site.layer,
+                claims=frozenset({f"the attention function of {site.name}"}),
+                cost=lambda tokens, site=site: costs(config, site, tokens),
+                install=lambda m, t, site=site: install(m, t, config, site),
+                note=_note(config),
+            )
+        )
+    return found
+
+
+def _note(config: FloodFillAttention) -> str:
+    if config.is_dense:
+        return "dense"
+    kept = ", ".join(f"{name} {value:g}" for name, value in config.target.items())
+    return f"{config.variant}, {kept}, {config.block_tokens}-token blocks; dense until the switch"
+
+
+def costs(config: FloodFillAttention, site: AttentionSite, num_tokens: int) -> tuple[Cost, Cost]:
+    """(dense, sparse) per token at a sequence length, after the switch, without the projections.
+
+    Kept blocks are computed whole. With `quantile`, how many blocks a pattern keeps is known only when it is cut; the
+    number here is that of `top_q` with its marks on the diagonal, and flood fill keeps fewer.
+    """
+    visible = mean_visible_keys(num_tokens, site.causal, site.window)
+    shape = (site.num_heads, site.num_kv_heads, site.head_dim)
+    dense = attention_cost(*shape, visible)
+    if config.is_dense:
+        return dense, dense
+    blocks = -(-num_tokens // config.block_tokens)
+    kept = max(blocks, int(config.target_ratio * _seen_blocks(config, site, blocks) + 1e-6))
+    return dense, attention_cost(*shape, min(kept * config.block_tokens**2 / num_tokens, visible))
+
+
+def _seen_blocks(config: FloodFillAttention, site: AttentionSite, blocks: int) -> int:
+    """Blocks with a visible pair: a block `far` blocks away begins at (far - 1) * block_tokens + 1 tokens."""
+    far = blocks - 1
+    if site.window is not None:
+        far = min(far, -(-(site.window - 1) // config.block_tokens))
+    below = sum(blocks - distance for distance in range(1, far + 1))
+    return blocks + below * (1 if site.causal else 2)
+
+
+def install(
+    model: nn.Module, tensors: dict[str, Tensor], config: FloodFillAttention, site: AttentionSite
+) -> tuple[Undo, nn.Module]:
+    """Give the attention its place for a pattern, and let the model call our attention function."""
+    module = submodule(model, site.name)
+    if hasattr(module, "sparse_attention"):
+        raise ValueError(f"{site.name} has a sparse attention already. Call handle.restore() first.")
+    anatomy = describe(model)
+    assert anatomy.install_attention is not None
+    uninstall = anatomy.install_attention(model)
+    sparse = FloodFillSparseAttention(config, site, tensors)
+    sparse.to(next(module.parameters()).device).train(module.training)
+    module.sparse_attention = sparse
+
+    def undo() -> None:
+        del module.sparse_attention
+        uninstall()
+
+    return undo, sparse
+
+
+def prepare(
+    model: nn.Module, planned: list[Edit], batches: list[dict[str, Tensor]], progress: Callable[[str, float], None]
+) -> State:
+    """Keep the rows to probe; with `max_dense_steps=0`, probe them now and cut every pattern."""
+    config = planned[0].config
+    assert isinstance(config, FloodFillAttention)
+    if config.is_dense:
+        return {}
+    rows = probe_rows(batches, config.probe_rows)
+    if config.max_dense_steps != 0:
+        kept = {f"{PROBE}{i}.{name}": value for i, batch in enumerate(rows) for name, value in batch.items()}
+        return {planned[0].key: kept}
+    if not rows:
+        raise ValueError(
+            "flood_fill_attention: max_dense_steps=0 cuts the patterns at the conversion, and there are no rows to "
+            "look at. Pass calibration=[batches] to sparsify()."
+        )
+    maps = probe(model, config, [edit.site for edit in planned], rows, progress)
+    state: State = {}
+    sites = {block.attention.name: block.attention for block in describe(model).blocks if block.attention is not None}
+    for edit in planned:
+        site = FloodFillSparseAttention(config, sites[edit.site], {})
+        site.observe(maps[edit.site])
+        site.switch(0, AT_ONCE)
+        state[edit.key] = site.tensors()
+    return state
+
+
+def probe_rows(batches: list[dict[str, Tensor]], num_rows: int) -> list[dict[str, Tensor]]:
+    """The longest rows, one a batch, without labels: a pattern serves no sequence longer than it was cut from."""
+    rows = []
+    for batch in batches:
+        tensors = {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.ndim and name != "labels"}
+        rows += [{name: x[i : i + 1].clone() for name, x in tensors.items()} for i in range(_num_rows(tensors))]
+    return sorted(rows, key=_length, reverse=True)[:num_rows]
+
+
+def _num_rows(tensors: dict[str, Tensor]) -> int:
+    return min((len(x) for x in tensors.values()), default=0)
+
+
+def _length(row: dict[str, Tensor]) -> int:
+    """Tokens of a row that are not padding; of images, all rows are alike."""
+    if "attention_mask" in row:
+        return int((row["attention_mask"] != 0).sum())
+    return row["input_ids"].shape[1] if "input_ids" in row else 0
+
+
+def schedule(model: nn.Module, config: FloodFillAttention, modules: list[nn.Module]) -> SwitchSchedule:
+    return SwitchSchedule(model, config, modules)  # type: ignore[arg-type]
+
+
+register_method(
+    FloodFillAttention,
+    Method(
+        edits=edits,
+        site_names=lambda anatomy: [site.name for site in anatomy.attentions],
+        prepare=prepare,
+        schedule=schedule,
+    ),
+)
