@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sparsetrain.core.errors import Unsupported as Unsupported
     from sparsetrain.methods import PQAttention as PQAttention
     from sparsetrain.methods import RoutedFFN as RoutedFFN
+    from sparsetrain.methods import SemiStructured as SemiStructured
     from sparsetrain.surgery.apply import Handle as Handle
     from sparsetrain.surgery.apply import sparsify as sparsify
     from sparsetrain.surgery.grow import grow as grow
@@ -33,6 +34,7 @@ _HOMES = {
     "Unsupported": "core.errors",
     "PQAttention": "methods",
     "RoutedFFN": "methods",
+    "SemiStructured": "methods",
     "Handle": "surgery.apply",
     "sparsify": "surgery.apply",
     "grow": "surgery.grow",

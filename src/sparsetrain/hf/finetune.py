@@ -118,7 +118,7 @@ def finetune(
             journal.recorder,
             EvalCallback(lambda: _evaluate(model, handle, parts), recipe.eval_every, journal),
             *([SavedCallback(handle, parts.sample, journal)] if resumed is None else []),
-            *([SparsityCallback(handle, at_end=False, **about)] if handle is not None else []),
+            *([SparsityCallback(handle, at_end=False, report=journal.report, **about)] if handle is not None else []),
             checkpoint.CheckpointCallback(
                 recipe, rows, journal.progress, journal.report
             ),  # completes what others wrote
@@ -216,7 +216,7 @@ def _evaluate(
     model: Any, handle: Handle | None, parts: Parts, journal: Journal | None = None, name: str = ""
 ) -> Quality:
     if handle is not None:
-        handle.step(1, 1)  # past any warm-up: the quality is that of the sparse model; training sets its own step
+        handle.settle()  # past any warm-up: the quality is that of the sparse model; training sets its own step
     assert parts.bundle.eval is not None
     return evaluate(
         model,

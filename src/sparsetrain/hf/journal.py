@@ -97,7 +97,7 @@ class SavedCallback(TrainerCallback):
         batch = {name: tensor.to(device) for name, tensor in self.sample.items()}
         model.train()
         if self.handle is not None:
-            self.handle.step(state.max_steps, state.max_steps)
+            self.handle.settle()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             saved = saved_activations(model, lambda: model(**batch).loss)
         self.journal.run["saved_activation_bytes"] = dict(saved.by_component)

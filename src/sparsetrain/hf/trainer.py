@@ -7,6 +7,7 @@ what the optimizer saw}; `saved` {path}.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -29,6 +30,12 @@ def silent(event: Event) -> None:
     """A report that tells nobody."""
 
 
+def log_note(event: Event) -> None:
+    """A report that logs notes, for runs without a bar."""
+    if event["event"] == "note":
+        logging.getLogger("sparsetrain").warning(event["text"])
+
+
 class SparsityCallback(TrainerCallback):
     """Drives a converted model's schedules and keeps its sidecar with every checkpoint.
 
@@ -39,23 +46,36 @@ class SparsityCallback(TrainerCallback):
     Args:
         handle: what `sparsify` returned.
         at_end: write the sidecar into `output_dir` at the end of training.
+        report: told the methods' notes when training begins; by default they are logged.
         about: entries for the sidecar, as in `hf.io.save`.
     """
 
-    def __init__(self, handle: Handle, *, at_end: bool = True, **about: Any) -> None:
-        self.handle, self.at_end, self.about = handle, at_end, about
+    def __init__(self, handle: Handle, *, at_end: bool = True, report: Report = log_note, **about: Any) -> None:
+        self.handle, self.at_end, self.report, self.about = handle, at_end, report, about
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         check_forwards(self.handle)
         check_trainable(self.handle)
+        if args.fp16 and not args.max_grad_norm and self.handle.adjusts_gradients:
+            raise ValueError(
+                "fp16 without clipping leaves the gradients scaled until the optimizer step, and a method adds a decay "
+                "to them. Set max_grad_norm, train in bf16, or set the method's decay to 0."
+            )
         self._step(args, state)
+        for note in self.handle.notes():
+            self.report({"event": "note", "text": note})
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._step(args, state)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.handle.adjust_gradients()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = checkpoint_folder(args, state)
@@ -64,6 +84,7 @@ class SparsityCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.handle.settle()
         if self.at_end and args.output_dir:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             write_sidecar(args.output_dir, kwargs.get("model", self.handle.model), self.handle, **self.about)

@@ -5,3 +5,6 @@ from sparsetrain.methods.pq_attention import PQAttention as PQAttention  # keys 
 
 # feed-forward networks
 from sparsetrain.methods.routed_ffn import RoutedFFN as RoutedFFN  # blocks chosen by a router, arXiv 2312.10365
+
+# linears
+from sparsetrain.methods.semi_structured import SemiStructured as SemiStructured  # 2:4 weights, arXiv 2404.01847
