@@ -82,6 +82,8 @@ def kernel_refusal(name: str, shape_oi: tuple[int, ...], dtype: torch.dtype, dev
     """Why torch core's 2:4 operators cannot multiply a weight of that shape there; None if they can."""
     if device.type != "cuda":
         return f"the weight is on {device.type}, and 2:4 products need an NVIDIA GPU. Use backend='emulate'"
+    if not torch.cuda.is_available():
+        return "no NVIDIA GPU is there, or torch was built without CUDA"
     found = torch.cuda.get_device_capability(device)
     if found < (8, 0):
         return f"compute capability {found[0]}.{found[1]} was found, and 2:4 products need at least 8.0"
