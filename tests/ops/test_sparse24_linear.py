@@ -70,9 +70,7 @@ def test_equals_the_reference_and_gradcheck_in_x() -> None:
     for one, other in zip(found, expected):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     weight = c["weight"].detach()
-    assert torch.autograd.gradcheck(
-        lambda x, b: sparse24_linear(x, weight, c["packed"], b), (c["x"], c["bias"])
-    )
+    assert torch.autograd.gradcheck(lambda x, b: sparse24_linear(x, weight, c["packed"], b), (c["x"], c["bias"]))
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -77,7 +77,7 @@ class Handle:
             module.set_step(step, total_steps, loss_scale)
 
     def settle(self) -> None:
-        """Make the model ready for evaluation: past warm-ups, with the weights as they are. `step` goes on as before."""
+        """Make the model ready for evaluation: past warm-ups, weights as they are. `step` goes on as before."""
         for module in self._installed.values():
             if hasattr(module, "settle"):
                 module.settle()  # type: ignore[attr-defined]
@@ -90,7 +90,7 @@ class Handle:
         return any(getattr(module, "adjusts_gradients", False) for module in self._installed.values())
 
     def adjust_gradients(self) -> None:
-        """Call after unscaling and clipping, before `optimizer.step()`: what methods add to gradients is not clipped."""
+        """What methods add to gradients; call it after unscaling and clipping, before `optimizer.step()`."""
         for module in self._installed.values():
             if getattr(module, "adjusts_gradients", False):
                 module.adjust_gradients()  # type: ignore[attr-defined]

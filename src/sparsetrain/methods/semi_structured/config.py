@@ -91,7 +91,9 @@ class SemiStructured(MethodConfig, method="semi_structured"):
     @property
     def tail_in_force(self) -> float:
         """Share of the run with dense weights, at its end."""
-        return self.dense_tail_ratio if self.dense_tail_ratio is not None else 0.0 if self.mask_mode == "soft" else 1 / 6
+        return (
+            self.dense_tail_ratio if self.dense_tail_ratio is not None else 0.0 if self.mask_mode == "soft" else 1 / 6
+        )
 
     @property
     def transposable(self) -> bool:

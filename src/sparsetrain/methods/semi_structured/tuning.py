@@ -45,7 +45,7 @@ def find_decay(
         accept: bounds of μ = (sparse flip rate) / (virtual flip rate of the dense run), both at the end of the span.
 
     Raises:
-        ValueError: a span without two refreshes, no candidates, or none that is accepted; all (λ, μ) are in the message.
+        ValueError: a span without two refreshes, no candidates, or none that is accepted; the message has all (λ, μ).
     """
     config = config or SemiStructured()
     if config.mask_mode == "soft" or not decays:

@@ -87,9 +87,7 @@ class _Linear(torch.autograd.Function):
         if packed.backend == "emulate" and forward.dtype != x_ti.dtype:
             forward = backward = forward.to(x_ti.dtype)
         ctx.packed, ctx.wgrad, ctx.generator, ctx.weight_dtype = packed, wgrad, generator, weight.dtype
-        ctx.save_for_backward(
-            x_ti if ctx.needs_input_grad[1] else None, backward if ctx.needs_input_grad[0] else None
-        )
+        ctx.save_for_backward(x_ti if ctx.needs_input_grad[1] else None, backward if ctx.needs_input_grad[0] else None)
         return multiply_forward(x_ti, packed, forward, bias)
 
     @staticmethod
