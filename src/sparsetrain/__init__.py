@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sparsetrain.methods import FloodFillAttention as FloodFillAttention
     from sparsetrain.methods import PQAttention as PQAttention
     from sparsetrain.methods import RoutedFFN as RoutedFFN
+    from sparsetrain.methods import SemiStructured as SemiStructured
     from sparsetrain.methods import TokenSelection as TokenSelection
     from sparsetrain.surgery.apply import Handle as Handle
     from sparsetrain.surgery.apply import sparsify as sparsify
@@ -36,6 +37,7 @@ _HOMES = {
     "FloodFillAttention": "methods",
     "PQAttention": "methods",
     "RoutedFFN": "methods",
+    "SemiStructured": "methods",
     "TokenSelection": "methods",
     "Handle": "surgery.apply",
     "sparsify": "surgery.apply",

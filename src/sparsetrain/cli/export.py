@@ -16,9 +16,10 @@ Format = Annotated[
     str,
     typer.Option(
         "--format",
-        metavar="sparse|dense",
+        metavar="sparse|dense|24",
         help="sparse: dense weights beside sparsity_config.json; sparsetrain runs them sparse, anything else dense. "
-        "dense: no sidecar; refused where the dense model would give other outputs.",
+        "dense: no sidecar; refused where the dense model would give other outputs. "
+        "24: a model trained 2:4, with its zeros written into the weights.",
     ),
 ]
 MergeLora = Annotated[
@@ -44,6 +45,7 @@ def export(
       sparsetrain export runs/finetune --output my-model
       sparsetrain export runs/finetune --output my-adapter --keep-lora
       sparsetrain export runs/dense --output my-model --format dense
+      sparsetrain export runs/two-four --output my-model --format 24
     """
     from sparsetrain.hf.checkpoint import check_output
     from sparsetrain.hf.io import export as write
@@ -56,7 +58,7 @@ def export(
     else:
         loaded = load(run)
         if not hasattr(loaded.model, "peft_config") or format != "sparse":
-            asked = "--format dense" if format != "sparse" else run
+            asked = f"--format {format}" if format != "sparse" else run
             raise ValueError(
                 f"--keep-lora writes a run's adapter as it is; {asked} has none to keep. Leave --keep-lora out."
             )

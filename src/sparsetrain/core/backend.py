@@ -1,4 +1,5 @@
-"""Which implementation of an op runs: `auto`, `reference`, `cpu` or `triton`.
+"""Which implementation of an op runs: `auto`, `reference`, `cpu` or `triton`; for 2:4 products also `emulate` (dense
+matmuls of the pruned weight, anywhere) and torch core's `cusparselt` and `cutlass`.
 
 `auto` may fall back and can say why; a backend that was asked for by name never falls back.
 """
@@ -11,7 +12,7 @@ from contextvars import ContextVar
 
 from sparsetrain.core.errors import Unsupported
 
-BACKENDS = ("auto", "reference", "cpu", "triton")
+BACKENDS = ("auto", "reference", "cpu", "triton", "emulate", "cusparselt", "cutlass")
 _asked: ContextVar[str] = ContextVar("sparsetrain_backend", default="auto")
 
 

@@ -27,10 +27,12 @@ from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.manifest import FORMAT, MANIFEST, atomic_folder, disk_errors, verify_manifest, write_manifest
 from sparsetrain.hf.recipe import plain_values
 from sparsetrain.hf.sidecar import SIDECAR, WRITTEN, base_of, read_sidecar, read_state, write_sidecar
-from sparsetrain.methods import RoutedFFN
+from sparsetrain.methods import RoutedFFN, SemiStructured
+from sparsetrain.methods.semi_structured import to_24
 from sparsetrain.surgery.apply import Handle, sparsify
 from sparsetrain.surgery.plan import State, method_of
 
+FORMATS = ("sparse", "dense", "24")
 _ADAPTER = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -137,13 +139,14 @@ def export(source: str | Path | Loaded, folder: str | Path, *, format: str = "sp
         folder: appears whole. It must be absent or empty.
         format: `sparse`: dense weights and the sidecar, so that `load` runs it sparse and others run it dense.
             `dense`: no sidecar; only where the dense model gives the same outputs.
+            `24`: no sidecar; a model trained 2:4, with its zeros written into the weights.
 
     Raises:
-        ValueError: unknown format; `dense` for a model that routes or selects; LoRA that cannot be merged; a folder
-            that is not empty.
+        ValueError: unknown format; `dense` for a model that routes, selects or runs 2:4; `24` for one that does not
+            run 2:4; LoRA that cannot be merged; a folder that is not empty.
     """
-    if format not in ("sparse", "dense"):
-        raise ValueError(f"export format {format!r} is unknown. Choose 'sparse' or 'dense'.")
+    if format not in FORMATS:
+        raise ValueError(f"export format {format!r} is unknown. Choose from {', '.join(FORMATS)}.")
     if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder. Choose another, or remove it.")
     loaded = source if isinstance(source, Loaded) else load(source)
@@ -153,7 +156,11 @@ def export(source: str | Path | Loaded, folder: str | Path, *, format: str = "sp
         model = model.merge_and_unload()
     about = {key: value for key, value in loaded.about.items() if key not in WRITTEN | {"base_model"}}
     state: State = {}
-    if handle is not None and format == "dense":
+    if format == "24":
+        if handle is None:
+            raise ValueError("export format '24' needs a model trained 2:4, and this one was trained dense.")
+        to_24(handle)
+    elif handle is not None and format == "dense":
         handle.merge()
     elif handle is not None:
         state = {site: {name: value.clone() for name, value in found.items()} for site, found in handle.state().items()}
@@ -182,6 +189,11 @@ def check_merge(model: PeftModel, handle: Handle | None) -> None:
                 f"LoRA on {sorted(bypassing)[0]} cannot be merged: with gate='spt' it bypasses the gate that the "
                 "weight goes through, so merged outputs would differ. Use the adapter folder as it is, or train with "
                 "gate='output' or 'ste'."
+            )
+        if isinstance(edit.config, SemiStructured) and adapted & edit.claims:
+            raise ValueError(
+                f"LoRA on {sorted(adapted & edit.claims)[0]} cannot be merged: the update is dense and the weight runs "
+                "2:4, so merged outputs would differ. Use the adapter folder as it is, or train all weights (lora_r=0)."
             )
 
 

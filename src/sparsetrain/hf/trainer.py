@@ -7,6 +7,7 @@ what the optimizer saw}; `saved` {path}.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -31,6 +32,12 @@ def silent(event: Event) -> None:
     """A report that tells nobody."""
 
 
+def log_note(event: Event) -> None:
+    """A report that logs notes, for runs without a bar."""
+    if event["event"] == "note":
+        logging.getLogger("sparsetrain").warning(event["text"])
+
+
 class SparsityCallback(TrainerCallback):
     """Drives a converted model's schedules and keeps its sidecar with every checkpoint.
 
@@ -41,8 +48,9 @@ class SparsityCallback(TrainerCallback):
     Args:
         handle: what `sparsify` returned.
         at_end: write the sidecar into `output_dir` at the end of training.
-        report: told, as notes, what a method changed for good (patterns cut, say), and the peak of memory before and
-            after it: a peak counts from the last change, since a dense phase would hide what follows.
+        report: told, as notes (by default they are logged), what the methods say at the start, what one changed for
+            good (patterns cut, say), and the peak of memory before and after it: a peak counts from the last change,
+            since a dense phase would hide what follows.
         before_reset: called at a change, before the peak starts anew.
         about: entries for the sidecar, as in `hf.io.save`.
     """
@@ -52,17 +60,12 @@ class SparsityCallback(TrainerCallback):
         handle: Handle,
         *,
         at_end: bool = True,
-        report: Report = silent,
+        report: Report = log_note,
         before_reset: Callable[[], None] = lambda: None,
         **about: Any,
     ) -> None:
-        self.handle, self.at_end, self.report, self.before_reset, self.about = (
-            handle,
-            at_end,
-            report,
-            before_reset,
-            about,
-        )
+        self.handle, self.at_end, self.about = handle, at_end, about
+        self.report, self.before_reset = report, before_reset
         self._restarted: int | None = None
         self._peak_before: int | None = None
 
@@ -71,13 +74,25 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         check_forwards(self.handle)
         check_trainable(self.handle)
+        if args.fp16 and not args.max_grad_norm and self.handle.adjusts_gradients:
+            raise ValueError(
+                "fp16 without clipping leaves the gradients scaled until the optimizer step, and a method adds a decay "
+                "to them. Set max_grad_norm, train in bf16, or set the method's decay to 0."
+            )
         self._restarted = None  # a Trainer makes its schedule anew for each run
         self._step(args, state, kwargs.get("lr_scheduler"))
+        for note in self.handle.notes():
+            self.report({"event": "note", "text": note})
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._step(args, state, kwargs.get("lr_scheduler"))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.handle.adjust_gradients()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = checkpoint_folder(args, state)
@@ -90,6 +105,7 @@ class SparsityCallback(TrainerCallback):
         if self._peak_before is not None and after is not None:
             text = f"Peak memory: {bytes_text(self._peak_before)} before the change, {bytes_text(after)} after it."
             self.report({"event": "note", "text": text})
+        self.handle.settle()
         if self.at_end and args.output_dir:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             write_sidecar(args.output_dir, kwargs.get("model", self.handle.model), self.handle, **self.about)

@@ -9,5 +9,8 @@ from sparsetrain.methods.pq_attention import PQAttention as PQAttention  # keys 
 # feed-forward networks
 from sparsetrain.methods.routed_ffn import RoutedFFN as RoutedFFN  # blocks chosen by a router, arXiv 2312.10365
 
+# linears
+from sparsetrain.methods.semi_structured import SemiStructured as SemiStructured  # 2:4 weights, arXiv 2404.01847
+
 # what flows between blocks
 from sparsetrain.methods.token_selection import TokenSelection as TokenSelection  # gradient, arXiv 2501.18824

@@ -24,6 +24,10 @@ class Scheduled(Protocol):
     tensors: what must be stored beside the dense weights to rebuild this site.
     stats: numbers for the report (auxiliary losses, loads), from the last forward.
     merge_error: why the site cannot become dense again with the same outputs, or None.
+
+    A module may have more: `settle()` makes it ready to be evaluated as it is now (without it: a step past warm-ups),
+    `adjust_gradients()` changes clipped gradients and `adjusts_gradients` says whether it will, `notes()` says what a
+    user should know.
     """
 
     def set_step(self, step: int, total_steps: int | None, loss_scale: float) -> None: ...
@@ -84,6 +88,30 @@ class Handle:
         for module in self._installed.values():
             module.set_step(1, 1, 1.0)
 
+    def settle(self) -> None:
+        """Make the model ready for evaluation: past warm-ups, weights as they are. `step` goes on as before."""
+        for module in self._installed.values():
+            if hasattr(module, "settle"):
+                module.settle()  # type: ignore[attr-defined]
+            else:
+                module.set_step(1, 1, 1.0)
+
+    @property
+    def adjusts_gradients(self) -> bool:
+        """Whether a method has something to add to the gradients."""
+        return any(getattr(module, "adjusts_gradients", False) for module in self._installed.values())
+
+    def adjust_gradients(self) -> None:
+        """What methods add to gradients; call it after unscaling and clipping, before `optimizer.step()`."""
+        for module in self._installed.values():
+            if getattr(module, "adjusts_gradients", False):
+                module.adjust_gradients()  # type: ignore[attr-defined]
+
+    def notes(self) -> list[str]:
+        """What a user should know about this model on this machine, each once."""
+        said = [note for module in self._installed.values() for note in getattr(module, "notes", list)()]
+        return list(dict.fromkeys(said))
+
     def state(self) -> State:
         """`edit.key` -> tensors that rebuild the site beside the dense weights; feed it to `sparsify(state=...)`."""
         return {site: module.tensors() for site, module in self._installed.items()}
@@ -97,6 +125,7 @@ class Handle:
             "configs": [config.to_dict() for config in self.configs],
             "edits": self.plan.rows(),
             "stats": {site: values for site, values in stats.items() if values},
+            "notes": self.notes(),
         }
 
     def restore(self) -> None:

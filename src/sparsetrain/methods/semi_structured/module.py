@@ -1,0 +1,162 @@
+"""A linear that multiplies by its pruned weight and trains its dense one; mixed into nn.Linear or GPT-2's Conv1D.
+
+y = x W̃ᵀ + b with W̃ = M ∘ W (FST, arXiv 2404.01847, section 3) or β S(W) (S-STE, arXiv 2409.09099, section 4).
+`weight` and `bias` keep their names and stay dense. W̃ is made outside the forward: once an optimizer step, and where
+the weights change otherwise (loading, moving, leaving training), so the forward has no state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrain.methods.semi_structured.config import SemiStructured
+from sparsetrain.ops.nm_mask import flip_rate, nm_mask, transposable_mask
+from sparsetrain.ops.soft_threshold24 import soft_scale24, soft_threshold24
+from sparsetrain.ops.sparse24_linear import Packed, pack, sparse24_linear
+from sparsetrain.surgery.reclass import declass, dense_forward, reclass
+
+BUFFERS = ("mask", "beta", "flip_rate")
+_ATTRIBUTES = ("config24", "transposed", "dense", "kernel", "packed", "generator")
+
+
+class Sparse24:
+    """The 2:4 part of a linear. Buffers, none of them in the state dict: mask (bool, laid out as the weight), β and
+    flip rate (fp32 scalars)."""
+
+    weight: nn.Parameter
+    bias: Tensor | None
+    mask: Tensor
+    beta: Tensor
+    flip_rate: Tensor
+    config24: SemiStructured
+    transposed: bool
+    dense: bool
+    kernel: str
+    packed: Packed | None
+    generator: torch.Generator | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            return dense_forward(Sparse24, self, x)
+        wgrad = self.config24.wgrad
+        return sparse24_linear(x, self.weight, self.packed, self.bias, wgrad=wgrad, generator=self.generator)
+
+    @property
+    def groups_dim(self) -> int:
+        """The dimension of the weight that runs along the inputs."""
+        return 0 if self.transposed else 1
+
+    def find_mask(self) -> Tensor:
+        """The mask that the present weights would have."""
+        config, weight = self.config24, self.weight.detach()
+        if config.mask_mode == "row":
+            return nm_mask(weight, dim=self.groups_dim)
+        if config.mask_mode == "soft":
+            return soft_threshold24(weight, self.groups_dim) != 0
+        search = "greedy" if config.mask_mode == "greedy" else "exact"
+        # searched as [out, in], so that ties fall alike however the weight is stored
+        found = transposable_mask(weight.t() if self.transposed else weight, search=search)
+        return found.t().contiguous() if self.transposed else found
+
+    def refresh(self, *, first: bool) -> None:
+        """Search the mask anew, and note the share of its entries that changed; 0 at the first."""
+        found = self.find_mask()
+        self.flip_rate.copy_(flip_rate(found, found if first else self.mask))
+        self.mask.copy_(found)
+
+    @torch.no_grad()
+    def pruned(self) -> Tensor:
+        """W̃ of the present weights, in the layout of the weight."""
+        if self.config24.mask_mode == "soft":
+            return soft_threshold24(self.weight, self.groups_dim).mul_(self.beta.to(self.weight.dtype))
+        return self.weight * self.mask
+
+    def repack(self) -> None:
+        """Make W̃ of the present weights; in the dense phase there is none."""
+        if self.dense:
+            self.packed = None
+            return
+        pruned = self.pruned()
+        if self.kernel != "emulate" and pruned.dtype == torch.float32:
+            pruned = pruned.to(torch.bfloat16)  # sparse tensor cores take no fp32; the master weight stays fp32
+        transposable = self.config24.transposable
+        self.packed = pack(pruned, transposed=self.transposed, transposable=transposable, backend=self.kernel)
+
+    def reseed(self, seed: int) -> None:
+        """Start the stream of MVUE draws that this step's backward passes take from."""
+        if self.config24.wgrad == "mvue":
+            self.generator = torch.Generator(self.weight.device).manual_seed(seed)
+
+    @torch.no_grad()
+    def add_masked_decay(self, decay: float) -> None:
+        """g ← g + λ (1 − M) ∘ w.
+
+        Raises:
+            ValueError: the weight is frozen, so there is no gradient to add to.
+        """
+        if not self.weight.requires_grad:
+            raise ValueError(
+                f"semi_structured: decay={decay} acts on gradients, and a weight {tuple(self.weight.shape)} is frozen "
+                "(LoRA?), so its mask is fixed. Set decay=0, or train the weight."
+            )
+        if self.weight.grad is not None:
+            self.weight.grad.add_(self.weight.masked_fill(self.mask, 0), alpha=decay)
+
+    # ---- nn.Module's own: where weights change outside the optimizer ----
+
+    def train(self, mode: bool = True) -> Self:
+        if self.training and not mode:  # type: ignore[has-type]
+            self.repack()  # the optimizer has moved the weights since the step's packing
+        return super().train(mode)  # type: ignore[misc]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        kept = {name: getattr(self, name) for name in ("beta", "flip_rate")}
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for name, value in kept.items():  # half precision would round β, which stays frozen
+            setattr(self, name, value.to(self.weight.device))
+        if self.weight.device.type != "meta":
+            self.repack()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+        self.repack()
+
+
+def make_sparse(linear: nn.Module, config: SemiStructured, transposed: bool, tensors: dict[str, Tensor]) -> Any:
+    """Turn a linear into a 2:4 one in place; mask and β come from `tensors`, or from the weights as they are."""
+    reclass(linear, Sparse24)
+    made: Any = linear
+    weight = made.weight.detach()
+    vars(made).update(zip(_ATTRIBUTES, (config, transposed, False, "emulate", None, None)))
+    made.register_buffer("mask", torch.zeros_like(weight, dtype=torch.bool), persistent=False)
+    for name in ("beta", "flip_rate"):
+        made.register_buffer(name, torch.zeros((), device=weight.device), persistent=False)
+    try:
+        if config.backend not in ("auto", "emulate"):
+            made.kernel = config.backend
+        made.beta.fill_(1.0)
+        if tensors:
+            for name in BUFFERS:
+                getattr(made, name).copy_(tensors[name])
+        else:
+            if config.mask_mode == "soft":
+                made.beta.copy_(soft_scale24(weight, soft_threshold24(weight, made.groups_dim)))
+            made.refresh(first=True)
+    except BaseException:
+        make_dense(made)
+        raise
+    return made
+
+
+def make_dense(linear: Any) -> None:
+    """Undo `make_sparse`."""
+    for name in BUFFERS:
+        delattr(linear, name)
+    for name in _ATTRIBUTES:
+        del vars(linear)[name]
+    declass(linear)

@@ -1,0 +1,149 @@
+"""The schedule of one FFN's 2:4 linears: mask refresh, packing, masked decay, and the dense tail."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrain.methods.semi_structured.config import SemiStructured
+from sparsetrain.methods.semi_structured.flips import check_ranks_agree
+from sparsetrain.methods.semi_structured.module import BUFFERS
+from sparsetrain.ops.sparse24_linear.gain import Gain, measure_gain
+
+measured_gain = cache(measure_gain)
+"""A shape is timed once a process, however many layers have it."""
+
+
+class Schedule24(nn.Module):
+    """State and schedule of the 2:4 linears of one FFN; lives in the FFN's owner as its child `semi_structured`.
+
+    Args:
+        linears: name -> linear, as `make_sparse` returned it.
+        layer: index of the block, for the seeds of the draws.
+        tensors: what `tensors()` gave, or {}.
+    """
+
+    def __init__(self, config: SemiStructured, linears: dict[str, Any], layer: int, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        # plain attributes: the linears are children of the owner, and must not be ours too
+        vars(self)["linears"] = linears
+        progress = tensors.get("progress", torch.tensor([0, config.tail_in_force == 1]))
+        self.last_refresh, self.dense = int(progress[0]), bool(progress[1])
+        history = tensors.get("history", torch.zeros(1, 1 + len(linears)))
+        self.history: list[list[float]] = history.double().tolist()
+        self.gains: dict[str, Gain] = {}
+        self._enter_phase()
+        self._reseed(0)
+
+    def set_step(self, step: int, total_steps: int | None, loss_scale: float) -> None:
+        config, tail = self.config, self.config.tail_in_force
+        if total_steps is not None:
+            self.dense = tail == 1 or (tail > 0 and step >= config.first_dense_step(total_steps))
+            self._choose_kernels()
+            if step == 0 or step < self.last_refresh:  # a run that begins, not one that goes on
+                self.last_refresh, self.history = -1, []
+        # a resumed run may come between two multiples with masks of neither: it catches up
+        due = step // config.refresh_every * config.refresh_every
+        if due > self.last_refresh and (not self.dense or tail == 1):
+            self._refresh(due, agree=total_steps is not None)
+        self._enter_phase()
+        self._reseed(step)
+
+    def settle(self) -> None:
+        """For evaluation and export: the phase that training is in, and W̃ of the weights as they are now."""
+        self._enter_phase()
+
+    @property
+    def adjusts_gradients(self) -> bool:
+        return self.config.decay_in_force > 0
+
+    def adjust_gradients(self) -> None:
+        """Masked decay; off in the dense tail."""
+        if self.dense or not self.adjusts_gradients:
+            return
+        for linear in self.linears.values():
+            linear.add_masked_decay(self.config.decay_in_force)
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {f"{name}.{key}": getattr(linear, key) for name, linear in self.linears.items() for key in BUFFERS}
+        found["progress"] = torch.tensor([self.last_refresh, int(self.dense)])
+        found["history"] = torch.tensor(self.history, dtype=torch.float64).view(-1, 1 + len(self.linears))
+        return found
+
+    def stats(self) -> dict[str, float]:
+        flips = sum(float(linear.flip_rate) for linear in self.linears.values()) / len(self.linears)
+        return {
+            "flip_rate": flips,
+            "flip_rate_per_step": flips / self.config.refresh_every,
+            "zero_ratio": self._zero_ratio(),
+            "decay": 0.0 if self.dense else self.config.decay_in_force,
+            "dense_phase": float(self.dense),
+        }
+
+    def merge_error(self) -> str | None:
+        if self.dense:
+            return None
+        return "its weights run 2:4 and are stored dense (to_24 writes the zeros in; so does `export --format 24`)"
+
+    def notes(self) -> list[str]:
+        """What the products run on, and why."""
+        if self.config.tail_in_force == 1:
+            return []
+        if self.gains:
+            return [f"semi_structured, {gain}" for gain in self.gains.values()]
+        kernels = {linear.kernel for linear in self.linears.values()}
+        if kernels != {"emulate"}:
+            return [f"semi_structured: 2:4 products on {', '.join(sorted(kernels))}, as asked; not timed."]
+        device = next(iter(self.linears.values())).weight.device.type
+        return [f"semi_structured: emulation, no speed: dense products of the pruned weights on {device}."]
+
+    def _refresh(self, step: int, *, agree: bool) -> None:
+        for linear in self.linears.values():
+            linear.refresh(first=not self.history)
+        if agree:
+            check_ranks_agree([linear.mask for linear in self.linears.values()])
+        self.last_refresh = step
+        self.history.append([float(step), *(float(linear.flip_rate) for linear in self.linears.values())])
+
+    def _enter_phase(self) -> None:
+        for linear in self.linears.values():
+            linear.dense = self.dense
+            linear.repack()
+
+    def _reseed(self, step: int) -> None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if distributed else 0
+        for place, linear in enumerate(self.linears.values()):
+            key = self.config.seed
+            for part in (step, self.layer, place, rank):
+                key = (key * 1_000_003 + part + 1) % (1 << 62)
+            linear.reseed(key)
+
+    def _choose_kernels(self) -> None:
+        """`auto` on a GPU: time this FFN's shapes once, and go sparse where that gains enough."""
+        if self.config.backend != "auto" or self.gains:
+            return
+        for name, linear in self.linears.items():
+            weight = linear.weight
+            if weight.device.type != "cuda":
+                continue
+            out_features, in_features = weight.shape[:: -1 if linear.transposed else 1]
+            self.gains[name] = measured_gain(
+                out_features,
+                in_features,
+                self.config.tokens,
+                dtype=weight.dtype if weight.dtype != torch.float32 else torch.bfloat16,
+                device=weight.device,
+                transposable=self.config.transposable,
+            )
+            linear.kernel = self.gains[name].backend if self.gains[name].pays else "emulate"
+
+    def _zero_ratio(self) -> float:
+        if self.dense:
+            return 0.0
+        counts = [(int((p := linear.pruned()).eq(0).sum()), p.numel()) for linear in self.linears.values()]
+        return sum(zeros for zeros, _ in counts) / sum(size for _, size in counts)

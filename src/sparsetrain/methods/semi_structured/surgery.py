@@ -1,0 +1,121 @@
+"""How 2:4 training meets a model: its edits and their costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsetrain.core.anatomy import Anatomy, FFNSite, Undo, submodule
+from sparsetrain.core.cost import Cost, ffn_cost
+from sparsetrain.methods.semi_structured.config import SemiStructured
+from sparsetrain.methods.semi_structured.module import make_dense, make_sparse
+from sparsetrain.methods.semi_structured.schedule import Schedule24
+from sparsetrain.surgery.plan import Edit, Method, register_method
+
+
+def edits(config: SemiStructured, anatomy: Anatomy, model: nn.Module) -> list[Edit]:
+    """One edit for each FFN the config takes; it holds the linears whose sizes divide by 4.
+
+    Raises:
+        ValueError: a mixture-of-experts FFN, or one of which no linear fits.
+    """
+    found = []
+    for block in anatomy.blocks:
+        site = block.ffn
+        if site is None or not config.takes(site.name, site.layer, len(anatomy.blocks)):
+            continue
+        if site.refused:
+            raise ValueError(f"semi_structured cannot take {site.name}: {site.refused}. Leave it out with `targets`.")
+        names, left = fitting(config, site)
+        found.append(
+            Edit(
+                config=config,
+                site=site.name,
+                layer=site.layer,
+                claims=frozenset(f"{site.name}.{name}" for name in names),
+                cost=lambda _tokens, site=site, names=names: costs(config, site, names),
+                install=lambda m, t, site=site, names=names: install(m, t, config, site, names),
+                note=_note(config, model, site, left),
+            )
+        )
+    return found
+
+
+def fitting(config: SemiStructured, site: FFNSite) -> tuple[list[str], list[str]]:
+    """(linears of the FFN that go 2:4, linears that stay dense, with their sizes).
+
+    Raises:
+        ValueError: none fits.
+    """
+    sizes = {
+        name: (site.hidden_size, site.ffn_size) if name == site.down else (site.ffn_size, site.hidden_size)
+        for name in (site.gate, site.up, site.down)
+        if name is not None
+    }
+    fits = {name: i % 4 == 0 and (o % 4 == 0 or not config.transposable) for name, (o, i) in sizes.items()}
+    left = [f"{name} ({sizes[name][0]}x{sizes[name][1]})" for name in sizes if not fits[name]]
+    if not any(fits.values()):
+        raise ValueError(
+            f"semi_structured cannot take {site.name}: none of {', '.join(left)} divides into groups of four "
+            f"(mask_mode={config.mask_mode!r}). Leave it out with `targets`, or pad the FFN's width."
+        )
+    return [name for name in sizes if fits[name]], left
+
+
+def costs(config: SemiStructured, site: FFNSite, names: list[str]) -> tuple[Cost, Cost]:
+    """(dense, 2:4) per token: products with non-zero weights. Half a linear's, whatever the hardware makes of it."""
+    matrices = 3 if site.gate else 2
+    bias = (matrices - 1) * site.ffn_size + site.hidden_size if site.has_bias else 0
+    dense = ffn_cost(site.hidden_size, site.ffn_size, site.gate is not None, bias)
+    halved = 0 if config.tail_in_force == 1 else len(names)
+    return dense, Cost(
+        num_params=dense.num_params,
+        flops=dense.flops - halved * site.hidden_size * site.ffn_size,
+        saved_elements=dense.saved_elements,
+    )
+
+
+def install(
+    model: nn.Module, tensors: dict[str, Tensor], config: SemiStructured, site: FFNSite, names: list[str]
+) -> tuple[Undo, nn.Module]:
+    """Turn the linears 2:4 and give the owner their schedule."""
+    owner: Any = submodule(model, site.name)
+    done: dict[str, Any] = {}
+
+    def undo() -> None:
+        if "semi_structured" in owner._modules:
+            del owner.semi_structured
+        while done:
+            make_dense(done.popitem()[1])
+
+    try:
+        for name in names:
+            own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+            done[name] = make_sparse(_innermost(owner.get_submodule(name)), config, site.transposed, own)
+        owner.semi_structured = Schedule24(config, dict(done), site.layer, tensors)
+    except BaseException:
+        undo()
+        raise
+    return undo, owner.semi_structured
+
+
+def _innermost(module: Any) -> Any:
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
+
+
+def _note(config: SemiStructured, model: nn.Module, site: FFNSite, left: list[str]) -> str:
+    if config.tail_in_force == 1:
+        return "dense throughout"
+    device = next(submodule(model, site.name).parameters()).device.type
+    speed = "timed when training begins" if device == "cuda" else "emulation, no speed"
+    dense = f"; stays dense: {', '.join(left)}" if left else ""
+    return f"2:4 {config.mask_mode}, {speed}{dense}"
+
+
+register_method(
+    SemiStructured,
+    Method(edits=edits, site_names=lambda anatomy: [site.name for site in anatomy.ffns if site.refused is None]),
+)

@@ -1,0 +1,57 @@
+"""MVUE: a random 2:4 matrix whose expectation is the given one, with little variance (FST, arXiv 2404.01847, 4.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsetrain.core.backend import choose
+from sparsetrain.ops.mvue24.cpu import sliced_mvue
+from sparsetrain.ops.mvue24.reference import inclusion, magnitudes, reference_mvue
+
+
+def mvue24(x: Tensor, dim: int = 0, *, generator: torch.Generator | None = None, backend: str = "auto") -> Tensor:
+    """Keep two of every four entries along `dim`, drawn at random and scaled so that E[y] = x.
+
+    With a = |x| + 1.19e-7 and Σ their sum over the group: i is drawn with probability t_i = a_i / Σ, then j ≠ i with
+    a_j / (Σ − a_i). Entry i is kept with p_i = t_i + a_i Σ_{j≠i} t_j / (Σ − a_j), and y_i = x_i / p_i. Relative error
+    E‖y − x‖² / ‖x‖² is .503 on Gaussian entries (a uniform pair: 1.0); groups with at most two non-zeros come back
+    unchanged up to the offset. The draw is in fp32 or better, whatever the dtype.
+
+    Args:
+        x: any shape. A last group of fewer than four along `dim` is returned as it is.
+        generator: of x's device; two uniform numbers a group are taken from it.
+        backend: auto, cpu (any device) or reference.
+
+    Raises:
+        ValueError: fewer than four entries along `dim`, so nothing could be sparse.
+    """
+    size = x.shape[dim]
+    if size < 4:
+        raise ValueError(
+            f"mvue24: dimension {dim} of {tuple(x.shape)} has {size} entries, and a group needs four. "
+            "Give at least four tokens, or keep the weight gradient dense (wgrad='dense')."
+        )
+    name = choose("mvue24", backend, {"cpu": None, "reference": None, "triton": "no kernel is written for it yet"})
+    x = x.detach()
+    whole = x.narrow(dim, 0, size // 4 * 4).movedim(dim, 0)
+    rows = whole.reshape(size // 4, 4, -1)
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    uniform = torch.rand(2, len(rows), rows.shape[2], generator=generator, dtype=exact, device=x.device)
+    if name == "cpu":
+        out = torch.empty_like(rows)
+        sliced_mvue(rows, uniform, out)
+    else:
+        drawn = reference_mvue(rows.transpose(1, 2).reshape(-1, 4), uniform.flatten(1).t())
+        out = drawn.view(len(rows), -1, 4).transpose(1, 2)
+    found = out.reshape(whole.shape).movedim(0, dim)
+    return found if size % 4 == 0 else torch.cat([found, x.narrow(dim, size // 4 * 4, size % 4)], dim)
+
+
+def inclusion_probabilities(x: Tensor) -> Tensor:
+    """p of the last dimension's groups of four; a group's four sum to 2.
+
+    Args:
+        x: [..., 4n].
+    """
+    return inclusion(magnitudes(x).unflatten(-1, (-1, 4))).flatten(-2)
