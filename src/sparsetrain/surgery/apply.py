@@ -84,11 +84,6 @@ class Handle:
         return [line for schedule in self._schedules for line in schedule.advance(step, total_steps)]
 
     def settle(self) -> None:
-        """Let every site behave as after its warm-up, and advance nothing: for evaluation between two steps."""
-        for module in self._installed.values():
-            module.set_step(1, 1, 1.0)
-
-    def settle(self) -> None:
         """Make the model ready for evaluation: past warm-ups, weights as they are. `step` goes on as before."""
         for module in self._installed.values():
             if hasattr(module, "settle"):
