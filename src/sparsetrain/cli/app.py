@@ -16,6 +16,7 @@ from sparsetrain.cli.finetune import finetune
 from sparsetrain.cli.models import MODELS_HELP, fetch, list_assets, verify
 from sparsetrain.cli.patterns import patterns
 from sparsetrain.cli.plan import methods, plan
+from sparsetrain.cli.sensitivity import sensitivity
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", epilog=EXIT_CODES)
 
@@ -50,6 +51,7 @@ for _name, _command in {
     "eval": evaluate,
     "export": export,
     "plan": plan,
+    "sensitivity": sensitivity,
     "methods": methods,
     "patterns": patterns,
     "doctor": doctor,

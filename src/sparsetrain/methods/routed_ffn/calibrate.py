@@ -105,7 +105,7 @@ def _convert(owner: nn.Module, config: RoutedFFN, site: FFNSite, x_nd: Tensor, s
         num_blocks=config.num_blocks,
         num_active=config.num_active,
         compensation=config.compensated_by,
-        rank=config.compensation_rank,
+        rank=config.rank(site.hidden_size),
         # an error counts relative to the residual stream it is added to
         weight_n=1 / size_n.clamp(min=1e-12),
         generator=torch.Generator().manual_seed(int(torch.randint(2**31, ()))),

@@ -70,9 +70,8 @@ def costs(config: RoutedFFN, site: FFNSite) -> tuple[Cost, Cost]:
     if config.compensated_by != "none":
         router += config.num_blocks * site.hidden_size
         flops += 2.0 * config.num_blocks * site.hidden_size
-    if config.compensated_by == "lowrank":
-        router += 2 * config.compensation_rank * site.hidden_size
-        flops += 4.0 * config.compensation_rank * site.hidden_size
+    router += 2 * config.rank(site.hidden_size) * site.hidden_size
+    flops += 4.0 * config.rank(site.hidden_size) * site.hidden_size
     saved = site.hidden_size + (2 if site.gate else 1) * units + 3 * config.num_active
     return dense, Cost(num_params=dense.num_params + router, flops=flops, saved_elements=saved)
 
@@ -88,7 +87,7 @@ def install(
         site.hidden_size,
         config.num_blocks,
         shift=config.compensated_by != "none",
-        rank=config.compensation_rank if config.compensated_by == "lowrank" else 0,
+        rank=config.rank(site.hidden_size),
     )
     saved = {name.removeprefix("router."): value for name, value in tensors.items() if name.startswith("router.")}
     if saved:
