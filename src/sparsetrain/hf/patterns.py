@@ -47,14 +47,13 @@ def read_patterns(run: str | Path) -> tuple[Path, list[Pattern]]:
         site, _, owner = key.rpartition(":")
         if owner == method and "mean_map" in tensors:
             mask, seen, switched = (tensors.get(name) for name in ("mask", "seen", "switched"))
-            dense = mask is None or seen is None
             found.append(
                 Pattern(
                     site=site,
                     mean_map=tensors["mean_map"],
                     filtered_map=tensors["filtered_map"],
                     mask=mask,
-                    density=None if dense else float(mask.sum() / (len(mask) * seen.sum())),
+                    density=None if mask is None or seen is None else float(mask.sum() / (len(mask) * seen.sum())),
                     switched_at_step=None if switched is None else int(switched[0]),
                     history=tensors.get("history"),
                 )

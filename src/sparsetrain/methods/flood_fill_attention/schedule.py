@@ -188,10 +188,10 @@ def _watching(model: nn.Module, watches: dict[str, _Watch]) -> Iterator[None]:
         yield
     finally:
         for name, module in modules.items():
-            if before[name] is None:
-                module._modules.pop("sparse_attention", None)
+            if (own := before[name]) is not None:
+                module.sparse_attention = own
             else:
-                module.sparse_attention = before[name]
+                module._modules.pop("sparse_attention", None)
         uninstall()
         for module in training:
             module.training = True
