@@ -116,7 +116,7 @@ def test_sizes_that_do_not_fit_stay_dense_and_are_named() -> None:
         sparsetrain.plan(model, SemiStructured())
     planned = sparsetrain.plan(model, SemiStructured(mask_mode="row"))
     assert "stays dense: down (8x18)" in str(planned) and "emulation, no speed" in str(planned)
-    model, handle = net(SemiStructured(mask_mode="row"), width=18)
+    model, _handle = net(SemiStructured(mask_mode="row"), width=18)
     assert type(model.down) is nn.Linear and hasattr(model.up, "mask")
     assert not model.state_dict().keys() ^ Net(width=18).state_dict().keys(), "names stay those of the dense model"
     with pytest.raises(PlanError, match="matches nothing"):
@@ -176,7 +176,7 @@ def test_masks_change_at_multiples_of_optimizer_steps_alone_and_packing_is_once_
 
 
 def test_a_repeated_step_changes_nothing() -> None:
-    model, handle = net(SemiStructured(refresh_every=2))
+    _model, handle = net(SemiStructured(refresh_every=2))
     for step in (0, 0, 1, 1, 2, 2):
         handle.step(step, 100)
     assert flip_curve(handle)["mean"] == [(0, 0.0), (2, 0.0)]
