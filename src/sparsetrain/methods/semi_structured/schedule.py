@@ -26,6 +26,8 @@ class Schedule24(nn.Module):
         tensors: what `tensors()` gave, or {}.
     """
 
+    linears: dict[str, Any]
+
     def __init__(self, config: SemiStructured, linears: dict[str, Any], layer: int, tensors: dict[str, Tensor]) -> None:
         super().__init__()
         self.config, self.layer = config, layer
