@@ -295,7 +295,9 @@ def test_a_selection_that_the_rows_do_not_allow(train, tmp_path: Path) -> None:
 def test_a_selection_without_a_single_target(train, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"prompt": "{"x = y + " * 40}{i}", "completion": "1"}}\n' for i in range(40)))
-    refused(train(data=rows, task="sft", method="token_selection"), tmp_path / "run", "target")
+    refused(
+        train(data=rows, task="sft", method="token_selection"), tmp_path / "run", "assistant token within max_length=32"
+    )
 
 
 def test_a_selection_in_a_model_whose_blocks_are_not_known(train, tmp_path: Path) -> None:

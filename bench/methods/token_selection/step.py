@@ -46,7 +46,9 @@ class Trainee:
         from sparsetrain.hf.assets import resolve_model
         from sparsetrain.hf.token_selection import selector_of
 
-        model: Any = AutoModelForCausalLM.from_pretrained(resolve_model("smollm2-135m"), attn_implementation="sdpa")
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            resolve_model("smollm2-135m"), dtype=torch.float32, attn_implementation="sdpa"
+        )
         if layers is not None:
             model.model.layers = model.model.layers[:layers]
             model.config.num_hidden_layers = layers
@@ -175,7 +177,7 @@ def measure(part: str, ratios: list[float], args: argparse.Namespace) -> list[di
         timed = compare(dense, at(ratio), rounds=args.rounds)
         target = TARGETS[part](ratio)
         row = {"case_id": f"C1 {part} r={ratio}", "part": part, "ratio": ratio, "tokens": args.tokens}
-        row |= {"layers": args.layers, "target": target, **timed.to_dict()}
+        row |= {"dtype": "float32", "layers": args.layers, "target": target, **timed.to_dict()}
         print(
             f"{row['case_id']:24} {timed.median:.2f}x [{timed.q1:.2f}, {timed.q3:.2f}] target {target:.2f}", flush=True
         )
