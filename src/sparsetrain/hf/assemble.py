@@ -312,10 +312,10 @@ def pick_device(recipe: Recipe) -> torch.device:
 
 def pick_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     """The dtype of the weights: as the recipe says, but fp32 masters where all weights are trained."""
-    return torch.bfloat16 if _computes_bf16(recipe, device) and recipe.lora_r > 0 else torch.float32
+    return torch.bfloat16 if computes_bf16(recipe, device) and recipe.lora_r > 0 else torch.float32
 
 
-def _computes_bf16(recipe: Recipe, device: torch.device) -> bool:
+def computes_bf16(recipe: Recipe, device: torch.device) -> bool:
     able = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return recipe.dtype == "bf16" or (recipe.dtype == "auto" and able)
 
@@ -345,7 +345,7 @@ def training_arguments(parts: Parts) -> TrainingArguments:
         data_seed=recipe.seed,
         use_cpu=device.type == "cpu",
         # frozen bf16 weights compute in bf16 by themselves; fp32 masters need autocast
-        bf16=_computes_bf16(recipe, device) and recipe.lora_r == 0,
+        bf16=computes_bf16(recipe, device) and recipe.lora_r == 0,
         dataloader_pin_memory=device.type == "cuda",
         remove_unused_columns=False,
         include_num_input_tokens_seen="non_padding" if "attention_mask" in parts.sample else "all",
