@@ -31,6 +31,10 @@ SURFACE = {
     "plan": ALWAYS | {"--recipe", "--model", "--task", "--preset", "--method", "--seq-len"},
     "methods": ALWAYS | {"NAME"},
     "patterns": ALWAYS | {"RUN", "--output"},
+    "profile": ALWAYS | {"--recipe", "--model", "--data", "--task", "--text-column", "--seq-len", "--batch-size"}
+    | {"--grad-accum", "--steps", "--preset", "--method", "--calibration-tokens", "--compare", "--lora-r"}
+    | {"--lora-alpha", "--lora-targets", "--seed", "--dtype", "--gradient-checkpointing", "--device", "--threads"}
+    | {"--plot", "--layers"},
     "doctor": ALWAYS,
     "models list": ALWAYS,
     "models fetch": ALWAYS | {"NAME"},

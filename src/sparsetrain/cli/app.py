@@ -16,6 +16,7 @@ from sparsetrain.cli.finetune import finetune
 from sparsetrain.cli.models import MODELS_HELP, fetch, list_assets, verify
 from sparsetrain.cli.patterns import patterns
 from sparsetrain.cli.plan import methods, plan
+from sparsetrain.cli.profile import profile
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", epilog=EXIT_CODES)
 
@@ -52,6 +53,7 @@ for _name, _command in {
     "plan": plan,
     "methods": methods,
     "patterns": patterns,
+    "profile": profile,
     "doctor": doctor,
 }.items():
     _add(app, _name, _command)

@@ -122,7 +122,9 @@ def _in_own_process(recipe: Recipe, like: Recipe, steps: int) -> dict[str, Any]:
             raise MemoryError(f"the process of {recipe.model} at {recipe.seq_len:,} tokens was killed by the system")
         if not answer.is_file():
             words = " | ".join(done.stderr.strip().splitlines()[-5:])
-            raise RuntimeError(f"the profiled process ended with exit code {done.returncode} before it was done. {words}")
+            raise RuntimeError(
+                f"the profiled process ended with exit code {done.returncode} before it was done. {words}"
+            )
         found = json.loads(answer.read_text())
     if "error" in found:
         if found["error"] == "MemoryError":

@@ -17,7 +17,7 @@ MAX_ENTRIES = 1_000_000
 
 @contextmanager
 def allocator_history(device: torch.device) -> Iterator[list[tuple[float, int]]]:
-    """The list is filled with (seconds into the block, allocated bytes) when the block ends; it stays empty on a CPU."""
+    """A list, filled with (seconds into the block, allocated bytes) when the block ends; empty on a CPU."""
     found: list[tuple[float, int]] = []
     if device.type != "cuda":
         yield found

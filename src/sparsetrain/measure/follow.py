@@ -4,8 +4,8 @@ In the forward, hooks on modules say it (`components.running`). In the backward,
 when its turn comes: a node carries the number at which it was made, and the numbers that passed while a module ran are
 that module's. So no module is wrapped, and the loop that trains may be anyone's: what calls the model begins a forward,
 the first node that runs begins the backward, and torch's own hooks tell where an optimizer steps. What gradient
-checkpointing computes again is told by the modules' hooks, as in the forward, and counts to the backward. A loss that is
-computed outside the model counts to the forward, its backward too.
+checkpointing computes again is told by the modules' hooks, as in the forward, and counts to the backward. A loss computed
+outside the model counts to the forward, its backward too.
 """
 
 from __future__ import annotations

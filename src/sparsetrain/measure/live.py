@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -91,6 +91,11 @@ class LiveRecord(TorchDispatchMode):
         """Count an optimizer's state."""
         for tensor in _tensors(list(optimizer.state.values())):
             self._see(tensor, "optimizer")
+
+    def _begin_step(self) -> None:
+        self._moments.clear()  # those of counting what was there already
+        self._begin, self._peak, self._temporary = time.perf_counter(), None, 0
+        self._count("weights", 0)
 
     def result(self) -> LiveMemory:
         assert self._peak is not None
@@ -188,6 +193,7 @@ def live_memory(model: nn.Module, following: Following, optimizers: list[Any]) -
         if parameter.requires_grad and parameter.is_leaf
     ]
     try:
+        record._begin_step()
         with saved_tensors_hooks(record._pack, record._unpack), record:
             yield record
     finally:

@@ -222,7 +222,7 @@ def reset_peak(device: torch.device | str | None = None) -> bool:
 
 
 def release_free_pages() -> None:
-    """Collect garbage and let glibc give its free pages back, so that what is resident is in use. Elsewhere: garbage."""
+    """Collect garbage, and let glibc give its free pages back, so that what is resident is in use."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
