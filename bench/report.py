@@ -45,9 +45,32 @@ def ffn(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def steps(results: dict[str, Any]) -> list[str]:
+    """One row a candidate of `sparsetrain bench`."""
+    recipe = results["recipe"]
+    lines = [
+        f"{recipe['model']}, {results['layers']} of {results['model_layers']} layers, "
+        f"{recipe['batch_size']} × {recipe['seq_len']:,} tokens, LoRA r={recipe['lora_r']}.",
+        "",
+        "| candidate | step, dense / ours | quartiles | part, dense / ours | saved bytes, ours / dense | verdict |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in results["outcomes"]:
+        if row["step"] is None:
+            lines.append(f"| {row['name']} | – | – | – | – | refused: {row['reason']} |")
+            continue
+        step = row["step"]
+        lines.append(
+            f"| {row['name']} | {step['median']:.2f} | {step['q1']:.2f}–{step['q3']:.2f} | {row['part']['median']:.2f} "
+            f"| {row['saved_bytes'] / row['dense_saved_bytes']:.2f} | {row['verdict']} |"
+        )
+    return lines
+
+
 def main() -> None:
     page = PAGE.read_text()
-    for name, table in (("selected_attention", attention), ("flood_fill", patterns), ("routed_ffn", ffn)):
+    tables = {"selected_attention": attention, "flood_fill": patterns, "routed_ffn": ffn, "steps": steps}
+    for name, table in tables.items():
         file = ROOT / "results" / f"{name}.json"
         if not file.exists():
             print(f"{file.name} is not there; its table is left as it is")

@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from sparsetrain.cli.bench import bench
 from sparsetrain.cli.doctor import doctor
 from sparsetrain.cli.evaluate import evaluate
 from sparsetrain.cli.export import export
@@ -54,6 +55,7 @@ for _name, _command in {
     "methods": methods,
     "patterns": patterns,
     "profile": profile,
+    "bench": bench,
     "doctor": doctor,
 }.items():
     _add(app, _name, _command)

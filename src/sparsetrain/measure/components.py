@@ -141,11 +141,14 @@ class Running:
 
 
 @contextmanager
-def running(model: nn.Module) -> Iterator[Running]:
+def running(model: nn.Module, at: dict[str, Place] | None = None) -> Iterator[Running]:
     """Follow which component of `model` runs inside the `with` block; every hook is removed at its end.
 
     The model may be converted, PEFT-wrapped or neither. Set `on_change` to be called just before the place changes,
     and `on_leave` to be given what a module returns, after that and while its place still stands.
+
+    Args:
+        at: module name -> place, instead of the model's `places`.
 
     Raises:
         UnknownFamily: no anatomy adapter knows the model.
@@ -167,7 +170,7 @@ def running(model: nn.Module) -> Iterator[Running]:
     try:
         hooks.append(model.register_forward_pre_hook(start_model, prepend=True))
         hooks.append(model.register_forward_hook(leave, always_call=True))
-        for name, place in places(model).items():
+        for name, place in (places(model) if at is None else at).items():
             if name == "":
                 continue
             module = submodule(model, name)

@@ -4,8 +4,8 @@ In the forward, hooks on modules say it (`components.running`). In the backward,
 when its turn comes: a node carries the number at which it was made, and the numbers that passed while a module ran are
 that module's. So no module is wrapped, and the loop that trains may be anyone's: what calls the model begins a forward,
 the first node that runs begins the backward, and torch's own hooks tell where an optimizer steps. What gradient
-checkpointing computes again is told by the modules' hooks, as in the forward, and counts to the backward. A loss computed
-outside the model counts to the forward, its backward too.
+checkpointing computes again is told by the modules' hooks, as in the forward, and counts to the backward. A loss
+computed outside the model counts to the forward, its backward too.
 """
 
 from __future__ import annotations
@@ -142,17 +142,20 @@ def _nodes(value: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def following(model: nn.Module, clock: Callable[[], float] | None = None) -> Iterator[Following]:
+def following(
+    model: nn.Module, clock: Callable[[], float] | None = None, at: dict[str, Place] | None = None
+) -> Iterator[Following]:
     """Follow the training steps that run inside the `with` block; every hook is removed at its end.
 
     Args:
         model: converted, PEFT-wrapped or neither.
         clock: seconds; without it no time is booked.
+        at: module name -> place, instead of the model's own.
 
     Raises:
         UnknownFamily: no anatomy adapter knows the model.
     """
-    with running(model) as now:
+    with running(model, at) as now:
         found = Following(clock=clock, _running=now)
         now.on_change, now.on_leave = found._changes, found._left
         hooks: list[Any] = [model.register_forward_pre_hook(found._model_begins, prepend=True)]
