@@ -13,9 +13,13 @@ from sparsetrain.cli.live import to_stderr
 
 Names = Annotated[
     str | None,
-    typer.Option("--methods", metavar="all|NAMES", help="Methods with their defaults, and presets, separated by commas.",
-                 show_default="all, or none beside --method"),
-]  # fmt: skip
+    typer.Option(
+        "--methods",
+        metavar="all|NAMES",
+        help="Methods with their defaults, and presets; with commas.",
+        show_default="all, or none beside --method",
+    ),
+]
 Rounds = Annotated[int | None, typer.Option("--rounds", help="Timed pairs of steps.", show_default="5; 3 with --quick")]
 LayerCount = Annotated[int | None, typer.Option("--layers", help="Run only the first N layers.", show_default="all")]
 Quick = Annotated[bool, typer.Option("--quick", help="4 layers and 3 rounds.")]

@@ -19,7 +19,6 @@ from sparsetrain.hf.data.random_tokens import RANDOM, random_rows
 from sparsetrain.hf.recipe import Recipe
 from sparsetrain.hf.trainer import Report, silent
 from sparsetrain.surgery.apply import Handle, sparsify
-from sparsetrain.surgery.plan import plan
 
 CALIBRATION_TOKENS = 2048
 """Random tokens that a conversion is fitted on when there is no data: its shapes count here, not its quality."""
@@ -75,9 +74,7 @@ def open_measured_parts(recipe: Recipe, report: Report = silent, like: Recipe | 
         return assemble.open_parts(recipe, report, like)
     device = assemble.pick_device(recipe)
     path, config = assemble.open_config(recipe, report, (like or recipe).configs)
-    planned = None
-    if recipe.methods:
-        planned = plan(assemble.empty_model(config, recipe.task), *recipe.configs, seq_tokens=recipe.seq_len)
+    planned = assemble.check_and_plan(recipe, config, device)
     rows = max(recipe.batch_size * recipe.grad_accum * 2, -(-CALIBRATION_TOKENS // recipe.seq_len))
     bundle = random_rows(rows, recipe.seq_len, config.vocab_size, classify=recipe.task == "classify", seed=recipe.seed)
     return Parts(
