@@ -73,7 +73,7 @@ def test_a_classifier_is_profiled(tmp_path: Path) -> None:
 
 
 def test_what_fails_in_the_process_is_the_callers_error(model: Path) -> None:
-    with pytest.raises(ValueError, match="no such|is not|cannot"):
+    with pytest.raises(ValueError, match="absent"):
         profile_recipe(recipe(model.parent / "absent"))
     with pytest.raises(ValueError, match="something to compare"):
         profile_recipe(recipe(model), compare=True)

@@ -16,7 +16,7 @@ from sparsetrain.surgery.plan import Plan
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """Sizes in parameters, bytes and tokens. `counts` are those of the data. `plan` is None for a dense run; `resume_step` None for a new one."""
+    """Sizes in parameters, bytes and tokens; `counts` are of the data. `plan`: None if dense; `resume_step`: if new."""
 
     recipe: Recipe
     plan: Plan | None
