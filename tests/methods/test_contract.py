@@ -366,6 +366,7 @@ def trains_with_a_head(feature: str, method: str, family: str) -> None:
     model, batch = with_head(feature, case), case.batch(2, 90)
     if not case.vision:
         batch["attention_mask"][1, 70:] = 0
+        batch["input_ids"][1, 70:] = 0  # by the padding token, causal classifiers find the last real one
     labels = torch.tensor([0, 1]) if feature == "classify" else batch["input_ids"]
     expected = model(**batch, labels=labels).loss
     handle = convert(model, case, registered_methods()[method].dense_limit())
