@@ -16,7 +16,7 @@ from sparsetrain.hf.data.random_tokens import RANDOM, random_rows
 from sparsetrain.hf.profile import profile_recipe, profile_side
 from sparsetrain.hf.recipe import Recipe
 from sparsetrain.methods import PQAttention, RoutedFFN
-from tests.hf.runs import CLUSTERED, PQ, bert, llama
+from tests.hf.runs import PQ, ROUTED, bert, llama
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def test_random_rows_are_full_and_those_of_their_seed() -> None:
 
 
 def test_both_sides_are_profiled_in_processes_of_their_own_and_say_that_the_tokens_are_random(model: Path) -> None:
-    found = profile_recipe(recipe(model, methods=[CLUSTERED]), compare=True)
+    found = profile_recipe(recipe(model, methods=[ROUTED]), compare=True)
     json.dumps(found.to_dict())
     sparse, dense = found.sides["sparse"], found.sides["dense"]
     assert sparse["saved"]["by_component"]["ffn"] < dense["saved"]["by_component"]["ffn"]

@@ -28,6 +28,7 @@ FEATURES: dict[str, str] = {
     "classify": "sequence or image classification",
     "mlm": "masked language modelling",
     "export": "dense-layout weights and a sidecar that rebuild the model",
+    "cost": "the plan's FLOPs are those a counter measures",
     "fsdp2": "sharding over GPUs by fully_shard",
     "four_bit": "4-bit quantised base weights (bitsandbytes)",
 }
