@@ -1,4 +1,4 @@
-"""Write the tables of docs/results.md from the result files: `python bench/report.py`."""
+"""Write docs/support.md, and the tables of docs/results.md from the result files: `python bench/report.py`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent
 PAGE = ROOT.parent / "docs" / "results.md"
+SUPPORT = ROOT.parent / "docs" / "support.md"
 
 
 def attention(results: dict[str, Any]) -> list[str]:
@@ -45,9 +46,32 @@ def ffn(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def steps(results: dict[str, Any]) -> list[str]:
+    """One row a candidate of `sparsetrain bench`."""
+    recipe = results["recipe"]
+    lines = [
+        f"{recipe['model']}, {results['layers']} of {results['model_layers']} layers, "
+        f"{recipe['batch_size']} × {recipe['seq_len']:,} tokens, LoRA r={recipe['lora_r']}.",
+        "",
+        "| candidate | step, dense / ours | quartiles | part, dense / ours | saved bytes, ours / dense | verdict |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in results["outcomes"]:
+        if row["step"] is None:
+            lines.append(f"| {row['name']} | – | – | – | – | refused: {row['reason']} |")
+            continue
+        step = row["step"]
+        lines.append(
+            f"| {row['name']} | {step['median']:.2f} | {step['q1']:.2f}–{step['q3']:.2f} | {row['part']['median']:.2f} "
+            f"| {row['saved_bytes'] / row['dense_saved_bytes']:.2f} | {row['verdict']} |"
+        )
+    return lines
+
+
 def main() -> None:
     page = PAGE.read_text()
-    for name, table in (("selected_attention", attention), ("flood_fill", patterns), ("routed_ffn", ffn)):
+    tables = {"selected_attention": attention, "flood_fill": patterns, "routed_ffn": ffn, "steps": steps}
+    for name, table in tables.items():
         file = ROOT / "results" / f"{name}.json"
         if not file.exists():
             print(f"{file.name} is not there; its table is left as it is")
@@ -60,6 +84,38 @@ def main() -> None:
         page, count = re.subn(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, m=marked: m, page, flags=re.S)
         assert count == 1, f"docs/results.md has no place for {name}"
     PAGE.write_text(page)
+    SUPPORT.write_text(support())
+
+
+def support() -> str:
+    """docs/support.md: what each method works with, from the data that runs are checked against."""
+    import sparsetrain.methods  # noqa: F401  (enters them in the registry)
+    from sparsetrain.hf.anatomy import family_limits
+    from sparsetrain.surgery.support import FEATURES, support_rows
+
+    families = family_limits()
+    rows = support_rows(families)
+    lines = [
+        "# What works with what",
+        "",
+        "Written by `make docs` from the data that every run is checked against (`Method.limits`, the table of",
+        "families, `surgery/support.py`). A yes is exercised by `tests/methods/test_contract.py`; a no is refused",
+        "before a run.",
+        "",
+        f"Families: {', '.join(families)}.",
+        "",
+        "| feature | " + " | ".join(row["method"] for row in rows) + " |",
+        "| --- |" + " --- |" * len(rows),
+    ]
+    for feature, meaning in FEATURES.items():
+        lines.append(f"| {meaning} | " + " | ".join(row["features"][feature] for row in rows) + " |")
+    reasons = {f"{feature}: {reason}." for row in rows for feature, reason in row["reasons"].items()}
+    reasons |= {
+        f"{name}, {feature}: {reason}." for name, found in families.items() for feature, reason in found.items()
+    }
+    for row in rows:
+        reasons |= {f"{row['method']} on {name}: {reason}." for name, reason in row["refused_families"].items()}
+    return "\n".join([*lines, "", "## Why not", "", *(f"- {reason}" for reason in sorted(reasons))]) + "\n"
 
 
 if __name__ == "__main__":

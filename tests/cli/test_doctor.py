@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparsetrain.cli import doctor as module
+from sparsetrain.cli.known import KNOWN, SETTINGS, Known
 from tests.cli.conftest import Call
 
 
@@ -25,10 +26,9 @@ def test_it_answers_with_every_required_package_and_a_measured_speed(call: Call)
     checks = {check["name"]: check for check in result.json["checks"]}
     assert set(module.REQUIRED) <= set(checks)
     assert result.json["ready"] and result.json["ok"] and result.code == 0
-    fp32, bf16 = (
-        float(v.replace(",", "")) for v in re.findall(r"(?:fp32|bf16) ([\d,]+)", checks["formats on cpu"]["found"])
-    )
-    assert fp32 > 0 and bf16 > 0
+    rates = re.findall(r"(fp32|bf16|fp16) ([\d,]+)", checks["formats on cpu"]["found"])
+    assert {name for name, _ in rates} >= {"fp32", "bf16"}
+    assert all(float(rate.replace(",", "")) > 0 for _, rate in rates)
     assert "smollm2-135m" in str(checks)
 
 
@@ -60,3 +60,23 @@ def test_a_format_that_is_slow_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(module, "gemm_gflops", lambda device, dtype: 50.0 if dtype == torch.float32 else 5.0)
     check = module._formats("cpu")
     assert check.state == "note" and "--dtype fp32 is faster" in check.advice
+
+
+def test_a_known_clash_is_noted_in_its_versions_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Known("peft", "clashes", "downgrade", at_least="99.0", below="99.2")
+    monkeypatch.setattr(module, "KNOWN", (row,))
+    found = "99.1.3"
+    monkeypatch.setattr(module, "_version", lambda name: found)
+    assert [(check.state, check.advice) for check in module._clashes()] == [("note", "clashes: downgrade")]
+    for found in ("98.9", "99.2"):  # noqa: B007  (read by the lambda)
+        assert module._clashes() == []
+
+
+def test_a_setting_that_slows_everything_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "unset it" in {check.name: check for check in module._clashes()}["TRITON_INTERPRET"].advice
+
+
+def test_every_known_row_says_what_to_do() -> None:
+    assert all(row.effect and row.do for row in (*KNOWN, *SETTINGS))
+    assert len({row.package for row in KNOWN}) == len(KNOWN)

@@ -31,6 +31,13 @@ SURFACE = {
     "plan": ALWAYS | {"--recipe", "--model", "--task", "--preset", "--method", "--seq-len"},
     "methods": ALWAYS | {"NAME"},
     "patterns": ALWAYS | {"RUN", "--output"},
+    "profile": ALWAYS | {"--recipe", "--model", "--data", "--task", "--text-column", "--seq-len", "--batch-size"}
+    | {"--grad-accum", "--steps", "--preset", "--method", "--calibration-tokens", "--compare", "--lora-r"}
+    | {"--lora-alpha", "--lora-targets", "--seed", "--dtype", "--gradient-checkpointing", "--device", "--threads"}
+    | {"--plot", "--layers"},
+    "bench": ALWAYS | {"--recipe", "--model", "--data", "--task", "--text-column", "--seq-len", "--batch-size"}
+    | {"--grad-accum", "--method", "--lora-r", "--lora-alpha", "--lora-targets", "--seed", "--dtype"}
+    | {"--gradient-checkpointing", "--device", "--threads", "--methods", "--rounds", "--layers", "--quick", "--output"},
     "doctor": ALWAYS,
     "models list": ALWAYS,
     "models fetch": ALWAYS | {"NAME"},

@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 import sparsetrain
 import sparsetrain.methods  # enters every method in the registry
+from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import MethodConfig, registered_methods
+from sparsetrain.hf.anatomy import family_limits
+from sparsetrain.surgery.support import FEATURES, UNPROVEN, check_support, why_not
 from tests.families import FAMILIES, LAYERS, Family
 
 METHODS = list(registered_methods())
 assert METHODS, "no method is registered, so nothing would be tested"
+# a family that is not in the docs' matrix would be claimed by nobody
+assert set(FAMILIES) == set(family_limits())
 CAUSAL = [name for name, family in FAMILIES.items() if family.causal]
-TEXT = [name for name, family in FAMILIES.items() if not family.vision]
 both = pytest.mark.parametrize("method", METHODS)
 every = pytest.mark.parametrize("family", list(FAMILIES))
 causal = pytest.mark.parametrize("family", CAUSAL)
+
+
+def claimed(feature: str) -> Any:
+    """Every method on every family where the support matrix says yes."""
+    pairs = [(m, f) for m in METHODS for f, limits in family_limits().items() if why_not(m, feature, limits) is None]
+    assert pairs or feature in UNPROVEN, f"nobody claims {feature}"
+    return pytest.mark.parametrize(("method", "family"), pairs)
 
 
 def convert(model: Any, family: Family, *configs: MethodConfig) -> sparsetrain.Handle:
@@ -117,8 +132,7 @@ def test_causality(method: str, family: str, layers: tuple[int, ...] | None) -> 
         assert moved[:, t].min() > 1e-5
 
 
-@both
-@pytest.mark.parametrize("family", TEXT)
+@claimed("padding")
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(method: str, family: str, side: str) -> None:
     case = FAMILIES[family]
@@ -142,8 +156,7 @@ def test_padding_changes_nothing(method: str, family: str, side: str) -> None:
     close(found[:, 13:] if side == "left" else found[:, :83], alone)
 
 
-@both
-@pytest.mark.parametrize("family", [name for name in CAUSAL if name != "opt"])
+@claimed("packing")
 def test_packed_sequences_equal_separate_ones(method: str, family: str) -> None:
     case = FAMILIES[family]
     model = case.model()
@@ -172,10 +185,11 @@ def test_same_seed_same_result_and_the_global_generator_is_left_alone(method: st
     assert torch.equal(torch.rand(1), results[0][1])
 
 
-@both
-@every
+@claimed("checkpointing")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradients_with_checkpointing_equal_those_without(method: str, family: str, reentrant: bool) -> None:
+    if reentrant and (reason := why_not(method, "checkpointing_reentrant", family_limits()[family])):
+        pytest.skip(reason)
     case = FAMILIES[family]
     model, batch = case.model(), case.batch()
     dense = {name for name, _ in model.named_parameters()}
@@ -195,8 +209,7 @@ def test_gradients_with_checkpointing_equal_those_without(method: str, family: s
         close(found[name], grad)
 
 
-@both
-@every
+@claimed("autocast")
 def test_autocast(method: str, family: str) -> None:
     case = FAMILIES[family]
     model, batch = case.model(), case.batch()
@@ -307,4 +320,150 @@ def test_two_methods_compose_or_claim_the_same(family: str, pair: tuple[str, str
         assert len(handle.plan.edits) == LAYERS * 2
         assert not torch.equal(logits(model, batch), expected)
         handle.restore()
+    assert torch.equal(logits(model, batch), expected)
+
+
+def counted_flops(model: Any, batch: dict[str, Tensor]) -> int:
+    """FLOPs of a forward as torch's counter has them; attention's by visible pairs, as costs are planned."""
+
+    def attention(q: Any, k: Any, v: Any, dropout: float = 0.0, causal: bool = False, **_: Any) -> float:
+        (b, h, t, d), s = q, k[2]
+        return 4 * b * h * d * (t * (t + 1) / 2 if causal else t * s)
+
+    flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={flash: attention}) as counter, torch.no_grad():
+        model(**batch)
+    return counter.get_total_flops()
+
+
+@claimed("cost")
+def test_the_planned_saving_is_what_a_counter_measures(method: str, family: str) -> None:
+    if family in ("mistral", "gemma3"):
+        pytest.skip("dense attention runs a window as a mask, and computes every pair")
+    case = FAMILIES[family]
+    model, batch = case.model(), case.batch()
+    dense = counted_flops(model, batch)
+    tokens = 101 if case.vision else 100
+    rows = sparsetrain.plan(model, example(method), seq_tokens=tokens).rows()
+    convert(model, case, example(method)).step(1, 1)
+    before, after = (sum(row[key] for row in rows) * 1e6 * 2 * tokens for key in ("mflop_before", "mflop_after"))
+    # tiles are computed whole and groups padded: at 100 tokens up to 5 % of the dense part
+    assert abs((dense - counted_flops(model, batch)) - (before - after)) < 0.06 * before
+
+
+HEADS = {"classify": AutoModelForSequenceClassification, "mlm": AutoModelForMaskedLM}
+
+
+def with_head(feature: str, case: Family) -> Any:
+    """The family's tiny model under the head of a task."""
+    torch.manual_seed(0)
+    model: Any = case.model() if case.vision else HEADS[feature].from_config(case.model().config)
+    return model.eval()
+
+
+def trains_with_a_head(feature: str, method: str, family: str) -> None:
+    """The dense limit has the dense loss; the method itself trains to finite gradients, padding included."""
+    case = FAMILIES[family]
+    model, batch = with_head(feature, case), case.batch(2, 90)
+    if not case.vision:
+        batch["attention_mask"][1, 70:] = 0
+        batch["input_ids"][1, 70:] = 0  # by the padding token, causal classifiers find the last real one
+    labels = torch.tensor([0, 1]) if feature == "classify" else batch["input_ids"]
+    expected = model(**batch, labels=labels).loss
+    handle = convert(model, case, registered_methods()[method].dense_limit())
+    close(model(**batch, labels=labels).loss, expected)
+    handle.restore()
+    convert(model, case, example(method)).step(1, 1)
+    model.train()
+    loss = model(**batch, labels=labels).loss
+    loss.backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert loss.isfinite() and grads and all(g.isfinite().all() for g in grads)
+
+
+@claimed("classify")
+def test_classification_trains(method: str, family: str) -> None:
+    trains_with_a_head("classify", method, family)
+
+
+@claimed("mlm")
+def test_masked_language_modelling_trains(method: str, family: str) -> None:
+    trains_with_a_head("mlm", method, family)
+
+
+@pytest.mark.slow
+@claimed("compile")
+def test_torch_compile_traces_and_changes_nothing(method: str, family: str) -> None:
+    case = FAMILIES[family]
+    model, batch = case.model(), case.batch()
+    convert(model, case, example(method))
+    expected, expected_grads = logits(model, batch), gradients(model, batch)
+    torch._dynamo.reset()
+    counters.clear()
+    try:
+        with warnings.catch_warnings():  # dynamo warns of what it leaves to eager
+            warnings.simplefilter("ignore")
+            compiled = torch.compile(model, backend="eager")
+            close(logits(compiled, batch), expected)
+            found = gradients(compiled, batch)
+        assert counters["stats"]["unique_graphs"] > 0, "nothing was traced"
+        for name, grad in expected_grads.items():
+            close(found[f"_orig_mod.{name}"], grad)
+    finally:
+        torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@claimed("gpu")
+def test_a_gpu_gives_what_the_cpu_gives(method: str, family: str) -> None:
+    case = FAMILIES[family]
+    model, batch = case.model(), case.batch()
+    convert(model, case, example(method))
+    expected = logits(model, batch)
+    model.cuda()
+    close(logits(model, {name: value.cuda() for name, value in batch.items()}).cpu(), expected, 1e-3)
+
+
+HELD_BY = {
+    "cpu": test_dense_limit_equals_dense_in_outputs_and_gradients,
+    "gpu": test_a_gpu_gives_what_the_cpu_gives,
+    "padding": test_padding_changes_nothing,
+    "packing": test_packed_sequences_equal_separate_ones,
+    "checkpointing": test_gradients_with_checkpointing_equal_those_without,
+    "checkpointing_reentrant": test_gradients_with_checkpointing_equal_those_without,
+    "autocast": test_autocast,
+    "compile": test_torch_compile_traces_and_changes_nothing,
+    "classify": test_classification_trains,
+    "mlm": test_masked_language_modelling_trains,
+    "cost": test_the_planned_saving_is_what_a_counter_measures,
+    "export": test_state_rebuilds_the_conversion,
+}
+
+
+def test_every_feature_is_held_by_a_test_or_refused() -> None:
+    assert set(HELD_BY) | set(UNPROVEN) == set(FEATURES)
+    assert not set(HELD_BY) & set(UNPROVEN)
+
+
+@both
+@every
+def test_what_is_not_claimed_is_refused_with_its_reason(method: str, family: str) -> None:
+    model, limits = FAMILIES[family].model(), family_limits()[family]
+    refused = {feature: why for feature in FEATURES if (why := why_not(method, feature, limits))}
+    assert set(UNPROVEN) <= set(refused)
+    for feature, reason in refused.items():
+        with pytest.raises(ValueError, match=feature) as error:
+            check_support([example(method)], describe(model), [feature])
+        assert reason in str(error.value)
+    check_support([example(method)], describe(model), set(FEATURES) - set(refused))
+
+
+@both
+def test_quantised_weights_are_refused_before_anything_changes(method: str) -> None:
+    case = FAMILIES["llama"]
+    model, batch = case.model(), case.batch()
+    expected = logits(model, batch)
+    model.is_loaded_in_4bit = True
+    with pytest.raises(ValueError, match="four_bit"):
+        convert(model, case, example(method))
     assert torch.equal(logits(model, batch), expected)

@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from sparsetrain.cli.bench import bench
 from sparsetrain.cli.doctor import doctor
 from sparsetrain.cli.evaluate import evaluate
 from sparsetrain.cli.export import export
@@ -16,6 +17,7 @@ from sparsetrain.cli.finetune import finetune
 from sparsetrain.cli.models import MODELS_HELP, fetch, list_assets, verify
 from sparsetrain.cli.patterns import patterns
 from sparsetrain.cli.plan import methods, plan
+from sparsetrain.cli.profile import profile
 from sparsetrain.cli.sensitivity import sensitivity
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", epilog=EXIT_CODES)
@@ -54,6 +56,8 @@ for _name, _command in {
     "sensitivity": sensitivity,
     "methods": methods,
     "patterns": patterns,
+    "profile": profile,
+    "bench": bench,
     "doctor": doctor,
 }.items():
     _add(app, _name, _command)

@@ -8,13 +8,14 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from sparsetrain.cli.answer import Answer, table
 from sparsetrain.cli.flags import Debug, Json
+from sparsetrain.cli.known import KNOWN, SETTINGS
 
 # The floors of pyproject.toml; a test keeps the two equal.
 REQUIRED = {
@@ -34,20 +35,8 @@ REQUIRED = {
 }
 OPTIONAL = {"trl": ("1.8", "needed only to train with TRL's SFTTrainer")}
 
-# Packages that change PEFT or transformers for the whole process, or pin versions below our floor.
-CLASHES = {
-    "unsloth": "replaces forwards of transformers for the whole process and stops at transformers 5.5",
-    "axolotl": "pins transformers 5.14.1, below our floor",
-    "llamafactory": "stops at transformers 5.8, below our floor",
-}
-NOTES = {
-    "liger-kernel": "use_liger_kernel=True rebinds FFN forwards when training starts: with routed_ffn, switch its "
-    "swiglu kernel off",
-}
-
 State = Literal["ok", "note", "missing"]
 _COLOURS = {"ok": "green", "note": "yellow", "missing": "red"}
-GEMM_SIZE = 1024
 
 
 @dataclass(frozen=True)
@@ -125,12 +114,19 @@ def _optional() -> list[Check]:
 
 
 def _clashes() -> list[Check]:
-    checks = [
-        Check(name, "note", v, f"{why}; keep it in another environment")
-        for name, why in CLASHES.items()
-        if (v := _version(name))
-    ]
-    return checks + [Check(name, "note", v, why) for name, why in NOTES.items() if (v := _version(name))]
+    checks = []
+    for known in KNOWN:
+        found = _version(known.package)
+        if found is None:
+            continue
+        late = bool(known.at_least) and _numbers(found) < _numbers(known.at_least)
+        early = bool(known.below) and _numbers(found) >= _numbers(known.below)
+        if not (late or early):
+            checks.append(Check(known.package, "note", found, f"{known.effect}: {known.do}"))
+    for setting in SETTINGS:
+        if os.environ.get(setting.variable) == setting.value:
+            checks.append(Check(setting.variable, "note", setting.value, f"{setting.effect}: {setting.do}"))
+    return checks
 
 
 def _machine() -> list[Check]:
@@ -148,7 +144,10 @@ def _machine() -> list[Check]:
     ]
     devices = ["cpu"]
     for index, card in enumerate(machine.gpus):
-        checks.append(Check(f"cuda:{index}", "ok", f"{card['name']}, {card['memory_bytes'] / 1e9:.0f} GB"))
+        major, minor = torch.cuda.get_device_capability(index)
+        driver = f", driver {card['driver_version']}" if "driver_version" in card else ""
+        found = f"{card['name']}, {card['memory_bytes'] / 1e9:.0f} GB, capability {major}.{minor}{driver}"
+        checks.append(Check(f"cuda:{index}", "ok", found))
         devices.append(f"cuda:{index}")
     if torch.backends.mps.is_available():
         checks.append(Check("mps", "ok", "Apple GPU"))
@@ -159,41 +158,32 @@ def _machine() -> list[Check]:
 
 
 def _formats(device: str) -> Check:
-    """Time one matrix product in fp32 and bf16: a format can be supported and still be slow."""
-    import torch
+    """Time one matrix product in each number format: a format can be supported and still be slow."""
+    from sparsetrain.measure.rates import FORMATS
 
-    gflops = {
-        name: gemm_gflops(device, getattr(torch, kind)) for name, kind in (("fp32", "float32"), ("bf16", "bfloat16"))
-    }
-    ratio = gflops["bf16"] / gflops["fp32"]
-    found = f"fp32 {gflops['fp32']:,.0f} GFLOP/s, bf16 {gflops['bf16']:,.0f} ({ratio:.1f}x)"
+    gflops = {name: found for name, kind in FORMATS.items() if (found := gemm_gflops(device, kind)) is not None}
+    shares = {name: "" if name == "fp32" else f" ({rate / gflops['fp32']:.1f}x)" for name, rate in gflops.items()}
+    text = ", ".join(f"{name} {rate:,.0f}{shares[name]}" for name, rate in gflops.items()) + " GFLOP/s"
+    ratio = gflops.get("bf16", 0.0) / gflops["fp32"]
     if ratio < 1:
-        return Check(f"formats on {device}", "note", found, "bf16 saves memory here, not time: --dtype fp32 is faster.")
-    return Check(f"formats on {device}", "ok", found, "--dtype bf16 is faster." if ratio > 1.2 else "")
+        return Check(f"formats on {device}", "note", text, "bf16 saves memory here, not time: --dtype fp32 is faster.")
+    return Check(f"formats on {device}", "ok", text, "--dtype bf16 is faster." if ratio > 1.2 else "")
 
 
-def gemm_gflops(device: str, dtype: Any, seconds: float = 0.5) -> float:
-    """Best speed of a square matrix product after a warm-up, within about `seconds` (one product at least)."""
-    import torch
+def gemm_gflops(device: str, dtype: Any) -> float | None:
+    """Best speed of a square matrix product, or None if the device has none in that format."""
+    from sparsetrain.measure.rates import gemm_flops
 
-    a_mk = torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype)
-
-    def timed() -> float:
-        start = time.perf_counter()
-        # .item() waits for the device
-        (a_mk @ a_mk)[0, 0].item()
-        return time.perf_counter() - start
-
-    begin, best = time.perf_counter(), timed()
-    while time.perf_counter() - begin < seconds:
-        best = min(best, timed())
-    return 2 * GEMM_SIZE**3 / best / 1e9
+    try:
+        return gemm_flops(device, dtype, seconds=0.3) / 1e9
+    except RuntimeError:
+        return None
 
 
 def _tools() -> list[Check]:
     compiler = next((path for name in ("g++", "clang++", "cl") if (path := shutil.which(name))), None)
     checks = [
-        Check("C++ compiler", "ok", compiler)
+        Check("C++ compiler", "ok", _first_line(compiler, "--version") or compiler)
         if compiler
         else Check("C++ compiler", "note", "none", "needed only by torch.compile on a CPU: install g++ or clang")
     ]
@@ -202,13 +192,16 @@ def _tools() -> list[Check]:
         checks.append(Check("triton", "ok", triton))
     else:
         checks.append(Check("triton", "note", "not installed", "needed only on a GPU; everything runs without it"))
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        checks.append(
-            Check(
-                "TRITON_INTERPRET", "note", "1", "Kernels run in the interpreter, thousands of times slower: unset it."
-            )
-        )
     return checks
+
+
+def _first_line(*command: str) -> str:
+    """The first line that a command prints, or nothing."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.partition("\n")[0].strip()
 
 
 def _assets() -> list[Check]:

@@ -83,33 +83,8 @@ def _next(recipe: Any, trained: str) -> list[str]:
 
 def _dry_run(recipe: Any, tell: Any) -> Answer:
     """Everything that can be checked without reading weights; writes nothing."""
-    from sparsetrain import plan
-    from sparsetrain.hf.assemble import empty_model, load_rows, open_config, open_tokenizer, pick_device
-    from sparsetrain.hf.checkpoint import check_output, find_resumable
+    from sparsetrain.hf.preview import preview
 
-    check_output(recipe.output, resume=recipe.resume)
-    device = pick_device(recipe)
-    resumed = find_resumable(recipe.output, recipe, tell) if recipe.resume else None
-    path, config = open_config(recipe, tell, recipe.configs)
-    planned = (
-        plan(empty_model(config, recipe.task), *recipe.configs, seq_tokens=recipe.seq_len) if recipe.methods else None
-    )
-    bundle = load_rows(recipe, open_tokenizer(path), config, tell)
-    start = f"from step {resumed.step} of {resumed.path}" if resumed else "from the pretrained weights"
-    length = f"{recipe.steps} steps" if recipe.steps else f"{recipe.epochs} epochs"
-    batch = f"{recipe.batch_size} x {recipe.grad_accum} sequences of {recipe.seq_len:,} tokens a step"
-    return Answer(
-        data={
-            "dry_run": True,
-            "recipe": recipe.model_dump(mode="json"),
-            "plan": planned.rows() if planned else [],
-            "data": {"description": bundle.description, **bundle.counts},
-            "device": str(device),
-        },
-        show=[
-            str(planned) if planned else "No sparse method: plain dense training.",
-            f"Data: {bundle.description}",
-            f"Would train {length}, {batch}, on {device}, {start}, into {recipe.output}.",
-            "As a recipe file:\n" + recipe.to_yaml(),
-        ],
-    )
+    found = preview(recipe, report=tell)
+    data = found.to_dict() | {"dry_run": True, "data": {"description": found.data, **found.counts}}
+    return Answer(data=data, show=[*found.lines(), "As a recipe file:\n" + recipe.to_yaml()])

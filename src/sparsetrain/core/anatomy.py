@@ -75,6 +75,7 @@ class Anatomy:
 
     install_attention: makes every attention of the model call `module.sparse_attention` where that child exists, and
     dense attention elsewhere; returns its own undo. None when the adapter cannot.
+    limits: feature (of `surgery.support`) -> why no method can have it on this family.
     axes: parameter name -> the axes of its dimensions, among heads, kv_heads, embed, ffn, vocab, positions.
     """
 
@@ -85,6 +86,7 @@ class Anatomy:
     head: str | None = None
     install_attention: Callable[[nn.Module], Undo] | None = None
     axes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    limits: dict[str, str] = field(default_factory=dict)
 
     @property
     def attentions(self) -> list[AttentionSite]:

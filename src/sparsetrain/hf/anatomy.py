@@ -28,9 +28,12 @@ class Row:
     transposed: bool = False
     norms: tuple[str, ...] = ()
     experts: bool = False
+    limits: dict[str, str] = field(default_factory=dict)
     attention_axes: dict[str, str] = field(default_factory=dict)
 
 
+_CAUSAL = {"mlm": "a causal language model has no masked-token head"}
+_ENCODER = {"packing": "transformers separates packed rows in causal models only. Pad instead"}
 _QKVO = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "out_proj": "o"}
 _LLAMA = Row(
     attention="self_attn",
@@ -41,8 +44,9 @@ _LLAMA = Row(
     act="act_fn",
     norms=("input_layernorm", "post_attention_layernorm"),
     attention_axes=_QKVO,
+    limits=_CAUSAL,
 )
-_MOE = Row(attention="self_attn", owner="mlp", up="", down="", act="", experts=True)
+_MOE = Row(attention="self_attn", owner="mlp", up="", down="", act="", experts=True, limits=_CAUSAL)
 
 FAMILIES: dict[str, Row] = {
     "LlamaDecoderLayer": _LLAMA,
@@ -63,6 +67,7 @@ FAMILIES: dict[str, Row] = {
             "post_feedforward_layernorm",
         ),
         attention_axes=_QKVO,
+        limits=_CAUSAL,
     ),
     "GPT2Block": Row(
         attention="attn",
@@ -73,6 +78,7 @@ FAMILIES: dict[str, Row] = {
         transposed=True,
         norms=("ln_1", "ln_2"),
         attention_axes={"c_attn": "qkv", "c_proj": "o"},
+        limits=_CAUSAL,
     ),
     "OPTDecoderLayer": Row(
         attention="self_attn",
@@ -82,6 +88,7 @@ FAMILIES: dict[str, Row] = {
         act="activation_fn",
         norms=("self_attn_layer_norm", "final_layer_norm"),
         attention_axes=_QKVO,
+        limits=_CAUSAL | {"packing": "positions are counted from the mask, so packed rows cannot restart them"},
     ),
     "BertLayer": Row(
         attention="attention.self",
@@ -91,6 +98,7 @@ FAMILIES: dict[str, Row] = {
         act="intermediate.intermediate_act_fn",
         norms=("attention.output.LayerNorm", "output.LayerNorm"),
         attention_axes={"query": "q", "key": "k", "value": "v"},
+        limits=_ENCODER,
     ),
     "TransformerBlock": Row(  # DistilBERT
         attention="attention",
@@ -100,6 +108,7 @@ FAMILIES: dict[str, Row] = {
         act="activation",
         norms=("sa_layer_norm", "output_layer_norm"),
         attention_axes={"q_lin": "q", "k_lin": "k", "v_lin": "v", "out_lin": "o"},
+        limits=_ENCODER,
     ),
     "ViTLayer": Row(
         attention="attention",
@@ -109,6 +118,8 @@ FAMILIES: dict[str, Row] = {
         act="activation_fn",
         norms=("layernorm_before", "layernorm_after"),
         attention_axes=_QKVO,
+        limits={name: "images come in one size" for name in ("padding", "packing")}
+        | {"mlm": "images have no tokens to mask"},
     ),
     "MixtralDecoderLayer": _MOE,
     "Qwen2MoeDecoderLayer": _MOE,
@@ -158,7 +169,28 @@ def describe_model(model: nn.Module) -> Anatomy:
         head=head,
         install_attention=install_attention,
         axes=_axes(blocks, described, embedding, head, model),
+        limits=blocks[0][2].limits,
     )
+
+
+MODEL_TYPES = {
+    "llama": "LlamaDecoderLayer",
+    "mistral": "MistralDecoderLayer",
+    "qwen2": "Qwen2DecoderLayer",
+    "qwen3": "Qwen3DecoderLayer",
+    "gemma3": "Gemma3DecoderLayer",
+    "gpt2": "GPT2Block",
+    "opt": "OPTDecoderLayer",
+    "bert": "BertLayer",
+    "distilbert": "TransformerBlock",
+    "vit": "ViTLayer",
+}
+"""Family, as the docs name it -> its block; mixtures of experts have attention alone to offer."""
+
+
+def family_limits() -> dict[str, dict[str, str]]:
+    """Family -> feature -> why no method can have it there."""
+    return {family: FAMILIES[block].limits for family, block in MODEL_TYPES.items()}
 
 
 def _row(module: nn.Module) -> Row | None:

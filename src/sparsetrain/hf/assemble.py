@@ -34,6 +34,7 @@ from sparsetrain.hf.trainer import Report
 from sparsetrain.methods import TokenSelection
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.plan import Plan, method_of, plan
+from sparsetrain.surgery.support import check_support
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +66,42 @@ def open_parts(recipe: Recipe, report: Report, like: Recipe | None = None) -> Pa
     """
     device = pick_device(recipe)
     path, config = open_config(recipe, report, (like or recipe).configs)
-    planned = None
-    if recipe.methods:
-        planned = plan(empty_model(config, recipe.task), *recipe.configs, seq_tokens=recipe.seq_len)
+    planned = check_and_plan(recipe, config, device)
     tokenizer = open_tokenizer(path)
     bundle = load_rows(recipe, tokenizer, config, report)
     return Parts(
         recipe=recipe, device=device, path=path, config=config, plan=planned, tokenizer=tokenizer, bundle=bundle
     )
+
+
+def check_and_plan(recipe: Recipe, config: Any, device: torch.device) -> Plan | None:
+    """The recipe's plan on the empty model, after what it asks for was found supported; None for a dense recipe.
+
+    Raises:
+        ValueError, PlanError: a method cannot do what the recipe asks for, or does not fit the model.
+    """
+    if not recipe.methods:
+        return None
+    model = empty_model(config, recipe.task)
+    check_support(recipe.configs, describe(model), asked_features(recipe, device))
+    return plan(model, *recipe.configs, seq_tokens=recipe.seq_len)
+
+
+def asked_features(recipe: Recipe, device: torch.device) -> list[str]:
+    """What a run of this recipe asks of its methods, as `surgery.support` names it."""
+    found = ["cpu" if device.type == "cpu" else "gpu", "export"]
+    found += {
+        "none": [],
+        "non-reentrant": ["checkpointing"],
+        "reentrant": ["checkpointing_reentrant"],
+    }[recipe.gradient_checkpointing]
+    if recipe.task != "lm":
+        found.append("padding")
+    if recipe.task == "classify":
+        found.append("classify")
+    if computes_bf16(recipe, device) and recipe.lora_r == 0:
+        found.append("autocast")
+    return found
 
 
 ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
@@ -312,10 +341,10 @@ def pick_device(recipe: Recipe) -> torch.device:
 
 def pick_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     """The dtype of the weights: as the recipe says, but fp32 masters where all weights are trained."""
-    return torch.bfloat16 if _computes_bf16(recipe, device) and recipe.lora_r > 0 else torch.float32
+    return torch.bfloat16 if computes_bf16(recipe, device) and recipe.lora_r > 0 else torch.float32
 
 
-def _computes_bf16(recipe: Recipe, device: torch.device) -> bool:
+def computes_bf16(recipe: Recipe, device: torch.device) -> bool:
     able = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return recipe.dtype == "bf16" or (recipe.dtype == "auto" and able)
 
@@ -345,7 +374,7 @@ def training_arguments(parts: Parts) -> TrainingArguments:
         data_seed=recipe.seed,
         use_cpu=device.type == "cpu",
         # frozen bf16 weights compute in bf16 by themselves; fp32 masters need autocast
-        bf16=_computes_bf16(recipe, device) and recipe.lora_r == 0,
+        bf16=computes_bf16(recipe, device) and recipe.lora_r == 0,
         dataloader_pin_memory=device.type == "cuda",
         remove_unused_columns=False,
         include_num_input_tokens_seen="non_padding" if "attention_mask" in parts.sample else "all",

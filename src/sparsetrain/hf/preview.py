@@ -16,7 +16,7 @@ from sparsetrain.surgery.plan import Plan
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """Sizes in parameters, bytes and tokens. `plan` is None for a dense run; `resume_step` None for a new one."""
+    """Sizes in parameters, bytes and tokens; `counts` are of the data. `plan`: None if dense; `resume_step`: if new."""
 
     recipe: Recipe
     plan: Plan | None
@@ -27,6 +27,8 @@ class Preview:
     optimizer_bytes: int
     steps: int
     tokens_per_step: int
+    device: str
+    counts: dict[str, int]
     resume_step: int | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -40,7 +42,7 @@ class Preview:
             f"Trained {how}: {self.trainable_parameters:,} parameters ({share:.2%}), "
             f"{self.optimizer_bytes / 2**20:,.0f} MiB of optimizer state",
             f"Data    {self.data}",
-            f"Length  {self.steps:,} steps of {self.tokens_per_step:,} tokens{begin}",
+            f"Length  {self.steps:,} steps of {self.tokens_per_step:,} tokens{begin}, on {self.device}",
             f"Output  {self.recipe.output}",
             *(f"Note    {note}" for note in self.notes),
             *(["", str(self.plan)] if self.plan is not None else []),
@@ -88,6 +90,8 @@ def preview(recipe: Recipe, *, report: Report = silent) -> Preview:
         optimizer_bytes=(trainable + added) * 8,
         steps=steps,
         tokens_per_step=rows_per_step * recipe.seq_len,
+        device=str(parts.device),
+        counts=parts.bundle.counts,
         resume_step=None if resumed is None else resumed.step,
         notes=notes,
     )

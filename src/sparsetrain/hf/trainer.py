@@ -18,11 +18,12 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sparsetrain.core.anatomy import submodule
+from sparsetrain.core.anatomy import describe, submodule
 from sparsetrain.hf.sidecar import write_sidecar
 from sparsetrain.measure.memory import peak_memory, reset_peak
 from sparsetrain.measure.units import bytes_text
 from sparsetrain.surgery.apply import Handle
+from sparsetrain.surgery.support import check_support
 
 Event = dict[str, Any]
 Report = Callable[[Event], None]
@@ -74,6 +75,8 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         check_forwards(self.handle)
         check_trainable(self.handle)
+        if getattr(args, "fsdp", None):
+            check_support(self.handle.configs, describe(self.handle.model), ["fsdp2"])
         if args.fp16 and not args.max_grad_norm and self.handle.adjusts_gradients:
             raise ValueError(
                 "fp16 without clipping leaves the gradients scaled until the optimizer step, and a method adds a decay "

@@ -15,6 +15,8 @@ from sparsetrain.measure.report import build_report as build_report
 from sparsetrain.measure.report import load_report as load_report
 from sparsetrain.measure.report import render_text as render_text
 from sparsetrain.measure.report import write_report as write_report
+from sparsetrain.measure.step_profile import Profile as Profile
+from sparsetrain.measure.step_profile import profile as profile
 from sparsetrain.measure.timing import Ratio as Ratio
 from sparsetrain.measure.timing import StepTime as StepTime
 from sparsetrain.measure.timing import compare as compare

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -96,6 +96,13 @@ def _adapters(named: dict[str, nn.Module]) -> Iterator[str]:
                 yield from (found for found, _ in inner.named_modules(prefix=f"{name}.{child}".lstrip(".")))
 
 
+class Locates(Protocol):
+    """Knows whose operation runs now."""
+
+    @property
+    def place(self) -> Place: ...
+
+
 @dataclass
 class Running:
     """The stack of running modules during a measurement; `place` is where the next operation belongs.
@@ -104,6 +111,7 @@ class Running:
     """
 
     on_change: Callable[[], None] | None = None
+    on_leave: Callable[[Any], None] | None = None
     _stack: list[Place] = field(default_factory=list)
     _past_blocks: bool = False
 
@@ -121,8 +129,10 @@ class Running:
         inherited = self._stack[-1].layer if self._stack and place.layer is None else place.layer
         self._stack.append(Place(place.component, inherited))
 
-    def _leave(self) -> None:
+    def _leave(self, output: Any) -> None:
         self._changed()
+        if self.on_leave is not None:
+            self.on_leave(output)
         self._stack.pop()
 
     def _changed(self) -> None:
@@ -131,10 +141,14 @@ class Running:
 
 
 @contextmanager
-def running(model: nn.Module) -> Iterator[Running]:
+def running(model: nn.Module, at: dict[str, Place] | None = None) -> Iterator[Running]:
     """Follow which component of `model` runs inside the `with` block; every hook is removed at its end.
 
-    The model may be converted, PEFT-wrapped or neither. Set `on_change` to be called just before the place changes.
+    The model may be converted, PEFT-wrapped or neither. Set `on_change` to be called just before the place changes,
+    and `on_leave` to be given what a module returns, after that and while its place still stands.
+
+    Args:
+        at: module name -> place, instead of the model's `places`.
 
     Raises:
         UnknownFamily: no anatomy adapter knows the model.
@@ -147,8 +161,8 @@ def running(model: nn.Module) -> Iterator[Running]:
         now._past_blocks = not blocks
         now._enter(Place("other"))
 
-    def leave(*_: Any) -> None:
-        now._leave()
+    def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+        now._leave(output)
 
     def end_of_blocks(*_: Any) -> None:
         now._past_blocks = True
@@ -156,7 +170,7 @@ def running(model: nn.Module) -> Iterator[Running]:
     try:
         hooks.append(model.register_forward_pre_hook(start_model, prepend=True))
         hooks.append(model.register_forward_hook(leave, always_call=True))
-        for name, place in places(model).items():
+        for name, place in (places(model) if at is None else at).items():
             if name == "":
                 continue
             module = submodule(model, name)

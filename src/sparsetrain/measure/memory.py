@@ -8,6 +8,9 @@ PyTorch's own operations and `ctx.save_for_backward` keep; a tensor kept as `ctx
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from sparsetrain.measure.components import COMPONENTS, Place, Running, running
+from sparsetrain.measure.components import COMPONENTS, Locates, Place, running
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +88,7 @@ class SavedRecord:
     """A running count; `result()` reads it while the graph is alive, and is final once the `with` block has ended."""
 
     _model: nn.Module
-    _now: Running
+    _now: Locates
     _seen: list[tuple[weakref.ref[_Saved], Place]] = field(default_factory=list)
     _result: SavedActivations | None = None
 
@@ -216,6 +219,13 @@ def reset_peak(device: torch.device | str | None = None) -> bool:
     except OSError:
         return False
     return True
+
+
+def release_free_pages() -> None:
+    """Collect garbage, and let glibc give its free pages back, so that what is resident is in use."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _proc_status() -> dict[str, int]:

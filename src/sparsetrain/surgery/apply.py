@@ -9,9 +9,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from sparsetrain.core.anatomy import Undo
+from sparsetrain.core.anatomy import Undo, describe
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.surgery.plan import Plan, Schedule, State, method_of, plan
+from sparsetrain.surgery.support import check_support, features_of
 
 Progress = Callable[[str, float], None]
 
@@ -170,6 +171,7 @@ def sparsify(
         PlanError, UnknownFamily, ValueError: as `plan`. The model is unchanged then.
     """
     planned = plan(model, *configs)
+    check_support(configs, describe(model), features_of(model))
     batches = None if calibration is None else list(calibration)
     rng = torch.random.get_rng_state()
     handle = Handle(model, planned)

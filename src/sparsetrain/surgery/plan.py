@@ -6,7 +6,7 @@ An edit knows its site, what it claims, its cost, and how to install itself. Not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -71,6 +71,7 @@ class Method:
     modules_to_save: names of child modules with parameters of our own, for PEFT's list of that name.
     site_names: anatomy -> all sites the method could take, for the error when nothing matches.
     schedule: (model, config, its installed modules) -> what changes them together in training, if anything does.
+    limits: feature (of `surgery.support`) or family -> why the method cannot; what is not named is claimed and tested.
     """
 
     edits: Callable[[Any, Anatomy, nn.Module], list[Edit]]
@@ -80,6 +81,7 @@ class Method:
     )
     modules_to_save: tuple[str, ...] = ()
     schedule: Callable[[nn.Module, Any, list[Any]], Schedule] | None = None
+    limits: Mapping[str, str] = field(default_factory=dict)
 
 
 _METHODS: dict[str, Method] = {}

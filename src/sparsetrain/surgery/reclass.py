@@ -6,6 +6,7 @@ from functools import cache
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -46,7 +47,14 @@ def dense_forward(mixin: type, module: Any, *args: Any, **kwargs: Any) -> Any:
     """
     kind = type(module.__dict__["_module"]) if isinstance(module, View) else type(module)
     below = next(c for c in kind.__mro__ if c.__dict__.get("mixin") is mixin).dense_class  # type: ignore[attr-defined]
+    if isinstance(module, View):
+        return _on_view(below, module, *args, **kwargs)
     return below.forward(module, *args, **kwargs)
+
+
+@torch.compiler.disable  # dynamo takes a view for its module, and would run the dense forward without a word
+def _on_view(kind: Any, view: View, *args: Any, **kwargs: Any) -> Any:
+    return kind.forward(view, *args, **kwargs)
 
 
 class View:

@@ -117,5 +117,9 @@ def _note(config: SemiStructured, model: nn.Module, site: FFNSite, left: list[st
 
 register_method(
     SemiStructured,
-    Method(edits=edits, site_names=lambda anatomy: [site.name for site in anatomy.ffns if site.refused is None]),
+    Method(
+        edits=edits,
+        site_names=lambda anatomy: [site.name for site in anatomy.ffns if site.refused is None],
+        limits={"cost": "without sparse tensor cores its products are emulated by dense ones"},
+    ),
 )

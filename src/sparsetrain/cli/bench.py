@@ -1,0 +1,103 @@
+"""`sparsetrain bench`: does it pay here? Every method on your model, length and machine, against dense in turns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsetrain.cli.answer import Answer, table, to_json
+from sparsetrain.cli.flags import Debug, Json, RecipeFile, changes, takes
+from sparsetrain.cli.live import to_stderr
+
+Names = Annotated[
+    str | None,
+    typer.Option(
+        "--methods",
+        metavar="all|NAMES",
+        help="Methods with their defaults, and presets; with commas.",
+        show_default="all, or none beside --method",
+    ),
+]
+Rounds = Annotated[int | None, typer.Option("--rounds", help="Timed pairs of steps.", show_default="5; 3 with --quick")]
+LayerCount = Annotated[int | None, typer.Option("--layers", help="Run only the first N layers.", show_default="all")]
+Quick = Annotated[bool, typer.Option("--quick", help="4 layers and 3 rounds.")]
+Output = Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder for bench.json and measured.json.")]
+
+
+@takes(
+    "model", "data", "task", "text_column", "seq_len", "batch_size", "grad_accum", "methods", "lora_r", "lora_alpha",
+    "lora_targets", "seed", "dtype", "gradient_checkpointing", "device", "threads",
+)  # fmt: skip
+def bench(
+    recipe: RecipeFile = None,
+    names: Names = None,
+    rounds: Rounds = None,
+    layers: LayerCount = None,
+    quick: Quick = False,
+    output: Output = Path("runs/bench"),
+    json: Json = False,
+    debug: Debug = False,
+    **flags: Any,
+) -> Answer:
+    """Time every method on your model, length and machine against the strongest dense step, correctness first.
+
+    A candidate whose dense limit is not the dense model, or whose fast path is not the reference, is refused and gets
+    no number. The others get a verdict on whole training steps, timed in turns: win, tie or loss. measured.json holds
+    what this machine reaches, for [cyan]sparsetrain plan[/]. Without --data, rows of random tokens are used.
+
+    \b
+    Examples:
+      sparsetrain bench --model smollm2-135m --seq-len 2048
+      sparsetrain bench --model ./llama --seq-len 4096 --methods spt --layers 8
+      sparsetrain bench --model smollm2-135m --method routed_ffn:num_blocks=8,num_active=2 --quick
+    """
+    import sparsetrain.methods  # noqa: F401  (enters them in the registry)
+    from sparsetrain.hf.bench import QUICK_LAYERS, candidates
+    from sparsetrain.hf.bench import bench as measure
+    from sparsetrain.hf.data.random_tokens import RANDOM
+    from sparsetrain.hf.recipe import Recipe
+
+    given = changes(flags)
+    asked = Recipe.from_yaml(recipe, given) if recipe else Recipe.from_values({"data": RANDOM, "methods": [], **given})
+    chosen = candidates(names or ("" if asked.configs else "all"), asked.configs)
+    found = measure(
+        asked,
+        chosen,
+        rounds=rounds or (3 if quick else 5),
+        layers=layers or (QUICK_LAYERS if quick else None),
+        report=to_stderr,
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    data = found.to_dict()
+    (output / "bench.json").write_text(to_json(data) + "\n", encoding="utf-8")
+    (output / "measured.json").write_text(to_json(found.rates.to_dict()) + "\n", encoding="utf-8")
+    size = f"{asked.batch_size} x {asked.seq_len:,} tokens, {found.layers} of {found.model_layers} layers"
+    columns = ["candidate", "verdict", "step, dense / ours", "quartiles", "part", "saved bytes"]
+    written = f"Written: {output / 'bench.json'}, and {output / 'measured.json'} for sparsetrain plan."
+    return Answer(
+        data=data,
+        show=[
+            f"{asked.model}, {size}; against {data['baseline']}",
+            lambda: table("", columns, [_row(each) for each in found.outcomes], right=(2, 3, 4, 5)),
+            *(f"{each.name}: {each.reason}" for each in found.outcomes if each.reason),
+            *found.notes,
+            written,
+        ],
+    )
+
+
+def _row(outcome: Any) -> list[str]:
+    if outcome.step is None:
+        return [outcome.name, outcome.verdict, "", "", "", ""]
+    step, saved = outcome.step, outcome.saved_bytes / outcome.dense_saved_bytes
+    quartiles = f"{step.q1:.2f} to {step.q3:.2f}"
+    return [
+        outcome.name,
+        outcome.verdict,
+        f"{step.median:.2f}",
+        quartiles,
+        f"{outcome.part.median:.2f}",
+        f"{saved:.2f}x",
+    ]

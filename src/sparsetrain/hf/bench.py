@@ -1,0 +1,307 @@
+"""bench(): every method on the user's own model, length and machine, against the strongest dense step, timed in turns.
+
+A candidate is first planned (what does not fit is refused, with the reason), then checked on two layers of the model:
+its dense limit must equal the dense model, and its fast path the reference, in outputs and gradients. Only then is it
+timed: whole training steps, dense and sparse in one loop whose order flips; selection, routing and everything else a
+user pays for is inside.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrain.core.anatomy import describe
+from sparsetrain.core.backend import use_backend
+from sparsetrain.core.config import MethodConfig, registered_methods
+from sparsetrain.core.errors import PlanError, Unsupported
+from sparsetrain.hf import assemble
+from sparsetrain.hf.assemble import Parts
+from sparsetrain.hf.recipe import PRESETS, Recipe, plain_values
+from sparsetrain.hf.trainer import Report, silent
+from sparsetrain.hf.training_step import TrainingStep, convert_step, dense_twin, open_measured_parts
+from sparsetrain.measure.components import Place
+from sparsetrain.measure.follow import following
+from sparsetrain.measure.machine import describe_machine
+from sparsetrain.measure.memory import saved_activations
+from sparsetrain.measure.rates import Rates, measure_rates
+from sparsetrain.measure.timing import Ratio, _clock, compare, ratio
+from sparsetrain.surgery.apply import sparsify
+from sparsetrain.surgery.plan import Plan, plan
+
+CHECK_LAYERS, CHECK_TOKENS, QUICK_LAYERS = 2, 256, 4
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+"""Relative L2 distance allowed between two ways to compute the same numbers."""
+BASELINE = "dense: SDPA attention, the same LoRA, fused AdamW"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One candidate. verdict: win, tie or loss of whole steps; refused, with `reason`, if it was not timed.
+
+    checks: name -> relative L2 distance. part: the ratio of the parts that the methods replace, adapters included.
+    """
+
+    name: str
+    methods: list[dict[str, Any]]
+    verdict: str
+    reason: str = ""
+    checks: dict[str, float] = field(default_factory=dict)
+    step: Ratio | None = None
+    part: Ratio | None = None
+    saved_bytes: int | None = None
+    dense_saved_bytes: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return values | {key: None if (r := values[key]) is None else r.to_dict() for key in ("step", "part")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """`rates` in the layout that the planner reads, with each timed method's part under `methods`."""
+
+    recipe: Recipe
+    layers: int
+    model_layers: int
+    outcomes: list[Outcome]
+    rates: Rates
+    machine: dict[str, Any]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as bench.json holds them."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return values | {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "baseline": BASELINE,
+            "outcomes": [outcome.to_dict() for outcome in self.outcomes],
+            "rates": self.rates.to_dict(),
+        }
+
+
+def candidates(names: str, own: tuple[MethodConfig, ...] = ()) -> dict[str, tuple[MethodConfig, ...]]:
+    """Name -> configs: `all` (every method with its defaults, every preset), or some of them by name, and one's own.
+
+    Raises:
+        ValueError: no such method or preset.
+    """
+    known = {name: (kind(),) for name, kind in registered_methods().items()}
+    known |= {name: configs for name, configs in PRESETS.items() if configs}
+    chosen = list(known) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
+    if unknown := [name for name in chosen if name not in known]:
+        raise ValueError(f"--methods {names}: {unknown[0]!r} is unknown. Use all, or some of {', '.join(known)}.")
+    return {name: known[name] for name in chosen} | ({"yours": own} if own else {})
+
+
+def bench(
+    recipe: Recipe,
+    chosen: dict[str, tuple[MethodConfig, ...]],
+    *,
+    rounds: int = 5,
+    layers: int | None = None,
+    report: Report = silent,
+) -> Bench:
+    """Time every candidate against the dense step of `recipe`.
+
+    Args:
+        recipe: model, length, batch, LoRA; its methods are left out.
+        chosen: as `candidates` gives them.
+        rounds: timed pairs of steps for each, at least 3.
+        layers: use only the first so many layers; the head then weighs more than in the whole model.
+        report: told what is being done.
+
+    Raises:
+        ValueError: the recipe does not fit the machine, the model or the data; fewer than 3 rounds.
+    """
+    if rounds < 3:
+        raise ValueError(f"rounds={rounds} gives no quartiles. Use at least 3.")
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    notes: list[str] = []
+
+    def tell(text: str) -> None:
+        report({"event": "note", "text": text})
+
+    tell("timing the machine")
+    device = assemble.pick_device(recipe)
+    rates = measure_rates(device, seconds=0.3)
+    # attention dropout is off on both sides, as in a comparison: a candidate may make attention sparse
+    every = recipe.model_copy(update={"methods": [plain_values(c) for configs in chosen.values() for c in configs]})
+    dense_parts = open_measured_parts(dense_twin(recipe), lambda event: notes.append(event.get("text", "")), every)
+    model_layers = dense_parts.config.num_hidden_layers
+    if layers is not None and layers < model_layers:
+        _cut(dense_parts.config, layers)
+        notes.append(f"{layers} of {model_layers} layers were run, so the head weighs more than in the whole model.")
+    base, new_modules = assemble.load_model(dense_parts)
+    dense = convert_step(copy.deepcopy(base), new_modules, dense_parts)
+    dense_saved = saved_activations(dense.model, dense.loss).total
+    outcomes = []
+    for name, configs in chosen.items():
+        tell(f"{name}: checking and timing")
+        parts = _parts(dense_parts, configs)
+        outcome = _checked(name, configs, parts, base)
+        if outcome.verdict != "refused":
+            outcome = _timed(outcome, configs, parts, base, new_modules, dense, dense_saved, rounds)
+        _record(outcome, configs, parts, rates)
+        outcomes.append(outcome)
+    return Bench(
+        recipe=dense_parts.recipe,
+        layers=dense_parts.config.num_hidden_layers,
+        model_layers=model_layers,
+        outcomes=outcomes,
+        rates=rates,
+        machine=describe_machine().to_dict(),
+        notes=[note for note in notes if note],
+    )
+
+
+def _cut(config: Any, layers: int) -> None:
+    config.num_hidden_layers = layers
+    for name in ("layer_types", "mlp_layer_types"):
+        if getattr(config, name, None):
+            setattr(config, name, getattr(config, name)[:layers])
+
+
+def _parts(dense: Parts, configs: tuple[MethodConfig, ...]) -> Parts:
+    recipe = dense.recipe.model_copy(update={"methods": [plain_values(config) for config in configs]})
+    return Parts(**{name: getattr(dense, name) for name in dense.__dataclass_fields__} | {"recipe": recipe})
+
+
+def _checked(name: str, configs: tuple[MethodConfig, ...], parts: Parts, base: nn.Module) -> Outcome:
+    """The outcome before timing: refused if the candidate does not fit or fails a check, else not timed yet."""
+    methods = [plain_values(config) for config in configs]
+    try:
+        plan(base, *configs, seq_tokens=parts.recipe.seq_len)
+        checks = _checks(configs, parts)
+    except (PlanError, ValueError, Unsupported, NotImplementedError) as error:
+        return Outcome(name=name, methods=methods, verdict="refused", reason=str(error))
+    allowed = TOLERANCE[assemble.pick_dtype(parts.recipe, parts.device)]
+    if red := {check: found for check, found in checks.items() if not found < allowed}:
+        what = "; ".join(
+            f"{check}: relative distance {found:.1e}, {allowed:.0e} allowed" for check, found in red.items()
+        )
+        return Outcome(name=name, methods=methods, verdict="refused", reason=f"a check failed: {what}.", checks=checks)
+    return Outcome(name=name, methods=methods, verdict="not timed", checks=checks)
+
+
+def _checks(configs: tuple[MethodConfig, ...], parts: Parts) -> dict[str, float]:
+    """Relative L2 distances on two layers: each method's dense limit to dense, and the fast path to the reference."""
+    config = copy.deepcopy(parts.config)
+    _cut(config, min(CHECK_LAYERS, config.num_hidden_layers))
+    small = Parts(**{name: getattr(parts, name) for name in parts.__dataclass_fields__} | {"config": config})
+    model, _ = assemble.load_model(small)
+    model.eval()
+    batch = {name: tensor[:1, :CHECK_TOKENS] for name, tensor in parts.sample.items() if name != "labels"}
+    batch = {name: tensor.to(parts.device) for name, tensor in batch.items()}
+    expected = _numbers(model, batch)
+    found = {}
+    for each in configs:
+        limit = copy.deepcopy(model)
+        sparsify(limit, type(each).dense_limit(), calibration=[batch]).step(1, 1)
+        found[f"{each.method}: dense limit"] = _distance(_numbers(limit, batch), expected)
+    sparsify(model, *configs, calibration=[batch]).step(1, 1)
+    with use_backend("reference"):
+        reference = _numbers(model, batch)
+    found["fast path against reference"] = _distance(_numbers(model, batch), reference)
+    return found
+
+
+def _numbers(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Logits and every gradient of their mean square."""
+    model.zero_grad()
+    logits = model(**batch).logits
+    logits.square().mean().backward()
+    grads = {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach().float(), **grads}
+
+
+def _distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The larger of two relative L2 distances: of the logits, and of all gradients together."""
+    off = float((found["logits"] - expected["logits"]).norm() / expected["logits"].norm())
+    grads = [name for name in expected if name != "logits"]
+    if missing := [name for name in grads if name not in found]:
+        raise ValueError(f"{missing[0]} has no gradient in the sparse model, and one in the dense model.")
+    squares = [((found[n] - expected[n]).square().sum(), expected[n].square().sum()) for n in grads]
+    apart, size = (float(sum(column)) for column in zip(*squares, strict=True))
+    return max(off, (apart / size) ** 0.5)
+
+
+def _timed(
+    checked: Outcome,
+    configs: tuple[MethodConfig, ...],
+    parts: Parts,
+    base: nn.Module,
+    new_modules: list[str],
+    dense: TrainingStep,
+    dense_saved: int,
+    rounds: int,
+) -> Outcome:
+    sparse = convert_step(copy.deepcopy(base), new_modules, parts)
+    assert sparse.handle is not None
+    saved = saved_activations(sparse.model, sparse.loss).total
+    sites = _sites(sparse.handle.plan, base)
+    spent: dict[str, list[float]] = {"dense": [], "sparse": []}
+    _, clock = _clock(parts.device)
+    prefix = "base_model.model." if parts.recipe.lora_r else ""
+    places = {f"{prefix}{site}": place for site, place in sites.items()}
+    with following(dense.model, clock, places) as left, following(sparse.model, clock, places) as right:
+
+        def one(side: str, step: TrainingStep, found: Any, other: Any) -> None:
+            found.spent, other.clock = {}, None  # an optimizer's hooks are global
+            found.clock = clock
+            found.start()
+            step()
+            found.settle()
+            spent[side].append(sum(s for (_, place), s in found.spent.items() if place.component == "part"))
+
+        whole = compare(
+            lambda: one("dense", dense, left, right),
+            lambda: one("sparse", sparse, right, left),
+            rounds=rounds,
+            device=parts.device,
+        )
+    part = ratio(spent["dense"][1:], spent["sparse"][1:], clock=whole.clock)
+    return dataclasses.replace(
+        checked,
+        verdict=whole.verdict,
+        step=whole,
+        part=part,
+        saved_bytes=saved,
+        dense_saved_bytes=dense_saved,
+    )
+
+
+def _sites(planned: Plan, base: nn.Module) -> dict[str, Place]:
+    """Where the methods work: their sites are the `part`. An attention's own linears are not: they stay as they are."""
+    attentions = {site.name for site in describe(base).attentions}
+    found = {}
+    for edit in planned.edits:
+        found[edit.site] = Place("part", edit.layer)
+        if edit.site in attentions:
+            for child, module in base.get_submodule(edit.site).named_children():
+                if hasattr(module, "weight"):
+                    found[f"{edit.site}.{child}"] = Place("projection", edit.layer)
+    return found
+
+
+def _record(outcome: Outcome, configs: tuple[MethodConfig, ...], parts: Parts, rates: Rates) -> None:
+    """Note a single method's part for the planner; a combination says nothing about one method."""
+    if outcome.part is None or len(configs) != 1:
+        return
+    rates.methods.setdefault(configs[0].method, []).append(
+        {
+            "tokens": parts.recipe.seq_len,
+            "batch_size": parts.recipe.batch_size,
+            "hidden": parts.config.hidden_size,
+            "speedup": outcome.part.median,
+            "step_speedup": outcome.step.median if outcome.step else None,
+            "config": outcome.methods[0],
+        }
+    )

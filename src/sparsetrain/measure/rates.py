@@ -1,0 +1,128 @@
+"""What this machine reaches: matrix products by number format, copies, attention. Timed, since a query is no proof:
+a format can be supported and slow (bf16 products on a CPU without units for it run at a quarter of fp32's rate).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from sparsetrain.measure.machine import describe_machine
+
+FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """The layout that `sparsetrain plan --gpu measured.json` reads.
+
+    gemm_flops: FLOP/s of a large product, by format. copy_bytes_per_s: read and written. attention_flops: forward and
+    backward of causal SDPA, visible pairs counted once. exp_per_s: exponentials. call_s: what a tiny operation costs.
+    methods: method -> timed shapes, with `speedup` of the part that the method replaces.
+    """
+
+    machine: str
+    gemm_flops: dict[str, float]
+    copy_bytes_per_s: float
+    attention_flops: float
+    exp_per_s: float
+    call_s: float
+    memory_bytes: int | None
+    methods: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    source: str = "sparsetrain bench"
+    measured: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure_rates(device: torch.device | str, *, seconds: float = 0.5) -> Rates:
+    """Time the machine: about `seconds` for each of seven rates."""
+    device = torch.device(device)
+    machine = describe_machine()
+    gpu = machine.gpus[device.index or 0] if device.type == "cuda" else None
+    return Rates(
+        machine=gpu["name"] if gpu else f"{machine.cpu}, {machine.threads} threads",
+        # formats that the planner knows; fp16 is doctor's to show
+        gemm_flops={name: gemm_flops(device, FORMATS[name], seconds=seconds) for name in ("fp32", "bf16")},
+        copy_bytes_per_s=copy_bytes_per_s(device, seconds=seconds),
+        attention_flops=attention_flops(device, seconds=seconds),
+        exp_per_s=exp_per_s(device, seconds=seconds),
+        call_s=call_s(device),
+        memory_bytes=gpu["memory_bytes"] if gpu else machine.memory_bytes,
+    )
+
+
+def gemm_flops(device: torch.device | str, dtype: torch.dtype, *, seconds: float = 0.5) -> float:
+    """FLOP/s of a square product of random numbers: 1,024 wide on a CPU, 8,192 on a GPU.
+
+    Raises:
+        RuntimeError: the device has no product in that format.
+    """
+    size = 8192 if torch.device(device).type == "cuda" else 1024
+    a_mk = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / best_seconds(lambda: a_mk @ a_mk, device, seconds)
+
+
+def copy_bytes_per_s(device: torch.device | str, *, seconds: float = 0.5) -> float:
+    """Bytes read and written per second: 256 MiB, more than any cache."""
+    source = torch.randn(2**26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / best_seconds(lambda: target.copy_(source), device, seconds)
+
+
+def attention_flops(device: torch.device | str, *, tokens: int | None = None, seconds: float = 0.5) -> float:
+    """FLOP/s of causal SDPA, forward and backward: 14·pairs·D a head, 8 heads of width 64."""
+    gpu = torch.device(device).type == "cuda"
+    tokens = tokens or (8192 if gpu else 1024)
+    heads, width = 8, 64
+    dtype = torch.bfloat16 if gpu else torch.float32
+    q, k, v = (torch.randn(1, heads, tokens, width, device=device).to(dtype).requires_grad_() for _ in range(3))
+    grad = torch.randn_like(q)
+
+    def both() -> None:
+        F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(grad)
+
+    pairs = tokens * (tokens + 1) / 2
+    return 14 * pairs * width * heads / best_seconds(both, device, seconds)
+
+
+def exp_per_s(device: torch.device | str, *, seconds: float = 0.5) -> float:
+    """Exponentials per second, of 64 Ki numbers that stay in a cache."""
+    x = torch.randn(2**16, device=device)
+    out = torch.empty_like(x)
+    return x.numel() / best_seconds(lambda: torch.exp(x, out=out), device, seconds)
+
+
+def call_s(device: torch.device | str) -> float:
+    """Seconds of an addition to one number: the cost of calling an operation."""
+    x = torch.zeros(1, device=device)
+
+    def thousand() -> None:
+        for _ in range(1000):
+            x.add_(1)
+
+    return best_seconds(thousand, device, 0.1) / 1000
+
+
+def best_seconds(call: Callable[[], object], device: torch.device | str, seconds: float) -> float:
+    """The shortest of as many calls as fit in `seconds`, after one to warm up (two at least)."""
+    device = torch.device(device)
+
+    def timed() -> float:
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    timed()
+    begin, best = time.perf_counter(), timed()
+    while time.perf_counter() - begin < seconds:
+        best = min(best, timed())
+    return best

@@ -1,0 +1,133 @@
+"""profile_recipe() and bench() on tiny models: one command without data, refusals, and what is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparsetrain.hf import bench as module
+from sparsetrain.hf.bench import Outcome, bench, candidates
+from sparsetrain.hf.data.random_tokens import RANDOM, random_rows
+from sparsetrain.hf.profile import profile_recipe, profile_side
+from sparsetrain.hf.recipe import Recipe
+from sparsetrain.methods import PQAttention, RoutedFFN
+from tests.hf.runs import PQ, ROUTED, bert, llama
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def recipe(model: Path, **changes: Any) -> Recipe:
+    values = {"model": str(model), "data": RANDOM, "methods": [], "seq_len": 64, "lora_r": 4, "device": "cpu"}
+    return Recipe.from_values(values | changes)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return llama(tmp_path_factory.mktemp("models") / "llama")
+
+
+def test_random_rows_are_full_and_those_of_their_seed() -> None:
+    rows = random_rows(3, 8, 20, classify=False, seed=1).train
+    assert [len(row["input_ids"]) for row in rows] == [8, 8, 8]
+    assert rows["input_ids"] == random_rows(3, 8, 20, classify=False, seed=1).train["input_ids"]
+    found = random_rows(3, 8, 20, classify=True)
+    assert found.num_labels == 2 and set(found.train["labels"]) == {0, 1}
+
+
+def test_both_sides_are_profiled_in_processes_of_their_own_and_say_that_the_tokens_are_random(model: Path) -> None:
+    found = profile_recipe(recipe(model, methods=[ROUTED]), compare=True)
+    json.dumps(found.to_dict())
+    sparse, dense = found.sides["sparse"], found.sides["dense"]
+    assert sparse["saved"]["by_component"]["ffn"] < dense["saved"]["by_component"]["ffn"]
+    assert sparse["static"]["parameters_trainable"] > dense["static"]["parameters_trainable"]
+    assert all(side["process"]["rss_peak_bytes"] >= side["resident_before"] > 0 for side in (sparse, dense))
+    assert sparse["plan"] and not dense["plan"]
+    assert "random tokens" in found.notes[0]
+
+
+@pytest.mark.parametrize("kind", ["non-reentrant", "reentrant"])
+def test_checkpointing_saves_less_at_the_price_of_the_backward(model: Path, kind: str) -> None:
+    plain, again = (
+        profile_side(asked, asked, 1)
+        for asked in (recipe(model, methods=[PQ]), recipe(model, methods=[PQ], gradient_checkpointing=kind))
+    )
+    assert again["saved"]["total"] < 0.5 * plain["saved"]["total"]
+    assert again["static"]["gradients"] == plain["static"]["gradients"]
+
+
+def test_a_classifier_is_profiled(tmp_path: Path) -> None:
+    found = profile_side(asked := recipe(bert(tmp_path / "bert"), task="classify", grad_accum=2), asked, 1)
+    assert found["tokens_per_step"] == 128
+    assert found["saved"]["by_component"]["head_and_loss"] > 0
+
+
+def test_what_fails_in_the_process_is_the_callers_error(model: Path) -> None:
+    with pytest.raises(ValueError, match="absent"):
+        profile_recipe(recipe(model.parent / "absent"))
+    with pytest.raises(ValueError, match="something to compare"):
+        profile_recipe(recipe(model), compare=True)
+
+
+def test_candidates_are_methods_presets_and_ones_own() -> None:
+    assert {"routed_ffn", "pq_attention", "spt"} <= set(candidates("all"))
+    own = (RoutedFFN(),)
+    assert candidates("", own) == {"yours": own}
+    assert list(candidates("spt, routed_ffn")) == ["spt", "routed_ffn"]
+    with pytest.raises(ValueError, match="unknown"):
+        candidates("nonsense")
+
+
+def test_every_candidate_is_checked_timed_or_refused_with_its_reason(model: Path) -> None:
+    asked = {
+        "routed_ffn": (RoutedFFN(),),
+        "does not divide": (RoutedFFN(num_blocks=7),),
+        "pq_attention": (PQAttention(num_keys=16, block_q=8, block_k=8, local_tokens=4),),
+    }
+    found = bench(recipe(model), asked, rounds=3, layers=1)
+    json.dumps(found.to_dict())
+    outcomes = {outcome.name: outcome for outcome in found.outcomes}
+    assert outcomes["does not divide"].verdict == "refused" and "7" in outcomes["does not divide"].reason
+    assert outcomes["does not divide"].step is None
+    for name in ("routed_ffn", "pq_attention"):
+        timed = outcomes[name]
+        assert timed.verdict in ("win", "tie", "loss") and timed.step is not None and timed.part is not None
+        assert len(timed.part.candidate_s) == 3
+        assert sum(timed.part.candidate_s) < sum(timed.step.candidate_s)
+        assert max(timed.checks.values()) < 1e-5 and len(timed.checks) == 2
+    assert (found.layers, found.model_layers) == (1, 2) and "1 of 2 layers" in found.notes[-1]
+    routed = outcomes["routed_ffn"]
+    assert routed.saved_bytes is not None and routed.dense_saved_bytes is not None
+    assert routed.saved_bytes < routed.dense_saved_bytes
+    assert set(found.rates.methods) == {"routed_ffn", "pq_attention"}
+    row = found.rates.methods["routed_ffn"][0]
+    assert row["tokens"] == 64 and row["hidden"] == 32 and row["speedup"] > 0
+    rates = found.rates.to_dict()
+    assert rates["gemm_flops"].keys() == {"fp32", "bf16"} and rates["attention_flops"] > 0
+
+
+def test_a_red_check_gets_no_number(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_distance", lambda *_: 0.5)
+    found = bench(recipe(model), {"routed_ffn": (RoutedFFN(),)}, rounds=3)
+    (outcome,) = found.outcomes
+    assert outcome.verdict == "refused" and outcome.step is None and "5.0e-01" in outcome.reason
+    assert found.rates.methods == {}
+
+
+def test_the_distance_of_equal_numbers_is_zero_and_a_missing_gradient_is_an_error() -> None:
+    a = {"logits": torch.ones(3), "w": torch.ones(2)}
+    assert module._distance(a, a) == 0
+    assert module._distance({"logits": torch.ones(3), "w": torch.full((2,), 1.5)}, a) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="no gradient"):
+        module._distance({"logits": torch.ones(3)}, a)
+    assert dataclasses.replace(Outcome(name="x", methods=[], verdict="win")).to_dict()["step"] is None
