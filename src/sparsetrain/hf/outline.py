@@ -1,0 +1,245 @@
+"""A model without weights, converted and given its LoRA like the real one, then one block of each kind traced.
+
+The full model is built on the meta device, so parameters, gradients and optimizer state are counted exactly. Blocks of
+one kind (same modules, shapes, methods, window) are then thinned out to one, and a training step of what is left runs
+on hollow tensors (`planner.hollow`) through the very code that trains: conversion, PEFT, checkpointing, loss.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrain.core.anatomy import Anatomy, describe, submodule
+from sparsetrain.core.backend import watch_ops
+from sparsetrain.core.config import MethodConfig
+from sparsetrain.hf import assemble
+from sparsetrain.hf.recipe import Recipe
+from sparsetrain.hf.token_selection import selecting
+from sparsetrain.measure.memory import static_memory
+from sparsetrain.planner.hollow import Hollow
+from sparsetrain.planner.memory import Layout, StaticBytes, fit
+from sparsetrain.planner.tracing import StepTrace, trace_step
+from sparsetrain.surgery.apply import Handle, sparsify
+from sparsetrain.surgery.plan import blank_state, plan
+
+FIT_TOKENS = (512, 1024, 2048)
+"""Lengths that a recipe with sparse attention or FFNs is traced at; longer ones are fitted. At 32k tokens the gathers of
+sparse attention are 100,000 operations, half a minute."""
+
+LONGEST_TRACED = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """One recipe's step on one model.
+
+    how: `traced`, or `fitted` with the lengths that were traced.
+    ops: the operations that chose a backend.
+    parameters: of the dense model. trained: numbers that receive gradients.
+    """
+
+    trace: StepTrace
+    layout: Layout
+    static: StaticBytes
+    how: str
+    ops: tuple[str, ...]
+    parameters: int
+    trained: int
+
+
+def outline(recipe: Recipe, config: Any, *, bf16: bool) -> Outline:
+    """Trace a recipe on the model that a transformers config describes.
+
+    Args:
+        recipe: what is trained and how; its device, data and steps play no part.
+        config: the model's config; it is changed.
+        bf16: weights (LoRA) or autocast (all weights) in bf16, as `finetune` chooses on a GPU.
+
+    Raises:
+        ValueError, PlanError, UnknownFamily: the recipe does not fit the model.
+    """
+    sparse_long = recipe.seq_len > LONGEST_TRACED and _has_sparse_sites(recipe)
+    lengths = FIT_TOKENS if sparse_long else (recipe.seq_len,)
+    with watch_ops() as ops, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        built = _Built(recipe, config, bf16)
+        traces = [built.trace(tokens) for tokens in lengths]
+    return Outline(
+        trace=fit(traces, list(lengths), recipe.seq_len) if sparse_long else traces[0],
+        layout=built.layout,
+        static=built.static,
+        how=f"fitted at {', '.join(f'{n:,}' for n in lengths)} tokens" if sparse_long else "traced",
+        ops=tuple(sorted(ops)),
+        parameters=built.parameters,
+        trained=built.trained,
+    )
+
+
+def _has_sparse_sites(recipe: Recipe) -> bool:
+    return any(config.method != "token_selection" for config in recipe.configs)
+
+
+class _Built:
+    """The thinned-out model on hollow parameters, ready to be traced at any length."""
+
+    def __init__(self, recipe: Recipe, config: Any, bf16: bool) -> None:
+        self.recipe, self.config = recipe, config
+        model, self.handle = convert_empty(recipe, config, bf16 and recipe.lora_r > 0)
+        self.parameters = assemble.num_parameters(assemble.empty_model(config, recipe.task))[0]
+        self.static, self.trained = _static(model)
+        self.layout = thin_out(model)
+        self.hollow = Hollow(seed=recipe.seed)
+        fill(model, self.hollow)
+        model.train()
+        if recipe.gradient_checkpointing != "none":
+            recompute(model)
+        self.model = model
+        self.cast = bf16 and recipe.lora_r == 0
+
+    def trace(self, tokens: int) -> StepTrace:
+        batch = example_batch(self.recipe, self.config, tokens)
+        trace = trace_step(self.model, training_step(self.model, self.handle, batch, self.cast), self.hollow)
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        return trace
+
+
+def convert_empty(recipe: Recipe, config: Any, bf16: bool) -> tuple[Any, Handle | None]:
+    """The recipe's model on the meta device: converted with blank states, in LoRA."""
+    model = assemble.empty_model(config, recipe.task)
+    if bf16:
+        model.to(torch.bfloat16)
+    handle = None
+    if recipe.methods:
+        edits = plan(model, *recipe.configs).edits
+        handle = sparsify(model, *recipe.configs, state=blank_state(edits))
+        _to_meta(model)
+    new = [name for name, _ in model.named_children() if name in ("classifier", "score", "pre_classifier")]
+    return assemble.add_lora(model, recipe, handle, new if recipe.task == "classify" else []), handle
+
+
+def _to_meta(model: nn.Module) -> None:
+    """What methods added from blank states joins the rest on the meta device."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != "meta":
+                module._buffers[name] = buffer.to("meta")
+
+
+def training_step(model: Any, handle: Handle | None, batch: dict[str, Tensor], autocast: bool) -> Callable[[], Tensor]:
+    """One forward as the Trainer runs it: loss out, everything else freed."""
+
+    def step() -> Tensor:
+        cast: AbstractContextManager[Any] = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
+        chosen = nullcontext(batch) if handle is None else selecting(handle, batch)
+        with cast, chosen as inputs:
+            return model(**inputs).loss
+
+    return step
+
+
+def example_batch(recipe: Recipe, config: Any, tokens: int) -> dict[str, Tensor]:
+    """Full rows, as packed text gives them; with a mask and one label a row to classify."""
+    vocab = config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(recipe.seed)
+    ids = torch.randint(vocab, (recipe.batch_size, tokens), generator=generator)
+    if recipe.task == "classify":
+        labels = torch.zeros(recipe.batch_size, dtype=torch.int64)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    mask = {"attention_mask": torch.ones_like(ids)} if recipe.task == "sft" else {}
+    return {"input_ids": ids, "labels": ids.clone(), **mask}
+
+
+def recompute(model: Any) -> None:
+    """Turn on non-reentrant gradient checkpointing under the name that this transformers has."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def thin_out(model: Any) -> Layout:
+    """Keep the first block and one of each kind of the others; returns which stands for which."""
+    anatomy = describe(model)
+    kinds = _kinds(model, anatomy)
+    kept, place = [0], {}
+    of_block = [0]
+    for layer in range(1, len(kinds)):
+        if kinds[layer] not in place:
+            place[kinds[layer]] = len(kept)
+            kept.append(layer)
+        of_block.append(place[kinds[layer]])
+    parent_name, _, _ = anatomy.blocks[0].name.rpartition(".")
+    parent = submodule(model, parent_name)
+    blocks = [parent._modules[anatomy.blocks[layer].name.rpartition(".")[2]] for layer in kept]
+    parent._modules.clear()
+    for i, block in enumerate(blocks):
+        parent._modules[str(i)] = block
+        for module in block.modules():  # type: ignore[union-attr]
+            if hasattr(module, "layer_idx"):  # its place in the key-value cache
+                module.layer_idx = i
+    config = model.config.get_text_config()
+    config.num_hidden_layers = len(kept)
+    types = getattr(config, "layer_types", None)
+    if types:
+        config.layer_types = [types[layer] for layer in kept]
+    return Layout(of_block=tuple(of_block))
+
+
+def _kinds(model: nn.Module, anatomy: Anatomy) -> list[str]:
+    """What distinguishes the blocks: modules, shapes, what is trained, methods, windows."""
+    config: Any = model.config
+    types = getattr(config.get_text_config(), "layer_types", None) or [""] * len(anatomy.blocks)
+    kinds = []
+    for block, kind in zip(anatomy.blocks, types, strict=True):
+        parts: list[Any] = [kind, None if block.attention is None else block.attention.window]
+        for name, module in submodule(model, block.name).named_modules():
+            params = [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in module._parameters.items() if p is not None]
+            own = module.config if isinstance(getattr(module, "config", None), MethodConfig) else None
+            parts.append((name, type(module).__name__, params, repr(own)))
+        kinds.append(json.dumps(parts, default=str))
+    return kinds
+
+
+def fill(model: nn.Module, hollow: Hollow) -> None:
+    """Give the meta parameters and buffers hollow storage; ties stay ties, integer buffers become zeros."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # the old tensor is kept, or its id could be used again
+    with hollow:
+        for module in model.modules():
+            for name, old in module._parameters.items():
+                if old is not None:
+                    if id(old) not in made:
+                        new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+                        made[id(old)] = (old, nn.Parameter(new, requires_grad=old.requires_grad))
+                    module._parameters[name] = made[id(old)][1]  # type: ignore[assignment]
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.device.type == "meta":
+                    if id(buffer) not in made:
+                        made[id(buffer)] = (buffer, torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu"))
+                    module._buffers[name] = made[id(buffer)][1]
+
+
+def _static(model: Any) -> tuple[StaticBytes, int]:
+    """Exact bytes of the full model: AdamW keeps two moments in the parameter's dtype and a step of 4 bytes."""
+    found = static_memory(model)
+    trained = {id(p): p for p in model.parameters() if p.requires_grad}
+    gradients = sum(p.numel() * p.element_size() for p in trained.values())
+    by_block = []
+    for block in describe(model).blocks:
+        own = {id(p): p for p in submodule(model, block.name).parameters() if p.requires_grad}
+        by_block.append(sum(p.numel() * p.element_size() for p in own.values()))
+    static = StaticBytes(
+        parameters_trainable=found.parameters_trainable,
+        parameters_frozen=found.parameters_frozen,
+        buffers=found.buffers,
+        gradients=gradients,
+        optimizer=2 * gradients + 4 * len(trained),
+        grads_by_block=tuple(by_block),
+    )
+    return static, sum(p.numel() for p in trained.values())
