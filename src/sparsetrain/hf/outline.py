@@ -8,10 +8,10 @@ on hollow tensors (`planner.hollow`) through the very code that trains: conversi
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,66 +25,67 @@ from sparsetrain.hf.recipe import Recipe
 from sparsetrain.hf.token_selection import selecting
 from sparsetrain.measure.memory import static_memory
 from sparsetrain.planner.hollow import Hollow
-from sparsetrain.planner.memory import Layout, StaticBytes, fit
+from sparsetrain.planner.memory import Layout, StaticBytes
+from sparsetrain.planner.outline import Outline
 from sparsetrain.planner.tracing import StepTrace, trace_step
 from sparsetrain.surgery.apply import Handle, sparsify
 from sparsetrain.surgery.plan import blank_state, plan
 
-FIT_TOKENS = (512, 1024, 2048)
-"""Lengths that a recipe with sparse attention or FFNs is traced at; longer ones are fitted. At 32k tokens the gathers of
-sparse attention are 100,000 operations, half a minute."""
-
-LONGEST_TRACED = 4096
+SHORTEST = 256
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outline:
-    """One recipe's step on one model.
+def fit_lengths(recipe: Recipe, window: int | None = None) -> tuple[int, int, int]:
+    """Three short lengths that a recipe is traced at; all others are fitted.
 
-    how: `traced`, or `fitted` with the lengths that were traced.
-    ops: the operations that chose a backend.
-    parameters: of the dense model. trained: numbers that receive gradients.
+    Short, because the gathers of sparse attention at 32k tokens are 100,000 operations, half a minute of tracing. Long
+    enough that a method's floor (at least 64 keys) and a sliding window are behind.
     """
-
-    trace: StepTrace
-    layout: Layout
-    static: StaticBytes
-    how: str
-    ops: tuple[str, ...]
-    parameters: int
-    trained: int
+    ratios = [
+        getattr(config, "keep_ratio", 1.0) or 1.0 for config in recipe.configs if config.method.endswith("attention")
+    ]
+    smallest = max([SHORTEST, window or 0, *(64 / ratio for ratio in ratios)])
+    shortest = 2 ** math.ceil(math.log2(smallest))
+    return (shortest, 2 * shortest, 4 * shortest) if window is None else (2 * shortest, 3 * shortest, 4 * shortest)
 
 
-def outline(recipe: Recipe, config: Any, *, bf16: bool) -> Outline:
+def outline(recipe: Recipe, config: Any, *, bf16: bool, lengths: tuple[int, ...] | None = None) -> Outline:
     """Trace a recipe on the model that a transformers config describes.
 
     Args:
-        recipe: what is trained and how; its device, data and steps play no part.
+        recipe: what is trained and how; its device, data, steps, length and batch play no part.
         config: the model's config; it is changed.
         bf16: weights (LoRA) or autocast (all weights) in bf16, as `finetune` chooses on a GPU.
+        lengths: tokens to trace at; by default three from which any length is fitted.
 
     Raises:
         ValueError, PlanError, UnknownFamily: the recipe does not fit the model.
     """
-    sparse_long = recipe.seq_len > LONGEST_TRACED and _has_sparse_sites(recipe)
-    lengths = FIT_TOKENS if sparse_long else (recipe.seq_len,)
+    without_dropout(config, recipe)
     with watch_ops() as ops, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         built = _Built(recipe, config, bf16)
-        traces = [built.trace(tokens) for tokens in lengths]
+        if lengths is None:
+            context = assemble.context_length(config) or 2**30
+            lengths = fit_lengths(recipe, built.window)
+            if lengths[-1] > context:  # a short encoder: its embeddings end there
+                lengths = (context // 4, context // 2, context)
+        traces = {tokens: built.trace(tokens) for tokens in lengths}
+        static, trained = built.static()
     return Outline(
-        trace=fit(traces, list(lengths), recipe.seq_len) if sparse_long else traces[0],
+        traces=traces,
         layout=built.layout,
-        static=built.static,
-        how=f"fitted at {', '.join(f'{n:,}' for n in lengths)} tokens" if sparse_long else "traced",
+        static=static,
         ops=tuple(sorted(ops)),
         parameters=built.parameters,
-        trained=built.trained,
+        trained=trained,
     )
 
 
-def _has_sparse_sites(recipe: Recipe) -> bool:
-    return any(config.method != "token_selection" for config in recipe.configs)
+def without_dropout(config: Any, recipe: Recipe) -> None:
+    """Attention dropout off where methods need it off, as `finetune` turns it off."""
+    for name in assemble.ATTENTION_DROPOUT if recipe.methods else ():
+        if getattr(config, name, 0):
+            setattr(config, name, 0.0)
 
 
 class _Built:
@@ -92,9 +93,12 @@ class _Built:
 
     def __init__(self, recipe: Recipe, config: Any, bf16: bool) -> None:
         self.recipe, self.config = recipe, config
-        model, self.handle = convert_empty(recipe, config, bf16 and recipe.lora_r > 0)
         self.parameters = assemble.num_parameters(assemble.empty_model(config, recipe.task))[0]
-        self.static, self.trained = _static(model)
+        model, self.handle = convert_empty(recipe, config, bf16 and recipe.lora_r > 0)
+        self.memory = static_memory(model)
+        self.in_blocks, self.outside = _trained(model)
+        windows = [site.window for site in describe(model).attentions if site.window]
+        self.window = max(windows, default=None)
         self.layout = thin_out(model)
         self.hollow = Hollow(seed=recipe.seed)
         fill(model, self.hollow)
@@ -103,13 +107,49 @@ class _Built:
             recompute(model)
         self.model = model
         self.cast = bf16 and recipe.lora_r == 0
+        self.without_gradient: list[set[str]] = []
 
     def trace(self, tokens: int) -> StepTrace:
-        batch = example_batch(self.recipe, self.config, tokens)
+        batch = example_batch(self.recipe, self.config, tokens, rows=1)
         trace = trace_step(self.model, training_step(self.model, self.handle, batch, self.cast), self.hollow)
+        blocks = [submodule(self.model, block.name) for block in describe(self.model).blocks]
+        self.without_gradient = [
+            {name for name, p in block.named_parameters() if p.requires_grad and p.grad is None} for block in blocks
+        ]
         for parameter in self.model.parameters():
             parameter.grad = None
         return trace
+
+    def static(self) -> tuple[StaticBytes, int]:
+        """Exact bytes of the full model, and the numbers trained. AdamW keeps two moments in a parameter's dtype and a
+        step of 4 bytes for each that receives gradients."""
+        own = [
+            [p for name, p in params.items() if name not in self.without_gradient[i]]
+            for params, i in zip(self.in_blocks, self.layout.of_block, strict=True)
+        ]
+        trained = [*self.outside, *(p for params in own for p in params)]
+        gradients = sum(_size(p) for p in trained)
+        static = StaticBytes(
+            parameters_trainable=self.memory.parameters_trainable,
+            parameters_frozen=self.memory.parameters_frozen,
+            buffers=self.memory.buffers,
+            gradients=gradients,
+            optimizer=2 * gradients + 4 * len(trained),
+            grads_by_block=tuple(sum(_size(p) for p in params) for params in own),
+        )
+        return static, sum(p.numel() for p in trained)
+
+
+def _trained(model: Any) -> tuple[list[dict[str, nn.Parameter]], list[nn.Parameter]]:
+    """(relative name -> trained parameter of each block, those outside the blocks); tied ones once."""
+    blocks = [submodule(model, block.name) for block in describe(model).blocks]
+    inside = [{name: p for name, p in block.named_parameters() if p.requires_grad} for block in blocks]
+    known = {id(p) for params in inside for p in params.values()}
+    return inside, [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+
+
+def _size(parameter: Tensor) -> int:
+    return parameter.numel() * parameter.element_size()
 
 
 def convert_empty(recipe: Recipe, config: Any, bf16: bool) -> tuple[Any, Handle | None]:
@@ -146,13 +186,13 @@ def training_step(model: Any, handle: Handle | None, batch: dict[str, Tensor], a
     return step
 
 
-def example_batch(recipe: Recipe, config: Any, tokens: int) -> dict[str, Tensor]:
+def example_batch(recipe: Recipe, config: Any, tokens: int, rows: int) -> dict[str, Tensor]:
     """Full rows, as packed text gives them; with a mask and one label a row to classify."""
     vocab = config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(recipe.seed)
-    ids = torch.randint(vocab, (recipe.batch_size, tokens), generator=generator)
+    ids = torch.randint(vocab, (rows, tokens), generator=generator)
     if recipe.task == "classify":
-        labels = torch.zeros(recipe.batch_size, dtype=torch.int64)
+        labels = torch.zeros(rows, dtype=torch.int64)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     mask = {"attention_mask": torch.ones_like(ids)} if recipe.task == "sft" else {}
     return {"input_ids": ids, "labels": ids.clone(), **mask}
@@ -200,7 +240,11 @@ def _kinds(model: nn.Module, anatomy: Anatomy) -> list[str]:
     for block, kind in zip(anatomy.blocks, types, strict=True):
         parts: list[Any] = [kind, None if block.attention is None else block.attention.window]
         for name, module in submodule(model, block.name).named_modules():
-            params = [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in module._parameters.items() if p is not None]
+            params = [
+                (n, tuple(p.shape), str(p.dtype), p.requires_grad)
+                for n, p in module._parameters.items()
+                if p is not None
+            ]
             own = module.config if isinstance(getattr(module, "config", None), MethodConfig) else None
             parts.append((name, type(module).__name__, params, repr(own)))
         kinds.append(json.dumps(parts, default=str))
@@ -223,23 +267,3 @@ def fill(model: nn.Module, hollow: Hollow) -> None:
                     if id(buffer) not in made:
                         made[id(buffer)] = (buffer, torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu"))
                     module._buffers[name] = made[id(buffer)][1]
-
-
-def _static(model: Any) -> tuple[StaticBytes, int]:
-    """Exact bytes of the full model: AdamW keeps two moments in the parameter's dtype and a step of 4 bytes."""
-    found = static_memory(model)
-    trained = {id(p): p for p in model.parameters() if p.requires_grad}
-    gradients = sum(p.numel() * p.element_size() for p in trained.values())
-    by_block = []
-    for block in describe(model).blocks:
-        own = {id(p): p for p in submodule(model, block.name).parameters() if p.requires_grad}
-        by_block.append(sum(p.numel() * p.element_size() for p in own.values()))
-    static = StaticBytes(
-        parameters_trainable=found.parameters_trainable,
-        parameters_frozen=found.parameters_frozen,
-        buffers=found.buffers,
-        gradients=gradients,
-        optimizer=2 * gradients + 4 * len(trained),
-        grads_by_block=tuple(by_block),
-    )
-    return static, sum(p.numel() for p in trained.values())

@@ -1,7 +1,7 @@
 """Hollow tensors: floating-point tensors have shapes and no values, integers and booleans are real.
 
-PyTorch's fake tensors alone cannot trace what chooses: a router's loads, a list of key blocks, a selected token are read
-on the host. So here integer and boolean tensors are computed. Where an integer would follow from floating-point values
+PyTorch's fake tensors alone cannot trace what chooses: a router's loads, a list of key blocks, a selected token are
+read on the host. So here integer and boolean tensors are computed. Where an integer would follow from floating-point values
 (the indices of a sort or a top-k, an arg-max) it is drawn: sorts give random permutations, so every choice is as if the
 scores were random, loads are about even and lists are full. A comparison of floating-point values is False. That is
 what a memory or FLOP count wants to know of a choice, and no method needs a table of its own.
@@ -52,10 +52,16 @@ class Hollow(TorchDispatchMode):
         return out
 
     def _run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if func is torch.ops.prim.device.default:  # a third of all calls
+            return torch.device("cpu")
         given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         real = not any(isinstance(x, FakeTensor) for x in given)
         if func is _aten._local_scalar_dense.default and not real:
             return _a_value(args[0].dtype)
+        if real and given and _stays_small(given):
+            out = func(*args, **kwargs)
+            if not any(x.is_floating_point() for x in tree_flatten(out)[0] if isinstance(x, Tensor)):
+                return out
         if not real and func is _aten.index.Tensor:
             args = (args[0], [_positions(x) for x in args[1]])
         try:
@@ -105,6 +111,16 @@ class Hollow(TorchDispatchMode):
 
 def _has_values(x: Tensor) -> bool:
     return not x.is_floating_point() and not x.is_complex() and x.numel() <= MOST_VALUES
+
+
+def _stays_small(given: list[Tensor]) -> bool:
+    """Whether an op on these integers can be run before the size of its result is known."""
+    bound = 1
+    for x in given:
+        if x.is_floating_point():
+            return False
+        bound *= max(1, x.numel())
+    return bound <= MOST_VALUES
 
 
 def _positions(index: Any) -> Any:

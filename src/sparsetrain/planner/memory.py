@@ -6,7 +6,7 @@ live(l+1) = live(l) + kept(l), peak = max over segments of (static + live + segm
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sparsetrain.measure.components import COMPONENTS
 from sparsetrain.planner.tracing import Segment, StepTrace, Work
@@ -133,13 +133,19 @@ def total_work(trace: StepTrace, layout: Layout) -> Work:
     return {kind: (a, b, c) for kind, (a, b, c) in total.items()}
 
 
-def fit(traces: list[StepTrace], tokens: list[int], at: int) -> StepTrace:
-    """The trace at another length: every number's parabola through three traced lengths.
+def fit(traces: dict[int, StepTrace], tokens: int, batch: int = 1) -> StepTrace:
+    """The trace at another length and batch: every number's parabola through three traced lengths.
 
-    Bytes and FLOPs of a step are polynomials of the length (attention's FLOPs have degree 2) but for rounding to blocks
-    and tiles, so the lengths should be multiples of large powers of two.
+    v(b, T) = c + b·(v(1, T) - c), c = v(1, 0): bytes and FLOPs of a step are polynomials of the length (attention's
+    FLOPs have degree 2) but for rounding to blocks and tiles, and what does not grow with tokens is there once.
     """
-    weights = _lagrange(tokens, at)
+    if batch == 1 and tokens in traces:
+        return traces[tokens]
+    if len(traces) != 3:
+        raise ValueError(f"traced at {sorted(traces)} tokens; {tokens} tokens in {batch} rows need three lengths.")
+    lengths, parts_of = list(traces), list(traces.values())
+    weights = [batch * x + (1 - batch) * y for x, y in zip(_lagrange(lengths, tokens), _lagrange(lengths, 0))]
+    first = parts_of[0]
 
     def mix(values: list[float]) -> float:
         return sum(weight * value for weight, value in zip(weights, values, strict=True))
@@ -154,15 +160,14 @@ def fit(traces: list[StepTrace], tokens: list[int], at: int) -> StepTrace:
         work = {k: tuple(max(0.0, mix([p.work.get(k, none)[i] for p in parts])) for i in range(3)) for k in kinds}
         return Segment(mix([p.kept for p in parts]), max(0.0, mix([p.peak for p in parts])), work)  # type: ignore[arg-type]
 
-    count = range(len(traces[0].forward))
-    return replace(
-        traces[0],
-        before=segment([t.before for t in traces]),
-        head=segment([t.head for t in traces]),
-        forward=tuple(segment([t.forward[i] for t in traces]) for i in count),
-        backward=tuple(segment([t.backward[i] for t in traces]) for i in count),
-        saved=table([t.saved for t in traces]),
-        block_saved=tuple(table([t.block_saved[i] for t in traces]) for i in count),
+    count = range(len(first.forward))
+    return StepTrace(
+        before=segment([t.before for t in parts_of]),
+        head=segment([t.head for t in parts_of]),
+        forward=tuple(segment([t.forward[i] for t in parts_of]) for i in count),
+        backward=tuple(segment([t.backward[i] for t in parts_of]) for i in count),
+        saved=table([t.saved for t in parts_of]),
+        block_saved=tuple(table([t.block_saved[i] for t in parts_of]) for i in count),
     )
 
 
