@@ -1,10 +1,10 @@
 """Hollow tensors: floating-point tensors have shapes and no values, integers and booleans are real.
 
 PyTorch's fake tensors alone cannot trace what chooses: a router's loads, a list of key blocks, a selected token are
-read on the host. So here integer and boolean tensors are computed. Where an integer would follow from floating-point values
-(the indices of a sort or a top-k, an arg-max) it is drawn: sorts give random permutations, so every choice is as if the
-scores were random, loads are about even and lists are full. A comparison of floating-point values is False. That is
-what a memory or FLOP count wants to know of a choice, and no method needs a table of its own.
+read on the host. So here integer and boolean tensors are computed. Where an integer would follow from floating-point
+values (the indices of a sort or a top-k, an arg-max) it is drawn: sorts give random permutations, so every choice is as
+if the scores were random, loads are about even and lists are full. A comparison of floating-point values is False. That
+is what a memory or FLOP count wants to know of a choice, and no method needs a table of its own.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Time of a training step from a machine's rates: each kind of work takes the longer of its arithmetic and its bytes.
 
-t = Σ_kinds max(FLOPs / rate, bytes / bandwidth) + calls · overhead; a step: (forward + backward) · accumulation + AdamW.
+t = Σ_kinds max(FLOPs / rate, bytes / bandwidth) + calls · overhead, for forward and backward, and AdamW's bytes.
 The rates are those that such operations reach; the sum says which of two recipes is faster better than how fast it is.
 """
 
