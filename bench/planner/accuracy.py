@@ -43,7 +43,6 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def make_recipe(model: str, way: str, tokens: int) -> Any:
-    import sparsetrain.methods.token_selection  # noqa: F401
     from sparsetrain.hf.recipe import Recipe
 
     values = {"model": model, "data": "none", "task": MODELS[model], "seq_len": tokens, "methods": [], **WAYS[way]}

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 
-import sparsetrain.methods.token_selection  # noqa: F401
 from sparsetrain import plan, sparsify
 from sparsetrain.hf.assemble import add_lora
 from sparsetrain.hf.outline import example_batch, fit_lengths, outline, recompute, training_step

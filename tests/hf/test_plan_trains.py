@@ -18,7 +18,6 @@ import resource, sys
 from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
-import sparsetrain.methods.token_selection
 from sparsetrain import plan, sparsify
 from sparsetrain.hf.assemble import add_lora
 from sparsetrain.hf.assets import resolve_model

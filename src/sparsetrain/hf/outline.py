@@ -82,9 +82,10 @@ def outline(recipe: Recipe, config: Any, *, bf16: bool, lengths: tuple[int, ...]
 
 
 def without_dropout(config: Any, recipe: Recipe) -> None:
-    """Attention dropout off where methods need it off, as `finetune` turns it off."""
-    for name in assemble.ATTENTION_DROPOUT if recipe.methods else ():
-        if getattr(config, name, 0):
+    """Attention dropout off where methods take attention, as `finetune` turns it off."""
+    dropped = [name for name in assemble.ATTENTION_DROPOUT if getattr(config, name, 0)]
+    if dropped and assemble.attention_is_taken(config, recipe.task, recipe.configs):
+        for name in dropped:
             setattr(config, name, 0.0)
 
 

@@ -13,7 +13,6 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-import sparsetrain.methods.token_selection  # noqa: F401  (enters it in the registry)
 from sparsetrain.core.config import MethodConfig, registered_methods, suggest
 from sparsetrain.hf.recipe import PRESETS, Recipe, plain_values
 from sparsetrain.planner.machines import MachineRates

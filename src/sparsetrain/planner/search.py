@@ -117,8 +117,12 @@ def answer(
         row = Row(candidate=candidate, risk=risk_of(methods_of(candidate)))
         try:
             found = outline_of(candidate)
-        except (ValueError, NotImplementedError, RuntimeError) as error:
+        except ValueError as error:
             rows.append(replace(row, refused=str(error).splitlines()[0], fits=False))
+            continue
+        except Exception as error:  # an op without a fake form: the other candidates still have their answer
+            reason = f"its step cannot be traced ({type(error).__name__}: {str(error).splitlines()[0]})"
+            rows.append(replace(row, refused=reason, fits=False))
             continue
         base = found if base is None else base
         rows.append(_predicted(row, found, base, question, unable(found)))
