@@ -82,10 +82,12 @@ def test_every_method_is_a_candidate_and_none_is_dropped_without_a_reason(config
     assert all(c.label != "LoRA" for c in candidates({"lora_r": 0}))
 
 
-def test_a_gpu_refuses_what_has_a_kernel_for_cpus_alone() -> None:
-    class Ops:
-        ops = ("routed_ffn", "token_selection")
-
-    assert "routed_ffn" in (unable(Ops(), known_machines()["h100"]) or "")  # type: ignore[arg-type]
-    assert unable(Ops(), CPU) is None  # type: ignore[arg-type]
+def test_a_gpu_refuses_what_has_a_kernel_for_cpus_alone(config_file: Path) -> None:
+    assert "routed_ffn" in (unable(("routed_ffn", "token_selection"), gpu=True) or "")
+    assert unable(("routed_ffn",), gpu=False) is None
+    planner = Predictor(read_config(str(config_file)), {"lora_r": 4}, bf16=True, cache=None, gpu=True)
+    spt = next(c for c in candidates(planner.base) if c.label == "spt")
+    with pytest.raises(ValueError, match="no GPU kernel"):
+        planner.outline(spt)
+    assert planner.traced == 0
     assert usable_bytes(10**9, CPU) == 550_000_000 and usable_bytes(1, CPU) == 0

@@ -72,7 +72,9 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     model = planner.read_config(recipe.model, to_stderr_line)
     base = {key: getattr(recipe, key) for key in ("task", "lora_r", "lora_alpha", "lora_targets", "seed", "dtype")}
     base |= {"seq_len": recipe.seq_len, "batch_size": recipe.batch_size, "grad_accum": recipe.grad_accum}
-    predictor = planner.Predictor(model, base, bf16=bf16, cache=cache_folder() / "outlines")
+    predictor = planner.Predictor(
+        model, base, bf16=bf16, cache=cache_folder() / "outlines", gpu=not planner.is_cpu(rates)
+    )
     question = Question(
         tokens=recipe.seq_len,
         batch=recipe.batch_size,
@@ -171,7 +173,7 @@ def _shown(found: Any, predictor: Any, goal: Goal, memory: int | None, yaml: str
 
 
 def _extra(found: Any) -> list[str]:
-    limited = ["longest seq", "largest batch", "fits"] if found.question.memory_bytes is not None else []
+    limited = ["max seq", "max batch", "fits"] if found.question.memory_bytes is not None else []
     return [*limited, "quality"]
 
 
@@ -181,10 +183,10 @@ def _line(row: Any, found: Any) -> list[str]:
     quality = "exact" if row.risk.exact else "?" if row.risk.ratio is None else f"x{row.risk.ratio:.3g}"
     peak = row.peak
     if peak is None:
-        return [row.candidate.label, *["-"] * 7, *(["-"] * 2 + ["refused"] if len(_extra(found)) > 1 else []), quality]
+        return [row.candidate.label, *["-"] * 6, *(["-"] * 2 + ["refused"] if len(_extra(found)) > 1 else []), quality]
     sizes = [peak.total, peak.parameters + peak.buffers, peak.gradients + peak.optimizer, sum(peak.saved.values())]
-    cells = [f"{size / 1e9:.2f} GB" for size in [*sizes, peak.temporary]]
-    line = [row.candidate.label, *cells, peak.phase, seconds_text(row.step_s)]
+    cells = [f"{size / 1e9:.2f}" for size in [*sizes, peak.temporary]]
+    line = [row.candidate.label, *cells, seconds_text(row.step_s)]
     if found.question.memory_bytes is not None:
         line += [f"{row.longest:,}", f"{row.largest:,}", "refused" if row.refused else "yes" if row.fits else "no"]
     return [*line, quality]

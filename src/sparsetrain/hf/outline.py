@@ -224,7 +224,7 @@ def thin_out(model: Any) -> Layout:
         parent._modules[str(i)] = block
         for module in block.modules():  # type: ignore[union-attr]
             if hasattr(module, "layer_idx"):  # its place in the key-value cache
-                module.layer_idx = i
+                module.layer_idx = i  # type: ignore[assignment]
     config = model.config.get_text_config()
     config.num_hidden_layers = len(kept)
     types = getattr(config, "layer_types", None)

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import metadata, util
+from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +131,13 @@ class Predictor:
         base: recipe keys of all candidates (model, task, lora_r, …).
         bf16: as `outline`.
         cache: folder of stored outlines; None: none.
+        gpu: refuse what runs well on a CPU alone.
     """
 
-    def __init__(self, model: ModelConfig, base: dict[str, Any], *, bf16: bool, cache: Path | None) -> None:
-        self.model, self.base, self.bf16, self.cache = model, base, bf16, cache
+    def __init__(
+        self, model: ModelConfig, base: dict[str, Any], *, bf16: bool, cache: Path | None, gpu: bool = False
+    ) -> None:
+        self.model, self.base, self.bf16, self.cache, self.gpu = model, base, bf16, cache, gpu
         self.traced = 0
 
     def recipe(self, candidate: Candidate) -> Recipe:
@@ -150,6 +153,8 @@ class Predictor:
             ValueError: the recipe does not fit the model.
         """
         recipe = self.recipe(candidate)
+        if self.gpu and (reason := unable(ops_of(recipe), gpu=True)):  # known before anything is traced
+            raise ValueError(reason)
         path = None if self.cache is None else self.cache / f"{self._key(recipe)}.json"
         if path is not None and (stored := load_outline(path)) is not None:
             return stored
@@ -182,11 +187,19 @@ def _code() -> str:
     return hashlib.sha256(repr(stamps).encode()).hexdigest()
 
 
-def unable(outline: Outline, rates: MachineRates) -> str | None:
-    """Why an outline's operations cannot run well on a GPU: they have a CPU kernel and no Triton one."""
-    if is_cpu(rates):
-        return None
-    missing = [op for op in outline.ops if _has(op, "cpu") and not _has(op, "triton")]
+def ops_of(recipe: Recipe) -> tuple[str, ...]:
+    """The operations that a recipe's methods call: what their modules import from `ops`."""
+    found = set()
+    for config in recipe.configs:
+        module = import_module(f"{type(config).__module__.rpartition('.')[0]}.module")
+        homes = [str(getattr(value, "__module__", "")) for value in vars(module).values()]
+        found |= {home.split(".")[2] for home in homes if home.startswith("sparsetrain.ops.")}
+    return tuple(sorted(found))
+
+
+def unable(ops: tuple[str, ...], *, gpu: bool) -> str | None:
+    """Why operations cannot run well on a GPU: they have a CPU kernel and no Triton one."""
+    missing = [op for op in ops if gpu and _has(op, "cpu") and not _has(op, "triton")]
     if not missing:
         return None
     return f"{' and '.join(missing)}: no GPU kernel in this version, and the reference form is slower than dense"
@@ -232,7 +245,7 @@ def predict(
         asked,
         predictor.outline,
         predictor.methods,
-        lambda outline: unable(outline, question.rates),
+        lambda outline: unable(outline.ops, gpu=predictor.gpu),
         fit=fit,
     )
 

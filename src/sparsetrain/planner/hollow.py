@@ -78,7 +78,7 @@ class Hollow(TorchDispatchMode):
             return out
         return tree_map_only(FakeTensor, lambda x: self._drawn(func, args, kwargs, x), out)
 
-    def _drawn(self, func: Any, args: tuple, kwargs: dict[str, Any], like: Tensor) -> Tensor:
+    def _drawn(self, func: Any, args: Any, kwargs: dict[str, Any], like: Tensor) -> Tensor:
         """Values for an integer result that follows from floating-point ones."""
         if not _has_values(like):
             return like

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
@@ -217,7 +218,7 @@ def _following(live: LiveBytes, hollow: Hollow | None) -> Iterator[None]:
         hollow.after = None
 
 
-class _Follow(torch.utils._python_dispatch.TorchDispatchMode):
+class _Follow(TorchDispatchMode):
     """Follows a real step."""
 
     def __init__(self, live: LiveBytes) -> None:
