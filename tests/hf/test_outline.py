@@ -36,7 +36,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def llama() -> LlamaConfig:
     return LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=97, max_position_embeddings=512,
+        vocab_size=97, max_position_embeddings=8192,
     )  # fmt: skip
 
 
@@ -106,12 +106,12 @@ def test_hybrid_layers_are_traced_once_a_kind_and_the_walk_equals_the_whole() ->
 
 def test_other_lengths_and_batches_follow_from_three() -> None:
     asked = recipe(lora_r=4, methods=[TOKENS, FFN])
-    three = outline(asked, llama(), bf16=False, lengths=(64, 128, 256))
-    direct = outline(asked, llama(), bf16=False, lengths=(512,))
-    assert three.peak(512).total == pytest.approx(direct.peak(512).total, rel=0.02)
-    assert three.work(512)["gemm"][0] == pytest.approx(direct.work(512)["gemm"][0], rel=0.02)
-    grown = three.peak(256, 4).total - three.peak(256, 2).total
-    assert grown == pytest.approx(2 * (three.peak(256, 2).total - three.peak(256, 1).total), rel=0.02)
+    three = outline(asked, llama(), bf16=False, lengths=(512, 1024, 2048))
+    direct = outline(asked, llama(), bf16=False, lengths=(4096,))
+    assert three.peak(4096).total == pytest.approx(direct.peak(4096).total, rel=0.02)
+    assert three.work(4096)["gemm"][0] == pytest.approx(direct.work(4096)["gemm"][0], rel=0.02)
+    grown = three.peak(1024, 4).total - three.peak(1024, 2).total
+    assert grown == pytest.approx(2 * (three.peak(1024, 2).total - three.peak(1024, 1).total), rel=0.02)
 
 
 def test_lengths_lie_beyond_the_floor_of_keys_and_the_window() -> None:

@@ -43,7 +43,9 @@ def fit_lengths(recipe: Recipe, window: int | None = None) -> tuple[int, int, in
     ratios = [
         getattr(config, "keep_ratio", 1.0) or 1.0 for config in recipe.configs if config.method.endswith("attention")
     ]
-    smallest = max([SHORTEST, window or 0, *(64 / ratio for ratio in ratios)])
+    # the loss head of selected tokens works in chunks of 128 rows: fewer rows than that fill no chunk
+    rows = [128 / (getattr(c, "keep_ratio", None) or 1.0) for c in recipe.configs if c.method == "token_selection"]
+    smallest = max([SHORTEST, window or 0, *(64 / ratio for ratio in ratios), *rows])
     shortest = 2 ** math.ceil(math.log2(smallest))
     return (shortest, 2 * shortest, 4 * shortest) if window is None else (2 * shortest, 3 * shortest, 4 * shortest)
 
