@@ -28,7 +28,9 @@ SURFACE = {
     "eval": ALWAYS | {"MODEL", "--all", "--data", "--task", "--text-column", "--seq-len", "--batch-size"}
     | {"--eval-tokens", "--seed", "--dtype", "--device", "--threads"},
     "export": ALWAYS | {"RUN", "--output", "--format", "--merge-lora", "--keep-lora"},
-    "plan": ALWAYS | {"--recipe", "--model", "--task", "--preset", "--method", "--seq-len"},
+    "plan": ALWAYS | {"--recipe", "--model", "--data", "--task", "--preset", "--method", "--seq-len", "--batch-size"}
+    | {"--grad-accum", "--lora-r", "--dtype", "--gradient-checkpointing", "--memory", "--goal", "--gpu", "--fit"}
+    | {"--write", "--plot", "--seq", "--batch"},
     "methods": ALWAYS | {"NAME"},
     "patterns": ALWAYS | {"RUN", "--output"},
     "profile": ALWAYS | {"--recipe", "--model", "--data", "--task", "--text-column", "--seq-len", "--batch-size"}

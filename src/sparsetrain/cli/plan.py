@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,20 +13,127 @@ import typer
 from sparsetrain.cli.answer import Answer, table
 from sparsetrain.cli.flags import Debug, Json, RecipeFile, changes, takes
 from sparsetrain.cli.live import to_stderr
+from sparsetrain.cli.predict import Goal, predicted
+
+_PREDICT = "Prediction"
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        rich_help_panel=_PREDICT,
+        help="What training may use: 24GB, 16GiB. "
+        "Predicts memory and time of every way to train, and picks one that fits.",
+    ),
+]
+GoalFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--goal",
+        metavar="fit|speed|memory",
+        rich_help_panel=_PREDICT,
+        help="fit: the safest that fits, then the fastest. speed: the fastest that fits. memory: the leanest.",
+    ),
+]
+Gpu = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu",
+        metavar="NAME|FILE.json",
+        rich_help_panel=_PREDICT,
+        help="h200, h100, a100, 4090 or cpu; or "
+        "the rates that `sparsetrain bench` measured. Its memory is the limit unless --memory says another.",
+    ),
+]
+Fit = Annotated[
+    str | None,
+    typer.Option(
+        "--fit",
+        metavar="seq|batch",
+        rich_help_panel=_PREDICT,
+        help="Instead: the longest sequence, or the largest batch, that fits in --memory.",
+    ),
+]
+Write = Annotated[
+    Path | None,
+    typer.Option(
+        "--write",
+        metavar="FILE.yaml",
+        rich_help_panel=_PREDICT,
+        help="Write the picked recipe, for `finetune --recipe`.",
+    ),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE.png", rich_help_panel=_PREDICT, help="Draw predicted memory by component."),
+]
+Seq = Annotated[str | None, typer.Option("--seq", metavar="INT", help="The same as --seq-len.", hidden=True)]
+Batch = Annotated[str | None, typer.Option("--batch", metavar="INT", help="The same as --batch-size.", hidden=True)]
 
 
-@takes("model", "task", "preset", "methods", "seq_len")
-def plan(recipe: RecipeFile = None, json: Json = False, debug: Debug = False, **flags: Any) -> Answer:
-    """Show which parts of a model a recipe changes and what each costs, before and after; nothing is trained.
+@takes(
+    "model",
+    "task",
+    "preset",
+    "methods",
+    "seq_len",
+    "batch_size",
+    "grad_accum",
+    "lora_r",
+    "dtype",
+    "data",
+    "gradient_checkpointing",
+)
+def plan(
+    recipe: RecipeFile = None,
+    memory: Memory = None,
+    goal: GoalFlag = None,
+    gpu: Gpu = None,
+    fit: Fit = None,
+    write: Write = None,
+    plot: Plot = None,
+    seq: Seq = None,
+    batch: Batch = None,
+    json: Json = False,
+    debug: Debug = False,
+    **flags: Any,
+) -> Answer:
+    """Will it fit, what uses the memory, and which recipe? Predicted from a model's config: no weights, no GPU.
 
-    Only the model's config is read (its weights stay on the meta device), so it takes seconds for any size.
+    With a goal (--memory, --goal, --gpu, --fit): peak memory by component and step time of full fine-tuning, LoRA,
+    checkpointing and every sparse method; what to take, what was refused and why, and the recipe with --write. Ends
+    with exit code 1 when nothing fits, and says what is nearest.
+
+    Without one: which parts of the model the methods of --preset or --method change, and what each costs.
 
     \b
     Examples:
+      sparsetrain plan --model llama-3-8b --memory 24GB --seq-len 8192 --gpu 4090
+      sparsetrain plan --model smollm2-135m --memory 2GB --goal speed --write plan.yaml
+      sparsetrain plan --model Qwen/Qwen2.5-7B --gpu h100 --fit seq
       sparsetrain plan --model smollm2-135m --preset spt --seq-len 2048
       sparsetrain plan --model ./llama --method "routed_ffn:num_blocks=8,layers=4-9"
-      sparsetrain plan --recipe run.yaml
     """
+    flags |= {"seq_len": flags["seq_len"] or seq, "batch_size": flags["batch_size"] or batch}
+    asked_for = Goal(memory=memory, goal=goal, gpu=gpu, fit=fit, write=write, plot=plot, data=flags["data"])
+    if asked_for.given:
+        return _predicted(recipe, flags, asked_for)
+    return _edits(recipe, flags)
+
+
+def _predicted(recipe: Path | None, flags: dict[str, Any], goal: Goal) -> Answer:
+    given = changes(flags)
+    named = bool(flags.get("preset") or flags.get("methods"))
+    if recipe is not None:
+        from sparsetrain.hf.recipe import Recipe
+
+        asked = Recipe.from_yaml(recipe, {"data": "none", **given})
+        return predicted(asked.model_dump(), goal, given_methods=bool(asked.methods))
+    return predicted(given if named else {**given, "methods": []}, goal, given_methods=named)
+
+
+def _edits(recipe: Path | None, flags: dict[str, Any]) -> Answer:
+    """Which parts the methods change; only the config is read, so it takes seconds for any size."""
     import sparsetrain
     from sparsetrain.hf.assemble import empty_model, open_config
 

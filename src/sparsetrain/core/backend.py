@@ -15,6 +15,19 @@ from sparsetrain.core.errors import Unsupported
 BACKENDS = ("auto", "reference", "cpu", "triton", "emulate", "cusparselt", "cutlass")
 _asked: ContextVar[str] = ContextVar("sparsetrain_backend", default="auto")
 
+_watched: ContextVar[set[str] | None] = ContextVar("sparsetrain_watched", default=None)
+
+
+@contextmanager
+def watch_ops() -> Iterator[set[str]]:
+    """Collect the names of the ops that choose a backend inside the `with` block."""
+    names: set[str] = set()
+    token = _watched.set(names)
+    try:
+        yield names
+    finally:
+        _watched.reset(token)
+
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
@@ -47,6 +60,8 @@ def choose(op: str, asked: str, available: dict[str, str | None]) -> str:
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r} is unknown. Choose one of {', '.join(BACKENDS)}.")
     can = [candidate for candidate, reason in available.items() if reason is None]
+    if (asked_for := _watched.get()) is not None:
+        asked_for.add(op)
     if name == "auto":
         if not can:
             reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in available.items())

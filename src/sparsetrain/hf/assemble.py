@@ -124,7 +124,7 @@ def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...
             f"seq_len={recipe.seq_len} is longer than the context of {recipe.model}, {context} tokens. Lower it."
         )
     dropped = [name for name in ATTENTION_DROPOUT if getattr(config, name, 0)]
-    if dropped and _attention_is_taken(config, recipe.task, configs):
+    if dropped and attention_is_taken(config, recipe.task, configs):
         for name in dropped:
             why = f"attention has no dropout under {', '.join(method.method for method in configs)}"
             report({"event": "note", "text": f"{name} {getattr(config, name)} -> 0: {why}."})
@@ -141,7 +141,7 @@ def context_length(config: Any) -> int | None:
     return None
 
 
-def _attention_is_taken(config: Any, task: str, configs: tuple[MethodConfig, ...]) -> bool:
+def attention_is_taken(config: Any, task: str, configs: tuple[MethodConfig, ...]) -> bool:
     """Does a method take an attention, or a block with the attention in it?"""
     if not configs:
         return False

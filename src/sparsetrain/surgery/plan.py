@@ -28,6 +28,8 @@ class Edit:
     claims: what the edit owns; two edits of one plan may not claim the same thing.
     cost: sequence length in tokens -> (dense cost, cost after), per token.
     install: (model, tensors of this site) -> undo. It leaves the model as it was if it raises.
+    blank: the tensors that calibration would find, without their values, for a planner that has no data; None when the
+        edit installs without any.
     controls: whether the installed module takes part in schedules; it is then found at `site`.
     """
 
@@ -38,6 +40,7 @@ class Edit:
     cost: Callable[[int], tuple[Cost, Cost]]
     install: Callable[[nn.Module, dict[str, Tensor]], tuple[Undo, nn.Module | None]]
     note: str = ""
+    blank: Callable[[], dict[str, Tensor]] | None = None
 
     @property
     def method(self) -> str:
@@ -95,6 +98,11 @@ def register_method(config: type[MethodConfig], method: Method) -> None:
 def method_of(config: MethodConfig) -> Method:
     """The registered method of a config."""
     return _METHODS[config.method]
+
+
+def blank_state(edits: Iterable[Edit]) -> State:
+    """A state that `sparsify` takes in place of calibration: the right tensors with no meaning."""
+    return {edit.key: edit.blank() for edit in edits if edit.blank is not None}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import Anatomy, FFNSite, Undo, submodule
@@ -46,6 +47,7 @@ def edits(config: RoutedFFN, anatomy: Anatomy, model: nn.Module) -> list[Edit]:
                 claims=_claims(site),
                 cost=lambda _tokens, site=site: costs(config, site),
                 install=lambda m, t, site=site, block=block.name: install(m, t, config, site, block),
+                blank=(lambda site=site: blank(config, site)) if config.needs_calibration else None,
                 note=f"{config.num_active} of {config.num_blocks} blocks, β={config.active_ratio:.2f}",
             )
         )
@@ -76,6 +78,21 @@ def costs(config: RoutedFFN, site: FFNSite) -> tuple[Cost, Cost]:
     return dense, Cost(num_params=dense.num_params + router, flops=flops, saved_elements=saved)
 
 
+def _router(config: RoutedFFN, site: FFNSite) -> Router:
+    return Router(
+        site.hidden_size,
+        config.num_blocks,
+        shift=config.compensated_by != "none",
+        rank=config.rank(site.hidden_size),
+    )
+
+
+def blank(config: RoutedFFN, site: FFNSite) -> dict[str, Tensor]:
+    """What `prepare` would find for a site: its order of units and its router, here as they stand."""
+    router = {f"router.{name}": value.detach() for name, value in _router(config, site).named_parameters()}
+    return {"order": torch.arange(site.ffn_size), **router}
+
+
 def install(
     model: nn.Module, tensors: dict[str, Tensor], config: RoutedFFN, site: FFNSite, block_name: str
 ) -> tuple[Undo, nn.Module]:
@@ -83,12 +100,7 @@ def install(
     owner, block = submodule(model, site.name), submodule(model, block_name)
     weight = _weight(owner, site.up)
     order = tensors.get("order")
-    router = Router(
-        site.hidden_size,
-        config.num_blocks,
-        shift=config.compensated_by != "none",
-        rank=config.rank(site.hidden_size),
-    )
+    router = _router(config, site)
     saved = {name.removeprefix("router."): value for name, value in tensors.items() if name.startswith("router.")}
     if saved:
         router.load_state_dict(saved)

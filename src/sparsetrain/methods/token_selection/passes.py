@@ -54,6 +54,7 @@ class Notes:
         self.attended: Tensor | None = None
         self.diverged = False
         self.ends_at_attention = False
+        self.paused = False  # inside a sparse attention, whose own products are no calls of the block
 
     def take(self, kind: str) -> Note | None:
         """The note of the next call; None after the end of a first pass that ended at the attention."""
@@ -90,7 +91,7 @@ class AllRows(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        kind = None if "out" in kwargs else _KINDS.get(func)  # an op's own products are no layer's
+        kind = None if "out" in kwargs or self.notes.paused else _KINDS.get(func)  # an op's own products are no layer's
         if kind is None or not _stream(args[1] if kind == "addmm" else args[0], self.shape):
             return func(*args, **kwargs)
         if kind == "dropout":
@@ -170,7 +171,13 @@ class AttentionOfAllRows:
         if notes.ends_at_attention:
             raise FoundKeys
         if self.sparse is not None:
-            return self.sparse(q, k, v, dense=dense, causal=causal, scale=scale, segments_bs=segments_bs, window=window)
+            notes.paused = True
+            try:
+                return self.sparse(
+                    q, k, v, dense=dense, causal=causal, scale=scale, segments_bs=segments_bs, window=window
+                )
+            finally:
+                notes.paused = False
         out = dense()
         notes.attended = notes.rows.gather(out.transpose(1, 2)).transpose(1, 2)
         return out

@@ -1,0 +1,194 @@
+"""Predicted against measured memory of a training step: models × ways to train × lengths.
+
+    python bench/planner/accuracy.py --json bench/results/planner_accuracy.json
+    python bench/planner/accuracy.py --only minilm --ways full,lora --lengths 128
+
+Each cell is measured in a process of its own with the real weights and all layers: saved activations by component
+(saved-tensor hooks), static bytes from the real objects, the peak of live tensor bytes, and the peak of resident
+memory (Linux; above what is resident between steps). Nothing of the prediction enters the measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+MODELS = {"smollm2-135m": "lm", "minilm": "classify"}
+LENGTHS = (128, 256, 512)
+_PQ = {"method": "pq_attention", "keep_ratio": 0.25, "block_q": 64, "block_k": 16, "from_depth": 0.7}
+_FFN = {
+    "method": "routed_ffn",
+    "num_blocks": 8,
+    "num_active": 2,
+    "shared_ratio": 1 / 3,
+    "partition": "clustered",
+    "from_depth": 0.45,
+}
+_TOKENS = {"method": "token_selection"}
+_AGAIN = {"gradient_checkpointing": "non-reentrant"}
+WAYS: dict[str, dict[str, Any]] = {
+    "full": {"lora_r": 0},
+    "lora": {},
+    "lora+checkpointing": _AGAIN,
+    "token selection": {"methods": [_TOKENS]},
+    "spt": {"methods": [_PQ, _FFN]},
+    "all": {"methods": [_TOKENS, _PQ, _FFN], **_AGAIN},
+}
+
+
+def make_recipe(model: str, way: str, tokens: int) -> Any:
+    from sparsetrain.hf.recipe import Recipe
+
+    values = {"model": model, "data": "none", "task": MODELS[model], "seq_len": tokens, "methods": [], **WAYS[way]}
+    return Recipe.from_values(values)
+
+
+def predict(model: str, way: str, tokens: int) -> dict[str, Any]:
+    from sparsetrain.hf.assemble import open_config
+    from sparsetrain.hf.outline import outline
+
+    recipe = make_recipe(model, way, tokens)
+    _, config = open_config(recipe, lambda _event: None, ())
+    found = outline(recipe, config, bf16=False, lengths=(tokens,))
+    peak = found.peak(tokens)
+    static = found.static
+    return {
+        "parameters": static.parameters_trainable + static.parameters_frozen,
+        "gradients": static.gradients,
+        "optimizer": static.optimizer,
+        "saved": peak.saved_in_full,
+        "peak": peak.total,
+        "phase": peak.phase,
+        "how": found.how(tokens),
+    }
+
+
+def measure(model: str, way: str, tokens: int) -> dict[str, Any]:
+    """Real weights, all layers, two steps to warm up and one each for what is counted."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from sparsetrain import plan, sparsify
+    from sparsetrain.hf.assemble import add_lora, open_config
+    from sparsetrain.hf.outline import example_batch, recompute, training_step, without_dropout
+    from sparsetrain.measure.memory import peak_memory, reset_peak, saved_activations, static_memory
+    from sparsetrain.planner.tracing import trace_step
+    from sparsetrain.surgery.plan import blank_state
+
+    recipe = make_recipe(model, way, tokens)
+    path, config = open_config(recipe, lambda _event: None, ())
+    without_dropout(config, recipe)
+    kind = AutoModelForSequenceClassification if recipe.task == "classify" else AutoModelForCausalLM
+    network: Any = kind.from_pretrained(path, config=config, dtype=torch.float32, attn_implementation="sdpa")
+    handle = None
+    if recipe.methods:
+        edits = plan(network, *recipe.configs).edits
+        handle = sparsify(network, *recipe.configs, state=blank_state(edits))
+    network = add_lora(network, recipe, handle, ["classifier"] if recipe.task == "classify" else [])
+    network.train()
+    if recipe.gradient_checkpointing != "none":
+        recompute(network)
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    batch = example_batch(recipe, config, tokens, rows=1)
+    step = training_step(network, handle, batch, False)
+
+    def train() -> None:
+        step().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    train()
+    train()
+    step().backward()
+    static = static_memory(network, optimizer)
+    optimizer.zero_grad(set_to_none=True)
+    saved = saved_activations(network, step)
+    before = peak_memory().rss_bytes or 0
+    reset_peak()
+    train()
+    above = (peak_memory().rss_peak_bytes or 0) - before
+    trace = trace_step(network, step, None)
+    optimizer.zero_grad(set_to_none=True)
+    fixed = static.total - static.gradients
+    live, most = 0.0, float(static.gradients)
+    for segment in (trace.before, *trace.forward, trace.head, *reversed(trace.backward)):
+        most = max(most, live + segment.peak)
+        live += segment.kept
+    return {
+        "parameters": static.parameters_trainable + static.parameters_frozen,
+        "gradients": static.gradients,
+        "optimizer": static.optimizer_trainable + static.optimizer_frozen,
+        "saved": saved.by_component,
+        "peak": fixed + most,
+        "peak_resident": fixed + above,
+    }
+
+
+def in_process(*arguments: str) -> dict[str, Any]:
+    """Run this file for one cell; freed memory goes back to the system at once, so that peaks are those of tensors."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, "--cell", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{arguments}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(predicted: dict[str, Any], measured: dict[str, Any]) -> dict[str, float]:
+    """Predicted / measured - 1 of the peaks and of every component that holds at least 1 % of the saved bytes."""
+    errors = {"peak": predicted["peak"] / measured["peak"] - 1}
+    errors["peak_resident"] = predicted["peak"] / measured["peak_resident"] - 1
+    total = sum(measured["saved"].values())
+    for name, size in measured["saved"].items():
+        if size >= 0.01 * total:
+            errors[name] = predicted["saved"][name] / size - 1
+    return errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cell", nargs=3, metavar=("MODEL", "WAY", "TOKENS"), help="measure one cell; prints JSON")
+    parser.add_argument("--only", help="one model")
+    parser.add_argument("--ways", help="comma-separated")
+    parser.add_argument("--lengths", help="comma-separated")
+    parser.add_argument("--json", type=Path, help="result file; cells that it holds already are replaced")
+    asked = parser.parse_args()
+    if asked.cell:
+        model, way, tokens = asked.cell
+        print(json.dumps(measure(model, way, int(tokens))))
+        return
+    from sparsetrain.measure.machine import describe_machine
+
+    results: dict[str, Any] = {"cells": {}}
+    if asked.json and asked.json.is_file():
+        results = json.loads(asked.json.read_text())
+    for model in [asked.only] if asked.only else MODELS:
+        for way in asked.ways.split(",") if asked.ways else WAYS:
+            for tokens in (int(n) for n in asked.lengths.split(",")) if asked.lengths else LENGTHS:
+                predicted, measured = predict(model, way, tokens), in_process(model, way, str(tokens))
+                exact = all(predicted[name] == measured[name] for name in ("parameters", "gradients", "optimizer"))
+                errors = compare(predicted, measured)
+                cell = {"predicted": predicted, "measured": measured, "static_exact": exact, "errors": errors}
+                results["cells"][f"{model} / {way} / {tokens}"] = cell
+                worst = max(errors, key=lambda name: abs(errors[name]))
+                shown = "  ".join(f"{name} {error:+.1%}" for name, error in errors.items())
+                print(f"{model:13} {way:19} {tokens:4}  static {'exact' if exact else 'DIFFERS'}  {shown}", flush=True)
+                if not exact or abs(errors[worst]) > 0.1:
+                    print(
+                        "    outside:",
+                        {k: (predicted[k], measured[k]) for k in ("parameters", "gradients", "optimizer")},
+                    )
+                if asked.json:
+                    results["machine"] = describe_machine().to_dict()
+                    asked.json.parent.mkdir(parents=True, exist_ok=True)
+                    asked.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

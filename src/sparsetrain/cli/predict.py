@@ -1,0 +1,192 @@
+"""What `sparsetrain plan` answers when a goal is given: will it fit, how long is a step, and which recipe to take."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsetrain.cli.answer import Answer, table
+from sparsetrain.cli.live import to_stderr
+
+_UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "K": 1e3, "M": 1e6, "G": 1e9}
+IMPOSSIBLE = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """The flags of `plan` that ask for a prediction."""
+
+    memory: str | None = None
+    goal: str | None = None
+    gpu: str | None = None
+    fit: str | None = None
+    write: Path | None = None
+    plot: Path | None = None
+    data: str | None = None
+
+    @property
+    def given(self) -> bool:
+        return any(getattr(self, name) is not None for name in ("memory", "goal", "gpu", "fit", "write", "plot"))
+
+
+def parse_bytes(text: str) -> int:
+    """'24GB', '16 GiB', '800M' -> bytes. GB are 10^9 bytes, GiB 2^30.
+
+    Raises:
+        ValueError: not a positive size.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get(match.group(2).upper()) if match else None
+    size = int(float(match.group(1)) * unit) if match and unit is not None else 0
+    if size <= 0:
+        raise ValueError(f"memory {text!r} is no size. Write for example 24GB, 16GiB or 800MB.")
+    return size
+
+
+def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
+    """Predict, pick, write and draw.
+
+    Args:
+        asked: recipe keys.
+        goal: what was asked of the plan.
+        given_methods: the recipe's own methods are compared with dense training, in place of every method.
+    """
+    from sparsetrain.core.config import suggest
+    from sparsetrain.hf import predict as planner
+    from sparsetrain.hf.assets import cache_folder
+    from sparsetrain.planner.machines import machine_rates
+    from sparsetrain.planner.search import GOALS, Question
+
+    for name, value, choices in (("goal", goal.goal, GOALS), ("fit", goal.fit, ("seq", "batch"))):
+        if value is not None and value not in choices:
+            raise ValueError(f"{name} {value!r} is unknown.{suggest(value, choices)} Choose from {', '.join(choices)}.")
+    rates = machine_rates(goal.gpu or "cpu")
+    memory = parse_bytes(goal.memory) if goal.memory else rates.memory_bytes
+    if goal.fit and memory is None:
+        raise ValueError(f"--fit {goal.fit} needs --memory: how much may training use, for example --memory 24GB?")
+    recipe = _recipe(asked)
+    bf16 = recipe.dtype == "bf16" or (recipe.dtype == "auto" and not planner.is_cpu(rates))
+    model = planner.read_config(recipe.model, to_stderr_line)
+    base = {key: getattr(recipe, key) for key in ("task", "lora_r", "lora_alpha", "lora_targets", "seed", "dtype")}
+    base |= {"seq_len": recipe.seq_len, "batch_size": recipe.batch_size, "grad_accum": recipe.grad_accum}
+    predictor = planner.Predictor(
+        model, base, bf16=bf16, cache=cache_folder() / "outlines", gpu=not planner.is_cpu(rates)
+    )
+    question = Question(
+        tokens=recipe.seq_len,
+        batch=recipe.batch_size,
+        grad_accum=recipe.grad_accum,
+        memory_bytes=None if memory is None else planner.usable_bytes(memory, rates),
+        goal=goal.goal or "fit",
+        dtype="bf16" if bf16 else "fp32",
+        rates=rates,
+        context=model.context,
+    )
+    only = planner.dense_and(recipe, base) if given_methods else None
+    found = planner.predict(predictor, question, only, fit=goal.fit)
+    yaml = None if found.picked is None else planner.recipe_yaml(found, predictor, goal.data)
+    if goal.write is not None and yaml is not None:
+        goal.write.write_text(yaml, encoding="utf-8")
+    if goal.plot is not None:
+        from sparsetrain.planner.picture import draw
+
+        draw(found, goal.plot, title=f"{model.name}, {question.tokens:,} tokens, batch {question.batch}", limit=memory)
+    return _shown(found, predictor, goal, memory, yaml)
+
+
+def to_stderr_line(line: str) -> None:
+    to_stderr({"event": "note", "text": line})
+
+
+def _recipe(asked: dict[str, Any]) -> Any:
+    from sparsetrain.hf.recipe import Recipe
+
+    return Recipe.from_values({"data": "none", **asked})
+
+
+def _shown(found: Any, predictor: Any, goal: Goal, memory: int | None, yaml: str | None) -> Answer:
+    from sparsetrain.hf.predict import answer_values, usable_bytes
+
+    question = found.question
+    rates = question.rates
+    data = answer_values(found, predictor) | {"memory_bytes": memory, "recipe_yaml": yaml}
+    notes = []
+    if question.context and question.tokens > question.context:
+        notes.append(
+            f"{question.tokens:,} tokens are beyond this model's context of {question.context:,}: it needs rescaled "
+            "positions (rope_scaling in its config) before it can train there."
+        )
+    if memory is not None:
+        kept = memory - usable_bytes(memory, rates)
+        notes.append(f"Of {memory / 1e9:.1f} GB, {kept / 1e9:.2f} are left to the libraries (and the GPU's context).")
+    measured = "measured on this machine" if rates.measured else "not measured here"
+    notes.append(f"Times: roofline of {rates.machine}, {measured}: read their order. {rates.source}")
+    hows = sorted({row.how for row in found.rows if row.how})
+    notes.append(f"Memory: one block of each kind traced without weights ({'; '.join(hows)}).")
+    title = (
+        f"{predictor.model.name}: a training step of {question.batch} x {question.tokens:,} tokens, {question.dtype}, "
+        f"{rates.machine}"
+    )
+    columns = [
+        "way to train",
+        "peak",
+        "weights",
+        "grads + AdamW",
+        "saved",
+        "temporary",
+        "peak in",
+        "step",
+        *_extra(found),
+    ]
+    lines = [_line(row, found) for row in found.rows]
+    show: list[Any] = [lambda: table(title, columns, lines, right=tuple(range(1, 6)))]
+    refused = [f"Refused: {row.candidate.label}: {row.refused}." for row in found.rows if row.refused]
+    evens = [
+        f"Break-even of {row.candidate.label}: "
+        + (
+            f"faster than dense LoRA from {row.break_even:,} tokens."
+            if row.break_even
+            else "never faster up to 131,072 tokens."
+        )
+        for row in found.rows
+        if row.candidate.values.get("methods") and row.peak is not None and not row.refused
+    ]
+    show += [*refused, *evens, *notes, ""]
+    if found.picked is None:
+        show.append(f"Nothing fits in {goal.memory or f'{(memory or 0) / 1e9:.1f} GB'}. Nearest possible:")
+        show += [f"  {line}" for line in found.nearest]
+        return Answer(data=data, show=show, code=IMPOSSIBLE)
+    show += [f"Take: {found.picked.candidate.label}.", *(f"  {line}" for line in found.reasons)]
+    show += [f"  Quality risk: {line}" for line in found.picked.risk.texts] or [
+        "  Quality risk: none, training is exact."
+    ]
+    if goal.fit:
+        got = found.picked.longest if goal.fit == "seq" else found.picked.largest
+        show.append(f"  {'Longest sequence' if goal.fit == 'seq' else 'Largest batch'} that fits: {got:,}.")
+    if goal.write is not None:
+        data_flag = "" if goal.data else " --data YOUR_DATA"
+        show.append(f"Written to {goal.write}. Train it: sparsetrain finetune --recipe {goal.write}{data_flag}")
+    return Answer(data=data, show=show)
+
+
+def _extra(found: Any) -> list[str]:
+    limited = ["max seq", "max batch", "fits"] if found.question.memory_bytes is not None else []
+    return [*limited, "quality"]
+
+
+def _line(row: Any, found: Any) -> list[str]:
+    from sparsetrain.measure.units import seconds_text
+
+    quality = "exact" if row.risk.exact else "?" if row.risk.ratio is None else f"x{row.risk.ratio:.3g}"
+    peak = row.peak
+    if peak is None:
+        return [row.candidate.label, *["-"] * 6, *(["-"] * 2 + ["refused"] if len(_extra(found)) > 1 else []), quality]
+    sizes = [peak.total, peak.parameters + peak.buffers, peak.gradients + peak.optimizer, sum(peak.saved.values())]
+    cells = [f"{size / 1e9:.2f}" for size in [*sizes, peak.temporary]]
+    line = [row.candidate.label, *cells, seconds_text(row.step_s)]
+    if found.question.memory_bytes is not None:
+        line += [f"{row.longest:,}", f"{row.largest:,}", "refused" if row.refused else "yes" if row.fits else "no"]
+    return [*line, quality]

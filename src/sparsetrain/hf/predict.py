@@ -1,0 +1,286 @@
+"""predict(): the plan of a training run from a model's config alone. No weights, no GPU; cached.
+
+This module stays light: transformers and PEFT are imported when a recipe has to be traced, not for a cached answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import import_module, metadata, util
+from pathlib import Path
+from typing import Any
+
+from sparsetrain.core.config import MethodConfig, registered_methods, suggest
+from sparsetrain.hf.recipe import PRESETS, Recipe, plain_values
+from sparsetrain.planner.machines import MachineRates
+from sparsetrain.planner.outline import Outline, load_outline, store_outline
+from sparsetrain.planner.search import Answer, Candidate, Question, answer
+
+CONFIGS = Path(__file__).parent / "assets" / "configs"
+RESERVE_BYTES = {"cpu": 450_000_000, "gpu": 600_000_000}
+"""What a process holds beside tensors: interpreter and libraries on a CPU, context and kernels on a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A model's config as its JSON file holds it, the name to train it by, and the most tokens it takes."""
+
+    name: str
+    values: dict[str, Any]
+    folder: str | None = None
+
+    @property
+    def context(self) -> int | None:
+        text = self.values.get("text_config", self.values)
+        found = (text.get(key) for key in ("max_position_embeddings", "n_positions"))
+        return next((value for value in found if isinstance(value, int)), None)
+
+
+def built_in_configs() -> dict[str, str]:
+    """Name -> hub name of the well-known models whose configs come with the package."""
+    return {path.stem: json.loads(path.read_text())["_name_or_path"] for path in sorted(CONFIGS.glob("*.json"))}
+
+
+def read_config(name: str, say: Callable[[str], None] = lambda _line: None) -> ModelConfig:
+    """The config of a model: config.json or its folder, an embedded or a well-known model, or a name on the hub.
+
+    Raises:
+        ValueError: nothing of that name can be read.
+    """
+    path = Path(name)
+    if path.suffix == ".json" and path.is_file():
+        return ModelConfig(name=str(path.parent), values=_json(path), folder=None)
+    if (path / "config.json").is_file():
+        return ModelConfig(name=name, values=_json(path / "config.json"), folder=name)
+    known = built_in_configs()
+    for short, hub in known.items():
+        if name.lower() in (short, hub.lower(), hub.lower().rpartition("/")[2]):
+            return ModelConfig(name=hub, values=_json(CONFIGS / f"{short}.json"))
+    from sparsetrain.hf.assets import ASSETS, resolve_model
+
+    if name in ASSETS:
+        folder = resolve_model(name, progress=say)
+        return ModelConfig(name=name, values=_json(Path(folder) / "config.json"), folder=folder)
+    from transformers import AutoConfig
+
+    try:
+        return ModelConfig(name=name, values=AutoConfig.from_pretrained(name).to_dict())
+    except (OSError, ValueError) as error:
+        near = suggest(name.lower(), [*known, *ASSETS])
+        names = ", ".join([*known, *ASSETS])
+        raise ValueError(
+            f"no config for {name!r}.{near} Give a config.json, a model's folder, or one of {names}; "
+            f"other names are looked up on the hub ({str(error).splitlines()[0]})"
+        ) from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{path} is no model config: {error}") from None
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise ValueError(f"{path} is no model config: it has no model_type.")
+    return values
+
+
+def candidates(base: dict[str, Any]) -> list[Candidate]:
+    """The ways to train that are compared, safest first; further methods of the registry come with their defaults.
+
+    Args:
+        base: recipe keys that hold for all of them; `methods` and `gradient_checkpointing` are what is compared.
+    """
+    again = {"gradient_checkpointing": "non-reentrant"}
+    recorded: dict[str, MethodConfig] = {config.method: config for config in PRESETS["spt"]}
+    methods = registered_methods()
+    made = {name: recorded.get(name) or kind() for name, kind in methods.items()}
+    plain = {name: plain_values(config) for name, config in made.items()}
+    all_weights = base.get("lora_r") == 0
+    train = "all weights" if all_weights else "LoRA"
+    found = [
+        Candidate(label=train, values={"methods": []}),
+        Candidate(label=f"{train} + checkpointing", values={"methods": [], **again}),
+    ]
+    if not all_weights:
+        found.append(Candidate(label="all weights", values={"methods": [], "lora_r": 0}, pickable=False))
+    tokens = plain.pop("token_selection", None)
+    if tokens is not None:
+        chunked = plain_values(methods["token_selection"].dense_limit())
+        found += [
+            Candidate(label=f"{train} + chunked loss", values={"methods": [chunked]}),
+            Candidate(label=f"{train} + chunked loss + checkpointing", values={"methods": [chunked], **again}),
+            Candidate(label="token_selection", values={"methods": [tokens]}),
+            Candidate(label="token_selection + checkpointing", values={"methods": [tokens], **again}),
+        ]
+    found += [Candidate(label=name, values={"methods": [values]}) for name, values in plain.items()]
+    spt = [plain_values(config) for config in PRESETS["spt"]]
+    found.append(Candidate(label="spt", values={"methods": spt}))
+    if tokens is not None:
+        found.append(Candidate(label="token_selection + spt", values={"methods": [tokens, *spt]}))
+    return found
+
+
+class Predictor:
+    """Outlines of recipes on one model, from the cache where they are there.
+
+    Args:
+        model: what is trained.
+        base: recipe keys of all candidates (model, task, lora_r, …).
+        bf16: as `outline`.
+        cache: folder of stored outlines; None: none.
+        gpu: refuse what runs well on a CPU alone.
+    """
+
+    def __init__(
+        self, model: ModelConfig, base: dict[str, Any], *, bf16: bool, cache: Path | None, gpu: bool = False
+    ) -> None:
+        self.model, self.base, self.bf16, self.cache, self.gpu = model, base, bf16, cache, gpu
+        self.traced = 0
+
+    def recipe(self, candidate: Candidate) -> Recipe:
+        return Recipe.from_values({"data": "none", **self.base, "model": self.model.name, **candidate.values})
+
+    def methods(self, candidate: Candidate) -> list[dict[str, Any]]:
+        return [plain_values(config) for config in self.recipe(candidate).configs]
+
+    def outline(self, candidate: Candidate) -> Outline:
+        """Trace a candidate, or read what an earlier process traced.
+
+        Raises:
+            ValueError: the recipe does not fit the model.
+        """
+        recipe = self.recipe(candidate)
+        if self.gpu and (reason := unable(ops_of(recipe), gpu=True)):  # known before anything is traced
+            raise ValueError(reason)
+        path = None if self.cache is None else self.cache / f"{self._key(recipe)}.json"
+        if path is not None and (stored := load_outline(path)) is not None:
+            return stored
+        from transformers import AutoConfig
+
+        from sparsetrain.hf.outline import outline
+
+        values = dict(self.model.values)
+        found = outline(recipe, AutoConfig.for_model(**values), bf16=self.bf16)
+        self.traced += 1
+        if path is not None:
+            store_outline(found, path)
+        return found
+
+    def _key(self, recipe: Recipe) -> str:
+        """Names what an outline depends on: the model, how it is trained, and the code that was traced."""
+        trained = {key: getattr(recipe, key) for key in ("task", "lora_r", "lora_targets", "lora_alpha", "methods")}
+        trained |= {"again": recipe.gradient_checkpointing != "none", "bf16": self.bf16, "config": self.model.values}
+        trained["methods"] = [plain_values(config) for config in recipe.configs]
+        trained["versions"] = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
+        trained["code"] = _code()
+        return hashlib.sha256(json.dumps(trained, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def _code() -> str:
+    """A hash of sizes and times of the package's files, so that a changed kernel or method is traced again."""
+    root = Path(__file__).parent.parent
+    files = sorted(path for path in root.rglob("*.py") if "cli" not in path.parts)
+    stamps = [(str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(stamps).encode()).hexdigest()
+
+
+def ops_of(recipe: Recipe) -> tuple[str, ...]:
+    """The operations that a recipe's methods call: what their modules import from `ops`."""
+    found = set()
+    for config in recipe.configs:
+        module = import_module(f"{type(config).__module__.rpartition('.')[0]}.module")
+        homes = [str(getattr(value, "__module__", "")) for value in vars(module).values()]
+        found |= {home.split(".")[2] for home in homes if home.startswith("sparsetrain.ops.")}
+    return tuple(sorted(found))
+
+
+def unable(ops: tuple[str, ...], *, gpu: bool) -> str | None:
+    """Why operations cannot run well on a GPU: they have a CPU kernel and no Triton one."""
+    missing = [op for op in ops if gpu and _has(op, "cpu") and not _has(op, "triton")]
+    if not missing:
+        return None
+    return f"{' and '.join(missing)}: no GPU kernel in this version, and the reference form is slower than dense"
+
+
+def _has(op: str, backend: str) -> bool:
+    package = f"sparsetrain.ops.{op}"
+    return util.find_spec(package) is not None and util.find_spec(f"{package}.{backend}") is not None
+
+
+def is_cpu(rates: MachineRates) -> bool:
+    """Whether the rates are those of a CPU: only there exponentials have a rate of their own."""
+    return rates.exp_per_s is not None
+
+
+def dense_and(recipe: Recipe, base: dict[str, Any]) -> list[Candidate]:
+    """The recipe's own methods beside dense training, each with and without checkpointing."""
+    again = {"gradient_checkpointing": "non-reentrant"}
+    dense = [c for c in candidates(base) if not c.values["methods"]]
+    name = " + ".join(config.method for config in recipe.configs) or "dense"
+    own = {"methods": [plain_values(config) for config in recipe.configs]}
+    return [
+        *dense,
+        Candidate(label=name, values=own),
+        Candidate(label=f"{name} + checkpointing", values=own | again),
+    ]
+
+
+def predict(
+    predictor: Predictor, question: Question, only: list[Candidate] | None = None, *, fit: str | None = None
+) -> Answer:
+    """Predict memory and time of every candidate, and pick.
+
+    Args:
+        predictor: of the model.
+        question: the goal.
+        only: the candidates, the first of which is the baseline; by default all of `candidates`.
+        fit: `seq` or `batch`: pick for the longest sequence or the largest batch instead, which the picked row holds.
+    """
+    asked = only or candidates(predictor.base)
+    return answer(
+        question,
+        asked,
+        predictor.outline,
+        predictor.methods,
+        lambda outline: unable(outline.ops, gpu=predictor.gpu),
+        fit=fit,
+    )
+
+
+def usable_bytes(memory_bytes: int, rates: MachineRates) -> int:
+    """What is left for tensors of a memory limit."""
+    return max(0, memory_bytes - RESERVE_BYTES["cpu" if is_cpu(rates) else "gpu"])
+
+
+def recipe_yaml(answer: Answer, predictor: Predictor, data: str | None) -> str:
+    """The picked recipe as a file for `finetune --recipe`; without `data`, that flag has to be given there."""
+    import yaml
+
+    assert answer.picked is not None
+    recipe = predictor.recipe(answer.picked.candidate)
+    values = recipe.model_dump(exclude_none=True, exclude={"resume", "data", "output"})
+    defaults = Recipe.from_values({"model": "m", "data": "d", "methods": []}).model_dump()
+    kept = {key: value for key, value in values.items() if key in ("model", "methods") or value != defaults.get(key)}
+    tokens, batch = answer.shape
+    kept |= {"seq_len": tokens, "batch_size": batch, "grad_accum": answer.question.grad_accum}
+    if data is not None:
+        kept["data"] = data
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+
+
+def answer_values(answer: Answer, predictor: Predictor) -> dict[str, Any]:
+    """Plain values of an answer, for JSON."""
+    question = asdict(answer.question)
+    return {
+        "model": predictor.model.name,
+        "question": question,
+        "rows": [row.to_dict() for row in answer.rows],
+        "picked": None if answer.picked is None else answer.picked.candidate.label,
+        "reasons": list(answer.reasons),
+        "nearest": list(answer.nearest),
+        "refused": {row.candidate.label: row.refused for row in answer.rows if row.refused},
+        "traced": predictor.traced,
+    }

@@ -1,0 +1,136 @@
+"""Hollow tensors: floating-point tensors have shapes and no values, integers and booleans are real.
+
+PyTorch's fake tensors alone cannot trace what chooses: a router's loads, a list of key blocks, a selected token are
+read on the host. So here integer and boolean tensors are computed. Where an integer would follow from floating-point
+values (the indices of a sort or a top-k, an arg-max) it is drawn: sorts give random permutations, so every choice is as
+if the scores were random, loads are about even and lists are full. A comparison of floating-point values is False. That
+is what a memory or FLOP count wants to know of a choice, and no method needs a table of its own.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+MOST_VALUES = 2**22
+"""Integer tensors above this size (4 M values) are hollow too: at 32k tokens a dense mask would be 1 GiB."""
+
+_aten = torch.ops.aten
+_SORTS = {_aten.sort.default, _aten.sort.stable, _aten.topk.default, _aten.argsort.default, _aten.argsort.stable}
+_ARGS = {_aten.argmax.default, _aten.argmin.default, _aten.max.dim, _aten.min.dim}
+_READS = (DynamicOutputShapeException, DataDependentOutputException)
+
+
+class Hollow(TorchDispatchMode):
+    """Inside this mode new floating-point tensors are hollow; `with Hollow(): ...` traces a training step.
+
+    `after`, if set, is called with every op and its results.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.seed = seed
+        self.random = torch.Generator()
+        self.after: Any = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        out = self._run(func, args, kwargs or {})
+        if self.after is not None:
+            self.after(func, args, kwargs or {}, out)
+        return out
+
+    def _run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if func is torch.ops.prim.device.default:  # a third of all calls
+            return torch.device("cpu")
+        given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        real = not any(isinstance(x, FakeTensor) for x in given)
+        if func is _aten._local_scalar_dense.default and not real:
+            return _a_value(args[0].dtype)
+        if real and given and _stays_small(given):
+            out = func(*args, **kwargs)
+            if not any(x.is_floating_point() for x in tree_flatten(out)[0] if isinstance(x, Tensor)):
+                return out
+        if not real and func is _aten.index.Tensor:
+            args = (args[0], [_positions(x) for x in args[1]])
+        try:
+            with self.fake:
+                out = func(*args, **kwargs)
+        except _READS:
+            if not real:
+                raise
+            out = None
+        results = [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)]
+        if real and all(_has_values(x) for x in results):
+            return func(*args, **kwargs)
+        if all(x.is_floating_point() for x in results):
+            return out
+        return tree_map_only(FakeTensor, lambda x: self._drawn(func, args, kwargs, x), out)
+
+    def _drawn(self, func: Any, args: Any, kwargs: dict[str, Any], like: Tensor) -> Tensor:
+        """Values for an integer result that follows from floating-point ones."""
+        if not _has_values(like):
+            return like
+        shape = like.shape
+        # the same draw for the same question, so that a recomputed block chooses as it did in its forward
+        self.random.manual_seed(zlib.crc32(f"{self.seed} {func} {tuple(shape)}".encode()))
+        if like.dtype == torch.bool:
+            return torch.zeros(shape, dtype=torch.bool)
+        if func in _SORTS:
+            return self._permutations(func, args, kwargs, shape).to(like.dtype)
+        if func in _ARGS:
+            size = args[0].numel() if len(args) < 2 or args[1] is None else args[0].shape[args[1]]
+            return torch.randint(max(1, size), shape, generator=self.random, dtype=torch.int64).to(like.dtype)
+        if func is _aten.view.dtype:
+            return torch.randint(2**30, shape, generator=self.random, dtype=torch.int64).to(like.dtype)
+        return torch.zeros(shape, dtype=like.dtype)
+
+    def _permutations(self, func: Any, args: tuple, kwargs: dict[str, Any], shape: torch.Size) -> Tensor:
+        """Random orders along the sorted dimension; for a top-k their first k."""
+        if not shape:
+            return torch.zeros(shape, dtype=torch.int64)
+        named = {argument.name: args[i] for i, argument in enumerate(func._schema.arguments[: len(args)])} | kwargs
+        dim = named.get("dim", -1)
+        size = list(shape)
+        size[dim] = args[0].shape[dim]
+        if torch.Size(size).numel() > 8 * MOST_VALUES:  # 32 M random numbers take a second: here order is not needed
+            return torch.randint(size[dim], shape, generator=self.random)
+        return torch.rand(size, generator=self.random).argsort(dim).narrow(dim, 0, shape[dim])
+
+
+def _has_values(x: Tensor) -> bool:
+    return not x.is_floating_point() and not x.is_complex() and x.numel() <= MOST_VALUES
+
+
+def _stays_small(given: list[Tensor]) -> bool:
+    """Whether an op on these integers can be run before the size of its result is known."""
+    bound = 1
+    for x in given:
+        if x.is_floating_point():
+            return False
+        bound *= max(1, x.numel())
+    return bound <= MOST_VALUES
+
+
+def _positions(index: Any) -> Any:
+    """A boolean index of real values as integers, so that the result's shape is known."""
+    if not isinstance(index, Tensor) or index.dtype != torch.bool or isinstance(index, FakeTensor):
+        return index
+    return index.nonzero().squeeze(1) if index.ndim == 1 else index
+
+
+def _a_value(dtype: torch.dtype) -> Any:
+    if dtype.is_floating_point:
+        return 1.0
+    return False if dtype == torch.bool else 0

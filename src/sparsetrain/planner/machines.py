@@ -1,0 +1,111 @@
+"""What a machine can do, as a few rates: the built-in ones (machines.json, with their sources) or one measured here.
+
+`sparsetrain bench` writes the same layout, so that `plan --gpu measured.json` answers for the user's own machine:
+
+    {"machine": "H100", "gemm_flops": {"bf16": 6.2e14}, "copy_bytes_per_s": 2.9e12, "attention_flops": 5.0e14,
+     "methods": {"routed_ffn": [{"tokens": 4096, "hidden": 4096, "speedup": 1.6}]}}
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sparsetrain.core.config import suggest
+
+DTYPES = ("fp32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineRates:
+    """Rates that a training step reaches, not peaks of a data sheet.
+
+    Args:
+        machine: its name, for people.
+        gemm_flops: dtype (`fp32`, `bf16`) -> FLOP/s of a large matrix product.
+        copy_bytes_per_s: bytes read and written per second by an elementwise operation.
+        attention_flops: FLOP/s of dense fused attention, forward and backward together, causal pairs counted once.
+        exp_per_s: exponentials per second, where they bound softmax and activations (CPU); None: bytes bound them.
+        call_s: seconds an operation costs however small it is.
+        memory_bytes: what a process may use; None: not known.
+        methods: method -> what was timed here: the shape, and `speedup`, dense time / sparse time of the part that the
+            method replaces (tokens: the sequence length).
+        source: where the rates come from.
+        measured: measured on that very machine by this package.
+    """
+
+    machine: str
+    gemm_flops: dict[str, float]
+    copy_bytes_per_s: float
+    attention_flops: float
+    exp_per_s: float | None = None
+    call_s: float = 0.0
+    memory_bytes: int | None = None
+    methods: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    source: str = ""
+    measured: bool = False
+
+    def __post_init__(self) -> None:
+        rates = {"copy_bytes_per_s": self.copy_bytes_per_s, "attention_flops": self.attention_flops}
+        rates |= {f"gemm_flops[{name}]": value for name, value in self.gemm_flops.items()}
+        wrong = {name: value for name, value in rates.items() if not value > 0}
+        if wrong or not self.gemm_flops:
+            raise ValueError(f"machine {self.machine!r}: {wrong or 'gemm_flops is empty'}. Rates must be positive.")
+        if unknown := set(self.gemm_flops) - set(DTYPES):
+            raise ValueError(f"machine {self.machine!r}: gemm_flops of {sorted(unknown)}. Dtypes: {', '.join(DTYPES)}.")
+
+    def gemm(self, dtype: str) -> float:
+        """FLOP/s of a matrix product; the other dtype's rate where this one was not timed."""
+        return self.gemm_flops.get(dtype) or next(iter(self.gemm_flops.values()))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MachineRates:
+        """Rebuild rates from JSON values; keys of a later layout are left out.
+
+        Raises:
+            ValueError: a key is missing, or a rate is not positive.
+        """
+        known = {name for name in cls.__dataclass_fields__}
+        needed = {"machine", "gemm_flops", "copy_bytes_per_s", "attention_flops"}
+        if missing := needed - set(values):
+            raise ValueError(f"machine rates lack {', '.join(sorted(missing))}. `sparsetrain bench` writes them all.")
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+    def save(self, path: str | Path) -> None:
+        """Write the rates as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+@cache
+def known_machines() -> dict[str, MachineRates]:
+    """The built-in machines by the name that `--gpu` takes."""
+    text = (Path(__file__).parent / "machines.json").read_text(encoding="utf-8")
+    return {name: MachineRates.from_dict(values) for name, values in json.loads(text).items()}
+
+
+def machine_rates(name: str) -> MachineRates:
+    """The rates of a built-in machine, or of a file that `sparsetrain bench` wrote.
+
+    Raises:
+        ValueError: neither a known name nor a readable file.
+    """
+    machines = known_machines()
+    if name.lower() in machines:
+        return machines[name.lower()]
+    path = Path(name)
+    if not path.is_file():
+        near = suggest(name.lower(), machines)
+        raise ValueError(f"unknown machine {name!r}.{near} Known: {', '.join(machines)}; or give a measured.json.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it holds no object")
+        return MachineRates.from_dict(values)
+    except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} holds no machine rates: {error}") from None

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sparsetrain.cli.predict import parse_bytes
+from tests.cli.conftest import Call
+from tests.hf.test_predict import config_file  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSETRAIN_CACHE", str(tmp_path / "cache"))
+
+
+def test_sizes() -> None:
+    assert parse_bytes("24GB") == 24 * 10**9 and parse_bytes("1.5 gib") == 3 * 2**29 and parse_bytes("7") == 7
+    for wrong in ("many", "-1GB", "0", "3 apples"):
+        with pytest.raises(ValueError, match="is no size"):
+            parse_bytes(wrong)
+
+
+def test_a_goal_is_answered_and_written(call: Call, config_file: Path, tmp_path: Path) -> None:  # noqa: F811
+    written, drawn = tmp_path / "plan.yaml", tmp_path / "plan.png"
+    flags = ("plan", "--model", config_file, "--lora-r", 4, "--seq", 128, "--preset", "dense")
+    told = call(*flags, "--memory", "1GB", "--write", written, "--plot", drawn)
+    assert told.code == 0 and "Take: LoRA" in told.out and "finetune --recipe" in told.out
+    assert yaml.safe_load(written.read_text())["seq_len"] == 128
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    longest = call(*flags, "--memory", "1GB", "--fit", "seq", "--json").json
+    assert longest["ok"] and longest["rows"][0]["longest"] > 128 and longest["traced"] == 0
+
+
+def test_an_impossible_goal_ends_with_1_and_says_the_nearest(call: Call, config_file: Path) -> None:  # noqa: F811
+    told = call(
+        "plan", "--model", config_file, "--lora-r", 4, "--seq-len", 128, "--preset", "dense", "--memory", "450.1MB"
+    )
+    assert told.code == 1 and "Nearest possible" in told.out and "GB for what was asked" in told.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--goal", "spede"), "Did you mean 'speed'"),
+        (("--gpu", "h20"), "Did you mean 'h200'"),
+        (("--fit", "seq"), "needs --memory"),
+        (("--memory", "lots"), "is no size"),
+    ],
+)
+def test_wrong_goals_are_explained(call: Call, config_file: Path, flags: tuple[str, ...], message: str) -> None:  # noqa: F811
+    told = call("plan", "--model", config_file, *flags)
+    assert told.code == 2 and message in told.err

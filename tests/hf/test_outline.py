@@ -1,0 +1,132 @@
+"""The prediction against steps that really run, on tiny models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
+
+from sparsetrain import plan, sparsify
+from sparsetrain.hf.assemble import add_lora
+from sparsetrain.hf.outline import example_batch, fit_lengths, outline, recompute, training_step
+from sparsetrain.hf.recipe import Recipe
+from sparsetrain.measure.memory import saved_activations, static_memory
+from sparsetrain.planner.memory import peak_bytes
+from sparsetrain.planner.tracing import trace_step
+from sparsetrain.surgery.plan import blank_state
+
+PQ = {"method": "pq_attention", "keep_ratio": 0.5, "block_q": 16, "block_k": 8, "layers": [2, 3], "local_tokens": 4}
+FFN = {"method": "routed_ffn", "num_blocks": 4, "shared_ratio": 0.25, "partition": "clustered", "layers": [1, 3],
+       "compensation_rank": 4}  # fmt: skip
+TOKENS = {"method": "token_selection"}
+AGAIN = {"gradient_checkpointing": "non-reentrant"}
+WAYS: dict[str, dict[str, Any]] = {
+    "full": {"lora_r": 0},
+    "lora": {"lora_r": 4},
+    "checkpointing": {"lora_r": 4, **AGAIN},
+    "tokens": {"lora_r": 4, "methods": [TOKENS]},
+    "spt": {"lora_r": 4, "methods": [PQ, FFN]},
+    "all": {"lora_r": 4, "methods": [TOKENS, PQ, FFN], **AGAIN},
+}
+
+
+def llama() -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=97, max_position_embeddings=8192,
+    )  # fmt: skip
+
+
+def gemma() -> Gemma3TextConfig:
+    return Gemma3TextConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=97, max_position_embeddings=512, sliding_window=32,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    )  # fmt: skip
+
+
+def recipe(**values: Any) -> Recipe:
+    return Recipe.from_values({"model": "tiny", "data": "none", "methods": [], "seq_len": 128, **values})
+
+
+def real(asked: Recipe, config: Any) -> tuple[nn.Module, Any]:
+    """The model with weights and all layers, and its step."""
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config)
+    handle = None
+    if asked.methods:
+        handle = sparsify(model, *asked.configs, state=blank_state(plan(model, *asked.configs).edits))
+    model = add_lora(model, asked, handle, [])
+    model.train()
+    if asked.gradient_checkpointing != "none":
+        recompute(model)
+    return model, training_step(model, handle, example_batch(asked, config, asked.seq_len, rows=1), False)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_prediction_equals_a_real_step_of_all_layers(way: str) -> None:
+    asked = recipe(**WAYS[way])
+    found = outline(asked, llama(), bf16=False, lengths=(128,))
+    peak = found.peak(128)
+    model, step = real(asked, llama())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    step().backward()
+    optimizer.step()
+    static = static_memory(model, optimizer)
+    assert found.static.parameters_trainable == static.parameters_trainable
+    assert found.static.parameters_frozen == static.parameters_frozen
+    assert found.static.gradients == static.gradients
+    assert found.static.optimizer == static.optimizer_trainable
+    optimizer.zero_grad(set_to_none=True)
+    saved = saved_activations(model, step)
+    assert sum(peak.saved_in_full.values()) == pytest.approx(saved.total, rel=0.03)
+    for name, size in saved.by_component.items():
+        assert peak.saved_in_full[name] == pytest.approx(size, rel=0.1, abs=0.01 * saved.total), name
+    trace = trace_step(model, step, None)
+    live, most = 0.0, float(static.gradients)
+    for segment in (trace.before, *trace.forward, trace.head, *reversed(trace.backward)):
+        most = max(most, live + segment.peak)
+        live += segment.kept
+    moved = peak.total - (found.static.parameters_trainable + found.static.parameters_frozen)
+    assert moved - found.static.buffers - found.static.optimizer == pytest.approx(most, rel=0.1)
+
+
+def test_hybrid_layers_are_traced_once_a_kind_and_the_walk_equals_the_whole() -> None:
+    asked = recipe(lora_r=4)
+    found = outline(asked, gemma(), bf16=False, lengths=(128,))
+    assert found.layout.of_block == (0, 1, 2, 1) and len(found.traces[128].forward) == 3
+    model, step = real(asked, gemma())
+    whole = trace_step(model, step, None)
+    again = peak_bytes(whole, type(found.layout)(of_block=(0, 1, 2, 3)), found.static)
+    assert found.peak(128).total == pytest.approx(again.total, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("methods", "within"),
+    # a routed FFN's tiles stop growing at 1,024 rows, which no parabola through shorter lengths knows: 6 % too much
+    [([], 0.01), ([TOKENS], 0.02), ([TOKENS, FFN], 0.1)],
+)
+def test_other_lengths_and_batches_follow_from_three(methods: list[dict[str, Any]], within: float) -> None:
+    asked = recipe(lora_r=4, methods=methods)
+    three = outline(asked, llama(), bf16=False, lengths=(512, 1024, 2048))
+    direct = outline(asked, llama(), bf16=False, lengths=(4096,))
+    assert three.peak(4096).total == pytest.approx(direct.peak(4096).total, rel=within)
+    assert three.work(4096)["gemm"][0] == pytest.approx(direct.work(4096)["gemm"][0], rel=0.02)
+    grown = three.peak(1024, 4).total - three.peak(1024, 2).total
+    assert grown == pytest.approx(2 * (three.peak(1024, 2).total - three.peak(1024, 1).total), rel=0.02)
+
+
+def test_lengths_lie_beyond_the_floor_of_keys_and_the_window() -> None:
+    assert fit_lengths(recipe()) == (256, 512, 1024)
+    assert fit_lengths(recipe(methods=[{"method": "pq_attention", "keep_ratio": 0.125}])) == (512, 1024, 2048)
+    assert fit_lengths(recipe(), window=1024) == (2048, 3072, 4096)
+
+
+def test_bf16_halves_frozen_weights() -> None:
+    half = outline(recipe(lora_r=4), llama(), bf16=True, lengths=(64,)).static
+    full = outline(recipe(lora_r=4), llama(), bf16=False, lengths=(64,)).static
+    assert half.parameters_frozen * 2 == full.parameters_frozen
+    assert half.parameters_trainable == full.parameters_trainable, "PEFT keeps its factors in fp32"

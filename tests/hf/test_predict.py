@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsetrain.hf.predict import (
+    Predictor,
+    built_in_configs,
+    candidates,
+    predict,
+    read_config,
+    recipe_yaml,
+    unable,
+    usable_bytes,
+)
+from sparsetrain.hf.recipe import Recipe
+from sparsetrain.planner.machines import known_machines
+from sparsetrain.planner.search import Question
+from tests.hf.test_outline import llama
+
+CPU = known_machines()["cpu"]
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(llama().to_dict(), default=str))
+    return path
+
+
+def test_configs_are_found_by_file_folder_short_and_hub_name(config_file: Path) -> None:
+    assert read_config(str(config_file)).values == read_config(str(config_file.parent)).values
+    assert read_config("llama-3-8b").name == "meta-llama/Meta-Llama-3-8B"
+    assert read_config("Qwen/Qwen2.5-7B").values["num_hidden_layers"] == 28
+    assert read_config("qwen2.5-7b").context == 131072
+    config_file.write_text("{}")
+    with pytest.raises(ValueError, match="no model_type"):
+        read_config(str(config_file))
+
+
+def test_built_in_configs_make_models_of_the_known_sizes() -> None:
+    from transformers import AutoConfig
+
+    from sparsetrain.hf.assemble import empty_model, num_parameters
+
+    billions = {"llama-3-8b": 8.03, "qwen2.5-7b": 7.62, "gemma-3-12b": 11.77, "qwen2.5-0.5b": 0.494,
+                "llama-3.1-8b": 8.03, "llama-3.2-1b": 1.236, "mistral-7b": 7.24}  # fmt: skip
+    assert set(built_in_configs()) == set(billions)
+    for name, size in billions.items():
+        model = empty_model(AutoConfig.for_model(**read_config(name).values), "lm")
+        assert num_parameters(model)[0] / 1e9 == pytest.approx(size, rel=0.01), name
+
+
+def predictor(config_file: Path, cache: Path | None) -> Predictor:
+    base: dict[str, Any] = {"lora_r": 4, "seq_len": 128, "batch_size": 2, "grad_accum": 1}
+    return Predictor(read_config(str(config_file)), base, bf16=False, cache=cache)
+
+
+def test_a_plan_is_cached_and_its_recipe_is_one_that_finetune_takes(config_file: Path, tmp_path: Path) -> None:
+    first = predictor(config_file, tmp_path / "cache")
+    some = [c for c in candidates(first.base) if c.label in ("LoRA", "LoRA + checkpointing", "token_selection")]
+    question = Question(tokens=128, batch=2, rates=CPU)
+    made = predict(first, question, some)
+    again = predictor(config_file, tmp_path / "cache")
+    assert predict(again, question, some).rows == made.rows
+    assert first.traced == 3 and again.traced == 0
+    path = tmp_path / "plan.yaml"
+    path.write_text(recipe_yaml(made, first, data=None))
+    recipe = Recipe.from_yaml(path, {"data": "text.txt"})
+    assert recipe.seq_len == 128 and recipe.batch_size == 2 and recipe.lora_r == 4
+    assert made.picked and made.picked.risk.exact
+
+
+def test_every_method_is_a_candidate_and_none_is_dropped_without_a_reason(config_file: Path) -> None:
+    from sparsetrain.core.config import registered_methods
+
+    labels = {c.label for c in candidates({"lora_r": 4})}
+    assert set(registered_methods()) <= labels and {"LoRA", "all weights", "spt"} <= labels
+    assert all(c.label != "LoRA" for c in candidates({"lora_r": 0}))
+
+
+def test_a_gpu_refuses_what_has_a_kernel_for_cpus_alone(config_file: Path) -> None:
+    assert "routed_ffn" in (unable(("routed_ffn", "token_selection"), gpu=True) or "")
+    assert unable(("routed_ffn",), gpu=False) is None
+    planner = Predictor(read_config(str(config_file)), {"lora_r": 4}, bf16=True, cache=None, gpu=True)
+    spt = next(c for c in candidates(planner.base) if c.label == "spt")
+    with pytest.raises(ValueError, match="no GPU kernel"):
+        planner.outline(spt)
+    assert planner.traced == 0
+    assert usable_bytes(10**9, CPU) == 550_000_000 and usable_bytes(1, CPU) == 0
