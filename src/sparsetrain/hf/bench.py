@@ -171,7 +171,7 @@ def _cut(config: Any, layers: int) -> None:
 
 def _parts(dense: Parts, configs: tuple[MethodConfig, ...]) -> Parts:
     recipe = dense.recipe.model_copy(update={"methods": [plain_values(config) for config in configs]})
-    return Parts(**{name: getattr(dense, name) for name in dense.__dataclass_fields__} | {"recipe": recipe})
+    return dataclasses.replace(dense, recipe=recipe)
 
 
 def _checked(name: str, configs: tuple[MethodConfig, ...], parts: Parts, base: nn.Module) -> Outcome:

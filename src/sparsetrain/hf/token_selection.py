@@ -62,7 +62,7 @@ def selecting(handle: Handle, batch: dict[str, Any], num_items: Any = None) -> I
         num_items = None if num_items is None else num_items * share
     if num_items is not None:
         chosen["num_items_in_batch"] = num_items
-    if per_token and not selector.causal:
+    if labels is not None and per_token and not selector.causal:
         # the losses of masked language models are written into their forwards: they are given fewer rows of both
         chosen["labels"] = _only_used(rows.to(labels.device).gather(chosen["labels"]), rows)
     weighed: list[bool] = []

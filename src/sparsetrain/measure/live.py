@@ -73,7 +73,7 @@ class LiveRecord(TorchDispatchMode):
         super().__init__()
         self._following = following
         self._blocks: dict[int, _Block] = {}
-        self._now = dict.fromkeys(PARTS, 0)
+        self._now: dict[str, int] = dict.fromkeys(PARTS, 0)
         self._peak: Moment | None = None
         self._peak_place = Place("other")
         self._temporary = 0

@@ -48,7 +48,8 @@ def dense_forward(mixin: type, module: Any, *args: Any, **kwargs: Any) -> Any:
     kind = type(module.__dict__["_module"]) if isinstance(module, View) else type(module)
     below = next(c for c in kind.__mro__ if c.__dict__.get("mixin") is mixin).dense_class  # type: ignore[attr-defined]
     if isinstance(module, View):
-        return _on_view(below, module, *args, **kwargs)
+        on_view: Any = _on_view
+        return on_view(below, module, *args, **kwargs)
     return below.forward(module, *args, **kwargs)
 
 
