@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from sparsetrain.hf.recipe import Recipe
-from tests.cli.conftest import Call
+from tests.cli.conftest import Call, save_llama
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -30,7 +30,8 @@ def test_the_python_example(llama: Path, text: Path, tmp_path: Path) -> None:
     assert len(values) == 4 and values[2] == pytest.approx(values[3], rel=1e-2)  # the saved adapter is the trained one
 
 
-def test_the_demo_s_recipe(call: Call, llama: Path, text: Path, tmp_path: Path) -> None:
+def test_the_demo_s_recipe(call: Call, text: Path, tmp_path: Path) -> None:
+    llama = save_llama(tmp_path / "model", num_hidden_layers=30)  # the recipe names layers
     values = yaml.safe_load((EXAMPLES / "demo.yaml").read_text())
     recipe = Recipe.from_yaml(EXAMPLES / "demo.yaml")
     assert recipe.compare == "dense" and recipe.seq_len >= 1024 and recipe.methods
