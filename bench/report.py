@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,61 @@ def steps(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def frontier(results: dict[str, Any]) -> list[str]:
+    """One row a configuration of `bench/methods/routed_ffn/frontier.py`; a dash where it was not measured."""
+    lengths = sorted({int(tokens) for row in results["rows"].values() for tokens in row.get("speedup", {})})
+    heads = [f"FFN, dense / ours, {tokens:,} tokens" for tokens in lengths]
+    lines = [
+        "| configuration | always on | blocks, active | β | layers | × dense perplexity | " + " | ".join(heads) + " |"
+    ]
+    lines.append("|" + " --- |" * (6 + len(lengths)))
+    for name, row in results["rows"].items():
+        config, speed = row["config"], row.get("speedup", {})
+        quality = f"{row['times_dense']:.3f}" if "times_dense" in row else "–"
+        speeds = [f"{speed[str(t)]['median']:.2f}" if str(t) in speed else "–" for t in lengths]
+        lines.append(
+            f"| {name} | {config['shared_ratio']:.0%} | {config['num_blocks']}, {config['num_active']} "
+            f"| {config['active_ratio']:.2f} | {len(config['layers'])} | {quality} | " + " | ".join(speeds) + " |"
+        )
+    return lines
+
+
+def tokens(results: dict[str, Any]) -> list[str]:
+    lines = ["| part | r | tokens | dense / ours | quartiles | target | verdict |", "|" + " --- |" * 7]
+    for row in results["results"]:
+        lines.append(
+            f"| {row['part']} | {row['ratio']} | {row['tokens']:,} | {row['median']:.2f} "
+            f"| {row['q1']:.2f}–{row['q3']:.2f} | {row['target']:.2f} | {row['verdict']} |"
+        )
+    return lines
+
+
+def accuracy(results: dict[str, Any]) -> list[str]:
+    """Predicted against measured peak, and the worst relative error among peak and components."""
+    lines = ["| model / recipe / tokens | predicted peak, MB | measured peak, MB | worst error | static bytes |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    for name, cell in results["cells"].items():
+        lines.append(
+            f"| {name} | {cell['predicted']['peak'] / 1e6:,.0f} | {cell['measured']['peak'] / 1e6:,.0f} "
+            f"| {max(map(abs, cell['errors'].values())):.1%} | {'exact' if cell['static_exact'] else 'off'} |"
+        )
+    return lines
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "selected_attention": attention,
+    "flood_fill": patterns,
+    "routed_ffn": ffn,
+    "routed_ffn_frontier": frontier,
+    "token_selection": tokens,
+    "planner_accuracy": accuracy,
+    "steps": steps,
+}
+
+
 def main() -> None:
     page = PAGE.read_text()
-    tables = {"selected_attention": attention, "flood_fill": patterns, "routed_ffn": ffn, "steps": steps}
-    for name, table in tables.items():
+    for name, table in TABLES.items():
         file = ROOT / "results" / f"{name}.json"
         if not file.exists():
             print(f"{file.name} is not there; its table is left as it is")

@@ -26,7 +26,7 @@ def test_it_answers_with_every_required_package_and_a_measured_speed(call: Call)
     checks = {check["name"]: check for check in result.json["checks"]}
     assert set(module.REQUIRED) <= set(checks)
     assert result.json["ready"] and result.json["ok"] and result.code == 0
-    rates = re.findall(r"(fp32|bf16|fp16) ([\d,]+)", checks["formats on cpu"]["found"])
+    rates = re.findall(r"(fp32|bf16|fp16) ([\d,.]+)", checks["formats on cpu"]["found"])
     assert {name for name, _ in rates} >= {"fp32", "bf16"}
     assert all(float(rate.replace(",", "")) > 0 for _, rate in rates)
     assert "smollm2-135m" in str(checks)

@@ -163,7 +163,10 @@ def _formats(device: str) -> Check:
 
     gflops = {name: found for name, kind in FORMATS.items() if (found := gemm_gflops(device, kind)) is not None}
     shares = {name: "" if name == "fp32" else f" ({rate / gflops['fp32']:.1f}x)" for name, rate in gflops.items()}
-    text = ", ".join(f"{name} {rate:,.0f}{shares[name]}" for name, rate in gflops.items()) + " GFLOP/s"
+    text = (
+        ", ".join(f"{name} {rate:,.{0 if rate >= 10 else 1}f}{shares[name]}" for name, rate in gflops.items())
+        + " GFLOP/s"
+    )
     ratio = gflops.get("bf16", 0.0) / gflops["fp32"]
     if ratio < 1:
         return Check(f"formats on {device}", "note", text, "bf16 saves memory here, not time: --dtype fp32 is faster.")
