@@ -25,10 +25,10 @@ demo: assets ## fine-tune SmolLM2-135M with SPT + LoRA beside dense LoRA, and wr
 	$(RUN) finetune --recipe examples/demo.yaml --output runs/demo
 
 test: assets ## all tests that run without a GPU
-	$(PY) -m pytest -m "not gpu and not slow"
+	$(PY) -m pytest -n auto -m "not gpu and not slow"
 
 test-slow: assets ## the slow tests
-	$(PY) -m pytest -m "slow and not gpu"
+	$(PY) -m pytest -n auto -m "slow and not gpu"
 
 test-gpu: setup ## the tests that need a GPU
 	$(PY) -m pytest -m gpu
