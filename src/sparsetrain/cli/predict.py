@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,25 +125,19 @@ def _shown(found: Any, predictor: Any, goal: Goal, memory: int | None, yaml: str
         notes.append(f"Of {memory / 1e9:.1f} GB, {kept / 1e9:.2f} are left to the libraries (and the GPU's context).")
     measured = "measured on this machine" if rates.measured else "not measured here"
     notes.append(f"Times: roofline of {rates.machine}, {measured}: read their order. {rates.source}")
+    if shutil.get_terminal_size().columns < WIDE:
+        notes.append(f"In a terminal of {WIDE} columns, and with --json, every component has its number.")
     hows = sorted({row.how for row in found.rows if row.how})
     notes.append(f"Memory: one block of each kind traced without weights ({'; '.join(hows)}).")
     title = (
         f"{predictor.model.name}: a training step of {question.batch} x {question.tokens:,} tokens, {question.dtype}, "
         f"{rates.machine}"
     )
-    columns = [
-        "way to train",
-        "peak",
-        "weights",
-        "grads + AdamW",
-        "saved",
-        "temporary",
-        "peak in",
-        "step",
-        *_extra(found),
-    ]
-    lines = [_line(row, found) for row in found.rows]
-    show: list[Any] = [lambda: table(title, columns, lines, right=tuple(range(1, 6)))]
+    shown = [row for row in found.rows if row.peak is not None]  # the others are refused, with their reason below
+    columns = _columns(found)
+    lines = [[_cells(row)[name] for name in columns] for row in shown]
+    right = tuple(i for i, name in enumerate(columns) if name not in (WAY, "peak in", "fits", "quality"))
+    show: list[Any] = [lambda: table(f"{title}; GB", list(columns), lines, right=right)]
     refused = [f"Refused: {row.candidate.label}: {row.refused}." for row in found.rows if row.refused]
     evens = [
         f"Break-even of {row.candidate.label}: "
@@ -172,21 +167,36 @@ def _shown(found: Any, predictor: Any, goal: Goal, memory: int | None, yaml: str
     return Answer(data=data, show=show)
 
 
-def _extra(found: Any) -> list[str]:
-    limited = ["max seq", "max batch", "fits"] if found.question.memory_bytes is not None else []
-    return [*limited, "quality"]
+WAY = "way to train"
+WIDE = 120
 
 
-def _line(row: Any, found: Any) -> list[str]:
+def _columns(found: Any) -> tuple[str, ...]:
+    """The columns of the table: all in a wide terminal, in a narrow one those that decide."""
+    wide = shutil.get_terminal_size().columns >= WIDE
+    parts = ("weights", "grads + AdamW", "saved", "temporary", "peak in") if wide else ("saved",)
+    limited = ("max seq", "max batch", "fits") if found.question.memory_bytes is not None else ()
+    return (WAY, "peak", *parts, "step", *limited, "quality")
+
+
+def _cells(row: Any) -> dict[str, str]:
     from sparsetrain.measure.units import seconds_text
 
-    quality = "exact" if row.risk.exact else "?" if row.risk.ratio is None else f"x{row.risk.ratio:.3g}"
     peak = row.peak
-    if peak is None:
-        return [row.candidate.label, *["-"] * 6, *(["-"] * 2 + ["refused"] if len(_extra(found)) > 1 else []), quality]
-    sizes = [peak.total, peak.parameters + peak.buffers, peak.gradients + peak.optimizer, sum(peak.saved.values())]
-    cells = [f"{size / 1e9:.2f}" for size in [*sizes, peak.temporary]]
-    line = [row.candidate.label, *cells, seconds_text(row.step_s)]
-    if found.question.memory_bytes is not None:
-        line += [f"{row.longest:,}", f"{row.largest:,}", "refused" if row.refused else "yes" if row.fits else "no"]
-    return [*line, quality]
+    sizes = {
+        "peak": peak.total,
+        "weights": peak.parameters + peak.buffers,
+        "grads + AdamW": peak.gradients + peak.optimizer,
+        "saved": sum(peak.saved.values()),
+        "temporary": peak.temporary,
+    }
+    return {
+        WAY: row.candidate.label.replace("checkpointing", "ckpt"),
+        **{name: f"{size / 1e9:.2f}" for name, size in sizes.items()},
+        "peak in": str(peak.phase),
+        "step": seconds_text(row.step_s),
+        "max seq": f"{row.longest or 0:,}",
+        "max batch": f"{row.largest or 0:,}",
+        "fits": "refused" if row.refused else "yes" if row.fits else "no",
+        "quality": "exact" if row.risk.exact else "?" if row.risk.ratio is None else f"x{row.risk.ratio:.3g}",
+    }
