@@ -142,7 +142,7 @@ def _weight(owner: nn.Module, name: str) -> Tensor:
 def prepare(
     model: nn.Module, planned: list[Edit], batches: list[dict[str, Tensor]], progress: Callable[[str, float], None]
 ) -> State:
-    """Convert each FFN from calibration data: always-on units, clustering, router, compensation, distillation."""
+    """Convert each FFN from calibration data: always-on units, clustering, router, compensation."""
     config: Any = planned[0].config
     if not config.needs_calibration or not batches:
         return {}
