@@ -16,7 +16,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 import sparsetrain
 import sparsetrain.methods  # enters every method in the registry
-from sparsetrain.core.anatomy import describe
+from sparsetrain.core.anatomy import describe, submodule
 from sparsetrain.core.config import MethodConfig, registered_methods
 from sparsetrain.hf.anatomy import family_limits
 from sparsetrain.surgery.support import FEATURES, UNPROVEN, check_support, why_not
@@ -424,7 +424,30 @@ def test_a_gpu_gives_what_the_cpu_gives(method: str, family: str) -> None:
     close(logits(model, {name: value.cuda() for name, value in batch.items()}).cpu(), expected, 1e-3)
 
 
+@claimed("four_bit")
+def test_four_bit_weights_train(method: str, family: str) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    case = FAMILIES[family]
+    model, batch = case.model(), case.batch()
+    for parent in [module for block in describe(model).blocks for module in submodule(model, block.name).modules()]:
+        for name, old in parent.named_children():
+            # its kernel for CPUs takes multiples of 32 alone
+            if isinstance(old, torch.nn.Linear) and old.out_features % 32 == 0 and old.in_features % 32 == 0:
+                new = bnb.nn.Linear4bit(
+                    old.in_features, old.out_features, old.bias is not None, compute_dtype=torch.float32
+                )
+                new.weight, new.bias = bnb.nn.Params4bit(old.weight.data, requires_grad=False), old.bias
+                setattr(parent, name, new.to("cpu"))
+    assert any(type(module).__name__ == "Linear4bit" for module in model.modules())
+    expected = logits(model, batch)
+    convert(model, case, example(method))
+    close(logits(model, batch), expected)
+    found = gradients(model, batch)
+    assert found and all(grad.isfinite().all() for grad in found.values())
+
+
 HELD_BY = {
+    "four_bit": test_four_bit_weights_train,
     "cpu": test_dense_limit_equals_dense_in_outputs_and_gradients,
     "gpu": test_a_gpu_gives_what_the_cpu_gives,
     "padding": test_padding_changes_nothing,
@@ -458,7 +481,7 @@ def test_what_is_not_claimed_is_refused_with_its_reason(method: str, family: str
     check_support([example(method)], describe(model), set(FEATURES) - set(refused))
 
 
-@both
+@pytest.mark.parametrize("method", [m for m in METHODS if why_not(m, "four_bit")])
 def test_quantised_weights_are_refused_before_anything_changes(method: str) -> None:
     case = FAMILIES["llama"]
     model, batch = case.model(), case.batch()

@@ -78,7 +78,8 @@ FAMILIES: dict[str, Row] = {
         transposed=True,
         norms=("ln_1", "ln_2"),
         attention_axes={"c_attn": "qkv", "c_proj": "o"},
-        limits=_CAUSAL,
+        limits=_CAUSAL
+        | {"four_bit": "its transposed layers have not been tried in 4 bits. Load the model in bf16 or fp32"},
     ),
     "OPTDecoderLayer": Row(
         attention="self_attn",

@@ -35,7 +35,6 @@ FEATURES: dict[str, str] = {
 
 UNPROVEN: dict[str, str] = {
     "fsdp2": "sharded parameters have not been tried with any method. Train on one device",
-    "four_bit": "quantised linears are read as plain weights by the methods. Load the model in bf16 or fp32",
 }
 
 

@@ -163,7 +163,8 @@ register_method(
         prepare=prepare,
         schedule=schedule,
         limits={
-            "cost": "in bidirectional models the counted FLOPs differ from the plan by more than 6 % of the dense part"
+            "four_bit": "it has not been tried on quantised models. Load the model in bf16 or fp32",
+            "cost": "in bidirectional models the counted FLOPs differ from the plan by more than 6 % of the dense part",
         },
     ),
 )

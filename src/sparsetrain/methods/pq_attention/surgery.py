@@ -183,5 +183,6 @@ register_method(
         site_names=lambda anatomy: [site.name for site in anatomy.attentions],
         prepare=prepare,
         modules_to_save=("codebook",),
+        limits={"four_bit": "it has not been tried on quantised models. Load the model in bf16 or fp32"},
     ),
 )

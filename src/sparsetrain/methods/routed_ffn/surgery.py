@@ -156,5 +156,6 @@ register_method(
         site_names=lambda anatomy: [site.name for site in anatomy.ffns if site.refused is None],
         prepare=prepare,
         modules_to_save=("router",),
+        limits={"four_bit": "its quantised linears would be read as plain weights. Load the model in bf16 or fp32"},
     ),
 )

@@ -120,6 +120,9 @@ register_method(
     Method(
         edits=edits,
         site_names=lambda anatomy: [site.name for site in anatomy.ffns if site.refused is None],
-        limits={"cost": "without sparse tensor cores its products are emulated by dense ones"},
+        limits={
+            "cost": "without sparse tensor cores its products are emulated by dense ones",
+            "four_bit": "its quantised linears would be read as plain weights. Load the model in bf16 or fp32",
+        },
     ),
 )
