@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from sparsetrain.core.anatomy import Anatomy, Undo, describe
+from sparsetrain.core.anatomy import Anatomy, AttentionSite, Undo, describe
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.core.cost import Cost
 from sparsetrain.core.errors import PlanError
@@ -184,6 +184,16 @@ def plan(model: nn.Module, *configs: MethodConfig, seq_tokens: int = 2048) -> Pl
         edits.extend(new)
     _refuse_double_claims(edits)
     return Plan(anatomy.model_class, anatomy.family, configs, tuple(edits), seq_tokens, untouched)
+
+
+def refuse_dropout(method: str, site: AttentionSite) -> None:
+    """Raise ValueError if the site drops attention weights: no sparse attention does."""
+    if site.dropout > 0:
+        raise ValueError(
+            f"{method} cannot take {site.name}: attention dropout is {site.dropout}, and sparse attention has none. "
+            "Load the model with attention dropout 0 (attention_dropout=0.0; BERT and ViT: "
+            "attention_probs_dropout_prob=0.0; GPT-2: attn_pdrop=0.0)."
+        )
 
 
 def _no_match(config: MethodConfig, anatomy: Anatomy, sites: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from sparsetrain.core.cost import Cost, attention_cost, mean_visible_keys
 from sparsetrain.methods.flood_fill_attention.config import FloodFillAttention
 from sparsetrain.methods.flood_fill_attention.module import PROBE, FloodFillSparseAttention
 from sparsetrain.methods.flood_fill_attention.schedule import AT_ONCE, SwitchSchedule, probe
-from sparsetrain.surgery.plan import Edit, Method, State, register_method
+from sparsetrain.surgery.plan import Edit, Method, State, refuse_dropout, register_method
 
 
 def edits(config: FloodFillAttention, anatomy: Anatomy, model: nn.Module) -> list[Edit]:
@@ -30,12 +30,7 @@ def edits(config: FloodFillAttention, anatomy: Anatomy, model: nn.Module) -> lis
                 f"flood_fill_attention cannot probe {site.name}: the anatomy of {anatomy.model_class} has no way into "
                 "attention (install_attention). Leave this model's attention dense."
             )
-        if site.dropout > 0:
-            raise ValueError(
-                f"flood_fill_attention cannot take {site.name}: attention dropout is {site.dropout}, and block-sparse "
-                "attention has none. Load the model with attention dropout 0 (attention_dropout=0.0; BERT and ViT: "
-                "attention_probs_dropout_prob=0.0; GPT-2: attn_pdrop=0.0)."
-            )
+        refuse_dropout("flood_fill_attention", site)
         found.append(
             Edit(
                 config=config,

@@ -14,7 +14,7 @@ from sparsetrain.core.cost import Cost, attention_cost, mean_visible_keys
 from sparsetrain.methods.pq_attention.config import SUBSPACE, PQAttention
 from sparsetrain.methods.pq_attention.module import PQSparseAttention
 from sparsetrain.ops.product_quantization import fit_codebook
-from sparsetrain.surgery.plan import Edit, Method, State, register_method
+from sparsetrain.surgery.plan import Edit, Method, State, refuse_dropout, register_method
 
 CALIBRATION_TOKENS = 4096
 """Tokens a codebook is fitted on: 16 codewords of width 8 are known well from a few thousand."""
@@ -36,12 +36,7 @@ def edits(config: PQAttention, anatomy: Anatomy, model: nn.Module) -> list[Edit]
             raise ValueError(
                 f"pq_attention cannot take {site.name}: the anatomy of {anatomy.model_class} has no way in."
             )
-        if site.dropout > 0:
-            raise ValueError(
-                f"pq_attention cannot take {site.name}: attention dropout is {site.dropout}, and no sparse attention "
-                "has it. Load the model with attention dropout 0 (attention_dropout=0.0; BERT and ViT: "
-                "attention_probs_dropout_prob=0.0; GPT-2: attn_pdrop=0.0)."
-            )
+        refuse_dropout("pq_attention", site)
         found.append(
             Edit(
                 config=config,
