@@ -428,11 +428,11 @@ def test_lora_dropout_survives_checkpointing(reentrant: bool) -> None:
 def test_sparse_context_and_selected_targets_equal_the_definition(
     family: str, methods: str, checkpointing: bool | None
 ) -> None:
-    """Selected tokens attend to all keys, others sparsely; a routed FFN treats both alike."""
+    """Selected tokens attend to all keys, others sparsely; a routed FFN treats both alike; codebooks learn from all."""
     case = FAMILIES[family]
     results = []
     routed = RoutedFFN(num_blocks=4, num_active=2, warmup_ratio=0.0, balance_weight=0.0)
-    attention = PQAttention.from_dict({**PQAttention.example().to_dict(), "codebook_weight": 0.0})
+    attention = PQAttention.from_dict({**PQAttention.example().to_dict(), "codebook_every": 1})
     configs = {"routed_ffn": (routed,), "pq_attention": (attention,), "both": (attention, routed)}[methods]
     for backend in ("reference", "auto"):
         model, batch = doubled(case)
@@ -451,6 +451,9 @@ def test_sparse_context_and_selected_targets_equal_the_definition(
         results.append((logits[rows.selected_bt] if logits.ndim == 3 else logits, found))
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-6, atol=1e-6)
     assert_same(results[1][1], results[0][1], 1e-6)
+    if attention in configs:
+        learnt = [grad for name, grad in results[1][1].items() if "codebook" in name]
+        assert learnt and all(grad.abs().max() > 0 for grad in learnt)
 
 
 def llama_block(kv_heads: int, hidden: int = 64, ffn: int = 176) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from sparsetrain.core.errors import Unsupported
 from sparsetrain.ops.product_quantization import codebook_loss, cpu, decode, encode, fit_codebook, reference
@@ -147,6 +148,16 @@ def test_masked_tokens_do_not_reach_the_loss() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(each, codebook)[0] for each in (loss, wanted)))
     without = codebook_loss(x.detach(), codebook.detach(), "l1", valid)
     assert not without.requires_grad and torch.equal(without, loss.detach())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_loss_under_checkpointing(reentrant: bool) -> None:
+    x, codebook = (tensor.requires_grad_() for tensor in TINY[0].tensors(torch.float64))
+    wanted = torch.autograd.grad(codebook_loss(x, codebook, "l1"), codebook)[0]
+    loss = checkpoint(lambda x: codebook_loss(x * 1.0, codebook, "l1"), x, use_reentrant=reentrant)
+    codebook.grad = None
+    loss.backward()
+    torch.testing.assert_close(codebook.grad, wanted)
 
 
 @DISTANCES

@@ -96,7 +96,7 @@ class PQSparseAttention(nn.Module):
             out = self._by_token(q_bhtd, k_bgsd, v_bgsd, causal, scale, segments_bs, window)
         else:
             out = self._by_block(q_bhtd, k_bgsd, v_bgsd, causal, scale, segments_bs, window)
-        return self._with_codebook_loss(out, q_bhtd, k_bgsd, segments_bs)
+        return self.with_auxiliary_loss(out, q_bhtd, k_bgsd, segments_bs)
 
     def _by_block(
         self,
@@ -178,7 +178,8 @@ class PQSparseAttention(nn.Module):
         kept = torch.tensor([self.config.kept_keys(n) for n in range(s + 1)], device=k_bgsd.device)
         return kept[lengths].gather(1, segments_bs.long())
 
-    def _with_codebook_loss(self, out: Tensor, q: Tensor, k: Tensor, segments_bs: Tensor | None) -> Tensor:
+    def with_auxiliary_loss(self, out: Tensor, q: Tensor, k: Tensor, segments_bs: Tensor | None) -> Tensor:
+        """out, with the codebook's loss on q [b, h, t, d] and k [b, g, s, d] attached in training."""
         weight = self.config.codebook_weight
         if not (self.training and self.learning and torch.is_grad_enabled() and weight and q.shape[2] > 1):
             return out

@@ -22,6 +22,7 @@ from sparsetrain.methods.token_selection.passes import (
     FoundKeys,
     Notes,
     SelectedRows,
+    attaches_loss,
 )
 from sparsetrain.methods.token_selection.policies import Batch, draw, fingerprints
 from sparsetrain.ops.selected_rows import Rows, keep, replace_rows, selected_attention_reference, take_rows
@@ -229,7 +230,9 @@ def _by_definition(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
             return out
         with torch.no_grad():
             other = sparse(q, k, v, dense=dense, segments_bs=segments_bs, **form)
-        return torch.where(selected_bt[:, None, :, None], out, other)
+        out = torch.where(selected_bt[:, None, :, None], out, other)
+        with_loss = attaches_loss(sparse, q, k, segments_bs)
+        return out if with_loss is None else with_loss(out)
 
     if args:
         args = (keep(args[0], selected_bt), *args[1:])

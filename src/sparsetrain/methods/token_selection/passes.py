@@ -12,6 +12,7 @@ which is right for whatever treats tokens one by one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,7 @@ class Notes:
 
     Attributes:
         everything: keys and values of all rows.
+        with_loss: attaches the auxiliary loss of a sparse attention, on the queries and keys of all rows.
         diverged: the second pass has other values than the first from here on: it attends to every key where the first
             attended sparsely, or the first pass ended at the attention. What was noted of linears is then not used;
             masks of dropouts are.
@@ -51,6 +53,7 @@ class Notes:
         self.said: list[Note | None] = []
         self.next = 0
         self.everything: KeyValues | None = None
+        self.with_loss: Callable[[Tensor], Tensor] | None = None
         self.attended: Tensor | None = None
         self.diverged = False
         self.ends_at_attention = False
@@ -168,6 +171,7 @@ class AttentionOfAllRows:
     ) -> Tensor:  # fmt: skip
         notes = self.notes
         notes.everything = KeyValues(_compact(k), _compact(v), causal, scale, segments_bs, window)
+        notes.with_loss = attaches_loss(self.sparse, q, k, segments_bs)
         if notes.ends_at_attention:
             raise FoundKeys
         if self.sparse is not None:
@@ -194,7 +198,18 @@ class AttentionOfSelectedRows:
         assert notes.everything is not None, "the second pass attends where the first did not"
         known, notes.attended = notes.attended, None
         notes.diverged = notes.diverged or known is None
-        return selected_attention(q, k, v, notes.everything, notes.rows, known=known)
+        out = selected_attention(q, k, v, notes.everything, notes.rows, known=known)
+        with_loss, notes.with_loss = notes.with_loss, None
+        return out if with_loss is None else with_loss(out)
+
+
+def attaches_loss(sparse: Any, q: Tensor, k: Tensor, segments_bs: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+    """What attaches a sparse attention's auxiliary loss, if it has one, to an output.
+
+    A codebook serves all rows, selected or not, so its loss is of all queries and keys; no gradient reaches those.
+    """
+    attach = getattr(sparse, "with_auxiliary_loss", None)
+    return None if attach is None else partial(attach, q=q.detach(), k=k.detach(), segments_bs=segments_bs)
 
 
 def _compact(x: Tensor) -> Tensor:

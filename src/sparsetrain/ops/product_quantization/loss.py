@@ -5,11 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 from sparsetrain.ops.product_quantization.reference import loss_per_token
 
 PIECE_ELEMENTS = 2**20
 """Distances of a piece: 4 MiB in fp32, eight times that for the differences they come from."""
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 class CodebookLoss(torch.autograd.Function):
@@ -27,7 +32,8 @@ class CodebookLoss(torch.autograd.Function):
         for start in range(0, t, step):
             here = slice(start, start + step)
             leaves = [x[:, :, here].detach().requires_grad_(), codebook.detach().requires_grad_()]
-            with torch.set_grad_enabled(bool(wanted)):
+            # hooks of the outer forward (checkpointing's) must not see what lives in this one alone
+            with torch.set_grad_enabled(bool(wanted)), saved_tensors_hooks(_same, _same):
                 valid_here = None if valid is None else valid[:, here]
                 part = loss_per_token(leaves[0], leaves[1], distance, valid_here).sum() / (count * h * d)
             total += part.detach()
