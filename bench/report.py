@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,9 +93,62 @@ def frontier(results: dict[str, Any]) -> list[str]:
 def tokens(results: dict[str, Any]) -> list[str]:
     lines = ["| part | r | tokens | dense / ours | quartiles | target | verdict |", "|" + " --- |" * 7]
     for row in results["results"]:
+        if row["part"] != "memory":
+            lines.append(
+                f"| {row['part']} | {row['ratio']} | {row['tokens']:,} | {row['median']:.2f} "
+                f"| {row['q1']:.2f}–{row['q3']:.2f} | {row['target']:.2f} | {row['verdict']} |"
+            )
+    lines += ["", "| step, in a process of its own | r | tokens | saved, MiB | in blocks, MiB | peak resident, MiB |"]
+    lines.append("|" + " --- |" * 6)
+    for row in results["results"]:
+        if row["part"] == "memory":
+            name = row["case_id"].removeprefix("C1 memory ")
+            saved, blocks, peak = (row[f"{key}_bytes"] / 2**20 for key in ("saved", "block", "peak"))
+            ratio = 0.3 if name.startswith("tokens") else 1
+            lines.append(f"| {name} | {ratio} | {row['tokens']:,} | {saved:,.0f} | {blocks:,.0f} | {peak:,.0f} |")
+    return lines
+
+
+def quality(results: dict[str, Any]) -> list[str]:
+    """Mean ± standard error over seeds, and of the paired differences to dense; runs are keyed 'policy r seed'."""
+    runs = results["results"]
+    names = list(dict.fromkeys(key.rpartition(" ")[0] for key in runs))
+    seeds = sorted({key.rpartition(" ")[2] for key in runs if f"dense 1 {key.rpartition(' ')[2]}" in runs})
+    settings = results["settings"]
+    lines = [
+        f"{settings['model']} on {settings['data']}, {settings['steps']} steps of {settings['batch_size']} × "
+        f"{settings['seq_len']} tokens, lr {settings['lr']}, LoRA r=16.",
+        "",
+        "| policy | r | seeds | loss | loss - dense | accuracy | accuracy - dense | saved bytes / dense |",
+        "|" + " --- |" * 8,
+    ]
+    for name in sorted(names, key=lambda name: (name != "dense 1", name.rpartition(" ")[2])):
+        pairs = [(runs[f"{name} {s}"], runs[f"dense 1 {s}"]) for s in seeds if f"{name} {s}" in runs]
+        cells = []
+        for key in ("loss", "accuracy"):
+            known = bool(pairs) and pairs[0][0][key] is not None
+            cells.append(spread([own[key] for own, _ in pairs]) if known else "–")
+            cells.append(spread([own[key] - dense[key] for own, dense in pairs]) if known else "–")
+        saved = statistics.mean(own["saved_bytes"] / dense["saved_bytes"] for own, dense in pairs)
+        policy, _, ratio = name.rpartition(" ")
+        lines.append(f"| {policy} | {ratio} | {len(pairs)} | {' | '.join(cells)} | {saved:.2f} |")
+    return lines
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard error."""
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{error}"
+
+
+def bias(results: dict[str, Any]) -> list[str]:
+    lines = ["| policy | r | draws | cosine of one draw | of the mean of all | length of the mean |"]
+    lines.append("|" + " --- |" * 6)
+    for row in results["results"]:
+        sd = "" if row["cosine_sd"] is None else f" (sd {row['cosine_sd']:.3f})"
         lines.append(
-            f"| {row['part']} | {row['ratio']} | {row['tokens']:,} | {row['median']:.2f} "
-            f"| {row['q1']:.2f}–{row['q3']:.2f} | {row['target']:.2f} | {row['verdict']} |"
+            f"| {row['policy']} | {row['ratio']} | {row['draws']} | {row['cosine']:.3f}{sd} "
+            f"| {row['cosine_of_mean']:.3f} | {row['length_of_mean']:.2f} |"
         )
     return lines
 
@@ -116,6 +171,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "routed_ffn": ffn,
     "routed_ffn_frontier": frontier,
     "token_selection": tokens,
+    "token_selection_quality_sft": quality,
+    "token_selection_quality_classify": quality,
+    "token_selection_bias": bias,
     "planner_accuracy": accuracy,
     "steps": steps,
 }

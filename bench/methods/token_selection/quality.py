@@ -21,7 +21,7 @@ from typing import Any
 
 TASKS: dict[str, dict[str, Any]] = {
     "classify": {"model": "minilm", "data": "movie-reviews", "seq_len": 128, "batch_size": 16, "lr": 1e-3},
-    "sft": {"model": "smollm2-135m", "data": "chitchat", "seq_len": 256, "batch_size": 4, "lr": 5e-4},
+    "sft": {"model": "smollm2-135m", "data": "chitchat", "seq_len": 128, "batch_size": 2, "lr": 5e-4},
 }
 POLICIES: dict[str, dict[str, Any]] = {
     "random": {},
@@ -31,12 +31,18 @@ POLICIES: dict[str, dict[str, Any]] = {
     "gradient_norm": {"policy": "gradient_norm"},
     "unbiased": {"unbiased": True},
 }
+KNOWN: dict[int, Any] = {}  # seed -> quality before training, the same for all policies
 DEFAULT = {"classify": "random,prefix", "sft": "random,targets,prefix,loss,gradient_norm,unbiased"}
 
 
 def run(task: str, steps: int, seed: int, method: dict[str, Any] | None, args: argparse.Namespace) -> dict[str, Any]:
+    from sparsetrain.hf.evaluate import Quality
     from sparsetrain.hf.finetune import finetune
     from sparsetrain.hf.recipe import Recipe
+
+    def keep(event: dict[str, Any]) -> None:
+        if event["event"] == "quality" and event["stage"] == "dense":
+            KNOWN[seed] = Quality(**event["quality"])
 
     with tempfile.TemporaryDirectory() as folder:
         values = {**TASKS[task], "task": task, "output": f"{folder}/run", "steps": steps, "seed": seed, "save_every": 0}
@@ -44,7 +50,7 @@ def run(task: str, steps: int, seed: int, method: dict[str, Any] | None, args: a
         values |= {"warmup_steps": max(1, steps // 10), "eval_tokens": args.eval_tokens}
         values |= {name: value for name, value in (("model", args.model), ("data", args.data)) if value}
         began = time.perf_counter()
-        result = finetune(Recipe.from_values(values), write=False)
+        result = finetune(Recipe.from_values(values), report=keep, write=False, dense_quality=KNOWN.get(seed))
     last = result.run["evals"][-1]  # type: ignore[typeddict-item]
     seconds = statistics.median(step["step_time_s"] for step in result.run["steps"])
     found = {"loss": last["loss"], "accuracy": last.get("accuracy"), "step_s": seconds}

@@ -1,6 +1,6 @@
 """A training step on selected tokens against the same step on all of them: time and memory, SmolLM2 with LoRA.
 
-    python bench/methods/token_selection/step.py [--json bench/results] [--parts linear,step,checkpointing,head,memory]
+    python bench/methods/token_selection/step.py [--json bench/results] [--parts "linear;step"]
 
 Baseline and candidate run in one loop whose order flips each round. The baseline's head is chunked too, over all rows.
 Selection, gathering, LoRA and the optimizer are inside the timed region. Peaks are of a fresh process each. Parts that
@@ -26,10 +26,11 @@ from sparsetrain.measure.machine import describe_machine
 from sparsetrain.measure.memory import peak_memory, saved_activations
 from sparsetrain.measure.timing import compare
 
-PARTS = ("linear", "step", "checkpointing", "head", "memory")
+PARTS = ("linear", "step", "checkpointing", "step, policy loss", "head", "memory")
 TARGETS: dict[str, Callable[[float], float | None]] = {
     "linear": lambda r: 0.9 * 2 / (1 + r),
     "step": lambda r: 1.3 if r == 0.3 else 1.0,
+    "step, policy loss": lambda r: 1.0,
     "checkpointing": lambda r: 1.7 if r == 0.3 else 1.0,
     "head": lambda r: 0.95 / r,
 }
@@ -63,19 +64,19 @@ class Trainee:
         ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=generator)
         self.batch = {"input_ids": ids, "labels": ids}
 
-    def loss(self, ratio: float, plain_head: bool = False) -> Tensor:
+    def loss(self, ratio: float, plain_head: bool = False, policy: str = "random") -> Tensor:
         from sparsetrain.hf.token_selection import selecting
 
-        self.selector.config = replace(self.selector.config, keep_ratio=ratio)
+        self.selector.config = replace(self.selector.config, keep_ratio=ratio, policy=policy)
         if plain_head:
             self.selector.prepare(self.batch)
             return self.model(**self.batch).loss
         with selecting(self.handle, self.batch) as chosen:
             return self.model(**chosen).loss
 
-    def step(self, ratio: float, checkpointing: bool = False, plain_head: bool = False) -> None:
+    def step(self, ratio: float, checkpointing: bool = False, plain_head: bool = False, policy: str = "random") -> None:
         self.recompute(checkpointing)
-        self.loss(ratio, plain_head).backward()
+        self.loss(ratio, plain_head, policy).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.selector.step += 1
@@ -170,7 +171,8 @@ def measure(part: str, ratios: list[float], args: argparse.Namespace) -> list[di
         dense = at(1.0)
     else:
         trainee = Trainee(args.tokens, args.layers)
-        at = lambda r: lambda: trainee.step(r)  # noqa: E731
+        policy = "loss" if part.endswith("policy loss") else "random"
+        at = lambda r: lambda: trainee.step(r, policy=policy)  # noqa: E731
         dense = lambda: trainee.step(1.0, checkpointing=part == "checkpointing")  # noqa: E731
     found = []
     for ratio in ratios:
@@ -221,7 +223,7 @@ def cell(name: str, layers: int | None, tokens: int = 1024) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="DIR", type=Path)
-    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--parts", default=";".join(PARTS), help=f"of {'; '.join(PARTS)}")
     parser.add_argument("--ratios", default="0.1,0.3,0.5")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--layers", type=int, help="first blocks of the model; all 30 by default")
@@ -234,7 +236,7 @@ def main() -> None:
         print(json.dumps(cell(args.cell, args.layers)))
         return
     rows = [
-        r for part in args.parts.split(",") for r in measure(part, [float(x) for x in args.ratios.split(",")], args)
+        r for part in args.parts.split(";") for r in measure(part, [float(x) for x in args.ratios.split(",")], args)
     ]
     if args.json:
         path = args.json / "token_selection.json"
