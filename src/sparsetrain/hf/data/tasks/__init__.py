@@ -1,5 +1,5 @@
-"""Tasks of long sequences: generated (ListOps, Pathfinder), of embedded data (text, retrieval, pixels), or read from the
-files of the Long Range Arena (arXiv 2011.04006).
+"""Tasks of long sequences: generated (ListOps, Pathfinder), of embedded data (text, retrieval, pixels), or read from
+the files of the Long Range Arena (arXiv 2011.04006).
 
 Token 0 is padding in all of them. Everything is drawn from the seed alone, so the same call gives the same rows.
 """
