@@ -3,9 +3,9 @@
     python bench/methods/flood_fill_attention/accuracy.py --task pixels --json FILE [--seeds 0,1,2]
     python bench/methods/flood_fill_attention/accuracy.py --task listops --json FILE
 
-A run that FILE holds is not made again, so the script may be stopped and started. Every run is `pretrain` of one recipe:
-the encoder of SPION's tasks (arXiv 2309.12578), the same rows, order and start for all variants of a seed, and the same
-step for the switch, so that variants differ by their pattern alone. `paper` is CF with the published softmax.
+A run that FILE holds is not made again, so the script may be stopped and started. Every run is `pretrain` of one
+recipe: the encoder of SPION's tasks (arXiv 2309.12578), the same rows, order and start for all variants of a seed, and
+the same step for the switch, so that variants differ by their pattern alone. `paper` is CF with the published softmax.
 """
 
 from __future__ import annotations
