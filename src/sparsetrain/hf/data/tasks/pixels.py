@@ -1,0 +1,82 @@
+"""Images as sequences of grey values: Fashion-MNIST row by row, and CIFAR-10 for those who have its files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from sparsetrain.hf.data.images import load_images
+from sparsetrain.hf.data.tasks.bundle import BYTES, Rows, TaskBundle, chosen, make_bundle
+
+SIDE = 28
+CIFAR_SIDE = 32
+CIFAR_RECORD = 1 + 3 * CIFAR_SIDE**2
+GREY = np.array([0.2989, 0.587, 0.114])
+"""Weights of red, green and blue (ITU-R BT.601)."""
+
+
+def load(*, seq_len: int, max_rows: int | None, max_eval_rows: int | None, seed: int) -> TaskBundle:
+    """Fashion-MNIST as 784 tokens; at 196 or 49, each token is the mean of 2 x 2 or 4 x 4 pixels.
+
+    Raises:
+        ValueError: another `seq_len`.
+    """
+    side = math.isqrt(seq_len)
+    if side * side != seq_len or side not in (28, 14, 7):
+        raise ValueError(
+            f"pixels: seq_len={seq_len}. An image has 784 pixels: use 784, or 196 or 49 for means of them."
+        )
+    images = load_images("fashion-mnist", max_rows=max_rows, max_eval_rows=max_eval_rows, seed=seed)
+    assert images.eval is not None
+    sides = [
+        Rows(_tokens(np.asarray(part["pixel_values"], dtype=np.uint8), SIDE // side), part["labels"])
+        for part in (images.train, images.eval)
+    ]
+    return make_bundle("pixels", *sides, vocab_size=BYTES, label_names=images.label_names)
+
+
+def _tokens(images_nhw: np.ndarray, factor: int) -> np.ndarray:
+    n, h, w = images_nhw.shape
+    means = images_nhw.reshape(n, h // factor, factor, w // factor, factor).mean(axis=(2, 4))
+    return means.round().astype(np.int64).reshape(n, -1) + 1
+
+
+def load_cifar(*, folder: Path, seq_len: int, max_rows: int | None, max_eval_rows: int | None, seed: int) -> TaskBundle:
+    """CIFAR-10 in grey as 1,024 tokens, from the binary version (`data_batch_1.bin` …, `test_batch.bin`).
+
+    The Python version holds pickles and is not read.
+
+    Raises:
+        ValueError: another `seq_len`; a file that is missing or of a wrong size.
+    """
+    if seq_len != CIFAR_SIDE**2:
+        raise ValueError(f"lra-image: seq_len={seq_len}. A CIFAR-10 image has 1,024 pixels: use 1024.")
+    generator = np.random.default_rng(seed)
+    sides = []
+    for names, limit in (
+        ([f"data_batch_{i}.bin" for i in range(1, 6)], max_rows),
+        (["test_batch.bin"], max_eval_rows),
+    ):
+        records = np.concatenate([_records(folder / name) for name in names])
+        records = records[chosen(len(records), limit, generator)]
+        grey = np.tensordot(records[:, 1:].reshape(-1, 3, CIFAR_SIDE**2), GREY, axes=(1, 0))
+        sides.append(Rows(grey.round().astype(np.int64) + 1, records[:, 0].tolist()))
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    return make_bundle("lra-image", *sides, vocab_size=BYTES, label_names=names)
+
+
+def _records(path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise ValueError(
+            f"{path} does not exist. lra-image reads the binary version of CIFAR-10 (data_batch_1.bin …, "
+            "test_batch.bin); the Python version holds pickles, which are not loaded."
+        )
+    content = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    if not content.size or content.size % CIFAR_RECORD:
+        raise ValueError(f"{path} has {content.size} bytes, no multiple of a record's {CIFAR_RECORD}. Fetch it again.")
+    records = content.reshape(-1, CIFAR_RECORD)
+    if records[:, 0].max() > 9:
+        raise ValueError(f"{path} has a label {records[:, 0].max()}; CIFAR-10 has 0 to 9. Is it CIFAR-100?")
+    return records
