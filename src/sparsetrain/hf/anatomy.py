@@ -101,6 +101,16 @@ FAMILIES: dict[str, Row] = {
         attention_axes={"query": "q", "key": "k", "value": "v"},
         limits=_ENCODER,
     ),
+    "RobertaPreLayerNormLayer": Row(
+        attention="attention.self",
+        owner="",
+        up="intermediate.dense",
+        down="output.dense",
+        act="intermediate.intermediate_act_fn",
+        norms=("attention.LayerNorm", "intermediate.LayerNorm"),
+        attention_axes={"query": "q", "key": "k", "value": "v"},
+        limits=_ENCODER,
+    ),
     "TransformerBlock": Row(  # DistilBERT
         attention="attention",
         owner="ffn",
@@ -183,6 +193,7 @@ MODEL_TYPES = {
     "gpt2": "GPT2Block",
     "opt": "OPTDecoderLayer",
     "bert": "BertLayer",
+    "roberta-prelayernorm": "RobertaPreLayerNormLayer",
     "distilbert": "TransformerBlock",
     "vit": "ViTLayer",
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,10 @@ from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.hf.assets import resolve_data, resolve_model
 from sparsetrain.hf.data import DataBundle, load_classify, load_sft, load_text
+from sparsetrain.hf.evaluate import LABELLED
 from sparsetrain.hf.io import model_not_found
 from sparsetrain.hf.recipe import Recipe
+from sparsetrain.hf.run_recipe import RunRecipe
 from sparsetrain.hf.trainer import Report
 from sparsetrain.methods import TokenSelection
 from sparsetrain.surgery.apply import Handle
@@ -41,7 +43,7 @@ from sparsetrain.surgery.support import check_support
 class Parts:
     """What a run is made of, checked against each other; the weights are still unread. `plan` is None if dense."""
 
-    recipe: Recipe
+    recipe: RunRecipe
     device: torch.device
     path: str
     config: Any
@@ -80,14 +82,20 @@ def check_and_plan(recipe: Recipe, config: Any, device: torch.device) -> Plan | 
     Raises:
         ValueError, PlanError: a method cannot do what the recipe asks for, or does not fit the model.
     """
-    if not recipe.methods:
-        return None
-    model = empty_model(config, recipe.task)
+    return plan_on(empty_model(config, recipe.task), recipe, device, recipe.seq_len) if recipe.methods else None
+
+
+def plan_on(model: Any, recipe: RunRecipe, device: torch.device, seq_tokens: int) -> Plan:
+    """The plan of a recipe with methods on an empty model, after what it asks for was found supported.
+
+    Raises:
+        ValueError, PlanError: a method cannot do what the recipe asks for, or does not fit the model.
+    """
     check_support(recipe.configs, describe(model), asked_features(recipe, device))
-    return plan(model, *recipe.configs, seq_tokens=recipe.seq_len)
+    return plan(model, *recipe.configs, seq_tokens=seq_tokens)
 
 
-def asked_features(recipe: Recipe, device: torch.device) -> list[str]:
+def asked_features(recipe: RunRecipe, device: torch.device) -> list[str]:
     """What a run of this recipe asks of its methods, as `surgery.support` names it."""
     found = ["cpu" if device.type == "cpu" else "gpu", "export"]
     found += {
@@ -95,11 +103,11 @@ def asked_features(recipe: Recipe, device: torch.device) -> list[str]:
         "non-reentrant": ["checkpointing"],
         "reentrant": ["checkpointing_reentrant"],
     }[recipe.gradient_checkpointing]
-    if recipe.task != "lm":
+    if recipe.task not in ("lm", "image"):
         found.append("padding")
-    if recipe.task == "classify":
+    if recipe.task in LABELLED:
         found.append("classify")
-    if computes_bf16(recipe, device) and recipe.lora_r == 0:
+    if computes_bf16(recipe, device) and recipe.trains_all:
         found.append("autocast")
     return found
 
@@ -123,13 +131,20 @@ def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...
         raise ValueError(
             f"seq_len={recipe.seq_len} is longer than the context of {recipe.model}, {context} tokens. Lower it."
         )
+    drop_attention_dropout(config, lambda: empty_model(config, recipe.task), configs, report)
+    return path, config
+
+
+def drop_attention_dropout(
+    config: Any, empty: Callable[[], Any], configs: tuple[MethodConfig, ...], report: Report
+) -> None:
+    """Set the config's attention dropout to 0, with a note, where `configs` take attention of the `empty` model."""
     dropped = [name for name in ATTENTION_DROPOUT if getattr(config, name, 0)]
-    if dropped and attention_is_taken(config, recipe.task, configs):
+    if dropped and attention_is_taken(empty, configs):
         for name in dropped:
             why = f"attention has no dropout under {', '.join(method.method for method in configs)}"
             report({"event": "note", "text": f"{name} {getattr(config, name)} -> 0: {why}."})
             setattr(config, name, 0.0)
-    return path, config
 
 
 def context_length(config: Any) -> int | None:
@@ -141,11 +156,11 @@ def context_length(config: Any) -> int | None:
     return None
 
 
-def attention_is_taken(config: Any, task: str, configs: tuple[MethodConfig, ...]) -> bool:
+def attention_is_taken(empty: Callable[[], Any], configs: tuple[MethodConfig, ...]) -> bool:
     """Does a method take an attention, or a block with the attention in it?"""
     if not configs:
         return False
-    anatomy = describe(empty_model(config, task))
+    anatomy = describe(empty())
     sites = [site for method in configs for site in method_of(method).site_names(anatomy)]
     return any(f"{attention.name}.".startswith(f"{site}.") for attention in anatomy.attentions for site in sites)
 
@@ -185,12 +200,12 @@ def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> Da
     source = resolve_data(recipe.data, progress=say)
     common: dict[str, Any] = {"seed": recipe.seed, "max_position_embeddings": context_length(config), "progress": say}
     rows = None if recipe.steps is None else recipe.steps * recipe.batch_size * recipe.grad_accum
-    _check_selection(recipe)
+    check_selection(recipe)
     if recipe.task == "classify":
         bundle = load_classify(source, tokenizer, recipe.seq_len, text_column=recipe.text_column, **common)
-        return _long_enough(bundle, recipe)
+        return long_enough(bundle, recipe)
     if recipe.task == "sft":
-        return _long_enough(load_sft(source, tokenizer, recipe.seq_len, max_rows=rows, **common), recipe)
+        return long_enough(load_sft(source, tokenizer, recipe.seq_len, max_rows=rows, **common), recipe)
     # calibration rows are spread over eight times as many: on 8,192 tokens from 4 places a conversion cost 1.47 times
     # the perplexity of other files, from 8 places 1.16
     calibration_rows = 8 * -(-recipe.calibration_tokens // recipe.seq_len)
@@ -205,7 +220,7 @@ def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> Da
     )
 
 
-def _check_selection(recipe: Recipe) -> None:
+def check_selection(recipe: RunRecipe) -> None:
     """Raise ValueError if a token selection asks for what this task's rows do not have."""
     for config in recipe.configs:
         if not isinstance(config, TokenSelection):
@@ -224,7 +239,7 @@ def _check_selection(recipe: Recipe) -> None:
             config.count(recipe.seq_len)
 
 
-def _long_enough(bundle: DataBundle, recipe: Recipe) -> DataBundle:
+def long_enough(bundle: DataBundle, recipe: RunRecipe) -> DataBundle:
     """The rows, none of them shorter than the `num_tokens` of a token selection.
 
     Raises:
@@ -318,7 +333,7 @@ def add_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: lis
         return get_peft_model(model, config)
 
 
-def pick_device(recipe: Recipe) -> torch.device:
+def pick_device(recipe: RunRecipe) -> torch.device:
     """The device that the recipe asks for.
 
     Raises:
@@ -339,20 +354,24 @@ def pick_device(recipe: Recipe) -> torch.device:
     return device
 
 
-def pick_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+def pick_dtype(recipe: RunRecipe, device: torch.device) -> torch.dtype:
     """The dtype of the weights: as the recipe says, but fp32 masters where all weights are trained."""
-    return torch.bfloat16 if computes_bf16(recipe, device) and recipe.lora_r > 0 else torch.float32
+    return torch.bfloat16 if computes_bf16(recipe, device) and not recipe.trains_all else torch.float32
 
 
-def computes_bf16(recipe: Recipe, device: torch.device) -> bool:
+def computes_bf16(recipe: RunRecipe, device: torch.device) -> bool:
     able = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return recipe.dtype == "bf16" or (recipe.dtype == "auto" and able)
 
 
-def training_arguments(parts: Parts) -> TrainingArguments:
-    """The Trainer's arguments; what the checkpoint protocol and the records need is fixed here."""
+def training_arguments(parts: Parts, **changes: Any) -> TrainingArguments:
+    """The Trainer's arguments; what the checkpoint protocol and the records need is fixed here.
+
+    Args:
+        changes: further arguments of a job, or others in place of these.
+    """
     recipe, device = parts.recipe, parts.device
-    arguments = TrainingArguments(
+    values: dict[str, Any] = dict(
         output_dir=recipe.output,
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.grad_accum,
@@ -374,7 +393,7 @@ def training_arguments(parts: Parts) -> TrainingArguments:
         data_seed=recipe.seed,
         use_cpu=device.type == "cpu",
         # frozen bf16 weights compute in bf16 by themselves; fp32 masters need autocast
-        bf16=computes_bf16(recipe, device) and recipe.lora_r == 0,
+        bf16=computes_bf16(recipe, device) and recipe.trains_all,
         dataloader_pin_memory=device.type == "cuda",
         remove_unused_columns=False,
         include_num_input_tokens_seen="non_padding" if "attention_mask" in parts.sample else "all",
@@ -382,11 +401,12 @@ def training_arguments(parts: Parts) -> TrainingArguments:
         disable_tqdm=True,
         **_recomputation(recipe),
     )
+    arguments = TrainingArguments(**values | changes)
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process, one GPU: no DataParallel
     return arguments
 
 
-def _recomputation(recipe: Recipe) -> dict[str, Any]:
+def _recomputation(recipe: RunRecipe) -> dict[str, Any]:
     """Gradient checkpointing under the name that this transformers uses (5.23 deprecates the old one, v6 drops it)."""
     if recipe.gradient_checkpointing == "none":
         return {}

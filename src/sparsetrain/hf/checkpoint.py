@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.hf.manifest import MANIFEST, read_json, verify_manifest, write_json, write_manifest
-from sparsetrain.hf.recipe import Recipe
+from sparsetrain.hf.run_recipe import RunRecipe
 from sparsetrain.hf.trainer import Report, checkpoint_folder, silent
 
 PROGRESS, RESULT = "progress.json", "result.json"
@@ -47,7 +47,7 @@ class CheckpointCallback(TrainerCallback):
     """
 
     def __init__(
-        self, recipe: Recipe, data: str, progress: Callable[[], dict[str, Any]], report: Report = silent
+        self, recipe: RunRecipe, data: str, progress: Callable[[], dict[str, Any]], report: Report = silent
     ) -> None:
         self.recipe, self.data, self.progress, self.report = recipe, data, progress, report
 
@@ -79,7 +79,7 @@ def checkpoints(output: str | Path) -> list[Path]:
     return sorted(found, key=_step_of)
 
 
-def find_resumable(output: str | Path, recipe: Recipe, report: Report = silent) -> Checkpoint | None:
+def find_resumable(output: str | Path, recipe: RunRecipe, report: Report = silent) -> Checkpoint | None:
     """The newest whole checkpoint of a run; None, with a note, if it was stopped before its first was whole.
 
     Interrupted checkpoints are passed over with a note. A checkpoint that was whole and is damaged now is an error, and
@@ -104,7 +104,7 @@ def find_resumable(output: str | Path, recipe: Recipe, report: Report = silent) 
     return None
 
 
-def _whole(path: Path, recipe: Recipe) -> Checkpoint:
+def _whole(path: Path, recipe: RunRecipe) -> Checkpoint:
     try:
         manifest = verify_manifest(path)
     except CheckpointError as error:

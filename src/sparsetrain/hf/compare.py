@@ -1,11 +1,11 @@
 """A sparse run beside the strongest dense one, in turns, step by step.
 
-Each side is a process of its own that runs the ordinary `finetune`, so each has its own peak of memory. A callback
+Each side is a process of its own that runs the ordinary `finetune` or `pretrain`, so each has its own peak of memory. A callback
 waits at the start of every step for its turn; whatever comes before the next step (data, saving, evaluation) belongs
 to the turn. So exactly one side computes at any time, both meet the same state of the machine, and the order flips
 each round.
 
-The dense side has the same LoRA, optimizer, seed, rows and order of rows, and SDPA attention.
+The dense side has the same LoRA or start, optimizer, seed, rows and order of rows, and SDPA attention.
 """
 
 from __future__ import annotations
@@ -29,9 +29,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sparsetrain.core.errors import CheckpointError, PlanError
 from sparsetrain.hf.checkpoint import RESULT, check_output, checkpoints
 from sparsetrain.hf.evaluate import Quality
-from sparsetrain.hf.finetune import finetune, title
+from sparsetrain.hf.finetune import finetune
+from sparsetrain.hf.finetune import title as finetune_title
 from sparsetrain.hf.manifest import MANIFEST, read_json
+from sparsetrain.hf.pretrain import PretrainRecipe, pretrain
+from sparsetrain.hf.pretrain import title as pretrain_title
 from sparsetrain.hf.recipe import Recipe
+from sparsetrain.hf.run_recipe import RunRecipe
 from sparsetrain.hf.trainer import Event, silent
 from sparsetrain.hf.trainer import Report as Tell
 from sparsetrain.measure.machine import describe_machine
@@ -39,6 +43,11 @@ from sparsetrain.measure.report import build_report, write_report
 from sparsetrain.measure.schema import Report
 from sparsetrain.measure.timing import ratio
 
+_JOBS: dict[str, tuple[Any, Any, Any]] = {
+    "finetune": (Recipe, finetune, finetune_title),
+    "pretrain": (PretrainRecipe, pretrain, pretrain_title),
+}
+"""Job -> its recipe, function and title."""
 SIDES = ("sparse", "dense")
 REPORT = "report.json"
 # an idle side must leave the cores alone: OpenMP threads spin for a while by default
@@ -58,7 +67,7 @@ class Comparison:
     output: Path
 
 
-def compare(recipe: Recipe, *, report: Tell = silent) -> Comparison:
+def compare(recipe: RunRecipe, *, report: Tell = silent) -> Comparison:
     """Train `recipe` and its dense counterpart in turns; write `report.json` and `report.html` into its output.
 
     Each side's own files are in `output/sparse` and `output/dense`. With `resume`, each goes on from its own newest
@@ -98,7 +107,7 @@ def compare(recipe: Recipe, *, report: Tell = silent) -> Comparison:
     return Comparison(sparse=results["sparse"], dense=results["dense"], report=made, output=output)
 
 
-def comparison_report(recipe: Recipe, results: dict[str, dict[str, Any]]) -> Report:
+def comparison_report(recipe: RunRecipe, results: dict[str, dict[str, Any]]) -> Report:
     """The measure report of two results."""
     times = {side: {row["step"]: row["step_time_s"] for row in results[side]["run"]["steps"]} for side in SIDES}
     both = sorted(times["sparse"].keys() & times["dense"].keys())[1:]  # the first step allocates
@@ -110,7 +119,7 @@ def comparison_report(recipe: Recipe, results: dict[str, dict[str, Any]]) -> Rep
     if results["sparse"]["data_order"]:
         notes.append(f"Both sides saw the same rows in the same order (hash {results['sparse']['data_order']}).")
     return build_report(
-        title=title(recipe),
+        title=_JOBS[_job_of(recipe)][2](recipe),
         runs={side: results[side]["run"] for side in SIDES},
         recipe=recipe.model_dump(mode="json"),
         machine=describe_machine().to_dict() | {"threads": results["sparse"]["machine"]["threads"]},
@@ -120,7 +129,11 @@ def comparison_report(recipe: Recipe, results: dict[str, dict[str, Any]]) -> Rep
     )
 
 
-def _side_recipe(recipe: Recipe, side: str) -> Recipe:
+def _job_of(recipe: RunRecipe) -> str:
+    return next(name for name, (kind, _, _) in _JOBS.items() if isinstance(recipe, kind))
+
+
+def _side_recipe(recipe: RunRecipe, side: str) -> RunRecipe:
     """One side's recipe. A side that was killed before its first whole checkpoint starts again."""
     output = Path(recipe.output) / side
     changes: dict[str, Any] = {"output": str(output), "compare": "none"}
@@ -133,14 +146,14 @@ def _side_recipe(recipe: Recipe, side: str) -> Recipe:
     return recipe.model_copy(update=changes)
 
 
-def _check_resumable(output: Path, recipes: dict[str, Recipe], finished: list[str]) -> None:
+def _check_resumable(output: Path, recipes: dict[str, RunRecipe], finished: list[str]) -> None:
     if (output / REPORT).is_file():
         raise CheckpointError(f"{output} holds a finished comparison ({REPORT}). Choose another output.")
     if not finished and not any(recipe.resume for recipe in recipes.values()):
         raise CheckpointError(f"{output} holds no whole checkpoint of either side. Start again without --resume.")
     for side in finished:
         earlier = read_json(output / side / RESULT)["recipe"]
-        differences = recipes[side].differences(Recipe(**earlier).training_values())
+        differences = recipes[side].differences(type(recipes[side])(**earlier).training_values())
         if differences:
             raise CheckpointError(f"the {side} side was finished with another recipe ({'; '.join(differences)}).")
 
@@ -174,7 +187,7 @@ class _Side:
     """One side's process: turns go in through its stdin, events come out of a pipe, errors go to a file."""
 
     name: str
-    recipe: Recipe
+    recipe: RunRecipe
     waiting: bool = False
     done: bool = False
     dense_quality: dict[str, Any] | None = None
@@ -213,9 +226,13 @@ class _Side:
             self._process.wait()
         self._errors.close()
 
-    def begin(self, like: Recipe, dense_quality: dict[str, Any] | None) -> None:
+    def begin(self, like: RunRecipe, dense_quality: dict[str, Any] | None) -> None:
         """Hand over the job: load, convert, and come to the first step."""
-        job = {"recipe": self.recipe.model_dump(mode="json"), "like": like.model_dump(mode="json")}
+        job: dict[str, Any] = {
+            "job": _job_of(like),
+            "recipe": self.recipe.model_dump(mode="json"),
+            "like": like.model_dump(mode="json"),
+        }
         self._send(json.dumps(job | {"dense_quality": dense_quality}))
 
     def go(self) -> None:
@@ -294,11 +311,12 @@ def run_side() -> None:
         job = json.loads(next(turns))
         quality = job["dense_quality"]
         try:
-            finetune(
-                Recipe(**job["recipe"]),
+            kind, train, _ = _JOBS[job["job"]]
+            train(
+                kind(**job["recipe"]),
                 report=tell,
                 callbacks=[_TurnCallback(tell, turns)],
-                like=Recipe(**job["like"]),
+                like=kind(**job["like"]),
                 dense_quality=None if quality is None else Quality(**quality),
                 write=False,
             )

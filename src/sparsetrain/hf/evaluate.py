@@ -14,6 +14,9 @@ from torch.nn import functional as F
 
 from sparsetrain.hf.data.bundle import IGNORED_LABEL
 
+LABELLED = frozenset({"classify", "pairs", "image"})
+"""Tasks with one label a row."""
+
 Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
 
 
@@ -54,7 +57,7 @@ def evaluate(
     """Run `model` in evaluation mode on the first rows; it is left in the mode it was in.
 
     Args:
-        task: `classify` gives accuracy; `lm` and `sft` give perplexity over the tokens with a label.
+        task: one of `LABELLED` gives accuracy; `lm` and `sft` give perplexity over the tokens with a label.
         batch_size: rows in a forward; it changes the result by rounding only.
         max_tokens: stop after this many input tokens, padding not counted; at least one row is used.
         progress: called with the share done.
@@ -75,7 +78,7 @@ def evaluate(
                 batch = {name: tensor.to(device) for name, tensor in batch.items()}
                 labels = batch.pop("labels")
                 logits = model(**batch).logits
-                if task == "classify":
+                if task in LABELLED:
                     total += F.cross_entropy(logits.float(), labels, reduction="sum").item()
                     correct += (logits.argmax(-1) == labels).sum().item()
                     targets += len(labels)
@@ -91,7 +94,7 @@ def evaluate(
     if targets == 0:
         raise ValueError(f"none of the {num_rows} held-out rows has a target token. Use longer rows or more data.")
     loss = total / targets
-    classify = task == "classify"
+    classify = task in LABELLED
     return Quality(
         loss=loss,
         perplexity=None if classify else math.exp(loss) if loss < 700 else math.inf,
@@ -112,7 +115,9 @@ def _batches(rows: Dataset, collate_fn: Collate, size: int, max_tokens: int | No
 
 
 def _num_tokens(batch: dict[str, Tensor]) -> int:
-    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"].sum())
+    return batch["input_ids" if "input_ids" in batch else "pixel_values"].numel()
 
 
 def _next_token_loss(logits_btv: Tensor, labels_bt: Tensor) -> tuple[float, int]:

@@ -1,69 +1,27 @@
 """finetune(): one recipe, from the pretrained model to a saved adapter, with its quality on record at every stage.
 
-load → dense quality → calibrate and convert → quality → LoRA → train → quality → save. Training is transformers' own
-Trainer; the same recipe, seed and machine give the same losses, also across an interruption and `resume`.
+load → dense quality → calibrate and convert → quality → LoRA → train → quality → save.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers import TrainerCallback
 
 from sparsetrain.hf import assemble, checkpoint
 from sparsetrain.hf.assemble import Parts
-from sparsetrain.hf.evaluate import Quality, evaluate
-from sparsetrain.hf.io import quiet, save
-from sparsetrain.hf.journal import EvalCallback, Journal, OrderedCollator, SavedCallback
-from sparsetrain.hf.manifest import disk_errors, write_json
+from sparsetrain.hf.evaluate import Quality
+from sparsetrain.hf.io import quiet
+from sparsetrain.hf.journal import Journal
 from sparsetrain.hf.recipe import Recipe
+from sparsetrain.hf.run import Job, Result, measure_quality, run
+from sparsetrain.hf.run import run_report as run_report
 from sparsetrain.hf.sidecar import read_state
-from sparsetrain.hf.token_selection import select_tokens, selector_of
-from sparsetrain.hf.trainer import Report, SparsityCallback, silent
-from sparsetrain.measure.machine import describe_machine
-from sparsetrain.measure.memory import reset_peak, static_memory
-from sparsetrain.measure.report import build_report, write_report
-from sparsetrain.measure.schema import Run
+from sparsetrain.hf.trainer import Report, silent
 from sparsetrain.surgery.apply import Handle, sparsify
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a run did.
-
-    run: quality by stage, steps, memory, as `measure.schema.Run`.
-    saved: the folder of the adapter or model.
-    data_order: a hash of the rows in the order they were trained on; None for a continued run.
-    """
-
-    recipe: Recipe
-    saved: Path
-    run: Run
-    data: str
-    plan: list[dict[str, Any]]
-    sparsity: dict[str, Any]
-    notes: list[str]
-    parameters: int
-    trainable_parameters: int
-    data_order: str | None
-    resumed_from: int | None = None
-    machine: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def kind(self) -> str:
-        """`sparse` or `dense`."""
-        return "sparse" if self.recipe.methods else "dense"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as in result.json."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return values | {"recipe": self.recipe.model_dump(mode="json"), "saved": str(self.saved), "kind": self.kind}
 
 
 @quiet()
@@ -95,78 +53,14 @@ def finetune(
         OSError: the disk is full; the last checkpoint is whole.
         RuntimeError: training diverged.
     """
-    output = Path(recipe.output)
-    checkpoint.check_output(output, resume=recipe.resume)
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
-    resumed = checkpoint.find_resumable(output, recipe, report) if recipe.resume else None
-    journal = Journal(report, resumed)
-    parts = assemble.open_parts(recipe, journal.report, like)
-    rows = checkpoint.data_fingerprint(parts.bundle.train)
-    if resumed is not None:
-        checkpoint.check_data(resumed, rows)
-    model, handle = _build(parts, journal, resumed, dense_quality)
-    about = _about(parts)
-    collator = OrderedCollator(parts.bundle.collate_fn)
-    trainer = Trainer(
-        model=model,
-        args=assemble.training_arguments(parts),
-        train_dataset=parts.bundle.train,
-        data_collator=collator,
-        processing_class=parts.tokenizer,
-        callbacks=[
-            *callbacks,
-            journal.recorder,
-            EvalCallback(lambda: _evaluate(model, handle, parts), recipe.eval_every, journal),
-            *([SavedCallback(handle, parts.sample, journal)] if resumed is None else []),
-            *([_sparsity(handle, parts, journal, about)] if handle is not None else []),
-            checkpoint.CheckpointCallback(
-                recipe, rows, journal.progress, journal.report
-            ),  # completes what others wrote
-        ],
+    job = Job(
+        open_parts=lambda tell: assemble.open_parts(recipe, tell, like),
+        build=lambda *given: _build(recipe, *given),
+        about=_about,
+        title=title(recipe),
+        saved="adapter" if recipe.lora_r > 0 else "model",
     )
-    trainer.remove_callback(PrinterCallback)
-    if handle is not None and selector_of(handle) is not None:
-        select_tokens(trainer, handle)
-    _train(trainer, parts, resumed)
-    journal.peaks(parts.device)
-    optimizer: Any = trainer.optimizer
-    journal.run["static_bytes"] = static_memory(model, optimizer).to_dict()
-    trained = _evaluate(model, handle, parts, journal, "evaluating the trained model")
-    journal.quality("after_training", trained, step=trainer.state.global_step)
-    saved = output / ("adapter" if recipe.lora_r > 0 else "model")
-    save(model, handle, saved, tokenizer=parts.tokenizer, **about)
-    total, trainable = assemble.num_parameters(model)
-    result = Result(
-        recipe=recipe,
-        saved=saved,
-        run=journal.run,
-        data=parts.bundle.description,
-        plan=parts.plan.rows() if parts.plan is not None else [],
-        sparsity=handle.report() if handle is not None else {},
-        notes=journal.notes,
-        parameters=total,
-        trainable_parameters=trainable,
-        data_order=collator.digest if resumed is None else None,
-        resumed_from=None if resumed is None else resumed.step,
-        machine=describe_machine().to_dict(),
-    )
-    if write:
-        write_report(run_report(result), output)
-    write_json(output / checkpoint.RESULT, result.to_dict())  # last: it marks the run as finished
-    return result
-
-
-def run_report(result: Result) -> Any:
-    """The `measure` report of a single run."""
-    return build_report(
-        title=title(result.recipe),
-        runs={result.kind: result.run},
-        recipe=result.recipe.model_dump(mode="json"),
-        machine=result.machine,
-        plan=result.plan,
-        notes=[result.data, *result.notes],
-    )
+    return run(recipe, job, report=report, callbacks=callbacks, dense_quality=dense_quality, write=write)
 
 
 def title(recipe: Recipe) -> str:
@@ -177,16 +71,15 @@ def title(recipe: Recipe) -> str:
 
 
 def _build(
-    parts: Parts, journal: Journal, resumed: checkpoint.Checkpoint | None, dense_quality: Quality | None
+    recipe: Recipe, parts: Parts, journal: Journal, resumed: checkpoint.Checkpoint | None, dense_quality: Quality | None
 ) -> tuple[Any, Handle | None]:
     """The model, converted and with LoRA, its quality recorded at each stage; a continued run is rebuilt."""
-    recipe = parts.recipe
     journal.phase("loading the model", 0.0)
     model, new_modules = assemble.load_model(parts)
     if new_modules:
         journal.report({"event": "note", "text": f"New in the model, and trained: {', '.join(new_modules)}."})
     if resumed is None:
-        known = dense_quality or _evaluate(model, None, parts, journal, "evaluating the dense model")
+        known = dense_quality or measure_quality(model, None, parts, journal, "evaluating the dense model")
         journal.quality("dense", known, step=None if recipe.methods else 0)
     handle = None
     if recipe.methods and resumed is not None:
@@ -196,47 +89,9 @@ def _build(
         batches = assemble.calibration_batches(parts)
         handle = sparsify(model, *recipe.configs, calibration=batches, seed=recipe.seed, progress=journal.phase)
         journal.run["setup_s"] = time.perf_counter() - began
-        quality = _evaluate(model, handle, parts, journal, "evaluating the converted model")
+        quality = measure_quality(model, handle, parts, journal, "evaluating the converted model")
         journal.quality("after_conversion", quality, step=0)
     return assemble.add_lora(model, recipe, handle, new_modules), handle
-
-
-def _sparsity(handle: Handle, parts: Parts, journal: Journal, about: dict[str, Any]) -> SparsityCallback:
-    def keep_peaks() -> None:
-        journal.peaks(parts.device)
-
-    return SparsityCallback(handle, at_end=False, report=journal.report, before_reset=keep_peaks, **about)
-
-
-def _train(trainer: Trainer, parts: Parts, resumed: checkpoint.Checkpoint | None) -> None:
-    output = Path(parts.recipe.output)
-    with disk_errors(output):
-        checkpoint.clear_interrupted(output)
-        parts.recipe.to_yaml(output / "recipe.yaml")
-        set_seed(parts.recipe.seed)
-        reset_peak(parts.device)
-        try:
-            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.path))
-        except BaseException:
-            checkpoint.clear_interrupted(output)
-            raise
-
-
-def _evaluate(
-    model: Any, handle: Handle | None, parts: Parts, journal: Journal | None = None, name: str = ""
-) -> Quality:
-    if handle is not None:
-        handle.settle()  # past any warm-up: the quality is that of the sparse model; training sets its own step
-    assert parts.bundle.eval is not None
-    return evaluate(
-        model,
-        parts.bundle.eval,
-        parts.bundle.collate_fn,
-        task=parts.recipe.task,
-        batch_size=parts.recipe.batch_size,
-        max_tokens=parts.recipe.eval_tokens,
-        progress=None if journal is None else lambda share: journal.phase(name, share),
-    )
 
 
 def _about(parts: Parts) -> dict[str, Any]:

@@ -18,12 +18,13 @@ import transformers
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from sparsetrain.core.config import MethodConfig, registered_methods
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.hf.assets import resolve_model
+from sparsetrain.hf.classifier import EncoderClassifier
 from sparsetrain.hf.manifest import FORMAT, MANIFEST, atomic_folder, disk_errors, verify_manifest, write_manifest
 from sparsetrain.hf.recipe import plain_values
 from sparsetrain.hf.sidecar import SIDECAR, WRITTEN, base_of, read_sidecar, read_state, write_sidecar
@@ -204,7 +205,7 @@ def load_weights(path: str, model_class: str, dtype: torch.dtype, **options: Any
         CheckpointError: transformers has no model of that name.
         ValueError: the model cannot be found or read.
     """
-    kind = getattr(transformers, model_class, None)
+    kind = EncoderClassifier if model_class == EncoderClassifier.__name__ else getattr(transformers, model_class, None)
     if not (isinstance(kind, type) and (issubclass(kind, PreTrainedModel) or model_class.startswith("AutoModel"))):
         raise CheckpointError(f"model_class {model_class!r} is not a model of transformers {transformers.__version__}.")
     try:
@@ -239,9 +240,11 @@ def _load_plain(name: str, folder: Path, dtype: torch.dtype, device: Any, traina
         architectures = transformers.AutoConfig.from_pretrained(path).architectures or []
     except (OSError, ValueError) as error:
         raise ValueError(model_not_found(name, error)) from None
-    labelled = any("SequenceClassification" in kind for kind in architectures)
-    auto = AutoModelForSequenceClassification if labelled else AutoModelForCausalLM
-    model = load_weights(path, auto.__name__, dtype).to(device).train(trainable)
+    kinds = ("SequenceClassification", "ImageClassification")
+    auto = next((f"AutoModelFor{kind}" for kind in kinds if any(kind in name for name in architectures)), None)
+    if EncoderClassifier.__name__ in architectures:
+        auto = EncoderClassifier.__name__
+    model = load_weights(path, auto or "AutoModelForCausalLM", dtype).to(device).train(trainable)
     return Loaded(model=model, tokenizer=_tokenizer(Path(path), path), handle=None, about={})
 
 

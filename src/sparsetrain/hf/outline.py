@@ -86,7 +86,7 @@ def outline(recipe: Recipe, config: Any, *, bf16: bool, lengths: tuple[int, ...]
 def without_dropout(config: Any, recipe: Recipe) -> None:
     """Attention dropout off where methods take attention, as `finetune` turns it off."""
     dropped = [name for name in assemble.ATTENTION_DROPOUT if getattr(config, name, 0)]
-    if dropped and assemble.attention_is_taken(config, recipe.task, recipe.configs):
+    if dropped and assemble.attention_is_taken(lambda: assemble.empty_model(config, recipe.task), recipe.configs):
         for name in dropped:
             setattr(config, name, 0.0)
 

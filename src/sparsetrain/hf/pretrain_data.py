@@ -1,0 +1,88 @@
+"""Rows and tokenizer of a pretraining recipe."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from sparsetrain.hf import assemble
+from sparsetrain.hf.assets import resolve_data, resolve_model
+from sparsetrain.hf.data import DataBundle, load_classify, load_images, load_text
+from sparsetrain.hf.data.byte_tokens import byte_tokenizer
+from sparsetrain.hf.pretrain_recipe import PretrainRecipe
+from sparsetrain.hf.trainer import Report
+
+TASKS = ("listops", "text", "retrieval", "pixels", "pathfinder")
+
+
+def is_task(name: str) -> bool:
+    """Whether a name is that of a generated or loaded task of long sequences."""
+    return name in TASKS or name.startswith("lra-")
+
+
+def open_tokenizer(recipe: PretrainRecipe) -> Any:
+    """The tokenizer that reads a recipe's text: its own, or bytes; None where rows are numbers already.
+
+    Raises:
+        ValueError: it cannot be read, or there is no text.
+    """
+    if recipe.task == "image" or is_task(recipe.data):
+        if recipe.tokenizer is not None:
+            raise ValueError(f"tokenizer={recipe.tokenizer}: {recipe.data} is no text. Leave it out.")
+        return None
+    if recipe.tokenizer is None:
+        return byte_tokenizer()
+    return assemble.open_tokenizer(resolve_model(recipe.tokenizer))
+
+
+def load_rows(recipe: PretrainRecipe, tokenizer: Any, row_tokens: int, report: Report) -> DataBundle:
+    """Training and held-out rows of at most `row_tokens`; no more text is tokenised than the steps need.
+
+    Raises:
+        ValueError: data that is missing, malformed, too short for one row, or of another task.
+    """
+
+    def say(line: str) -> None:
+        report({"event": "note", "text": line})
+
+    eval_rows = max(1, recipe.eval_tokens // row_tokens)
+    limits: dict[str, Any] = {"max_rows": recipe.train_rows, "max_eval_rows": eval_rows, "seed": recipe.seed}
+    if is_task(recipe.data):
+        return _task_rows(recipe, limits)
+    _check_source(recipe)
+    source = resolve_data(recipe.data, progress=say)
+    if recipe.task == "image":
+        return load_images(source, **limits)
+    if recipe.task == "classify":
+        columns = {"text_column": recipe.text_column}
+        bundle = load_classify(source, tokenizer, recipe.seq_len, progress=say, **columns, **limits)
+        return assemble.long_enough(bundle, recipe)
+    rows = None if recipe.steps is None else recipe.steps * recipe.batch_size * recipe.grad_accum
+    return load_text(
+        source,
+        tokenizer,
+        recipe.seq_len,
+        text_column=recipe.text_column,
+        max_tokens=None if rows is None else rows * recipe.seq_len,
+        max_eval_tokens=max(recipe.eval_tokens, recipe.seq_len),
+        seed=recipe.seed,
+        progress=say,
+    )
+
+
+def _check_source(recipe: PretrainRecipe) -> None:
+    if recipe.task == "pairs":
+        raise ValueError(f"data={recipe.data} has no pairs. Use data=retrieval or lra-retrieval with task=pairs.")
+    if recipe.data == "fashion-mnist" and recipe.task != "image":
+        raise ValueError(
+            f"data=fashion-mnist are images, and task={recipe.task} reads tokens. Use task=image, or data=pixels with "
+            "task=classify for the same images as sequences of 784 pixels."
+        )
+
+
+def _task_rows(recipe: PretrainRecipe, limits: dict[str, Any]) -> DataBundle:
+    wanted = "pairs" if recipe.data.endswith("retrieval") else "classify"
+    if recipe.task != wanted:
+        raise ValueError(f"data={recipe.data} is for task={wanted}, and task={recipe.task} was asked. Use that.")
+    load_task = import_module("sparsetrain.hf.data.tasks").load_task
+    return load_task(recipe.data, seq_len=recipe.seq_len, folder=recipe.data_folder, **limits)
