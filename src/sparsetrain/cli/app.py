@@ -17,6 +17,7 @@ from sparsetrain.cli.finetune import finetune
 from sparsetrain.cli.models import MODELS_HELP, fetch, list_assets, verify
 from sparsetrain.cli.patterns import patterns
 from sparsetrain.cli.plan import methods, plan
+from sparsetrain.cli.pretrain import pretrain
 from sparsetrain.cli.profile import profile
 from sparsetrain.cli.sensitivity import sensitivity
 
@@ -25,7 +26,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="
 
 @app.callback()
 def sparsetrain() -> None:
-    """Fine-tune Transformers with less memory and time, through sparsity.
+    """Fine-tune and pretrain Transformers with less memory and time, through sparsity.
 
     \b
     Is this machine ready?
@@ -50,6 +51,7 @@ def _add(place: typer.Typer, name: str, command: Callable[..., Any]) -> None:
 
 for _name, _command in {
     "finetune": finetune,
+    "pretrain": pretrain,
     "eval": evaluate,
     "export": export,
     "plan": plan,

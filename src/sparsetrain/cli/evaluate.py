@@ -37,7 +37,7 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
     from sparsetrain.hf.evaluate import evaluate as evaluate_rows
     from sparsetrain.hf.io import load
 
-    recipe = _recipe(model, changes(flags))
+    recipe = _pretraining(model, changes(flags)) or _recipe(model, changes(flags))
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     device = pick_device(recipe)
@@ -51,7 +51,7 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
             bundle.collate_fn,
             task=recipe.task,
             batch_size=recipe.batch_size,
-            max_tokens=recipe.eval_tokens,
+            max_tokens=None if recipe.task == "image" else recipe.eval_tokens,
             progress=lambda share: tell({"event": "phase", "name": "evaluating", "share": share}),
         )
     part = "all" if all else "held-out"
@@ -73,15 +73,32 @@ def _recipe(model: str, given: dict[str, Any]) -> Any:
     return Recipe.from_yaml(run, values) if run.is_file() else Recipe.from_values(values)
 
 
+def _pretraining(model: str, given: dict[str, Any]) -> Any:
+    """The recipe of a pretrained run under the flags; None for any other model."""
+    from sparsetrain.hf.io import sidecar_of
+    from sparsetrain.hf.pretrain import PretrainRecipe
+
+    run = Path(model) / "recipe.yaml"
+    if not run.is_file() or sidecar_of(model).get("job") != "pretrain":
+        return None
+    return PretrainRecipe.from_yaml(run, {**given, "methods": [], "compare": "none"})
+
+
 def _rows(recipe: Any, loaded: Any, every: bool, tell: Any) -> tuple[Any, Any]:
     """(rows to measure on, their bundle); a classifier's labels must be the data's, in the same order."""
     from sparsetrain.hf.assemble import load_rows
+    from sparsetrain.hf.evaluate import LABELLED
+    from sparsetrain.hf.pretrain import PretrainRecipe
+    from sparsetrain.hf.pretrain_data import held_out
 
     config = loaded.model.config
-    if loaded.tokenizer is None:
+    if isinstance(recipe, PretrainRecipe) and not every:
+        bundle = held_out(recipe, loaded.tokenizer, config, tell)
+    elif loaded.tokenizer is None:
         raise ValueError(f"{recipe.model} has no tokenizer beside its weights. Save one into its folder.")
-    bundle = _all_rows(recipe, loaded, tell) if every else load_rows(recipe, loaded.tokenizer, config, tell)
-    if recipe.task == "classify":
+    else:
+        bundle = _all_rows(recipe, loaded, tell) if every else load_rows(recipe, loaded.tokenizer, config, tell)
+    if recipe.task in LABELLED:
         known = tuple(str(name) for _, name in sorted(config.id2label.items()))
         if known != bundle.label_names:
             raise ValueError(

@@ -25,9 +25,9 @@ def finetune(
     asked = Recipe.from_yaml(recipe, given) if recipe else Recipe.from_values(given)
     with telling() as tell:
         if dry_run:
-            return _dry_run(asked, tell)
+            return previewed(asked, tell)
         if asked.compare == "dense":
-            return _compared(asked, tell)
+            return compared(asked, tell)
         return _trained(asked, tell)
 
 
@@ -61,19 +61,19 @@ def _trained(recipe: Any, tell: Any) -> Answer:
 
     result = train(recipe, report=tell)
     lines = render_text(run_report(result))
-    return Answer(data=result.to_dict(), show=[*lines, *_next(recipe, recipe.output)])
+    return Answer(data=result.to_dict(), show=[*lines, *next_steps(recipe, recipe.output)])
 
 
-def _compared(recipe: Any, tell: Any) -> Answer:
+def compared(recipe: Any, tell: Any) -> Answer:
     from sparsetrain.hf.compare import compare
     from sparsetrain.measure import render_text
 
     made = compare(recipe, report=tell)
     data = {"sparse": made.sparse, "dense": made.dense, "report": made.report}
-    return Answer(data=data, show=[*render_text(made.report), *_next(recipe, f"{recipe.output}/sparse")])
+    return Answer(data=data, show=[*render_text(made.report), *next_steps(recipe, f"{recipe.output}/sparse")])
 
 
-def _next(recipe: Any, trained: str) -> list[str]:
+def next_steps(recipe: Any, trained: str) -> list[str]:
     return [
         f"Report: {recipe.output}/report.html",
         f"Measure it again: sparsetrain eval {trained}",
@@ -81,7 +81,7 @@ def _next(recipe: Any, trained: str) -> list[str]:
     ]
 
 
-def _dry_run(recipe: Any, tell: Any) -> Answer:
+def previewed(recipe: Any, tell: Any) -> Answer:
     """Everything that can be checked without reading weights; writes nothing."""
     from sparsetrain.hf.preview import preview
 

@@ -73,6 +73,7 @@ class Flag:
 
 
 INT, FLOAT = "INT", "FLOAT"
+CHECKPOINTING = "Recompute activations in the backward pass: much less memory, about a third more time."
 FLAGS: dict[str, Flag] = {
     flag.key: flag
     for flag in (
@@ -111,8 +112,7 @@ FLAGS: dict[str, Flag] = {
         Flag("resume", "", "no", KEEP, "Go on from the newest whole checkpoint in --output.", bool),
         Flag("seed", INT, "0", MACHINE, "Same seed, same machine: same losses."),
         Flag("dtype", "auto|fp32|bf16", "auto", MACHINE, "auto is fp32 on a CPU, bf16 on a GPU that has it."),
-        Flag("gradient_checkpointing", "none|non-reentrant|reentrant", "none", MACHINE, "Recompute activations in the "
-             "backward pass: much less memory, about a third more time."),
+        Flag("gradient_checkpointing", "none|non-reentrant|reentrant", "none", MACHINE, CHECKPOINTING),
         Flag("device", "auto|cpu|mps|cuda|cuda:N", "auto", MACHINE, "auto takes a GPU if there is one."),
         Flag("threads", INT, "all cores", MACHINE, "CPU threads."),
     )
@@ -126,14 +126,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result, or the err
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error. Also: SPARSETRAIN_DEBUG=1.")]
 
 
-def takes(*keys: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def takes(*keys: str, table: dict[str, Flag] = FLAGS) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Replace the `**flags` of a command by the flags of `keys`, in the order of the table."""
 
     def edit(command: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(command, eval_str=True)
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-        rows = [FLAGS[key].parameter() for key in FLAGS if key in keys]
+        rows = [table[key].parameter() for key in table if key in keys]
         command.__signature__ = signature.replace(parameters=[*rows, *own])  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in [*rows, *own]}
         return command

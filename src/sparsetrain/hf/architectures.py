@@ -34,7 +34,7 @@ def open_architecture(recipe: PretrainRecipe) -> PreTrainedConfig:
     """
     values = _read(recipe.model)
     try:
-        plain = AutoConfig.for_model(**values)
+        plain = _config(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"the config of {recipe.model} cannot be used: {str(error).splitlines()[0]}") from None
     known = sorted({*plain.to_dict(), *plain.attribute_map, *_HEAD, *values} - {"model_type"})
@@ -46,7 +46,7 @@ def open_architecture(recipe: PretrainRecipe) -> PreTrainedConfig:
             )
     changes = {plain.attribute_map.get(key, key): value for key, value in recipe.set.items()}
     try:
-        config = AutoConfig.for_model(**_HEAD | values | changes)
+        config = _config(_HEAD | values | changes)
     except Exception as error:  # transformers checks types with an exception of its own
         raise ValueError(f"set {recipe.set}: {str(error).strip().splitlines()[-1]}") from None
     _check_length(recipe, config)
@@ -125,6 +125,10 @@ def sequence_tokens(config: Any, recipe: PretrainRecipe) -> int:
     size = config.image_size if isinstance(config.image_size, list | tuple) else [config.image_size] * 2
     patch = config.patch_size if isinstance(config.patch_size, list | tuple) else [config.patch_size] * 2
     return (size[0] // patch[0]) * (size[1] // patch[1]) + 1
+
+
+def _config(values: dict[str, Any]) -> Any:
+    return AutoConfig.for_model(str(values["model_type"]), **{k: v for k, v in values.items() if k != "model_type"})
 
 
 def _check_length(recipe: PretrainRecipe, config: Any) -> None:

@@ -9,7 +9,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -38,12 +38,14 @@ from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.plan import Plan, method_of, plan
 from sparsetrain.surgery.support import check_support
 
+R = TypeVar("R", bound=RunRecipe)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class Parts(Generic[R]):
     """What a run is made of, checked against each other; the weights are still unread. `plan` is None if dense."""
 
-    recipe: RunRecipe
+    recipe: R
     device: torch.device
     path: str
     config: Any
@@ -57,7 +59,7 @@ class Parts:
         return next(_row_batches(self))
 
 
-def open_parts(recipe: Recipe, report: Report, like: Recipe | None = None) -> Parts:
+def open_parts(recipe: Recipe, report: Report, like: Recipe | None = None) -> Parts[Recipe]:
     """Everything but the weights, in the order of what fails fastest.
 
     Args:

@@ -1,9 +1,9 @@
 """A sparse run beside the strongest dense one, in turns, step by step.
 
-Each side is a process of its own that runs the ordinary `finetune` or `pretrain`, so each has its own peak of memory. A callback
-waits at the start of every step for its turn; whatever comes before the next step (data, saving, evaluation) belongs
-to the turn. So exactly one side computes at any time, both meet the same state of the machine, and the order flips
-each round.
+Each side is a process of its own that runs the ordinary `finetune` or `pretrain`, so each has its own peak of memory.
+A callback waits at the start of every step for its turn; whatever comes before the next step (data, saving,
+evaluation) belongs to the turn. So exactly one side computes at any time, both meet the same state of the machine, and
+the order flips each round.
 
 The dense side has the same LoRA or start, optimizer, seed, rows and order of rows, and SDPA attention.
 """
@@ -31,6 +31,7 @@ from sparsetrain.hf.checkpoint import RESULT, check_output, checkpoints
 from sparsetrain.hf.evaluate import Quality
 from sparsetrain.hf.finetune import finetune
 from sparsetrain.hf.finetune import title as finetune_title
+from sparsetrain.hf.illustrate import illustrate
 from sparsetrain.hf.manifest import MANIFEST, read_json
 from sparsetrain.hf.pretrain import PretrainRecipe, pretrain
 from sparsetrain.hf.pretrain import title as pretrain_title
@@ -103,6 +104,7 @@ def compare(recipe: RunRecipe, *, report: Tell = silent) -> Comparison:
     _check_same_rows(results)
     made = comparison_report(recipe, results)
     write_report(made, output)
+    illustrate(output, recipe.configs)
     recipe.to_yaml(output / "recipe.yaml")
     return Comparison(sparse=results["sparse"], dense=results["dense"], report=made, output=output)
 
@@ -258,7 +260,7 @@ class _Side:
             elif event["event"] == "failed":
                 raise _error(event, self.name)
             else:
-                if event["event"] == "quality" and event["stage"] == "dense":
+                if event["event"] == "quality" and event["stage"] in ("dense", "untrained"):
                     self.dense_quality = event["quality"]
                 report({"side": self.name, **event})
 

@@ -270,6 +270,12 @@ def _refuse_orphan(folder: Path) -> None:
         )
 
 
+def sidecar_of(source: str | Path) -> dict[str, Any]:
+    """The sidecar of a saved model, or of the one in a run's output folder; {} where there is none."""
+    folder = _final_folder(Path(source))
+    return read_sidecar(folder) if (folder / SIDECAR).is_file() else {}
+
+
 def _final_folder(path: Path) -> Path:
     """The adapter or model inside the output folder of a run or a comparison; any other folder itself."""
     for name in ("adapter", "model", "sparse/adapter", "sparse/model"):

@@ -37,7 +37,7 @@ def read_patterns(run: str | Path) -> tuple[Path, list[Pattern]]:
     Raises:
         CheckpointError: nothing saved there, no flood-fill attention in it, or no layer probed yet.
     """
-    folder = _saved_folder(Path(run))
+    folder = saved_folder(Path(run))
     configs = [entry.get("method") for entry in read_sidecar(folder)["configs"]]
     method = FloodFillAttention.method
     if method not in configs:
@@ -95,7 +95,7 @@ def draw_patterns(run: str | Path, output: str | Path | None = None) -> tuple[li
     return patterns, files
 
 
-def _saved_folder(run: Path) -> Path:
+def saved_folder(run: Path) -> Path:
     """Where the sidecar is: the folder itself, the model inside it, or its newest checkpoint."""
     for place in (*(run / name for name in _PLACES), *reversed(checkpoints(run) if run.is_dir() else [])):
         if (place / SIDECAR).is_file():

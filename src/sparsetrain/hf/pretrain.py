@@ -5,16 +5,13 @@ What is shared with `finetune` is in `hf.run`.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from sparsetrain.core.errors import CheckpointError
 from sparsetrain.hf import assemble, checkpoint
 from sparsetrain.hf.architectures import (
     build_model,
@@ -28,13 +25,12 @@ from sparsetrain.hf.assemble import Parts
 from sparsetrain.hf.evaluate import Quality
 from sparsetrain.hf.io import quiet
 from sparsetrain.hf.journal import Journal
-from sparsetrain.hf.patterns import draw_patterns
 from sparsetrain.hf.pretrain_data import load_rows, open_tokenizer
 from sparsetrain.hf.pretrain_recipe import PretrainRecipe as PretrainRecipe
 from sparsetrain.hf.run import Job, Result, measure_quality, run
 from sparsetrain.hf.sidecar import read_state
 from sparsetrain.hf.trainer import Report, silent
-from sparsetrain.methods import FloodFillAttention, TokenSelection
+from sparsetrain.methods import TokenSelection
 from sparsetrain.surgery.apply import Handle, sparsify
 
 
@@ -75,7 +71,6 @@ def pretrain(
         saved="model",
         arguments=_arguments(recipe),
         callbacks=(ClipValue(recipe.clip_value),) if recipe.clip_value else (),
-        finish=lambda handle: _draw(recipe, handle),
     )
     return run(recipe, job, report=report, callbacks=callbacks, dense_quality=dense_quality, write=write)
 
@@ -149,7 +144,7 @@ def _build(
         state = read_state(resumed.path) if recipe.methods else {}
         return model, sparsify(model, *recipe.configs, state=state, seed=recipe.seed) if recipe.methods else None
     known = dense_quality or measure_quality(model, None, parts, journal, "evaluating the untrained model")
-    journal.quality("dense", known, step=0)
+    journal.quality("untrained", known, step=0)
     if not recipe.methods:
         return model, None
     began = time.perf_counter()
@@ -157,10 +152,3 @@ def _build(
     handle = sparsify(model, *recipe.configs, calibration=batches, seed=recipe.seed, progress=journal.phase)
     journal.run["setup_s"] = time.perf_counter() - began
     return model, handle
-
-
-def _draw(recipe: PretrainRecipe, handle: Handle | None) -> None:
-    """Put the pictures of patterns into the report."""
-    if any(isinstance(config, FloodFillAttention) for config in recipe.configs):
-        with contextlib.suppress(CheckpointError):  # a run without a probe has no map to draw
-            draw_patterns(Path(recipe.output))

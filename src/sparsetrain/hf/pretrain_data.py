@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from sparsetrain.hf import assemble
+from sparsetrain.hf.architectures import sequence_tokens
 from sparsetrain.hf.assets import resolve_data, resolve_model
 from sparsetrain.hf.data import DataBundle, load_classify, load_images, load_text
 from sparsetrain.hf.data.byte_tokens import byte_tokenizer
@@ -68,6 +69,14 @@ def load_rows(recipe: PretrainRecipe, tokenizer: Any, row_tokens: int, report: R
         seed=recipe.seed,
         progress=say,
     )
+
+
+def held_out(recipe: PretrainRecipe, tokenizer: Any, config: Any, report: Report) -> DataBundle:
+    """The rows that a run of this recipe held out, read with as little of its training data as possible."""
+    few = recipe.model_copy(update={"steps": 1, "epochs": None, "batch_size": 1, "grad_accum": 1})
+    bundle = load_rows(few, tokenizer, sequence_tokens(config, recipe), report)
+    assert bundle.eval is not None
+    return bundle
 
 
 def _check_source(recipe: PretrainRecipe) -> None:

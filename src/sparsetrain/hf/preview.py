@@ -1,4 +1,4 @@
-"""preview(): what a recipe would do, without reading weights or writing a file (`sparsetrain finetune --dry-run`)."""
+"""preview(): what a recipe would do, without reading weights or writing a file (`--dry-run`)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparsetrain.hf import assemble
+from sparsetrain.hf import architectures, assemble
 from sparsetrain.hf.assets import ASSETS, asset_status
 from sparsetrain.hf.checkpoint import check_output, find_resumable
+from sparsetrain.hf.pretrain import open_parts as open_pretraining
+from sparsetrain.hf.pretrain_recipe import PretrainRecipe
 from sparsetrain.hf.recipe import Recipe
+from sparsetrain.hf.run_recipe import RunRecipe
 from sparsetrain.hf.trainer import Event, Report, silent
 from sparsetrain.surgery.plan import Plan
 
@@ -18,7 +21,7 @@ from sparsetrain.surgery.plan import Plan
 class Preview:
     """Sizes in parameters, bytes and tokens; `counts` are of the data. `plan`: None if dense; `resume_step`: if new."""
 
-    recipe: Recipe
+    recipe: RunRecipe
     plan: Plan | None
     data: str
     parameters: int
@@ -35,11 +38,11 @@ class Preview:
     def lines(self) -> list[str]:
         """What a person reads."""
         share = self.trainable_parameters / self.parameters
-        how = f"LoRA of rank {self.recipe.lora_r}" if self.recipe.lora_r else "all weights"
+        how = f"LoRA of rank {self.recipe.lora_r}" if isinstance(self.recipe, Recipe) and self.recipe.lora_r else ""
         begin = "" if self.resume_step is None else f", from step {self.resume_step}"
         return [
             f"Model   {self.recipe.model}: {self.parameters:,} parameters, {self.weight_bytes / 2**20:,.0f} MiB",
-            f"Trained {how}: {self.trainable_parameters:,} parameters ({share:.2%}), "
+            f"Trained {how or 'all weights'}: {self.trainable_parameters:,} parameters ({share:.2%}), "
             f"{self.optimizer_bytes / 2**20:,.0f} MiB of optimizer state",
             f"Data    {self.data}",
             f"Length  {self.steps:,} steps of {self.tokens_per_step:,} tokens{begin}, on {self.device}",
@@ -55,11 +58,12 @@ class Preview:
         return values | {"recipe": self.recipe.model_dump(mode="json"), "plan": rows}
 
 
-def preview(recipe: Recipe, *, report: Report = silent) -> Preview:
+def preview(recipe: RunRecipe, *, report: Report = silent) -> Preview:
     """Check a recipe against its model and data, and say what it would do. No weights are read, nothing is written.
 
     Raises:
-        ValueError, PlanError, CheckpointError: as `finetune`; also for an embedded model that is not fetched yet.
+        ValueError, PlanError, CheckpointError: as `finetune` and `pretrain`; also for an embedded model that is not
+            fetched yet.
     """
     notes: list[str] = []
 
@@ -73,11 +77,12 @@ def preview(recipe: Recipe, *, report: Report = silent) -> Preview:
         if name in ASSETS and asset_status(name).state == "absent":
             raise ValueError(f"{name} is not fetched yet. Run: sparsetrain models fetch {name}")
     resumed = find_resumable(recipe.output, recipe, note) if recipe.resume and recipe.compare == "none" else None
-    parts = assemble.open_parts(recipe, note)
-    model = assemble.empty_model(parts.config, recipe.task)
+    parts, model = _opened(recipe, note)
     weights, _ = assemble.num_parameters(model)
     added = sum(row["added_params"] for row in parts.plan.rows()) if parts.plan is not None else 0
-    total, trainable = assemble.num_parameters(assemble.add_lora(model, recipe, None, []))
+    if isinstance(recipe, Recipe):
+        model = assemble.add_lora(model, recipe, None, [])
+    total, trainable = assemble.num_parameters(model)
     rows_per_step = recipe.batch_size * recipe.grad_accum
     steps = recipe.steps or math.ceil((recipe.epochs or 1) * math.ceil(len(parts.bundle.train) / rows_per_step))
     return Preview(
@@ -89,9 +94,25 @@ def preview(recipe: Recipe, *, report: Report = silent) -> Preview:
         weight_bytes=weights * assemble.pick_dtype(recipe, parts.device).itemsize,
         optimizer_bytes=(trainable + added) * 8,
         steps=steps,
-        tokens_per_step=rows_per_step * recipe.seq_len,
+        tokens_per_step=rows_per_step * _row_tokens(recipe, parts),
         device=str(parts.device),
         counts=parts.bundle.counts,
         resume_step=None if resumed is None else resumed.step,
         notes=notes,
     )
+
+
+def _opened(recipe: RunRecipe, report: Report) -> tuple[assemble.Parts[Any], Any]:
+    """(the parts of a run, its model without weights)"""
+    if isinstance(recipe, PretrainRecipe):
+        parts = open_pretraining(recipe, report)
+        return parts, architectures.empty_model(parts.config, recipe.task)
+    assert isinstance(recipe, Recipe)
+    opened = assemble.open_parts(recipe, report)
+    return opened, assemble.empty_model(opened.config, recipe.task)
+
+
+def _row_tokens(recipe: RunRecipe, parts: assemble.Parts[Any]) -> int:
+    if isinstance(recipe, PretrainRecipe):
+        return architectures.sequence_tokens(parts.config, recipe)
+    return recipe.seq_len

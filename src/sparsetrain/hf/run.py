@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 from sparsetrain.hf import assemble, checkpoint
 from sparsetrain.hf.assemble import Parts
 from sparsetrain.hf.evaluate import Quality, evaluate
+from sparsetrain.hf.illustrate import illustrate
 from sparsetrain.hf.io import save
 from sparsetrain.hf.journal import EvalCallback, Journal, OrderedCollator, SavedCallback
 from sparsetrain.hf.manifest import disk_errors, write_json
@@ -77,7 +78,6 @@ class Job:
     saved: the folder, inside the output, of what was trained.
     arguments: further arguments of the Trainer.
     callbacks: further callbacks, called before ours.
-    finish: called with the handle when all is written but result.json.
     """
 
     open_parts: Callable[[Report], Parts]
@@ -87,7 +87,6 @@ class Job:
     saved: str
     arguments: dict[str, Any] = field(default_factory=dict)
     callbacks: tuple[TrainerCallback, ...] = ()
-    finish: Callable[[Handle | None], None] = lambda handle: None
 
 
 def run(
@@ -160,7 +159,7 @@ def run(
     )
     if write:
         write_report(run_report(result), output)
-        job.finish(handle)
+        illustrate(output, recipe.configs)
     write_json(output / checkpoint.RESULT, result.to_dict())  # last: it marks the run as finished
     return result
 

@@ -19,6 +19,7 @@ from sparsetrain.measure.units import bytes_text, number_text, seconds_text
 _WON = {"sparse": "sparse wins", "dense": "dense wins", "tie": "tie", "unknown": "unknown"}
 _STAGE_NAMES = {
     "dense": "Dense model, before anything",
+    "untrained": "Random weights",
     "after_conversion": "After conversion",
     "after_distillation": "After distillation",
     "after_training": "After training",

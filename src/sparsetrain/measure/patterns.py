@@ -47,8 +47,10 @@ def draw_pattern(mean_pnn: Any, filtered_pnn: Any, mask_pnn: Any | None, title: 
     return picture.getvalue()
 
 
-def add_pictures(page: str, pictures: Iterable[tuple[str, bytes]]) -> str:
-    """A report's HTML with the pictures as its section "Attention patterns", in place of an earlier one.
+def add_pictures(
+    page: str, pictures: Iterable[tuple[str, bytes]], *, name: str = "patterns", heading: str = "Attention patterns"
+) -> str:
+    """A report's HTML with the pictures as a section of its own, in place of an earlier one of that name.
 
     Raises:
         ValueError: the text is no report of ours.
@@ -58,8 +60,8 @@ def add_pictures(page: str, pictures: Iterable[tuple[str, bytes]]) -> str:
         f"<figcaption>{escape(title)}</figcaption></figure>"
         for title, png in pictures
     )
-    section = f'<section id="patterns"><h2>Attention patterns</h2><div class="figures">{figures}</div></section>'
-    page = re.sub(r'<section id="patterns">.*?</section>\n?', "", page, flags=re.S)
+    section = f'<section id="{name}"><h2>{escape(heading)}</h2><div class="figures">{figures}</div></section>'
+    page = re.sub(rf'<section id="{name}">.*?</section>\n?', "", page, flags=re.S)
     before, end, after = page.rpartition("\n</main>")
     if not end:
         raise ValueError(

@@ -103,6 +103,19 @@ def memory_row(run: Run) -> dict[str, int]:
     return row
 
 
+def flip_rates(curves: dict[str, list[tuple[int, float]]]) -> bytes:
+    """Flip rates by step: each site faint, their mean strong. `curves`: site -> (step, rate), at least one."""
+    figure, axes = _canvas()
+    for curve in curves.values():
+        axes.plot([step for step, _ in curve], [rate for _, rate in curve], color=COLOURS["sparse"], alpha=0.3)
+    together = list(zip(*curves.values()))
+    steps = [rows[0][0] for rows in together]
+    mean = [sum(rate for _, rate in rows) / len(rows) for rows in together]
+    axes.plot(steps, mean, color=COLOURS["sparse"], linewidth=1.8)
+    _label(axes, mean[-1], f"mean {number_text(mean[-1])}", COLOURS["sparse"])
+    return _finish(figure, axes, "optimizer step", "share of mask entries that flipped")
+
+
 def _losses(runs: dict[str, Run], by: str, xlabel: str, unit: float) -> bytes:
     figure, axes = _canvas()
     held_out = all(len(run.get("evals") or []) >= 2 for run in runs.values())

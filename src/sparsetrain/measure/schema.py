@@ -9,7 +9,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 SCHEMA = 1
 RUNS = ("dense", "sparse")
-STAGES = ("dense", "after_conversion", "after_distillation", "after_training")
+STAGES = ("dense", "untrained", "after_conversion", "after_distillation", "after_training")
 
 
 class StepRecord(TypedDict):
