@@ -18,6 +18,7 @@ from sparsetrain.hf.pretrain_recipe import PretrainRecipe
 
 ARCHITECTURES = Path(__file__).parent / "assets" / "architectures"
 _HEAD = {"classifier_width": 128}
+_NOT_SET = {"model_type", "architectures", "dtype", "id2label", "label2id", "transformers_version", "vocab_size"}
 
 
 def architecture_names() -> list[str]:
@@ -37,7 +38,8 @@ def open_architecture(recipe: PretrainRecipe) -> PreTrainedConfig:
         plain = _config(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"the config of {recipe.model} cannot be used: {str(error).splitlines()[0]}") from None
-    known = sorted({*plain.to_dict(), *plain.attribute_map, *_HEAD, *values} - {"model_type"})
+    own = {*plain.to_dict(), *plain.attribute_map, *_HEAD, *values}
+    known = sorted(key for key in own - _NOT_SET if not key.startswith("_"))
     for key in recipe.set:
         if key not in known:
             raise ValueError(
@@ -48,7 +50,7 @@ def open_architecture(recipe: PretrainRecipe) -> PreTrainedConfig:
     try:
         config = _config(_HEAD | values | changes)
     except Exception as error:  # transformers checks types with an exception of its own
-        raise ValueError(f"set {recipe.set}: {str(error).strip().splitlines()[-1]}") from None
+        raise ValueError(f"set {recipe.set}: {str(error).strip().splitlines()[-1].strip()}") from None
     _check_length(recipe, config)
     return config
 
@@ -67,8 +69,7 @@ def fit_to_data(config: Any, recipe: PretrainRecipe, bundle: DataBundle, tokeniz
         config.vocab_size, config.pad_token_id = bundle.vocab_size, 0  # type: ignore[attr-defined]
     if recipe.task == "image":
         found = bundle.collate_fn([bundle.train[0]])["pixel_values"].shape[1:]
-        size = config.image_size if isinstance(config.image_size, list | tuple) else [config.image_size] * 2
-        asked = (config.num_channels, *size)
+        asked = (config.num_channels, *image_size(config))
         if tuple(found) != asked:
             raise ValueError(
                 f"{recipe.data} has images of {tuple(found)} (channels, height, width), and {recipe.model} takes "
@@ -118,13 +119,19 @@ def check_task(config: Any, recipe: PretrainRecipe) -> None:
         )
 
 
+def image_size(config: Any) -> tuple[int, int]:
+    """(height, width) of the images that a config takes."""
+    size = config.image_size
+    return (size[0], size[1]) if isinstance(size, list | tuple) else (size, size)
+
+
 def sequence_tokens(config: Any, recipe: PretrainRecipe) -> int:
     """Tokens in a row: `seq_len`, or an image's patches and the class token."""
     if recipe.task != "image":
         return recipe.seq_len
-    size = config.image_size if isinstance(config.image_size, list | tuple) else [config.image_size] * 2
+    height, width = image_size(config)
     patch = config.patch_size if isinstance(config.patch_size, list | tuple) else [config.patch_size] * 2
-    return (size[0] // patch[0]) * (size[1] // patch[1]) + 1
+    return (height // patch[0]) * (width // patch[1]) + 1
 
 
 def _config(values: dict[str, Any]) -> Any:

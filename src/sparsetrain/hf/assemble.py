@@ -43,7 +43,10 @@ R = TypeVar("R", bound=RunRecipe)
 
 @dataclass(frozen=True, kw_only=True)
 class Parts(Generic[R]):
-    """What a run is made of, checked against each other; the weights are still unread. `plan` is None if dense."""
+    """What a run is made of, checked against each other; the weights are still unread. `plan` is None if dense.
+
+    tokens_per_input: tokens of the model per number that the Trainer counts: below 1 for images, 2 for pairs.
+    """
 
     recipe: R
     device: torch.device
@@ -52,6 +55,7 @@ class Parts(Generic[R]):
     plan: Plan | None
     tokenizer: Any
     bundle: DataBundle
+    tokens_per_input: float = 1.0
 
     @property
     def sample(self) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from sparsetrain.hf.architectures import (
     check_task,
     empty_model,
     fit_to_data,
+    image_size,
     open_architecture,
     sequence_tokens,
 )
@@ -99,7 +100,17 @@ def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | No
     bundle = load_rows(recipe, tokenizer, tokens, report)
     fit_to_data(config, recipe, bundle, tokenizer)
     planned = assemble.plan_on(empty_model(config, recipe.task), recipe, device, tokens) if recipe.methods else None
-    return Parts(recipe=recipe, device=device, path="", config=config, plan=planned, tokenizer=tokenizer, bundle=bundle)
+    pixels = config.num_channels * image_size(config)[0] * image_size(config)[1] if recipe.task == "image" else 1
+    return Parts(
+        recipe=recipe,
+        device=device,
+        path="",
+        config=config,
+        plan=planned,
+        tokenizer=tokenizer,
+        bundle=bundle,
+        tokens_per_input={"image": tokens / pixels, "pairs": 2.0}.get(recipe.task, 1.0),
+    )
 
 
 class ClipValue(TrainerCallback):

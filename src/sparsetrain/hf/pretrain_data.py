@@ -16,6 +16,11 @@ from sparsetrain.hf.trainer import Report
 TASKS = ("listops", "text", "retrieval", "pixels", "pathfinder")
 
 
+def load_task(name: str, **options: Any) -> DataBundle:
+    """The rows of a task, as `hf.data.tasks` makes or reads them."""
+    return import_module("sparsetrain.hf.data.tasks").load_task(name, **options)
+
+
 def is_task(name: str) -> bool:
     """Whether a name is that of a generated or loaded task of long sequences."""
     return name in TASKS or name.startswith("lra-")
@@ -93,5 +98,4 @@ def _task_rows(recipe: PretrainRecipe, limits: dict[str, Any]) -> DataBundle:
     wanted = "pairs" if recipe.data.endswith("retrieval") else "classify"
     if recipe.task != wanted:
         raise ValueError(f"data={recipe.data} is for task={wanted}, and task={recipe.task} was asked. Use that.")
-    load_task = import_module("sparsetrain.hf.data.tasks").load_task
     return load_task(recipe.data, seq_len=recipe.seq_len, folder=recipe.data_folder, **limits)

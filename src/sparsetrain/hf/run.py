@@ -106,6 +106,7 @@ def run(
     resumed = checkpoint.find_resumable(output, recipe, report) if recipe.resume else None
     journal = Journal(report, resumed)
     parts = job.open_parts(journal.report)
+    journal.recorder.tokens_per_input = parts.tokens_per_input
     rows = checkpoint.data_fingerprint(parts.bundle.train)
     if resumed is not None:
         checkpoint.check_data(resumed, rows)

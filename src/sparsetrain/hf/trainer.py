@@ -203,6 +203,7 @@ class StepRecorder(TrainerCallback):
     def __init__(self, report: Report = silent, records: list[dict[str, Any]] | None = None) -> None:
         self.report = report
         self.records: list[dict[str, Any]] = list(records or [])
+        self.tokens_per_input = 1.0  # the Trainer counts numbers of the main input: an image's are its pixels
         self._began = self._seconds = 0.0
         self._tokens_before = 0
 
@@ -229,7 +230,7 @@ class StepRecorder(TrainerCallback):
             "step": state.global_step,
             "loss": float(logs["loss"]),
             "step_time_s": self._seconds,
-            "tokens": int(state.num_input_tokens_seen) - self._tokens_before,
+            "tokens": round((int(state.num_input_tokens_seen) - self._tokens_before) * self.tokens_per_input),
             "wall_s": self.wall_s + self._seconds,
             "learning_rate": logs.get("learning_rate"),
             "grad_norm": logs.get("grad_norm"),
