@@ -27,6 +27,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    RobertaPreLayerNormConfig,
+    RobertaPreLayerNormForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -132,6 +134,22 @@ def _bert() -> nn.Module:
     )
 
 
+def _roberta_prelayernorm() -> nn.Module:
+    return RobertaPreLayerNormForSequenceClassification(
+        RobertaPreLayerNormConfig(
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            intermediate_size=FFN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            pad_token_id=0,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+
+
 def _distilbert() -> nn.Module:
     return DistilBertForSequenceClassification(
         DistilBertConfig(
@@ -174,6 +192,7 @@ FAMILIES = {
         Family("gpt2", _gpt2, causal=True),
         Family("opt", _opt, causal=True),
         Family("bert", _bert, causal=False),
+        Family("roberta-prelayernorm", _roberta_prelayernorm, causal=False),
         Family("distilbert", _distilbert, causal=False),
         Family("vit", _vit, causal=False, vision=True),
     )

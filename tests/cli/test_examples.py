@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sparsetrain.hf.architectures import check_task, open_architecture
+from sparsetrain.hf.pretrain_recipe import PretrainRecipe
 from sparsetrain.hf.recipe import Recipe
 from tests.cli.conftest import Call, save_llama
 
@@ -38,3 +40,30 @@ def test_the_demo_s_recipe(call: Call, text: Path, tmp_path: Path) -> None:
     assert values["model"] == "smollm2-135m" and values["data"] == "python-stdlib"
     tiny = ("--model", llama, "--data", text, "--seq-len", 64, "--output", tmp_path / "run")
     assert call("finetune", "--recipe", EXAMPLES / "demo.yaml", *tiny, "--dry-run").code == 0
+
+
+PUBLISHED = {  # layers, block, quantile, batch, lr, warm-up, steps, probe: the authors' code, by task
+    "image": (2, 32, 0.96, 128, 1e-4, 175, 10_000, 500),
+    "listops": (4, 64, 0.98, 256, 7e-4, 1_000, 30_000, 500),
+    "retrieval": (2, 64, 0.99, 32, 3e-4, 800, 40_000, 200),
+    "text": (2, 64, 0.99, 32, 1e-4, 80, 30_000, 200),
+    "pathfinder": (2, 32, 0.96, 256, 3e-4, 312, 50_000, 500),
+}
+
+
+@pytest.mark.parametrize("task", PUBLISHED)
+def test_the_recipes_of_spion_are_the_published_ones(task: str) -> None:
+    recipe = PretrainRecipe.from_yaml(EXAMPLES / f"spion-{task}.yaml")
+    config = open_architecture(recipe)
+    check_task(config, recipe)
+    method = recipe.methods[0]
+    found = (config.num_hidden_layers, recipe.configs[0].block_tokens, method["quantile"], recipe.batch_size)  # type: ignore[attr-defined]
+    assert (*found, recipe.lr, recipe.warmup_steps, recipe.steps, method["probe_every"]) == PUBLISHED[task]
+    assert (config.hidden_size, config.num_attention_heads, config.intermediate_size) == (64, 2, 128)
+    assert recipe.clip_value == 1 and recipe.max_grad_norm == 0 and recipe.weight_decay == 0 and recipe.eps == 1e-6
+
+
+def test_the_recipe_of_a_2_4_gpt(call: Call, text: Path, tmp_path: Path) -> None:
+    flags = ("--data", text, "--seq-len", 64, "--output", tmp_path / "run", "--dry-run", "--set", "n_layer=2")
+    assert call("pretrain", "--recipe", EXAMPLES / "gpt-2-4.yaml", *flags).code == 0
+    check_task(open_architecture(recipe := PretrainRecipe.from_yaml(EXAMPLES / "vit-2-4.yaml")), recipe)

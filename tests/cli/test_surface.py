@@ -12,6 +12,8 @@ import typer
 
 from sparsetrain.cli.app import app
 from sparsetrain.cli.flags import FLAGS
+from sparsetrain.cli.pretrain_flags import PRETRAIN_FLAGS
+from sparsetrain.hf.pretrain_recipe import PretrainRecipe
 from sparsetrain.hf.recipe import Recipe
 from tests.cli.conftest import Call
 
@@ -23,8 +25,13 @@ RECIPE = {
     "--keep-checkpoints", "--eval-every", "--eval-tokens", "--resume", "--no-resume", "--seed", "--dtype",
     "--gradient-checkpointing", "--device", "--threads",
 }  # fmt: skip
+PRETRAIN = RECIPE - {"--preset", "--lora-r", "--lora-alpha", "--lora-targets"} | {
+    "--set", "--data-folder", "--tokenizer", "--train-rows", "--min-lr-ratio", "--beta1", "--beta2", "--eps",
+    "--clip-value",
+}  # fmt: skip
 SURFACE = {
     "finetune": ALWAYS | RECIPE | {"--recipe", "--dry-run"},
+    "pretrain": ALWAYS | PRETRAIN | {"--recipe", "--dry-run"},
     "eval": ALWAYS | {"MODEL", "--all", "--data", "--task", "--text-column", "--seq-len", "--batch-size"}
     | {"--eval-tokens", "--seed", "--dtype", "--device", "--threads"},
     "export": ALWAYS | {"RUN", "--output", "--format", "--merge-lora", "--keep-lora"},
@@ -65,6 +72,17 @@ def names(command: Any) -> set[str]:
 
 def test_commands_and_flags_are_frozen() -> None:
     assert {name: names(command) for name, command in commands().items()} == SURFACE
+
+
+def test_flags_of_pretrain_are_its_recipes_keys_with_its_defaults() -> None:
+    assert set(PRETRAIN_FLAGS) == set(PretrainRecipe.model_fields)
+    recipe = PretrainRecipe.from_values({"model": "m", "data": "d"})
+    for key, flag in PRETRAIN_FLAGS.items():
+        if flag.default and key not in ("tokenizer", "train_rows", "threads", "resume"):
+            assert flag.default == str(getattr(recipe, key)), key
+    assert recipe.tokenizer is recipe.train_rows is recipe.threads is None
+    choices = set(str(PRETRAIN_FLAGS["task"].metavar).split("|"))
+    assert choices == set(PretrainRecipe.model_fields["task"].annotation.__args__)  # type: ignore[union-attr]
 
 
 def test_flags_are_the_recipes_keys_with_its_defaults() -> None:

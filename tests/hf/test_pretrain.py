@@ -59,7 +59,7 @@ def text(folder: Path, **changes: Any) -> PretrainRecipe:
 
 def labelled(folder: Path, **changes: Any) -> PretrainRecipe:
     """Texts whose label their first letters tell."""
-    rows = [{"text": f"{'ab'[i % 2]}{'xy'[i % 2] * (i % 9)} {i}", "label": "ab"[i % 2]} for i in range(60)]
+    rows = [{"text": f"{'ab'[i % 2]}{'xy'[i % 2] * (i % 40)} {i}", "label": "ab"[i % 2]} for i in range(60)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     values = {"data": str(folder / "rows.jsonl"), "task": "classify"}
     return recipe(folder, "sequence-encoder", **values | changes)
@@ -92,7 +92,7 @@ class StopAt(TrainerCallback):
 
 
 def test_a_language_model_on_bytes_learns_and_is_on_record(tmp_path: Path) -> None:
-    asked = text(tmp_path, methods=[TWO_FOUR], eval_every=4, grad_accum=2)
+    asked = text(tmp_path, methods=[TWO_FOUR], eval_every=4, grad_accum=2, lr=1e-2)
     result = pretrain(asked)
     stages = result.run["perplexity"]  # type: ignore[typeddict-item]
     assert list(stages) == ["untrained", "after_training"] and 200 < stages["untrained"] < 400  # type: ignore[operator]

@@ -145,7 +145,7 @@ def _arguments(recipe: PretrainRecipe) -> dict[str, Any]:
 
 
 def _build(
-    parts: Parts, journal: Journal, resumed: checkpoint.Checkpoint | None, dense_quality: Quality | None
+    parts: Parts[PretrainRecipe], journal: Journal, resumed: checkpoint.Checkpoint | None, dense_quality: Quality | None
 ) -> tuple[Any, Handle | None]:
     """The model with random weights, converted; a continued run gets its methods' state from the checkpoint."""
     recipe = parts.recipe
@@ -159,7 +159,27 @@ def _build(
     if not recipe.methods:
         return model, None
     began = time.perf_counter()
-    batches = assemble.calibration_batches(parts)
+    batches = assemble.calibration_batches(parts) if recipe.task in ("lm", "image") else _longest_rows(parts)
     handle = sparsify(model, *recipe.configs, calibration=batches, seed=recipe.seed, progress=journal.phase)
     journal.run["setup_s"] = time.perf_counter() - began
     return model, handle
+
+
+def _longest_rows(parts: Parts[PretrainRecipe]) -> list[dict[str, torch.Tensor]] | None:
+    """As `assemble.calibration_batches`, of the longest rows, padded to `seq_len`.
+
+    A pattern is cut from maps of these rows, and must reach as far as any row of the training.
+    """
+    recipe, rows, collate = parts.recipe, parts.bundle.train, parts.bundle.collate_fn
+    lengths = [len(row) for row in rows["input_ids"]]
+    wanted = min(len(rows), -(-recipe.calibration_tokens // recipe.seq_len))
+    places = sorted(range(len(rows)), key=lambda i: -lengths[i])[:wanted]
+    batches = []
+    for start in range(0, wanted, recipe.batch_size):
+        batch = collate([rows[i] for i in places[start : start + recipe.batch_size]])
+        batches.append({name: _padded(tensor, recipe.seq_len) for name, tensor in batch.items() if name != "labels"})
+    return [{name: tensor.to(parts.device) for name, tensor in batch.items()} for batch in batches] or None
+
+
+def _padded(rows_bt: torch.Tensor, tokens: int) -> torch.Tensor:
+    return torch.nn.functional.pad(rows_bt, (0, max(0, tokens - rows_bt.shape[1])))
