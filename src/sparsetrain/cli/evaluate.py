@@ -86,18 +86,10 @@ def _pretraining(model: str, given: dict[str, Any]) -> Any:
 
 def _rows(recipe: Any, loaded: Any, every: bool, tell: Any) -> tuple[Any, Any]:
     """(rows to measure on, their bundle); a classifier's labels must be the data's, in the same order."""
-    from sparsetrain.hf.assemble import load_rows
     from sparsetrain.hf.evaluate import LABELLED
-    from sparsetrain.hf.pretrain import PretrainRecipe
-    from sparsetrain.hf.pretrain_data import held_out
 
     config = loaded.model.config
-    if isinstance(recipe, PretrainRecipe) and not every:
-        bundle = held_out(recipe, loaded.tokenizer, config, tell)
-    elif loaded.tokenizer is None:
-        raise ValueError(f"{recipe.model} has no tokenizer beside its weights. Save one into its folder.")
-    else:
-        bundle = _all_rows(recipe, loaded, tell) if every else load_rows(recipe, loaded.tokenizer, config, tell)
+    bundle = _bundle(recipe, loaded, every, tell)
     if recipe.task in LABELLED:
         known = tuple(str(name) for _, name in sorted(config.id2label.items()))
         if known != bundle.label_names:
@@ -106,6 +98,24 @@ def _rows(recipe: Any, loaded: Any, every: bool, tell: Any) -> tuple[Any, Any]:
                 f"{', '.join(known)}. Evaluate it on data with the same labels."
             )
     return bundle.train if every else bundle.eval, bundle
+
+
+def _bundle(recipe: Any, loaded: Any, every: bool, tell: Any) -> Any:
+    from sparsetrain.hf.assemble import load_rows
+    from sparsetrain.hf.pretrain import PretrainRecipe
+    from sparsetrain.hf.pretrain_data import held_out
+
+    if isinstance(recipe, PretrainRecipe):
+        if every and loaded.tokenizer is None:
+            raise ValueError(
+                f"--all measures on text, and {recipe.data} is a task with a held-out part. Leave --all out."
+            )
+        return (
+            _all_rows(recipe, loaded, tell) if every else held_out(recipe, loaded.tokenizer, loaded.model.config, tell)
+        )
+    if loaded.tokenizer is None:
+        raise ValueError(f"{recipe.model} has no tokenizer beside its weights. Save one into its folder.")
+    return _all_rows(recipe, loaded, tell) if every else load_rows(recipe, loaded.tokenizer, loaded.model.config, tell)
 
 
 def _all_rows(recipe: Any, loaded: Any, tell: Any) -> Any:
