@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 TASKS: dict[str, dict[str, Any]] = {
-    "pixels": {"seq_len": 784, "batch_size": 16, "steps": 240, "eval_tokens": 784 * 500, "train_rows": 3840},
-    "listops": {"seq_len": 512, "batch_size": 16, "steps": 240, "eval_tokens": 512 * 500, "train_rows": 3840},
+    "pixels": {"seq_len": 196, "batch_size": 32, "steps": 300, "eval_tokens": 196 * 1000, "train_rows": 9600},
+    "listops": {"seq_len": 256, "batch_size": 16, "steps": 300, "eval_tokens": 256 * 1000, "train_rows": 4800},
 }
 COMMON: dict[str, Any] = {"model": "sequence-encoder", "task": "classify", "lr": 2e-3, "weight_decay": 0.0}
 COMMON["set"] = {"attention_probs_dropout_prob": 0.0}  # sparse attention has none, so dense attention has none here
-METHOD = {"method": "flood_fill_attention", "block_tokens": 16, "change_threshold": 0.0, "max_dense_ratio": 0.3}
+METHOD = {"method": "flood_fill_attention", "change_threshold": 0.0, "max_dense_ratio": 0.3}
+BLOCK = {"pixels": 7, "listops": 8}
 VARIANTS: dict[str, dict[str, Any]] = {
     "cf": {"variant": "cf"},
     "c": {"variant": "c"},
@@ -42,7 +43,9 @@ def run(args: argparse.Namespace, seed: int, variant: str) -> dict[str, Any]:
     values = {**COMMON, **TASKS[args.task], "data": args.task, "seed": seed, "threads": args.threads}
     values["warmup_steps"] = values["steps"] // 10
     if variant != "dense":
-        values["methods"] = [{**METHOD, "keep_ratio": args.keep_ratio, **VARIANTS[variant]}]
+        values["methods"] = [
+            {**METHOD, "block_tokens": BLOCK[args.task], "keep_ratio": args.keep_ratio, **VARIANTS[variant]}
+        ]
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         result = pretrain(
@@ -78,7 +81,14 @@ def main() -> None:
     args = parser.parse_args()
     from sparsetrain.measure.machine import describe_machine
 
-    settings = {**COMMON, **TASKS[args.task], **METHOD, "data": args.task, "keep_ratio": args.keep_ratio}
+    settings = {
+        **COMMON,
+        **TASKS[args.task],
+        **METHOD,
+        "block_tokens": BLOCK[args.task],
+        "data": args.task,
+        "keep_ratio": args.keep_ratio,
+    }
     empty = {"settings": settings, "machine": describe_machine().to_dict(), "results": {}}
     stored = json.loads(args.json.read_text()) if args.json.exists() else empty
     if stored["settings"] != settings:
