@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import tempfile
 import time
@@ -60,8 +61,15 @@ def run(args: argparse.Namespace, seed: int, variant: str) -> dict[str, Any]:
         "step_before_s": statistics.median(before),
         "step_after_s": statistics.median(after),
         "density": density(result.sparsity),
+        "search_share": search_s(result.notes) / sum(times),
         "run_s": time.perf_counter() - began,
     }
+
+
+def search_s(notes: list[str]) -> float:
+    """Seconds that probes and cutting the patterns took, as the run says it."""
+    found = [re.search(r"Searching the patterns took ([\d.]+) s", note) for note in notes]
+    return sum(float(match[1]) for match in found if match)
 
 
 def density(sparsity: dict[str, Any]) -> float | None:

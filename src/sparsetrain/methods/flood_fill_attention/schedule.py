@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ class SwitchSchedule:
 
     def __init__(self, model: nn.Module, config: FloodFillAttention, sites: list[FloodFillSparseAttention]) -> None:
         self.model, self.config, self.sites = model, config, sites
+        self.search_s = 0.0  # what probes and cutting the patterns took in this process
         if not config.is_dense and not self.switched and not self.batches:
             raise ValueError(
                 "flood_fill_attention has no rows to probe and no pattern. Pass calibration=[batches] of full length "
@@ -86,17 +88,22 @@ class SwitchSchedule:
         return self._switch(step, CAPPED)
 
     def _probe(self) -> None:
+        began = time.perf_counter()
         for site, sums in probe(self.model, self.config, [s.site.name for s in self.sites], self.batches).items():
             next(s for s in self.sites if s.site.name == site).observe(sums)
+        self.search_s += time.perf_counter() - began
 
     def _switch(self, step: int, reason: int) -> list[str]:
+        began = time.perf_counter()
         for site in self.sites:
             site.switch(step, reason)
             _share(site)
+        self.search_s += time.perf_counter() - began
         densities = [site.stats()["density"] for site in self.sites]
         return [
             f"flood_fill_attention: {len(self.sites)} layers are sparse from step {step} on ({REASONS[reason]}); they "
-            f"keep {sum(densities) / len(densities):.1%} of the blocks ({min(densities):.1%} to {max(densities):.1%})."
+            f"keep {sum(densities) / len(densities):.1%} of the blocks ({min(densities):.1%} to {max(densities):.1%}). "
+            f"Searching the patterns took {self.search_s:.2f} s."
         ]
 
 
