@@ -204,6 +204,7 @@ def example_batch(recipe: Recipe, config: Any, tokens: int, rows: int) -> dict[s
 def recompute(model: Any) -> None:
     """Turn on non-reentrant gradient checkpointing under the name that this transformers has."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    model.config.use_cache = False  # transformers turns it off too, with a warning
     enable({"use_reentrant": False})
 
 
