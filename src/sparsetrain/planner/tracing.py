@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from sparsetrain.core.anatomy import describe, submodule
-from sparsetrain.measure.memory import record_saved
+from sparsetrain.measure.memory import held_tensors, record_saved
 from sparsetrain.planner.hollow import Hollow, tensors_in
 
 Work = dict[str, tuple[float, float, float]]
@@ -233,3 +233,4 @@ class _Follow(TorchDispatchMode):
 def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
     yield from model.parameters()
     yield from model.buffers()
+    yield from held_tensors(model)
