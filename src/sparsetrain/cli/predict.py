@@ -110,6 +110,7 @@ def _recipe(asked: dict[str, Any]) -> Any:
 
 
 def _shown(found: Any, predictor: Any, goal: Goal, memory: int | None, yaml: str | None) -> Answer:
+    from sparsetrain.hf import predict as planner
     from sparsetrain.hf.predict import answer_values, usable_bytes
 
     question = found.question
@@ -150,7 +151,13 @@ def _shown(found: Any, predictor: Any, goal: Goal, memory: int | None, yaml: str
         for row in found.rows
         if row.candidate.values.get("methods") and row.peak is not None and not row.refused
     ]
-    show += [*refused, *evens, *notes, ""]
+    timed = [f"Step of {row.candidate.label}: {row.timed}." for row in found.rows if row.timed]
+    begins = [
+        f"{row.candidate.label} begins dense: memory and step are those of its dense phase."
+        for row in shown
+        if planner.begins_dense(predictor.recipe(row.candidate))
+    ]
+    show += [*refused, *evens, *timed, *begins, *notes, ""]
     if found.picked is None:
         show.append(f"Nothing fits in {goal.memory or f'{(memory or 0) / 1e9:.1f} GB'}. Nearest possible:")
         show += [f"  {line}" for line in found.nearest]

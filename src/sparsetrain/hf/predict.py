@@ -212,7 +212,36 @@ def predict(
         predictor.methods,
         lambda outline: unable(outline.ops, gpu=predictor.gpu),
         fit=fit,
+        speedup=lambda candidate: measured_speedup(predictor.recipe(candidate), predictor.model, question),
     )
+
+
+def measured_speedup(recipe: Recipe, model: ModelConfig, question: Question) -> tuple[float, str] | None:
+    """Dense step / this recipe's step, where `bench` timed the same methods on blocks as wide.
+
+    The nearest length counts, within a factor of two of what is asked. A method that begins dense was timed after its
+    dense phase, which is not what most of its steps are.
+    """
+    configs = [plain_values(config) for config in recipe.configs]
+    asked = {
+        "configs": configs,
+        "hidden": model.values.get("text_config", model.values).get("hidden_size"),
+        "lora_r": recipe.lora_r,
+        "checkpointing": recipe.gradient_checkpointing != "none",
+        "batch_size": question.batch,
+    }
+    rows = question.rates.methods.get("+".join(config["method"] for config in configs), [])
+    same = [row for row in rows if all(row.get(key) == value for key, value in asked.items())]
+    near = [row for row in same if 0.5 <= row["tokens"] / question.tokens <= 2 and row["step_speedup"]]
+    if begins_dense(recipe) or not near:
+        return None
+    best = min(near, key=lambda row: abs(row["tokens"] - question.tokens))
+    return best["step_speedup"], f"{best['step_speedup']:.2f}x dense, measured at {best['tokens']:,} tokens"
+
+
+def begins_dense(recipe: Recipe) -> list[str]:
+    """The methods that train dense before they turn sparse."""
+    return [config.method for config in recipe.configs if getattr(config, "max_dense_steps", 0) is None]
 
 
 def usable_bytes(memory_bytes: int, rates: MachineRates) -> int:
