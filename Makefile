@@ -48,6 +48,7 @@ bench: assets ## measure the committed cases on this machine and rewrite the tab
 	$(PY) bench/methods/token_selection/step.py --json bench/results
 	$(PY) bench/methods/routed_ffn/frontier.py --json bench/results
 	$(PY) bench/planner/accuracy.py --json bench/results
+	$(PY) bench/planner/step_time.py --json bench/results
 	$(RUN) bench --model smollm2-135m --seq-len 1024 --quick --output runs/bench
 	cp runs/bench/bench.json bench/results/steps.json
 	$(PY) bench/report.py

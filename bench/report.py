@@ -55,6 +55,7 @@ def steps(results: dict[str, Any]) -> list[str]:
     lines = [
         f"{recipe['model']}, {results['layers']} of {results['model_layers']} layers, "
         f"{recipe['batch_size']} × {recipe['seq_len']:,} tokens, LoRA r={recipe['lora_r']}.",
+        *results["notes"],
         "",
         "| candidate | step, dense / ours | quartiles | part, dense / ours | saved bytes, ours / dense | verdict |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -165,6 +166,21 @@ def accuracy(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def step_times(results: dict[str, Any]) -> list[str]:
+    """Predicted and measured seconds of a step; the ratio to dense is what a choice between recipes rests on."""
+    lines = [f"{results['model']}, {results['tokens']:,} tokens, LoRA, all layers.", ""]
+    lines += ["| recipe | roofline, s | measured, s | off by | dense / ours, roofline | dense / ours, measured |"]
+    lines.append("|" + " --- |" * 6)
+    dense = results["rows"]["LoRA"]
+    for name, row in results["rows"].items():
+        lines.append(
+            f"| {name} | {row['roofline_s']:.2f} | {row['measured_s']:.2f} "
+            f"| {row['roofline_s'] / row['measured_s'] - 1:+.0%} | {dense['roofline_s'] / row['roofline_s']:.2f} "
+            f"| {dense['measured_s'] / row['measured_s']:.2f} |"
+        )
+    return lines
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "selected_attention": attention,
     "flood_fill": patterns,
@@ -176,6 +192,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "token_selection_bias": bias,
     "planner_accuracy": accuracy,
     "steps": steps,
+    "planner_steps": step_times,
 }
 
 

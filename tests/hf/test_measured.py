@@ -10,12 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from sparsetrain.hf import bench as module
+from sparsetrain.hf import bench_checks as checks
+from sparsetrain.hf.assemble import load_model
 from sparsetrain.hf.bench import Outcome, bench, candidates
+from sparsetrain.hf.bench_cut import cut_head
 from sparsetrain.hf.data.random_tokens import RANDOM, random_rows
+from sparsetrain.hf.model_config import read_config
+from sparsetrain.hf.predict import measured_speedup
 from sparsetrain.hf.profile import profile_recipe, profile_side
-from sparsetrain.hf.recipe import Recipe
+from sparsetrain.hf.recipe import Recipe, plain_values
+from sparsetrain.hf.training_step import build_step, open_measured_parts
+from sparsetrain.measure.memory import saved_activations
 from sparsetrain.methods import PQAttention, RoutedFFN
+from sparsetrain.planner.machines import MachineRates
+from sparsetrain.planner.search import Question
 from tests.hf.runs import PQ, ROUTED, bert, llama
 
 
@@ -112,12 +120,45 @@ def test_every_candidate_is_checked_timed_or_refused_with_its_reason(model: Path
     assert set(found.rates.methods) == {"routed_ffn", "pq_attention"}
     row = found.rates.methods["routed_ffn"][0]
     assert row["tokens"] == 64 and row["hidden"] == 32 and row["speedup"] > 0
+    rates_read = MachineRates.from_dict(found.rates.to_dict())
+    config = read_config(str(model))
+    asked_same = recipe(model, methods=[plain_values(RoutedFFN())])
+    for tokens, known in ((64, True), (128, True), (512, False)):
+        timed = measured_speedup(
+            asked_same, config, Question(tokens=tokens, batch=asked_same.batch_size, rates=rates_read)
+        )
+        assert (timed is not None) == known and (timed is None or timed[0] == row["step_speedup"])
     rates = found.rates.to_dict()
     assert rates["gemm_flops"].keys() == {"fp32", "bf16"} and rates["attention_flops"] > 0
 
 
+def test_a_measured_step_selects_its_tokens_and_is_2_4_in_the_middle_of_a_run(model: Path) -> None:
+    dense = build_step(open_measured_parts(recipe(model)))
+    chosen = build_step(open_measured_parts(recipe(model, methods=["token_selection:keep_ratio=0.25"])))
+    saved = [saved_activations(step.model, step.loss).total for step in (chosen, dense)]
+    assert saved[0] < 0.6 * saved[1]
+    pruned = build_step(open_measured_parts(recipe(model, methods=["semi_structured"], lora_r=0)))
+    pruned()
+    assert pruned.handle is not None
+    assert all(site["dense_phase"] == 0 for site in pruned.handle.report()["stats"].values())
+
+
+def test_with_fewer_layers_the_head_shrinks_in_proportion(model: Path) -> None:
+    parts = open_measured_parts(recipe(model))
+    base, _ = load_model(parts)
+    whole = parts.config.vocab_size
+    cut, note = cut_head(base, parts, 1, 2)
+    if whole < 128:  # 64 is the least
+        assert cut is parts and "weighs more" in note
+    base.resize_token_embeddings(400)
+    parts.config.vocab_size = 400
+    cut, note = cut_head(base, parts, 1, 2)
+    assert cut.config.vocab_size == base.get_output_embeddings().out_features == 192
+    assert max(max(row["input_ids"]) for row in cut.bundle.train) < 192 and "192 of 400" in note
+
+
 def test_a_red_check_gets_no_number(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_distance", lambda *_: 0.5)
+    monkeypatch.setattr(checks, "distance", lambda *_: 0.5)
     found = bench(recipe(model), {"routed_ffn": (RoutedFFN(),)}, rounds=3)
     (outcome,) = found.outcomes
     assert outcome.verdict == "refused" and outcome.step is None and "5.0e-01" in outcome.reason
@@ -126,8 +167,8 @@ def test_a_red_check_gets_no_number(model: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_distance_of_equal_numbers_is_zero_and_a_missing_gradient_is_an_error() -> None:
     a = {"logits": torch.ones(3), "w": torch.ones(2)}
-    assert module._distance(a, a) == 0
-    assert module._distance({"logits": torch.ones(3), "w": torch.full((2,), 1.5)}, a) == pytest.approx(0.5)
+    assert checks.distance(a, a) == 0
+    assert checks.distance({"logits": torch.ones(3), "w": torch.full((2,), 1.5)}, a) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="no gradient"):
-        module._distance({"logits": torch.ones(3)}, a)
+        checks.distance({"logits": torch.ones(3)}, a)
     assert dataclasses.replace(Outcome(name="x", methods=[], verdict="win")).to_dict()["step"] is None

@@ -30,6 +30,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "tokens": {"lora_r": 4, "methods": [TOKENS]},
     "spt": {"lora_r": 4, "methods": [PQ, FFN]},
     "all": {"lora_r": 4, "methods": [TOKENS, PQ, FFN], **AGAIN},
+    "2:4": {"lora_r": 0, "methods": [{"method": "semi_structured"}]},
+    "2:4, MVUE": {"lora_r": 0, "methods": [{"method": "semi_structured", "wgrad": "mvue"}]},
+    "2:4, soft, LoRA": {"lora_r": 4, "methods": [{"method": "semi_structured", "mask_mode": "soft"}]},
+    "flood fill": {"lora_r": 4, "methods": [{"method": "flood_fill_attention"}]},
+    "flood fill, full": {"lora_r": 0, "methods": [{"method": "flood_fill_attention"}]},
 }
 
 
@@ -79,6 +84,7 @@ def test_prediction_equals_a_real_step_of_all_layers(way: str) -> None:
     assert found.static.parameters_trainable == static.parameters_trainable
     assert found.static.parameters_frozen == static.parameters_frozen
     assert found.static.gradients == static.gradients
+    assert found.static.buffers == static.buffers
     assert found.static.optimizer == static.optimizer_trainable
     optimizer.zero_grad(set_to_none=True)
     saved = saved_activations(model, step)
@@ -124,6 +130,12 @@ def test_lengths_lie_beyond_the_floor_of_keys_and_the_window() -> None:
     assert fit_lengths(recipe()) == (256, 512, 1024)
     assert fit_lengths(recipe(methods=[{"method": "pq_attention", "keep_ratio": 0.125}])) == (512, 1024, 2048)
     assert fit_lengths(recipe(), window=1024) == (2048, 3072, 4096)
+
+
+def test_a_pattern_cut_from_data_is_refused_with_the_reason() -> None:
+    at_once = recipe(methods=[{"method": "flood_fill_attention", "max_dense_steps": 0}])
+    with pytest.raises(ValueError, match="cuts its pattern from the data"):
+        outline(at_once, llama(), bf16=False)
 
 
 def test_bf16_halves_frozen_weights() -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sparsetrain.hf.predict import Predictor, candidates, predict, read_config, recipe_yaml
+from sparsetrain.hf.model_config import read_config
+from sparsetrain.hf.predict import Predictor, candidates, predict, recipe_yaml
 from sparsetrain.planner.machines import known_machines
 from sparsetrain.planner.search import Question
 

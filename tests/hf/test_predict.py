@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 
+from sparsetrain.hf.model_config import built_in_configs, read_config
 from sparsetrain.hf.predict import (
     Predictor,
-    built_in_configs,
     candidates,
     predict,
-    read_config,
     recipe_yaml,
     unable,
     usable_bytes,

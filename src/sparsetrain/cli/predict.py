@@ -58,6 +58,7 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     from sparsetrain.core.config import suggest
     from sparsetrain.hf import predict as planner
     from sparsetrain.hf.assets import cache_folder
+    from sparsetrain.hf.model_config import read_config
     from sparsetrain.planner.machines import machine_rates
     from sparsetrain.planner.search import GOALS, Question
 
@@ -70,7 +71,7 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
         raise ValueError(f"--fit {goal.fit} needs --memory: how much may training use, for example --memory 24GB?")
     recipe = _recipe(asked)
     bf16 = recipe.dtype == "bf16" or (recipe.dtype == "auto" and not planner.is_cpu(rates))
-    model = planner.read_config(recipe.model, to_stderr_line)
+    model = read_config(recipe.model, to_stderr_line)
     base = {key: getattr(recipe, key) for key in ("task", "lora_r", "lora_alpha", "lora_targets", "seed", "dtype")}
     base |= {"seq_len": recipe.seq_len, "batch_size": recipe.batch_size, "grad_accum": recipe.grad_accum}
     predictor = planner.Predictor(
@@ -109,6 +110,7 @@ def _recipe(asked: dict[str, Any]) -> Any:
 
 
 def _shown(found: Any, predictor: Any, goal: Goal, memory: int | None, yaml: str | None) -> Answer:
+    from sparsetrain.hf import predict as planner
     from sparsetrain.hf.predict import answer_values, usable_bytes
 
     question = found.question
@@ -149,7 +151,13 @@ def _shown(found: Any, predictor: Any, goal: Goal, memory: int | None, yaml: str
         for row in found.rows
         if row.candidate.values.get("methods") and row.peak is not None and not row.refused
     ]
-    show += [*refused, *evens, *notes, ""]
+    timed = [f"Step of {row.candidate.label}: {row.timed}." for row in found.rows if row.timed]
+    begins = [
+        f"{row.candidate.label} begins dense: memory and step are those of its dense phase."
+        for row in shown
+        if planner.begins_dense(predictor.recipe(row.candidate))
+    ]
+    show += [*refused, *evens, *timed, *begins, *notes, ""]
     if found.picked is None:
         show.append(f"Nothing fits in {goal.memory or f'{(memory or 0) / 1e9:.1f} GB'}. Nearest possible:")
         show += [f"  {line}" for line in found.nearest]

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsetrain.core.anatomy import describe
-from sparsetrain.core.backend import use_backend
 from sparsetrain.core.config import MethodConfig, registered_methods
 from sparsetrain.core.errors import PlanError, Unsupported
 from sparsetrain.hf import assemble
 from sparsetrain.hf.assemble import Parts
+from sparsetrain.hf.bench_checks import CHECK_LAYERS, distances
+from sparsetrain.hf.bench_cut import cut_head, cut_layers, first_layers
 from sparsetrain.hf.recipe import PRESETS, Recipe, plain_values
 from sparsetrain.hf.trainer import Report, silent
 from sparsetrain.hf.training_step import TrainingStep, convert_step, dense_twin, open_measured_parts
@@ -31,10 +33,10 @@ from sparsetrain.measure.machine import describe_machine
 from sparsetrain.measure.memory import saved_activations
 from sparsetrain.measure.rates import Rates, measure_rates
 from sparsetrain.measure.timing import Ratio, _clock, compare, ratio
-from sparsetrain.surgery.apply import sparsify
+from sparsetrain.measure.units import seconds_text
 from sparsetrain.surgery.plan import Plan, plan
 
-CHECK_LAYERS, CHECK_TOKENS, QUICK_LAYERS = 2, 256, 4
+QUICK_LAYERS = 4
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Relative L2 distance allowed between two ways to compute the same numbers."""
 BASELINE = "dense: SDPA attention, the same LoRA, fused AdamW"
@@ -93,7 +95,7 @@ def candidates(names: str, own: tuple[MethodConfig, ...] = ()) -> dict[str, tupl
         ValueError: no such method or preset.
     """
     known = {name: (kind(),) for name, kind in registered_methods().items()}
-    known |= {name: configs for name, configs in PRESETS.items() if configs}
+    known |= {name: configs for name, configs in PRESETS.items() if configs and configs not in known.values()}
     chosen = list(known) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
     if unknown := [name for name in chosen if name not in known]:
         raise ValueError(f"--methods {names}: {unknown[0]!r} is unknown. Use all, or some of {', '.join(known)}.")
@@ -114,7 +116,7 @@ def bench(
         recipe: model, length, batch, LoRA; its methods are left out.
         chosen: as `candidates` gives them.
         rounds: timed pairs of steps for each, at least 3.
-        layers: use only the first so many layers; the head then weighs more than in the whole model.
+        layers: use only the first so many layers; with random tokens, the vocabulary is cut in the same proportion.
         report: told what is being done.
 
     Raises:
@@ -125,6 +127,7 @@ def bench(
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     notes: list[str] = []
+    begin = time.perf_counter()
 
     def tell(text: str) -> None:
         report({"event": "note", "text": text})
@@ -136,21 +139,34 @@ def bench(
     every = recipe.model_copy(update={"methods": [plain_values(c) for configs in chosen.values() for c in configs]})
     dense_parts = open_measured_parts(dense_twin(recipe), lambda event: notes.append(event.get("text", "")), every)
     model_layers = dense_parts.config.num_hidden_layers
-    if layers is not None and layers < model_layers:
-        _cut(dense_parts.config, layers)
-        notes.append(f"{layers} of {model_layers} layers were run, so the head weighs more than in the whole model.")
+    cut = layers is not None and layers < model_layers
+    if cut:
+        cut_layers(dense_parts.config, layers)
     base, new_modules = assemble.load_model(dense_parts)
+    if cut:
+        dense_parts, note = cut_head(base, dense_parts, layers, model_layers)
+        notes.append(note)
     dense = convert_step(copy.deepcopy(base), new_modules, dense_parts)
     dense_saved = saved_activations(dense.model, dense.loss).total
+    small = first_layers(base, CHECK_LAYERS)
+    once = _seconds(dense)
+    steps = 2 * (rounds + 1) + 4
+    estimate = seconds_text(once * steps * len(chosen))
+    tell(f"a dense step takes {seconds_text(once)}; {len(chosen)} candidates may take {estimate}")
     outcomes = []
-    for name, configs in chosen.items():
-        tell(f"{name}: checking and timing")
+    for i, (name, configs) in enumerate(chosen.items()):
         parts = _parts(dense_parts, configs)
-        outcome = _checked(name, configs, parts, base)
+        outcome = _checked(name, configs, parts, base, small)
         if outcome.verdict != "refused":
-            outcome = _timed(outcome, configs, parts, base, new_modules, dense, dense_saved, rounds)
+            try:
+                outcome = _timed(outcome, configs, parts, base, new_modules, dense, dense_saved, rounds)
+            except (PlanError, ValueError, Unsupported) as error:  # a step that this recipe cannot take
+                outcome = dataclasses.replace(outcome, verdict="refused", reason=str(error))
         _record(outcome, configs, parts, rates)
         outcomes.append(outcome)
+        ratio_text = "" if outcome.step is None else f", {outcome.step.median:.2f}x"
+        spent = seconds_text(time.perf_counter() - begin)
+        tell(f"{name} ({i + 1} of {len(chosen)}, {spent}): {outcome.verdict}{ratio_text}")
     return Bench(
         recipe=dense_parts.recipe,
         layers=dense_parts.config.num_hidden_layers,
@@ -162,11 +178,13 @@ def bench(
     )
 
 
-def _cut(config: Any, layers: int) -> None:
-    config.num_hidden_layers = layers
-    for name in ("layer_types", "mlp_layer_types"):
-        if getattr(config, name, None):
-            setattr(config, name, getattr(config, name)[:layers])
+def _seconds(step: TrainingStep) -> float:
+    found = []
+    for _ in range(3):
+        start = time.perf_counter()
+        step()
+        found.append(time.perf_counter() - start)
+    return min(found)
 
 
 def _parts(dense: Parts, configs: tuple[MethodConfig, ...]) -> Parts:
@@ -174,12 +192,12 @@ def _parts(dense: Parts, configs: tuple[MethodConfig, ...]) -> Parts:
     return dataclasses.replace(dense, recipe=recipe)
 
 
-def _checked(name: str, configs: tuple[MethodConfig, ...], parts: Parts, base: nn.Module) -> Outcome:
+def _checked(name: str, configs: tuple[MethodConfig, ...], parts: Parts, base: nn.Module, small: nn.Module) -> Outcome:
     """The outcome before timing: refused if the candidate does not fit or fails a check, else not timed yet."""
     methods = [plain_values(config) for config in configs]
     try:
         plan(base, *configs, seq_tokens=parts.recipe.seq_len)
-        checks = _checks(configs, parts)
+        checks = distances(small, configs, parts)
     except (PlanError, ValueError, Unsupported, NotImplementedError) as error:
         return Outcome(name=name, methods=methods, verdict="refused", reason=str(error))
     allowed = TOLERANCE[assemble.pick_dtype(parts.recipe, parts.device)]
@@ -189,48 +207,6 @@ def _checked(name: str, configs: tuple[MethodConfig, ...], parts: Parts, base: n
         )
         return Outcome(name=name, methods=methods, verdict="refused", reason=f"a check failed: {what}.", checks=checks)
     return Outcome(name=name, methods=methods, verdict="not timed", checks=checks)
-
-
-def _checks(configs: tuple[MethodConfig, ...], parts: Parts) -> dict[str, float]:
-    """Relative L2 distances on two layers: each method's dense limit to dense, and the fast path to the reference."""
-    config = copy.deepcopy(parts.config)
-    _cut(config, min(CHECK_LAYERS, config.num_hidden_layers))
-    small = Parts(**{name: getattr(parts, name) for name in parts.__dataclass_fields__} | {"config": config})
-    model, _ = assemble.load_model(small)
-    model.eval()
-    batch = {name: tensor[:1, :CHECK_TOKENS] for name, tensor in parts.sample.items() if name != "labels"}
-    batch = {name: tensor.to(parts.device) for name, tensor in batch.items()}
-    expected = _numbers(model, batch)
-    found = {}
-    for each in configs:
-        limit = copy.deepcopy(model)
-        sparsify(limit, type(each).dense_limit(), calibration=[batch]).step(1, 1)
-        found[f"{each.method}: dense limit"] = _distance(_numbers(limit, batch), expected)
-    sparsify(model, *configs, calibration=[batch]).step(1, 1)
-    with use_backend("reference"):
-        reference = _numbers(model, batch)
-    found["fast path against reference"] = _distance(_numbers(model, batch), reference)
-    return found
-
-
-def _numbers(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Logits and every gradient of their mean square."""
-    model.zero_grad()
-    logits = model(**batch).logits
-    logits.square().mean().backward()
-    grads = {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
-    return {"logits": logits.detach().float(), **grads}
-
-
-def _distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The larger of two relative L2 distances: of the logits, and of all gradients together."""
-    off = float((found["logits"] - expected["logits"]).norm() / expected["logits"].norm())
-    grads = [name for name in expected if name != "logits"]
-    if missing := [name for name in grads if name not in found]:
-        raise ValueError(f"{missing[0]} has no gradient in the sparse model, and one in the dense model.")
-    squares = [((found[n] - expected[n]).square().sum(), expected[n].square().sum()) for n in grads]
-    apart, size = (float(sum(column)) for column in zip(*squares, strict=True))
-    return max(off, (apart / size) ** 0.5)
 
 
 def _timed(
@@ -292,16 +268,18 @@ def _sites(planned: Plan, base: nn.Module) -> dict[str, Place]:
 
 
 def _record(outcome: Outcome, configs: tuple[MethodConfig, ...], parts: Parts, rates: Rates) -> None:
-    """Note a single method's part for the planner; a combination says nothing about one method."""
-    if outcome.part is None or len(configs) != 1:
+    """Note a candidate's speed-ups for the planner, under the names of its methods."""
+    if outcome.part is None:
         return
-    rates.methods.setdefault(configs[0].method, []).append(
+    rates.methods.setdefault("+".join(config.method for config in configs), []).append(
         {
             "tokens": parts.recipe.seq_len,
             "batch_size": parts.recipe.batch_size,
             "hidden": parts.config.hidden_size,
             "speedup": outcome.part.median,
             "step_speedup": outcome.step.median if outcome.step else None,
-            "config": outcome.methods[0],
+            "lora_r": parts.recipe.lora_r,
+            "checkpointing": parts.recipe.gradient_checkpointing != "none",
+            "configs": outcome.methods,
         }
     )

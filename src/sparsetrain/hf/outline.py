@@ -105,6 +105,7 @@ class _Built:
         self.layout = thin_out(model)
         self.hollow = Hollow(seed=recipe.seed)
         fill(model, self.hollow)
+        _settle(model, self.hollow)
         model.train()
         if recipe.gradient_checkpointing != "none":
             recompute(model)
@@ -141,6 +142,14 @@ class _Built:
             grads_by_block=tuple(sum(_size(p) for p in params) for params in own),
         )
         return static, sum(p.numel() for p in trained)
+
+
+def _settle(model: nn.Module, hollow: Hollow) -> None:
+    """What modules derive from their weights (packed copies) is made anew from the hollow ones."""
+    with hollow:
+        for module in model.modules():
+            if hasattr(module, "settle"):
+                module.settle()  # type: ignore[operator]
 
 
 def _trained(model: Any) -> tuple[list[dict[str, nn.Parameter]], list[nn.Parameter]]:
@@ -204,6 +213,7 @@ def example_batch(recipe: Recipe, config: Any, tokens: int, rows: int) -> dict[s
 def recompute(model: Any) -> None:
     """Turn on non-reentrant gradient checkpointing under the name that this transformers has."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    model.config.use_cache = False  # transformers turns it off too, with a warning
     enable({"use_reentrant": False})
 
 

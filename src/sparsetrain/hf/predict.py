@@ -7,84 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import cache
 from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import Any
 
-from sparsetrain.core.config import MethodConfig, registered_methods, suggest
+from sparsetrain.core.config import MethodConfig, registered_methods
+from sparsetrain.hf.model_config import ModelConfig
 from sparsetrain.hf.recipe import PRESETS, Recipe, plain_values
 from sparsetrain.planner.machines import MachineRates
 from sparsetrain.planner.outline import Outline, load_outline, store_outline
 from sparsetrain.planner.search import Answer, Candidate, Question, answer
 
-CONFIGS = Path(__file__).parent / "assets" / "configs"
 RESERVE_BYTES = {"cpu": 450_000_000, "gpu": 600_000_000}
 """What a process holds beside tensors: interpreter and libraries on a CPU, context and kernels on a GPU."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A model's config as its JSON file holds it, the name to train it by, and the most tokens it takes."""
-
-    name: str
-    values: dict[str, Any]
-    folder: str | None = None
-
-    @property
-    def context(self) -> int | None:
-        text = self.values.get("text_config", self.values)
-        found = (text.get(key) for key in ("max_position_embeddings", "n_positions"))
-        return next((value for value in found if isinstance(value, int)), None)
-
-
-def built_in_configs() -> dict[str, str]:
-    """Name -> hub name of the well-known models whose configs come with the package."""
-    return {path.stem: json.loads(path.read_text())["_name_or_path"] for path in sorted(CONFIGS.glob("*.json"))}
-
-
-def read_config(name: str, say: Callable[[str], None] = lambda _line: None) -> ModelConfig:
-    """The config of a model: config.json or its folder, an embedded or a well-known model, or a name on the hub.
-
-    Raises:
-        ValueError: nothing of that name can be read.
-    """
-    path = Path(name)
-    if path.suffix == ".json" and path.is_file():
-        return ModelConfig(name=str(path.parent), values=_json(path), folder=None)
-    if (path / "config.json").is_file():
-        return ModelConfig(name=name, values=_json(path / "config.json"), folder=name)
-    known = built_in_configs()
-    for short, hub in known.items():
-        if name.lower() in (short, hub.lower(), hub.lower().rpartition("/")[2]):
-            return ModelConfig(name=hub, values=_json(CONFIGS / f"{short}.json"))
-    from sparsetrain.hf.assets import ASSETS, resolve_model
-
-    if name in ASSETS:
-        folder = resolve_model(name, progress=say)
-        return ModelConfig(name=name, values=_json(Path(folder) / "config.json"), folder=folder)
-    from transformers import AutoConfig
-
-    try:
-        return ModelConfig(name=name, values=AutoConfig.from_pretrained(name).to_dict())
-    except (OSError, ValueError) as error:
-        near = suggest(name.lower(), [*known, *ASSETS])
-        names = ", ".join([*known, *ASSETS])
-        raise ValueError(
-            f"no config for {name!r}.{near} Give a config.json, a model's folder, or one of {names}; "
-            f"other names are looked up on the hub ({str(error).splitlines()[0]})"
-        ) from None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"{path} is no model config: {error}") from None
-    if not isinstance(values, dict) or "model_type" not in values:
-        raise ValueError(f"{path} is no model config: it has no model_type.")
-    return values
 
 
 def candidates(base: dict[str, Any]) -> list[Candidate]:
@@ -139,6 +76,7 @@ class Predictor:
     ) -> None:
         self.model, self.base, self.bf16, self.cache, self.gpu = model, base, bf16, cache, gpu
         self.traced = 0
+        self._known: dict[str, Outline | ValueError] = {}
 
     def recipe(self, candidate: Candidate) -> Recipe:
         return Recipe.from_values({"data": "none", **self.base, "model": self.model.name, **candidate.values})
@@ -155,19 +93,44 @@ class Predictor:
         recipe = self.recipe(candidate)
         if self.gpu and (reason := unable(ops_of(recipe), gpu=True)):  # known before anything is traced
             raise ValueError(reason)
-        path = None if self.cache is None else self.cache / f"{self._key(recipe)}.json"
-        if path is not None and (stored := load_outline(path)) is not None:
-            return stored
+        found = self._found(recipe)
+        if isinstance(found, ValueError):
+            raise found
+        if found is not None:
+            return found
         from transformers import AutoConfig
 
         from sparsetrain.hf.outline import outline
 
-        values = dict(self.model.values)
-        found = outline(recipe, AutoConfig.for_model(**values), bf16=self.bf16)
-        self.traced += 1
-        if path is not None:
-            store_outline(found, path)
+        found = outline(recipe, AutoConfig.for_model(**self.model.values), bf16=self.bf16)
+        self._keep(recipe, found)
         return found
+
+    def prepare(self, wanted: list[Candidate]) -> None:
+        """Trace what is not known of these candidates, several at once."""
+        recipes = [self.recipe(candidate) for candidate in wanted]
+        recipes = [r for r in recipes if not (self.gpu and unable(ops_of(r), gpu=True)) and self._found(r) is None]
+        if len(recipes) < 2:
+            return
+        from sparsetrain.hf.trace_pool import trace_all
+
+        for i, found in trace_all(recipes, self.model.values, bf16=self.bf16):
+            self._keep(recipes[i], found)
+
+    def _found(self, recipe: Recipe) -> Outline | ValueError | None:
+        key = self._key(recipe)
+        if key not in self._known and self.cache is not None:
+            stored = load_outline(self.cache / f"{key}.json")
+            if stored is not None:
+                self._known[key] = stored
+        return self._known.get(key)
+
+    def _keep(self, recipe: Recipe, found: Outline | ValueError) -> None:
+        key = self._key(recipe)
+        self._known[key] = found
+        self.traced += 1
+        if self.cache is not None and isinstance(found, Outline):
+            store_outline(found, self.cache / f"{key}.json")
 
     def _key(self, recipe: Recipe) -> str:
         """Names what an outline depends on: the model, how it is trained, and the code that was traced."""
@@ -179,6 +142,7 @@ class Predictor:
         return hashlib.sha256(json.dumps(trained, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
+@cache
 def _code() -> str:
     """A hash of sizes and times of the package's files, so that a changed kernel or method is traced again."""
     root = Path(__file__).parent.parent
@@ -240,6 +204,7 @@ def predict(
         fit: `seq` or `batch`: pick for the longest sequence or the largest batch instead, which the picked row holds.
     """
     asked = only or candidates(predictor.base)
+    predictor.prepare(asked)
     return answer(
         question,
         asked,
@@ -247,7 +212,36 @@ def predict(
         predictor.methods,
         lambda outline: unable(outline.ops, gpu=predictor.gpu),
         fit=fit,
+        speedup=lambda candidate: measured_speedup(predictor.recipe(candidate), predictor.model, question),
     )
+
+
+def measured_speedup(recipe: Recipe, model: ModelConfig, question: Question) -> tuple[float, str] | None:
+    """Dense step / this recipe's step, where `bench` timed the same methods on blocks as wide.
+
+    The nearest length counts, within a factor of two of what is asked. A method that begins dense was timed after its
+    dense phase, which is not what most of its steps are.
+    """
+    configs = [plain_values(config) for config in recipe.configs]
+    asked = {
+        "configs": configs,
+        "hidden": model.values.get("text_config", model.values).get("hidden_size"),
+        "lora_r": recipe.lora_r,
+        "checkpointing": recipe.gradient_checkpointing != "none",
+        "batch_size": question.batch,
+    }
+    rows = question.rates.methods.get("+".join(config["method"] for config in configs), [])
+    same = [row for row in rows if all(row.get(key) == value for key, value in asked.items())]
+    near = [row for row in same if 0.5 <= row["tokens"] / question.tokens <= 2 and row["step_speedup"]]
+    if begins_dense(recipe) or not near:
+        return None
+    best = min(near, key=lambda row: abs(row["tokens"] - question.tokens))
+    return best["step_speedup"], f"{best['step_speedup']:.2f}x dense, measured at {best['tokens']:,} tokens"
+
+
+def begins_dense(recipe: Recipe) -> list[str]:
+    """The methods that train dense before they turn sparse."""
+    return [config.method for config in recipe.configs if getattr(config, "max_dense_steps", 0) is None]
 
 
 def usable_bytes(memory_bytes: int, rates: MachineRates) -> int:

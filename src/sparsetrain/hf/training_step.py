@@ -1,27 +1,32 @@
 """One training step of a recipe as a function, without the Trainer around it: what `profile` and `bench` measure.
 
-It does what the Trainer's step does: forward and backward for each of `grad_accum` batches, clipping, fused AdamW.
+It does what the Trainer's step does: forward and backward on selected tokens for each of `grad_accum` batches,
+clipping, what methods do to gradients, fused AdamW, and the methods' schedules.
 """
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import set_seed
 
+from sparsetrain.core.config import MethodConfig
 from sparsetrain.hf import assemble
 from sparsetrain.hf.assemble import Parts
 from sparsetrain.hf.data.random_tokens import RANDOM, random_rows
 from sparsetrain.hf.recipe import Recipe
+from sparsetrain.hf.token_selection import selecting
 from sparsetrain.hf.trainer import Report, silent
 from sparsetrain.surgery.apply import Handle, sparsify
 
 CALIBRATION_TOKENS = 2048
 """Random tokens that a conversion is fitted on when there is no data: its shapes count here, not its quality."""
+MIDDLE, STEPS = 501, 1000
+"""Steps are those in the middle of a run: past any warm-up, before any dense tail."""
 
 
 @dataclass
@@ -35,6 +40,7 @@ class TrainingStep:
     batches: list[dict[str, Tensor]]
     autocast: bool = False
     _next: int = 0
+    _done: int = 0
 
     def __call__(self) -> float:
         total = 0.0
@@ -45,8 +51,13 @@ class TrainingStep:
         if self.recipe.max_grad_norm > 0:
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(trained, self.recipe.max_grad_norm)
+        if self.handle is not None:
+            self.handle.adjust_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.handle is not None:
+            self._done += 1
+            self.handle.step(MIDDLE + self._done % (STEPS // 4), STEPS, 1 / self.recipe.grad_accum)
         return total
 
     def loss(self) -> Tensor:
@@ -55,8 +66,9 @@ class TrainingStep:
         self._next += 1
         device = next(iter(batch.values())).device.type
         context = torch.autocast(device, torch.bfloat16) if self.autocast else contextlib.nullcontext()
-        with context:
-            return self.model(**batch, use_cache=False).loss if self._caches else self.model(**batch).loss
+        chosen = contextlib.nullcontext(batch) if self.handle is None else selecting(self.handle, batch)
+        with context, chosen as inputs:
+            return self.model(**inputs, use_cache=False).loss if self._caches else self.model(**inputs).loss
 
     @property
     def _caches(self) -> bool:
@@ -105,12 +117,12 @@ def convert_step(model: Any, new_modules: list[str], parts: Parts, report: Repor
     if recipe.methods:
         handle = sparsify(
             model,
-            *recipe.configs,
+            *map(without_dense_phase, recipe.configs),
             calibration=assemble.calibration_batches(parts),
             seed=recipe.seed,
             progress=lambda name, share: report({"event": "phase", "name": name, "share": share}),
         )
-        handle.step(1, 1)  # past any warm-up: what is measured is the sparse model
+        handle.step(MIDDLE, STEPS, 1 / recipe.grad_accum)
     model = assemble.add_lora(model, recipe, handle, new_modules)
     model.train()
     _recompute(model, recipe)
@@ -128,6 +140,12 @@ def convert_step(model: Any, new_modules: list[str], parts: Parts, report: Repor
         batches=_batches(parts),
         autocast=assemble.computes_bf16(recipe, parts.device) and recipe.lora_r == 0,
     )
+
+
+def without_dense_phase(config: MethodConfig) -> MethodConfig:
+    """A method that begins dense and cuts its pattern later cuts it at the conversion: sparse steps are measured."""
+    begins_dense = getattr(config, "max_dense_steps", 0) is None and not getattr(config, "is_dense", False)
+    return replace(config, max_dense_steps=0) if begins_dense else config  # type: ignore[call-arg]
 
 
 def _batches(parts: Parts) -> list[dict[str, Tensor]]:

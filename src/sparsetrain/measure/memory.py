@@ -188,7 +188,7 @@ def static_memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
     return StaticMemory(
         parameters_trainable=new_bytes(trainable),
         parameters_frozen=new_bytes(frozen),
-        buffers=new_bytes(model.buffers()),
+        buffers=new_bytes([*model.buffers(), *held_tensors(model)]),
         gradients=new_bytes(param.grad for param in params if param.grad is not None),
         optimizer_trainable=new_bytes(_tensors([value for param, value in state.items() if param.requires_grad])),
         optimizer_frozen=new_bytes(_tensors([value for param, value in state.items() if not param.requires_grad])),
@@ -241,6 +241,15 @@ def _proc_status() -> dict[str, int]:
 def _model_tensors(model: nn.Module) -> Iterator[Tensor]:
     yield from model.parameters()
     yield from model.buffers()
+    yield from held_tensors(model)
+
+
+def held_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """What modules keep from step to step outside parameters and buffers (packed weights), as `held_tensors` says."""
+    for module in model.modules():
+        held = getattr(module, "held_tensors", None)
+        if held is not None:
+            yield from held()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

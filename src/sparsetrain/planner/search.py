@@ -49,6 +49,7 @@ class Row:
 
     longest, largest: the longest sequence at the asked batch and the largest batch at the asked length that fit (0:
     none); None without a limit. break_even: the length from which its step is faster than dense LoRA's.
+    timed: the measurement that step_s follows from; empty where it is the roofline alone.
     """
 
     candidate: Candidate
@@ -56,6 +57,7 @@ class Row:
     peak: PeakBytes | None = None
     step_s: float | None = None
     how: str = ""
+    timed: str = ""
     refused: str | None = None
     fits: bool = True
     longest: int | None = None
@@ -100,6 +102,7 @@ def answer(
     methods_of: Callable[[Candidate], list[dict[str, Any]]],
     unable: Callable[[Outline], str | None],
     fit: str | None = None,
+    speedup: Callable[[Candidate], tuple[float, str] | None] = lambda _candidate: None,
 ) -> Answer:
     """Predict every candidate and pick one.
 
@@ -110,6 +113,7 @@ def answer(
         methods_of: a candidate's methods, with defaults filled in.
         unable: why an outline's operations cannot run well on the machine, or None.
         fit: `seq` or `batch`: pick for the longest sequence or largest batch instead of the goal.
+        speedup: dense time / a candidate's time as measured on the machine, and where; None where it was not.
     """
     rows = []
     base: Outline | None = None
@@ -125,7 +129,11 @@ def answer(
             rows.append(replace(row, refused=reason, fits=False))
             continue
         base = found if base is None else base
-        rows.append(_predicted(row, found, base, question, unable(found)))
+        predicted = _predicted(row, found, base, question, unable(found))
+        if (measured := speedup(candidate)) is not None and rows:
+            ratio, timed = measured
+            predicted = replace(predicted, step_s=(rows[0].step_s or 0.0) / ratio, timed=timed)
+        rows.append(predicted)
     picked, reasons = _pick(rows, question) if fit is None else _pick_largest(rows, fit)
     return Answer(
         question=question,

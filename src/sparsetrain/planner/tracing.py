@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
 from sparsetrain.core.anatomy import describe, submodule
-from sparsetrain.measure.memory import record_saved
-from sparsetrain.planner.hollow import Hollow
+from sparsetrain.measure.memory import held_tensors, record_saved
+from sparsetrain.planner.hollow import Hollow, tensors_in
 
 Work = dict[str, tuple[float, float, float]]
 """Kind of operation (gemm, attention, exp, copy) -> (FLOPs, or exponentials; bytes read and written; calls)."""
@@ -71,7 +70,7 @@ class LiveBytes:
         self._known.update(storage._cdata for storage in self._held)
 
     def after(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
-        results = [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)]
+        results = tensors_in(out)
         for tensor in results:
             storage = tensor.untyped_storage()
             key = storage._cdata
@@ -91,7 +90,7 @@ class LiveBytes:
         name = func._schema.name.removeprefix("aten::")
         if _is_view(func) or name.startswith(_FREE) or not results:
             return
-        given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        given = tensors_in((args, kwargs))
         moved = float(sum(x.numel() * x.element_size() for x in [*given, *results]))
         kind, amount = "copy", 0.0
         if func._overloadpacket in flop_registry:
@@ -234,3 +233,4 @@ class _Follow(TorchDispatchMode):
 def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
     yield from model.parameters()
     yield from model.buffers()
+    yield from held_tensors(model)

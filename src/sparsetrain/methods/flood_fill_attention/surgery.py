@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import Anatomy, AttentionSite, Undo, describe, submodule
@@ -40,6 +41,7 @@ def edits(config: FloodFillAttention, anatomy: Anatomy, model: nn.Module) -> lis
                 cost=lambda tokens, site=site: costs(config, site, tokens),
                 install=lambda m, t, site=site: install(m, t, config, site),
                 note=_note(config),
+                blank=lambda: blank(config),
             )
         )
     return found
@@ -96,6 +98,22 @@ def install(
         uninstall()
 
     return undo, sparse
+
+
+def blank(config: FloodFillAttention) -> dict[str, Tensor]:
+    """What a planner without data gets: one probe row, so the site is in its dense phase, where its memory peaks.
+
+    Raises:
+        ValueError: there is no dense phase; which blocks a pattern keeps follows from the data's attention maps.
+    """
+    if config.is_dense:
+        return {}
+    if config.max_dense_steps == 0:
+        raise ValueError(
+            "flood_fill_attention with max_dense_steps=0 cuts its pattern from the data at the conversion, so a plan "
+            "without weights cannot know its blocks. Give it a dense phase, or time it: sparsetrain bench."
+        )
+    return {f"{PROBE}0.input_ids": torch.zeros(1, 1, dtype=torch.int64)}
 
 
 def prepare(

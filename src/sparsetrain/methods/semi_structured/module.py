@@ -89,7 +89,8 @@ class Sparse24:
     def reseed(self, seed: int) -> None:
         """Start the stream of MVUE draws that this step's backward passes take from."""
         if self.config24.wgrad == "mvue":
-            self.generator = torch.Generator(self.weight.device).manual_seed(seed)
+            device = self.weight.device
+            self.generator = torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed)
 
     @torch.no_grad()
     def add_masked_decay(self, decay: float) -> None:

@@ -55,6 +55,10 @@ class Schedule24(nn.Module):
         self._enter_phase()
         self._reseed(step)
 
+    def held_tensors(self) -> list[Tensor]:
+        """The packed copies of the weights, which are neither parameters nor buffers."""
+        return [part for linear in self.linears.values() if linear.packed is not None for part in linear.packed.parts()]
+
     def settle(self) -> None:
         """For evaluation and export: the phase that training is in, and W̃ of the weights as they are now."""
         self._enter_phase()

@@ -39,10 +39,14 @@ class Packed:
     def dtype(self) -> torch.dtype:
         return self.forward.dtype
 
+    def parts(self) -> list[Tensor]:
+        """The tensors that hold the packed copies, each once."""
+        found = {id(part): part for operand in (self.forward, self.backward) for part in _storage_of(operand)}
+        return list(found.values())
+
     def nbytes(self) -> int:
         """Memory of the packed copies, in bytes."""
-        parts = {id(part): part for operand in (self.forward, self.backward) for part in _storage_of(operand)}
-        return sum(part.numel() * part.element_size() for part in parts.values())
+        return sum(part.numel() * part.element_size() for part in self.parts())
 
 
 def pack(
