@@ -140,10 +140,10 @@ def bench(
     dense_parts = open_measured_parts(dense_twin(recipe), lambda event: notes.append(event.get("text", "")), every)
     model_layers = dense_parts.config.num_hidden_layers
     cut = layers is not None and layers < model_layers
-    if cut:
+    if layers is not None and cut:
         cut_layers(dense_parts.config, layers)
     base, new_modules = assemble.load_model(dense_parts)
-    if cut:
+    if layers is not None and cut:
         dense_parts, note = cut_head(base, dense_parts, layers, model_layers)
         notes.append(note)
     dense = convert_step(copy.deepcopy(base), new_modules, dense_parts)
