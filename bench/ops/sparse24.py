@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 import sparsetrain
 from sparsetrain import SemiStructured
 from sparsetrain.core.anatomy import Anatomy, Block, FFNSite
+from sparsetrain.measure.machine import describe_machine
 from sparsetrain.ops.sparse24_linear.reference import reference_linear
 
 # name: d, f
@@ -151,11 +151,7 @@ def main() -> None:
                 flush=True,
             )
     if args.json:
-        machine = {
-            "cpu": platform.processor() or platform.machine(),
-            "threads": args.threads,
-            "torch": torch.__version__,
-        }
+        machine = describe_machine().to_dict() | {"threads": args.threads}
         path = Path(args.json)
         path = path / "sparse24.json" if path.is_dir() else path
         path.write_text(json.dumps({"machine": machine, "results": results}, indent=1))

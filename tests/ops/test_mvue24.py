@@ -131,6 +131,13 @@ def test_one_large_entry_in_a_group_does_not_cancel(backend: str) -> None:
     torch.testing.assert_close(y[:, 2, 2], x[2, 2].expand(50), rtol=1e-6, atol=0)
 
 
+def test_tokens_without_gradient_stay_zero() -> None:
+    x = torch.randn(12, 6, generator=seeded())
+    x[5:9] = 0
+    for seed in range(20):
+        assert (mvue24(x, generator=seeded(seed))[5:9] == 0).all()
+
+
 def test_an_incomplete_group_stays_dense_and_fewer_than_four_are_refused() -> None:
     x = torch.randn(11, 6, generator=seeded())
     y = mvue24(x, generator=seeded())
