@@ -138,11 +138,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    cases = [("gpt-256", 1024)] if args.quick else [("gpt-256", 1024), ("gpt-512", 1024), ("gpt-768", 2048)]
+    cases = [("gpt-256", 1024, 35), ("gpt-512", 1024, 15), ("gpt-768", 2048, 9)]  # shape, tokens, rounds
     results = []
-    for shape, tokens in cases:
+    for shape, tokens, rounds in cases[: 1 if args.quick else None]:
         for preset in PRESETS:
-            result = measure(shape, preset, tokens, 9, one_thread=args.threads == 1)
+            result = measure(shape, preset, tokens, rounds, one_thread=args.threads == 1)
             results.append(result)
             print(
                 f"{shape:8} n={tokens:5} {preset:14} {result['cost_median']:.2f}x the dense step "
