@@ -45,6 +45,8 @@ bench: assets ## measure the committed cases on this machine and rewrite the tab
 	$(PY) bench/ops/selected_attention.py --json bench/results
 	$(PY) bench/ops/flood_fill.py --json bench/results
 	$(PY) bench/ops/routed_ffn.py --json bench/results
+	$(PY) bench/ops/sparse24.py --json bench/results
+	for task in gpt vit; do $(PY) bench/methods/semi_structured/quality.py --task $$task --json bench/results/semi_structured_quality_$$task.json || exit 1; done
 	$(PY) bench/methods/token_selection/step.py --json bench/results
 	$(PY) bench/methods/routed_ffn/frontier.py --json bench/results
 	$(PY) bench/planner/accuracy.py --json bench/results

@@ -136,6 +136,49 @@ def quality(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def variants(results: dict[str, Any]) -> list[str]:
+    """As `quality`, of runs from random weights keyed 'variant seed'."""
+    runs, settings = results["results"], results["settings"]
+    size = (
+        f"{settings['batch_size']} × {settings['seq_len']} tokens"
+        if "seq_len" in settings
+        else f"{settings['batch_size']} images"
+    )
+    lines = [
+        f"{settings['model']} on {settings['data']}, {settings['steps']} steps of {size}, lr {settings['lr']}.",
+        "",
+        "| variant | seeds | loss | loss - dense | accuracy | accuracy - dense | flip rate, largest, last |",
+        "|" + " --- |" * 7,
+    ]
+    for name in dict.fromkeys(key.rpartition(" ")[0] for key in runs):
+        own = {key.rpartition(" ")[2]: run for key, run in runs.items() if key.rpartition(" ")[0] == name}
+        pairs = [(run, runs[f"dense {seed}"]) for seed, run in own.items() if f"dense {seed}" in runs]
+        cells = []
+        for key in ("loss", "accuracy"):
+            known = bool(pairs) and pairs[0][0][key] is not None
+            cells.append(spread([run[key] for run, _ in pairs]) if known else "–")
+            differs = known and name != "dense"
+            cells.append(spread([run[key] - dense[key] for run, dense in pairs]) if differs else "–")
+        curves = [[rate for _, rate in run["flips"]] for run, _ in pairs if run["flips"]]
+        flips = [f"{statistics.mean(pick(curve) for curve in curves):.3f}" for pick in PICKS] if curves else ["–"]
+        lines.append(f"| {name} | {len(pairs)} | {' | '.join(cells)} | {', '.join(flips)} |")
+    return lines
+
+
+PICKS: tuple[Callable[[list[float]], float], ...] = (max, lambda curve: curve[-1])
+
+
+def emulation(results: dict[str, Any]) -> list[str]:
+    lines = ["| FFN | tokens | preset | step, ours / dense | quartiles | aim 1.3 |", "|" + " --- |" * 6]
+    for row in results["results"]:
+        shape = row["shape"]
+        lines.append(
+            f"| {shape['d']} × {shape['f']} | {shape['tokens']:,} | {row['preset']} | {row['cost_median']:.2f} "
+            f"| {row['cost_q1']:.2f}–{row['cost_q3']:.2f} | {'met' if row['aim_met'] else 'missed'} |"
+        )
+    return lines
+
+
 def spread(values: list[float]) -> str:
     """Mean ± standard error."""
     error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
@@ -190,6 +233,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "token_selection_quality_sft": quality,
     "token_selection_quality_classify": quality,
     "token_selection_bias": bias,
+    "sparse24": emulation,
+    "semi_structured_quality_gpt": variants,
+    "semi_structured_quality_vit": variants,
     "planner_accuracy": accuracy,
     "steps": steps,
     "planner_steps": step_times,

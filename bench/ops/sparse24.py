@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 import sparsetrain
 from sparsetrain import SemiStructured
 from sparsetrain.core.anatomy import Anatomy, Block, FFNSite
+from sparsetrain.measure.machine import describe_machine
 from sparsetrain.ops.sparse24_linear.reference import reference_linear
 
 # name: d, f
@@ -138,11 +138,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    cases = [("gpt-256", 1024)] if args.quick else [("gpt-256", 1024), ("gpt-512", 1024), ("gpt-768", 2048)]
+    cases = [("gpt-256", 1024, 35), ("gpt-512", 1024, 15), ("gpt-768", 2048, 9)]  # shape, tokens, rounds
     results = []
-    for shape, tokens in cases:
+    for shape, tokens, rounds in cases[: 1 if args.quick else None]:
         for preset in PRESETS:
-            result = measure(shape, preset, tokens, 9, one_thread=args.threads == 1)
+            result = measure(shape, preset, tokens, rounds, one_thread=args.threads == 1)
             results.append(result)
             print(
                 f"{shape:8} n={tokens:5} {preset:14} {result['cost_median']:.2f}x the dense step "
@@ -151,11 +151,7 @@ def main() -> None:
                 flush=True,
             )
     if args.json:
-        machine = {
-            "cpu": platform.processor() or platform.machine(),
-            "threads": args.threads,
-            "torch": torch.__version__,
-        }
+        machine = describe_machine().to_dict() | {"threads": args.threads}
         path = Path(args.json)
         path = path / "sparse24.json" if path.is_dir() else path
         path.write_text(json.dumps({"machine": machine, "results": results}, indent=1))

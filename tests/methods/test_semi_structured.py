@@ -18,6 +18,7 @@ from sparsetrain import SemiStructured, Unsupported
 from sparsetrain.core.anatomy import Anatomy, Block, FFNSite
 from sparsetrain.core.errors import PlanError
 from sparsetrain.hf.io import export, load, save
+from sparsetrain.hf.pretrain_recipe import PretrainRecipe
 from sparsetrain.hf.sidecar import read_state
 from sparsetrain.hf.trainer import SparsityCallback
 from sparsetrain.methods.semi_structured import find_decay, flip_curve, mask_digest, to_24, to_dense
@@ -90,6 +91,13 @@ def test_presets_are_the_controls_of_the_papers() -> None:
     assert CONTROLS["fst_without_tail"].tail_in_force == 0
     assert (CONTROLS["ste"].decay_in_force, CONTROLS["sr_ste"].decay_in_force) == (0, 2e-4)
     assert SemiStructured.fst(decay=2e-4).decay == 2e-4
+
+
+@pytest.mark.parametrize("config", CONTROLS.values(), ids=CONTROLS.keys())
+def test_controls_survive_a_recipe_file(config: SemiStructured, tmp_path: Path) -> None:
+    values = {"model": "gpt2-nano", "data": "python-stdlib", "methods": [{"method": config.method, **config.to_dict()}]}
+    PretrainRecipe.from_values(values).to_yaml(tmp_path / "recipe.yaml")
+    assert PretrainRecipe.from_yaml(tmp_path / "recipe.yaml").configs == (config,)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from sparsetrain.ops.mvue24 import inclusion_probabilities, mvue24
+from sparsetrain.ops.mvue24.cpu import sliced_mvue
+from sparsetrain.ops.mvue24.reference import offset_of
 
 GROUP = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
 
@@ -19,7 +21,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def ordered_draws(x: Tensor) -> list[tuple[float, tuple[int, int]]]:
     """Probability of each of the 12 ordered draws of a group, from the definition."""
-    a = (x.abs() + 1.19e-7).tolist()
+    a = (x.abs() + 1.19e-7 * (float(x.abs().max()) or 1.0)).tolist()
     total = sum(a)
     return [(a[i] / total * a[j] / (total - a[i]), (i, j)) for i, j in itertools.permutations(range(4), 2)]
 
@@ -80,6 +82,60 @@ def test_two_nonzeros_and_fewer_come_back() -> None:
     x = torch.zeros(4, 30)
     x[1, :10], x[3, :20] = 2.5, -0.5
     torch.testing.assert_close(mvue24(x, generator=seeded()), x, rtol=2e-6, atol=0)
+
+
+def starting_at(start: float) -> list[bool]:
+    """Which entries of GROUP are kept when the intervals begin there."""
+    x = GROUP.view(1, 4, 1)
+    out = torch.empty_like(x)
+    sliced_mvue(x, torch.tensor([start], dtype=x.dtype), torch.zeros(1, dtype=x.dtype), offset_of(x), out)
+    return (out.flatten() != 0).tolist()
+
+
+def test_every_start_keeps_two_and_each_entry_for_its_probability_of_them() -> None:
+    kept = torch.tensor([starting_at((k + 0.5) / 5000) for k in range(10000)])
+    assert (kept.sum(1) == 2).all()
+    torch.testing.assert_close(kept.double().mean(0), inclusion_probabilities(GROUP), rtol=0, atol=4e-4)
+    assert torch.equal(kept[:5000], kept[5000:]), "only the fraction of the start matters"
+
+
+def test_errors_of_two_groups_are_uncorrelated() -> None:
+    """Starts are sums of row and column numbers; pairwise independence is what the variance of dW needs."""
+    x = torch.randn(8, 3, generator=seeded(), dtype=torch.float64)
+    generator = seeded(1)
+    errors = torch.stack([mvue24(x, generator=generator) - x for _ in range(20_000)])
+    flat = errors.unflatten(1, (2, 4)).transpose(2, 3).flatten(1)  # 6 groups of 4
+    scaled = flat / flat.std(0)
+    correlation = scaled.t() @ scaled / len(scaled)
+    groups = torch.arange(24) // 4
+    apart = groups[:, None] != groups
+    assert correlation[apart].abs().max() < 4.5 / len(scaled) ** 0.5
+    assert correlation[~apart].abs().max() > 0.9
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_scale_does_not_change_the_draw(scale: float, backend: str) -> None:
+    x = torch.randn(64, 33, generator=seeded())
+    one, other = (mvue24(v, generator=seeded(1), backend=backend) for v in (x, x * scale))
+    assert torch.equal(one != 0, other != 0)
+    torch.testing.assert_close(other, one * scale, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_one_large_entry_in_a_group_does_not_cancel(backend: str) -> None:
+    x = torch.tensor([1e4, 0, 0, 0, 3e4, 1e-3, 0, -1e-3, 1.0, 1e-9, 1e9, 0]).view(-1, 4).t().contiguous()
+    y = torch.stack([mvue24(x, generator=seeded(s), backend=backend) for s in range(50)])
+    assert y.isfinite().all()
+    torch.testing.assert_close(y[:, 0, :2], x[0, :2].expand(50, 2), rtol=1e-3, atol=0)
+    torch.testing.assert_close(y[:, 2, 2], x[2, 2].expand(50), rtol=1e-6, atol=0)
+
+
+def test_tokens_without_gradient_stay_zero() -> None:
+    x = torch.randn(12, 6, generator=seeded())
+    x[5:9] = 0
+    for seed in range(20):
+        assert (mvue24(x, generator=seeded(seed))[5:9] == 0).all()
 
 
 def test_an_incomplete_group_stays_dense_and_fewer_than_four_are_refused() -> None:

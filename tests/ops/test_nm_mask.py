@@ -120,6 +120,9 @@ def test_flip_rate_counts_changed_entries() -> None:
     other = mask.clone()
     other[0, 0] ^= True
     assert flip_rate(other, mask) == pytest.approx(1 / 64)
+    before, after = weights(8, 8), weights(8, 8, seed=1)
+    rates = {float(flip_rate(nm_mask(c * after), nm_mask(before))) for c in (0.5, 1.0, 8.0)}
+    assert len(rates) == 1 and rates.pop() > 0
 
 
 @pytest.mark.parametrize("decay", [0.0, 2e-4])

@@ -7,20 +7,25 @@ from torch import Tensor
 
 from sparsetrain.core.backend import choose
 from sparsetrain.ops.mvue24.cpu import sliced_mvue
-from sparsetrain.ops.mvue24.reference import inclusion, magnitudes, reference_mvue
+from sparsetrain.ops.mvue24.reference import exact_dtype, inclusion, magnitudes, offset_of, reference_mvue
 
 
 def mvue24(x: Tensor, dim: int = 0, *, generator: torch.Generator | None = None, backend: str = "auto") -> Tensor:
     """Keep two of every four entries along `dim`, drawn at random and scaled so that E[y] = x.
 
-    With a = |x| + 1.19e-7 and Σ their sum over the group: i is drawn with probability t_i = a_i / Σ, then j ≠ i with
-    a_j / (Σ − a_i). Entry i is kept with p_i = t_i + a_i Σ_{j≠i} t_j / (Σ − a_j), and y_i = x_i / p_i. Relative error
-    E‖y − x‖² / ‖x‖² is .503 on Gaussian entries (a uniform pair: 1.0); groups with at most two non-zeros come back
-    unchanged up to the offset. The draw is in fp32 or better, whatever the dtype.
+    With a = |x| + 1.19e-7 max|x|, Σ their sum over the group and t = a / Σ, entry i is kept with probability
+    p_i = t_i + a_i Σ_{j≠i} t_j / (Σ − a_j), and y_i = x_i / p_i. Relative error E‖y − x‖² / ‖x‖² is .503 on Gaussian
+    entries (a uniform pair: 1.0); groups with at most two non-zeros come back unchanged up to the offset. The draw is
+    in fp32 or better, whatever the dtype.
+
+    The paper draws i by t, then j ≠ i by a_j / (Σ − a_i), which has these p. We draw both by one number: the p, which
+    sum to 2, are laid end to end from a random start, and an entry is kept if its interval holds an integer. E[y] and
+    the variance of every entry are the same. The starts are sums of one number a row of groups and one a column, which
+    are pairwise independent, so two groups are as uncorrelated as with a number each.
 
     Args:
         x: any shape. A last group of fewer than four along `dim` is returned as it is.
-        generator: of x's device; two uniform numbers a group are taken from it.
+        generator: of x's device; for x [t, c] and dim 0, t / 4 + c uniform numbers are taken from it.
         backend: auto, cpu (any device) or reference.
 
     Raises:
@@ -36,13 +41,17 @@ def mvue24(x: Tensor, dim: int = 0, *, generator: torch.Generator | None = None,
     x = x.detach()
     whole = x.narrow(dim, 0, size // 4 * 4).movedim(dim, 0)
     rows = whole.reshape(size // 4, 4, -1)
-    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    uniform = torch.rand(2, len(rows), rows.shape[2], generator=generator, dtype=exact, device=x.device)
+    row, column = (
+        torch.rand(count, generator=generator, dtype=exact_dtype(x), device=x.device)
+        for count in (len(rows), rows.shape[2])
+    )
+    offset = offset_of(rows)
     if name == "cpu":
         out = torch.empty_like(rows)
-        sliced_mvue(rows, uniform, out)
+        sliced_mvue(rows, row, column, offset, out)
     else:
-        drawn = reference_mvue(rows.transpose(1, 2).reshape(-1, 4), uniform.flatten(1).t())
+        starts = (row[:, None] + column).view(-1, 1)
+        drawn = reference_mvue(rows.transpose(1, 2).reshape(-1, 4), starts, offset)
         out = drawn.view(len(rows), -1, 4).transpose(1, 2)
     found = out.reshape(whole.shape).movedim(0, dim)
     return found if size % 4 == 0 else torch.cat([found, x.narrow(dim, size // 4 * 4, size % 4)], dim)
@@ -54,4 +63,4 @@ def inclusion_probabilities(x: Tensor) -> Tensor:
     Args:
         x: [..., 4n].
     """
-    return inclusion(magnitudes(x).unflatten(-1, (-1, 4))).flatten(-2)
+    return inclusion(magnitudes(x, offset_of(x)).unflatten(-1, (-1, 4))).flatten(-2)

