@@ -46,6 +46,9 @@ bench: assets ## measure the committed cases on this machine and rewrite the tab
 	$(PY) bench/ops/flood_fill.py --json bench/results
 	$(PY) bench/ops/routed_ffn.py --json bench/results
 	$(PY) bench/ops/sparse24.py --json bench/results
+	for task in pixels listops; do $(PY) bench/methods/flood_fill_attention/accuracy.py --task $$task --json bench/results/flood_fill_accuracy_$$task.json || exit 1; done
+	for task in sft classify; do $(PY) bench/methods/token_selection/quality.py --task $$task --json bench/results/token_selection_quality_$$task.json || exit 1; done
+	$(PY) bench/methods/token_selection/bias.py --json bench/results
 	for task in gpt vit; do $(PY) bench/methods/semi_structured/quality.py --task $$task --json bench/results/semi_structured_quality_$$task.json || exit 1; done
 	$(PY) bench/methods/token_selection/step.py --json bench/results
 	$(PY) bench/methods/routed_ffn/frontier.py --json bench/results

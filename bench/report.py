@@ -179,6 +179,33 @@ def emulation(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def pattern_accuracy(results: dict[str, Any]) -> list[str]:
+    """Attention patterns at equal density; runs are keyed 'variant seed'."""
+    runs, settings = results["results"], results["settings"]
+    lines = [
+        f"{settings['model']} on {settings['data']}, {settings['steps']} steps of {settings['batch_size']} × "
+        f"{settings['seq_len']} tokens, lr {settings['lr']}; sparse after {settings['max_dense_ratio']:.0%} of them, "
+        f"{settings['block_tokens']}-token blocks.",
+        "",
+        "| pattern | seeds | blocks kept | accuracy | accuracy - dense | loss | search, share of the run |",
+        "|" + " --- |" * 7,
+    ]
+    for name in dict.fromkeys(key.rpartition(" ")[0] for key in runs):
+        seeds = [key.rpartition(" ")[2] for key in runs if key.startswith(f"{name} ")]
+        pairs = [(runs[f"{name} {s}"], runs[f"dense {s}"]) for s in seeds if f"dense {s}" in runs]
+        if not pairs:
+            continue
+        kept = [own["density"] for own, _ in pairs if own["density"] is not None]
+        search = [own["search_share"] for own, _ in pairs if own.get("search_share") and kept]
+        lines.append(
+            f"| {name} | {len(pairs)} | {f'{statistics.mean(kept):.1%}' if kept else 'all'} "
+            f"| {spread([own['accuracy'] for own, _ in pairs])} "
+            f"| {spread([own['accuracy'] - dense['accuracy'] for own, dense in pairs])} "
+            f"| {spread([own['loss'] for own, _ in pairs])} | {f'{statistics.mean(search):.2%}' if search else '–'} |"
+        )
+    return lines
+
+
 def spread(values: list[float]) -> str:
     """Mean ± standard error."""
     error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
@@ -234,6 +261,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "token_selection_quality_classify": quality,
     "token_selection_bias": bias,
     "sparse24": emulation,
+    "flood_fill_accuracy_pixels": pattern_accuracy,
+    "flood_fill_accuracy_listops": pattern_accuracy,
     "semi_structured_quality_gpt": variants,
     "semi_structured_quality_vit": variants,
     "planner_accuracy": accuracy,

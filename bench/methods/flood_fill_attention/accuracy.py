@@ -21,7 +21,14 @@ from typing import Any
 
 TASKS: dict[str, dict[str, Any]] = {
     "pixels": {"seq_len": 196, "batch_size": 32, "steps": 300, "eval_tokens": 196 * 1000, "train_rows": 9600},
-    "listops": {"seq_len": 256, "batch_size": 16, "steps": 300, "eval_tokens": 256 * 1000, "train_rows": 4800},
+    "listops": {
+        "seq_len": 128,
+        "batch_size": 32,
+        "steps": 300,
+        "lr": 3e-3,
+        "eval_tokens": 128 * 1000,
+        "train_rows": 9600,
+    },
 }
 COMMON: dict[str, Any] = {"model": "sequence-encoder", "task": "classify", "lr": 2e-3, "weight_decay": 0.0}
 COMMON["set"] = {"attention_probs_dropout_prob": 0.0}  # sparse attention has none, so dense attention has none here

@@ -103,10 +103,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    from sparsetrain.measure.machine import describe_machine
+
     seeds = [int(seed) for seed in args.seeds.split(",")]
     settings = TASKS[args.task] | {"task": args.task, "steps": args.steps, "eval_tokens": args.eval_tokens}
     settings |= {"model": args.model or settings["model"], "data": args.data or settings["data"]}
-    stored = json.loads(args.json.read_text()) if args.json.exists() else {"settings": settings, "results": {}}
+    stored = (
+        json.loads(args.json.read_text())
+        if args.json.exists()
+        else {"settings": settings, "machine": describe_machine().to_dict(), "results": {}}
+    )
     if stored["settings"] != settings:
         raise SystemExit(f"{args.json} holds runs with {stored['settings']}, not {settings}. Choose another file.")
     jobs: list[tuple[str, str]] = [("dense", "1")]
