@@ -197,6 +197,35 @@ def bias(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def pattern_accuracy(results: dict[str, Any]) -> list[str]:
+    """Mean ± standard error over seeds, and of the paired differences to dense; runs are keyed 'variant seed'."""
+    runs, settings = results["results"], results["settings"]
+    seeds = sorted({key.split()[1] for key in runs if f"dense {key.split()[1]}" in runs})
+    dense_ratio = settings["max_dense_ratio"]
+    lines = [
+        f"{settings['model']}, {settings['seq_len']} tokens, blocks of {settings['block_tokens']}, keep_ratio "
+        f"{settings['keep_ratio']}, {settings['steps']} steps of {settings['batch_size']} rows, the first "
+        f"{dense_ratio:.0%} dense, {settings['eval_tokens'] // settings['seq_len']:,} rows held out.",
+        "",
+        "| pattern | blocks kept | seeds | accuracy | accuracy - dense | loss - dense | step before / after the switch "
+        "| search, share of the steps' time |",
+        "|" + " --- |" * 8,
+    ]
+    for name in dict.fromkeys(key.split()[0] for key in runs):
+        pairs = [(runs[f"{name} {seed}"], runs[f"dense {seed}"]) for seed in seeds if f"{name} {seed}" in runs]
+        if not pairs:
+            continue
+        own = [pair[0] for pair in pairs]
+        cells = [name, "–", str(len(pairs)), spread([run["accuracy"] for run in own]), "–", "–", "–", "–"]
+        if name != "dense":
+            cells[1] = f"{statistics.mean(run['density'] for run in own):.1%}"
+            cells[4], cells[5] = (spread([a[key] - b[key] for a, b in pairs]) for key in ("accuracy", "loss"))
+            cells[6] = f"{statistics.median(run['step_before_s'] / run['step_after_s'] for run in own):.2f}"
+            cells[7] = f"{max(run['search_share'] for run in own):.1%}" if "search_share" in own[0] else "–"
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def accuracy(results: dict[str, Any]) -> list[str]:
     """Predicted against measured peak, and the worst relative error among peak and components."""
     lines = ["| model / recipe / tokens | predicted peak, MB | measured peak, MB | worst error | static bytes |"]
@@ -227,6 +256,8 @@ def step_times(results: dict[str, Any]) -> list[str]:
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "selected_attention": attention,
     "flood_fill": patterns,
+    "flood_fill_accuracy_pixels": pattern_accuracy,
+    "flood_fill_accuracy_listops": pattern_accuracy,
     "routed_ffn": ffn,
     "routed_ffn_frontier": frontier,
     "token_selection": tokens,
