@@ -179,33 +179,6 @@ def emulation(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def pattern_accuracy(results: dict[str, Any]) -> list[str]:
-    """Attention patterns at equal density; runs are keyed 'variant seed'."""
-    runs, settings = results["results"], results["settings"]
-    lines = [
-        f"{settings['model']} on {settings['data']}, {settings['steps']} steps of {settings['batch_size']} × "
-        f"{settings['seq_len']} tokens, lr {settings['lr']}; sparse after {settings['max_dense_ratio']:.0%} of them, "
-        f"{settings['block_tokens']}-token blocks.",
-        "",
-        "| pattern | seeds | blocks kept | accuracy | accuracy - dense | loss | search, share of the run |",
-        "|" + " --- |" * 7,
-    ]
-    for name in dict.fromkeys(key.rpartition(" ")[0] for key in runs):
-        seeds = [key.rpartition(" ")[2] for key in runs if key.startswith(f"{name} ")]
-        pairs = [(runs[f"{name} {s}"], runs[f"dense {s}"]) for s in seeds if f"dense {s}" in runs]
-        if not pairs:
-            continue
-        kept = [own["density"] for own, _ in pairs if own["density"] is not None]
-        search = [own["search_share"] for own, _ in pairs if own.get("search_share") and kept]
-        lines.append(
-            f"| {name} | {len(pairs)} | {f'{statistics.mean(kept):.1%}' if kept else 'all'} "
-            f"| {spread([own['accuracy'] for own, _ in pairs])} "
-            f"| {spread([own['accuracy'] - dense['accuracy'] for own, dense in pairs])} "
-            f"| {spread([own['loss'] for own, _ in pairs])} | {f'{statistics.mean(search):.2%}' if search else '–'} |"
-        )
-    return lines
-
-
 def spread(values: list[float]) -> str:
     """Mean ± standard error."""
     error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
@@ -221,6 +194,35 @@ def bias(results: dict[str, Any]) -> list[str]:
             f"| {row['policy']} | {row['ratio']} | {row['draws']} | {row['cosine']:.3f}{sd} "
             f"| {row['cosine_of_mean']:.3f} | {row['length_of_mean']:.2f} |"
         )
+    return lines
+
+
+def pattern_accuracy(results: dict[str, Any]) -> list[str]:
+    """Mean ± standard error over seeds, and of the paired differences to dense; runs are keyed 'variant seed'."""
+    runs, settings = results["results"], results["settings"]
+    seeds = sorted({key.split()[1] for key in runs if f"dense {key.split()[1]}" in runs})
+    dense_ratio = settings["max_dense_ratio"]
+    lines = [
+        f"{settings['model']}, {settings['seq_len']} tokens, blocks of {settings['block_tokens']}, keep_ratio "
+        f"{settings['keep_ratio']}, {settings['steps']} steps of {settings['batch_size']} rows, the first "
+        f"{dense_ratio:.0%} dense, {settings['eval_tokens'] // settings['seq_len']:,} rows held out.",
+        "",
+        "| pattern | blocks kept | seeds | accuracy | accuracy - dense | loss - dense | step before / after the switch "
+        "| search, share of the steps' time |",
+        "|" + " --- |" * 8,
+    ]
+    for name in dict.fromkeys(key.split()[0] for key in runs):
+        pairs = [(runs[f"{name} {seed}"], runs[f"dense {seed}"]) for seed in seeds if f"{name} {seed}" in runs]
+        if not pairs:
+            continue
+        own = [pair[0] for pair in pairs]
+        cells = [name, "–", str(len(pairs)), spread([run["accuracy"] for run in own]), "–", "–", "–", "–"]
+        if name != "dense":
+            cells[1] = f"{statistics.mean(run['density'] for run in own):.1%}"
+            cells[4], cells[5] = (spread([a[key] - b[key] for a, b in pairs]) for key in ("accuracy", "loss"))
+            cells[6] = f"{statistics.median(run['step_before_s'] / run['step_after_s'] for run in own):.2f}"
+            cells[7] = f"{max(run['search_share'] for run in own):.1%}" if "search_share" in own[0] else "–"
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -279,7 +281,7 @@ def main() -> None:
             print(f"{file.name} is not there; its table is left as it is")
             continue
         results = json.loads(file.read_text())
-        machine = results["machine"]
+        machine = results.get("machine", {})
         origin = f"{machine.get('cpu', 'CPU')}, commit {machine.get('commit', 'not recorded')}."
         body = "\n".join([*table(results), "", origin])
         marked = f"<!-- {name} -->\n{body}\n<!-- /{name} -->"

@@ -165,7 +165,21 @@ def test_pairs_are_read_by_one_encoder(tmp_path: Path, monkeypatch: pytest.Monke
     torch.testing.assert_close(model(x, input_ids_b=y).logits, model.head(features))
 
 
-@pytest.mark.parametrize("stop", [3, 6], ids=["before the switch", "after it"])
+@pytest.mark.parametrize(
+    ("data", "seq_len"), [("listops", 60), ("text", 60), ("retrieval", 60), ("pixels", 196), ("pathfinder", 256)]
+)
+def test_every_task_trains_across_a_switch(tmp_path: Path, data: str, seq_len: int) -> None:
+    """Most of these lengths are no multiple of the block: the last one is padded, as are the probe rows."""
+    task = "pairs" if data == "retrieval" else "classify"
+    options = {"seq_len": seq_len, "eval_tokens": 4 * seq_len, "train_rows": 200, "methods": [FLOOD]}
+    result = pretrain(recipe(tmp_path, "sequence-encoder", data=data, task=task, **options), write=False)
+    assert all(np.isfinite(loss) for loss in losses(result))  # type: ignore[arg-type]
+    densities = [site["density"] for site in result.sparsity["stats"].values()]
+    assert densities and all(0 < density <= 0.3 for density in densities)
+    assert 0 <= result.run["accuracy"]["after_training"] <= 1  # type: ignore[typeddict-item, operator]
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5], ids=["before the switch", "at it", "after it"])
 @pytest.mark.parametrize("method", [FLOOD, TWO_FOUR], ids=["flood", "2:4"])
 def test_resumed_runs_give_the_same_losses(tmp_path: Path, method: dict[str, Any], stop: int) -> None:
     asked = text(tmp_path, methods=[method], save_every=1, set=TINY["gpt2-nano"] | {"resid_pdrop": 0.1})
@@ -263,6 +277,14 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path,
 def test_wrong_keys_are_named(changes: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PretrainRecipe.from_values({"model": "gpt2-nano", "data": "d"} | changes)
+
+
+def test_a_held_out_row_past_the_pattern_is_refused_before_the_training(tmp_path: Path) -> None:
+    options = {"data": "listops", "task": "classify", "seq_len": 60, "eval_tokens": 60 * 200, "train_rows": 4}
+    with pytest.raises(ValueError, match="extend=diagonal"):
+        pretrain(recipe(tmp_path, "sequence-encoder", methods=[FLOOD], **options))
+    assert not (tmp_path / "out").exists()
+    pretrain(recipe(tmp_path, "sequence-encoder", methods=[FLOOD | {"extend": "diagonal"}], **options), write=False)
 
 
 def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
