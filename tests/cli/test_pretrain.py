@@ -34,4 +34,6 @@ def test_refusals_are_one_line(call: Call, text: Path, tmp_path: Path) -> None:
     ):
         refused = call("pretrain", *flags, "--data", text, "--output", tmp_path / "run")
         assert refused.code == 2 and word in refused.err, refused.err
+    slip = call("pretrain", "--model", "sequence-encoder", "--task", "classify", "--data", "listop")
+    assert slip.code == 2 and "Did you mean 'listops'" in slip.err
     assert not (tmp_path / "run").exists()

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+from sparsetrain.core.config import suggest
 from sparsetrain.hf import assemble
 from sparsetrain.hf.architectures import sequence_tokens
-from sparsetrain.hf.assets import resolve_data, resolve_model
+from sparsetrain.hf.assets import embedded_name, resolve_data, resolve_model
 from sparsetrain.hf.data import DataBundle, load_classify, load_images, load_text
 from sparsetrain.hf.data.byte_tokens import byte_tokenizer
+from sparsetrain.hf.data.tasks import TASKS, load_task
 from sparsetrain.hf.pretrain_recipe import PretrainRecipe
 from sparsetrain.hf.trainer import Report
-
-TASKS = ("listops", "text", "retrieval", "pixels", "pathfinder")
-
-
-def load_task(name: str, **options: Any) -> DataBundle:
-    """The rows of a task, as `hf.data.tasks` makes or reads them."""
-    return import_module("sparsetrain.hf.data.tasks").load_task(name, **options)
 
 
 def is_task(name: str) -> bool:
@@ -55,6 +50,7 @@ def load_rows(recipe: PretrainRecipe, tokenizer: Any, row_tokens: int, report: R
     limits: dict[str, Any] = {"max_rows": recipe.train_rows, "max_eval_rows": eval_rows, "seed": recipe.seed}
     if is_task(recipe.data):
         return _task_rows(recipe, limits)
+    _check_name(recipe.data)
     _check_source(recipe)
     source = resolve_data(recipe.data, progress=say)
     if recipe.task == "image":
@@ -82,6 +78,13 @@ def held_out(recipe: PretrainRecipe, tokenizer: Any, config: Any, report: Report
     bundle = load_rows(few, tokenizer, sequence_tokens(config, recipe), report)
     assert bundle.eval is not None
     return bundle
+
+
+def _check_name(data: str) -> None:
+    """Raise ValueError for a task's name with a slip of the pen, before the hub is asked for it."""
+    near = suggest(data, TASKS)
+    if near and "/" not in data and embedded_name(data) is None and not Path(data).exists():
+        raise ValueError(f"data={data} is no file, folder, embedded set or task.{near} Tasks: {', '.join(TASKS)}.")
 
 
 def _check_source(recipe: PretrainRecipe) -> None:
