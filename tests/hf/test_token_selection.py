@@ -33,9 +33,11 @@ def losses(result: Result) -> list[float | None]:
     return [row["loss"] for row in result.run["steps"]]
 
 
-@pytest.mark.parametrize("policy", ["random", "loss", "gradient_norm"])
-def test_a_run_learns_and_reports_its_saved_bytes_against_the_formula(policy: str, tmp_path: Path) -> None:
-    method = TOKENS | {"policy": policy}
+@pytest.mark.parametrize(
+    "choice", [{}, {"unbiased": True}, {"policy": "loss"}, {"policy": "gradient_norm"}], ids=lambda choice: str(choice)
+)
+def test_a_run_learns_and_reports_its_saved_bytes_against_the_formula(choice: dict[str, Any], tmp_path: Path) -> None:
+    method = TOKENS | choice
     result = finetune(runs.recipe(tmp_path, methods=[method], steps=30))
     stages = result.run["perplexity"]
     assert stages["after_conversion"] == stages["dense"]  # the forward is exact

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -224,10 +224,14 @@ def saved_share(handle: Handle, model: Any, batch: dict[str, Tensor]) -> SavedSh
         return float(sum(sum(layer.values()) for layer in saved.by_layer.values()))
 
     length = short["input_ids"].shape[1]
-    selected = blocks(None)
-    floor = sum(m.stats()["key_value_bytes"] for m in handle._installed.values())
-    assert selector.rows is not None
-    r = selector.rows.shape[1] / length
-    dense = blocks(Rows.of([torch.arange(length)], length))
+    config, selector.config = selector.config, replace(selector.config, unbiased=False)  # there is no loss to weigh
+    try:
+        selected = blocks(None)
+        floor = sum(m.stats()["key_value_bytes"] for m in handle._installed.values())
+        assert selector.rows is not None
+        r = selector.rows.shape[1] / length
+        dense = blocks(Rows.of([torch.arange(length)], length))
+    finally:
+        selector.config = config
     kv = floor / dense
     return SavedShare(found=selected / dense, formula=r + (1 - r) * kv, ratio=r, kv_share=kv)
