@@ -114,6 +114,19 @@ def labelled(path: Path, rows: int = 120) -> Path:
     return path
 
 
+def test_a_pattern_reaches_as_far_as_the_longest_row(tmp_path: Path) -> None:
+    """Wherever in the data that row lies."""
+    data = labelled(tmp_path / "day.csv")
+    with data.open("a") as file:
+        file.write(" ".join(["red"] * 30) + " sun,day\n")
+    runs.llama(tmp_path / "model")
+    flood = {"method": "flood_fill_attention", "block_tokens": 8, "keep_ratio": 0.5, "max_dense_steps": 0}
+    changes = {"data": str(data), "task": "classify", "seq_len": 64, "batch_size": 8, "save_every": 0}
+    changes |= {"methods": [flood], "calibration_tokens": 128, "epochs": 1.0, "steps": None}
+    result = finetune(runs.recipe(tmp_path, **changes), write=False)
+    assert "after_training" in result.run["accuracy"]
+
+
 @pytest.mark.parametrize("build", [runs.bert, runs.llama])
 def test_a_classifier_learns_and_loads_with_its_head(tmp_path: Path, build: Any) -> None:
     build(tmp_path / "model")

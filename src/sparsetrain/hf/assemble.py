@@ -30,6 +30,7 @@ from sparsetrain.hf.assets import resolve_data, resolve_model
 from sparsetrain.hf.data import DataBundle, load_classify, load_sft, load_text
 from sparsetrain.hf.evaluate import LABELLED
 from sparsetrain.hf.io import model_not_found
+from sparsetrain.hf.pattern_reach import check_reach, cuts_patterns, longest_row
 from sparsetrain.hf.recipe import Recipe
 from sparsetrain.hf.run_recipe import RunRecipe
 from sparsetrain.hf.trainer import Report
@@ -77,6 +78,7 @@ def open_parts(recipe: Recipe, report: Report, like: Recipe | None = None) -> Pa
     planned = check_and_plan(recipe, config, device)
     tokenizer = open_tokenizer(path)
     bundle = load_rows(recipe, tokenizer, config, report)
+    check_reach(recipe, bundle)
     return Parts(
         recipe=recipe, device=device, path=path, config=config, plan=planned, tokenizer=tokenizer, bundle=bundle
     )
@@ -262,6 +264,8 @@ def calibration_batches(parts: Parts) -> list[dict[str, Tensor]] | None:
     rows, recipe = parts.bundle.train, parts.recipe
     wanted = min(len(rows), -(-recipe.calibration_tokens // recipe.seq_len))
     places = [i * len(rows) // wanted for i in range(wanted)]
+    if places and cuts_patterns(recipe):
+        places[-1] = longest_row(parts.bundle)
     batches: list[dict[str, Tensor]] = []
     for start in range(0, wanted, recipe.batch_size):
         batch = parts.bundle.collate_fn([rows[i] for i in places[start : start + recipe.batch_size]])

@@ -23,16 +23,16 @@ from sparsetrain.hf.architectures import (
     sequence_tokens,
 )
 from sparsetrain.hf.assemble import Parts
-from sparsetrain.hf.data import DataBundle
 from sparsetrain.hf.evaluate import Quality
 from sparsetrain.hf.io import quiet
 from sparsetrain.hf.journal import Journal
+from sparsetrain.hf.pattern_reach import check_reach
 from sparsetrain.hf.pretrain_data import load_rows, open_tokenizer
 from sparsetrain.hf.pretrain_recipe import PretrainRecipe as PretrainRecipe
 from sparsetrain.hf.run import Job, Result, measure_quality, run
 from sparsetrain.hf.sidecar import read_state
 from sparsetrain.hf.trainer import Report, silent
-from sparsetrain.methods import FloodFillAttention, TokenSelection
+from sparsetrain.methods import TokenSelection
 from sparsetrain.surgery.apply import Handle, sparsify
 
 
@@ -100,7 +100,7 @@ def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | No
     tokens = sequence_tokens(config, recipe)
     bundle = load_rows(recipe, tokenizer, tokens, report)
     fit_to_data(config, recipe, bundle, tokenizer)
-    _check_lengths(recipe, bundle)
+    check_reach(recipe, bundle)
     planned = assemble.plan_on(empty_model(config, recipe.task), recipe, device, tokens) if recipe.methods else None
     pixels = config.num_channels * image_size(config)[0] * image_size(config)[1] if recipe.task == "image" else 1
     return Parts(
@@ -113,25 +113,6 @@ def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | No
         bundle=bundle,
         tokens_per_input={"image": tokens / pixels, "pairs": 2.0}.get(recipe.task, 1.0),
     )
-
-
-def _check_lengths(recipe: PretrainRecipe, bundle: DataBundle) -> None:
-    """A pattern reaches as far as the longest training row; a longer sequence would fail late, in the evaluation."""
-    if recipe.task not in ("classify", "pairs") or bundle.eval is None:
-        return
-    probed = max(map(len, bundle.train["input_ids"]))
-    others = [(part, name) for part in (bundle.train, bundle.eval) for name in ("input_ids", "input_ids_b")]
-    longest = max(len(ids) for part, name in others if name in part.column_names for ids in part[name])
-    for config in recipe.configs:
-        if not isinstance(config, FloodFillAttention) or config.is_dense or config.extend != "error":
-            continue
-        block = config.block_tokens
-        if -(-longest // block) > -(-probed // block):
-            raise ValueError(
-                f"flood_fill_attention: patterns are cut from training rows of at most {probed} tokens, and another "
-                f"sequence has {longest}, which is past their last block of {block}. Use more train_rows, or set "
-                "extend=diagonal."
-            )
 
 
 class ClipValue(TrainerCallback):
