@@ -207,21 +207,19 @@ def pattern_accuracy(results: dict[str, Any]) -> list[str]:
         f"{settings['keep_ratio']}, {settings['steps']} steps of {settings['batch_size']} rows, the first "
         f"{dense_ratio:.0%} dense, {settings['eval_tokens'] // settings['seq_len']:,} rows held out.",
         "",
-        "| pattern | blocks kept | seeds | accuracy | accuracy - dense | loss - dense | step before / after the switch "
-        "| search, share of the steps' time |",
-        "|" + " --- |" * 8,
+        "| pattern | blocks kept | seeds | accuracy | accuracy - dense | loss - dense | search, share of steps |",
+        "|" + " --- |" * 7,
     ]
     for name in dict.fromkeys(key.split()[0] for key in runs):
         pairs = [(runs[f"{name} {seed}"], runs[f"dense {seed}"]) for seed in seeds if f"{name} {seed}" in runs]
         if not pairs:
             continue
         own = [pair[0] for pair in pairs]
-        cells = [name, "–", str(len(pairs)), spread([run["accuracy"] for run in own]), "–", "–", "–", "–"]
+        cells = [name, "–", str(len(pairs)), spread([run["accuracy"] for run in own]), "–", "–", "–"]
         if name != "dense":
             cells[1] = f"{statistics.mean(run['density'] for run in own):.1%}"
             cells[4], cells[5] = (spread([a[key] - b[key] for a, b in pairs]) for key in ("accuracy", "loss"))
-            cells[6] = f"{statistics.median(run['step_before_s'] / run['step_after_s'] for run in own):.2f}"
-            cells[7] = f"{max(run['search_share'] for run in own):.1%}" if "search_share" in own[0] else "–"
+            cells[6] = f"{max(run['search_share'] for run in own):.1%}" if "search_share" in own[0] else "–"
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -1,18 +1,17 @@
 """What token selection costs in quality: policies × shares of tokens × seeds, beside dense LoRA at equal steps.
 
-    python bench/methods/token_selection/quality.py --task classify --json FILE [--seeds 0,1,2] [--steps 60]
+    python bench/methods/token_selection/quality.py --task classify --json FILE [--seeds 0,1,2] [--steps 200]
     python bench/methods/token_selection/quality.py --task sft --json FILE --policies random,targets,loss
 
 A run that FILE holds is not made again, so the script may be stopped and started. Every run is `finetune` of one
 recipe: the same rows, order, LoRA start and steps for all policies of a seed. `targets` is policy random in the pool of
-supervised tokens; `unbiased` is random with importance weights.
+supervised tokens; `unbiased` is random with importance weights. `bench/report.py` makes the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import tempfile
 import time
@@ -20,8 +19,24 @@ from pathlib import Path
 from typing import Any
 
 TASKS: dict[str, dict[str, Any]] = {
-    "classify": {"model": "minilm", "data": "movie-reviews", "seq_len": 128, "batch_size": 16, "lr": 1e-3},
-    "sft": {"model": "smollm2-135m", "data": "chitchat", "seq_len": 128, "batch_size": 2, "lr": 5e-4},
+    "classify": {
+        "model": "minilm",
+        "data": "movie-reviews",
+        "seq_len": 128,
+        "batch_size": 16,
+        "lr": 1e-3,
+        "steps": 60,
+        "eval_tokens": 16384,
+    },
+    "sft": {
+        "model": "smollm2-135m",
+        "data": "chitchat",
+        "seq_len": 128,
+        "batch_size": 2,
+        "lr": 5e-4,
+        "steps": 30,
+        "eval_tokens": 4096,
+    },
 }
 POLICIES: dict[str, dict[str, Any]] = {
     "random": {},
@@ -35,7 +50,9 @@ KNOWN: dict[int, Any] = {}  # seed -> quality before training, the same for all 
 DEFAULT = {"classify": "random,prefix", "sft": "random,targets,prefix,loss,gradient_norm,unbiased"}
 
 
-def run(task: str, steps: int, seed: int, method: dict[str, Any] | None, args: argparse.Namespace) -> dict[str, Any]:
+def run(
+    settings: dict[str, Any], seed: int, method: dict[str, Any] | None, threads: int, device: str
+) -> dict[str, Any]:
     from sparsetrain.hf.evaluate import Quality
     from sparsetrain.hf.finetune import finetune
     from sparsetrain.hf.recipe import Recipe
@@ -45,10 +62,9 @@ def run(task: str, steps: int, seed: int, method: dict[str, Any] | None, args: a
             KNOWN[seed] = Quality(**event["quality"])
 
     with tempfile.TemporaryDirectory() as folder:
-        values = {**TASKS[task], "task": task, "output": f"{folder}/run", "steps": steps, "seed": seed, "save_every": 0}
-        values |= {"methods": [] if method is None else [method], "threads": args.threads, "device": args.device}
-        values |= {"warmup_steps": max(1, steps // 10), "eval_tokens": args.eval_tokens}
-        values |= {name: value for name, value in (("model", args.model), ("data", args.data)) if value}
+        values = {**settings, "output": f"{folder}/run", "seed": seed, "save_every": 0, "threads": threads}
+        values |= {"methods": [] if method is None else [method], "device": device}
+        values |= {"warmup_steps": max(1, settings["steps"] // 10)}
         began = time.perf_counter()
         result = finetune(Recipe.from_values(values), report=keep, write=False, dense_quality=KNOWN.get(seed))
     last = result.run["evals"][-1]  # type: ignore[typeddict-item]
@@ -60,35 +76,6 @@ def run(task: str, steps: int, seed: int, method: dict[str, Any] | None, args: a
     }
 
 
-def table(results: dict[str, dict[str, Any]], seeds: list[int]) -> list[str]:
-    """Mean ± standard error over seeds, and of the paired differences to dense."""
-    lines = ["| policy | r | loss | loss - dense | accuracy | accuracy - dense | saved bytes / dense |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
-    names = dict.fromkeys(key.rpartition(" ")[0] for key in results)
-    for name in names:
-        pairs = [
-            (results[f"{name} {s}"], results[f"dense 1 {s}"])
-            for s in seeds
-            if f"{name} {s}" in results and f"dense 1 {s}" in results
-        ]
-        if not pairs:
-            continue
-        cells = []
-        for key in ("loss", "accuracy"):
-            known = pairs[0][0][key] is not None
-            cells.append(mean([own[key] for own, _ in pairs]) if known else "")
-            cells.append(mean([own[key] - dense[key] for own, dense in pairs]) if known else "")
-        saved = statistics.mean(own["saved_bytes"] / dense["saved_bytes"] for own, dense in pairs)
-        policy, _, ratio = name.rpartition(" ")
-        lines.append(f"| {policy} | {ratio} | {' | '.join(cells)} | {saved:.3f} |")
-    return lines
-
-
-def mean(values: list[float]) -> str:
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.4f} ± {error:.4f}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=tuple(TASKS), default="classify")
@@ -96,8 +83,8 @@ def main() -> None:
     parser.add_argument("--policies", help=f"of {', '.join(POLICIES)}")
     parser.add_argument("--ratios", default="0.1,0.3,0.5")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--eval-tokens", type=int, default=32768)
+    parser.add_argument("--steps", type=int, help="instead of the task's own")
+    parser.add_argument("--eval-tokens", type=int, help="instead of the task's own")
     parser.add_argument("--model", help="instead of the task's own")
     parser.add_argument("--data", help="instead of the task's own")
     parser.add_argument("--threads", type=int, default=1)
@@ -106,8 +93,8 @@ def main() -> None:
     from sparsetrain.measure.machine import describe_machine
 
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    settings = TASKS[args.task] | {"task": args.task, "steps": args.steps, "eval_tokens": args.eval_tokens}
-    settings |= {"model": args.model or settings["model"], "data": args.data or settings["data"]}
+    asked = {name: getattr(args, name) for name in ("steps", "eval_tokens", "model", "data")}
+    settings = {**TASKS[args.task], "task": args.task, **{name: value for name, value in asked.items() if value}}
     stored = (
         json.loads(args.json.read_text())
         if args.json.exists()
@@ -123,11 +110,10 @@ def main() -> None:
             if key in stored["results"]:
                 continue
             method = {"method": "token_selection", "keep_ratio": float(ratio), **POLICIES.get(policy, {})}
-            found = run(args.task, args.steps, seed, None if policy == "dense" else method, args)
+            found = run(settings, seed, None if policy == "dense" else method, args.threads, args.device)
             stored["results"][key] = found
             args.json.write_text(json.dumps(stored, indent=1))
             print(key, {name: round(x, 4) for name, x in found.items() if x is not None}, flush=True)
-    print("\n".join(table(stored["results"], seeds)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from sparsetrain.core.config import suggest
 from sparsetrain.hf.assemble import context_length
 from sparsetrain.hf.classifier import EncoderClassifier
 from sparsetrain.hf.data import DataBundle
+from sparsetrain.hf.model_config import config_values
 from sparsetrain.hf.pretrain_recipe import PretrainRecipe
 
 ARCHITECTURES = Path(__file__).parent / "assets" / "architectures"
@@ -162,11 +162,5 @@ def _read(name: str) -> dict[str, Any]:
             f"architecture {name!r} is unknown.{suggest(name, known)} Built in: {', '.join(known)}; or give a "
             "config.json, or a folder with one."
         )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"{path} is no model config: {error}") from None
-    if not isinstance(values, dict) or "model_type" not in values:
-        raise ValueError(f"{path} is no model config: it has no model_type.")
     dropped = ("architectures", "transformers_version", "torch_dtype", "dtype", "id2label", "label2id")
-    return {key: value for key, value in values.items() if key not in dropped}
+    return {key: value for key, value in config_values(path).items() if key not in dropped}

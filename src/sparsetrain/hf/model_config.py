@@ -41,18 +41,18 @@ def read_config(name: str, say: Callable[[str], None] = lambda _line: None) -> M
     """
     path = Path(name)
     if path.suffix == ".json" and path.is_file():
-        return ModelConfig(name=str(path.parent), values=_json(path), folder=None)
+        return ModelConfig(name=str(path.parent), values=config_values(path), folder=None)
     if (path / "config.json").is_file():
-        return ModelConfig(name=name, values=_json(path / "config.json"), folder=name)
+        return ModelConfig(name=name, values=config_values(path / "config.json"), folder=name)
     known = built_in_configs()
     for short, hub in known.items():
         if name.lower() in (short, hub.lower(), hub.lower().rpartition("/")[2]):
-            return ModelConfig(name=hub, values=_json(CONFIGS / f"{short}.json"))
+            return ModelConfig(name=hub, values=config_values(CONFIGS / f"{short}.json"))
     from sparsetrain.hf.assets import ASSETS, resolve_model
 
     if name in ASSETS:
         folder = resolve_model(name, progress=say)
-        return ModelConfig(name=name, values=_json(Path(folder) / "config.json"), folder=folder)
+        return ModelConfig(name=name, values=config_values(Path(folder) / "config.json"), folder=folder)
     from transformers import AutoConfig
 
     try:
@@ -66,7 +66,12 @@ def read_config(name: str, say: Callable[[str], None] = lambda _line: None) -> M
         ) from None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def config_values(path: Path) -> dict[str, Any]:
+    """What a config.json holds.
+
+    Raises:
+        ValueError: it cannot be read, or is no model's config.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError) as error:
