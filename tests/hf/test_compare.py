@@ -44,10 +44,11 @@ def test_there_must_be_something_to_compare(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_both_sides_train_as_they_would_alone_in_turns(tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
-    made = compare(recipe(tmp_path), report=events.append)
+    sparse = {"methods": [runs.ROUTED], "distill_steps": 2}
+    made = compare(recipe(tmp_path, **sparse), report=events.append)
     for side, result in (("sparse", made.sparse), ("dense", made.dense)):
-        methods = [runs.ROUTED] if side == "sparse" else []
-        alone = finetune(runs.recipe(tmp_path, output=str(tmp_path / side), methods=methods), write=False)
+        own = sparse if side == "sparse" else {}
+        alone = finetune(runs.recipe(tmp_path, output=str(tmp_path / side), **own), write=False)
         assert losses(result) == [row["loss"] for row in alone.run["steps"]]
         assert result["run"]["perplexity"] == alone.run["perplexity"]
         assert result["run"]["peak_rss_bytes"] > 2**26

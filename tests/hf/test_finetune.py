@@ -47,6 +47,28 @@ def test_a_sparse_run_is_on_record_from_dense_to_trained(tmp_path: Path) -> None
     assert type(recipe).from_yaml(output / "recipe.yaml") == recipe
 
 
+def test_distillation_is_a_stage_on_record(tmp_path: Path) -> None:
+    recipe = runs.recipe(tmp_path, methods=[runs.CLUSTERED], distill_steps=20, distill_lr=3e-3)
+    events: list[dict[str, Any]] = []
+    run = finetune(recipe, report=events.append).run
+    stages = run["perplexity"]
+    assert list(stages) == ["dense", "after_conversion", "after_distillation", "after_training"]
+    assert stages["after_distillation"] != stages["after_conversion"]
+    assert [point["step"] for point in run["evals"]] == [0, 6]
+    assert run["evals"][0]["perplexity"] == stages["after_distillation"]
+    assert "After distillation" in (tmp_path / "out" / "report.html").read_text()
+    shares = [event["share"] for event in events if event.get("name") == "routed_ffn: distilling"]
+    assert shares == [i / 20 for i in range(20)]
+    assert finetune(recipe.model_copy(update={"output": str(tmp_path / "again")}), write=False).run["evals"] == [
+        {**point, "wall_s": pytest.approx(point["wall_s"], abs=1e9)} for point in run["evals"]
+    ]
+
+
+def test_distillation_needs_a_routed_ffn(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="distill_steps=5 needs a routed_ffn"):
+        runs.recipe(tmp_path, methods=[runs.PQ], distill_steps=5)
+
+
 def test_the_base_weights_stay_and_what_we_added_is_trained(tmp_path: Path) -> None:
     result = finetune(runs.recipe(tmp_path, methods=[runs.ROUTED]), write=False)
     adapter = load_file(result.saved / "adapter_model.safetensors")

@@ -94,6 +94,9 @@ FLAGS: dict[str, Flag] = {
         Flag("methods", "NAME:KEY=VALUE,...", "", SPARSE, "A sparse method; repeat for several. Given without "
              "--preset, it replaces the default one.", list[str], "--method"),
         Flag("calibration_tokens", INT, "8192", SPARSE, "Training tokens that the conversion is fitted on."),
+        Flag("distill_steps", INT, "0", SPARSE, "Steps in which each routed FFN learns its dense FFN's output before "
+             "training."),
+        Flag("distill_lr", FLOAT, "0.0003", SPARSE, "Learning rate of the distillation."),
         Flag("compare", "none|dense", "none", SPARSE, "dense: also train dense LoRA, step by step beside, and report "
              "who won where. Takes twice the time."),
         Flag("lora_r", INT, "16", TRAIN, "Rank of LoRA; 0 trains all weights."),

@@ -273,6 +273,16 @@ def calibration_batches(parts: Parts) -> list[dict[str, Tensor]] | None:
     return batches or None
 
 
+def drawn_batches(parts: Parts, count: int) -> Iterator[dict[str, Tensor]]:
+    """`count` batches of training rows in random order, seeded by the recipe, without labels; again from the first row
+    when all were drawn."""
+    rows, size = parts.bundle.train, parts.recipe.batch_size
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(parts.recipe.seed)).tolist()
+    for i in range(count):
+        batch = parts.bundle.collate_fn([rows[order[(i * size + j) % len(order)]] for j in range(size)])
+        yield {name: tensor.to(parts.device) for name, tensor in batch.items() if name != "labels"}
+
+
 def _row_batches(parts: Parts) -> Iterator[dict[str, Tensor]]:
     rows, size = parts.bundle.train, parts.recipe.batch_size
     for start in range(0, len(rows), size):

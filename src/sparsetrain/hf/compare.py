@@ -141,6 +141,8 @@ def _side_recipe(recipe: RunRecipe, side: str) -> RunRecipe:
     changes: dict[str, Any] = {"output": str(output), "compare": "none"}
     if side == "dense":
         changes["methods"] = []
+        if isinstance(recipe, Recipe):
+            changes["distill_steps"] = 0
     if recipe.resume:
         changes["resume"] = any((path / MANIFEST).is_file() for path in checkpoints(output))
         if not changes["resume"] and not (output / RESULT).is_file():

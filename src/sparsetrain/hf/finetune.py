@@ -1,6 +1,6 @@
 """finetune(): one recipe, from the pretrained model to a saved adapter, with its quality on record at every stage.
 
-load → dense quality → calibrate and convert → quality → LoRA → train → quality → save.
+load → dense quality → calibrate and convert → quality → LoRA → (distil → quality) → train → quality → save.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from sparsetrain.hf.run import Job, Result, measure_quality, run
 from sparsetrain.hf.run import run_report as run_report
 from sparsetrain.hf.sidecar import read_state
 from sparsetrain.hf.trainer import Report, silent
+from sparsetrain.methods.routed_ffn import distill
 from sparsetrain.surgery.apply import Handle, sparsify
 
 
@@ -90,8 +91,16 @@ def _build(
         handle = sparsify(model, *recipe.configs, calibration=batches, seed=recipe.seed, progress=journal.phase)
         journal.run["setup_s"] = time.perf_counter() - began
         quality = measure_quality(model, handle, parts, journal, "evaluating the converted model")
-        journal.quality("after_conversion", quality, step=0)
-    return assemble.add_lora(model, recipe, handle, new_modules), handle
+        journal.quality("after_conversion", quality, step=None if recipe.distill_steps else 0)
+    model = assemble.add_lora(model, recipe, handle, new_modules)
+    if recipe.distill_steps and resumed is None:
+        began = time.perf_counter()
+        batches = assemble.drawn_batches(parts, recipe.distill_steps)
+        distill(model, batches, steps=recipe.distill_steps, lr=recipe.distill_lr, progress=journal.phase)
+        journal.run["setup_s"] = journal.run.get("setup_s", 0.0) + time.perf_counter() - began
+        quality = measure_quality(model, handle, parts, journal, "evaluating the distilled model")
+        journal.quality("after_distillation", quality, step=0)
+    return model, handle
 
 
 def _about(parts: Parts) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.hf.run_recipe import RunRecipe
@@ -51,6 +51,17 @@ class Recipe(RunRecipe):
     methods: list[dict[str, Any]] = Field(default_factory=list)
     """Sparse methods, each {method: name, key: value}; on the command line name:key=value,key=value. Without methods
     and preset: the preset spt. An empty list: dense."""
+    distill_steps: int = Field(0, ge=0)
+    """Steps of layer-wise distillation between conversion and training: each routed FFN, with its LoRA, learns the
+    output of its dense FFN."""
+    distill_lr: float = Field(3e-4, gt=0, le=10)
+    """Learning rate of the distillation at its first step; it falls to 0."""
+
+    @model_validator(mode="after")
+    def _can_distill(self) -> Self:
+        if self.distill_steps and not any(isinstance(config, RoutedFFN) for config in self.configs):
+            raise ValueError(f"distill_steps={self.distill_steps} needs a routed_ffn among the methods. Add it, or 0.")
+        return self
 
     @property
     def trains_all(self) -> bool:

@@ -14,6 +14,7 @@ from sparsetrain.core.cost import Cost, attention_cost, mean_visible_keys
 from sparsetrain.methods.pq_attention.config import SUBSPACE, PQAttention
 from sparsetrain.methods.pq_attention.module import PQSparseAttention
 from sparsetrain.ops.product_quantization import fit_codebook
+from sparsetrain.surgery.calibration import blocks_only
 from sparsetrain.surgery.plan import Edit, Method, State, refuse_dropout, register_method
 
 CALIBRATION_TOKENS = 4096
@@ -139,26 +140,31 @@ def prepare(
     anatomy = describe(model)
     assert anatomy.install_attention is not None
     uninstall = anatomy.install_attention(model)
+    batches = _spread(batches)
     captures = {edit: _Capture(CALIBRATION_TOKENS // (2 * len(batches))) for edit in planned}
-    training = model.training
     try:
-        model.eval()
         for edit, capture in captures.items():
             submodule(model, edit.site).sparse_attention = capture
-        with torch.no_grad():
+        with blocks_only(model, submodule(model, anatomy.blocks[planned[-1].layer].name)) as run:
             for i, batch in enumerate(batches):
                 progress("pq_attention: reading queries and keys", i / len(batches))
-                model(**batch)
+                run(batch)
     finally:
         for edit in planned:
             del submodule(model, edit.site).sparse_attention
         uninstall()
-        model.train(training)
     state: State = {}
     for i, (edit, capture) in enumerate(captures.items()):
         progress("pq_attention: fitting codebooks", i / len(captures))
         state[edit.key] = {"codebook": _fit(config, torch.cat(capture.samples, dim=1))}
     return state
+
+
+def _spread(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Evenly spaced batches: four, or as many as hold CALIBRATION_TOKENS."""
+    tokens = next(iter(batches[0].values())).shape[:2].numel()
+    count = min(len(batches), max(4, -(-CALIBRATION_TOKENS // tokens)))
+    return [batches[i * len(batches) // count] for i in range(count)]
 
 
 def _fit(config: PQAttention, sample_gnd: Tensor) -> Tensor:

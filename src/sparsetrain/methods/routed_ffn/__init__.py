@@ -2,3 +2,4 @@
 
 from sparsetrain.methods.routed_ffn import surgery as surgery
 from sparsetrain.methods.routed_ffn.config import RoutedFFN as RoutedFFN
+from sparsetrain.methods.routed_ffn.distillation import distill as distill

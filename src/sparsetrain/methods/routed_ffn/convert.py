@@ -39,6 +39,10 @@ class FFNWeights:
         up_nf = F.linear(x_nd, self.up_fd, self.up_bias_f)
         return act(up_nf) if self.gate_fd is None else act(F.linear(x_nd, self.gate_fd, self.gate_bias_f)) * up_nf
 
+    def output(self, x_nd: Tensor) -> Tensor:
+        """y [n, d]."""
+        return F.linear(self.hidden(x_nd), self.down_df, self.down_bias_d)
+
 
 @dataclass(frozen=True)
 class Conversion:
