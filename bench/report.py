@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -81,6 +82,8 @@ def frontier(results: dict[str, Any]) -> list[str]:
     ]
     lines.append("|" + " --- |" * (6 + len(lengths)))
     for name, row in results["rows"].items():
+        if name == "dense":
+            continue
         config, speed = row["config"], row.get("speedup", {})
         quality = f"{row['times_dense']:.3f}" if "times_dense" in row else "–"
         speeds = [f"{speed[str(t)]['median']:.2f}" if str(t) in speed else "–" for t in lengths]
@@ -88,7 +91,40 @@ def frontier(results: dict[str, Any]) -> list[str]:
             f"| {name} | {config['shared_ratio']:.0%} | {config['num_blocks']}, {config['num_active']} "
             f"| {config['active_ratio']:.2f} | {len(config['layers'])} | {quality} | " + " | ".join(speeds) + " |"
         )
+    trained = {name: row["trained"] for name, row in results["rows"].items() if "trained" in row}
+    return [*lines, "", *frontier_trained(trained)] if "dense" in trained else lines
+
+
+def frontier_trained(runs: dict[str, Any]) -> list[str]:
+    """Perplexity as a multiple of dense LoRA's: at equal steps, and when dense has had the same time, set-up included."""
+    dense = runs["dense"]["evals"]
+    lines = [
+        "| configuration | dense | after conversion | after distillation | after 200 steps | × dense LoRA, equal steps "
+        "| × dense LoRA, equal time | set-up, s | seconds a step |",
+        "|" + " --- |" * 9,
+    ]
+    for name, run in runs.items():
+        stages, last = run["stages"], run["evals"][-1]
+        shown = [stages.get(f"after_{stage}") for stage in ("conversion", "distillation", "training")]
+        cells = [f"{stages['dense']:.3f}", *("–" if value is None else f"{value:.3f}" for value in shown)]
+        for other in (perplexity_at(dense, "step", last["step"]), perplexity_at(dense, "wall_s", spent(run))):
+            cells.append(f"{last['perplexity'] / other:.3f}")
+        cells += [f"{run['setup_s']:.0f}", f"{last['wall_s'] / last['step']:.2f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
+
+
+def spent(run: dict[str, Any]) -> float:
+    return run["setup_s"] + run["evals"][-1]["wall_s"]
+
+
+def perplexity_at(evals: list[dict[str, Any]], axis: str, place: float) -> float:
+    """Between the two nearest evaluations along a line; after the last, that of the last."""
+    for before, after in itertools.pairwise(evals):
+        if before[axis] <= place < after[axis]:
+            share = (place - before[axis]) / (after[axis] - before[axis])
+            return before["perplexity"] + share * (after["perplexity"] - before["perplexity"])
+    return evals[-1]["perplexity"]
 
 
 def tokens(results: dict[str, Any]) -> list[str]:

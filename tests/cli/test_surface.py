@@ -23,9 +23,9 @@ RECIPE = {
     "--epochs", "--preset", "--method", "--calibration-tokens", "--compare", "--lora-r", "--lora-alpha",
     "--lora-targets", "--lr", "--lr-schedule", "--warmup-steps", "--weight-decay", "--max-grad-norm", "--save-every",
     "--keep-checkpoints", "--eval-every", "--eval-tokens", "--resume", "--no-resume", "--seed", "--dtype",
-    "--gradient-checkpointing", "--device", "--threads",
+    "--gradient-checkpointing", "--device", "--threads", "--distill-steps", "--distill-lr",
 }  # fmt: skip
-PRETRAIN = RECIPE - {"--preset", "--lora-r", "--lora-alpha", "--lora-targets"} | {
+PRETRAIN = RECIPE - {"--preset", "--distill-steps", "--distill-lr", "--lora-r", "--lora-alpha", "--lora-targets"} | {
     "--set", "--data-folder", "--tokenizer", "--train-rows", "--min-lr-ratio", "--beta1", "--beta2", "--eps",
     "--clip-value",
 }  # fmt: skip

@@ -31,6 +31,7 @@ from sparsetrain.hf import assemble
 from sparsetrain.hf.evaluate import evaluate
 from sparsetrain.hf.finetune import finetune
 from sparsetrain.hf.recipe import Recipe
+from sparsetrain.hf.rows import calibration_batches
 from sparsetrain.hf.trainer import silent
 from sparsetrain.measure.machine import describe_machine
 from sparsetrain.measure.timing import compare
@@ -144,7 +145,7 @@ class Opened:
         )
         self.parts = assemble.open_parts(recipe, silent)
         self.model, _ = assemble.load_model(self.parts)
-        self.calibration = assemble.calibration_batches(self.parts)
+        self.calibration = calibration_batches(self.parts)
         self.dense = self._loss()
 
     def _loss(self) -> float:

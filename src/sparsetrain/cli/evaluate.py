@@ -101,9 +101,9 @@ def _rows(recipe: Any, loaded: Any, every: bool, tell: Any) -> tuple[Any, Any]:
 
 
 def _bundle(recipe: Any, loaded: Any, every: bool, tell: Any) -> Any:
-    from sparsetrain.hf.assemble import load_rows
     from sparsetrain.hf.pretrain import PretrainRecipe
     from sparsetrain.hf.pretrain_data import held_out
+    from sparsetrain.hf.rows import load_rows
 
     if isinstance(recipe, PretrainRecipe):
         if every and loaded.tokenizer is None:
@@ -119,8 +119,8 @@ def _bundle(recipe: Any, loaded: Any, every: bool, tell: Any) -> Any:
 
 
 def _all_rows(recipe: Any, loaded: Any, tell: Any) -> Any:
-    from sparsetrain.hf.assemble import context_length
     from sparsetrain.hf.data import load_classify, load_sft, load_text
+    from sparsetrain.hf.model_config import context_length
 
     common: dict[str, Any] = {
         "eval_ratio": 0.0,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from sparsetrain.cli.flags import FLAGS, FLOAT, INT, KEEP, LENGTH, MAIN, SPARSE, Flag
 
 TRAIN = "Optimizer"
-_NOT_HERE = {"preset", "lora_r", "lora_alpha", "lora_targets"}
+_NOT_HERE = {"preset", "distill_steps", "distill_lr", "lora_r", "lora_alpha", "lora_targets"}
 _OWN = (
     Flag("model", "NAME|FILE|DIR", "", MAIN, "Architecture: gpt2-nano (decoder), sequence-encoder (SPION's sizes), "
          "vit-nano (28x28 images), or your config.json, or a folder with one."),

@@ -10,10 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClas
 
 from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import suggest
-from sparsetrain.hf.assemble import context_length
 from sparsetrain.hf.classifier import EncoderClassifier
 from sparsetrain.hf.data import DataBundle
-from sparsetrain.hf.model_config import config_values
+from sparsetrain.hf.model_config import config_values, context_length
 from sparsetrain.hf.pretrain_recipe import PretrainRecipe
 
 ARCHITECTURES = Path(__file__).parent / "assets" / "architectures"

@@ -17,6 +17,7 @@ from sparsetrain.hf.evaluate import Quality
 from sparsetrain.hf.io import quiet
 from sparsetrain.hf.journal import Journal
 from sparsetrain.hf.recipe import Recipe
+from sparsetrain.hf.rows import calibration_batches, drawn_batches
 from sparsetrain.hf.run import Job, Result, measure_quality, run
 from sparsetrain.hf.run import run_report as run_report
 from sparsetrain.hf.sidecar import read_state
@@ -87,7 +88,7 @@ def _build(
         handle = sparsify(model, *recipe.configs, state=read_state(resumed.path), seed=recipe.seed)
     elif recipe.methods:
         began = time.perf_counter()
-        batches = assemble.calibration_batches(parts)
+        batches = calibration_batches(parts)
         handle = sparsify(model, *recipe.configs, calibration=batches, seed=recipe.seed, progress=journal.phase)
         journal.run["setup_s"] = time.perf_counter() - began
         quality = measure_quality(model, handle, parts, journal, "evaluating the converted model")
@@ -95,7 +96,7 @@ def _build(
     model = assemble.add_lora(model, recipe, handle, new_modules)
     if recipe.distill_steps and resumed is None:
         began = time.perf_counter()
-        batches = assemble.drawn_batches(parts, recipe.distill_steps)
+        batches = drawn_batches(parts, recipe.distill_steps)
         distill(model, batches, steps=recipe.distill_steps, lr=recipe.distill_lr, progress=journal.phase)
         journal.run["setup_s"] = journal.run.get("setup_s", 0.0) + time.perf_counter() - began
         quality = measure_quality(model, handle, parts, journal, "evaluating the distilled model")

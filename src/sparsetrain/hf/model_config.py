@@ -79,3 +79,12 @@ def config_values(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or "model_type" not in values:
         raise ValueError(f"{path} is no model config: it has no model_type.")
     return values
+
+
+def context_length(config: Any) -> int | None:
+    """The most tokens a model takes, or None if its config sets no limit."""
+    for name in ("max_position_embeddings", "n_positions"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None

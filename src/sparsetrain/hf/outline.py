@@ -21,6 +21,7 @@ from sparsetrain.core.anatomy import Anatomy, describe, submodule
 from sparsetrain.core.backend import watch_ops
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.hf import assemble
+from sparsetrain.hf.model_config import context_length
 from sparsetrain.hf.recipe import Recipe
 from sparsetrain.hf.token_selection import selecting
 from sparsetrain.measure.memory import static_memory
@@ -67,7 +68,7 @@ def outline(recipe: Recipe, config: Any, *, bf16: bool, lengths: tuple[int, ...]
         warnings.simplefilter("ignore")
         built = _Built(recipe, config, bf16)
         if lengths is None:
-            context = assemble.context_length(config) or 2**30
+            context = context_length(config) or 2**30
             lengths = fit_lengths(recipe, built.window)
             if lengths[-1] > context:  # a short encoder: its embeddings end there
                 lengths = (context // 4, context // 2, context)

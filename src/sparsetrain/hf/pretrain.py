@@ -29,6 +29,7 @@ from sparsetrain.hf.journal import Journal
 from sparsetrain.hf.pattern_reach import check_reach
 from sparsetrain.hf.pretrain_data import load_rows, open_tokenizer
 from sparsetrain.hf.pretrain_recipe import PretrainRecipe as PretrainRecipe
+from sparsetrain.hf.rows import calibration_batches, check_selection
 from sparsetrain.hf.run import Job, Result, measure_quality, run
 from sparsetrain.hf.sidecar import read_state
 from sparsetrain.hf.trainer import Report, silent
@@ -133,7 +134,7 @@ def _check_methods(recipe: PretrainRecipe) -> None:
             f"token_selection trains on some tokens of a text, and task={recipe.task} has none to choose among. Use it "
             "with task=lm or classify."
         )
-    assemble.check_selection(recipe)
+    check_selection(recipe)
 
 
 def _arguments(recipe: PretrainRecipe) -> dict[str, Any]:
@@ -161,14 +162,14 @@ def _build(
     if not recipe.methods:
         return model, None
     began = time.perf_counter()
-    batches = assemble.calibration_batches(parts) if recipe.task in ("lm", "image") else _longest_rows(parts)
+    batches = calibration_batches(parts) if recipe.task in ("lm", "image") else _longest_rows(parts)
     handle = sparsify(model, *recipe.configs, calibration=batches, seed=recipe.seed, progress=journal.phase)
     journal.run["setup_s"] = time.perf_counter() - began
     return model, handle
 
 
 def _longest_rows(parts: Parts[PretrainRecipe]) -> list[dict[str, torch.Tensor]] | None:
-    """As `assemble.calibration_batches`, of the longest rows, padded to `seq_len`.
+    """As `calibration_batches`, of the longest rows, padded to `seq_len`.
 
     A pattern is cut from maps of these rows, and must reach as far as any row of the training.
     """

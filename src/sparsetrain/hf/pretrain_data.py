@@ -13,6 +13,7 @@ from sparsetrain.hf.data import DataBundle, load_classify, load_images, load_tex
 from sparsetrain.hf.data.byte_tokens import byte_tokenizer
 from sparsetrain.hf.data.tasks import TASKS, load_task
 from sparsetrain.hf.pretrain_recipe import PretrainRecipe
+from sparsetrain.hf.rows import long_enough
 from sparsetrain.hf.trainer import Report
 
 
@@ -58,7 +59,7 @@ def load_rows(recipe: PretrainRecipe, tokenizer: Any, row_tokens: int, report: R
     if recipe.task == "classify":
         columns = {"text_column": recipe.text_column}
         bundle = load_classify(source, tokenizer, recipe.seq_len, progress=say, **columns, **limits)
-        return assemble.long_enough(bundle, recipe)
+        return long_enough(bundle, recipe)
     rows = None if recipe.steps is None else recipe.steps * recipe.batch_size * recipe.grad_accum
     return load_text(
         source,

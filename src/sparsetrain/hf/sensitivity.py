@@ -9,6 +9,7 @@ from typing import Any
 
 from sparsetrain.hf import assemble
 from sparsetrain.hf.recipe import Recipe, plain_values
+from sparsetrain.hf.rows import calibration_batches
 from sparsetrain.hf.trainer import Report, silent
 from sparsetrain.surgery.plan import plan
 from sparsetrain.surgery.sensitivity import choose_layers, layer_losses
@@ -57,7 +58,7 @@ def sensitivity(recipe: Recipe, *, budget: float | None = None, report: Report =
             model,
             config,
             held_out,
-            calibration=assemble.calibration_batches(parts),
+            calibration=calibration_batches(parts),
             seed=recipe.seed,
             progress=lambda name, share: report({"event": "phase", "name": name, "share": share}),
         )

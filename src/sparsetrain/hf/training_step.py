@@ -19,6 +19,7 @@ from sparsetrain.hf import assemble
 from sparsetrain.hf.assemble import Parts
 from sparsetrain.hf.data.random_tokens import RANDOM, random_rows
 from sparsetrain.hf.recipe import Recipe
+from sparsetrain.hf.rows import calibration_batches
 from sparsetrain.hf.token_selection import selecting
 from sparsetrain.hf.trainer import Report, silent
 from sparsetrain.surgery.apply import Handle, sparsify
@@ -118,7 +119,7 @@ def convert_step(model: Any, new_modules: list[str], parts: Parts, report: Repor
         handle = sparsify(
             model,
             *map(without_dense_phase, recipe.configs),
-            calibration=assemble.calibration_batches(parts),
+            calibration=calibration_batches(parts),
             seed=recipe.seed,
             progress=lambda name, share: report({"event": "phase", "name": name, "share": share}),
         )
