@@ -96,7 +96,7 @@ def frontier(results: dict[str, Any]) -> list[str]:
 
 
 def frontier_trained(runs: dict[str, Any]) -> list[str]:
-    """Perplexity as a multiple of dense LoRA's: at equal steps, and when dense has had the same time, set-up included."""
+    """Beside dense LoRA at equal steps, and when it has had the same time, set-up included."""
     dense = runs["dense"]["evals"]
     lines = [
         "| configuration | dense | after conversion | after distillation | after 200 steps | × dense LoRA, equal steps "
