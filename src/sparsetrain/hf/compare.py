@@ -51,8 +51,6 @@ _JOBS: dict[str, tuple[Any, Any, Any]] = {
 """Job -> its recipe, function and title."""
 SIDES = ("sparse", "dense")
 REPORT = "report.json"
-# an idle side must leave the cores alone: OpenMP threads spin for a while by default
-_IDLE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 _ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (ValueError, PlanError, CheckpointError, RuntimeError)
 }
@@ -203,7 +201,7 @@ class _Side:
     def __enter__(self) -> Self:
         self.events, writer = os.pipe()
         self._errors = tempfile.TemporaryFile()
-        environment = os.environ | _IDLE | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         code = "from sparsetrain.hf.compare import run_side; run_side()"
         self._process = subprocess.Popen(
             [sys.executable, "-c", code, str(writer)],
