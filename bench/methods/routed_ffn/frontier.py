@@ -2,7 +2,7 @@
 
     python bench/methods/routed_ffn/frontier.py --json bench/results              # all rows, perplexity and time
     python bench/methods/routed_ffn/frontier.py --json bench/results --only time  # or: convert, train, sensitivity
-    python bench/methods/routed_ffn/frontier.py --json bench/results --rows half-fine,demo
+    python bench/methods/routed_ffn/frontier.py --json bench/results --rows all-half,demo
 
 Perplexity: held-out Python source, windows of 1,024 tokens, before any training. Time: forward and backward of one
 converted FFN under LoRA, router and compensation included, against the same dense FFN under LoRA, in turns. Training,
@@ -87,6 +87,8 @@ def main() -> None:
     found = json.loads(file.read_text()) if file.exists() else {"name": NAME, "rows": {}}
     found["machine"] = describe_machine().to_dict()
     names = asked.rows.split(",") if asked.rows else ["dense", *ROWS]
+    if unknown := [name for name in names if name not in ("dense", *ROWS)]:
+        parser.error(f"no row {', '.join(unknown)}. Rows: dense, {', '.join(ROWS)}.")
     opened = functools.cache(Opened)
     for name in names:
         entry = found["rows"].setdefault(name, {})

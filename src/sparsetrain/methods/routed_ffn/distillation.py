@@ -71,7 +71,7 @@ class Student:
     """One routed FFN that learns whenever the model's forward comes past, and passes the dense output on."""
 
     def __init__(self, owner: Any) -> None:
-        self.owner, self.routing = owner, owner.routed
+        self.routing: Routing = owner.routed
         site = self.routing.site
         linears = [owner.get_submodule(name) for name in (site.up, site.gate, site.down) if name]
         lora = [p for linear in linears for name, p in linear.named_parameters() if "lora_" in name]
