@@ -14,7 +14,7 @@ from tests.cli.conftest import Call, Result, save_llama, write_text
 SPARSE = "routed_ffn:num_blocks=4,num_active=2"
 
 
-def refused(result: Result, output: Path, *words: str, code: int = 2) -> None:
+def assert_refused(result: Result, output: Path, *words: str, code: int = 2) -> None:
     """The error names what is wrong without a traceback, stdout is empty, and the output folder was not made."""
     assert result.code == code, result.err
     for word in words:
@@ -38,61 +38,63 @@ def train(call: Call, llama: Path, text: Path, tmp_path: Path):
 
 
 def test_unknown_model(train, tmp_path: Path) -> None:
-    refused(train(model="no-such/model"), tmp_path / "run", "no-such/model", "embedded", "local folder", "hub")
-    refused(train(model=tmp_path / "nowhere"), tmp_path / "run", "nowhere")
+    assert_refused(train(model="no-such/model"), tmp_path / "run", "no-such/model", "embedded", "local folder", "hub")
+    assert_refused(train(model=tmp_path / "nowhere"), tmp_path / "run", "nowhere")
 
 
 def test_a_folder_without_a_model(train, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    refused(train(model=tmp_path / "empty"), tmp_path / "run", "empty")
+    assert_refused(train(model=tmp_path / "empty"), tmp_path / "run", "empty")
 
 
 def test_a_damaged_model(train, tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "model")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    refused(train(model=folder), tmp_path / "run", str(folder))
+    assert_refused(train(model=folder), tmp_path / "run", str(folder))
 
 
 def test_missing_data(train, tmp_path: Path) -> None:
-    refused(train(data=tmp_path / "gone.txt"), tmp_path / "run", "gone.txt", "does not exist")
-    refused(train(data=tmp_path / "*.txt"), tmp_path / "run", "*.txt")
+    assert_refused(train(data=tmp_path / "gone.txt"), tmp_path / "run", "gone.txt", "does not exist")
+    assert_refused(train(data=tmp_path / "*.txt"), tmp_path / "run", "*.txt")
 
 
 def test_empty_data(train, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "folder").mkdir()
-    refused(train(data=tmp_path / "empty.txt"), tmp_path / "run", "empty.txt", "empty")
-    refused(train(data=tmp_path / "folder"), tmp_path / "run", "folder")
+    assert_refused(train(data=tmp_path / "empty.txt"), tmp_path / "run", "empty.txt", "empty")
+    assert_refused(train(data=tmp_path / "folder"), tmp_path / "run", "folder")
 
 
 def test_too_little_data(train, tmp_path: Path) -> None:
-    refused(train(data=write_text(tmp_path / "short.txt", 1)), tmp_path / "run", "short.txt")
+    assert_refused(train(data=write_text(tmp_path / "short.txt", 1)), tmp_path / "run", "short.txt")
 
 
 def test_a_binary_file_as_text(train, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes(bytes(range(256)) * 40)
-    refused(train(data=tmp_path / "text.txt"), tmp_path / "run", "text.txt", "binary")
+    assert_refused(train(data=tmp_path / "text.txt"), tmp_path / "run", "text.txt", "binary")
 
 
 def test_sequence_longer_than_the_context(train, tmp_path: Path) -> None:
-    refused(train(seq_len=129), tmp_path / "run", "129", "128", "context")
+    assert_refused(train(seq_len=129), tmp_path / "run", "129", "128", "context")
 
 
 def test_wrong_key_in_a_recipe(call: Call, llama: Path, text: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "run.yaml"
     recipe.write_text(f"model: {llama}\ndata: {text}\nseq_length: 32\noutput: {tmp_path / 'run'}\n")
-    refused(call("finetune", "--recipe", recipe), tmp_path / "run", "seq_length", "Did you mean 'seq_len'?", "run.yaml")
+    assert_refused(
+        call("finetune", "--recipe", recipe), tmp_path / "run", "seq_length", "Did you mean 'seq_len'?", "run.yaml"
+    )
 
 
 def test_wrong_flag(call: Call, tmp_path: Path) -> None:
-    refused(call("finetune", "--seq-length", 32), tmp_path / "run", "--seq-length", "--seq-len", "--help")
-    refused(call("finetun"), tmp_path / "run", "finetun", "--help")
-    refused(call("finetune", "--steps", "many"), tmp_path / "run", "steps='many'", "integer")
+    assert_refused(call("finetune", "--seq-length", 32), tmp_path / "run", "--seq-length", "--seq-len", "--help")
+    assert_refused(call("finetun"), tmp_path / "run", "finetun", "--help")
+    assert_refused(call("finetune", "--steps", "many"), tmp_path / "run", "steps='many'", "integer")
 
 
 def test_required_values(call: Call, tmp_path: Path) -> None:
-    refused(call("finetune", "--output", tmp_path / "run"), tmp_path / "run", "--model", "--data")
+    assert_refused(call("finetune", "--output", tmp_path / "run"), tmp_path / "run", "--model", "--data")
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,7 @@ def test_required_values(call: Call, tmp_path: Path) -> None:
     ],
 )
 def test_ratio_out_of_range(train, tmp_path: Path, method: str, words: tuple[str, ...]) -> None:
-    refused(train(method=method), tmp_path / "run", *words)
+    assert_refused(train(method=method), tmp_path / "run", *words)
 
 
 @pytest.mark.parametrize(
@@ -119,33 +121,33 @@ def test_ratio_out_of_range(train, tmp_path: Path, method: str, words: tuple[str
     ],
 )
 def test_invalid_method_string(train, tmp_path: Path, method: str, words: tuple[str, ...]) -> None:
-    refused(train(method=method), tmp_path / "run", *words)
+    assert_refused(train(method=method), tmp_path / "run", *words)
 
 
 def test_unknown_preset_task_and_values(train, tmp_path: Path) -> None:
-    refused(train(method=None, preset="stp"), tmp_path / "run", "stp", "Did you mean 'spt'?")
-    refused(train(task="translate"), tmp_path / "run", "task", "translate", "classify")
-    refused(train(dtype="fp8"), tmp_path / "run", "dtype", "fp8", "bf16")
-    refused(train(steps=0), tmp_path / "run", "steps")
-    refused(train(device="cuda:99"), tmp_path / "run", "cuda:99")
+    assert_refused(train(method=None, preset="stp"), tmp_path / "run", "stp", "Did you mean 'spt'?")
+    assert_refused(train(task="translate"), tmp_path / "run", "task", "translate", "classify")
+    assert_refused(train(dtype="fp8"), tmp_path / "run", "dtype", "fp8", "bf16")
+    assert_refused(train(steps=0), tmp_path / "run", "steps")
+    assert_refused(train(device="cuda:99"), tmp_path / "run", "cuda:99")
 
 
 def test_head_width_not_divisible_by_8(train, tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "model", hidden_size=24)
-    refused(train(model=folder, method="pq_attention"), tmp_path / "run", "12", "8", "self_attn")
+    assert_refused(train(model=folder, method="pq_attention"), tmp_path / "run", "12", "8", "self_attn")
 
 
 def test_two_methods_on_one_site(call: Call, llama: Path, text: Path, tmp_path: Path) -> None:
     flags = ("--model", llama, "--data", text, "--seq-len", 32, "--output", tmp_path / "run")
     two = ("--method", SPARSE, "--method", "routed_ffn:num_blocks=8,layers=1")
-    refused(call("finetune", *flags, *two), tmp_path / "run", "layers.1.mlp", "targets", "both claim")
+    assert_refused(call("finetune", *flags, *two), tmp_path / "run", "layers.1.mlp", "targets", "both claim")
 
 
 def test_a_pattern_that_matches_nothing(train, tmp_path: Path) -> None:
-    refused(
+    assert_refused(
         train(method=f"{SPARSE},targets=encoder.*"), tmp_path / "run", "matches nothing", "encoder.*", "layers.0.mlp"
     )
-    refused(train(method=f"{SPARSE},layers=7"), tmp_path / "run", "matches nothing", "7")
+    assert_refused(train(method=f"{SPARSE},layers=7"), tmp_path / "run", "matches nothing", "7")
 
 
 def test_a_mixture_of_experts(train, tmp_path: Path) -> None:
@@ -157,22 +159,22 @@ def test_a_mixture_of_experts(train, tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     MixtralConfig(vocab_size=300, num_key_value_heads=1, num_local_experts=2, **sizes).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    refused(train(model=folder), tmp_path / "run", "mixture of experts", "routed already")
+    assert_refused(train(model=folder), tmp_path / "run", "mixture of experts", "routed already")
 
 
 def test_an_unknown_family(train, tmp_path: Path) -> None:
     from transformers import BloomConfig
 
     BloomConfig(vocab_size=300, hidden_size=32, n_layer=1, n_head=2).save_pretrained(tmp_path / "bloom")
-    refused(train(model=tmp_path / "bloom"), tmp_path / "run", "BloomBlock", "FAMILIES")
+    assert_refused(train(model=tmp_path / "bloom"), tmp_path / "run", "BloomBlock", "FAMILIES")
 
 
 def test_malformed_yaml(call: Call, tmp_path: Path) -> None:
     recipe = tmp_path / "run.yaml"
     for content, word in (("model: [a\n", "run.yaml"), ("- a\n- b\n", "list"), ("", "run.yaml")):
         recipe.write_text(content)
-        refused(call("finetune", "--recipe", recipe), tmp_path / "run", word)
-    refused(call("finetune", "--recipe", tmp_path / "gone.yaml"), tmp_path / "run", "gone.yaml")
+        assert_refused(call("finetune", "--recipe", recipe), tmp_path / "run", word)
+    assert_refused(call("finetune", "--recipe", tmp_path / "gone.yaml"), tmp_path / "run", "gone.yaml")
 
 
 def test_output_folder_not_empty(train, tmp_path: Path) -> None:
@@ -186,7 +188,7 @@ def test_output_folder_not_empty(train, tmp_path: Path) -> None:
 
 
 def test_compare_without_a_method(train, tmp_path: Path) -> None:
-    refused(train(method=None, preset="dense", compare="dense"), tmp_path / "run", "compare=dense", "--method")
+    assert_refused(train(method=None, preset="dense", compare="dense"), tmp_path / "run", "compare=dense", "--method")
 
 
 def test_errors_are_json_when_asked(call: Call, tmp_path: Path) -> None:
@@ -277,7 +279,7 @@ def test_disk_full(llama: Path, text: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_selection_that_cannot_be_made(train, tmp_path: Path, method: str, words: tuple[str, ...]) -> None:
-    refused(train(method=f"token_selection:{method}"), tmp_path / "run", *words)
+    assert_refused(train(method=f"token_selection:{method}"), tmp_path / "run", *words)
 
 
 def test_a_selection_that_the_rows_do_not_allow(train, tmp_path: Path) -> None:
@@ -286,16 +288,16 @@ def test_a_selection_that_the_rows_do_not_allow(train, tmp_path: Path) -> None:
     classify = {"data": rows, "task": "classify"}
     for method in ("pool=targets", "policy=loss", "policy=gradient_norm"):
         result = train(method=f"token_selection:{method}", **classify)
-        refused(result, tmp_path / "run", "label a token", "policy=random")
-    refused(train(method="token_selection:pool=scored"), tmp_path / "run", "token_scores", "pool=all")
+        assert_refused(result, tmp_path / "run", "label a token", "policy=random")
+    assert_refused(train(method="token_selection:pool=scored"), tmp_path / "run", "token_scores", "pool=all")
     short = train(method="token_selection:num_tokens=30", **classify)
-    refused(short, tmp_path / "run", "num_tokens=30", "of a sample with", "drop or pack")
+    assert_refused(short, tmp_path / "run", "num_tokens=30", "of a sample with", "drop or pack")
 
 
 def test_a_selection_without_a_single_target(train, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"prompt": "{"x = y + " * 40}{i}", "completion": "1"}}\n' for i in range(40)))
-    refused(
+    assert_refused(
         train(data=rows, task="sft", method="token_selection"), tmp_path / "run", "assistant token within max_length=32"
     )
 
@@ -306,4 +308,4 @@ def test_a_selection_in_a_model_whose_blocks_are_not_known(train, tmp_path: Path
     folder = save_llama(tmp_path / "model")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=300, **sizes)).save_pretrained(folder)
-    refused(train(model=folder, method="token_selection"), tmp_path / "run", "GPTNeoX", "FAMILIES")
+    assert_refused(train(model=folder, method="token_selection"), tmp_path / "run", "GPTNeoX", "FAMILIES")

@@ -119,5 +119,22 @@ def test_inputs_are_read_without_the_head(family: Family) -> None:
     found = read_inputs(model, sites, [batch])
     torch.testing.assert_close(found[sites[1].name][0], seen[0])
     assert not later
-    every_third, _ = read_inputs(model, sites, [batch], every=3)[sites[1].name]
-    assert torch.equal(every_third, found[sites[1].name][0][::3])
+
+
+def test_inputs_beyond_the_limit_are_the_beginnings_of_rows() -> None:
+    model, batch = LLAMA.model(), LLAMA.batch(rows=2, tokens=90)
+    site = describe(model).ffns[0]
+    every, _ = read_inputs(model, [site], [batch])[site.name]
+    begun, sizes = read_inputs(model, [site], [batch], max_tokens=60)[site.name]
+    torch.testing.assert_close(begun, every.view(2, 90, -1)[:, :30].flatten(0, 1))
+    assert sizes.shape == (60,)
+
+
+def test_inputs_beyond_the_limit_are_spread_where_rows_are_padded() -> None:
+    model, batch = LLAMA.model(), LLAMA.batch(rows=2, tokens=90)
+    batch["attention_mask"][1, 60:] = 0
+    site = describe(model).ffns[0]
+    every, _ = read_inputs(model, [site], [batch])[site.name]
+    spread, _ = read_inputs(model, [site], [batch], max_tokens=60)[site.name]
+    assert len(every) == 150
+    assert torch.equal(spread, every[::3])

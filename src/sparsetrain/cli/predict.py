@@ -110,12 +110,57 @@ def _recipe(asked: dict[str, Any]) -> Any:
 
 
 def _shown(found: Any, predictor: Any, goal: Goal, memory: int | None, yaml: str | None) -> Answer:
-    from sparsetrain.hf import predict as planner
-    from sparsetrain.hf.predict import answer_values, usable_bytes
+    from sparsetrain.hf.predict import answer_values
+
+    data = answer_values(found, predictor) | {"memory_bytes": memory, "recipe_yaml": yaml}
+    question = found.question
+    title = (
+        f"{predictor.model.name}: a training step of {question.batch} x {question.tokens:,} tokens, {question.dtype}, "
+        f"{question.rates.machine}"
+    )
+    columns = _columns(found)
+    lines = [[_cells(row)[name] for name in columns] for row in found.rows if row.peak is not None]
+    right = tuple(i for i, name in enumerate(columns) if name not in (WAY, "peak in", "fits", "quality"))
+    show: list[Any] = [lambda: table(f"{title}; GB", list(columns), lines, right=right)]
+    show += [*_about_rows(found.rows, predictor), *_notes(found, memory), ""]
+    if found.picked is None:
+        show.append(f"Nothing fits in {goal.memory or f'{(memory or 0) / 1e9:.1f} GB'}. Nearest possible:")
+        show += [f"  {line}" for line in found.nearest]
+        return Answer(data=data, show=show, code=IMPOSSIBLE)
+    return Answer(data=data, show=show + _choice(found, goal))
+
+
+def _about_rows(rows: Any, predictor: Any) -> list[str]:
+    """What the table has no column for: refusals, break-even lengths, what a step's time and memory stand for."""
+    from sparsetrain.hf.predict import begins_dense
+
+    shown = [row for row in rows if row.peak is not None]
+    refused = [f"Refused: {row.candidate.label}: {row.refused}." for row in rows if row.refused]
+    evens = [
+        f"Break-even of {row.candidate.label}: "
+        + (
+            f"faster than dense LoRA from {row.break_even:,} tokens."
+            if row.break_even
+            else "never faster up to 131,072 tokens."
+        )
+        for row in shown
+        if row.candidate.values.get("methods") and not row.refused
+    ]
+    timed = [f"Step of {row.candidate.label}: {row.timed}." for row in rows if row.timed]
+    begins = [
+        f"{row.candidate.label} begins dense: memory and step are those of its dense phase."
+        for row in shown
+        if begins_dense(predictor.recipe(row.candidate))
+    ]
+    return [*refused, *evens, *timed, *begins]
+
+
+def _notes(found: Any, memory: int | None) -> list[str]:
+    """How far the figures can be trusted."""
+    from sparsetrain.hf.predict import usable_bytes
 
     question = found.question
     rates = question.rates
-    data = answer_values(found, predictor) | {"memory_bytes": memory, "recipe_yaml": yaml}
     notes = []
     if question.context and question.tokens > question.context:
         notes.append(
@@ -130,49 +175,20 @@ def _shown(found: Any, predictor: Any, goal: Goal, memory: int | None, yaml: str
     if shutil.get_terminal_size().columns < WIDE:
         notes.append(f"In a terminal of {WIDE} columns, and with --json, every component has its number.")
     hows = sorted({row.how for row in found.rows if row.how})
-    notes.append(f"Memory: one block of each kind traced without weights ({'; '.join(hows)}).")
-    title = (
-        f"{predictor.model.name}: a training step of {question.batch} x {question.tokens:,} tokens, {question.dtype}, "
-        f"{rates.machine}"
-    )
-    shown = [row for row in found.rows if row.peak is not None]  # the others are refused, with their reason below
-    columns = _columns(found)
-    lines = [[_cells(row)[name] for name in columns] for row in shown]
-    right = tuple(i for i, name in enumerate(columns) if name not in (WAY, "peak in", "fits", "quality"))
-    show: list[Any] = [lambda: table(f"{title}; GB", list(columns), lines, right=right)]
-    refused = [f"Refused: {row.candidate.label}: {row.refused}." for row in found.rows if row.refused]
-    evens = [
-        f"Break-even of {row.candidate.label}: "
-        + (
-            f"faster than dense LoRA from {row.break_even:,} tokens."
-            if row.break_even
-            else "never faster up to 131,072 tokens."
-        )
-        for row in found.rows
-        if row.candidate.values.get("methods") and row.peak is not None and not row.refused
-    ]
-    timed = [f"Step of {row.candidate.label}: {row.timed}." for row in found.rows if row.timed]
-    begins = [
-        f"{row.candidate.label} begins dense: memory and step are those of its dense phase."
-        for row in shown
-        if planner.begins_dense(predictor.recipe(row.candidate))
-    ]
-    show += [*refused, *evens, *timed, *begins, *notes, ""]
-    if found.picked is None:
-        show.append(f"Nothing fits in {goal.memory or f'{(memory or 0) / 1e9:.1f} GB'}. Nearest possible:")
-        show += [f"  {line}" for line in found.nearest]
-        return Answer(data=data, show=show, code=IMPOSSIBLE)
-    show += [f"Take: {found.picked.candidate.label}.", *(f"  {line}" for line in found.reasons)]
-    show += [f"  Quality risk: {line}" for line in found.picked.risk.texts] or [
-        "  Quality risk: none, training is exact."
-    ]
+    return [*notes, f"Memory: one block of each kind traced without weights ({'; '.join(hows)})."]
+
+
+def _choice(found: Any, goal: Goal) -> list[str]:
+    picked = found.picked
+    show = [f"Take: {picked.candidate.label}.", *(f"  {line}" for line in found.reasons)]
+    show += [f"  Quality risk: {line}" for line in picked.risk.texts or ("none, training is exact.",)]
     if goal.fit:
-        got = found.picked.longest if goal.fit == "seq" else found.picked.largest
-        show.append(f"  {'Longest sequence' if goal.fit == 'seq' else 'Largest batch'} that fits: {got:,}.")
+        what, got = ("Longest sequence", picked.longest) if goal.fit == "seq" else ("Largest batch", picked.largest)
+        show.append(f"  {what} that fits: {got:,}.")
     if goal.write is not None:
         data_flag = "" if goal.data else " --data YOUR_DATA"
         show.append(f"Written to {goal.write}. Train it: sparsetrain finetune --recipe {goal.write}{data_flag}")
-    return Answer(data=data, show=show)
+    return show
 
 
 WAY = "way to train"

@@ -15,7 +15,7 @@ from sparsetrain.surgery.lora import linear_parts
 from sparsetrain.surgery.plan import Edit, State
 
 FIT_TOKENS = 8192
-"""An FFN is fitted on about as many tokens, evenly spaced over all that the batches hold: neighbours tell little more.
+"""An FFN is fitted on about as many tokens, from all rows of the batches alike.
 SmolLM2-135M, 23 FFNs, 8,192 of 16,384 tokens: 1.184 times the dense perplexity, as with all."""
 SITES_AT_ONCE_BYTES = 2**30
 """Inputs of as many FFNs are kept at once as fit in this; the rest is read in further passes over the batches."""
@@ -34,24 +34,45 @@ def convert_sites(
         batches: keyword arguments of the model's forward; padding tokens are left out.
     """
     sites = {block.ffn.name: block.ffn for block in describe(model).blocks if block.ffn is not None}
-    tokens = sum(int(next(iter(batch.values())).shape[:2].numel()) for batch in batches)
-    every = max(1, tokens // FIT_TOKENS)
-    at_once = max(1, SITES_AT_ONCE_BYTES * every // (4 * tokens * sites[planned[0].site].hidden_size))
+    tokens = min(_num_tokens(batches), 2 * FIT_TOKENS)
+    at_once = max(1, SITES_AT_ONCE_BYTES // (4 * tokens * sites[planned[0].site].hidden_size))
     state: State = {}
     for start in range(0, len(planned), at_once):
         part = planned[start : start + at_once]
-        inputs = read_inputs(model, [sites[edit.site] for edit in part], batches, every)
+        inputs = read_inputs(model, [sites[edit.site] for edit in part], batches)
         for i, edit in enumerate(part):
             progress("routed_ffn: converting FFNs", (start + i) / len(planned))
-            state[edit.key] = _convert(submodule(model, edit.site), config, sites[edit.site], *inputs.pop(edit.site))
+            state[edit.key] = convert_site(model, config, sites[edit.site], *inputs.pop(edit.site))
     return state
 
 
+def _num_tokens(batches: list[dict[str, Tensor]]) -> int:
+    return sum(int(next(iter(batch.values())).shape[:2].numel()) for batch in batches)
+
+
+def _beginning(batch: dict[str, Tensor], share: int) -> dict[str, Tensor] | None:
+    """The first 1 / `share` of the rows' tokens; None where rows are padded, or are not tokens alone."""
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if ids is None or any(tensor.shape != ids.shape for tensor in batch.values()):
+        return None
+    if mask is not None and not bool(mask.all()):
+        return None
+    return {name: tensor[:, : -(-ids.shape[1] // share)] for name, tensor in batch.items()}
+
+
 def read_inputs(
-    model: nn.Module, sites: list[FFNSite], batches: list[dict[str, Tensor]], every: int = 1
+    model: nn.Module, sites: list[FFNSite], batches: list[dict[str, Tensor]], max_tokens: int = FIT_TOKENS
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """What enters each FFN [n, d], and the squared norm of what leaves its block [n], at every `every`-th real token;
-    fp32."""
+    """What enters each FFN [n, d], and the squared norm of what leaves its block [n]; fp32.
+
+    Where the batches hold twice `max_tokens` or more, n is about `max_tokens`: the beginning of each row, since
+    neighbours tell little more than one of them; of padded rows evenly spaced tokens, which costs a forward of all.
+    """
+    every = max(1, _num_tokens(batches) // max_tokens)
+    if every > 1:
+        begun = [_beginning(batch, every) for batch in batches]
+        if None not in begun:
+            batches, every = [batch for batch in begun if batch is not None], 1
     blocks = {block.ffn.name: block.name for block in describe(model).blocks if block.ffn is not None}
     inputs: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     sizes: dict[str, list[Tensor]] = {site.name: [] for site in sites}
@@ -87,8 +108,9 @@ def read_inputs(
 
 
 @torch.no_grad()
-def _convert(owner: nn.Module, config: RoutedFFN, site: FFNSite, x_nd: Tensor, size_n: Tensor) -> dict[str, Tensor]:
-    ffn = ffn_weights(owner, site)
+def convert_site(model: nn.Module, config: RoutedFFN, site: FFNSite, x_nd: Tensor, size_n: Tensor) -> dict[str, Tensor]:
+    """Order, router and compensation of one FFN, fitted on what `read_inputs` found for it."""
+    ffn = ffn_weights(submodule(model, site.name), site)
     num_shared, _ = config.split(site.ffn_size)
     found = convert_ffn(
         ffn,
