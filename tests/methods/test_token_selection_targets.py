@@ -1,0 +1,145 @@
+"""Which tokens are selected, and the loss of those that have labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import sparsetrain
+from sparsetrain.hf.token_selection import select_tokens, selecting
+from sparsetrain.methods.token_selection import TokenSelection
+from sparsetrain.methods.token_selection.policies import Batch, draw
+from tests.families import FAMILIES
+from tests.methods.test_token_selection import cut_by_hooks, doubled, selector_of
+
+
+@pytest.mark.parametrize("prompt", [0, 40])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma3"])
+def test_the_loss_of_selected_targets_equals_that_of_masked_labels(family: str, prompt: int) -> None:
+    case = FAMILIES[family]
+    model, batch = doubled(case)
+    handle = sparsetrain.sparsify(model, TokenSelection())
+    labels = batch["input_ids"].clone()
+    labels[:, :prompt] = -100
+    with selecting(handle, batch | {"labels": labels}) as chosen:
+        loss = model(**chosen).loss
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    rows = selector_of(model).rows
+    model.zero_grad()
+    handle.restore()
+    with cut_by_hooks(model, rows.selected_bt):
+        logits = model(**batch).logits
+    target = F.pad(labels[:, 1:], (0, 1), value=-100)[rows.selected_bt]
+    expected = F.cross_entropy(logits[rows.selected_bt], target, ignore_index=-100)
+    expected.backward()
+    torch.testing.assert_close(loss.detach().double(), expected.detach(), rtol=1e-6, atol=1e-6)
+    assert (target != -100).any()
+    for name, p in model.named_parameters():
+        if p.grad is not None and name in found:
+            torch.testing.assert_close(found[name], p.grad, rtol=1e-5, atol=1e-7)
+    assert "forward" not in vars(model.get_output_embeddings()) and "_loss_function" not in vars(model)
+
+
+def test_a_batch_without_targets_has_zero_loss_and_evaluation_sees_all_labels() -> None:
+    case = FAMILIES["llama"]
+    model, batch = case.model().train(), case.batch()
+    handle = sparsetrain.sparsify(model, TokenSelection())
+    with selecting(handle, batch | {"labels": torch.full_like(batch["input_ids"], -100)}) as chosen:
+        loss = model(**chosen).loss
+    loss.backward()
+    assert loss == 0 and not any(p.grad is not None and p.grad.any() for p in model.parameters())
+    model.eval()
+    labelled = batch | {"labels": batch["input_ids"]}
+    with torch.no_grad(), selecting(handle, labelled) as chosen:
+        assert model(**chosen).loss == model(**labelled).loss
+
+
+class _Trainer:
+    """What `select_tokens` needs of a Trainer."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        return model(**inputs, **extra).loss
+
+
+def test_accumulated_micro_batches_weigh_as_their_targets() -> None:
+    case = FAMILIES["llama"]
+    model, batch = case.model().train(), case.batch(2)
+    labels = batch["input_ids"].clone()
+    labels[0, :60] = -100
+    handle = sparsetrain.sparsify(model, TokenSelection(pool="targets", keep_ratio=0.2))
+    trainer = _Trainer()
+    select_tokens(trainer, handle)
+    losses, counts = [], []
+    for i in range(2):
+        one = {n: x[i : i + 1] for n, x in batch.items()} | {"labels": labels[i : i + 1]}
+        losses.append(trainer.compute_loss(model, one, num_items_in_batch=torch.tensor(139)))
+        counts.append(trainer.compute_loss(model, one))
+    assert [round(139 * float(a.detach() / m.detach())) for a, m in zip(losses, counts)] == [40, 99]
+
+
+def test_targets_come_first_and_one_is_ensured() -> None:
+    ids = torch.randint(3, 60, (1, 50), generator=torch.Generator().manual_seed(0))
+    labels = torch.full_like(ids, -100)
+    labels[0, 45:] = ids[0, 45:]
+    batch = Batch.of({"input_ids": ids, "labels": labels}, causal=True)
+    assert batch.targets_bt is not None and batch.targets_bt[0].nonzero().flatten().tolist() == [44, 45, 46, 47, 48]
+    rows = draw(TokenSelection(pool="targets", num_tokens=10), batch, step=0)
+    assert {0, 44, 45, 46, 47, 48} <= set(rows.index_bk[0].tolist())
+    for step in range(20):
+        rows = draw(TokenSelection(num_tokens=2), batch, step=step)
+        assert rows.counts == (2,) and rows.index_bk[0, 0] == 0 and 44 <= rows.index_bk[0, 1] <= 48
+    rows = draw(TokenSelection.paper(keep_ratio=0.25), batch, step=0)
+    assert rows.counts == (14,) and {0, 49} <= set(rows.index_bk[0].tolist())
+    rows = draw(TokenSelection(policy="prefix", num_tokens=7, ensure_target=False), batch, step=0)
+    assert rows.index_bk[0].tolist() == list(range(7))
+
+
+def test_scores_choose_and_are_checked() -> None:
+    ids = torch.zeros(1, 10, dtype=torch.int64)
+    scores = torch.tensor([[0.0, 5, 1, 9, 2, 2, 2, 2, 8, 0]])
+    for config in (TokenSelection(pool="scored", num_tokens=4), TokenSelection(policy="loss", num_tokens=4)):
+        rows = draw(config, Batch.of({"input_ids": ids, "token_scores": scores}, causal=True), step=0)
+        assert rows.index_bk[0].tolist() == [0, 1, 3, 8]
+        with pytest.raises(ValueError, match="token_scores"):
+            draw(config, Batch.of({"input_ids": ids}, causal=True), step=0)
+    for wrong in (scores[:, :5], scores * float("nan")):
+        with pytest.raises(ValueError, match="one number a token"):
+            Batch.of({"input_ids": ids, "token_scores": wrong}, causal=True)
+
+
+def test_padding_and_documents_are_drawn_from_separately() -> None:
+    ids = torch.randint(3, 60, (2, 40))
+    mask = torch.ones_like(ids)
+    mask[1, :10] = 0
+    positions = torch.cat([torch.arange(16), torch.arange(24)])[None].expand(2, -1)
+    packed = Batch.of({"input_ids": ids[:1], "position_ids": positions[:1]}, causal=True)
+    rows = draw(TokenSelection(keep_ratio=0.25), packed, step=0)
+    chosen = rows.index_bk[0]
+    assert rows.counts == (10,) and (chosen < 16).sum() == 4 and {0, 16} <= set(chosen.tolist())
+    rows = draw(
+        TokenSelection(keep_ratio=0.25), Batch.of({"input_ids": ids, "attention_mask": mask}, causal=True), step=0
+    )
+    assert rows.counts == (10, 8) and rows.index_bk[1, 0] == 10
+
+
+def test_inclusion_is_uniform_and_weights_make_it_unbiased() -> None:
+    ids = torch.randint(3, 60, (1, 21))
+    batch = Batch.of({"input_ids": ids, "labels": ids}, causal=True)
+    config = TokenSelection(num_tokens=6, unbiased=True)
+    counts, total = torch.zeros(21), torch.zeros(21)
+    for step in range(2000):
+        rows = draw(config, batch, step=step)
+        counts[rows.index_bk[0]] += 1
+        assert rows.weight_bk is not None
+        total[rows.index_bk[0]] += rows.weight_bk[0]
+    assert counts[0] == 2000
+    expected = 2000 * 5 / 20
+    assert ((counts[1:] - expected) ** 2 / expected).sum() < 38.6  # chi-square, 19 degrees of freedom, 0.5 %
+    torch.testing.assert_close(total / 2000, torch.ones(21), rtol=0.15, atol=0)
