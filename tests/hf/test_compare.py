@@ -56,7 +56,7 @@ def test_both_sides_train_as_they_would_alone_in_turns(tmp_path: Path) -> None:
 
     # one step each, the order flipped each round
     order = [(event["side"], event["step"]) for event in events if event["event"] == "step"]
-    rounds = [("sparse", "dense") if step % 2 else ("dense", "sparse") for step in range(1, 7)]
+    rounds = [("dense", "sparse") if step % 2 else ("sparse", "dense") for step in range(1, 7)]
     assert order == [(side, step) for step, sides in enumerate(rounds, 1) for side in sides]
 
     report = load_report(tmp_path / "out" / "report.json")

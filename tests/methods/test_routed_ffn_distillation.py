@@ -121,16 +121,7 @@ def test_inputs_are_read_without_the_head(family: Family) -> None:
     assert not later
 
 
-def test_inputs_beyond_the_limit_are_the_beginnings_of_rows() -> None:
-    model, batch = LLAMA.model(), LLAMA.batch(rows=2, tokens=90)
-    site = describe(model).ffns[0]
-    every, _ = read_inputs(model, [site], [batch])[site.name]
-    begun, sizes = read_inputs(model, [site], [batch], max_tokens=60)[site.name]
-    torch.testing.assert_close(begun, every.view(2, 90, -1)[:, :30].flatten(0, 1))
-    assert sizes.shape == (60,)
-
-
-def test_inputs_beyond_the_limit_are_spread_where_rows_are_padded() -> None:
+def test_inputs_beyond_the_limit_are_evenly_spaced_real_tokens() -> None:
     model, batch = LLAMA.model(), LLAMA.batch(rows=2, tokens=90)
     batch["attention_mask"][1, 60:] = 0
     site = describe(model).ffns[0]

@@ -3,7 +3,8 @@
 Each side is a process of its own that runs the ordinary `finetune` or `pretrain`, so each has its own peak of memory.
 A callback waits at the start of every step for its turn; whatever comes before the next step (data, saving,
 evaluation) belongs to the turn. So exactly one side computes at any time, both meet the same state of the machine, and
-the order flips each round.
+the order flips each round. The dense side begins, so that a first loss is seen while the sparse side has yet to convert
+its model.
 
 The dense side has the same LoRA or start, optimizer, seed, rows and order of rows, and SDPA attention.
 """
@@ -89,14 +90,10 @@ def compare(recipe: RunRecipe, *, report: Tell = silent) -> Comparison:
     if recipe.resume:
         _check_resumable(output, recipes, finished)
     with contextlib.ExitStack() as stack:
-        # both import their libraries at once; then the sparse side sets up first: it checks everything, and measures
-        # the dense model that both start from
         sides = [stack.enter_context(_Side(side, recipes[side])) for side in SIDES if side not in finished]
-        known = None
-        for side in sides:
-            side.begin(recipe, known)
+        for side in sides:  # the sparse one first: it checks its recipe, and then asks how good the dense model is
+            side.begin(recipe)
             _until_waiting(sides, side, report)
-            known = side.dense_quality
         _take_turns(sides, report)
     results = {side: read_json(Path(recipes[side].output) / RESULT) for side in SIDES}
     _check_same_rows(results)
@@ -161,10 +158,13 @@ def _check_resumable(output: Path, recipes: dict[str, RunRecipe], finished: list
 
 
 def _take_turns(sides: list[_Side], report: Tell) -> None:
-    """One step each, the order flipped each round, until both are done."""
-    order = list(sides)
+    """One step each, the order flipped each round, until both are done. The sparse side sets up in its first turn."""
+    order = sides[::-1]
     while running := [side for side in order if not side.done]:
         for side in running:
+            if side.asks:
+                side.answer(next((other.dense_quality for other in sides if other is not side), None))
+                _until_waiting(sides, side, report)
             side.go()
             _until_waiting(sides, side, report)
         order.reverse()
@@ -186,11 +186,15 @@ def _until_waiting(sides: list[_Side], active: _Side, report: Tell) -> None:
 
 @dataclass
 class _Side:
-    """One side's process: turns go in through its stdin, events come out of a pipe, errors go to a file."""
+    """One side's process: turns go in through its stdin, events come out of a pipe, errors go to a file.
+
+    asks: it waits for the dense model's quality, not for the turn of a step.
+    """
 
     name: str
     recipe: RunRecipe
     waiting: bool = False
+    asks: bool = False
     done: bool = False
     dense_quality: dict[str, Any] | None = None
     events: int = -1
@@ -228,14 +232,19 @@ class _Side:
             self._process.wait()
         self._errors.close()
 
-    def begin(self, like: RunRecipe, dense_quality: dict[str, Any] | None) -> None:
-        """Hand over the job: load, convert, and come to the first step."""
+    def begin(self, like: RunRecipe) -> None:
+        """Hand over the job: load, and come to the first step, or to the question how good the dense model is."""
         job: dict[str, Any] = {
             "job": _job_of(like),
             "recipe": self.recipe.model_dump(mode="json"),
             "like": like.model_dump(mode="json"),
         }
-        self._send(json.dumps(job | {"dense_quality": dense_quality}))
+        self._send(json.dumps(job))
+
+    def answer(self, dense_quality: dict[str, Any] | None) -> None:
+        """Give it the dense model's quality; None: it has to measure it."""
+        self.asks = False
+        self._send(json.dumps(dense_quality))
 
     def go(self) -> None:
         """Give it the turn."""
@@ -253,8 +262,8 @@ class _Side:
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         for line in lines:
             event = json.loads(line)
-            if event["event"] == "turn":
-                self.waiting = True
+            if event["event"] in ("turn", "asks"):
+                self.waiting, self.asks = True, event["event"] == "asks"
             elif event["event"] == "done":
                 self.done = True
             elif event["event"] == "failed":
@@ -311,7 +320,12 @@ def run_side() -> None:
 
         turns = _lines()
         job = json.loads(next(turns))
-        quality = job["dense_quality"]
+
+        def ask() -> Quality | None:
+            tell({"event": "asks"})
+            known = json.loads(next(turns))
+            return None if known is None else Quality(**known)
+
         try:
             kind, train, _ = _JOBS[job["job"]]
             train(
@@ -319,7 +333,7 @@ def run_side() -> None:
                 report=tell,
                 callbacks=[_TurnCallback(tell, turns)],
                 like=kind(**job["like"]),
-                dense_quality=None if quality is None else Quality(**quality),
+                dense_quality=ask if job["recipe"]["methods"] else None,
                 write=False,
             )
         except Exception as error:

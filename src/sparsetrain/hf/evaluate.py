@@ -17,6 +17,9 @@ from sparsetrain.hf.data.bundle import IGNORED_LABEL
 LABELLED = frozenset({"classify", "pairs", "image"})
 """Tasks with one label a row."""
 
+PIECE = 2**22
+"""Logits of which the loss is computed at once: small enough that a buffer is used again and not mapped anew."""
+
 Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
 
 
@@ -121,10 +124,10 @@ def _num_tokens(batch: dict[str, Tensor]) -> int:
 
 
 def _next_token_loss(logits_btv: Tensor, labels_bt: Tensor) -> tuple[float, int]:
-    """(summed negative log-likelihood of the labelled tokens, their number); a row at a time, as logits are large."""
-    total, count = 0.0, 0
+    """(summed negative log-likelihood of the labelled tokens, their number); in pieces, as logits are large."""
+    total, piece = 0.0, max(1, PIECE // logits_btv.shape[-1])
     for logits_tv, labels_t in zip(logits_btv[:, :-1], labels_bt[:, 1:], strict=True):
-        kept = labels_t != IGNORED_LABEL
-        total += F.cross_entropy(logits_tv[kept].float(), labels_t[kept], reduction="sum").item()
-        count += int(kept.sum())
-    return total, count
+        for logits_pv, labels_p in zip(logits_tv.split(piece), labels_t.split(piece), strict=True):
+            losses = F.cross_entropy(logits_pv.float(), labels_p, ignore_index=IGNORED_LABEL, reduction="sum")
+            total += losses.item()
+    return total, int((labels_bt[:, 1:] != IGNORED_LABEL).sum())

@@ -13,12 +13,11 @@ from transformers import TrainerCallback
 
 from sparsetrain.hf import assemble, checkpoint
 from sparsetrain.hf.assemble import Parts
-from sparsetrain.hf.evaluate import Quality
 from sparsetrain.hf.io import quiet
 from sparsetrain.hf.journal import Journal
 from sparsetrain.hf.recipe import Recipe
 from sparsetrain.hf.rows import calibration_batches, drawn_batches
-from sparsetrain.hf.run import Job, Result, measure_quality, run
+from sparsetrain.hf.run import Job, KnownQuality, Result, dense_start, measure_quality, run
 from sparsetrain.hf.run import run_report as run_report
 from sparsetrain.hf.sidecar import read_state
 from sparsetrain.hf.trainer import Report, silent
@@ -33,7 +32,7 @@ def finetune(
     report: Report = silent,
     callbacks: Iterable[TrainerCallback] = (),
     like: Recipe | None = None,
-    dense_quality: Quality | None = None,
+    dense_quality: KnownQuality = None,
     write: bool = True,
 ) -> Result:
     """Train a recipe and write its output folder.
@@ -46,7 +45,8 @@ def finetune(
         report: told what happens, as it happens (events: see `hf.trainer`).
         callbacks: further callbacks of the Trainer, called before ours.
         like: a sparse recipe that this dense run is compared with; attention dropout is as there.
-        dense_quality: of the pretrained model, where another run has measured it on the same rows.
+        dense_quality: of the pretrained model, where another run has measured it on the same rows; a function is
+            asked when it is needed.
         write: write the report.
 
     Raises:
@@ -73,7 +73,7 @@ def title(recipe: Recipe) -> str:
 
 
 def _build(
-    recipe: Recipe, parts: Parts, journal: Journal, resumed: checkpoint.Checkpoint | None, dense_quality: Quality | None
+    recipe: Recipe, parts: Parts, journal: Journal, resumed: checkpoint.Checkpoint | None, dense_quality: KnownQuality
 ) -> tuple[Any, Handle | None]:
     """The model, converted and with LoRA, its quality recorded at each stage; a continued run is rebuilt."""
     journal.phase("loading the model", 0.0)
@@ -81,7 +81,7 @@ def _build(
     if new_modules:
         journal.report({"event": "note", "text": f"New in the model, and trained: {', '.join(new_modules)}."})
     if resumed is None:
-        known = dense_quality or measure_quality(model, None, parts, journal, "evaluating the dense model")
+        known = dense_start(dense_quality, model, parts, journal, "evaluating the dense model")
         journal.quality("dense", known, step=None if recipe.methods else 0)
     handle = None
     if recipe.methods and resumed is not None:

@@ -23,14 +23,13 @@ from sparsetrain.hf.architectures import (
     sequence_tokens,
 )
 from sparsetrain.hf.assemble import Parts
-from sparsetrain.hf.evaluate import Quality
 from sparsetrain.hf.io import quiet
 from sparsetrain.hf.journal import Journal
 from sparsetrain.hf.pattern_reach import check_reach
 from sparsetrain.hf.pretrain_data import load_rows, open_tokenizer
 from sparsetrain.hf.pretrain_recipe import PretrainRecipe as PretrainRecipe
 from sparsetrain.hf.rows import calibration_batches, check_selection
-from sparsetrain.hf.run import Job, Result, measure_quality, run
+from sparsetrain.hf.run import Job, KnownQuality, Result, dense_start, run
 from sparsetrain.hf.sidecar import read_state
 from sparsetrain.hf.trainer import Report, silent
 from sparsetrain.methods import TokenSelection
@@ -44,7 +43,7 @@ def pretrain(
     report: Report = silent,
     callbacks: Iterable[TrainerCallback] = (),
     like: PretrainRecipe | None = None,
-    dense_quality: Quality | None = None,
+    dense_quality: KnownQuality = None,
     write: bool = True,
 ) -> Result:
     """Train a model from random weights and write its output folder.
@@ -57,7 +56,8 @@ def pretrain(
         report: told what happens, as it happens (events: see `hf.trainer`).
         callbacks: further callbacks of the Trainer, called before ours.
         like: a sparse recipe that this dense run is compared with; attention dropout is as there.
-        dense_quality: of the untrained dense model, where another run has measured it on the same rows.
+        dense_quality: of the untrained dense model, where another run has measured it on the same rows; a function is
+            asked when it is needed.
         write: write the report.
 
     Raises:
@@ -148,7 +148,7 @@ def _arguments(recipe: PretrainRecipe) -> dict[str, Any]:
 
 
 def _build(
-    parts: Parts[PretrainRecipe], journal: Journal, resumed: checkpoint.Checkpoint | None, dense_quality: Quality | None
+    parts: Parts[PretrainRecipe], journal: Journal, resumed: checkpoint.Checkpoint | None, dense_quality: KnownQuality
 ) -> tuple[Any, Handle | None]:
     """The model with random weights, converted; a continued run gets its methods' state from the checkpoint."""
     recipe = parts.recipe
@@ -157,7 +157,7 @@ def _build(
     if resumed is not None:
         state = read_state(resumed.path) if recipe.methods else {}
         return model, sparsify(model, *recipe.configs, state=state, seed=recipe.seed) if recipe.methods else None
-    known = dense_quality or measure_quality(model, None, parts, journal, "evaluating the untrained model")
+    known = dense_start(dense_quality, model, parts, journal, "evaluating the untrained model")
     journal.quality("untrained", known, step=0)
     if not recipe.methods:
         return model, None

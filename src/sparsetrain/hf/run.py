@@ -31,6 +31,9 @@ from sparsetrain.measure.report import build_report, write_report
 from sparsetrain.measure.schema import Run
 from sparsetrain.surgery.apply import Handle
 
+KnownQuality = Quality | Callable[[], Quality | None] | None
+"""The dense model's quality where another run has measured it; a function is asked when it is needed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
@@ -72,7 +75,7 @@ class Job:
     """What differs between jobs.
 
     open_parts: (report) -> everything but the weights, checked against each other.
-    build: (parts, journal, resumed, dense quality) -> the converted model and its handle, None if dense.
+    build: (parts, journal, resumed, known dense quality) -> the converted model and its handle, None if dense.
     about: (parts) -> entries of the sidecar.
     title: what is trained, in a line.
     saved: the folder, inside the output, of what was trained.
@@ -81,7 +84,7 @@ class Job:
     """
 
     open_parts: Callable[[Report], Parts]
-    build: Callable[[Parts, Journal, checkpoint.Checkpoint | None, Quality | None], tuple[Any, Handle | None]]
+    build: Callable[[Parts, Journal, checkpoint.Checkpoint | None, KnownQuality], tuple[Any, Handle | None]]
     about: Callable[[Parts], dict[str, Any]]
     title: str
     saved: str
@@ -95,7 +98,7 @@ def run(
     *,
     report: Report,
     callbacks: Iterable[TrainerCallback] = (),
-    dense_quality: Quality | None = None,
+    dense_quality: KnownQuality = None,
     write: bool = True,
 ) -> Result:
     """Train a recipe and write its output folder; arguments and errors as of `finetune`."""
@@ -196,6 +199,11 @@ def _train(trainer: Trainer, parts: Parts, resumed: checkpoint.Checkpoint | None
         except BaseException:
             checkpoint.clear_interrupted(output)
             raise
+
+
+def dense_start(known: KnownQuality, model: Any, parts: Parts, journal: Journal, name: str) -> Quality:
+    """The dense model's quality: as known, or measured."""
+    return (known() if callable(known) else known) or measure_quality(model, None, parts, journal, name)
 
 
 def measure_quality(
