@@ -85,12 +85,12 @@ def test_an_interrupted_comparison_goes_on_and_ends_the_same(tmp_path: Path) -> 
     with pytest.raises(KeyboardInterrupt):
         compare(asked, report=interrupt_at("dense", 3))
     assert children() == []
-    with pytest.raises(KeyboardInterrupt):  # the dense side is done then, the sparse one about to be
-        compare(again, report=interrupt_at("sparse", 6))
+    with pytest.raises(KeyboardInterrupt):  # the sparse side is done then, the dense one about to be
+        compare(again, report=interrupt_at("dense", 6))
     with pytest.raises(CheckpointError, match=r"side was finished with another recipe.*lr"):
         compare(again.model_copy(update={"lr": 1e-3}))
     made: Comparison = compare(again)
-    assert made.dense["resumed_from"] == 2 and made.sparse["resumed_from"] in (2, 4, 6)
+    assert made.sparse["resumed_from"] == 2 and made.dense["resumed_from"] in (2, 4, 6)
     for side, result, methods in (("a", made.sparse, [runs.ROUTED]), ("b", made.dense, [])):
         alone = finetune(runs.recipe(tmp_path, output=str(tmp_path / side), methods=methods), write=False)
         assert losses(result) == [row["loss"] for row in alone.run["steps"]]
@@ -118,3 +118,17 @@ def test_a_side_s_error_comes_back_as_it_was_and_nothing_is_written(tmp_path: Pa
         compare(asked)
     assert "Traceback" in caught.value.__notes__[0]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_conversion_that_fails_after_dense_has_begun_leaves_nothing(tmp_path: Path) -> None:
+    steps: list[str] = []
+
+    def count(event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            steps.append(event["side"])
+
+    asked = recipe(tmp_path, methods=[runs.ROUTED | {"partition": "clustered"}], calibration_tokens=0)
+    with pytest.raises(ValueError, match=r"sparse side: .*needs calibration"):
+        compare(asked, report=count)
+    assert steps == ["dense"] and not (tmp_path / "out").exists()

@@ -89,7 +89,7 @@ def compare(recipe: RunRecipe, *, report: Tell = silent) -> Comparison:
     finished = [side for side in SIDES if recipe.resume and (output / side / RESULT).is_file()]
     if recipe.resume:
         _check_resumable(output, recipes, finished)
-    with contextlib.ExitStack() as stack:
+    with _leaving_nothing_useless(output, new=not recipe.resume), contextlib.ExitStack() as stack:
         sides = [stack.enter_context(_Side(side, recipes[side])) for side in SIDES if side not in finished]
         for side in sides:  # the sparse one first: it checks its recipe, and then asks how good the dense model is
             side.begin(recipe)
@@ -102,6 +102,22 @@ def compare(recipe: RunRecipe, *, report: Tell = silent) -> Comparison:
     illustrate(output, recipe.configs)
     recipe.to_yaml(output / "recipe.yaml")
     return Comparison(sparse=results["sparse"], dense=results["dense"], report=made, output=output)
+
+
+@contextlib.contextmanager
+def _leaving_nothing_useless(output: Path, new: bool) -> Iterator[None]:
+    """When a new comparison ends before its first whole checkpoint, remove what it wrote: nothing can go on from it."""
+    existed = output.exists()
+    try:
+        yield
+    except BaseException:
+        folders = [output / side for side in SIDES]
+        if new and not any((path / MANIFEST).is_file() for folder in folders for path in checkpoints(folder)):
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+            if not existed and output.is_dir():
+                output.rmdir()
+        raise
 
 
 def comparison_report(recipe: RunRecipe, results: dict[str, dict[str, Any]]) -> Report:
@@ -149,7 +165,9 @@ def _check_resumable(output: Path, recipes: dict[str, RunRecipe], finished: list
     if (output / REPORT).is_file():
         raise CheckpointError(f"{output} holds a finished comparison ({REPORT}). Choose another output.")
     if not finished and not any(recipe.resume for recipe in recipes.values()):
-        raise CheckpointError(f"{output} holds no whole checkpoint of either side. Start again without --resume.")
+        raise CheckpointError(
+            f"{output} holds no whole checkpoint of either side, so nothing can go on. Remove it, or choose another output."
+        )
     for side in finished:
         earlier = read_json(output / side / RESULT)["recipe"]
         differences = recipes[side].differences(type(recipes[side])(**earlier).training_values())
