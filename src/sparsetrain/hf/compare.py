@@ -166,7 +166,8 @@ def _check_resumable(output: Path, recipes: dict[str, RunRecipe], finished: list
         raise CheckpointError(f"{output} holds a finished comparison ({REPORT}). Choose another output.")
     if not finished and not any(recipe.resume for recipe in recipes.values()):
         raise CheckpointError(
-            f"{output} holds no whole checkpoint of either side, so nothing can go on. Remove it, or choose another output."
+            f"{output} holds no whole checkpoint of either side, so nothing can go on. Remove it, or choose another "
+            "output."
         )
     for side in finished:
         earlier = read_json(output / side / RESULT)["recipe"]
