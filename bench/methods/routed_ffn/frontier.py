@@ -45,7 +45,7 @@ LATER = tuple(range(14, 30))
 CHOSEN = (*range(3, 8), *range(9, 19), *range(20, 25), *range(26, 29))  # what the sensitivities leave
 LIGHT = (4, 6, 7, 14, 16, 17, 18, 20, 24, 27)  # the ten cheapest alone
 ALL = tuple(range(30))
-TRAINED = ("dense", "light", "demo", "all-half")
+TRAINED = ("dense", "light", "demo")
 DISTILL_STEPS = {"demo": 40}
 
 
