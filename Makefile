@@ -52,7 +52,7 @@ bench: assets ## measure the committed cases on this machine and rewrite the tab
 	for task in gpt vit; do $(PY) bench/methods/semi_structured/quality.py --task $$task --json bench/results/semi_structured_quality_$$task.json || exit 1; done
 	$(PY) bench/methods/token_selection/step.py --json bench/results
 	$(PY) bench/methods/routed_ffn/frontier.py --json bench/results
-	$(PY) bench/planner/accuracy.py --json bench/results
+	$(PY) bench/planner/accuracy.py --json bench/results/planner_accuracy.json
 	$(PY) bench/planner/step_time.py --json bench/results
 	$(RUN) bench --model smollm2-135m --seq-len 1024 --quick --output runs/bench
 	cp runs/bench/bench.json bench/results/steps.json
