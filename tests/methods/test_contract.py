@@ -58,7 +58,7 @@ def gradients(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def close(a: Tensor, b: Tensor, tolerance: float = 2e-5) -> None:
+def assert_near(a: Tensor, b: Tensor, tolerance: float = 2e-5) -> None:
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1.0, b.abs().max().item()))
 
 
@@ -69,10 +69,10 @@ def test_dense_limit_equals_dense_in_outputs_and_gradients(method: str, family: 
     model, batch = case.model(), case.batch()
     expected, expected_grads = logits(model, batch), gradients(model.train(), batch)
     convert(model.eval(), case, registered_methods()[method].dense_limit())
-    close(logits(model, batch), expected)
+    assert_near(logits(model, batch), expected)
     found = gradients(model.train(), batch)
     for name, grad in expected_grads.items():
-        close(found[name], grad)
+        assert_near(found[name], grad)
 
 
 @both
@@ -148,12 +148,12 @@ def test_padding_changes_nothing(method: str, family: str, side: str) -> None:
     if family in ("bert", "distilbert", "roberta-prelayernorm"):
         if side == "left":
             pytest.skip("the classification token stands first")
-        close(logits(model, batch), alone)
+        assert_near(logits(model, batch), alone)
         return
     if side == "left" and family != "opt":  # OPT makes its positions from the mask
         batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     found = logits(model, batch)
-    close(found[:, 13:] if side == "left" else found[:, :83], alone)
+    assert_near(found[:, 13:] if side == "left" else found[:, :83], alone)
 
 
 @claimed("packing")
@@ -166,8 +166,8 @@ def test_packed_sequences_equal_separate_ones(method: str, family: str) -> None:
     # without a cache, as trainers do: dense attention of transformers separates packed sequences only then
     packed = {"input_ids": torch.cat([first, second], 1), "position_ids": positions, "use_cache": False}
     found = logits(model, packed)
-    close(found[:, :71], logits(model, {"input_ids": first}))
-    close(found[:, 71:], logits(model, {"input_ids": second}))
+    assert_near(found[:, :71], logits(model, {"input_ids": first}))
+    assert_near(found[:, 71:], logits(model, {"input_ids": second}))
 
 
 @both
@@ -206,7 +206,7 @@ def test_gradients_with_checkpointing_equal_those_without(method: str, family: s
     assert plain.keys() == found.keys()
     assert {name for name, _ in model.named_parameters()} - dense <= plain.keys(), "what the method adds gets gradient"
     for name, grad in plain.items():
-        close(found[name], grad)
+        assert_near(found[name], grad)
 
 
 @claimed("autocast")
@@ -270,7 +270,7 @@ def test_merge_is_refused_where_it_would_change_an_output(method: str, family: s
         assert not handle.active
     handle = convert(model, case, registered_methods()[method].dense_limit())
     sparse = logits(model, batch)
-    close(logits(handle.merge(), batch), sparse)
+    assert_near(logits(handle.merge(), batch), sparse)
 
 
 @both
@@ -361,7 +361,7 @@ def with_head(feature: str, case: Family) -> Any:
     return model.eval()
 
 
-def trains_with_a_head(feature: str, method: str, family: str) -> None:
+def assert_trains_with_a_head(feature: str, method: str, family: str) -> None:
     """The dense limit has the dense loss; the method itself trains to finite gradients, padding included."""
     case = FAMILIES[family]
     model, batch = with_head(feature, case), case.batch(2, 90)
@@ -371,7 +371,7 @@ def trains_with_a_head(feature: str, method: str, family: str) -> None:
     labels = torch.tensor([0, 1]) if feature == "classify" else batch["input_ids"]
     expected = model(**batch, labels=labels).loss
     handle = convert(model, case, registered_methods()[method].dense_limit())
-    close(model(**batch, labels=labels).loss, expected)
+    assert_near(model(**batch, labels=labels).loss, expected)
     handle.restore()
     convert(model, case, example(method)).step(1, 1)
     model.train()
@@ -383,12 +383,12 @@ def trains_with_a_head(feature: str, method: str, family: str) -> None:
 
 @claimed("classify")
 def test_classification_trains(method: str, family: str) -> None:
-    trains_with_a_head("classify", method, family)
+    assert_trains_with_a_head("classify", method, family)
 
 
 @claimed("mlm")
 def test_masked_language_modelling_trains(method: str, family: str) -> None:
-    trains_with_a_head("mlm", method, family)
+    assert_trains_with_a_head("mlm", method, family)
 
 
 @pytest.mark.slow
@@ -404,11 +404,11 @@ def test_torch_compile_traces_and_changes_nothing(method: str, family: str) -> N
         with warnings.catch_warnings():  # dynamo warns of what it leaves to eager
             warnings.simplefilter("ignore")
             compiled = torch.compile(model, backend="eager")
-            close(logits(compiled, batch), expected)
+            assert_near(logits(compiled, batch), expected)
             found = gradients(compiled, batch)
         assert counters["stats"]["unique_graphs"] > 0, "nothing was traced"
         for name, grad in expected_grads.items():
-            close(found[f"_orig_mod.{name}"], grad)
+            assert_near(found[f"_orig_mod.{name}"], grad)
     finally:
         torch._dynamo.reset()
 
@@ -421,7 +421,7 @@ def test_a_gpu_gives_what_the_cpu_gives(method: str, family: str) -> None:
     convert(model, case, example(method))
     expected = logits(model, batch)
     model.cuda()
-    close(logits(model, {name: value.cuda() for name, value in batch.items()}).cpu(), expected, 1e-3)
+    assert_near(logits(model, {name: value.cuda() for name, value in batch.items()}).cpu(), expected, 1e-3)
 
 
 @claimed("four_bit")
@@ -441,7 +441,7 @@ def test_four_bit_weights_train(method: str, family: str) -> None:
     assert any(type(module).__name__ == "Linear4bit" for module in model.modules())
     expected = logits(model, batch)
     convert(model, case, example(method))
-    close(logits(model, batch), expected)
+    assert_near(logits(model, batch), expected)
     found = gradients(model, batch)
     assert found and all(grad.isfinite().all() for grad in found.values())
 

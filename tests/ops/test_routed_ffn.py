@@ -56,7 +56,7 @@ def call(leaves: dict[str, Tensor], options: dict[str, Any], **changes: Any) -> 
     )
 
 
-def agree(leaves: dict[str, Tensor], options: dict[str, Any], **changes: Any) -> Tensor:
+def assert_agree(leaves: dict[str, Tensor], options: dict[str, Any], **changes: Any) -> Tensor:
     results = []
     for backend in ("cpu", "reference"):
         torch.manual_seed(1)  # dropout draws the same masks
@@ -76,13 +76,13 @@ def agree(leaves: dict[str, Tensor], options: dict[str, Any], **changes: Any) ->
 @pytest.mark.parametrize("mode", ["output", "ste", "spt"])
 def test_equals_the_masked_dense_loop(mode: str, lora: bool, gated: bool, width: int) -> None:
     for shared, bias, shift in ((2, True, True), (0, False, False), (0, True, True)):
-        agree(*make(width=width, lora=lora, gated=gated, shared=shared, bias=bias, shift=shift), gate_mode=mode)
+        assert_agree(*make(width=width, lora=lora, gated=gated, shared=shared, bias=bias, shift=shift), gate_mode=mode)
 
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_activations(activation: str) -> None:
     for gated in (True, False):
-        agree(*make(gated=gated), activation=activation)
+        assert_agree(*make(gated=gated), activation=activation)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -90,17 +90,17 @@ def test_activations(activation: str) -> None:
 def test_loads_that_are_uneven(mode: str, width: int) -> None:
     leaves, options = make(width=width, active=1, shift=True)
     for choice in (torch.full((37, 1), 2), torch.randint(0, 2, (37, 1)) * 3):
-        agree(leaves, options | {"choice": choice}, gate_mode=mode)
-    agree(*make(t=1, width=width), gate_mode=mode)
-    agree(*make(t=1100, d=3, width=width, active=3), gate_mode=mode)
+        assert_agree(leaves, options | {"choice": choice}, gate_mode=mode)
+    assert_agree(*make(t=1, width=width), gate_mode=mode)
+    assert_agree(*make(t=1100, d=3, width=width, active=3), gate_mode=mode)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_padding_uses_no_block(width: int) -> None:
     leaves, options = make(width=width, shift=True)
     valid = torch.rand(37) > 0.5
-    agree(leaves, options, valid_t=valid)
-    agree(leaves, options, valid_t=torch.zeros(37, dtype=torch.bool))
+    assert_agree(leaves, options, valid_t=valid)
+    assert_agree(leaves, options, valid_t=torch.zeros(37, dtype=torch.bool))
     moved = options["choice"].clone()
     moved[~valid] = moved[~valid].flip(1)
     assert torch.equal(call(leaves, options, valid_t=valid), call(leaves, options | {"choice": moved}, valid_t=valid))
@@ -109,7 +109,7 @@ def test_padding_uses_no_block(width: int) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("mode", ["output", "spt"])
 def test_dropout_is_on_lora_alone(mode: str, width: int) -> None:
-    agree(*make(width=width), gate_mode=mode, lora_dropout=0.4)
+    assert_agree(*make(width=width), gate_mode=mode, lora_dropout=0.4)
     leaves, options = make(width=width)
     for name in ("up_b", "gate_b", "down_b"):
         leaves[name] = torch.zeros_like(leaves[name])
@@ -125,7 +125,7 @@ def test_all_blocks_is_the_dense_ffn() -> None:
     for mode in ("output", "ste", "spt"):
         torch.testing.assert_close(call(ones, options, gate_mode=mode), dense)
     del leaves["c"]
-    torch.testing.assert_close(agree(leaves, options), dense)
+    torch.testing.assert_close(assert_agree(leaves, options), dense)
 
 
 @pytest.mark.parametrize("mode", ["output", "spt"])
@@ -141,22 +141,22 @@ def test_gradcheck(mode: str) -> None:
 
 def test_weights_may_be_transposed_views_and_frozen() -> None:
     leaves, options = make(width=70)
-    expected = agree(leaves, options)
+    expected = assert_agree(leaves, options)
     for name in ("up", "down", "gate_proj"):
         leaves[name] = leaves[name].detach().t().contiguous().t()
-    torch.testing.assert_close(agree(leaves, options), expected)
+    torch.testing.assert_close(assert_agree(leaves, options), expected)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_reads_no_memory_it_did_not_write(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for shared in (0, 2):
         leaves, options = make(width=width, shared=shared, shift=True)
-        agree(leaves, options)
+        assert_agree(leaves, options)
         with monkeypatch.context() as patch:
             patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
             torch.use_deterministic_algorithms(True)
             try:
-                agree(leaves, options)
+                assert_agree(leaves, options)
             finally:
                 torch.use_deterministic_algorithms(False)
 

@@ -106,17 +106,20 @@ def compare(recipe: RunRecipe, *, report: Tell = silent) -> Comparison:
 
 @contextlib.contextmanager
 def _leaving_nothing_useless(output: Path, new: bool) -> Iterator[None]:
-    """When a new comparison ends before its first whole checkpoint, remove what it wrote: nothing can go on from it."""
+    """When a new comparison ends before a whole checkpoint or a finished side, remove what it wrote: nothing can go on."""
     existed = output.exists()
     try:
         yield
     except BaseException:
         folders = [output / side for side in SIDES]
-        if new and not any((path / MANIFEST).is_file() for folder in folders for path in checkpoints(folder)):
+        useful = [path / MANIFEST for folder in folders for path in checkpoints(folder)]
+        useful += [folder / RESULT for folder in folders]  # a side that is done
+        if new and not any(path.is_file() for path in useful):
             for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
-            if not existed and output.is_dir():
-                output.rmdir()
+            if not existed:
+                with contextlib.suppress(OSError):  # not there, or with something of another's in it
+                    output.rmdir()
         raise
 
 
