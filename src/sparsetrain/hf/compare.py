@@ -106,7 +106,7 @@ def compare(recipe: RunRecipe, *, report: Tell = silent) -> Comparison:
 
 @contextlib.contextmanager
 def _leaving_nothing_useless(output: Path, new: bool) -> Iterator[None]:
-    """When a new comparison ends before a whole checkpoint or a finished side, remove what it wrote: nothing can go on."""
+    """When a new comparison ends before a whole checkpoint or a finished side, remove what it wrote."""
     existed = output.exists()
     try:
         yield
