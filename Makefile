@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY     := $(VENV)/bin/python
 RUN    := $(VENV)/bin/sparsetrain
 
-.PHONY: help setup assets demo test test-fast test-gpu check bench docs clean
+.PHONY: help setup assets demo test test-fast test-gpu check bench bench-gpu docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +56,11 @@ bench: assets ## measure the committed cases on this machine and rewrite the tab
 	$(PY) bench/planner/step_time.py --json bench/results
 	$(RUN) bench --model smollm2-135m --seq-len 1024 --quick --output runs/bench
 	cp runs/bench/bench.json bench/results/steps.json
+	$(PY) bench/report.py
+
+bench-gpu: setup ## on a GPU: its tests, and the planner's predictions against the CUDA allocator
+	$(PY) -m pytest -m gpu
+	$(PY) bench/planner/accuracy_gpu.py --json bench/results/planner_accuracy_gpu.json
 	$(PY) bench/report.py
 
 docs: setup ## rewrite the docs' tables from the result files

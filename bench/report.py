@@ -272,6 +272,25 @@ def accuracy(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def accuracy_gpu(results: dict[str, Any]) -> list[str]:
+    """As `accuracy`, with seconds of a step; the GPU and its versions above."""
+    machine, versions = results["machine"]["gpus"][0], results["machine"]["versions"]
+    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "cuda"))
+    lines = [f"{machine['name']}, {named}.", ""]
+    lines.append(
+        "| model / recipe / tokens | peak, GB: predicted | measured | worst error | step, s: roofline | measured |"
+    )
+    lines.append("|" + " --- |" * 6)
+    for name, cell in results["cells"].items():
+        predicted, measured = cell["predicted"], cell["measured"]
+        lines.append(
+            f"| {name} | {predicted['peak'] / 1e9:.2f} | {measured['peak'] / 1e9:.2f} "
+            f"| {max(map(abs, cell['errors'].values())):.1%} | {predicted['step_s']:.3f} | {measured['step_s']:.3f} |"
+        )
+    exact = sum(cell["static_exact"] for cell in results["cells"].values())
+    return [*lines, "", f"Parameters, gradients and optimizer state exact in {exact} of {len(results['cells'])} cells."]
+
+
 def step_times(results: dict[str, Any]) -> list[str]:
     """Predicted and measured seconds of a step; the ratio to dense is what a choice between recipes rests on."""
     lines = [f"{results['model']}, {results['tokens']:,} tokens, LoRA, all layers.", ""]
@@ -302,6 +321,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "semi_structured_quality_gpt": variants,
     "semi_structured_quality_vit": variants,
     "planner_accuracy": accuracy,
+    "planner_accuracy_gpu": accuracy_gpu,
     "steps": steps,
     "planner_steps": step_times,
 }

@@ -165,6 +165,25 @@ def test_a_red_check_gets_no_number(model: Path, monkeypatch: pytest.MonkeyPatch
     assert found.rates.methods == {}
 
 
+def test_a_candidate_that_breaks_costs_the_others_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(*_: Any) -> None:
+        raise RuntimeError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(PQAttention, "dense_limit", breaks)
+    said: list[str] = []
+    asked = {"broken": (PQAttention(),), "routed_ffn": (RoutedFFN(num_blocks=4, num_active=2),)}
+    found = bench(recipe(model), asked, rounds=3, report=lambda event: said.append(event["text"]))
+    broken, sound = found.outcomes
+    assert broken.verdict == "refused" and broken.reason == "it failed here: RuntimeError: CUDA out of memory."
+    assert sound.step is not None and any(broken.reason in line for line in said)
+
+
+def test_bf16_is_checked_in_fp32(model: Path) -> None:
+    asked = {"routed_ffn": (RoutedFFN(num_blocks=4, num_active=2),)}
+    (outcome,) = bench(recipe(model, dtype="bf16"), asked, rounds=3).outcomes
+    assert max(outcome.checks.values()) < 1e-5 and outcome.step is not None, outcome.reason
+
+
 def test_the_distance_of_equal_numbers_is_zero_and_a_missing_gradient_is_an_error() -> None:
     a = {"logits": torch.ones(3), "w": torch.ones(2)}
     assert checks.distance(a, a) == 0

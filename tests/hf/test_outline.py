@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, BertConfig, Gemma3TextConfig, LlamaConfig
 
 from sparsetrain import plan, sparsify
 from sparsetrain.hf.assemble import add_lora
 from sparsetrain.hf.outline import example_batch, fit_lengths, outline, recompute, training_step
 from sparsetrain.hf.recipe import Recipe
 from sparsetrain.measure.memory import saved_activations, static_memory
-from sparsetrain.planner.memory import peak_bytes
+from sparsetrain.planner.memory import PeakBytes, peak_bytes
 from sparsetrain.planner.tracing import trace_step
 from sparsetrain.surgery.plan import blank_state
 
@@ -136,6 +136,38 @@ def test_a_pattern_cut_from_data_is_refused_with_the_reason() -> None:
     at_once = recipe(methods=[{"method": "flood_fill_attention", "max_dense_steps": 0}])
     with pytest.raises(ValueError, match="cuts its pattern from the data"):
         outline(at_once, llama(), bf16=False)
+
+
+def bert(attention_dropout: float) -> BertConfig:
+    return BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=97,
+        attention_probs_dropout_prob=attention_dropout,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("again", [{}, AGAIN])
+def test_on_a_gpu_attention_with_dropout_keeps_no_probabilities(again: dict[str, Any]) -> None:
+    asked = recipe(task="classify", lora_r=4, **again)
+
+    def peak(dropout: float, gpu: bool) -> PeakBytes:
+        return outline(asked, bert(dropout), bf16=False, gpu=gpu, lengths=(256,)).peak(256)
+
+    fused, plain, without = peak(0.1, True), peak(0.1, False), peak(0.0, False)
+    assert fused.total < plain.total
+    if not again:
+        assert plain.saved_in_full["attention"] > 2 * fused.saved_in_full["attention"]
+        # a mask of bytes where a CPU keeps one of floats, behind attention and FFN of three blocks
+        for part in ("attention", "ffn"):
+            assert without.saved_in_full[part] - fused.saved_in_full[part] == 3 * 256 * 32 * 3
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_the_dtype_that_weights_are_stored_in_is_not_the_one_they_are_trained_in(stored: torch.dtype) -> None:
+    for lora_r in (0, 4):
+        asked, config = recipe(lora_r=lora_r), llama()
+        config.dtype = stored
+        found = outline(asked, config, bf16=False, lengths=(64,)).static
+        assert found == outline(asked, llama(), bf16=False, lengths=(64,)).static
 
 
 def test_bf16_halves_frozen_weights() -> None:

@@ -106,6 +106,20 @@ def test_the_running_place_follows_the_modules() -> None:
     assert seen == once * 2
 
 
+def test_between_two_blocks_it_is_the_place_of_the_block_to_come() -> None:
+    model, seen = TinyModel(num_layers=3), []
+    with running(model) as now:
+        now.on_change = lambda: seen.append(now.place)
+        for _ in range(2):
+            seen.clear()
+            model(torch.zeros(2, dtype=torch.long))
+            outside = [place for place in dict.fromkeys(seen) if place.component == "other"]
+            # the root before its blocks, then each block itself, which for the second and third begins one step earlier
+            assert outside == [Place("other"), Place("other", 0), Place("other", 1), Place("other", 2)]
+    first_of = {layer: seen.index(Place("other", layer)) for layer in (1, 2)}
+    assert all(seen[i - 1].layer == layer - 1 for layer, i in first_of.items())
+
+
 def test_an_error_inside_a_module_leaves_no_place_behind() -> None:
     model = TinyModel()
     with running(model) as now:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsetrain.core.backend import planning_for
 from sparsetrain.ops.selected_rows import (
     KeyValues,
     Rows,
@@ -156,6 +157,23 @@ def test_attention_equals_the_detach_definition(
     found = torch.autograd.grad((used(out, rows) * weight[rows.selected_bt]).sum(), (q, k, v))
     for a, e in zip(found, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+def test_attention_in_the_tiles_of_a_gpu_is_the_same() -> None:
+    rows = rows_of((150, 40), 200)
+    torch.manual_seed(2)
+    keys, values = torch.randn(2, 2, 2, 200, 3, dtype=torch.float64)
+    q, k, v = (torch.randn(2, n, 150, 3, dtype=torch.float64).requires_grad_() for n in (4, 2, 2))
+
+    def run() -> list[Tensor]:
+        out = selected_attention(q, k, v, KeyValues(keys, values, True, 0.5), rows)
+        return [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
+
+    small = run()
+    with planning_for("cuda"):
+        large = run()
+    for a, b in zip(small, large, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_attention_passes_gradcheck() -> None:

@@ -9,13 +9,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 from sparsetrain.core.errors import Unsupported
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "emulate", "cusparselt", "cutlass")
 _asked: ContextVar[str] = ContextVar("sparsetrain_backend", default="auto")
 
 _watched: ContextVar[set[str] | None] = ContextVar("sparsetrain_watched", default=None)
+_planned: ContextVar[str | None] = ContextVar("sparsetrain_planned", default=None)
+
+
+@contextmanager
+def planning_for(device: str) -> Iterator[None]:
+    """Let ops on hollow tensors, which are all on the CPU, choose their tiles as on that type of device."""
+    token = _planned.set(device)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
+def tuned_for(x: Tensor) -> str:
+    """The type of device that an op on `x` is tuned for: where `x` is, or what is being planned for."""
+    return _planned.get() or x.device.type
 
 
 @contextmanager

@@ -166,9 +166,10 @@ def attention_is_taken(empty: Callable[[], Any], configs: tuple[MethodConfig, ..
 
 
 def empty_model(config: Any, task: str) -> Any:
-    """The model on the meta device: its modules and shapes without its weights."""
+    """The model on the meta device in fp32: its modules and shapes without its weights."""
     with torch.device("meta"):
-        return _auto_class(task).from_config(config)
+        # a config names the dtype that its weights were stored in, which is not the one they are trained in
+        return _auto_class(task).from_config(config, dtype=torch.float32)
 
 
 def _auto_class(task: str) -> Any:

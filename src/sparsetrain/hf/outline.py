@@ -7,6 +7,7 @@ on hollow tensors (`planner.hollow`) through the very code that trains: conversi
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import warnings
@@ -16,9 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from sparsetrain.core.anatomy import Anatomy, describe, submodule
-from sparsetrain.core.backend import watch_ops
+from sparsetrain.core.backend import planning_for, watch_ops
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.hf import assemble
 from sparsetrain.hf.model_config import context_length
@@ -51,22 +54,25 @@ def fit_lengths(recipe: Recipe, window: int | None = None) -> tuple[int, int, in
     return (shortest, 2 * shortest, 4 * shortest) if window is None else (2 * shortest, 3 * shortest, 4 * shortest)
 
 
-def outline(recipe: Recipe, config: Any, *, bf16: bool, lengths: tuple[int, ...] | None = None) -> Outline:
+def outline(
+    recipe: Recipe, config: Any, *, bf16: bool, gpu: bool = False, lengths: tuple[int, ...] | None = None
+) -> Outline:
     """Trace a recipe on the model that a transformers config describes.
 
     Args:
         recipe: what is trained and how; its device, data, steps, length and batch play no part.
         config: the model's config; it is changed.
         bf16: weights (LoRA) or autocast (all weights) in bf16, as `finetune` chooses on a GPU.
+        gpu: trace what a GPU's kernels keep; the trace itself runs on the CPU.
         lengths: tokens to trace at; by default three from which any length is fitted.
 
     Raises:
         ValueError, PlanError, UnknownFamily: the recipe does not fit the model.
     """
     without_dropout(config, recipe)
-    with watch_ops() as ops, warnings.catch_warnings():
+    with watch_ops() as ops, warnings.catch_warnings(), planning_for("cuda") if gpu else nullcontext():
         warnings.simplefilter("ignore")
-        built = _Built(recipe, config, bf16)
+        built = _Built(recipe, config, bf16, gpu)
         if lengths is None:
             context = context_length(config) or 2**30
             lengths = fit_lengths(recipe, built.window)
@@ -95,8 +101,8 @@ def without_dropout(config: Any, recipe: Recipe) -> None:
 class _Built:
     """The thinned-out model on hollow parameters, ready to be traced at any length."""
 
-    def __init__(self, recipe: Recipe, config: Any, bf16: bool) -> None:
-        self.recipe, self.config = recipe, config
+    def __init__(self, recipe: Recipe, config: Any, bf16: bool, gpu: bool) -> None:
+        self.recipe, self.config, self.gpu = recipe, config, gpu
         self.parameters = assemble.num_parameters(assemble.empty_model(config, recipe.task))[0]
         model, self.handle = convert_empty(recipe, config, bf16 and recipe.lora_r > 0)
         self.memory = static_memory(model)
@@ -108,6 +114,8 @@ class _Built:
         fill(model, self.hollow)
         _settle(model, self.hollow)
         model.train()
+        if gpu:
+            _drop_as_on_a_gpu(model, recipe)
         if recipe.gradient_checkpointing != "none":
             recompute(model)
         self.model = model
@@ -143,6 +151,45 @@ class _Built:
             grads_by_block=tuple(sum(_size(p) for p in params) for params in own),
         )
         return static, sum(p.numel() for p in trained)
+
+
+class _FusedDropout(TorchFunctionMode):
+    """Dropout as GPUs have it: inside fused attention it keeps nothing, elsewhere one byte a number.
+
+    On a CPU attention with dropout is not fused and keeps its probabilities, and a mask has the dtype of its input.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and kwargs.get("dropout_p"):
+            kwargs = {**kwargs, "dropout_p": 0.0}
+        if func is F.dropout:
+            return _dropout(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _drop_as_on_a_gpu(model: Any, recipe: Recipe) -> None:
+    """Let the model's dropouts keep what they keep on a GPU."""
+    if any(config.method == "token_selection" for config in recipe.configs):
+        return  # its passes draw masks of bytes, and its attention has no dropout
+    parts = [submodule(model, site.name) for site in describe(model).attentions]
+    parts += [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    # checkpointing recomputes blocks in the backward, where a mode that the model's forward turns on is off
+    for module in parts if recipe.gradient_checkpointing != "none" else [model]:
+        module.forward = _fusing(module.forward)
+
+
+def _fusing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def fused(*args: Any, **kwargs: Any) -> Any:
+        with _FusedDropout():
+            return forward(*args, **kwargs)
+
+    return fused
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
 
 
 def _settle(model: nn.Module, hollow: Hollow) -> None:
@@ -191,7 +238,8 @@ def training_step(model: Any, handle: Handle | None, batch: dict[str, Tensor], a
     """One forward as the Trainer runs it: loss out, everything else freed."""
 
     def step() -> Tensor:
-        cast: AbstractContextManager[Any] = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
+        device = batch["input_ids"].device.type
+        cast: AbstractContextManager[Any] = torch.autocast(device, torch.bfloat16) if autocast else nullcontext()
         chosen = nullcontext(batch) if handle is None else selecting(handle, batch)
         with cast, chosen as inputs:
             return model(**inputs).loss

@@ -68,7 +68,7 @@ class Predictor:
         base: recipe keys of all candidates (model, task, lora_r, …).
         bf16: as `outline`.
         cache: folder of stored outlines; None: none.
-        gpu: refuse what runs well on a CPU alone.
+        gpu: trace for a GPU, and refuse what runs well on a CPU alone.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Predictor:
 
         from sparsetrain.hf.outline import outline
 
-        found = outline(recipe, AutoConfig.for_model(**self.model.values), bf16=self.bf16)
+        found = outline(recipe, AutoConfig.for_model(**self.model.values), bf16=self.bf16, gpu=self.gpu)
         self._keep(recipe, found)
         return found
 
@@ -114,7 +114,7 @@ class Predictor:
             return
         from sparsetrain.hf.trace_pool import trace_all
 
-        for i, found in trace_all(recipes, self.model.values, bf16=self.bf16):
+        for i, found in trace_all(recipes, self.model.values, bf16=self.bf16, gpu=self.gpu):
             self._keep(recipes[i], found)
 
     def _found(self, recipe: Recipe) -> Outline | ValueError | None:
@@ -135,7 +135,8 @@ class Predictor:
     def _key(self, recipe: Recipe) -> str:
         """Names what an outline depends on: the model, how it is trained, and the code that was traced."""
         trained = {key: getattr(recipe, key) for key in ("task", "lora_r", "lora_targets", "lora_alpha", "methods")}
-        trained |= {"again": recipe.gradient_checkpointing != "none", "bf16": self.bf16, "config": self.model.values}
+        trained |= {"again": recipe.gradient_checkpointing != "none", "bf16": self.bf16, "gpu": self.gpu}
+        trained["config"] = self.model.values
         trained["methods"] = [plain_values(config) for config in recipe.configs]
         trained["versions"] = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
         trained["code"] = _code()

@@ -21,7 +21,7 @@ MOST_PROCESSES = 4
 Found = Outline | ValueError
 
 
-def trace_all(recipes: list[Recipe], values: dict[str, Any], *, bf16: bool) -> Iterator[tuple[int, Found]]:
+def trace_all(recipes: list[Recipe], values: dict[str, Any], *, bf16: bool, gpu: bool) -> Iterator[tuple[int, Found]]:
     """(index of the recipe, its outline or why it does not fit the model), as they get ready.
 
     What fails in another way is left out: tracing it again here shows the error.
@@ -29,7 +29,7 @@ def trace_all(recipes: list[Recipe], values: dict[str, Any], *, bf16: bool) -> I
     Args:
         recipes: of one model.
         values: the model's config.
-        bf16: as `outline`.
+        bf16, gpu: as `outline`.
     """
     workers = min(MOST_PROCESSES, _cores(), len(recipes))
     if workers < 2 or not _may_fork():
@@ -37,7 +37,7 @@ def trace_all(recipes: list[Recipe], values: dict[str, Any], *, bf16: bool) -> I
     dearest_first = sorted(range(len(recipes)), key=lambda i: -len(recipes[i].configs))
     # a forked process has the libraries already; importing them anew takes longer than a trace
     with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_begin) as pool:
-        jobs = {pool.submit(_trace, recipes[i], values, bf16): i for i in dearest_first}
+        jobs = {pool.submit(_trace, recipes[i], values, bf16, gpu): i for i in dearest_first}
         for job in as_completed(jobs):
             try:
                 found = job.result()
@@ -51,9 +51,9 @@ def _begin() -> None:
     torch.set_num_threads(1)  # the parent's threads are not here
 
 
-def _trace(recipe: Recipe, values: dict[str, Any], bf16: bool) -> str | ValueError | None:
+def _trace(recipe: Recipe, values: dict[str, Any], bf16: bool, gpu: bool) -> str | ValueError | None:
     try:
-        return outline(recipe, AutoConfig.for_model(**values), bf16=bf16).to_json()
+        return outline(recipe, AutoConfig.for_model(**values), bf16=bf16, gpu=gpu).to_json()
     except ValueError as error:
         return ValueError(str(error))
     except Exception:

@@ -114,15 +114,17 @@ class Running:
     on_leave: Callable[[Any], None] | None = None
     _stack: list[Place] = field(default_factory=list)
     _past_blocks: bool = False
+    _next_block: int | None = None
 
     @property
     def place(self) -> Place:
         if not self._stack:
             return Place("head_and_loss")
         top = self._stack[-1]
-        if top == Place("other") and self._past_blocks:
-            return Place("head_and_loss")
-        return top
+        if top != Place("other"):
+            return top
+        # between two blocks: the input that checkpointing keeps is of the block to come
+        return Place("head_and_loss") if self._past_blocks else Place("other", self._next_block)
 
     def _enter(self, place: Place) -> None:
         self._changed()
@@ -133,7 +135,9 @@ class Running:
         self._changed()
         if self.on_leave is not None:
             self.on_leave(output)
-        self._stack.pop()
+        left = self._stack.pop()
+        if left.layer is not None and self._stack and self._stack[-1].layer is None:
+            self._next_block = left.layer + 1
 
     def _changed(self) -> None:
         if self.on_change is not None:
@@ -158,7 +162,7 @@ def running(model: nn.Module, at: dict[str, Place] | None = None) -> Iterator[Ru
     hooks: list[Any] = []
 
     def start_model(*_: Any) -> None:
-        now._past_blocks = not blocks
+        now._past_blocks, now._next_block = not blocks, None
         now._enter(Place("other"))
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:

@@ -22,7 +22,8 @@ class Rates:
     """The layout that `sparsetrain plan --gpu measured.json` reads.
 
     gemm_flops: FLOP/s of a large product, by format. copy_bytes_per_s: read and written. attention_flops: forward and
-    backward of causal SDPA, visible pairs counted once. exp_per_s: exponentials. call_s: what a tiny operation costs.
+    backward of causal SDPA, visible pairs counted once. exp_per_s: exponentials, None on a GPU, where bytes bound them.
+    call_s: what a tiny operation costs.
     methods: method -> timed shapes, with `speedup` of the part that the method replaces.
     """
 
@@ -30,7 +31,7 @@ class Rates:
     gemm_flops: dict[str, float]
     copy_bytes_per_s: float
     attention_flops: float
-    exp_per_s: float
+    exp_per_s: float | None
     call_s: float
     memory_bytes: int | None
     methods: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -42,7 +43,7 @@ class Rates:
 
 
 def measure_rates(device: torch.device | str, *, seconds: float = 0.5) -> Rates:
-    """Time the machine: about `seconds` for each of seven rates."""
+    """Time the machine: about `seconds` for each of six rates, seven on a CPU."""
     device = torch.device(device)
     machine = describe_machine()
     gpu = machine.gpus[device.index or 0] if device.type == "cuda" else None
@@ -52,7 +53,7 @@ def measure_rates(device: torch.device | str, *, seconds: float = 0.5) -> Rates:
         gemm_flops={name: gemm_flops(device, FORMATS[name], seconds=seconds) for name in ("fp32", "bf16")},
         copy_bytes_per_s=copy_bytes_per_s(device, seconds=seconds),
         attention_flops=attention_flops(device, seconds=seconds),
-        exp_per_s=exp_per_s(device, seconds=seconds),
+        exp_per_s=None if gpu else exp_per_s(device, seconds=seconds),
         call_s=call_s(device),
         memory_bytes=gpu["memory_bytes"] if gpu else machine.memory_bytes,
     )

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparsetrain.core.backend import tuned_for
 from sparsetrain.ops.selected_rows.rows import Rows
 
 TILE_ROWS = 128
 """Queries of a tile, times the heads that share a key."""
+GPU_TILE_ELEMENTS = 2**24
+"""Probabilities of a tile on a GPU (64 MiB in fp32), where many small products wait for their launches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,11 +111,14 @@ class _Tile:
         return slice(start - self.s_from, self.s_to - self.s_from), hidden
 
 
-def _tiles(e: KeyValues, rows: Rows, rep: int) -> Iterator[tuple[int, Tensor, list[_Tile]]]:
+def _tiles(e: KeyValues, rows: Rows, heads: int) -> Iterator[tuple[int, Tensor, list[_Tile]]]:
     """(sample, its positions, its tiles) of every sample that has selected rows."""
-    size = max(1, TILE_ROWS // rep)
-    for sample, (positions, count) in enumerate(zip(rows.index_bk.tolist(), rows.counts, strict=True)):
-        positions = positions[:count]
+    groups, num_keys = e.k_bgsd.shape[1:3]
+    size = max(1, TILE_ROWS * groups // heads)
+    if tuned_for(e.k_bgsd) != "cpu":
+        size = max(size, GPU_TILE_ELEMENTS // (heads * num_keys))
+    for sample, positions in enumerate(rows.positions):
+        count = len(positions)
         tiles = [_Tile(e, rows, sample, positions, q, min(q + size, count)) for q in range(0, count, size)]
         if tiles:
             yield sample, rows.index_bk[sample], tiles
@@ -154,7 +160,7 @@ def _rows_of(x_grkd: Tensor, tile: _Tile) -> Tensor:
 def _forward(q_bhkd: Tensor, e: KeyValues, rows: Rows) -> Tensor:
     groups = e.k_bgsd.shape[1]
     out = torch.zeros_like(q_bhkd, memory_format=torch.contiguous_format)
-    for sample, index_k, tiles in _tiles(e, rows, q_bhkd.shape[1] // groups):
+    for sample, index_k, tiles in _tiles(e, rows, q_bhkd.shape[1]):
         q, o = _of_sample(q_bhkd * e.scale, sample, groups), _of_sample(out, sample, groups)
         for tile in tiles:
             p = _probabilities(_rows_of(q, tile), e.k_bgsd[sample], tile, index_k)
@@ -181,7 +187,7 @@ class _Attention(torch.autograd.Function):
         b, groups = keys.shape[:2]
         dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
         dk, dv = (x.new_zeros(b, groups, q.shape[2], x.shape[3], dtype=_accurate(x.dtype)) for x in (keys, values))
-        for sample, index_k, tiles in _tiles(e, rows, q.shape[1] // groups):
+        for sample, index_k, tiles in _tiles(e, rows, q.shape[1]):
             q_s, do_s = _of_sample(q * scale, sample, groups), _of_sample(do, sample, groups)
             dq_s = _of_sample(dq, sample, groups)
             for tile in tiles:

@@ -61,6 +61,11 @@ class Rows:
         return self.index_bk.shape[0], self.index_bk.shape[1]
 
     @cached_property
+    def positions(self) -> list[list[int]]:
+        """Used positions of each sample as plain numbers; a device is asked once a step, not once a block."""
+        return [found[:count] for found, count in zip(self.index_bk.tolist(), self.counts, strict=True)]
+
+    @cached_property
     def flat_n(self) -> Tensor:
         """Positions [b·k] in the flattened [b·t]."""
         b = self.index_bk.shape[0]

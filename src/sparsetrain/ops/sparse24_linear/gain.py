@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -119,7 +120,9 @@ def both_products(packed: Packed, x_ti: Tensor, dy_to: Tensor) -> None:
 def search_algorithm(w_oi: Tensor, x_ti: Tensor) -> int:
     """cuSPARSELt's fastest algorithm for x Wᵀ."""
     compressed = compress(w_oi, "cusparselt")
-    return torch._cslt_sparse_mm_search(compressed.packed, x_ti.t(), transpose_result=True)  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch says that it will move
+        return torch._cslt_sparse_mm_search(compressed.packed, x_ti.t(), transpose_result=True)  # type: ignore[attr-defined]
 
 
 def interleaved(

@@ -118,9 +118,12 @@ def compress(w: Tensor, name: str, algorithm: int = 0) -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "prototype stage", once a process
-            return kind.from_dense(w.contiguous(), alg_id=algorithm)
+            packed = kind.from_dense(w.contiguous())
     except RuntimeError as error:
         raise Unsupported(f"{name!r} cannot pack a {tuple(w.shape)} weight: {str(error).splitlines()[0]}.") from None
+    if algorithm:
+        packed.alg_id_cusparselt = algorithm  # from_dense takes it since torch 2.13 only
+    return packed
 
 
 def multiply_forward(x_ti: Tensor, packed: Packed, operand: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,227 @@
+"""The planner on a GPU: predicted memory against the CUDA allocator's, predicted time against measured steps.
+
+    python bench/planner/accuracy_gpu.py --json bench/results/planner_accuracy_gpu.json
+
+Weights are random and made on the GPU, for memory and time of a step do not depend on their values. Predictions are
+made on the CPU, by the same versions; nothing of them enters a measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+_AGAIN = {"gradient_checkpointing": "non-reentrant"}
+_TOKENS = {"method": "token_selection"}
+_CHUNKED = {"method": "token_selection", "keep_ratio": 1.0}
+WAYS: dict[str, dict[str, Any]] = {
+    "full": {"lora_r": 0},
+    "lora": {},
+    "lora+checkpointing": _AGAIN,
+    "token selection": {"methods": [_TOKENS]},
+    "chunked loss+checkpointing": {"methods": [_CHUNKED], **_AGAIN},
+    "token selection+checkpointing": {"methods": [_TOKENS], **_AGAIN},
+}
+SMALL = ("full", "lora", "lora+checkpointing", "token selection")
+LARGE = ("lora+checkpointing", "chunked loss+checkpointing", "token selection+checkpointing")
+CELLS = [
+    *(("smollm2-135m", "lm", way, tokens) for way in SMALL for tokens in (512, 2048, 8192)),
+    *(("minilm", "classify", way, tokens) for way in SMALL for tokens in (128, 256, 512)),
+    *(("llama-3-8b", "lm", way, tokens) for way in LARGE for tokens in (2048, 8192, 32768)),
+    *(("qwen2.5-7b", "lm", way, tokens) for way in LARGE[:2] for tokens in (8192,)),
+]
+TRACED_AT_LENGTH = ("smollm2-135m", "minilm")
+Cell = tuple[str, str, str, int]
+
+
+def make_recipe(cell: Cell) -> Any:
+    from sparsetrain.hf.recipe import Recipe
+
+    model, task, way, tokens = cell
+    values = {"model": model, "data": "none", "task": task, "seq_len": tokens, "methods": [], **WAYS[way]}
+    return Recipe.from_values(values)
+
+
+def open_config(model: str, folder: Path | None) -> Any:
+    from transformers import AutoConfig
+
+    from sparsetrain.hf.model_config import read_config
+
+    own = folder is not None and (folder / model / "config.json").is_file()
+    return AutoConfig.for_model(**read_config(str(folder / model) if own and folder else model).values)
+
+
+def _job(cell: Cell) -> Any:
+    """Cells with the same key share an outline: large models are traced once for all lengths."""
+    model, _, way, tokens = cell
+    return (model, way, tokens) if model in TRACED_AT_LENGTH else (model, way)
+
+
+def predict(job: tuple[Cell, str | None]) -> str:
+    """One cell's outline as JSON: small models at their very length, large ones fitted as `plan` does it."""
+    import torch
+
+    from sparsetrain.hf.outline import outline
+
+    torch.set_num_threads(1)
+    cell, folder = job
+    model, _, _, tokens = cell
+    config = open_config(model, Path(folder) if folder else None)
+    exact = (tokens,) if model in TRACED_AT_LENGTH else None
+    return outline(make_recipe(cell), config, bf16=True, gpu=True, lengths=exact).to_json()
+
+
+def build(recipe: Any, config: Any) -> tuple[Any, Any]:
+    """The network on the GPU with random weights, converted and in LoRA, and a function that runs its loss."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from sparsetrain import plan, sparsify
+    from sparsetrain.hf.assemble import add_lora
+    from sparsetrain.hf.outline import example_batch, recompute, training_step, without_dropout
+    from sparsetrain.surgery.plan import blank_state
+
+    without_dropout(config, recipe)
+    kind: Any = AutoModelForSequenceClassification if recipe.task == "classify" else AutoModelForCausalLM
+    with torch.device("cuda"):
+        dtype = torch.float32 if recipe.trains_all else torch.bfloat16
+        network: Any = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    handle = None
+    if recipe.methods:
+        handle = sparsify(network, *recipe.configs, state=blank_state(plan(network, *recipe.configs).edits))
+    network = add_lora(network, recipe, handle, ["classifier"] if recipe.task == "classify" else [])
+    network.to("cuda").train()
+    if recipe.gradient_checkpointing != "none":
+        recompute(network)
+    batch = example_batch(recipe, config, recipe.seq_len, rows=1)
+    on_gpu = {name: tensor.cuda() for name, tensor in batch.items()}
+    return network, training_step(network, handle, on_gpu, recipe.trains_all)
+
+
+def measure(recipe: Any, config: Any, steps: int = 3) -> dict[str, Any]:
+    """Two steps to warm up, then the static parts, saved activations, the allocator's peak and the shortest step."""
+    import torch
+
+    from sparsetrain.measure.memory import saved_activations, static_memory
+
+    before = torch.cuda.memory_allocated()
+    network, step = build(recipe, config)
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-5, fused=True)
+
+    def train() -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    train()
+    train()
+    torch.cuda.reset_peak_memory_stats()
+    times = [train() for _ in range(steps)]
+    peak = torch.cuda.max_memory_allocated() - before
+    step().backward()
+    static = static_memory(network, optimizer)
+    optimizer.zero_grad(set_to_none=True)
+    return {
+        "parameters": static.parameters_trainable + static.parameters_frozen,
+        "gradients": static.gradients,
+        "optimizer": static.optimizer_trainable + static.optimizer_frozen,
+        "saved": saved_activations(network, step).by_component,
+        "peak": peak,
+        "step_s": min(times),
+    }
+
+
+def try_to(recipe: Any, config: Any) -> dict[str, Any]:
+    """A cell, or that it ran out of memory; nothing of it stays on the GPU."""
+    import torch
+
+    try:
+        return measure(recipe, config)
+    except torch.cuda.OutOfMemoryError:
+        return {"out_of_memory": True}
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def errors_of(predicted: dict[str, Any], measured: dict[str, Any]) -> dict[str, float]:
+    """Predicted / measured - 1 of the peak and of every component that holds at least 1 % of the saved bytes."""
+    errors = {"peak": predicted["peak"] / measured["peak"] - 1}
+    total = sum(measured["saved"].values())
+    for name, size in measured["saved"].items():
+        if size >= 0.01 * total:
+            errors[name] = predicted["saved"][name] / size - 1
+    return errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="models, comma-separated")
+    parser.add_argument("--configs", type=Path, metavar="DIR", help="DIR/NAME/config.json goes before the package's")
+    parser.add_argument("--workers", type=int, default=8, help="processes that predict")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    asked = parser.parse_args()
+
+    from sparsetrain.measure.machine import describe_machine
+    from sparsetrain.measure.rates import measure_rates
+    from sparsetrain.planner.machines import MachineRates
+    from sparsetrain.planner.outline import Outline
+    from sparsetrain.planner.roofline import step_seconds
+
+    cells = [cell for cell in CELLS if not asked.only or cell[0] in asked.only.split(",")]
+    with ProcessPoolExecutor(asked.workers, mp_context=get_context("spawn")) as pool:
+        folder = str(asked.configs) if asked.configs else None
+        jobs = {_job(cell): (cell, folder) for cell in cells}
+        outlines = {key: pool.submit(predict, job) for key, job in jobs.items()}
+        rates = MachineRates.from_dict(measure_rates("cuda", seconds=0.3).to_dict())
+        print({k: v for k, v in rates.to_dict().items() if v}, flush=True)
+        results: dict[str, Any] = {"rates": rates.to_dict(), "machine": describe_machine().to_dict(), "cells": {}}
+        for cell in cells:
+            model, _, way, tokens = cell
+            found = Outline.from_json(outlines[_job(cell)].result())
+            peak = found.peak(tokens)
+            predicted = {
+                "parameters": found.static.parameters_trainable + found.static.parameters_frozen,
+                "gradients": found.static.gradients,
+                "optimizer": found.static.optimizer,
+                "saved": peak.saved_in_full,
+                "peak": peak.total,
+                "phase": peak.phase,
+                "how": found.how(tokens),
+                "step_s": step_seconds(found, rates, tokens=tokens, dtype="bf16"),
+            }
+            measured = try_to(make_recipe(cell), open_config(model, asked.configs))
+            row = {"predicted": predicted, "measured": measured}
+            shown = f"out of memory; predicted {peak.total / 1e9:.1f} GB"
+            if "peak" in measured:
+                exact = all(predicted[name] == measured[name] for name in ("parameters", "gradients", "optimizer"))
+                row |= {"static_exact": exact, "errors": errors_of(predicted, measured)}
+                shown = f"static {'exact' if exact else 'DIFFERS'}  peak {measured['peak'] / 1e9:.2f} GB  "
+                shown += "  ".join(f"{name} {error:+.1%}" for name, error in row["errors"].items())
+                shown += f"  step {measured['step_s']:.3f} s, predicted {predicted['step_s']:.3f}"
+            results["cells"][f"{model} / {way} / {tokens}"] = row
+            print(f"{model:13} {way:29} {tokens:5}  {shown}", flush=True)
+            save(results, asked.json)
+
+
+def save(results: dict[str, Any], path: Path | None) -> None:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
