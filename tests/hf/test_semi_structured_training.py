@@ -16,7 +16,7 @@ from sparsetrain import SemiStructured
 from sparsetrain.hf.io import export, load, save
 from sparsetrain.hf.sidecar import read_state
 from sparsetrain.hf.trainer import SparsityCallback
-from sparsetrain.methods.semi_structured import flip_curve
+from sparsetrain.methods.semi_structured.flips import flip_curve
 from tests.families import FAMILIES
 from tests.methods.test_semi_structured import CONTROLS
 

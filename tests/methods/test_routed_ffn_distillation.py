@@ -11,9 +11,8 @@ from torch import Tensor
 
 from sparsetrain import RoutedFFN, sparsify
 from sparsetrain.core.anatomy import describe, submodule
-from sparsetrain.methods.routed_ffn import distill
 from sparsetrain.methods.routed_ffn.calibrate import read_inputs
-from sparsetrain.methods.routed_ffn.distillation import Student, teaching
+from sparsetrain.methods.routed_ffn.distillation import Student, distill, teaching
 from sparsetrain.methods.routed_ffn.module import Routed
 from tests.families import FAMILIES, Family
 

@@ -204,7 +204,7 @@ def _columns(found: Any) -> tuple[str, ...]:
 
 
 def _cells(row: Any) -> dict[str, str]:
-    from sparsetrain.measure.units import seconds_text
+    from sparsetrain.core.units import seconds_text
 
     peak = row.peak
     sizes = {

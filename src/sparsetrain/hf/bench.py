@@ -20,6 +20,7 @@ from torch import nn
 from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import MethodConfig, registered_methods
 from sparsetrain.core.errors import PlanError, Unsupported
+from sparsetrain.core.units import seconds_text
 from sparsetrain.hf import assemble
 from sparsetrain.hf.assemble import Parts
 from sparsetrain.hf.bench_checks import CHECK_LAYERS, distances
@@ -33,7 +34,6 @@ from sparsetrain.measure.machine import describe_machine
 from sparsetrain.measure.memory import saved_activations
 from sparsetrain.measure.rates import Rates, measure_rates
 from sparsetrain.measure.timing import Ratio, _clock, compare, ratio
-from sparsetrain.measure.units import seconds_text
 from sparsetrain.surgery.plan import Plan, plan
 
 QUICK_LAYERS = 4

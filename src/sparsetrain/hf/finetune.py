@@ -21,7 +21,7 @@ from sparsetrain.hf.run import Job, KnownQuality, Result, dense_start, measure_q
 from sparsetrain.hf.run import run_report as run_report
 from sparsetrain.hf.sidecar import read_state
 from sparsetrain.hf.trainer import Report, silent
-from sparsetrain.methods.routed_ffn import distill
+from sparsetrain.methods.routed_ffn.distillation import distill
 from sparsetrain.surgery.apply import Handle, sparsify
 
 

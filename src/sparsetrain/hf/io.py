@@ -29,7 +29,7 @@ from sparsetrain.hf.manifest import FORMAT, MANIFEST, atomic_folder, disk_errors
 from sparsetrain.hf.recipe import plain_values
 from sparsetrain.hf.sidecar import SIDECAR, WRITTEN, base_of, read_sidecar, read_state, write_sidecar
 from sparsetrain.methods import RoutedFFN, SemiStructured
-from sparsetrain.methods.semi_structured import to_24
+from sparsetrain.methods.semi_structured.export import to_24
 from sparsetrain.surgery.apply import Handle, sparsify
 from sparsetrain.surgery.plan import State, method_of
 

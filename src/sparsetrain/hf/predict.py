@@ -5,11 +5,12 @@ This module stays light: transformers and PEFT are imported when a recipe has to
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 from dataclasses import asdict
 from functools import cache
-from importlib import import_module, metadata, util
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -153,12 +154,14 @@ def _code() -> str:
 
 
 def ops_of(recipe: Recipe) -> tuple[str, ...]:
-    """The operations that a recipe's methods call: what their modules import from `ops`."""
+    """The operations that a recipe's methods call: what their modules import from `ops`, read without importing."""
     found = set()
     for config in recipe.configs:
-        module = import_module(f"{type(config).__module__.rpartition('.')[0]}.module")
-        homes = [str(getattr(value, "__module__", "")) for value in vars(module).values()]
-        found |= {home.split(".")[2] for home in homes if home.startswith("sparsetrain.ops.")}
+        module = util.find_spec(f"{type(config).__module__.rpartition('.')[0]}.module")
+        assert module is not None and module.origin is not None
+        for node in ast.walk(ast.parse(Path(module.origin).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sparsetrain.ops."):
+                found.add(str(node.module).split(".")[2])
     return tuple(sorted(found))
 
 
@@ -171,8 +174,7 @@ def unable(ops: tuple[str, ...], *, gpu: bool) -> str | None:
 
 
 def _has(op: str, backend: str) -> bool:
-    package = f"sparsetrain.ops.{op}"
-    return util.find_spec(package) is not None and util.find_spec(f"{package}.{backend}") is not None
+    return (Path(__file__).parent.parent / "ops" / op / f"{backend}.py").is_file()
 
 
 def is_cpu(rates: MachineRates) -> bool:

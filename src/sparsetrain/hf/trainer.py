@@ -19,9 +19,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparsetrain.core.anatomy import describe, submodule
+from sparsetrain.core.units import bytes_text
 from sparsetrain.hf.sidecar import write_sidecar
 from sparsetrain.measure.memory import peak_memory, reset_peak
-from sparsetrain.measure.units import bytes_text
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.support import check_support
 

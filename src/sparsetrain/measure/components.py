@@ -14,8 +14,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from sparsetrain.core.anatomy import Anatomy, Block, describe, submodule
-
-COMPONENTS: tuple[str, ...] = ("attention", "ffn", "norms", "embedding", "head_and_loss", "adapters", "other")
+from sparsetrain.core.components import COMPONENTS as COMPONENTS
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from sparsetrain.core.units import bytes_text, joined, number_text, seconds_text
 from sparsetrain.measure.curves import Curve, loss_curves, number, setup_seconds, step_seconds
 from sparsetrain.measure.schema import Judgement, Run
-from sparsetrain.measure.units import bytes_text, joined, number_text, seconds_text
 
 # Within these a difference is called a tie.
 TIE_TIME = 0.05  # of the time, for runs that were not interleaved

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable
 from html import escape
 from typing import Any
 
+from sparsetrain.core.units import bytes_text, number_text, seconds_text
 from sparsetrain.measure import plots
 from sparsetrain.measure.components import COMPONENTS
 from sparsetrain.measure.curves import setup_seconds, step_seconds, tokens_per_second
 from sparsetrain.measure.judge import LABELS, TIE_ACCURACY, TIE_BYTES, TIE_LOSS, TIE_TIME
 from sparsetrain.measure.schema import RUNS, STAGES, Report, Run
 from sparsetrain.measure.style import STYLE
-from sparsetrain.measure.units import bytes_text, number_text, seconds_text
 
 _WON = {"sparse": "sparse wins", "dense": "dense wins", "tie": "tie", "unknown": "unknown"}
 _STAGE_NAMES = {

@@ -6,10 +6,10 @@ import io
 import math
 from typing import TYPE_CHECKING, Any
 
+from sparsetrain.core.units import bytes_text, number_text, seconds_text
 from sparsetrain.measure.components import COMPONENTS
 from sparsetrain.measure.curves import Curve, eval_curve, smoothing_window, step_seconds, train_curve
 from sparsetrain.measure.schema import RUNS, Run
-from sparsetrain.measure.units import bytes_text, number_text, seconds_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

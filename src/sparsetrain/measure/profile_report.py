@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from sparsetrain.core.units import bytes_text, seconds_text
 from sparsetrain.measure.components import COMPONENTS
 from sparsetrain.measure.live import PARTS
 from sparsetrain.measure.plots import _FAINT, _INK, COLOURS, part_name
 from sparsetrain.measure.plots import PARTS as PART_COLOURS
 from sparsetrain.measure.style import STYLE
-from sparsetrain.measure.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

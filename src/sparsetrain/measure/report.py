@@ -11,11 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
+from sparsetrain.core.units import bytes_text, number_text, seconds_text
 from sparsetrain.measure.curves import loss_curves, step_seconds, tokens_per_second
 from sparsetrain.measure.judge import advice, headline, judge
 from sparsetrain.measure.page import render_page
 from sparsetrain.measure.schema import RUNS, SCHEMA, STAGES, Report, Run
-from sparsetrain.measure.units import bytes_text, number_text, seconds_text
 
 _MARKS = {"sparse": "+", "dense": "-", "tie": "=", "unknown": "?"}
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsetrain.measure.components import COMPONENTS
-from sparsetrain.planner.tracing import Segment, StepTrace, Work
+from sparsetrain.core.components import COMPONENTS
+from sparsetrain.planner.trace import Segment, StepTrace, Work
 
 
 @dataclass(frozen=True, kw_only=True)

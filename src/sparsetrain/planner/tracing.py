@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,39 +20,11 @@ from torch.utils.flop_counter import flop_registry
 from sparsetrain.core.anatomy import describe, submodule
 from sparsetrain.measure.memory import held_tensors, record_saved
 from sparsetrain.planner.hollow import Hollow, tensors_in
-
-Work = dict[str, tuple[float, float, float]]
-"""Kind of operation (gemm, attention, exp, copy) -> (FLOPs, or exponentials; bytes read and written; calls)."""
+from sparsetrain.planner.trace import Segment, StepTrace
 
 _aten = torch.ops.aten
 _EXPONENTIALS = ("softmax", "gelu", "silu", "sigmoid", "exp", "tanh")
 _FREE = ("detach", "empty", "alias", "lift")
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Bytes that the segment adds to what is live (negative: it frees), its peak above its beginning, and its work."""
-
-    kept: float = 0.0
-    peak: float = 0.0
-    work: Work = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepTrace:
-    """What one traced step did.
-
-    before: from the start of the forward to the first block. head: from the last block's end to its backward.
-    forward, backward: of each traced block; backward[0] also holds what comes before the blocks.
-    saved: component -> bytes saved for the backward outside the blocks; block_saved: the same of each traced block.
-    """
-
-    before: Segment
-    forward: tuple[Segment, ...]
-    head: Segment
-    backward: tuple[Segment, ...]
-    saved: dict[str, float]
-    block_saved: tuple[dict[str, float], ...]
 
 
 class LiveBytes:

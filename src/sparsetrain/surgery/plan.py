@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -91,12 +92,14 @@ _METHODS: dict[str, Method] = {}
 
 
 def register_method(config: type[MethodConfig], method: Method) -> None:
-    """Enter a method; called once by each method's package."""
+    """Enter a method; called once by each method's `surgery` module."""
     _METHODS[config.method] = method
 
 
 def method_of(config: MethodConfig) -> Method:
-    """The registered method of a config."""
+    """The registered method of a config; its `surgery` module is imported when it is first asked for."""
+    if config.method not in _METHODS:
+        import_module(f"{config.__module__.rpartition('.')[0]}.surgery")
     return _METHODS[config.method]
 
 

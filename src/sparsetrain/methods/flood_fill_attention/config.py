@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from typing import Self
 
 from sparsetrain.core.config import MethodConfig, in_range, one_of
-from sparsetrain.ops.attention_patterns import CONVOLVED, VARIANTS
-from sparsetrain.ops.flood_fill import check_edge
+
+VARIANTS = ("cf", "c", "f", "top_q", "window")
+"""Those of `ops.attention_patterns`, which is not imported here: a plan from the cache need not wait for torch."""
+CONVOLVED = ("cf", "c")
+"""Variants that read the map after the diagonal convolution."""
 
 MIN_PROBES = 3
 """The switch rule compares two distances, and a distance compares two maps."""
@@ -155,9 +158,10 @@ class FloodFillAttention(MethodConfig, method="flood_fill_attention"):
             value = getattr(self, field)
             if value is not None and value < low:
                 raise ValueError(f"{name}: {field}={value}; it must be at least {low}.")
-        try:
-            check_edge(self.filter_edge)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+        if self.filter_edge < 1 or self.filter_edge % 2 == 0:
+            raise ValueError(
+                f"{name}: filter_edge={self.filter_edge}, and the filter needs a middle cell. Give an odd number, "
+                "such as 31."
+            )
         if self.max_dense_steps is not None and self.probe_every is not None:
             self.last_dense_step(None)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from sparsetrain.core.config import MethodConfig, in_range, one_of
-from sparsetrain.ops.sparse24_linear import WGRADS
+
+WGRADS = ("dense", "mvue")
+"""Those of `ops.sparse24_linear`, which is not imported here: a plan from the cache need not wait for torch."""
 
 MASK_MODES = ("transposable", "greedy", "row", "soft")
 BACKENDS = ("auto", "emulate", "cusparselt", "cutlass")

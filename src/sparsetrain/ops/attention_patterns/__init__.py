@@ -13,8 +13,6 @@ from sparsetrain.ops.attention_patterns.maps import pooled_maps as pooled_maps
 from sparsetrain.ops.flood_fill import walked_cells
 
 VARIANTS = ("cf", "c", "f", "top_q", "window")
-CONVOLVED = ("cf", "c")
-"""Variants that read the map after the diagonal convolution."""
 
 
 def block_pattern(
