@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from sparsetrain.hf import assemble
 from sparsetrain.hf.model_config import context_length
 from sparsetrain.hf.recipe import Recipe
 from sparsetrain.hf.token_selection import selecting
-from sparsetrain.measure.memory import static_memory
+from sparsetrain.measure.memory import StaticMemory, static_memory
 from sparsetrain.planner.hollow import Hollow
 from sparsetrain.planner.memory import Layout, StaticBytes
 from sparsetrain.planner.outline import Outline
@@ -103,13 +104,21 @@ class _Built:
 
     def __init__(self, recipe: Recipe, config: Any, bf16: bool, gpu: bool) -> None:
         self.recipe, self.config, self.gpu = recipe, config, gpu
-        self.parameters = assemble.num_parameters(assemble.empty_model(config, recipe.task))[0]
-        model, self.handle = convert_empty(recipe, config, bf16 and recipe.lora_r > 0)
-        self.memory = static_memory(model)
-        self.in_blocks, self.outside = _trained(model)
+        model = assemble.empty_model(config, recipe.task)
+        self.parameters = assemble.num_parameters(model)[0]
+        self.handle = convert_empty(model, recipe, bf16 and recipe.lora_r > 0)
         windows = [site.window for site in describe(model).attentions if site.window]
         self.window = max(windows, default=None)
-        self.layout = thin_out(model)
+        new = [name for name, _ in model.named_children() if name in ("classifier", "score", "pre_classifier")]
+        new = new if recipe.task == "classify" else []
+        if _names_a_layer(recipe):
+            model = assemble.add_lora(model, recipe, self.handle, new)
+            self.layout = thin_out(model)
+        else:  # blocks of one kind get the same factors, and PEFT takes a second for forty blocks
+            self.layout = thin_out(model)
+            model = assemble.add_lora(model, recipe, self.handle, new)
+        self.memory = _whole_memory(model, self.layout)
+        self.in_blocks, self.outside = _trained(model)
         self.hollow = Hollow(seed=recipe.seed)
         fill(model, self.hollow)
         _settle(model, self.hollow)
@@ -136,10 +145,11 @@ class _Built:
     def static(self) -> tuple[StaticBytes, int]:
         """Exact bytes of the full model, and the numbers trained. AdamW keeps two moments in a parameter's dtype and a
         step of 4 bytes for each that receives gradients."""
-        own = [
-            [p for name, p in params.items() if name not in self.without_gradient[i]]
-            for params, i in zip(self.in_blocks, self.layout.of_block, strict=True)
+        kept = [
+            [p for name, p in params.items() if name not in without]
+            for params, without in zip(self.in_blocks, self.without_gradient, strict=True)
         ]
+        own = [kept[i] for i in self.layout.of_block]
         trained = [*self.outside, *(p for params in own for p in params)]
         gradients = sum(_size(p) for p in trained)
         static = StaticBytes(
@@ -200,6 +210,23 @@ def _settle(model: nn.Module, hollow: Hollow) -> None:
                 module.settle()  # type: ignore[operator]
 
 
+def _names_a_layer(recipe: Recipe) -> bool:
+    """Do the LoRA targets name blocks, so that blocks of one kind may differ?"""
+    targets = [] if recipe.lora_targets == "all-linear" else recipe.lora_targets
+    return any(part.isdigit() for target in targets for part in target.split("."))
+
+
+def _whole_memory(model: Any, layout: Layout) -> StaticMemory:
+    """Bytes of the whole model, from one with a block of each kind."""
+    total = asdict(static_memory(model))
+    blocks = [submodule(model, block.name) for block in describe(model).blocks]
+    for i, block in enumerate(blocks):
+        more = layout.of_block.count(i) - 1
+        for name, size in asdict(static_memory(block)).items():
+            total[name] += more * size
+    return StaticMemory(**total)
+
+
 def _trained(model: Any) -> tuple[list[dict[str, nn.Parameter]], list[nn.Parameter]]:
     """(relative name -> trained parameter of each block, those outside the blocks); tied ones once."""
     blocks = [submodule(model, block.name) for block in describe(model).blocks]
@@ -212,18 +239,15 @@ def _size(parameter: Tensor) -> int:
     return parameter.numel() * parameter.element_size()
 
 
-def convert_empty(recipe: Recipe, config: Any, bf16: bool) -> tuple[Any, Handle | None]:
-    """The recipe's model on the meta device: converted with blank states, in LoRA."""
-    model = assemble.empty_model(config, recipe.task)
+def convert_empty(model: Any, recipe: Recipe, bf16: bool) -> Handle | None:
+    """Convert a model on the meta device with blank states."""
     if bf16:
         model.to(torch.bfloat16)
-    handle = None
-    if recipe.methods:
-        edits = plan(model, *recipe.configs).edits
-        handle = sparsify(model, *recipe.configs, state=blank_state(edits))
-        _to_meta(model)
-    new = [name for name, _ in model.named_children() if name in ("classifier", "score", "pre_classifier")]
-    return assemble.add_lora(model, recipe, handle, new if recipe.task == "classify" else []), handle
+    if not recipe.methods:
+        return None
+    handle = sparsify(model, *recipe.configs, state=blank_state(plan(model, *recipe.configs).edits))
+    _to_meta(model)
+    return handle
 
 
 def _to_meta(model: nn.Module) -> None:
