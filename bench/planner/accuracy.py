@@ -75,7 +75,8 @@ def measure(model: str, way: str, tokens: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from sparsetrain import plan, sparsify
-    from sparsetrain.hf.assemble import add_lora, open_config
+    from sparsetrain.hf.assemble import open_config
+    from sparsetrain.hf.models import add_lora
     from sparsetrain.hf.outline import example_batch, recompute, training_step, without_dropout
     from sparsetrain.measure.memory import peak_memory, reset_peak, saved_activations, static_memory
     from sparsetrain.planner.tracing import trace_step

@@ -86,7 +86,7 @@ def build(recipe: Any, config: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from sparsetrain import plan, sparsify
-    from sparsetrain.hf.assemble import add_lora
+    from sparsetrain.hf.models import add_lora
     from sparsetrain.hf.outline import example_batch, recompute, training_step, without_dropout
     from sparsetrain.surgery.plan import blank_state
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, Gemma3TextConfig, LlamaConfig
 
 from sparsetrain import plan, sparsify
-from sparsetrain.hf.assemble import add_lora
+from sparsetrain.hf.models import add_lora
 from sparsetrain.hf.outline import example_batch, fit_lengths, outline, recompute, training_step
 from sparsetrain.hf.recipe import Recipe
 from sparsetrain.measure.memory import saved_activations, static_memory

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 from sparsetrain import plan, sparsify
-from sparsetrain.hf.assemble import add_lora
+from sparsetrain.hf.models import add_lora
 from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.outline import example_batch, recompute, training_step
 from sparsetrain.hf.recipe import Recipe

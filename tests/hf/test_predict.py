@@ -43,7 +43,7 @@ def test_configs_are_found_by_file_folder_short_and_hub_name(config_file: Path) 
 def test_built_in_configs_make_models_of_the_known_sizes() -> None:
     from transformers import AutoConfig
 
-    from sparsetrain.hf.assemble import empty_model, num_parameters
+    from sparsetrain.hf.models import empty_model, num_parameters
 
     billions = {"llama-3-8b": 8.03, "qwen2.5-7b": 7.62, "gemma-3-12b": 11.77, "qwen2.5-0.5b": 0.494,
                 "llama-3.1-8b": 8.03, "llama-3.2-1b": 1.236, "mistral-7b": 7.24}  # fmt: skip

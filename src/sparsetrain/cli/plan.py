@@ -135,7 +135,8 @@ def _predicted(recipe: Path | None, flags: dict[str, Any], goal: Goal) -> Answer
 def _edits(recipe: Path | None, flags: dict[str, Any]) -> Answer:
     """Which parts the methods change; only the config is read, so it takes seconds for any size."""
     import sparsetrain
-    from sparsetrain.hf.assemble import empty_model, open_config
+    from sparsetrain.hf.assemble import open_config
+    from sparsetrain.hf.models import empty_model
 
     asked = _recipe(recipe, changes(flags))
     if not asked.configs:

@@ -6,26 +6,21 @@ Cheap checks come first: a context that is too short or a size that does not div
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     TrainingArguments,
     set_seed,
 )
-from transformers.pytorch_utils import Conv1D
 
 from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import MethodConfig
+from sparsetrain.hf import models
 from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.data import DataBundle
 from sparsetrain.hf.evaluate import LABELLED
@@ -36,8 +31,7 @@ from sparsetrain.hf.recipe import Recipe
 from sparsetrain.hf.rows import load_rows, row_batches
 from sparsetrain.hf.run_recipe import RunRecipe
 from sparsetrain.hf.trainer import Report
-from sparsetrain.surgery.apply import Handle
-from sparsetrain.surgery.plan import Plan, method_of, plan
+from sparsetrain.surgery.plan import Plan, plan
 from sparsetrain.surgery.support import check_support
 
 R = TypeVar("R", bound=RunRecipe)
@@ -91,7 +85,7 @@ def check_and_plan(recipe: Recipe, config: Any, device: torch.device) -> Plan | 
     Raises:
         ValueError, PlanError: a method cannot do what the recipe asks for, or does not fit the model.
     """
-    return plan_on(empty_model(config, recipe.task), recipe, device, recipe.seq_len) if recipe.methods else None
+    return plan_on(models.empty_model(config, recipe.task), recipe, device, recipe.seq_len) if recipe.methods else None
 
 
 def plan_on(model: Any, recipe: RunRecipe, device: torch.device, seq_tokens: int) -> Plan:
@@ -121,9 +115,6 @@ def asked_features(recipe: RunRecipe, device: torch.device) -> list[str]:
     return found
 
 
-ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-
-
 def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...]) -> tuple[str, Any]:
     """(path, config) of the recipe's model, with attention dropout off where `configs` take attention.
 
@@ -140,40 +131,8 @@ def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...
         raise ValueError(
             f"seq_len={recipe.seq_len} is longer than the context of {recipe.model}, {context} tokens. Lower it."
         )
-    drop_attention_dropout(config, lambda: empty_model(config, recipe.task), configs, report)
+    models.drop_attention_dropout(config, lambda: models.empty_model(config, recipe.task), configs, report)
     return path, config
-
-
-def drop_attention_dropout(
-    config: Any, empty: Callable[[], Any], configs: tuple[MethodConfig, ...], report: Report
-) -> None:
-    """Set the config's attention dropout to 0, with a note, where `configs` take attention of the `empty` model."""
-    dropped = [name for name in ATTENTION_DROPOUT if getattr(config, name, 0)]
-    if dropped and attention_is_taken(empty, configs):
-        for name in dropped:
-            why = f"attention has no dropout under {', '.join(method.method for method in configs)}"
-            report({"event": "note", "text": f"{name} {getattr(config, name)} -> 0: {why}."})
-            setattr(config, name, 0.0)
-
-
-def attention_is_taken(empty: Callable[[], Any], configs: tuple[MethodConfig, ...]) -> bool:
-    """Does a method take an attention, or a block with the attention in it?"""
-    if not configs:
-        return False
-    anatomy = describe(empty())
-    sites = [site for method in configs for site in method_of(method).site_names(anatomy)]
-    return any(f"{attention.name}.".startswith(f"{site}.") for attention in anatomy.attentions for site in sites)
-
-
-def empty_model(config: Any, task: str) -> Any:
-    """The model on the meta device in fp32: its modules and shapes without its weights."""
-    with torch.device("meta"):
-        # a config names the dtype that its weights were stored in, which is not the one they are trained in
-        return _auto_class(task).from_config(config, dtype=torch.float32)
-
-
-def _auto_class(task: str) -> Any:
-    return AutoModelForSequenceClassification if task == "classify" else AutoModelForCausalLM
 
 
 def open_tokenizer(path: str) -> Any:
@@ -203,7 +162,7 @@ def load_model(parts: Parts) -> tuple[Any, list[str]]:
         if config.pad_token_id is None:
             config.pad_token_id = bundle.collate_fn.pad_token_id  # type: ignore[attr-defined]
         options["ignore_mismatched_sizes"] = True
-    kind = _auto_class(recipe.task)
+    kind = models.auto_class(recipe.task)
     set_seed(recipe.seed)  # a new head is drawn here
     try:
         model, info = kind.from_pretrained(
@@ -226,30 +185,6 @@ def load_model(parts: Parts) -> tuple[Any, list[str]]:
             "Use a causal language model, or task=classify."
         )
     return model.to(parts.device), new
-
-
-def add_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: list[str]) -> Any:
-    """The model inside PEFT with LoRA and with everything new trainable; the model itself if `lora_r` is 0.
-
-    Raises:
-        ValueError: `lora_targets` matches nothing.
-    """
-    if recipe.lora_r == 0:
-        return model
-    trained = [*(handle.modules_to_save if handle is not None else []), *new_modules]
-    config = LoraConfig(
-        task_type="SEQ_CLS" if recipe.task == "classify" else "CAUSAL_LM",
-        r=recipe.lora_r,
-        lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]
-        target_modules=recipe.lora_targets,
-        modules_to_save=trained or None,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-    )
-    set_seed(recipe.seed)  # the same LoRA start for every recipe of the same seed
-    with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5.23 by a name that is deprecated there
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        return get_peft_model(model, config)
 
 
 def pick_device(recipe: RunRecipe) -> torch.device:
@@ -332,9 +267,3 @@ def _recomputation(recipe: RunRecipe) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": {"use_reentrant": recipe.gradient_checkpointing == "reentrant"}}
-
-
-def num_parameters(model: nn.Module) -> tuple[int, int]:
-    """(all, trainable) parameters; tied ones once, and a module that PEFT keeps beside its trained copy not at all."""
-    found = [p for name, p in model.named_parameters() if "original_module" not in name.split(".")]
-    return sum(p.numel() for p in found), sum(p.numel() for p in found if p.requires_grad)

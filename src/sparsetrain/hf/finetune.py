@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from sparsetrain.hf import assemble, checkpoint
+from sparsetrain.hf import assemble, checkpoint, models
 from sparsetrain.hf.assemble import Parts
 from sparsetrain.hf.io import quiet
 from sparsetrain.hf.journal import Journal
@@ -93,7 +93,7 @@ def _build(
         journal.run["setup_s"] = time.perf_counter() - began
         quality = measure_quality(model, handle, parts, journal, "evaluating the converted model")
         journal.quality("after_conversion", quality, step=None if recipe.distill_steps else 0)
-    model = assemble.add_lora(model, recipe, handle, new_modules)
+    model = models.add_lora(model, recipe, handle, new_modules)
     if recipe.distill_steps and resumed is None:
         began = time.perf_counter()
         batches = drawn_batches(parts, recipe.distill_steps)
@@ -107,7 +107,7 @@ def _build(
 def _about(parts: Parts) -> dict[str, Any]:
     """Entries of the sidecar that let `load` rebuild the model around an adapter."""
     recipe, config = parts.recipe, parts.config
-    options: dict[str, Any] = {name: 0.0 for name in assemble.ATTENTION_DROPOUT if getattr(config, name, None) == 0.0}
+    options: dict[str, Any] = {name: 0.0 for name in models.ATTENTION_DROPOUT if getattr(config, name, None) == 0.0}
     if recipe.task == "classify":
         options |= {"id2label": config.id2label, "label2id": config.label2id}
         options |= {"pad_token_id": config.pad_token_id, "ignore_mismatched_sizes": True}

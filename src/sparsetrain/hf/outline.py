@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from sparsetrain.core.anatomy import Anatomy, describe, submodule
 from sparsetrain.core.backend import planning_for, watch_ops
 from sparsetrain.core.config import MethodConfig
-from sparsetrain.hf import assemble
+from sparsetrain.hf import models
 from sparsetrain.hf.model_config import context_length
 from sparsetrain.hf.recipe import Recipe
 from sparsetrain.hf.token_selection import selecting
@@ -93,8 +93,8 @@ def outline(
 
 def without_dropout(config: Any, recipe: Recipe) -> None:
     """Attention dropout off where methods take attention, as `finetune` turns it off."""
-    dropped = [name for name in assemble.ATTENTION_DROPOUT if getattr(config, name, 0)]
-    if dropped and assemble.attention_is_taken(lambda: assemble.empty_model(config, recipe.task), recipe.configs):
+    dropped = [name for name in models.ATTENTION_DROPOUT if getattr(config, name, 0)]
+    if dropped and models.attention_is_taken(lambda: models.empty_model(config, recipe.task), recipe.configs):
         for name in dropped:
             setattr(config, name, 0.0)
 
@@ -104,19 +104,19 @@ class _Built:
 
     def __init__(self, recipe: Recipe, config: Any, bf16: bool, gpu: bool) -> None:
         self.recipe, self.config, self.gpu = recipe, config, gpu
-        model = assemble.empty_model(config, recipe.task)
-        self.parameters = assemble.num_parameters(model)[0]
+        model = models.empty_model(config, recipe.task)
+        self.parameters = models.num_parameters(model)[0]
         self.handle = convert_empty(model, recipe, bf16 and recipe.lora_r > 0)
         windows = [site.window for site in describe(model).attentions if site.window]
         self.window = max(windows, default=None)
         new = [name for name, _ in model.named_children() if name in ("classifier", "score", "pre_classifier")]
         new = new if recipe.task == "classify" else []
         if _names_a_layer(recipe):
-            model = assemble.add_lora(model, recipe, self.handle, new)
+            model = models.add_lora(model, recipe, self.handle, new)
             self.layout = thin_out(model)
         else:  # blocks of one kind get the same factors, and PEFT takes a second for forty blocks
             self.layout = thin_out(model)
-            model = assemble.add_lora(model, recipe, self.handle, new)
+            model = models.add_lora(model, recipe, self.handle, new)
         self.memory = _whole_memory(model, self.layout)
         self.in_blocks, self.outside = _trained(model)
         self.hollow = Hollow(seed=recipe.seed)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from sparsetrain.hf import assemble, checkpoint
+from sparsetrain.hf import assemble, checkpoint, models
 from sparsetrain.hf.architectures import (
     build_model,
     check_task,
@@ -96,7 +96,7 @@ def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | No
     config = open_architecture(recipe)
     check_task(config, recipe)
     configs = (like or recipe).configs
-    assemble.drop_attention_dropout(config, lambda: empty_model(config, recipe.task), configs, report)
+    models.drop_attention_dropout(config, lambda: empty_model(config, recipe.task), configs, report)
     tokenizer = open_tokenizer(recipe)
     tokens = sequence_tokens(config, recipe)
     bundle = load_rows(recipe, tokenizer, tokens, report)

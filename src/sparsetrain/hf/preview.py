@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparsetrain.hf import architectures, assemble
+from sparsetrain.hf import architectures, assemble, models
 from sparsetrain.hf.assets import ASSETS, asset_status
 from sparsetrain.hf.checkpoint import check_output, find_resumable
 from sparsetrain.hf.pretrain import open_parts as open_pretraining
@@ -78,11 +78,11 @@ def preview(recipe: RunRecipe, *, report: Report = silent) -> Preview:
             raise ValueError(f"{name} is not fetched yet. Run: sparsetrain models fetch {name}")
     resumed = find_resumable(recipe.output, recipe, note) if recipe.resume and recipe.compare == "none" else None
     parts, model = _opened(recipe, note)
-    weights, _ = assemble.num_parameters(model)
+    weights, _ = models.num_parameters(model)
     added = sum(row["added_params"] for row in parts.plan.rows()) if parts.plan is not None else 0
     if isinstance(recipe, Recipe):
-        model = assemble.add_lora(model, recipe, None, [])
-    total, trainable = assemble.num_parameters(model)
+        model = models.add_lora(model, recipe, None, [])
+    total, trainable = models.num_parameters(model)
     rows_per_step = recipe.batch_size * recipe.grad_accum
     steps = recipe.steps or math.ceil((recipe.epochs or 1) * math.ceil(len(parts.bundle.train) / rows_per_step))
     return Preview(
@@ -109,7 +109,7 @@ def _opened(recipe: RunRecipe, report: Report) -> tuple[assemble.Parts[Any], Any
         return parts, architectures.empty_model(parts.config, recipe.task)
     assert isinstance(recipe, Recipe)
     opened = assemble.open_parts(recipe, report)
-    return opened, assemble.empty_model(opened.config, recipe.task)
+    return opened, models.empty_model(opened.config, recipe.task)
 
 
 def _row_tokens(recipe: RunRecipe, parts: assemble.Parts[Any]) -> int:

@@ -15,7 +15,7 @@ import torch
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from sparsetrain.hf import assemble, checkpoint
+from sparsetrain.hf import assemble, checkpoint, models
 from sparsetrain.hf.assemble import Parts
 from sparsetrain.hf.evaluate import Quality, evaluate
 from sparsetrain.hf.illustrate import illustrate
@@ -145,7 +145,7 @@ def run(
     journal.quality("after_training", trained, step=trainer.state.global_step)
     saved = output / job.saved
     save(model, handle, saved, tokenizer=parts.tokenizer, **about)
-    total, trainable = assemble.num_parameters(model)
+    total, trainable = models.num_parameters(model)
     result = Result(
         recipe=recipe,
         saved=saved,

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from sparsetrain.core.config import MethodConfig
-from sparsetrain.hf import assemble
+from sparsetrain.hf import assemble, models
 from sparsetrain.hf.assemble import Parts
 from sparsetrain.hf.data.random_tokens import RANDOM, random_rows
 from sparsetrain.hf.recipe import Recipe
@@ -105,7 +105,7 @@ def build_step(parts: Parts, report: Report = silent) -> TrainingStep:
     """Load the model of a recipe, convert it, add LoRA, and make its training step.
 
     Raises:
-        ValueError, PlanError: as `assemble.load_model`, `sparsify` and `assemble.add_lora`.
+        ValueError, PlanError: as `assemble.load_model`, `sparsify` and `models.add_lora`.
     """
     model, new_modules = assemble.load_model(parts)
     return convert_step(model, new_modules, parts, report)
@@ -124,7 +124,7 @@ def convert_step(model: Any, new_modules: list[str], parts: Parts, report: Repor
             progress=lambda name, share: report({"event": "phase", "name": name, "share": share}),
         )
         handle.step(MIDDLE, STEPS, 1 / recipe.grad_accum)
-    model = assemble.add_lora(model, recipe, handle, new_modules)
+    model = models.add_lora(model, recipe, handle, new_modules)
     model.train()
     _recompute(model, recipe)
     set_seed(recipe.seed)
