@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,18 @@ def test_a_goal_is_answered_and_written(call: Call, config_file: Path, tmp_path:
     assert drawn.read_bytes().startswith(b"\x89PNG")
     longest = call(*flags, "--memory", "1GB", "--fit", "seq", "--json").json
     assert longest["ok"] and longest["rows"][0]["longest"] > 128 and longest["traced"] == 0
+
+
+def test_an_answer_from_the_cache_does_not_wait_for_torch(call: Call, config_file: Path) -> None:  # noqa: F811
+    flags = ("plan", "--model", config_file, "--lora-r", 4, "--seq", 128, "--preset", "spt", "--memory", "1GB")
+    first = call(*flags)
+    code = (
+        "import sys; from sparsetrain.cli import run; code = run(sys.argv[1:]); "
+        "print('heavy:', [m for m in ('torch', 'transformers', 'numpy') if m in sys.modules]); sys.exit(code)"
+    )
+    again = subprocess.run([sys.executable, "-c", code, *map(str, flags)], capture_output=True, text=True)
+    assert again.returncode == first.code == 0, again.stderr
+    assert again.stdout.splitlines()[-1] == "heavy: []" and "Take: LoRA" in again.stdout
 
 
 def test_an_impossible_goal_ends_with_1_and_says_the_nearest(call: Call, config_file: Path) -> None:  # noqa: F811
