@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from sparsetrain.core.errors import CheckpointError, PlanError
-from sparsetrain.hf.compare import Comparison, compare
+from sparsetrain.hf.compare import Comparison, _leaving_nothing_useless, compare
 from sparsetrain.hf.finetune import finetune
 from sparsetrain.hf.io import load
 from sparsetrain.hf.recipe import Recipe
@@ -121,6 +121,25 @@ def test_a_side_s_error_comes_back_as_it_was_and_nothing_is_written(tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("made", "new", "kept"),
+    [
+        ("dense/checkpoint-2/step.bin", True, False),  # killed in the middle of writing
+        ("dense/checkpoint-2/manifest.json", True, True),
+        ("dense/result.json", True, True),  # without checkpoints (save_every=0) this is all that a finished side leaves
+        ("dense/journal.jsonl", True, False),
+        ("dense/journal.jsonl", False, True),
+    ],
+)
+def test_what_a_comparison_leaves_when_it_ends_early(made: str, new: bool, kept: bool, tmp_path: Path) -> None:
+    output, file = tmp_path / "run", tmp_path / "run" / made
+    with pytest.raises(KeyboardInterrupt), _leaving_nothing_useless(output, new):
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
+        raise KeyboardInterrupt
+    assert file.exists() == output.exists() == kept
+
+
 def test_a_conversion_that_fails_after_dense_has_begun_leaves_nothing(tmp_path: Path) -> None:
     steps: list[str] = []
 
