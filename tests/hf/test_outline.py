@@ -26,6 +26,7 @@ AGAIN = {"gradient_checkpointing": "non-reentrant"}
 WAYS: dict[str, dict[str, Any]] = {
     "full": {"lora_r": 0},
     "lora": {"lora_r": 4},
+    "lora, one layer's": {"lora_r": 4, "lora_targets": ["layers.3.self_attn.q_proj", "down_proj"]},
     "checkpointing": {"lora_r": 4, **AGAIN},
     "tokens": {"lora_r": 4, "methods": [TOKENS]},
     "spt": {"lora_r": 4, "methods": [PQ, FFN]},

@@ -7,7 +7,6 @@ on hollow tensors (`planner.hollow`) through the very code that trains: conversi
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import warnings
@@ -18,13 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from sparsetrain.core.anatomy import Anatomy, describe, submodule
 from sparsetrain.core.backend import planning_for, watch_ops
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.hf import models
+from sparsetrain.hf.gpu_dropout import drop_as_on_a_gpu
 from sparsetrain.hf.model_config import context_length
 from sparsetrain.hf.recipe import Recipe
 from sparsetrain.hf.token_selection import selecting
@@ -124,7 +122,7 @@ class _Built:
         _settle(model, self.hollow)
         model.train()
         if gpu:
-            _drop_as_on_a_gpu(model, recipe)
+            drop_as_on_a_gpu(model, recipe)
         if recipe.gradient_checkpointing != "none":
             recompute(model)
         self.model = model
@@ -161,45 +159,6 @@ class _Built:
             grads_by_block=tuple(sum(_size(p) for p in params) for params in own),
         )
         return static, sum(p.numel() for p in trained)
-
-
-class _FusedDropout(TorchFunctionMode):
-    """Dropout as GPUs have it: inside fused attention it keeps nothing, elsewhere one byte a number.
-
-    On a CPU attention with dropout is not fused and keeps its probabilities, and a mask has the dtype of its input.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and kwargs.get("dropout_p"):
-            kwargs = {**kwargs, "dropout_p": 0.0}
-        if func is F.dropout:
-            return _dropout(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _drop_as_on_a_gpu(model: Any, recipe: Recipe) -> None:
-    """Let the model's dropouts keep what they keep on a GPU."""
-    if any(config.method == "token_selection" for config in recipe.configs):
-        return  # its passes draw masks of bytes, and its attention has no dropout
-    parts = [submodule(model, site.name) for site in describe(model).attentions]
-    parts += [module for module in model.modules() if isinstance(module, nn.Dropout)]
-    # checkpointing recomputes blocks in the backward, where a mode that the model's forward turns on is off
-    for module in parts if recipe.gradient_checkpointing != "none" else [model]:
-        module.forward = _fusing(module.forward)
-
-
-def _fusing(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def fused(*args: Any, **kwargs: Any) -> Any:
-        with _FusedDropout():
-            return forward(*args, **kwargs)
-
-    return fused
-
-
-def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
 
 
 def _settle(model: nn.Module, hollow: Hollow) -> None:
