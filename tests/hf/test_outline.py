@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BertConfig, Gemma3TextConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    Gemma3TextConfig,
+    LlamaConfig,
+)
 
 from sparsetrain import plan, sparsify
 from sparsetrain.hf.models import add_lora
@@ -17,6 +24,7 @@ from sparsetrain.measure.memory import saved_activations, static_memory
 from sparsetrain.planner.memory import PeakBytes, peak_bytes
 from sparsetrain.planner.tracing import trace_step
 from sparsetrain.surgery.plan import blank_state
+from tests.families import FAMILIES
 
 PQ = {"method": "pq_attention", "keep_ratio": 0.5, "block_q": 16, "block_k": 8, "layers": [2, 3], "local_tokens": 4}
 FFN = {"method": "routed_ffn", "num_blocks": 4, "shared_ratio": 0.25, "partition": "clustered", "layers": [1, 3],
@@ -61,11 +69,13 @@ def recipe(**values: Any) -> Recipe:
 def real(asked: Recipe, config: Any) -> tuple[nn.Module, Any]:
     """The model with weights and all layers, and its step."""
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(config)
+    classify = asked.task == "classify"
+    model: Any = (AutoModelForSequenceClassification if classify else AutoModelForCausalLM).from_config(config)
     handle = None
     if asked.methods:
         handle = sparsify(model, *asked.configs, state=blank_state(plan(model, *asked.configs).edits))
-    model = add_lora(model, asked, handle, [])
+    heads = [name for name, _ in model.named_children() if name in ("classifier", "pre_classifier")]
+    model = add_lora(model, asked, handle, heads if classify else [])
     model.train()
     if asked.gradient_checkpointing != "none":
         recompute(model)
@@ -99,6 +109,25 @@ def test_prediction_equals_a_real_step_of_all_layers(way: str) -> None:
         live += segment.kept
     moved = peak.total - (found.static.parameters_trainable + found.static.parameters_frozen)
     assert moved - found.static.buffers - found.static.optimizer == pytest.approx(most, rel=0.1)
+
+
+@pytest.mark.parametrize("again", [{}, AGAIN])
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("name", [name for name, case in FAMILIES.items() if not case.vision])
+def test_static_parts_of_every_family_are_exact(name: str, gpu: bool, again: dict[str, Any]) -> None:
+    case = FAMILIES[name]
+    config = case.model().config
+    asked = recipe(lora_r=4, task="lm" if case.causal else "classify", methods=[TOKENS], seq_len=64, **again)
+    model, step = real(asked, config)
+    found = outline(asked, copy.deepcopy(config), bf16=False, gpu=gpu, lengths=(64,)).static
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    step().backward()
+    optimizer.step()
+    static = static_memory(model, optimizer)
+    assert found.parameters_trainable == static.parameters_trainable
+    assert found.parameters_frozen == static.parameters_frozen
+    assert found.buffers == static.buffers
+    assert (found.gradients, found.optimizer) == (static.gradients, static.optimizer_trainable)
 
 
 def test_hybrid_layers_are_traced_once_a_kind_and_the_walk_equals_the_whole() -> None:
