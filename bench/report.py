@@ -283,12 +283,17 @@ def accuracy_gpu(results: dict[str, Any]) -> list[str]:
     lines.append("|" + " --- |" * 6)
     for name, cell in results["cells"].items():
         predicted, measured = cell["predicted"], cell["measured"]
+        if "peak" not in measured:
+            lines.append(
+                f"| {name} | {predicted['peak'] / 1e9:.2f} | out of memory | – | {predicted['step_s']:.3f} | – |"
+            )
+            continue
         lines.append(
             f"| {name} | {predicted['peak'] / 1e9:.2f} | {measured['peak'] / 1e9:.2f} "
             f"| {max(map(abs, cell['errors'].values())):.1%} | {predicted['step_s']:.3f} | {measured['step_s']:.3f} |"
         )
-    exact = sum(cell["static_exact"] for cell in results["cells"].values())
-    return [*lines, "", f"Parameters, gradients and optimizer state exact in {exact} of {len(results['cells'])} cells."]
+    exact = [cell["static_exact"] for cell in results["cells"].values() if "static_exact" in cell]
+    return [*lines, "", f"Parameters, gradients and optimizer state exact in {sum(exact)} of {len(exact)} cells."]
 
 
 def step_times(results: dict[str, Any]) -> list[str]:

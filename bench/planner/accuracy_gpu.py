@@ -18,6 +18,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from accuracy import compare
+
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 _AGAIN = {"gradient_checkpointing": "non-reentrant"}
@@ -157,16 +159,6 @@ def try_to(recipe: Any, config: Any) -> dict[str, Any]:
         torch.cuda.empty_cache()
 
 
-def errors_of(predicted: dict[str, Any], measured: dict[str, Any]) -> dict[str, float]:
-    """Predicted / measured - 1 of the peak and of every component that holds at least 1 % of the saved bytes."""
-    errors = {"peak": predicted["peak"] / measured["peak"] - 1}
-    total = sum(measured["saved"].values())
-    for name, size in measured["saved"].items():
-        if size >= 0.01 * total:
-            errors[name] = predicted["saved"][name] / size - 1
-    return errors
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="models, comma-separated")
@@ -208,7 +200,7 @@ def main() -> None:
             shown = f"out of memory; predicted {peak.total / 1e9:.1f} GB"
             if "peak" in measured:
                 exact = all(predicted[name] == measured[name] for name in ("parameters", "gradients", "optimizer"))
-                row |= {"static_exact": exact, "errors": errors_of(predicted, measured)}
+                row |= {"static_exact": exact, "errors": compare(predicted, measured)}
                 shown = f"static {'exact' if exact else 'DIFFERS'}  peak {measured['peak'] / 1e9:.2f} GB  "
                 shown += "  ".join(f"{name} {error:+.1%}" for name, error in row["errors"].items())
                 shown += f"  step {measured['step_s']:.3f} s, predicted {predicted['step_s']:.3f}"

@@ -91,17 +91,15 @@ def outline(
 
 def without_dropout(config: Any, recipe: Recipe) -> None:
     """Attention dropout off where methods take attention, as `finetune` turns it off."""
-    dropped = [name for name in models.ATTENTION_DROPOUT if getattr(config, name, 0)]
-    if dropped and models.attention_is_taken(lambda: models.empty_model(config, recipe.task), recipe.configs):
-        for name in dropped:
-            setattr(config, name, 0.0)
+    empty = lambda: models.empty_model(config, recipe.task)  # noqa: E731
+    models.drop_attention_dropout(config, empty, recipe.configs, lambda _event: None)
 
 
 class _Built:
     """The thinned-out model on hollow parameters, ready to be traced at any length."""
 
     def __init__(self, recipe: Recipe, config: Any, bf16: bool, gpu: bool) -> None:
-        self.recipe, self.config, self.gpu = recipe, config, gpu
+        self.recipe, self.config = recipe, config
         model = models.empty_model(config, recipe.task)
         self.parameters = models.num_parameters(model)[0]
         self.handle = convert_empty(model, recipe, bf16 and recipe.lora_r > 0)
