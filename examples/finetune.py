@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 import sparsetrain
 from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.data import load_text
-from sparsetrain.hf.evaluate import evaluate
-from sparsetrain.hf.io import load, save
-from sparsetrain.hf.trainer import SparsityCallback
+from sparsetrain.hf.model.io import load, save
+from sparsetrain.hf.train.callbacks import SparsityCallback
+from sparsetrain.hf.train.evaluate import evaluate
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import sparsetrain
-from sparsetrain.hf.attention import NAME
+from sparsetrain.hf.model.attention import NAME
 
 SOURCE = Path(sparsetrain.__file__).parent
 

@@ -43,15 +43,15 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def make_recipe(model: str, way: str, tokens: int) -> Any:
-    from sparsetrain.hf.recipe import Recipe
+    from sparsetrain.recipes.finetune import Recipe
 
     values = {"model": model, "data": "none", "task": MODELS[model], "seq_len": tokens, "methods": [], **WAYS[way]}
     return Recipe.from_values(values)
 
 
 def predict(model: str, way: str, tokens: int) -> dict[str, Any]:
-    from sparsetrain.hf.assemble import open_config
-    from sparsetrain.hf.outline import outline
+    from sparsetrain.hf.study.outline import outline
+    from sparsetrain.hf.train.assemble import open_config
 
     recipe = make_recipe(model, way, tokens)
     _, config = open_config(recipe, lambda _event: None, ())
@@ -75,9 +75,9 @@ def measure(model: str, way: str, tokens: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from sparsetrain import plan, sparsify
-    from sparsetrain.hf.assemble import open_config
-    from sparsetrain.hf.models import add_lora
-    from sparsetrain.hf.outline import example_batch, recompute, training_step, without_dropout
+    from sparsetrain.hf.model.models import add_lora
+    from sparsetrain.hf.study.outline import example_batch, recompute, training_step, without_dropout
+    from sparsetrain.hf.train.assemble import open_config
     from sparsetrain.measure.memory import peak_memory, reset_peak, saved_activations, static_memory
     from sparsetrain.planner.tracing import trace_step
     from sparsetrain.surgery.plan import blank_state

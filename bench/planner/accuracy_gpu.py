@@ -46,7 +46,7 @@ Cell = tuple[str, str, str, int]
 
 
 def make_recipe(cell: Cell) -> Any:
-    from sparsetrain.hf.recipe import Recipe
+    from sparsetrain.recipes.finetune import Recipe
 
     model, task, way, tokens = cell
     values = {"model": model, "data": "none", "task": task, "seq_len": tokens, "methods": [], **WAYS[way]}
@@ -56,7 +56,7 @@ def make_recipe(cell: Cell) -> Any:
 def open_config(model: str, folder: Path | None) -> Any:
     from transformers import AutoConfig
 
-    from sparsetrain.hf.model_config import read_config
+    from sparsetrain.hf.model.model_config import read_config
 
     own = folder is not None and (folder / model / "config.json").is_file()
     return AutoConfig.for_model(**read_config(str(folder / model) if own and folder else model).values)
@@ -72,7 +72,7 @@ def predict(job: tuple[Cell, str | None]) -> str:
     """One cell's outline as JSON: small models at their very length, large ones fitted as `plan` does it."""
     import torch
 
-    from sparsetrain.hf.outline import outline
+    from sparsetrain.hf.study.outline import outline
 
     torch.set_num_threads(1)
     cell, folder = job
@@ -88,8 +88,8 @@ def build(recipe: Any, config: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from sparsetrain import plan, sparsify
-    from sparsetrain.hf.models import add_lora
-    from sparsetrain.hf.outline import example_batch, recompute, training_step, without_dropout
+    from sparsetrain.hf.model.models import add_lora
+    from sparsetrain.hf.study.outline import example_batch, recompute, training_step, without_dropout
     from sparsetrain.surgery.plan import blank_state
 
     without_dropout(config, recipe)

@@ -23,7 +23,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
 
 
 def measured(recipe: Any) -> float:
-    from sparsetrain.hf.training_step import build_step, open_measured_parts
+    from sparsetrain.hf.study.training_step import build_step, open_measured_parts
 
     step = build_step(open_measured_parts(recipe))
     times = []
@@ -37,8 +37,8 @@ def measured(recipe: Any) -> float:
 def predicted(recipe: Any, rates: Any) -> float:
     from transformers import AutoConfig
 
-    from sparsetrain.hf.model_config import read_config
-    from sparsetrain.hf.outline import outline
+    from sparsetrain.hf.model.model_config import read_config
+    from sparsetrain.hf.study.outline import outline
     from sparsetrain.planner.roofline import step_seconds
 
     config = AutoConfig.for_model(**read_config(recipe.model).values)
@@ -53,10 +53,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     options = parser.parse_args()
     from sparsetrain.hf.data.random_tokens import RANDOM
-    from sparsetrain.hf.recipe import Recipe
     from sparsetrain.measure.machine import describe_machine
     from sparsetrain.measure.rates import measure_rates
     from sparsetrain.planner.machines import MachineRates
+    from sparsetrain.recipes.finetune import Recipe
 
     rates = MachineRates.from_dict(measure_rates("cpu", seconds=0.3).to_dict())
     rows = {}

@@ -200,7 +200,7 @@ def test_errors_are_json_when_asked(call: Call, tmp_path: Path) -> None:
 
 def interrupted_run(train, monkeypatch: pytest.MonkeyPatch, at_step: int = 3) -> Result:
     """A run that is interrupted (Ctrl-C) in its `at_step`-th step, with a whole checkpoint for each step before."""
-    from sparsetrain.hf.trainer import StepRecorder
+    from sparsetrain.hf.train.callbacks import StepRecorder
 
     ordinary = StepRecorder.on_step_begin
 

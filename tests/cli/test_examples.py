@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparsetrain.hf.architectures import check_task, open_architecture
-from sparsetrain.hf.pretrain_recipe import PretrainRecipe
-from sparsetrain.hf.recipe import Recipe
+from sparsetrain.hf.model.architectures import check_task, open_architecture
+from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.recipes.pretrain import PretrainRecipe
 from tests.cli.conftest import Call, save_llama
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -8,8 +8,8 @@ import pytest
 
 import sparsetrain
 from sparsetrain import FloodFillAttention
-from sparsetrain.hf.sidecar import write_sidecar
 from sparsetrain.measure.patterns import add_pictures
+from sparsetrain.runs.sidecar import write_sidecar
 from tests.cli.conftest import Call
 from tests.families import FAMILIES, LAYERS
 

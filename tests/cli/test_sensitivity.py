@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsetrain.hf.recipe import Recipe
+from sparsetrain.recipes.finetune import Recipe
 from tests.cli.conftest import Call, save_llama, write_text
 
 METHOD = "routed_ffn:num_blocks=4,num_active=2,shared_ratio=0.25,partition=clustered,compensation_rank=4"

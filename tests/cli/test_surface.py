@@ -13,8 +13,8 @@ import typer
 from sparsetrain.cli.app import app
 from sparsetrain.cli.flags import FLAGS
 from sparsetrain.cli.pretrain_flags import PRETRAIN_FLAGS
-from sparsetrain.hf.pretrain_recipe import PretrainRecipe
-from sparsetrain.hf.recipe import Recipe
+from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.recipes.pretrain import PretrainRecipe
 from tests.cli.conftest import Call
 
 ALWAYS = {"--json", "--debug"}

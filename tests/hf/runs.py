@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sparsetrain.hf.recipe import Recipe
+from sparsetrain.recipes.finetune import Recipe
 
 WORDS = ["red", "green", "blue", "sun", "moon", "star", "runs", "sits", "over", "under", "the", "a", "and", "not", "."]
 LAYERS, HIDDEN, FFN, CONTEXT = 2, 32, 64, 128

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from sparsetrain.core.errors import CheckpointError
-from sparsetrain.hf.checkpoint import check_output, checkpoints, find_resumable, rotate
-from sparsetrain.hf.finetune import Result, finetune
-from sparsetrain.hf.manifest import MANIFEST, verify_manifest
-from sparsetrain.hf.recipe import Recipe
+from sparsetrain.hf.train.finetune import Result, finetune
+from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.runs.checkpoints import check_output, checkpoints, find_resumable, rotate
+from sparsetrain.runs.manifest import MANIFEST, verify_manifest
 from tests.hf import runs
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -176,8 +176,8 @@ def test_nothing_to_resume_and_finished_runs(tmp_path: Path) -> None:
 _SERVER = """
 import os, sys, torch
 torch.set_num_threads(1)
-from sparsetrain.hf.finetune import finetune
-from sparsetrain.hf.recipe import Recipe
+from sparsetrain.hf.train.finetune import finetune
+from sparsetrain.recipes.finetune import Recipe
 for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
@@ -230,8 +230,8 @@ def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays_whole(tmp_pa
     script = """
 import sys, torch
 torch.set_num_threads(1)
-from sparsetrain.hf.finetune import finetune
-from sparsetrain.hf.recipe import Recipe
+from sparsetrain.hf.train.finetune import finetune
+from sparsetrain.recipes.finetune import Recipe
 finetune(Recipe.from_yaml(sys.argv[1], {"resume": True}), write=False)
 """
     recipe.to_yaml(tmp_path / "r.yaml")

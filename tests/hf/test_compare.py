@@ -12,11 +12,11 @@ import psutil
 import pytest
 
 from sparsetrain.core.errors import CheckpointError, PlanError
-from sparsetrain.hf.compare import Comparison, _leaving_nothing_useless, compare
-from sparsetrain.hf.finetune import finetune
-from sparsetrain.hf.io import load
-from sparsetrain.hf.recipe import Recipe
+from sparsetrain.hf.model.io import load
+from sparsetrain.hf.study.compare import Comparison, _leaving_nothing_useless, compare
+from sparsetrain.hf.train.finetune import finetune
 from sparsetrain.measure import load_report
+from sparsetrain.recipes.finetune import Recipe
 from tests.hf import runs
 
 

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from sparsetrain.hf.evaluate import Quality, evaluate
-from sparsetrain.hf.finetune import Result, finetune
-from sparsetrain.hf.io import load
-from sparsetrain.hf.preview import preview
+from sparsetrain.hf.model.io import load
+from sparsetrain.hf.study.preview import preview
+from sparsetrain.hf.train.evaluate import Quality, evaluate
+from sparsetrain.hf.train.finetune import Result, finetune
 from sparsetrain.measure import load_report
 from tests.hf import runs
 

@@ -21,11 +21,11 @@ from transformers import (
 
 import sparsetrain
 from sparsetrain import FloodFillAttention
-from sparsetrain.hf.finetune import finetune
-from sparsetrain.hf.patterns import read_patterns
-from sparsetrain.hf.sidecar import read_state
-from sparsetrain.hf.trainer import SparsityCallback
+from sparsetrain.hf.train.callbacks import SparsityCallback
+from sparsetrain.hf.train.finetune import finetune
 from sparsetrain.measure.memory import saved_activations
+from sparsetrain.runs.patterns import read_patterns
+from sparsetrain.runs.sidecar import read_state
 from tests.hf import runs
 
 TOKENS, STEPS = 128, 20

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 import sparsetrain
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.core.errors import CheckpointError
-from sparsetrain.hf.finetune import finetune
-from sparsetrain.hf.io import export, load, save
-from sparsetrain.hf.manifest import MANIFEST, atomic_folder, disk_errors, verify_manifest
-from sparsetrain.hf.sidecar import SIDECAR, STATE, read_sidecar
+from sparsetrain.hf.model.io import export, load, save
+from sparsetrain.hf.train.finetune import finetune
+from sparsetrain.runs.manifest import MANIFEST, atomic_folder, disk_errors, verify_manifest
+from sparsetrain.runs.sidecar import SIDECAR, STATE, read_sidecar
 from tests.hf import runs
 
 BATCH = {"input_ids": torch.arange(4, 4 + 14).repeat(1, 5)}
@@ -76,7 +76,7 @@ def test_save_and_load_give_the_same_logits(tmp_path: Path, name: str, rank: int
 _LOGITS = """
 import sys, torch
 torch.set_num_threads(1)
-from sparsetrain.hf.io import load
+from sparsetrain.hf.model.io import load
 ids = torch.arange(4, 18).repeat(1, 5)
 with torch.no_grad():
     torch.save(load(sys.argv[1]).model(input_ids=ids).logits, sys.argv[2])

@@ -10,20 +10,21 @@ from typing import Any
 import pytest
 import torch
 
-from sparsetrain.hf import bench_checks as checks
-from sparsetrain.hf.assemble import load_model
-from sparsetrain.hf.bench import Outcome, bench, candidates
-from sparsetrain.hf.bench_cut import cut_head
+from sparsetrain.core.config import plain_values
 from sparsetrain.hf.data.random_tokens import RANDOM, random_rows
-from sparsetrain.hf.model_config import read_config
-from sparsetrain.hf.predict import measured_speedup
-from sparsetrain.hf.profile import profile_recipe, profile_side
-from sparsetrain.hf.recipe import Recipe, plain_values
-from sparsetrain.hf.training_step import build_step, open_measured_parts
+from sparsetrain.hf.model.model_config import read_config
+from sparsetrain.hf.study import bench_checks as checks
+from sparsetrain.hf.study.bench import Outcome, bench, candidates
+from sparsetrain.hf.study.bench_cut import cut_head
+from sparsetrain.hf.study.predict import measured_speedup
+from sparsetrain.hf.study.profile import profile_recipe, profile_side
+from sparsetrain.hf.study.training_step import build_step, open_measured_parts
+from sparsetrain.hf.train.assemble import load_model
 from sparsetrain.measure.memory import saved_activations
 from sparsetrain.methods import PQAttention, RoutedFFN
 from sparsetrain.planner.machines import MachineRates
 from sparsetrain.planner.search import Question
+from sparsetrain.recipes.finetune import Recipe
 from tests.hf.runs import PQ, ROUTED, bert, llama
 
 

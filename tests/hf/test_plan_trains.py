@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sparsetrain.hf.model_config import read_config
-from sparsetrain.hf.predict import Predictor, candidates, predict, recipe_yaml
+from sparsetrain.hf.model.model_config import read_config
+from sparsetrain.hf.study.predict import Predictor, candidates, predict, recipe_yaml
 from sparsetrain.planner.machines import known_machines
 from sparsetrain.planner.search import Question
 
@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 from sparsetrain import plan, sparsify
-from sparsetrain.hf.models import add_lora
+from sparsetrain.hf.model.models import add_lora
 from sparsetrain.hf.assets import resolve_model
-from sparsetrain.hf.outline import example_batch, recompute, training_step
-from sparsetrain.hf.recipe import Recipe
+from sparsetrain.hf.study.outline import example_batch, recompute, training_step
+from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.surgery.plan import blank_state
 
 recipe, limit = Recipe.from_yaml(sys.argv[1], {"data": "none"}), int(sys.argv[2])

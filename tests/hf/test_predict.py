@@ -6,18 +6,11 @@ from typing import Any
 
 import pytest
 
-from sparsetrain.hf.model_config import built_in_configs, read_config
-from sparsetrain.hf.predict import (
-    Predictor,
-    candidates,
-    predict,
-    recipe_yaml,
-    unable,
-    usable_bytes,
-)
-from sparsetrain.hf.recipe import Recipe
+from sparsetrain.hf.model.model_config import built_in_configs, read_config
+from sparsetrain.hf.study.predict import Predictor, candidates, predict, recipe_yaml, unable, usable_bytes
 from sparsetrain.planner.machines import known_machines
 from sparsetrain.planner.search import Question
+from sparsetrain.recipes.finetune import Recipe
 from tests.hf.test_outline import llama
 
 CPU = known_machines()["cpu"]
@@ -43,7 +36,7 @@ def test_configs_are_found_by_file_folder_short_and_hub_name(config_file: Path) 
 def test_built_in_configs_make_models_of_the_known_sizes() -> None:
     from transformers import AutoConfig
 
-    from sparsetrain.hf.models import empty_model, num_parameters
+    from sparsetrain.hf.model.models import empty_model, num_parameters
 
     billions = {"llama-3-8b": 8.03, "qwen2.5-7b": 7.62, "gemma-3-12b": 11.77, "qwen2.5-0.5b": 0.494,
                 "llama-3.1-8b": 8.03, "llama-3.2-1b": 1.236, "mistral-7b": 7.24}  # fmt: skip

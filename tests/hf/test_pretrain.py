@@ -15,17 +15,17 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from sparsetrain.core.errors import CheckpointError
-from sparsetrain.hf import pretrain_data
-from sparsetrain.hf.classifier import EncoderClassifier
-from sparsetrain.hf.compare import compare
 from sparsetrain.hf.data import DataBundle
 from sparsetrain.hf.data.byte_tokens import byte_tokenizer
-from sparsetrain.hf.illustrate import read_flips
-from sparsetrain.hf.io import export, load
-from sparsetrain.hf.patterns import read_patterns
-from sparsetrain.hf.pretrain import PretrainRecipe, pretrain
-from sparsetrain.hf.preview import preview
-from sparsetrain.hf.run import Result
+from sparsetrain.hf.model.classifier import EncoderClassifier
+from sparsetrain.hf.model.io import export, load
+from sparsetrain.hf.study.compare import compare
+from sparsetrain.hf.study.preview import preview
+from sparsetrain.hf.train import pretrain_data
+from sparsetrain.hf.train.pretrain import PretrainRecipe, pretrain
+from sparsetrain.hf.train.run import Result
+from sparsetrain.runs.illustrate import read_flips
+from sparsetrain.runs.patterns import read_patterns
 from tests.hf import runs
 
 FLOOD = {"method": "flood_fill_attention", "block_tokens": 8, "filter_edge": 5, "keep_ratio": 0.3, "probe_every": 1}

@@ -13,10 +13,10 @@ from transformers import Trainer, TrainingArguments
 
 import sparsetrain
 from sparsetrain import SemiStructured
-from sparsetrain.hf.io import export, load, save
-from sparsetrain.hf.sidecar import read_state
-from sparsetrain.hf.trainer import SparsityCallback
+from sparsetrain.hf.model.io import export, load, save
+from sparsetrain.hf.train.callbacks import SparsityCallback
 from sparsetrain.methods.semi_structured.flips import flip_curve
+from sparsetrain.runs.sidecar import read_state
 from tests.families import FAMILIES
 from tests.methods.test_semi_structured import CONTROLS
 

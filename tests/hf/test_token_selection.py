@@ -17,9 +17,9 @@ from transformers import BertForMaskedLM, DistilBertForMaskedLM, LlamaConfig, Ll
 
 import sparsetrain
 from sparsetrain import TokenSelection
-from sparsetrain.hf.finetune import Result, finetune
-from sparsetrain.hf.token_scores import token_scores
-from sparsetrain.hf.token_selection import select_tokens, selecting, selector_of
+from sparsetrain.hf.train.finetune import Result, finetune
+from sparsetrain.hf.train.token_scores import token_scores
+from sparsetrain.hf.train.token_selection import select_tokens, selecting, selector_of
 from tests.families import FAMILIES
 from tests.hf import runs
 from tests.hf.test_checkpoint import StopAt

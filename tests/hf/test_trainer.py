@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import sparsetrain
 from sparsetrain import RoutedFFN
-from sparsetrain.hf.sidecar import SIDECAR, STATE, read_sidecar, read_state
-from sparsetrain.hf.trainer import ProgressBar, SparsityCallback, StepRecorder, check_forwards, check_trainable
+from sparsetrain.hf.train.callbacks import SparsityCallback, StepRecorder, check_forwards, check_trainable
+from sparsetrain.runs.progress import ProgressBar
+from sparsetrain.runs.sidecar import SIDECAR, STATE, read_sidecar, read_state
 from tests.hf import runs
 
 CONFIG = RoutedFFN(num_blocks=4, num_active=2, warmup_ratio=0.5)

@@ -16,11 +16,11 @@ import sparsetrain
 from sparsetrain import SemiStructured, Unsupported
 from sparsetrain.core.anatomy import Anatomy, Block, FFNSite
 from sparsetrain.core.errors import PlanError
-from sparsetrain.hf.pretrain_recipe import PretrainRecipe
 from sparsetrain.methods.semi_structured.export import to_24, to_dense
 from sparsetrain.methods.semi_structured.flips import flip_curve, mask_digest
 from sparsetrain.methods.semi_structured.tuning import find_decay
 from sparsetrain.ops.nm_mask import nm_mask, transposable_mask
+from sparsetrain.recipes.pretrain import PretrainRecipe
 from tests.families import FAMILIES
 
 CONTROLS = {

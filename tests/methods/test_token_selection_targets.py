@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import sparsetrain
-from sparsetrain.hf.token_selection import select_tokens, selecting
+from sparsetrain.hf.train.token_selection import select_tokens, selecting
 from sparsetrain.methods.token_selection import TokenSelection
 from sparsetrain.methods.token_selection.policies import Batch, draw
 from tests.families import FAMILIES

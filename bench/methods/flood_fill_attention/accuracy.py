@@ -45,8 +45,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def run(args: argparse.Namespace, seed: int, variant: str) -> dict[str, Any]:
-    from sparsetrain.hf.pretrain import pretrain
-    from sparsetrain.hf.pretrain_recipe import PretrainRecipe
+    from sparsetrain.hf.train.pretrain import pretrain
+    from sparsetrain.recipes.pretrain import PretrainRecipe
 
     values = {**COMMON, **TASKS[args.task], "data": args.task, "seed": seed, "threads": args.threads}
     values["warmup_steps"] = values["steps"] // 10

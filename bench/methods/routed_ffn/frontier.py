@@ -28,15 +28,15 @@ from torch import Tensor
 
 from sparsetrain import RoutedFFN, sparsify
 from sparsetrain.core.anatomy import describe
-from sparsetrain.hf import assemble
-from sparsetrain.hf.evaluate import evaluate
-from sparsetrain.hf.finetune import finetune
-from sparsetrain.hf.recipe import Recipe
-from sparsetrain.hf.rows import calibration_batches
-from sparsetrain.hf.trainer import silent
+from sparsetrain.hf.train import assemble
+from sparsetrain.hf.train.evaluate import evaluate
+from sparsetrain.hf.train.finetune import finetune
+from sparsetrain.hf.train.rows import calibration_batches
 from sparsetrain.measure.machine import describe_machine
 from sparsetrain.measure.timing import compare
 from sparsetrain.methods.routed_ffn.calibrate import convert_site, read_inputs
+from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.runs.events import silent
 from sparsetrain.surgery.plan import State, plan
 from sparsetrain.surgery.sensitivity import layer_losses
 

@@ -54,9 +54,9 @@ def recipe_values(task: str, variant: str, seed: int, steps: int) -> dict[str, A
 
 
 def run(values: dict[str, Any], threads: int, device: str) -> dict[str, Any]:
-    from sparsetrain.hf.evaluate import Quality
-    from sparsetrain.hf.illustrate import read_flips
-    from sparsetrain.hf.pretrain import PretrainRecipe, pretrain
+    from sparsetrain.hf.train.evaluate import Quality
+    from sparsetrain.hf.train.pretrain import PretrainRecipe, pretrain
+    from sparsetrain.runs.illustrate import read_flips
 
     with tempfile.TemporaryDirectory() as folder:
         values = values | {"output": f"{folder}/run", "threads": threads, "device": device}

@@ -40,7 +40,7 @@ class Trainee:
 
         from sparsetrain.hf.assets import resolve_data, resolve_model
         from sparsetrain.hf.data import load_text
-        from sparsetrain.hf.token_selection import selector_of
+        from sparsetrain.hf.train.token_selection import selector_of
 
         path = resolve_model("smollm2-135m")
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
@@ -56,7 +56,7 @@ class Trainee:
         self.batch = rows.collate_fn([rows.train[i] for i in range(2)])
 
     def gradient(self, config: TokenSelection, step: int) -> Tensor:
-        from sparsetrain.hf.token_selection import selecting
+        from sparsetrain.hf.train.token_selection import selecting
 
         self.selector.config, self.selector.step = config, step
         self.model.zero_grad(set_to_none=True)

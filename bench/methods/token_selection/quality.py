@@ -53,9 +53,9 @@ DEFAULT = {"classify": "random,prefix", "sft": "random,targets,prefix,loss,gradi
 def run(
     settings: dict[str, Any], seed: int, method: dict[str, Any] | None, threads: int, device: str
 ) -> dict[str, Any]:
-    from sparsetrain.hf.evaluate import Quality
-    from sparsetrain.hf.finetune import finetune
-    from sparsetrain.hf.recipe import Recipe
+    from sparsetrain.hf.train.evaluate import Quality
+    from sparsetrain.hf.train.finetune import finetune
+    from sparsetrain.recipes.finetune import Recipe
 
     def keep(event: dict[str, Any]) -> None:
         if event["event"] == "quality" and event["stage"] == "dense":

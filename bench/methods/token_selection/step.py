@@ -45,7 +45,7 @@ class Trainee:
         from transformers import AutoModelForCausalLM
 
         from sparsetrain.hf.assets import resolve_model
-        from sparsetrain.hf.token_selection import selector_of
+        from sparsetrain.hf.train.token_selection import selector_of
 
         model: Any = AutoModelForCausalLM.from_pretrained(
             resolve_model("smollm2-135m"), dtype=torch.float32, attn_implementation="sdpa"
@@ -65,7 +65,7 @@ class Trainee:
         self.batch = {"input_ids": ids, "labels": ids}
 
     def loss(self, ratio: float, plain_head: bool = False, policy: str = "random") -> Tensor:
-        from sparsetrain.hf.token_selection import selecting
+        from sparsetrain.hf.train.token_selection import selecting
 
         self.selector.config = replace(self.selector.config, keep_ratio=ratio, policy=policy)
         if plain_head:

@@ -54,10 +54,10 @@ def bench(
       sparsetrain bench --model smollm2-135m --method routed_ffn:num_blocks=8,num_active=2 --quick
     """
     import sparsetrain.methods  # noqa: F401  (enters them in the registry)
-    from sparsetrain.hf.bench import QUICK_LAYERS, candidates
-    from sparsetrain.hf.bench import bench as measure
     from sparsetrain.hf.data.random_tokens import RANDOM
-    from sparsetrain.hf.recipe import Recipe
+    from sparsetrain.hf.study.bench import QUICK_LAYERS, candidates
+    from sparsetrain.hf.study.bench import bench as measure
+    from sparsetrain.recipes.finetune import Recipe
 
     given = changes(flags)
     asked = Recipe.from_yaml(recipe, given) if recipe else Recipe.from_values({"data": RANDOM, "methods": [], **given})

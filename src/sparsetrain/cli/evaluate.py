@@ -33,9 +33,9 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
     """
     import torch
 
-    from sparsetrain.hf.assemble import pick_device, pick_dtype
-    from sparsetrain.hf.evaluate import evaluate as evaluate_rows
-    from sparsetrain.hf.io import load
+    from sparsetrain.hf.model.io import load
+    from sparsetrain.hf.train.assemble import pick_device, pick_dtype
+    from sparsetrain.hf.train.evaluate import evaluate as evaluate_rows
 
     recipe = _pretraining(model, changes(flags)) or _recipe(model, changes(flags))
     if recipe.threads:
@@ -64,7 +64,7 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
 
 def _recipe(model: str, given: dict[str, Any]) -> Any:
     """What to measure on: the run's own recipe under the flags, without its training."""
-    from sparsetrain.hf.recipe import Recipe
+    from sparsetrain.recipes.finetune import Recipe
 
     # one step, since only held-out rows are read; no methods, since the model brings its own
     training = {"steps": 1, "epochs": None, "warmup_steps": 0, "methods": [], "preset": None, "compare": "none"}
@@ -75,8 +75,8 @@ def _recipe(model: str, given: dict[str, Any]) -> Any:
 
 def _pretraining(model: str, given: dict[str, Any]) -> Any:
     """The recipe of a pretrained run under the flags; None for any other model."""
-    from sparsetrain.hf.io import sidecar_of
-    from sparsetrain.hf.pretrain import PretrainRecipe
+    from sparsetrain.hf.model.io import sidecar_of
+    from sparsetrain.hf.train.pretrain import PretrainRecipe
 
     run = Path(model) / "recipe.yaml"
     if not run.is_file() or sidecar_of(model).get("job") != "pretrain":
@@ -86,7 +86,7 @@ def _pretraining(model: str, given: dict[str, Any]) -> Any:
 
 def _rows(recipe: Any, loaded: Any, every: bool, tell: Any) -> tuple[Any, Any]:
     """(rows to measure on, their bundle); a classifier's labels must be the data's, in the same order."""
-    from sparsetrain.hf.evaluate import LABELLED
+    from sparsetrain.hf.train.evaluate import LABELLED
 
     config = loaded.model.config
     bundle = _bundle(recipe, loaded, every, tell)
@@ -101,9 +101,9 @@ def _rows(recipe: Any, loaded: Any, every: bool, tell: Any) -> tuple[Any, Any]:
 
 
 def _bundle(recipe: Any, loaded: Any, every: bool, tell: Any) -> Any:
-    from sparsetrain.hf.pretrain import PretrainRecipe
-    from sparsetrain.hf.pretrain_data import held_out
-    from sparsetrain.hf.rows import load_rows
+    from sparsetrain.hf.train.pretrain import PretrainRecipe
+    from sparsetrain.hf.train.pretrain_data import held_out
+    from sparsetrain.hf.train.rows import load_rows
 
     if isinstance(recipe, PretrainRecipe):
         if every and loaded.tokenizer is None:
@@ -120,7 +120,7 @@ def _bundle(recipe: Any, loaded: Any, every: bool, tell: Any) -> Any:
 
 def _all_rows(recipe: Any, loaded: Any, tell: Any) -> Any:
     from sparsetrain.hf.data import load_classify, load_sft, load_text
-    from sparsetrain.hf.model_config import context_length
+    from sparsetrain.hf.model.model_config import context_length
 
     common: dict[str, Any] = {
         "eval_ratio": 0.0,

@@ -47,10 +47,10 @@ def export(
       sparsetrain export runs/dense --output my-model --format dense
       sparsetrain export runs/two-four --output my-model --format 24
     """
-    from sparsetrain.hf.checkpoint import check_output
-    from sparsetrain.hf.io import export as write
-    from sparsetrain.hf.io import load, save
-    from sparsetrain.hf.sidecar import WRITTEN
+    from sparsetrain.hf.model.io import export as write
+    from sparsetrain.hf.model.io import load, save
+    from sparsetrain.runs.checkpoints import check_output
+    from sparsetrain.runs.sidecar import WRITTEN
 
     check_output(output, resume=False)
     if merge_lora:

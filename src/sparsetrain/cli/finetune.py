@@ -19,7 +19,7 @@ DryRun = Annotated[
 def finetune(
     recipe: RecipeFile = None, dry_run: DryRun = False, json: Json = False, debug: Debug = False, **flags: Any
 ) -> Answer:
-    from sparsetrain.hf.recipe import Recipe
+    from sparsetrain.recipes.finetune import Recipe
 
     given = changes(flags)
     asked = Recipe.from_yaml(recipe, given) if recipe else Recipe.from_values(given)
@@ -55,8 +55,8 @@ that on your model, data and machine.
 
 
 def _trained(recipe: Any, tell: Any) -> Answer:
-    from sparsetrain.hf.finetune import finetune as train
-    from sparsetrain.hf.finetune import run_report
+    from sparsetrain.hf.train.finetune import finetune as train
+    from sparsetrain.hf.train.finetune import run_report
     from sparsetrain.measure import render_text
 
     result = train(recipe, report=tell)
@@ -65,7 +65,7 @@ def _trained(recipe: Any, tell: Any) -> Answer:
 
 
 def compared(recipe: Any, tell: Any) -> Answer:
-    from sparsetrain.hf.compare import compare
+    from sparsetrain.hf.study.compare import compare
     from sparsetrain.measure import render_text
 
     made = compare(recipe, report=tell)
@@ -83,7 +83,7 @@ def next_steps(recipe: Any, trained: str) -> list[str]:
 
 def previewed(recipe: Any, tell: Any) -> Answer:
     """Everything that can be checked without reading weights; writes nothing."""
-    from sparsetrain.hf.preview import preview
+    from sparsetrain.hf.study.preview import preview
 
     found = preview(recipe, report=tell)
     data = found.to_dict() | {"dry_run": True, "data": {"description": found.data, **found.counts}}

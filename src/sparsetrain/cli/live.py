@@ -20,7 +20,7 @@ def to_stderr(event: Event) -> None:
 @contextmanager
 def telling() -> Iterator[Callable[[Event], None]]:
     """A function to report events to: a progress bar, or lines in a pipe or a log file."""
-    from sparsetrain.hf.trainer import ProgressBar
+    from sparsetrain.runs.progress import ProgressBar
 
     with ProgressBar() as bar:
         yield bar if bar.console.is_terminal else _with_lines(bar)

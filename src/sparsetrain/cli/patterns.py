@@ -26,7 +26,7 @@ def patterns(run: Run, output: Output = None, json: Json = False, debug: Debug =
       sparsetrain patterns runs/pretrain
       sparsetrain patterns runs/pretrain/checkpoint-2000 --output pictures
     """
-    from sparsetrain.hf.patterns import draw_patterns
+    from sparsetrain.runs.patterns import draw_patterns
 
     found, files = draw_patterns(run, output)
     layers = [

@@ -125,7 +125,7 @@ def _predicted(recipe: Path | None, flags: dict[str, Any], goal: Goal) -> Answer
     given = changes(flags)
     named = bool(flags.get("preset") or flags.get("methods"))
     if recipe is not None:
-        from sparsetrain.hf.recipe import Recipe
+        from sparsetrain.recipes.finetune import Recipe
 
         asked = Recipe.from_yaml(recipe, {"data": "none", **given})
         return predicted(asked.model_dump(), goal, given_methods=bool(asked.methods))
@@ -135,8 +135,8 @@ def _predicted(recipe: Path | None, flags: dict[str, Any], goal: Goal) -> Answer
 def _edits(recipe: Path | None, flags: dict[str, Any]) -> Answer:
     """Which parts the methods change; only the config is read, so it takes seconds for any size."""
     import sparsetrain
-    from sparsetrain.hf.assemble import open_config
-    from sparsetrain.hf.models import empty_model
+    from sparsetrain.hf.model.models import empty_model
+    from sparsetrain.hf.train.assemble import open_config
 
     asked = _recipe(recipe, changes(flags))
     if not asked.configs:
@@ -218,7 +218,7 @@ def methods(
 
 
 def _recipe(file: Any, given: dict[str, Any]) -> Any:
-    from sparsetrain.hf.recipe import Recipe
+    from sparsetrain.recipes.finetune import Recipe
 
     # a recipe must name its data, which a plan does not read
     return Recipe.from_yaml(file, given) if file else Recipe.from_values({"data": "not read", **given})

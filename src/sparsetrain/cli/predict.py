@@ -56,9 +56,9 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
         given_methods: the recipe's own methods are compared with dense training, in place of every method.
     """
     from sparsetrain.core.config import suggest
-    from sparsetrain.hf import predict as planner
     from sparsetrain.hf.assets import cache_folder
-    from sparsetrain.hf.model_config import read_config
+    from sparsetrain.hf.model.model_config import read_config
+    from sparsetrain.hf.study import predict as planner
     from sparsetrain.planner.machines import machine_rates
     from sparsetrain.planner.search import GOALS, Question
 
@@ -104,13 +104,13 @@ def to_stderr_line(line: str) -> None:
 
 
 def _recipe(asked: dict[str, Any]) -> Any:
-    from sparsetrain.hf.recipe import Recipe
+    from sparsetrain.recipes.finetune import Recipe
 
     return Recipe.from_values({"data": "none", **asked})
 
 
 def _shown(found: Any, predictor: Any, goal: Goal, memory: int | None, yaml: str | None) -> Answer:
-    from sparsetrain.hf.predict import answer_values
+    from sparsetrain.hf.study.predict import answer_values
 
     data = answer_values(found, predictor) | {"memory_bytes": memory, "recipe_yaml": yaml}
     question = found.question
@@ -132,7 +132,7 @@ def _shown(found: Any, predictor: Any, goal: Goal, memory: int | None, yaml: str
 
 def _about_rows(rows: Any, predictor: Any) -> list[str]:
     """What the table has no column for: refusals, break-even lengths, what a step's time and memory stand for."""
-    from sparsetrain.hf.predict import begins_dense
+    from sparsetrain.hf.study.predict import begins_dense
 
     shown = [row for row in rows if row.peak is not None]
     refused = [f"Refused: {row.candidate.label}: {row.refused}." for row in rows if row.refused]
@@ -157,7 +157,7 @@ def _about_rows(rows: Any, predictor: Any) -> list[str]:
 
 def _notes(found: Any, memory: int | None) -> list[str]:
     """How far the figures can be trusted."""
-    from sparsetrain.hf.predict import usable_bytes
+    from sparsetrain.hf.study.predict import usable_bytes
 
     question = found.question
     rates = question.rates

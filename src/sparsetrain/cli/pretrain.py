@@ -43,7 +43,7 @@ def pretrain(
     [bold]When not to use it[/]: to adapt a pretrained model (finetune does). 2:4 is emulated on a CPU and saves no
     time there; block patterns pay from about 1,000 tokens on. --compare dense measures both on your machine.
     """
-    from sparsetrain.hf.pretrain import PretrainRecipe
+    from sparsetrain.hf.train.pretrain import PretrainRecipe
 
     given = changes(flags)
     asked = PretrainRecipe.from_yaml(recipe, given) if recipe else PretrainRecipe.from_values(given)
@@ -54,8 +54,8 @@ def pretrain(
 
 
 def _trained(recipe: Any, tell: Any) -> Answer:
-    from sparsetrain.hf.pretrain import pretrain as train
-    from sparsetrain.hf.run import run_report
+    from sparsetrain.hf.train.pretrain import pretrain as train
+    from sparsetrain.hf.train.run import run_report
     from sparsetrain.measure import render_text
 
     result = train(recipe, report=tell)

@@ -42,9 +42,9 @@ def profile(
       sparsetrain profile --model minilm --task classify --preset dense --seq-len 128 --json
     """
     from sparsetrain.hf.data.random_tokens import RANDOM
-    from sparsetrain.hf.profile import profile_recipe
-    from sparsetrain.hf.recipe import Recipe
+    from sparsetrain.hf.study.profile import profile_recipe
     from sparsetrain.measure.profile_report import page, picture, tables
+    from sparsetrain.recipes.finetune import Recipe
 
     if plot is not None and plot.suffix not in (".png", ".html"):
         raise ValueError(f"--plot {plot}: the name ends in {plot.suffix or 'nothing'}. Use .png or .html.")

@@ -48,9 +48,9 @@ def sensitivity(
     """
     import torch
 
-    from sparsetrain.hf.io import quiet
-    from sparsetrain.hf.recipe import Recipe
-    from sparsetrain.hf.sensitivity import sensitivity as measure
+    from sparsetrain.hf.model.io import quiet
+    from sparsetrain.hf.study.sensitivity import sensitivity as measure
+    from sparsetrain.recipes.finetune import Recipe
 
     if write is not None and budget is None:
         raise ValueError("--write saves the layers chosen for a budget, and --budget is not given. Give e.g. 1.25.")

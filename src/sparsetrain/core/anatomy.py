@@ -1,6 +1,6 @@
 """Anatomy: where a model's blocks, attentions, FFNs, embedding and head are.
 
-Methods are written against this, never against a model class. Adapters (`hf/anatomy.py`) register from above: a model
+Methods are written against this, never against a model class. Adapters (`hf/model/anatomy.py`) register from above: a model
 whose module starts with a registered prefix is described by the function registered for it.
 """
 
@@ -99,7 +99,7 @@ class Anatomy:
 
 Describe = Callable[[nn.Module], Anatomy]
 # module prefix of a model's class -> "module:function" of the adapter, imported when first needed
-_SOURCES: dict[str, str] = {name: "sparsetrain.hf.anatomy:describe_model" for name in ("transformers", "peft")}
+_SOURCES: dict[str, str] = {name: "sparsetrain.hf.model.anatomy:describe_model" for name in ("transformers", "peft")}
 
 
 def register_anatomy(module_prefix: str, function: str) -> None:

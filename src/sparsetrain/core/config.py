@@ -94,6 +94,16 @@ class MethodConfig:
         return kind(**values)  # type: ignore[return-value]
 
 
+def plain_values(config: MethodConfig) -> dict[str, Any]:
+    """A config as JSON and YAML give it back: `to_dict` with lists for tuples."""
+    return lists_for_tuples(config.to_dict())
+
+
+def lists_for_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """The same values, as JSON has them."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
 def method_config(name: str | None) -> type[MethodConfig]:
     """The config class of a method.
 

@@ -111,7 +111,7 @@ def draw(config: TokenSelection, batch: Batch, *, step: int) -> Rows:
     if config.pool == "targets" and batch.targets_bt is None:
         raise ValueError(
             "token_selection: pool='targets' selects positions that have a label, and the batch came without labels. "
-            "Draw with the labels (sparsetrain.hf.token_selection.SelectingCollator), or use pool='all'."
+            "Draw with the labels (sparsetrain.hf.train.token_selection.SelectingCollator), or use pool='all'."
         )
     if config.needs_scores and batch.scores_bt is None:
         raise ValueError(

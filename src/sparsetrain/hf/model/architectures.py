@@ -1,0 +1,165 @@
+"""Models from a config alone: built-in small architectures, a user's config.json, overrides, and random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedConfig
+
+from sparsetrain.core.anatomy import describe
+from sparsetrain.core.config import suggest
+from sparsetrain.hf.data import DataBundle
+from sparsetrain.hf.model.classifier import EncoderClassifier
+from sparsetrain.hf.model.model_config import config_values, context_length
+from sparsetrain.recipes.pretrain import PretrainRecipe
+
+ARCHITECTURES = Path(__file__).parents[1] / "assets" / "architectures"
+_HEAD = {"classifier_width": 128}
+_NOT_SET = {"model_type", "architectures", "dtype", "id2label", "label2id", "transformers_version", "vocab_size"}
+
+
+def architecture_names() -> list[str]:
+    """The built-in architectures."""
+    return sorted(path.stem for path in ARCHITECTURES.glob("*.json"))
+
+
+def open_architecture(recipe: PretrainRecipe) -> PreTrainedConfig:
+    """The config that a recipe names, with its overrides; sizes that the data gives are not set yet.
+
+    Raises:
+        ValueError: no such architecture; no config; an override of a key that the config does not have; `seq_len`
+            beyond its positions.
+    """
+    values = _read(recipe.model)
+    try:
+        plain = _config(values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the config of {recipe.model} cannot be used: {str(error).splitlines()[0]}") from None
+    own = {*plain.to_dict(), *plain.attribute_map, *_HEAD, *values}
+    known = sorted(key for key in own - _NOT_SET if not key.startswith("_"))
+    for key in recipe.set:
+        if key not in known:
+            raise ValueError(
+                f"set: {key!r} is no key of the config of {recipe.model} ({plain.model_type}).{suggest(key, known)} "
+                f"Keys: {', '.join(known)}."
+            )
+    changes = {plain.attribute_map.get(key, key): value for key, value in recipe.set.items()}
+    try:
+        config = _config(_HEAD | values | changes)
+    except Exception as error:  # transformers checks types with an exception of its own
+        raise ValueError(f"set {recipe.set}: {str(error).strip().splitlines()[-1].strip()}") from None
+    _check_length(recipe, config)
+    return config
+
+
+def fit_to_data(config: Any, recipe: PretrainRecipe, bundle: DataBundle, tokenizer: Any) -> None:
+    """Set what the data decides in the config: vocabulary, special tokens, labels.
+
+    Raises:
+        ValueError: images of another size than the config's.
+    """
+    if tokenizer is not None:
+        config.vocab_size = len(tokenizer)
+        config.pad_token_id = tokenizer.pad_token_id
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    elif recipe.task != "image":
+        config.vocab_size, config.pad_token_id = bundle.vocab_size, 0  # type: ignore[attr-defined]
+    if recipe.task == "image":
+        found = bundle.collate_fn([bundle.train[0]])["pixel_values"].shape[1:]
+        asked = (config.num_channels, *image_size(config))
+        if tuple(found) != asked:
+            raise ValueError(
+                f"{recipe.data} has images of {tuple(found)} (channels, height, width), and {recipe.model} takes "
+                f"{asked}. Use --set image_size={found[1]} --set num_channels={found[0]}."
+            )
+    if recipe.task != "lm":
+        config.num_labels = bundle.num_labels
+        config.id2label = dict(enumerate(bundle.label_names))
+        config.label2id = {name: i for i, name in enumerate(bundle.label_names)}
+        config.classifier_pairs = recipe.task == "pairs"
+
+
+def build_model(config: Any, task: str) -> Any:
+    """The model of a task with random weights in fp32 and SDPA attention; seed before.
+
+    Raises:
+        ValueError: transformers has no such model of this family, or it is no decoder (lm).
+    """
+    kinds: dict[str, Any] = {"lm": AutoModelForCausalLM, "image": AutoModelForImageClassification}
+    try:
+        if task in kinds:
+            return kinds[task].from_config(config, attn_implementation="sdpa")
+        config._attn_implementation = "sdpa"
+        return EncoderClassifier(config)
+    except ValueError as error:
+        message = str(error).splitlines()[0]
+        raise ValueError(f"{config.model_type} cannot be trained for task={task}: {message}") from None
+
+
+def empty_model(config: Any, task: str) -> Any:
+    """As `build_model`, on the meta device: shapes without weights."""
+    with torch.device("meta"):
+        return build_model(config, task)
+
+
+def check_task(config: Any, recipe: PretrainRecipe) -> None:
+    """Raise ValueError if the architecture is not of the task's kind."""
+    takes_images = hasattr(config, "image_size")
+    if takes_images != (recipe.task == "image"):
+        kind = "images" if takes_images else "tokens"
+        use = "Use task=image" if takes_images else "Use vit-nano"
+        raise ValueError(f"{recipe.model} ({config.model_type}) reads {kind}, and task={recipe.task}. {use}.")
+    if recipe.task == "lm" and not all(site.causal for site in describe(empty_model(config, "lm")).attentions):
+        raise ValueError(
+            f"{recipe.model} ({config.model_type}) sees tokens on both sides, so it is no language model of task=lm. "
+            "Use gpt2-nano or another decoder, or task=classify."
+        )
+
+
+def image_size(config: Any) -> tuple[int, int]:
+    """(height, width) of the images that a config takes."""
+    size = config.image_size
+    return (size[0], size[1]) if isinstance(size, list | tuple) else (size, size)
+
+
+def sequence_tokens(config: Any, recipe: PretrainRecipe) -> int:
+    """Tokens in a row: `seq_len`, or an image's patches and the class token."""
+    if recipe.task != "image":
+        return recipe.seq_len
+    height, width = image_size(config)
+    patch = config.patch_size if isinstance(config.patch_size, list | tuple) else [config.patch_size] * 2
+    return (height // patch[0]) * (width // patch[1]) + 1
+
+
+def _config(values: dict[str, Any]) -> Any:
+    return AutoConfig.for_model(str(values["model_type"]), **{k: v for k, v in values.items() if k != "model_type"})
+
+
+def _check_length(recipe: PretrainRecipe, config: Any) -> None:
+    positions = context_length(config)
+    if positions is None or recipe.task == "image":
+        return
+    if "roberta" in config.model_type:  # its positions begin after the padding token's id
+        positions -= (config.pad_token_id or 0) + 1
+    if recipe.seq_len > positions:
+        raise ValueError(
+            f"seq_len={recipe.seq_len} is longer than the {positions:,} positions of {recipe.model}. Lower it, or set "
+            "max_position_embeddings (gpt2: n_positions)."
+        )
+
+
+def _read(name: str) -> dict[str, Any]:
+    built_in = ARCHITECTURES / f"{name}.json"
+    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+    if name in architecture_names():
+        path = built_in
+    elif not path.is_file():
+        known = architecture_names()
+        raise ValueError(
+            f"architecture {name!r} is unknown.{suggest(name, known)} Built in: {', '.join(known)}; or give a "
+            "config.json, or a folder with one."
+        )
+    dropped = ("architectures", "transformers_version", "torch_dtype", "dtype", "id2label", "label2id")
+    return {key: value for key, value in config_values(path).items() if key not in dropped}

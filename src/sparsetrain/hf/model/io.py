@@ -1,0 +1,302 @@
+"""Saving, loading and exporting: safetensors in the dense layout beside `sparsity_config.json`, never pickle.
+
+A saved folder holds what transformers or PEFT would write, and three files of ours: the sidecar `sparsity_config.json`
+(which methods, on which base model), `sparsity_state.safetensors` (what calibration found: routers, codebooks,
+permutations) and `manifest.json` (size and sha256 of every file). A folder appears by one rename: whole or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from sparsetrain.core.config import MethodConfig, plain_values, registered_methods
+from sparsetrain.core.errors import CheckpointError
+from sparsetrain.hf.assets import resolve_model
+from sparsetrain.hf.model.classifier import EncoderClassifier
+from sparsetrain.methods import RoutedFFN, SemiStructured
+from sparsetrain.methods.semi_structured.export import to_24
+from sparsetrain.runs.manifest import FORMAT, MANIFEST, atomic_folder, disk_errors, verify_manifest, write_manifest
+from sparsetrain.runs.sidecar import SIDECAR, WRITTEN, base_of, read_sidecar, read_state, write_sidecar
+from sparsetrain.surgery.apply import Handle, sparsify
+from sparsetrain.surgery.plan import State, method_of
+
+FORMATS = ("sparse", "dense", "24")
+_ADAPTER = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model read from a folder. `handle` is None for a dense one; `about` is the sidecar ({} without one)."""
+
+    model: Any
+    tokenizer: Any
+    handle: Handle | None
+    about: dict[str, Any]
+
+    @property
+    def task(self) -> str:
+        if "task" in self.about:
+            return self.about["task"]
+        return "classify" if "SequenceClassification" in type(base_of(self.model)).__name__ else "lm"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide transformers' progress bars and load reports, which tear our bar and fill logs. Also a decorator."""
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
+
+
+@quiet()
+def save(model: Any, handle: Handle | None, folder: str | Path, *, tokenizer: Any = None, **about: Any) -> Path:
+    """Write a trained model (PEFT: its adapter; else all weights) with its sidecar; the model is unchanged.
+
+    Args:
+        model: a transformers model or a `PeftModel` on one.
+        handle: what `sparsify` returned; None for a dense model.
+        folder: appears whole, replacing an earlier one.
+        about: entries for the sidecar: `base_model` (name or path, needed to load an adapter), `task`, ….
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    with atomic_folder(folder) as scratch, disk_errors(folder):
+        if isinstance(model, PeftModel):
+            # "auto" would ask the hub whether the vocabulary grew
+            model.save_pretrained(str(scratch), save_embedding_layers=False)
+        else:
+            model.save_pretrained(str(scratch), state_dict=_dense_state(model, handle))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(scratch))
+        write_sidecar(scratch, model, handle, **about)
+        write_manifest(scratch)
+    return Path(folder)
+
+
+@quiet()
+def load(
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    trainable: bool = False,
+) -> Loaded:
+    """Read what `save` or `export` wrote, a run's output folder, or any plain model by name or path.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or altered; the sidecar is of a newer format; or an adapter holds
+            parameters of a sparse method and has no sidecar, so it would run dense without them.
+        ValueError: no such model.
+    """
+    folder = _final_folder(Path(source))
+    if not (folder / SIDECAR).is_file():
+        return _load_plain(str(source), folder, dtype, device, trainable)
+    if (folder / MANIFEST).is_file():
+        verify_manifest(folder)
+    about = read_sidecar(folder)
+    adapter = (folder / _ADAPTER).is_file()
+    if adapter and not about.get("base_model"):
+        raise CheckpointError(f"{folder / SIDECAR} names no base_model for the adapter. Save it with base_model=….")
+    base = resolve_model(about["base_model"]) if adapter else str(folder)
+    options = about.get("model_options", {})
+    if "id2label" in options:  # JSON has made its keys text
+        options["id2label"] = {int(i): name for i, name in options["id2label"].items()}
+    model = load_weights(base, about["model_class"], dtype, **options)
+    configs = [MethodConfig.from_dict(entry) for entry in about["configs"]]
+    handle = sparsify(model, *configs, state=read_state(folder)) if configs else None
+    if adapter:
+        model = _with_adapter(model, folder, trainable)
+    model = model.to(device)
+    return Loaded(model=model.train(trainable), tokenizer=_tokenizer(folder, base), handle=handle, about=about)
+
+
+@quiet()
+def export(source: str | Path | Loaded, folder: str | Path, *, format: str = "sparse") -> Path:
+    """Write a trained model with LoRA merged in, as full weights that plain transformers loads.
+
+    Args:
+        source: what to export; a `Loaded` is used up (its model becomes dense).
+        folder: appears whole. It must be absent or empty.
+        format: `sparse`: dense weights and the sidecar, so that `load` runs it sparse and others run it dense.
+            `dense`: no sidecar; only where the dense model gives the same outputs.
+            `24`: no sidecar; a model trained 2:4, with its zeros written into the weights.
+
+    Raises:
+        ValueError: unknown format; `dense` for a model that routes, selects or runs 2:4; `24` for one that does not
+            run 2:4; LoRA that cannot be merged; a folder that is not empty.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"export format {format!r} is unknown. Choose from {', '.join(FORMATS)}.")
+    if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder. Choose another, or remove it.")
+    loaded = source if isinstance(source, Loaded) else load(source)
+    model, handle = loaded.model, loaded.handle
+    if isinstance(model, PeftModel):
+        check_merge(model, handle)
+        model = model.merge_and_unload()
+    about = {key: value for key, value in loaded.about.items() if key not in WRITTEN | {"base_model"}}
+    state: State = {}
+    if format == "24":
+        if handle is None:
+            raise ValueError("export format '24' needs a model trained 2:4, and this one was trained dense.")
+        to_24(handle)
+    elif handle is not None and format == "dense":
+        handle.merge()
+    elif handle is not None:
+        state = {site: {name: value.clone() for name, value in found.items()} for site, found in handle.state().items()}
+        handle.restore()
+        # the entry in config tells a reader of config.json alone that the weights were trained to run sparse
+        model.config.sparsetrain = {"format": FORMAT, "configs": [plain_values(config) for config in handle.configs]}
+    with atomic_folder(folder) as scratch, disk_errors(folder):
+        model.save_pretrained(str(scratch))
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save_pretrained(str(scratch))
+        if format == "sparse":
+            write_sidecar(scratch, model, handle, state=state, **about)
+        write_manifest(scratch)
+    return Path(folder)
+
+
+def check_merge(model: PeftModel, handle: Handle | None) -> None:
+    """Raise ValueError if folding LoRA into the weights would change the outputs."""
+    if handle is None:
+        return
+    adapted = {name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
+    for edit in handle.plan.edits:
+        bypassing = isinstance(edit.config, RoutedFFN) and edit.config.gated_by == "spt" and adapted & edit.claims
+        if bypassing:
+            raise ValueError(
+                f"LoRA on {sorted(bypassing)[0]} cannot be merged: with gate='spt' it bypasses the gate that the "
+                "weight goes through, so merged outputs would differ. Use the adapter folder as it is, or train with "
+                "gate='output' or 'ste'."
+            )
+        if isinstance(edit.config, SemiStructured) and adapted & edit.claims:
+            raise ValueError(
+                f"LoRA on {sorted(adapted & edit.claims)[0]} cannot be merged: the update is dense and the weight runs "
+                "2:4, so merged outputs would differ. Use the adapter folder as it is, or train all weights (lora_r=0)."
+            )
+
+
+def load_weights(path: str, model_class: str, dtype: torch.dtype, **options: Any) -> Any:
+    """A transformers model by the name of its class, in evaluation mode, with SDPA attention.
+
+    Raises:
+        CheckpointError: transformers has no model of that name.
+        ValueError: the model cannot be found or read.
+    """
+    kind = EncoderClassifier if model_class == EncoderClassifier.__name__ else getattr(transformers, model_class, None)
+    if not (isinstance(kind, type) and (issubclass(kind, PreTrainedModel) or model_class.startswith("AutoModel"))):
+        raise CheckpointError(f"model_class {model_class!r} is not a model of transformers {transformers.__version__}.")
+    try:
+        return kind.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", **options)  # type: ignore[attr-defined]
+    except (OSError, SafetensorError) as error:
+        raise ValueError(model_not_found(path, error)) from None
+
+
+def model_not_found(name: str, error: Exception) -> str:
+    """The message for a model that transformers could not load."""
+    if Path(name).is_dir():
+        return f"{name} holds no model that can be read: {str(error).splitlines()[0]}"
+    return (
+        f"model {name!r} is not an embedded asset, not a local folder, and could not be had from the hub "
+        f"({str(error).splitlines()[0].rstrip('.')}). Check the name, or see `sparsetrain models list`."
+    )
+
+
+def _load_plain(name: str, folder: Path, dtype: torch.dtype, device: Any, trainable: bool) -> Loaded:
+    """A model or PEFT adapter that `save` did not write."""
+    if (folder / _ADAPTER).is_file():
+        _refuse_orphan(folder)
+        config = PeftConfig.from_pretrained(str(folder))
+        base = str(config.base_model_name_or_path)
+        kind = "AutoModelForSequenceClassification" if config.task_type == "SEQ_CLS" else "AutoModelForCausalLM"
+        model = _with_adapter(load_weights(base, kind, dtype), folder, trainable)
+        return Loaded(
+            model=model.to(device).train(trainable), tokenizer=_tokenizer(folder, base), handle=None, about={}
+        )
+    path = resolve_model(name)
+    try:
+        architectures = transformers.AutoConfig.from_pretrained(path).architectures or []
+    except (OSError, ValueError) as error:
+        raise ValueError(model_not_found(name, error)) from None
+    kinds = ("SequenceClassification", "ImageClassification")
+    auto = next((f"AutoModelFor{kind}" for kind in kinds if any(kind in name for name in architectures)), None)
+    if EncoderClassifier.__name__ in architectures:
+        auto = EncoderClassifier.__name__
+    model = load_weights(path, auto or "AutoModelForCausalLM", dtype).to(device).train(trainable)
+    return Loaded(model=model, tokenizer=_tokenizer(Path(path), path), handle=None, about={})
+
+
+def _with_adapter(model: Any, folder: Path, trainable: bool) -> PeftModel:
+    try:
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the adapter in {folder} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _refuse_orphan(folder: Path) -> None:
+    """An adapter with a router or codebook and no sidecar would load on the plain model, and lose them silently."""
+    ours = {name for kind in registered_methods().values() for name in method_of(kind()).modules_to_save}
+    try:
+        with safe_open(str(folder / _ADAPTER_WEIGHTS), framework="pt") as file:
+            found = sorted({part for key in file.keys() for part in key.split(".") if part in ours})  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / _ADAPTER_WEIGHTS} cannot be read: {error}.") from None
+    if found:
+        raise CheckpointError(
+            f"{folder} holds trained parameters of a sparse method ({', '.join(found)}) and no {SIDECAR}, so it would "
+            "run dense without them. Copy the sidecar and its state file from where the adapter was trained."
+        )
+
+
+def sidecar_of(source: str | Path) -> dict[str, Any]:
+    """The sidecar of a saved model, or of the one in a run's output folder; {} where there is none."""
+    folder = _final_folder(Path(source))
+    return read_sidecar(folder) if (folder / SIDECAR).is_file() else {}
+
+
+def _final_folder(path: Path) -> Path:
+    """The adapter or model inside the output folder of a run or a comparison; any other folder itself."""
+    for name in ("adapter", "model", "sparse/adapter", "sparse/model"):
+        if not (path / SIDECAR).is_file() and (path / name / SIDECAR).is_file():
+            return path / name
+    return path
+
+
+def _dense_state(model: nn.Module, handle: Handle | None) -> dict[str, Any]:
+    """The state dict without the parameters that a method added: what plain transformers expects."""
+    state = model.state_dict()
+    if handle is None:
+        return state
+    ours = set(map(id, handle._installed.values()))
+    prefixes = tuple(f"{name}." for name, module in model.named_modules() if id(module) in ours)
+    return {key: value for key, value in state.items() if not key.startswith(prefixes)}
+
+
+def _tokenizer(*places: str | Path) -> Any:
+    for place in places:
+        try:
+            return AutoTokenizer.from_pretrained(str(place))
+        except (OSError, ValueError):
+            continue
+    return None

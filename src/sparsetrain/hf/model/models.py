@@ -1,0 +1,90 @@
+"""Models of a recipe: empty ones that show shapes, LoRA around them, attention dropout out of them.
+
+Nothing here reads data, so that a plan imports no more than it needs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
+from transformers.pytorch_utils import Conv1D
+
+from sparsetrain.core.anatomy import describe
+from sparsetrain.core.config import MethodConfig
+from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.surgery.apply import Handle
+from sparsetrain.surgery.plan import method_of
+
+if TYPE_CHECKING:
+    from sparsetrain.runs.events import Report
+
+ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+
+
+def drop_attention_dropout(
+    config: Any, empty: Callable[[], Any], configs: tuple[MethodConfig, ...], report: Report
+) -> None:
+    """Set the config's attention dropout to 0, with a note, where `configs` take attention of the `empty` model."""
+    dropped = [name for name in ATTENTION_DROPOUT if getattr(config, name, 0)]
+    if dropped and attention_is_taken(empty, configs):
+        for name in dropped:
+            why = f"attention has no dropout under {', '.join(method.method for method in configs)}"
+            report({"event": "note", "text": f"{name} {getattr(config, name)} -> 0: {why}."})
+            setattr(config, name, 0.0)
+
+
+def attention_is_taken(empty: Callable[[], Any], configs: tuple[MethodConfig, ...]) -> bool:
+    """Does a method take an attention, or a block with the attention in it?"""
+    if not configs:
+        return False
+    anatomy = describe(empty())
+    sites = [site for method in configs for site in method_of(method).site_names(anatomy)]
+    return any(f"{attention.name}.".startswith(f"{site}.") for attention in anatomy.attentions for site in sites)
+
+
+def empty_model(config: Any, task: str) -> Any:
+    """The model on the meta device in fp32: its modules and shapes without its weights."""
+    with torch.device("meta"):
+        # a config names the dtype that its weights were stored in, which is not the one they are trained in
+        return auto_class(task).from_config(config, dtype=torch.float32)
+
+
+def auto_class(task: str) -> Any:
+    """What loads the model of a fine-tuning task."""
+    return AutoModelForSequenceClassification if task == "classify" else AutoModelForCausalLM
+
+
+def add_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: list[str]) -> Any:
+    """The model inside PEFT with LoRA and with everything new trainable; the model itself if `lora_r` is 0.
+
+    Raises:
+        ValueError: `lora_targets` matches nothing.
+    """
+    if recipe.lora_r == 0:
+        return model
+    trained = [*(handle.modules_to_save if handle is not None else []), *new_modules]
+    config = LoraConfig(
+        task_type="SEQ_CLS" if recipe.task == "classify" else "CAUSAL_LM",
+        r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]
+        target_modules=recipe.lora_targets,
+        modules_to_save=trained or None,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    set_seed(recipe.seed)  # the same LoRA start for every recipe of the same seed
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5.23 by a name that is deprecated there
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return get_peft_model(model, config)
+
+
+def num_parameters(model: nn.Module) -> tuple[int, int]:
+    """(all, trainable) parameters; tied ones once, and a module that PEFT keeps beside its trained copy not at all."""
+    found = [p for name, p in model.named_parameters() if "original_module" not in name.split(".")]
+    return sum(p.numel() for p in found), sum(p.numel() for p in found if p.requires_grad)

@@ -1,0 +1,1 @@
+"""What is measured, compared or predicted about runs: bench, profile, compare, sensitivity, plan."""

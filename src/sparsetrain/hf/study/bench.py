@@ -1,0 +1,290 @@
+"""bench(): every method on the user's own model, length and machine, against the strongest dense step, timed in turns.
+
+A candidate is first planned (what does not fit is refused, with the reason), then checked on two layers of the model:
+its dense limit must equal the dense model, and its fast path the reference, in outputs and gradients. Only then is it
+timed: whole training steps, dense and sparse in one loop whose order flips; selection, routing and everything else a
+user pays for is inside.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsetrain.core.anatomy import describe
+from sparsetrain.core.config import MethodConfig, plain_values, registered_methods
+from sparsetrain.core.errors import PlanError, Unsupported
+from sparsetrain.core.units import seconds_text
+from sparsetrain.hf.study.bench_checks import CHECK_LAYERS, distances
+from sparsetrain.hf.study.bench_cut import cut_head, cut_layers, first_layers
+from sparsetrain.hf.study.training_step import TrainingStep, convert_step, dense_twin, open_measured_parts
+from sparsetrain.hf.train import assemble
+from sparsetrain.hf.train.parts import Parts
+from sparsetrain.measure.components import Place
+from sparsetrain.measure.follow import following
+from sparsetrain.measure.machine import describe_machine
+from sparsetrain.measure.memory import saved_activations
+from sparsetrain.measure.rates import Rates, measure_rates
+from sparsetrain.measure.timing import Ratio, _clock, compare, ratio
+from sparsetrain.recipes.finetune import PRESETS, Recipe
+from sparsetrain.runs.events import Report, silent
+from sparsetrain.surgery.plan import Plan, plan
+
+QUICK_LAYERS = 4
+TOLERANCE = 1e-5
+"""Relative L2 distance allowed between two ways to compute the same numbers. Checks run in fp32: a tolerance
+that allows for the rounding of bf16 would hide small faults."""
+BASELINE = "dense: SDPA attention, the same LoRA, fused AdamW"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One candidate. verdict: win, tie or loss of whole steps; refused, with `reason`, if it was not timed.
+
+    checks: name -> relative L2 distance. part: the ratio of the parts that the methods replace, adapters included.
+    """
+
+    name: str
+    methods: list[dict[str, Any]]
+    verdict: str
+    reason: str = ""
+    checks: dict[str, float] = field(default_factory=dict)
+    step: Ratio | None = None
+    part: Ratio | None = None
+    saved_bytes: int | None = None
+    dense_saved_bytes: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return values | {key: None if (r := values[key]) is None else r.to_dict() for key in ("step", "part")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """`rates` in the layout that the planner reads, with each timed method's part under `methods`."""
+
+    recipe: Recipe
+    layers: int
+    model_layers: int
+    outcomes: list[Outcome]
+    rates: Rates
+    machine: dict[str, Any]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as bench.json holds them."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return values | {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "baseline": BASELINE,
+            "outcomes": [outcome.to_dict() for outcome in self.outcomes],
+            "rates": self.rates.to_dict(),
+        }
+
+
+def candidates(names: str, own: tuple[MethodConfig, ...] = ()) -> dict[str, tuple[MethodConfig, ...]]:
+    """Name -> configs: `all` (every method with its defaults, every preset), or some of them by name, and one's own.
+
+    Raises:
+        ValueError: no such method or preset.
+    """
+    known = {name: (kind(),) for name, kind in registered_methods().items()}
+    known |= {name: configs for name, configs in PRESETS.items() if configs and configs not in known.values()}
+    chosen = list(known) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
+    if unknown := [name for name in chosen if name not in known]:
+        raise ValueError(f"--methods {names}: {unknown[0]!r} is unknown. Use all, or some of {', '.join(known)}.")
+    return {name: known[name] for name in chosen} | ({"yours": own} if own else {})
+
+
+def bench(
+    recipe: Recipe,
+    chosen: dict[str, tuple[MethodConfig, ...]],
+    *,
+    rounds: int = 5,
+    layers: int | None = None,
+    report: Report = silent,
+) -> Bench:
+    """Time every candidate against the dense step of `recipe`.
+
+    Args:
+        recipe: model, length, batch, LoRA; its methods are left out.
+        chosen: as `candidates` gives them.
+        rounds: timed pairs of steps for each, at least 3.
+        layers: use only the first so many layers; with random tokens, the vocabulary is cut in the same proportion.
+        report: told what is being done.
+
+    Raises:
+        ValueError: the recipe does not fit the machine, the model or the data; fewer than 3 rounds.
+    """
+    if rounds < 3:
+        raise ValueError(f"rounds={rounds} gives no quartiles. Use at least 3.")
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    notes: list[str] = []
+    begin = time.perf_counter()
+
+    def tell(text: str) -> None:
+        report({"event": "note", "text": text})
+
+    tell("timing the machine")
+    device = assemble.pick_device(recipe)
+    rates = measure_rates(device, seconds=0.3)
+    # attention dropout is off on both sides, as in a comparison: a candidate may make attention sparse
+    every = recipe.model_copy(update={"methods": [plain_values(c) for configs in chosen.values() for c in configs]})
+    dense_parts = open_measured_parts(dense_twin(recipe), lambda event: notes.append(event.get("text", "")), every)
+    model_layers = dense_parts.config.num_hidden_layers
+    cut = layers is not None and layers < model_layers
+    if layers is not None and cut:
+        cut_layers(dense_parts.config, layers)
+    base, new_modules = assemble.load_model(dense_parts)
+    if layers is not None and cut:
+        dense_parts, note = cut_head(base, dense_parts, layers, model_layers)
+        notes.append(note)
+    dense = convert_step(copy.deepcopy(base), new_modules, dense_parts)
+    dense_saved = saved_activations(dense.model, dense.loss).total
+    small = first_layers(base, CHECK_LAYERS).float()
+    once = _seconds(dense)
+    steps = 2 * (rounds + 1) + 4
+    estimate = seconds_text(once * steps * len(chosen))
+    tell(f"a dense step takes {seconds_text(once)}; {len(chosen)} candidates may take {estimate}")
+    outcomes = []
+    for i, (name, configs) in enumerate(chosen.items()):
+        parts = _parts(dense_parts, configs)
+        outcome = Outcome(name=name, methods=[plain_values(config) for config in configs], verdict="not timed")
+        try:
+            outcome = _checked(outcome, configs, parts, base, small)
+            if outcome.verdict != "refused":
+                outcome = _timed(outcome, configs, parts, base, new_modules, dense, dense_saved, rounds)
+        except Exception as error:  # one candidate's failure, out of memory too, costs the others nothing
+            outcome = dataclasses.replace(outcome, verdict="refused", reason=_reason(error))
+        _record(outcome, configs, parts, rates)
+        outcomes.append(outcome)
+        more = f": {outcome.reason}" if outcome.step is None else f", {outcome.step.median:.2f}x"
+        spent = seconds_text(time.perf_counter() - begin)
+        tell(f"{name} ({i + 1} of {len(chosen)}, {spent}): {outcome.verdict}{more}")
+    return Bench(
+        recipe=dense_parts.recipe,
+        layers=dense_parts.config.num_hidden_layers,
+        model_layers=model_layers,
+        outcomes=outcomes,
+        rates=rates,
+        machine=describe_machine().to_dict(),
+        notes=[note for note in notes if note],
+    )
+
+
+def _seconds(step: TrainingStep) -> float:
+    found = []
+    for _ in range(3):
+        start = time.perf_counter()
+        step()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def _parts(dense: Parts, configs: tuple[MethodConfig, ...]) -> Parts:
+    recipe = dense.recipe.model_copy(update={"methods": [plain_values(config) for config in configs]})
+    return dataclasses.replace(dense, recipe=recipe)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, (PlanError, ValueError, Unsupported, NotImplementedError)):
+        return str(error)
+    return f"it failed here: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _checked(
+    outcome: Outcome, configs: tuple[MethodConfig, ...], parts: Parts, base: nn.Module, small: nn.Module
+) -> Outcome:
+    """The outcome with its checks: refused if one fails."""
+    plan(base, *configs, seq_tokens=parts.recipe.seq_len)
+    checks = distances(small, configs, parts)
+    if red := {check: found for check, found in checks.items() if not found < TOLERANCE}:
+        what = "; ".join(
+            f"{check}: relative distance {found:.1e}, {TOLERANCE:.0e} allowed" for check, found in red.items()
+        )
+        return dataclasses.replace(outcome, verdict="refused", reason=f"a check failed: {what}.", checks=checks)
+    return dataclasses.replace(outcome, checks=checks)
+
+
+def _timed(
+    checked: Outcome,
+    configs: tuple[MethodConfig, ...],
+    parts: Parts,
+    base: nn.Module,
+    new_modules: list[str],
+    dense: TrainingStep,
+    dense_saved: int,
+    rounds: int,
+) -> Outcome:
+    sparse = convert_step(copy.deepcopy(base), new_modules, parts)
+    assert sparse.handle is not None
+    saved = saved_activations(sparse.model, sparse.loss).total
+    sites = _sites(sparse.handle.plan, base)
+    spent: dict[str, list[float]] = {"dense": [], "sparse": []}
+    _, clock = _clock(parts.device)
+    prefix = "base_model.model." if parts.recipe.lora_r else ""
+    places = {f"{prefix}{site}": place for site, place in sites.items()}
+    with following(dense.model, clock, places) as left, following(sparse.model, clock, places) as right:
+
+        def one(side: str, step: TrainingStep, found: Any, other: Any) -> None:
+            found.spent, other.clock = {}, None  # an optimizer's hooks are global
+            found.clock = clock
+            found.start()
+            step()
+            found.settle()
+            spent[side].append(sum(s for (_, place), s in found.spent.items() if place.component == "part"))
+
+        whole = compare(
+            lambda: one("dense", dense, left, right),
+            lambda: one("sparse", sparse, right, left),
+            rounds=rounds,
+            device=parts.device,
+        )
+    part = ratio(spent["dense"][1:], spent["sparse"][1:], clock=whole.clock)
+    return dataclasses.replace(
+        checked,
+        verdict=whole.verdict,
+        step=whole,
+        part=part,
+        saved_bytes=saved,
+        dense_saved_bytes=dense_saved,
+    )
+
+
+def _sites(planned: Plan, base: nn.Module) -> dict[str, Place]:
+    """Where the methods work: their sites are the `part`. An attention's own linears are not: they stay as they are."""
+    attentions = {site.name for site in describe(base).attentions}
+    found = {}
+    for edit in planned.edits:
+        found[edit.site] = Place("part", edit.layer)
+        if edit.site in attentions:
+            for child, module in base.get_submodule(edit.site).named_children():
+                if hasattr(module, "weight"):
+                    found[f"{edit.site}.{child}"] = Place("projection", edit.layer)
+    return found
+
+
+def _record(outcome: Outcome, configs: tuple[MethodConfig, ...], parts: Parts, rates: Rates) -> None:
+    """Note a candidate's speed-ups for the planner, under the names of its methods."""
+    if outcome.part is None:
+        return
+    rates.methods.setdefault("+".join(config.method for config in configs), []).append(
+        {
+            "tokens": parts.recipe.seq_len,
+            "batch_size": parts.recipe.batch_size,
+            "hidden": parts.config.hidden_size,
+            "speedup": outcome.part.median,
+            "step_speedup": outcome.step.median if outcome.step else None,
+            "lora_r": parts.recipe.lora_r,
+            "checkpointing": parts.recipe.gradient_checkpointing != "none",
+            "configs": outcome.methods,
+        }
+    )

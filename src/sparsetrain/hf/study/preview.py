@@ -1,0 +1,120 @@
+"""preview(): what a recipe would do, without reading weights or writing a file (`--dry-run`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparsetrain.hf.assets import ASSETS, asset_status
+from sparsetrain.hf.model import architectures, models
+from sparsetrain.hf.train import assemble
+from sparsetrain.hf.train.parts import Parts
+from sparsetrain.hf.train.pretrain import open_parts as open_pretraining
+from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.recipes.pretrain import PretrainRecipe
+from sparsetrain.recipes.run import RunRecipe
+from sparsetrain.runs.checkpoints import check_output, find_resumable
+from sparsetrain.runs.events import Event, Report, silent
+from sparsetrain.surgery.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """Sizes in parameters, bytes and tokens; `counts` are of the data. `plan`: None if dense; `resume_step`: if new."""
+
+    recipe: RunRecipe
+    plan: Plan | None
+    data: str
+    parameters: int
+    trainable_parameters: int
+    weight_bytes: int
+    optimizer_bytes: int
+    steps: int
+    tokens_per_step: int
+    device: str
+    counts: dict[str, int]
+    resume_step: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """What a person reads."""
+        share = self.trainable_parameters / self.parameters
+        how = f"LoRA of rank {self.recipe.lora_r}" if isinstance(self.recipe, Recipe) and self.recipe.lora_r else ""
+        begin = "" if self.resume_step is None else f", from step {self.resume_step}"
+        return [
+            f"Model   {self.recipe.model}: {self.parameters:,} parameters, {self.weight_bytes / 2**20:,.0f} MiB",
+            f"Trained {how or 'all weights'}: {self.trainable_parameters:,} parameters ({share:.2%}), "
+            f"{self.optimizer_bytes / 2**20:,.0f} MiB of optimizer state",
+            f"Data    {self.data}",
+            f"Length  {self.steps:,} steps of {self.tokens_per_step:,} tokens{begin}, on {self.device}",
+            f"Output  {self.recipe.output}",
+            *(f"Note    {note}" for note in self.notes),
+            *(["", str(self.plan)] if self.plan is not None else []),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        rows = self.plan.rows() if self.plan is not None else []
+        return values | {"recipe": self.recipe.model_dump(mode="json"), "plan": rows}
+
+
+def preview(recipe: RunRecipe, *, report: Report = silent) -> Preview:
+    """Check a recipe against its model and data, and say what it would do. No weights are read, nothing is written.
+
+    Raises:
+        ValueError, PlanError, CheckpointError: as `finetune` and `pretrain`; also for an embedded model that is not
+            fetched yet.
+    """
+    notes: list[str] = []
+
+    def note(event: Event) -> None:
+        if event["event"] == "note":
+            notes.append(event["text"])
+        report(event)
+
+    check_output(recipe.output, resume=recipe.resume)
+    for name in (recipe.model, recipe.data):
+        if name in ASSETS and asset_status(name).state == "absent":
+            raise ValueError(f"{name} is not fetched yet. Run: sparsetrain models fetch {name}")
+    resumed = find_resumable(recipe.output, recipe, note) if recipe.resume and recipe.compare == "none" else None
+    parts, model = _opened(recipe, note)
+    weights, _ = models.num_parameters(model)
+    added = sum(row["added_params"] for row in parts.plan.rows()) if parts.plan is not None else 0
+    if isinstance(recipe, Recipe):
+        model = models.add_lora(model, recipe, None, [])
+    total, trainable = models.num_parameters(model)
+    rows_per_step = recipe.batch_size * recipe.grad_accum
+    steps = recipe.steps or math.ceil((recipe.epochs or 1) * math.ceil(len(parts.bundle.train) / rows_per_step))
+    return Preview(
+        recipe=recipe,
+        plan=parts.plan,
+        data=parts.bundle.description,
+        parameters=total + added,
+        trainable_parameters=trainable + added,
+        weight_bytes=weights * assemble.pick_dtype(recipe, parts.device).itemsize,
+        optimizer_bytes=(trainable + added) * 8,
+        steps=steps,
+        tokens_per_step=rows_per_step * _row_tokens(recipe, parts),
+        device=str(parts.device),
+        counts=parts.bundle.counts,
+        resume_step=None if resumed is None else resumed.step,
+        notes=notes,
+    )
+
+
+def _opened(recipe: RunRecipe, report: Report) -> tuple[Parts[Any], Any]:
+    """(the parts of a run, its model without weights)"""
+    if isinstance(recipe, PretrainRecipe):
+        parts = open_pretraining(recipe, report)
+        return parts, architectures.empty_model(parts.config, recipe.task)
+    assert isinstance(recipe, Recipe)
+    opened = assemble.open_parts(recipe, report)
+    return opened, models.empty_model(opened.config, recipe.task)
+
+
+def _row_tokens(recipe: RunRecipe, parts: Parts[Any]) -> int:
+    if isinstance(recipe, PretrainRecipe):
+        return architectures.sequence_tokens(parts.config, recipe)
+    return recipe.seq_len

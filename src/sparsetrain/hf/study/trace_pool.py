@@ -1,0 +1,68 @@
+"""Several recipes traced at once: tracing is Python work, so it takes processes to use more than one core."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from sparsetrain.hf.study.outline import outline
+from sparsetrain.planner.outline import Outline
+from sparsetrain.recipes.finetune import Recipe
+
+MOST_PROCESSES = 4
+Found = Outline | ValueError
+
+
+def trace_all(recipes: list[Recipe], values: dict[str, Any], *, bf16: bool, gpu: bool) -> Iterator[tuple[int, Found]]:
+    """(index of the recipe, its outline or why it does not fit the model), as they get ready.
+
+    What fails in another way is left out: tracing it again here shows the error.
+
+    Args:
+        recipes: of one model.
+        values: the model's config.
+        bf16, gpu: as `outline`.
+    """
+    workers = min(MOST_PROCESSES, _cores(), len(recipes))
+    if workers < 2 or not _may_fork():
+        return
+    dearest_first = sorted(range(len(recipes)), key=lambda i: -len(recipes[i].configs))
+    # a forked process has the libraries already; importing them anew takes longer than a trace
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_begin) as pool:
+        jobs = {pool.submit(_trace, recipes[i], values, bf16, gpu): i for i in dearest_first}
+        for job in as_completed(jobs):
+            try:
+                found = job.result()
+            except BrokenProcessPool:
+                return
+            if found is not None:
+                yield jobs[job], Outline.from_json(found) if isinstance(found, str) else found
+
+
+def _begin() -> None:
+    torch.set_num_threads(1)  # the parent's threads are not here
+
+
+def _trace(recipe: Recipe, values: dict[str, Any], bf16: bool, gpu: bool) -> str | ValueError | None:
+    try:
+        return outline(recipe, AutoConfig.for_model(**values), bf16=bf16, gpu=gpu).to_json()
+    except ValueError as error:
+        return ValueError(str(error))
+    except Exception:
+        return None
+
+
+def _may_fork() -> bool:
+    return sys.platform == "linux" and not torch.cuda.is_initialized()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

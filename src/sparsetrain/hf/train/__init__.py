@@ -1,0 +1,1 @@
+"""One training run: rows, parts, the Trainer with its callbacks and checkpoints, evaluation."""

@@ -1,0 +1,243 @@
+"""The parts of a run, made from its recipe: config, rows, model, LoRA, the Trainer's arguments.
+
+Cheap checks come first: a context that is too short or a size that does not divide fails before weights are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    TrainingArguments,
+    set_seed,
+)
+
+from sparsetrain.core.anatomy import describe
+from sparsetrain.core.config import MethodConfig
+from sparsetrain.hf.assets import resolve_model
+from sparsetrain.hf.model import models
+from sparsetrain.hf.model.io import model_not_found
+from sparsetrain.hf.model.model_config import context_length
+from sparsetrain.hf.train.evaluate import LABELLED
+from sparsetrain.hf.train.parts import Parts
+from sparsetrain.hf.train.pattern_reach import check_reach
+from sparsetrain.hf.train.rows import first_batch, load_rows
+from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.recipes.run import RunRecipe
+from sparsetrain.runs.events import Report
+from sparsetrain.surgery.plan import Plan, plan
+from sparsetrain.surgery.support import check_support
+
+
+def open_parts(recipe: Recipe, report: Report, like: Recipe | None = None) -> Parts[Recipe]:
+    """Everything but the weights, in the order of what fails fastest.
+
+    Args:
+        like: a sparse recipe that this dense run is compared with; attention dropout is as there.
+
+    Raises:
+        ValueError, PlanError: the recipe does not fit the machine, the model or the data.
+    """
+    device = pick_device(recipe)
+    path, config = open_config(recipe, report, (like or recipe).configs)
+    planned = check_and_plan(recipe, config, device)
+    tokenizer = open_tokenizer(path)
+    bundle = load_rows(recipe, tokenizer, config, report)
+    check_reach(recipe, bundle)
+    return Parts(
+        recipe=recipe, device=device, path=path, config=config, plan=planned, tokenizer=tokenizer, bundle=bundle
+    )
+
+
+def check_and_plan(recipe: Recipe, config: Any, device: torch.device) -> Plan | None:
+    """The recipe's plan on the empty model, after what it asks for was found supported; None for a dense recipe.
+
+    Raises:
+        ValueError, PlanError: a method cannot do what the recipe asks for, or does not fit the model.
+    """
+    return plan_on(models.empty_model(config, recipe.task), recipe, device, recipe.seq_len) if recipe.methods else None
+
+
+def plan_on(model: Any, recipe: RunRecipe, device: torch.device, seq_tokens: int) -> Plan:
+    """The plan of a recipe with methods on an empty model, after what it asks for was found supported.
+
+    Raises:
+        ValueError, PlanError: a method cannot do what the recipe asks for, or does not fit the model.
+    """
+    check_support(recipe.configs, describe(model), asked_features(recipe, device))
+    return plan(model, *recipe.configs, seq_tokens=seq_tokens)
+
+
+def asked_features(recipe: RunRecipe, device: torch.device) -> list[str]:
+    """What a run of this recipe asks of its methods, as `surgery.support` names it."""
+    found = ["cpu" if device.type == "cpu" else "gpu", "export"]
+    found += {
+        "none": [],
+        "non-reentrant": ["checkpointing"],
+        "reentrant": ["checkpointing_reentrant"],
+    }[recipe.gradient_checkpointing]
+    if recipe.task not in ("lm", "image"):
+        found.append("padding")
+    if recipe.task in LABELLED:
+        found.append("classify")
+    if computes_bf16(recipe, device) and recipe.trains_all:
+        found.append("autocast")
+    return found
+
+
+def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...]) -> tuple[str, Any]:
+    """(path, config) of the recipe's model, with attention dropout off where `configs` take attention.
+
+    Raises:
+        ValueError: no such model, or `seq_len` is longer than its context.
+    """
+    path = resolve_model(recipe.model, progress=lambda line: report({"event": "note", "text": line}))
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(model_not_found(recipe.model, error)) from None
+    context = context_length(config)
+    if context is not None and recipe.seq_len > context:
+        raise ValueError(
+            f"seq_len={recipe.seq_len} is longer than the context of {recipe.model}, {context} tokens. Lower it."
+        )
+    models.drop_attention_dropout(config, lambda: models.empty_model(config, recipe.task), configs, report)
+    return path, config
+
+
+def open_tokenizer(path: str) -> Any:
+    """The tokenizer of a model's folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the tokenizer of {path} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def load_model(parts: Parts) -> tuple[Any, list[str]]:
+    """The pretrained model on its device with SDPA attention, and the names of modules it had no weights for.
+
+    Raises:
+        ValueError: weights that are missing or damaged; a language model without a trained head.
+    """
+    recipe, config, bundle = parts.recipe, parts.config, parts.bundle
+    options: dict[str, Any] = {}
+    if recipe.task == "classify":
+        config.num_labels = bundle.num_labels
+        config.id2label = dict(enumerate(bundle.label_names))
+        config.label2id = {name: i for i, name in enumerate(bundle.label_names)}
+        if config.pad_token_id is None:
+            config.pad_token_id = bundle.collate_fn.pad_token_id  # type: ignore[attr-defined]
+        options["ignore_mismatched_sizes"] = True
+    kind = models.auto_class(recipe.task)
+    set_seed(recipe.seed)  # a new head is drawn here
+    try:
+        model, info = kind.from_pretrained(
+            parts.path,
+            config=config,
+            dtype=pick_dtype(recipe, parts.device),
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:  # the safetensors reader has its own exception for a truncated file
+        if type(error).__name__ not in ("OSError", "SafetensorError", "RuntimeError"):
+            raise
+        raise ValueError(model_not_found(parts.path, error)) from None
+    mismatched = [key if isinstance(key, str) else key[0] for key in info.get("mismatched_keys", ())]
+    new = sorted({key.rpartition(".")[0] for key in [*info["missing_keys"], *mismatched]})
+    if new and recipe.task != "classify":
+        raise ValueError(
+            f"{recipe.model} has no weights for {', '.join(new[:3])}, so it is no trained language model. "
+            "Use a causal language model, or task=classify."
+        )
+    return model.to(parts.device), new
+
+
+def pick_device(recipe: RunRecipe) -> torch.device:
+    """The device that the recipe asks for.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    name = recipe.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={recipe.device}: this machine has {torch.cuda.device_count()} GPUs. Use device=cpu.")
+    if device.type == "cuda" and device.index:
+        raise ValueError(
+            f"device={recipe.device}: choose the GPU with CUDA_VISIBLE_DEVICES={device.index} and device=cuda."
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device=mps: this machine has no MPS. Use device=cpu.")
+    return device
+
+
+def pick_dtype(recipe: RunRecipe, device: torch.device) -> torch.dtype:
+    """The dtype of the weights: as the recipe says, but fp32 masters where all weights are trained."""
+    return torch.bfloat16 if computes_bf16(recipe, device) and not recipe.trains_all else torch.float32
+
+
+def computes_bf16(recipe: RunRecipe, device: torch.device) -> bool:
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return recipe.dtype == "bf16" or (recipe.dtype == "auto" and able)
+
+
+def training_arguments(parts: Parts, **changes: Any) -> TrainingArguments:
+    """The Trainer's arguments; what the checkpoint protocol and the records need is fixed here.
+
+    Args:
+        changes: further arguments of a job, or others in place of these.
+    """
+    recipe, device = parts.recipe, parts.device
+    values: dict[str, Any] = dict(
+        output_dir=recipe.output,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.grad_accum,
+        max_steps=recipe.steps or -1,
+        num_train_epochs=recipe.epochs or 1.0,
+        optim="adamw_torch_fused",
+        learning_rate=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        warmup_steps=recipe.warmup_steps,
+        lr_scheduler_type="constant_with_warmup" if recipe.lr_schedule == "constant" else recipe.lr_schedule,
+        max_grad_norm=recipe.max_grad_norm,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if recipe.save_every else "no",
+        save_steps=recipe.save_every or 1,
+        save_total_limit=None,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        use_cpu=device.type == "cpu",
+        # frozen bf16 weights compute in bf16 by themselves; fp32 masters need autocast
+        bf16=computes_bf16(recipe, device) and recipe.trains_all,
+        dataloader_pin_memory=device.type == "cuda",
+        remove_unused_columns=False,
+        include_num_input_tokens_seen="non_padding" if "attention_mask" in first_batch(parts) else "all",
+        report_to="none",
+        disable_tqdm=True,
+        **_recomputation(recipe),
+    )
+    arguments = TrainingArguments(**values | changes)
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one process, one GPU: no DataParallel
+    return arguments
+
+
+def _recomputation(recipe: RunRecipe) -> dict[str, Any]:
+    """Gradient checkpointing under the name that this transformers uses (5.23 deprecates the old one, v6 drops it)."""
+    if recipe.gradient_checkpointing == "none":
+        return {}
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": recipe.gradient_checkpointing == "reentrant"}}

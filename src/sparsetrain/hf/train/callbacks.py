@@ -1,0 +1,230 @@
+"""Callbacks for transformers' Trainer: schedules and sidecar, and a record of every step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sparsetrain.core.anatomy import describe, submodule
+from sparsetrain.core.units import bytes_text
+from sparsetrain.measure.memory import peak_memory, reset_peak
+from sparsetrain.runs.events import Report, log_note, silent
+from sparsetrain.runs.layout import checkpoint_folder
+from sparsetrain.runs.sidecar import write_sidecar
+from sparsetrain.surgery.apply import Handle
+from sparsetrain.surgery.support import check_support
+
+
+class SparsityCallback(TrainerCallback):
+    """Drives a converted model's schedules and keeps its sidecar with every checkpoint.
+
+    The schedule is a function of `state.global_step` alone, so a resumed run continues it. Pass the callback to the
+    Trainer: `Trainer(model, callbacks=[SparsityCallback(handle)], ...)`. `trainer.save_model()` calls no callback; the
+    sidecar for it is written into `output_dir` when training ends.
+
+    Args:
+        handle: what `sparsify` returned.
+        at_end: write the sidecar into `output_dir` at the end of training.
+        report: told, as notes (by default they are logged), what the methods say at the start, what one changed for
+            good (patterns cut, say), and the peak of memory before and after it: a peak counts from the last change,
+            since a dense phase would hide what follows.
+        before_reset: called at a change, before the peak starts anew.
+        about: entries for the sidecar, as in `hf.io.save`.
+    """
+
+    def __init__(
+        self,
+        handle: Handle,
+        *,
+        at_end: bool = True,
+        report: Report = log_note,
+        before_reset: Callable[[], None] = lambda: None,
+        **about: Any,
+    ) -> None:
+        self.handle, self.at_end, self.about = handle, at_end, about
+        self.report, self.before_reset = report, before_reset
+        self._restarted: int | None = None
+        self._peak_before: int | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        check_forwards(self.handle)
+        check_trainable(self.handle)
+        if getattr(args, "fsdp", None):
+            check_support(self.handle.configs, describe(self.handle.model), ["fsdp2"])
+        if args.fp16 and not args.max_grad_norm and self.handle.adjusts_gradients:
+            raise ValueError(
+                "fp16 without clipping leaves the gradients scaled until the optimizer step, and a method adds a decay "
+                "to them. Set max_grad_norm, train in bf16, or set the method's decay to 0."
+            )
+        self._restarted = None  # a Trainer makes its schedule anew for each run
+        self._step(args, state, kwargs.get("lr_scheduler"))
+        for note in self.handle.notes():
+            self.report({"event": "note", "text": note})
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._step(args, state, kwargs.get("lr_scheduler"))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.handle.adjust_gradients()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = checkpoint_folder(args.output_dir, state.global_step)
+        write_sidecar(folder, kwargs.get("model", self.handle.model), self.handle, **self.about)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        after = _peak(args.device)
+        if self._peak_before is not None and after is not None:
+            text = f"Peak memory: {bytes_text(self._peak_before)} before the change, {bytes_text(after)} after it."
+            self.report({"event": "note", "text": text})
+        self.handle.settle()
+        if self.at_end and args.output_dir:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            write_sidecar(args.output_dir, kwargs.get("model", self.handle.model), self.handle, **self.about)
+
+    def _step(self, args: TrainingArguments, state: TrainerState, scheduler: Any) -> None:
+        changes = self.handle.step(state.global_step, state.max_steps, 1 / args.gradient_accumulation_steps)
+        for line in changes:
+            self.report({"event": "note", "text": line})
+        if changes:
+            self.before_reset()
+            before = _peak(args.device)
+            self._peak_before = before if reset_peak(args.device) else None
+        at = self.handle.restart_step
+        if at is not None and at != self._restarted:
+            restart_schedule(scheduler, at, state.global_step)
+            self._restarted = at
+
+
+def _peak(device: torch.device) -> int | None:
+    found = peak_memory(device)
+    return found.gpu_allocated_peak_bytes or found.rss_peak_bytes
+
+
+def restart_schedule(scheduler: Any, at: int, step: int) -> None:
+    """Let a learning-rate schedule count from step `at`: its factor at step s becomes that of step s - at.
+
+    Raises:
+        ValueError: the schedule is not a function of the step alone.
+    """
+    while hasattr(scheduler, "scheduler"):  # as accelerate holds it
+        scheduler = scheduler.scheduler
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"restart_lr needs a schedule that is a function of the step, and this run has {type(scheduler).__name__}. "
+            "Use the Trainer's linear, cosine or constant schedule, or set restart_lr=False."
+        )
+
+    def counted_from(factor: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda s: factor(s - at if s >= at else s)
+
+    # a plain function, so that the scheduler's state dict leaves it out and stays loadable
+    scheduler.lr_lambdas = [counted_from(factor) for factor in scheduler.lr_lambdas]
+    for group, base, factor in zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * factor(step)
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+
+
+def check_forwards(handle: Handle) -> None:
+    """Raise ValueError if something has bound another forward over one of ours since the conversion.
+
+    Kernel patches (Liger) and offload hooks assign `module.forward` on the instance, which then wins over the class.
+    """
+    for edit in handle.plan.edits:
+        module = submodule(handle.model, edit.site)
+        if "forward" in vars(module) or hasattr(module, "_hf_hook"):
+            found = "an offload hook" if hasattr(module, "_hf_hook") else "a forward patched on the instance"
+            raise ValueError(
+                f"{edit.site} was converted by {edit.method!r} and now carries {found}, so the sparse forward would "
+                "never run. Turn kernel patches off for it (liger_kernel_config) and load without device_map."
+            )
+
+
+def check_trainable(handle: Handle) -> None:
+    """Raise ValueError if a parameter that a method added is frozen: PEFT freezes what it is not told about."""
+    for site, module in handle._installed.items():
+        for name, parameter in module.named_parameters():  # type: ignore[attr-defined]
+            # PEFT keeps a frozen original beside the copy that it trains
+            if not parameter.requires_grad and "original_module" not in name.split("."):
+                raise ValueError(
+                    f"{name} of {site} is frozen, so it would keep its first values. Tell PEFT about it: "
+                    f"LoraConfig(modules_to_save={handle.modules_to_save!r})."
+                )
+
+
+class StepRecorder(TrainerCallback):
+    """Records every optimizer step: loss, time, tokens, memory. Evaluation, saving and waiting are not in the times.
+
+    Needs `logging_steps=1` and `include_num_input_tokens_seen`.
+
+    Args:
+        report: told of each step.
+        records: the steps of the run that is continued.
+    """
+
+    def __init__(self, report: Report = silent, records: list[dict[str, Any]] | None = None) -> None:
+        self.report = report
+        self.records: list[dict[str, Any]] = list(records or [])
+        self.tokens_per_input = 1.0  # the Trainer counts numbers of the main input: an image's are its pixels
+        self._began = self._seconds = 0.0
+        self._tokens_before = 0
+
+    @property
+    def wall_s(self) -> float:
+        """Training time so far."""
+        return self.records[-1]["wall_s"] if self.records else 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._tokens_before = int(state.num_input_tokens_seen)
+        self._began = _now(args.device)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._seconds = _now(args.device) - self._began
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs.get("logs") or {}
+        if "loss" not in logs:
+            return
+        memory = peak_memory(args.device)
+        record = {
+            "step": state.global_step,
+            "loss": float(logs["loss"]),
+            "step_time_s": self._seconds,
+            "tokens": round((int(state.num_input_tokens_seen) - self._tokens_before) * self.tokens_per_input),
+            "wall_s": self.wall_s + self._seconds,
+            "learning_rate": logs.get("learning_rate"),
+            "grad_norm": logs.get("grad_norm"),
+            "memory_bytes": memory.gpu_allocated_peak_bytes or memory.rss_bytes,
+        }
+        self.records.append(record)
+        self.report({"event": "step", "steps": state.max_steps, **record})
+        if not math.isfinite(record["loss"]):
+            raise RuntimeError(
+                f"the loss is {record['loss']} after step {state.global_step}: training has diverged. Lower --lr, add "
+                "--warmup-steps, or keep more (keep_ratio, num_active). The last checkpoint is from before."
+            )
+
+
+def _now(device: torch.device) -> float:
+    """The clock, read when the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

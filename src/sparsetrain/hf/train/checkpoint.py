@@ -1,0 +1,58 @@
+"""Completing transformers' own checkpoints.
+
+The Trainer writes `checkpoint-N` (weights, optimizer, scheduler, random states). After it, our callback adds the run's
+records and, last, the manifest (`runs.checkpoints` says what that means).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sparsetrain.recipes.run import RunRecipe
+from sparsetrain.runs.checkpoints import rotate
+from sparsetrain.runs.events import Report, silent
+from sparsetrain.runs.layout import PROGRESS, checkpoint_folder
+from sparsetrain.runs.manifest import write_json, write_manifest
+
+
+class CheckpointCallback(TrainerCallback):
+    """Completes each checkpoint with the run's records and its manifest, then removes the oldest ones.
+
+    It must come after every callback that adds files to a checkpoint. Set the Trainer's `save_total_limit` to None.
+
+    Args:
+        recipe: whose fingerprint a continuation must have.
+        data: `data_fingerprint` of the training rows.
+        progress: called for what the run has recorded so far.
+    """
+
+    def __init__(
+        self, recipe: RunRecipe, data: str, progress: Callable[[], dict[str, Any]], report: Report = silent
+    ) -> None:
+        self.recipe, self.data, self.progress, self.report = recipe, data, progress, report
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = checkpoint_folder(args.output_dir, state.global_step)
+        write_json(folder / PROGRESS, self.progress())
+        write_manifest(
+            folder,
+            step=state.global_step,
+            fingerprint=self.recipe.fingerprint(),
+            training_values=self.recipe.training_values(),
+            data=self.data,
+        )
+        rotate(folder.parent, self.recipe.keep_checkpoints)
+        self.report({"event": "saved", "path": str(folder)})
+
+
+def data_fingerprint(rows: Dataset) -> str:
+    """A hash of the number of rows and of a hundred of them, evenly spread."""
+    digest = hashlib.sha256(str(len(rows)).encode())
+    for i in range(0, len(rows), max(1, len(rows) // 100)):
+        digest.update(repr({key: list(v) if hasattr(v, "__iter__") else v for key, v in rows[i].items()}).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,121 @@
+"""finetune(): one recipe, from the pretrained model to a saved adapter, with its quality on record at every stage.
+
+load → dense quality → calibrate and convert → quality → LoRA → (distil → quality) → train → quality → save.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import TrainerCallback
+
+from sparsetrain.hf.model import models
+from sparsetrain.hf.model.io import quiet
+from sparsetrain.hf.train import assemble
+from sparsetrain.hf.train.journal import Journal
+from sparsetrain.hf.train.parts import Parts
+from sparsetrain.hf.train.rows import calibration_batches, drawn_batches
+from sparsetrain.hf.train.run import Job, KnownQuality, Result, dense_start, measure_quality, run
+from sparsetrain.hf.train.run import run_report as run_report
+from sparsetrain.methods.routed_ffn.distillation import distill
+from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.runs.checkpoints import Checkpoint
+from sparsetrain.runs.events import Report, silent
+from sparsetrain.runs.sidecar import read_state
+from sparsetrain.surgery.apply import Handle, sparsify
+
+
+@quiet()
+def finetune(
+    recipe: Recipe,
+    *,
+    report: Report = silent,
+    callbacks: Iterable[TrainerCallback] = (),
+    like: Recipe | None = None,
+    dense_quality: KnownQuality = None,
+    write: bool = True,
+) -> Result:
+    """Train a recipe and write its output folder.
+
+    `output` then holds `adapter/` (or `model/` when all weights were trained) with its sidecar, `checkpoint-N/`,
+    `recipe.yaml`, `result.json` and, with `write`, `report.json` and `report.html`.
+
+    Args:
+        recipe: what to do; its `compare` is for `hf.compare`.
+        report: told what happens, as it happens (events: see `hf.trainer`).
+        callbacks: further callbacks of the Trainer, called before ours.
+        like: a sparse recipe that this dense run is compared with; attention dropout is as there.
+        dense_quality: of the pretrained model, where another run has measured it on the same rows; a function is
+            asked when it is needed.
+        write: write the report.
+
+    Raises:
+        ValueError, PlanError: the recipe does not fit the model or the data; nothing was written.
+        CheckpointError: `resume` without a checkpoint that can be continued.
+        OSError: the disk is full; the last checkpoint is whole.
+        RuntimeError: training diverged.
+    """
+    job = Job(
+        open_parts=lambda tell: assemble.open_parts(recipe, tell, like),
+        build=lambda *given: _build(recipe, *given),
+        about=_about,
+        title=title(recipe),
+        saved="adapter" if recipe.lora_r > 0 else "model",
+    )
+    return run(recipe, job, report=report, callbacks=callbacks, dense_quality=dense_quality, write=write)
+
+
+def title(recipe: Recipe) -> str:
+    """What was trained, in a line."""
+    methods = " + ".join(config.method for config in recipe.configs) or "dense"
+    how = f"LoRA r={recipe.lora_r}" if recipe.lora_r else "all weights"
+    return f"{recipe.model} on {recipe.data}, {methods}, {how}, {recipe.seq_len} tokens"
+
+
+def _build(
+    recipe: Recipe, parts: Parts, journal: Journal, resumed: Checkpoint | None, dense_quality: KnownQuality
+) -> tuple[Any, Handle | None]:
+    """The model, converted and with LoRA, its quality recorded at each stage; a continued run is rebuilt."""
+    journal.phase("loading the model", 0.0)
+    model, new_modules = assemble.load_model(parts)
+    if new_modules:
+        journal.report({"event": "note", "text": f"New in the model, and trained: {', '.join(new_modules)}."})
+    if resumed is None:
+        known = dense_start(dense_quality, model, parts, journal, "evaluating the dense model")
+        journal.quality("dense", known, step=None if recipe.methods else 0)
+    handle = None
+    if recipe.methods and resumed is not None:
+        handle = sparsify(model, *recipe.configs, state=read_state(resumed.path), seed=recipe.seed)
+    elif recipe.methods:
+        began = time.perf_counter()
+        batches = calibration_batches(parts)
+        handle = sparsify(model, *recipe.configs, calibration=batches, seed=recipe.seed, progress=journal.phase)
+        journal.run["setup_s"] = time.perf_counter() - began
+        quality = measure_quality(model, handle, parts, journal, "evaluating the converted model")
+        journal.quality("after_conversion", quality, step=None if recipe.distill_steps else 0)
+    model = models.add_lora(model, recipe, handle, new_modules)
+    if recipe.distill_steps and resumed is None:
+        began = time.perf_counter()
+        batches = drawn_batches(parts, recipe.distill_steps)
+        distill(model, batches, steps=recipe.distill_steps, lr=recipe.distill_lr, progress=journal.phase)
+        journal.run["setup_s"] = journal.run.get("setup_s", 0.0) + time.perf_counter() - began
+        quality = measure_quality(model, handle, parts, journal, "evaluating the distilled model")
+        journal.quality("after_distillation", quality, step=0)
+    return model, handle
+
+
+def _about(parts: Parts) -> dict[str, Any]:
+    """Entries of the sidecar that let `load` rebuild the model around an adapter."""
+    recipe, config = parts.recipe, parts.config
+    options: dict[str, Any] = {name: 0.0 for name in models.ATTENTION_DROPOUT if getattr(config, name, None) == 0.0}
+    if recipe.task == "classify":
+        options |= {"id2label": config.id2label, "label2id": config.label2id}
+        options |= {"pad_token_id": config.pad_token_id, "ignore_mismatched_sizes": True}
+    return {
+        "base_model": recipe.model,
+        "task": recipe.task,
+        "model_options": options,
+        "fingerprint": recipe.fingerprint(),
+    }

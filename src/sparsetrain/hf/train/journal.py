@@ -1,0 +1,134 @@
+"""What a run records as it goes: its quality at every stage, its steps, its memory. Survives an interruption."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sparsetrain.hf.train.callbacks import StepRecorder
+from sparsetrain.hf.train.evaluate import Collate, Quality
+from sparsetrain.hf.train.token_selection import SavedShare, saved_share, selecting
+from sparsetrain.measure.memory import SavedActivations, peak_memory, saved_activations
+from sparsetrain.measure.schema import Run
+from sparsetrain.runs.checkpoints import Checkpoint
+from sparsetrain.runs.events import Event, Report
+from sparsetrain.surgery.apply import Handle
+
+
+class Journal:
+    """The records of one run, laid out as `measure.schema.Run`, and the notes made on the way.
+
+    Args:
+        report: told of everything that is recorded.
+        resumed: the checkpoint that is continued; its records come first.
+    """
+
+    def __init__(self, report: Report, resumed: Checkpoint | None = None) -> None:
+        progress: dict[str, Any] = resumed.progress if resumed is not None else {}
+        self._report = report
+        self.run: Run = progress.get("run", {"steps": [], "evals": []})
+        self.notes: list[str] = progress.get("notes", [])
+        self.recorder = StepRecorder(report, self.run["steps"])  # type: ignore[arg-type]
+        self.run["steps"] = self.recorder.records  # type: ignore[typeddict-item]
+
+    def report(self, event: Event) -> None:
+        """Pass an event on; notes are kept for the report as well."""
+        if event["event"] == "note" and event["text"] not in self.notes:
+            self.notes.append(event["text"])
+        self._report(event)
+
+    def phase(self, name: str, share: float) -> None:
+        self.report({"event": "phase", "name": name, "share": share})
+
+    def quality(self, stage: str, quality: Quality, *, step: int | None = None) -> None:
+        """Record the held-out quality of a stage; with `step`, as a point of the curve too."""
+        self.run.setdefault(quality.metric, {})[stage] = quality.value  # type: ignore[misc]
+        if step is not None:
+            self.point(quality, step)
+        event = {"stage": stage, "metric": quality.metric, "value": quality.value, "quality": quality.to_dict()}
+        self.report({"event": "quality", **event})
+
+    def point(self, quality: Quality, step: int) -> None:
+        """Record a point of the held-out curve."""
+        point: Any = {"step": step, "wall_s": self.recorder.wall_s, "loss": quality.loss, quality.metric: quality.value}
+        self.run.setdefault("evals", []).append(point)
+
+    def peaks(self, device: torch.device) -> None:
+        """Record the peak of memory since it was last reset; a continued run keeps the larger."""
+        peak = peak_memory(device)
+        for key, found in (("peak_rss_bytes", peak.rss_peak_bytes), ("peak_gpu_bytes", peak.gpu_allocated_peak_bytes)):
+            before = self.run.get(key)
+            if found is not None:
+                self.run[key] = max(found, before or 0)  # type: ignore[literal-required]
+
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint stores, for `resumed` of a later run."""
+        return {"run": dict(self.run), "notes": list(self.notes)}
+
+
+class EvalCallback(TrainerCallback):
+    """Evaluates every `every` steps (0: never), outside the timed part of a step."""
+
+    def __init__(self, evaluate_now: Callable[[], Quality], every: int, journal: Journal) -> None:
+        self.evaluate_now, self.every, self.journal = evaluate_now, every, journal
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        due = self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps
+        if due and "loss" in (kwargs.get("logs") or {}):
+            quality = self.evaluate_now()
+            self.journal.point(quality, state.global_step)
+            event = {"stage": f"step {state.global_step}", "metric": quality.metric, "value": quality.value}
+            self.journal.report({"event": "quality", **event})
+
+
+class SavedCallback(TrainerCallback):
+    """Counts what a training forward keeps for its backward, as it is after the warm-up, when training begins."""
+
+    def __init__(self, handle: Handle | None, sample: dict[str, Tensor], journal: Journal) -> None:
+        self.handle, self.sample, self.journal = handle, sample, journal
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model, device = kwargs["model"], args.device
+        batch = {name: tensor.to(device) for name, tensor in self.sample.items()}
+        model.train()
+        if self.handle is not None:
+            self.handle.settle()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            saved, share = self._measure(model, batch)
+        self.journal.run["saved_activation_bytes"] = dict(saved.by_component)
+        self.journal.run["saved_by_layer"] = saved.by_layer
+        if share is not None:
+            self.journal.report({"event": "note", "text": str(share)})
+
+    def _measure(self, model: Any, batch: dict[str, Tensor]) -> tuple[SavedActivations, SavedShare | None]:
+        if self.handle is None:
+            return saved_activations(model, lambda: model(**batch).loss), None
+        with selecting(self.handle, batch) as chosen:
+            saved = saved_activations(model, lambda: model(**chosen).loss)
+        return saved, saved_share(self.handle, model, batch)
+
+
+class OrderedCollator:
+    """A collator that hashes the rows it is given, so that two runs can be shown to have seen the same."""
+
+    def __init__(self, collate_fn: Collate) -> None:
+        self.collate_fn = collate_fn
+        self._crc = 0
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        for row in rows:
+            content = next(value for name, value in row.items() if name != "labels")
+            self._crc = zlib.crc32(np.asarray(content).tobytes(), self._crc)
+        return self.collate_fn(rows)
+
+    @property
+    def digest(self) -> str:
+        return f"{self._crc:08x}"

@@ -1,0 +1,190 @@
+"""pretrain(): one recipe, from random weights to a saved model: data → config → weights → conversion → train → save.
+
+What is shared with `finetune` is in `hf.run`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from sparsetrain.hf.model import models
+from sparsetrain.hf.model.architectures import (
+    build_model,
+    check_task,
+    empty_model,
+    fit_to_data,
+    image_size,
+    open_architecture,
+    sequence_tokens,
+)
+from sparsetrain.hf.model.io import quiet
+from sparsetrain.hf.train import assemble
+from sparsetrain.hf.train.journal import Journal
+from sparsetrain.hf.train.parts import Parts
+from sparsetrain.hf.train.pattern_reach import check_reach
+from sparsetrain.hf.train.pretrain_data import load_rows, open_tokenizer
+from sparsetrain.hf.train.rows import calibration_batches, check_selection
+from sparsetrain.hf.train.run import Job, KnownQuality, Result, dense_start, run
+from sparsetrain.methods import TokenSelection
+from sparsetrain.recipes.pretrain import PretrainRecipe as PretrainRecipe
+from sparsetrain.runs.checkpoints import Checkpoint
+from sparsetrain.runs.events import Report, silent
+from sparsetrain.runs.sidecar import read_state
+from sparsetrain.surgery.apply import Handle, sparsify
+
+
+@quiet()
+def pretrain(
+    recipe: PretrainRecipe,
+    *,
+    report: Report = silent,
+    callbacks: Iterable[TrainerCallback] = (),
+    like: PretrainRecipe | None = None,
+    dense_quality: KnownQuality = None,
+    write: bool = True,
+) -> Result:
+    """Train a model from random weights and write its output folder.
+
+    `output` then holds `model/` with its sidecar, `checkpoint-N/`, `recipe.yaml`, `result.json` and, with `write`,
+    `report.json` and `report.html`.
+
+    Args:
+        recipe: what to do; its `compare` is for `hf.compare`.
+        report: told what happens, as it happens (events: see `hf.trainer`).
+        callbacks: further callbacks of the Trainer, called before ours.
+        like: a sparse recipe that this dense run is compared with; attention dropout is as there.
+        dense_quality: of the untrained dense model, where another run has measured it on the same rows; a function is
+            asked when it is needed.
+        write: write the report.
+
+    Raises:
+        ValueError, PlanError: the recipe does not fit the architecture or the data; nothing was written.
+        CheckpointError: `resume` without a checkpoint that can be continued.
+        OSError: the disk is full; the last checkpoint is whole.
+        RuntimeError: training diverged.
+    """
+    job = Job(
+        open_parts=lambda tell: open_parts(recipe, tell, like),
+        build=_build,
+        about=lambda parts: {"job": "pretrain", "task": recipe.task, "fingerprint": recipe.fingerprint()},
+        title=title(recipe),
+        saved="model",
+        arguments=_arguments(recipe),
+        callbacks=(ClipValue(recipe.clip_value),) if recipe.clip_value else (),
+    )
+    return run(recipe, job, report=report, callbacks=callbacks, dense_quality=dense_quality, write=write)
+
+
+def title(recipe: PretrainRecipe) -> str:
+    """What is trained, in a line."""
+    methods = " + ".join(config.method for config in recipe.configs) or "dense"
+    length = "" if recipe.task == "image" else f", {recipe.seq_len} tokens"
+    return f"{recipe.model} from random weights on {recipe.data} ({recipe.task}), {methods}{length}"
+
+
+def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | None = None) -> Parts:
+    """Config, data and plan, checked against each other; no weights are made.
+
+    Raises:
+        ValueError, PlanError: the recipe does not fit the machine, the architecture or the data.
+    """
+    device = assemble.pick_device(recipe)
+    _check_methods(recipe)
+    config = open_architecture(recipe)
+    check_task(config, recipe)
+    configs = (like or recipe).configs
+    models.drop_attention_dropout(config, lambda: empty_model(config, recipe.task), configs, report)
+    tokenizer = open_tokenizer(recipe)
+    tokens = sequence_tokens(config, recipe)
+    bundle = load_rows(recipe, tokenizer, tokens, report)
+    fit_to_data(config, recipe, bundle, tokenizer)
+    check_reach(recipe, bundle)
+    planned = assemble.plan_on(empty_model(config, recipe.task), recipe, device, tokens) if recipe.methods else None
+    pixels = config.num_channels * image_size(config)[0] * image_size(config)[1] if recipe.task == "image" else 1
+    return Parts(
+        recipe=recipe,
+        device=device,
+        path="",
+        config=config,
+        plan=planned,
+        tokenizer=tokenizer,
+        bundle=bundle,
+        tokens_per_input={"image": tokens / pixels, "pairs": 2.0}.get(recipe.task, 1.0),
+    )
+
+
+class ClipValue(TrainerCallback):
+    """Cuts every entry of the gradient to [-limit, limit], after the clipping by norm; methods' decays come after."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        torch.nn.utils.clip_grad_value_(kwargs["model"].parameters(), self.limit)
+
+
+def _check_methods(recipe: PretrainRecipe) -> None:
+    if recipe.task in ("pairs", "image") and any(isinstance(config, TokenSelection) for config in recipe.configs):
+        raise ValueError(
+            f"token_selection trains on some tokens of a text, and task={recipe.task} has none to choose among. Use it "
+            "with task=lm or classify."
+        )
+    check_selection(recipe)
+
+
+def _arguments(recipe: PretrainRecipe) -> dict[str, Any]:
+    found: dict[str, Any] = {"adam_beta1": recipe.beta1, "adam_beta2": recipe.beta2, "adam_epsilon": recipe.eps}
+    if recipe.min_lr_ratio:
+        found |= {
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": recipe.min_lr_ratio},
+        }
+    return found
+
+
+def _build(
+    parts: Parts[PretrainRecipe], journal: Journal, resumed: Checkpoint | None, dense_quality: KnownQuality
+) -> tuple[Any, Handle | None]:
+    """The model with random weights, converted; a continued run gets its methods' state from the checkpoint."""
+    recipe = parts.recipe
+    set_seed(recipe.seed)  # the same start for every recipe of the same seed
+    model = build_model(parts.config, recipe.task).to(parts.device)
+    if resumed is not None:
+        state = read_state(resumed.path) if recipe.methods else {}
+        return model, sparsify(model, *recipe.configs, state=state, seed=recipe.seed) if recipe.methods else None
+    known = dense_start(dense_quality, model, parts, journal, "evaluating the untrained model")
+    journal.quality("untrained", known, step=0)
+    if not recipe.methods:
+        return model, None
+    began = time.perf_counter()
+    batches = calibration_batches(parts) if recipe.task in ("lm", "image") else _longest_rows(parts)
+    handle = sparsify(model, *recipe.configs, calibration=batches, seed=recipe.seed, progress=journal.phase)
+    journal.run["setup_s"] = time.perf_counter() - began
+    return model, handle
+
+
+def _longest_rows(parts: Parts[PretrainRecipe]) -> list[dict[str, torch.Tensor]] | None:
+    """As `calibration_batches`, of the longest rows, padded to `seq_len`.
+
+    A pattern is cut from maps of these rows, and must reach as far as any row of the training.
+    """
+    recipe, rows, collate = parts.recipe, parts.bundle.train, parts.bundle.collate_fn
+    lengths = [len(row) for row in rows["input_ids"]]
+    wanted = min(len(rows), -(-recipe.calibration_tokens // recipe.seq_len))
+    places = sorted(range(len(rows)), key=lambda i: -lengths[i])[:wanted]
+    batches = []
+    for start in range(0, wanted, recipe.batch_size):
+        batch = collate([rows[i] for i in places[start : start + recipe.batch_size]])
+        batches.append({name: _padded(tensor, recipe.seq_len) for name, tensor in batch.items() if name != "labels"})
+    return [{name: tensor.to(parts.device) for name, tensor in batch.items()} for batch in batches] or None
+
+
+def _padded(rows_bt: torch.Tensor, tokens: int) -> torch.Tensor:
+    return torch.nn.functional.pad(rows_bt, (0, max(0, tokens - rows_bt.shape[1])))

@@ -1,0 +1,66 @@
+"""Recipe: everything one fine-tuning run is asked to do, as a YAML file whose keys equal the command line's flags."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from sparsetrain.core.config import MethodConfig
+from sparsetrain.methods import PQAttention, RoutedFFN, TokenSelection
+from sparsetrain.recipes.run import RunRecipe
+
+_SPT = (PQAttention(keep_ratio=0.25, block_q=64, block_k=16, from_depth=0.7), RoutedFFN.converted())
+PRESETS: dict[str, tuple[MethodConfig, ...]] = {
+    "spt": _SPT,
+    "spt-paper": (PQAttention.paper(), RoutedFFN.paper()),
+    "tokens": (TokenSelection(),),
+    "spt+tokens": (*_SPT, TokenSelection()),
+    "dense": (),
+}
+"""Name -> methods: block-sparse attention with a fitted routed FFN; the published choices; gradient through selected
+tokens, alone and on top of the first; plain LoRA."""
+
+
+class Recipe(RunRecipe):
+    """One fine-tuning run. Build it with `Recipe.from_values`, `Recipe.from_yaml`, or keyword arguments."""
+
+    presets: ClassVar[Mapping[str, tuple[MethodConfig, ...]]] = PRESETS
+    default_preset: ClassVar[str | None] = "spt"
+
+    model: str
+    """Model to fine-tune: an embedded asset (`sparsetrain models`), a local folder, or a name on the hub."""
+    data: str
+    """Training data: a text file, folder or glob; JSONL (text, messages, or prompt/completion); CSV; an embedded or
+    `datasets` name."""
+    output: str = "runs/finetune"
+    """Folder for checkpoints, the trained adapter and the report. It must be empty or absent unless --resume."""
+    task: Literal["lm", "sft", "classify"] = "lm"
+    """lm: predict every token of packed text. sft: learn the completions only. classify: learn a label a text."""
+    lr: float = Field(2e-4, gt=0, le=10)
+    """Peak learning rate. LoRA: about 2e-4. Full fine-tuning: about 2e-5."""
+    lora_r: int = Field(16, ge=0)
+    """Rank of the LoRA factors; 0 trains all weights instead (full fine-tuning)."""
+    lora_alpha: float = Field(16.0, gt=0)
+    """LoRA's update is scaled by lora_alpha / lora_r."""
+    lora_targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Linears that get LoRA: all-linear (all but the head), or endings of module names such as q_proj."""
+    methods: list[dict[str, Any]] = Field(default_factory=list)
+    """Sparse methods, each {method: name, key: value}; on the command line name:key=value,key=value. Without methods
+    and preset: the preset spt. An empty list: dense."""
+    distill_steps: int = Field(0, ge=0)
+    """Steps of layer-wise distillation between conversion and training: each routed FFN, with its LoRA, learns the
+    output of its dense FFN."""
+    distill_lr: float = Field(3e-4, gt=0, le=10)
+    """Learning rate of the distillation at its first step; it falls to 0."""
+
+    @model_validator(mode="after")
+    def _can_distill(self) -> Self:
+        if self.distill_steps and not any(isinstance(config, RoutedFFN) for config in self.configs):
+            raise ValueError(f"distill_steps={self.distill_steps} needs a routed_ffn among the methods. Add it, or 0.")
+        return self
+
+    @property
+    def trains_all(self) -> bool:
+        return self.lora_r == 0

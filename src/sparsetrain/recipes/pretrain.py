@@ -1,0 +1,76 @@
+"""PretrainRecipe: everything one run from random weights is asked to do, as a YAML file or flags."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from sparsetrain.recipes.run import RunRecipe
+
+
+class PretrainRecipe(RunRecipe):
+    """One run from random weights. Build it with `PretrainRecipe.from_values` or `from_yaml`."""
+
+    default_steps: ClassVar[int] = 1000
+
+    model: str
+    """Architecture: a built-in name (gpt2-nano, sequence-encoder, vit-nano), or a config.json or a folder with one."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Keys of the model's config and their values, in place of the architecture's; on the command line key=value."""
+    data: str
+    """Training data: as for finetune (text files for lm, labelled CSV or JSONL for classify); a task's name (listops,
+    text, retrieval, pixels, pathfinder, lra-...); fashion-mnist or a folder with MNIST's four files (image)."""
+    data_folder: str | None = None
+    """Folder with the files of a task that is read rather than generated (lra-...)."""
+    tokenizer: str | None = None
+    """Folder or embedded model whose tokenizer reads text; bytes are the tokens if not given."""
+    output: str = "runs/pretrain"
+    """Folder for checkpoints, the trained model and the report. It must be empty or absent unless --resume."""
+    task: Literal["lm", "classify", "pairs", "image"] = "lm"
+    """lm: predict every token of packed text. classify: a label a sequence. pairs: a label two sequences, read by one
+    encoder. image: a label an image, read as patches."""
+    seq_len: int = Field(256, ge=8)
+    """Tokens in a sequence; at most the positions of the config. Images bring their own length."""
+    batch_size: int = Field(16, ge=1)
+    """Sequences in one forward and backward pass. Memory grows with it."""
+    train_rows: int | None = Field(None, ge=1)
+    """Use this many labelled training rows, chosen by seed; all if not given."""
+    lr: float = Field(1e-3, gt=0, le=10)
+    """Peak learning rate."""
+    weight_decay: float = Field(0.1, ge=0, le=1)
+    """AdamW's decoupled weight decay; norms and biases are left out."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of AdamW's mean of gradients."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of AdamW's mean of squared gradients; 0.95 is usual for language models."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    min_lr_ratio: float = Field(0.0, ge=0, lt=1)
+    """Where the cosine schedule ends, as a share of lr."""
+    clip_value: float = Field(0.0, ge=0)
+    """Entries of the gradient are cut to this size, after max_grad_norm; 0: not at all."""
+    calibration_tokens: int = Field(2048, ge=0)
+    """Training tokens from which a method that needs a conversion starts, run through the random model."""
+    eval_tokens: int = Field(65536, ge=1)
+    """Tokens of held-out data for each evaluation; labelled tasks use eval_tokens / seq_len rows."""
+
+    @field_validator("set", mode="before")
+    @classmethod
+    def _pairs(cls, given: Any) -> dict[str, Any]:
+        if isinstance(given, dict):
+            return given
+        found = {}
+        for entry in given:
+            key, equals, value = str(entry).partition("=")
+            if not equals:
+                raise ValueError(f"set holds {entry!r}, which has no '='. Write key=value.")
+            found[key.strip()] = yaml.safe_load(value)
+        return found
+
+    @model_validator(mode="after")
+    def _schedule(self) -> Self:
+        if self.min_lr_ratio and self.lr_schedule != "cosine":
+            raise ValueError(f"min_lr_ratio={self.min_lr_ratio} goes with lr_schedule=cosine, not {self.lr_schedule}.")
+        return self

@@ -1,0 +1,305 @@
+"""What the recipes of all jobs share: the keys of a training run, checked when the recipe is made, and its YAML file.
+
+The keys equal the command line's flags. A fingerprint names what changes the training result, so that a run is never
+resumed with another recipe unnoticed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sparsetrain.core.config import MethodConfig, lists_for_tuples, method_config, plain_values, suggest
+
+# what may differ between a run and its continuation: where and how often things are written, how progress is watched
+NOT_TRAINING = frozenset(
+    {"output", "resume", "save_every", "keep_checkpoints", "eval_every", "eval_tokens", "compare"}
+    | {"threads", "device", "gradient_checkpointing"}
+)
+
+
+class RunRecipe(BaseModel):
+    """The keys that every training run has; `Recipe` and `PretrainRecipe` add theirs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    presets: ClassVar[Mapping[str, tuple[MethodConfig, ...]]] = {}
+    default_preset: ClassVar[str | None] = None
+    default_steps: ClassVar[int] = 200
+
+    model: str
+    """What is trained."""
+    data: str
+    """What it is trained on."""
+    output: str
+    """Folder for checkpoints, the trained model and the report. It must be empty or absent unless --resume."""
+    task: str
+    """What is learned."""
+    text_column: str = "text"
+    """Column that holds the text, in JSONL and CSV data."""
+    seq_len: int = Field(1024, ge=8)
+    """Tokens in a sequence: windows of packed text (lm), or where longer examples are cut. At most the model's
+    context length."""
+    batch_size: int = Field(1, ge=1)
+    """Sequences in one forward and backward pass. Memory grows with it."""
+    grad_accum: int = Field(1, ge=1)
+    """Passes whose gradients are added before the weights move; the effective batch is batch_size x grad_accum."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps to train. Give this or epochs; 200 if neither is given."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training data, instead of steps."""
+    lr: float = Field(gt=0, le=10)
+    """Peak learning rate."""
+    weight_decay: float = Field(0.0, ge=0, le=1)
+    """AdamW's decoupled weight decay."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps in which the learning rate rises from 0 to lr."""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up: to 0 along a line or a half cosine, or not at all."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients longer than this are scaled down to it; 0 turns clipping off."""
+    methods: list[dict[str, Any]] = Field(default_factory=list)
+    """Sparse methods, each {method: name, key: value}; on the command line name:key=value,key=value. An
+    empty list: dense."""
+    calibration_tokens: int = Field(8192, ge=0)
+    """Training tokens from which the conversion learns (clusters, router, codebooks), spread over the data."""
+    compare: Literal["none", "dense"] = "none"
+    """dense: also train the strongest dense baseline beside, step by step in turns, and report both."""
+    save_every: int = Field(50, ge=0)
+    """Steps between checkpoints; 0 writes only the final model."""
+    keep_checkpoints: int = Field(2, ge=2)
+    """Newest checkpoints to keep. At least 2, so that one is whole while the next is being written."""
+    eval_every: int = Field(0, ge=0)
+    """Steps between evaluations; 0 evaluates only before and after training."""
+    eval_tokens: int = Field(16384, ge=1)
+    """Tokens of held-out data for each evaluation (rows with one label: as many as hold them)."""
+    gradient_checkpointing: Literal["none", "non-reentrant", "reentrant"] = "none"
+    """Recompute activations in the backward pass: much less memory, about a third more time."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of activations, and of frozen weights. auto: fp32 on a CPU, bf16 on a GPU that has it."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seeds new weights, the conversion and the data order. Same seed and machine: same losses."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads; all cores if not given."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    """auto, cpu, mps, cuda or cuda:N. auto takes a GPU if there is one."""
+    resume: bool = False
+    """Continue from the newest whole checkpoint in output."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, values: Any) -> Any:
+        values = dict(values)
+        known = [*cls.model_fields, *(["preset"] if cls.presets else [])]
+        preset = values.pop("preset", None)
+        for key in [*values, *(["preset"] if preset is not None else [])]:
+            if key not in known:
+                raise ValueError(f"unknown key {key!r}.{suggest(str(key), known)} Keys: {', '.join(sorted(known))}.")
+        if values.get("methods") is None:
+            values.pop("methods", None)
+            preset = preset or cls.default_preset
+        if preset is not None:
+            if preset not in cls.presets:
+                near = suggest(str(preset), cls.presets)
+                raise ValueError(f"unknown preset {preset!r}.{near} Presets: {', '.join(cls.presets)}.")
+            values["methods"] = [plain_values(c) for c in cls.presets[preset]] + list(values.get("methods") or [])
+        if values.get("steps") is None and values.get("epochs") is None:
+            values["steps"] = cls.default_steps
+        return values
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _methods(cls, given: Any) -> list[dict[str, Any]]:
+        if not isinstance(given, list):
+            raise ValueError(f"methods is {given!r}. Give a list of {{method: name, ...}}.")
+        entries = [parse_method(entry) if isinstance(entry, str) else entry for entry in given]
+        if wrong := [entry for entry in entries if not isinstance(entry, Mapping)]:
+            raise ValueError(f"methods holds {wrong[0]!r}. Give {{method: name, ...}} or 'name:key=value,...'.")
+        return [_short(MethodConfig.from_dict(_typed(entry))) for entry in entries]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"steps={self.steps} and epochs={self.epochs} are both given. Give one of them.")
+        if self.steps is not None and self.warmup_steps >= self.steps and self.warmup_steps > 0:
+            raise ValueError(f"warmup_steps={self.warmup_steps} leaves nothing of steps={self.steps}. Lower it.")
+        return self
+
+    @property
+    def trains_all(self) -> bool:
+        """All weights are trained, rather than an adapter."""
+        return True
+
+    @property
+    def configs(self) -> tuple[MethodConfig, ...]:
+        """The methods as configs."""
+        return tuple(MethodConfig.from_dict(entry) for entry in self.methods)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
+        """Build a recipe from flags or file entries.
+
+        Args:
+            values: recipe keys, and `preset` (one of `PRESETS`), whose methods come before those of `methods`.
+
+        Raises:
+            ValueError: an unknown key (with the nearest known one), or a value out of range; one line a problem.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            problems: dict[str, list[str]] = {}
+            for entry in error.errors():
+                what, message = _problem(entry)
+                problems.setdefault(what, []).append(message)
+            raise ValueError("\n".join(what + " or ".join(found) for what, found in problems.items())) from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, changes: Mapping[str, Any] | None = None) -> Self:
+        """Read a recipe file; `changes` (the command line) wins over the file.
+
+        A change of steps or epochs replaces both, and one of preset or methods replaces both.
+
+        Raises:
+            ValueError: no such file, not YAML, not a mapping, or as `from_values`.
+        """
+        path = Path(path)
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"recipe {path} cannot be read: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"recipe {path} holds {type(values).__name__}, not `key: value` lines.")
+        for together in ({"steps", "epochs"}, {"preset", "methods"}):
+            if together & set(changes or {}):
+                values = {key: value for key, value in values.items() if key not in together}
+        values |= dict(changes or {})
+        try:
+            return cls.from_values(values)
+        except ValueError as error:
+            raise ValueError(f"recipe {path}: {error}") from None
+
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        """The recipe as YAML; written to `path` if given. `from_yaml` reads it back equal."""
+        text = yaml.safe_dump(
+            self.model_dump(exclude_none=True, exclude={"resume"}), sort_keys=False, allow_unicode=True
+        )
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    def training_values(self) -> dict[str, Any]:
+        """The keys that change the training result, as JSON values."""
+        values = {key: value for key, value in self.model_dump(mode="json").items() if key not in NOT_TRAINING}
+        # in full, so that a default that changes between versions counts as a difference
+        return values | {"methods": [plain_values(config) for config in self.configs]}
+
+    def fingerprint(self) -> str:
+        """A hash of `training_values`: equal for two recipes whose runs give the same model."""
+        return hashlib.sha256(json.dumps(self.training_values(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def differences(self, earlier: Mapping[str, Any]) -> list[str]:
+        """Where `earlier` (another recipe's `training_values`) differs: 'lr: 0.0001 there, 0.0002 here', …"""
+        own, other = _flat(self.training_values()), _flat(earlier)
+        if own["methods"] != other["methods"]:  # then their keys cannot be compared one by one
+            own, other = ({k: v for k, v in side.items() if not k.startswith("methods.")} for side in (own, other))
+        return [
+            f"{key}: {other.get(key)!r} there, {own.get(key)!r} here"
+            for key in sorted(own.keys() | other.keys())
+            if own.get(key) != other.get(key)
+        ]
+
+
+def parse_method(text: str) -> dict[str, Any]:
+    """'routed_ffn:num_blocks=16,layers=2|4-9' -> {"method": "routed_ffn", "num_blocks": "16", "layers": "2|4-9"}.
+
+    Raises:
+        ValueError: an entry without `=`.
+    """
+    name, _, rest = text.partition(":")
+    found: dict[str, Any] = {"method": name.strip()}
+    for entry in filter(None, (part.strip() for part in rest.split(","))):
+        key, equals, value = entry.partition("=")
+        if not equals:
+            raise ValueError(f"method {text!r}: {entry!r} has no '='. Write {name}:key=value,key=value.")
+        found[key.strip()] = value.strip()
+    return found
+
+
+def _typed(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry with its strings read as what the config's fields hold; unknown keys are left for `from_dict`."""
+    fields = {field.name: str(field.type) for field in dataclasses.fields(method_config(entry.get("method")))}
+    typed = dict(entry)
+    for key, value in entry.items():
+        kind = fields.get(key, "str")
+        if not kind.startswith("str"):
+            typed[key] = _value(f"{entry.get('method')}: {key}", kind, value)
+    return typed
+
+
+def _value(what: str, kind: str, value: Any) -> Any:
+    """One config value of type `kind` (`int`, `float | None`, `bool`, `tuple[int, ...]`, `tuple[str, ...]`)."""
+    try:
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            if "None" in kind:
+                return None
+            raise ValueError
+        if kind.startswith("tuple[str"):
+            return value.split("|") if isinstance(value, str) else [str(item) for item in value]
+        if kind.startswith("tuple[int"):
+            return _indices(value) if isinstance(value, str) else [int(item) for item in value]
+        if kind.startswith("bool"):
+            return value if isinstance(value, bool) else {"true": True, "false": False}[str(value).lower()]
+        if isinstance(value, bool):
+            raise ValueError
+        if kind.startswith("float"):
+            above, slash, below = str(value).partition("/")
+            return float(above) / float(below) if slash else float(above)
+        if float(value) != int(float(value)):
+            raise ValueError
+        return int(float(value))
+    except (ValueError, KeyError, TypeError, ZeroDivisionError, OverflowError):
+        raise ValueError(f"{what}={value!r} is not of type {kind}.") from None
+
+
+def _indices(text: str) -> list[int]:
+    """'2|4-6' -> [2, 4, 5, 6]"""
+    found: list[int] = []
+    for part in text.split("|"):
+        first, dash, last = part.partition("-")
+        found.extend(range(int(first), int(last) + 1) if dash else [int(first)])
+    return found
+
+
+def _short(config: MethodConfig) -> dict[str, Any]:
+    """What differs from the config's defaults, so that recipe files stay readable."""
+    defaults = type(config)().to_dict()
+    given = {key: value for key, value in config.to_dict().items() if value != defaults[key]}
+    return {"method": config.method, **lists_for_tuples(given)}
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`training_values` with one key a config key: methods.0.routed_ffn.num_blocks."""
+    methods = values.get("methods") or []
+    found = {**values, "methods": [entry["method"] for entry in methods]}
+    for i, entry in enumerate(methods):
+        found |= {f"methods.{i}.{entry['method']}.{key}": value for key, value in entry.items() if key != "method"}
+    return found
+
+
+def _problem(entry: Any) -> tuple[str, str]:
+    """(the key and what was found, what is allowed) for one of pydantic's errors."""
+    message = str(entry["msg"])
+    if entry["type"] == "value_error":
+        return "", message.removeprefix("Value error, ")
+    key = str(entry["loc"][0])
+    if entry["type"] == "missing":
+        return f"{key} is missing. ", f"Give it in the recipe file or as --{key.replace('_', '-')}."
+    return f"{key}={entry['input']!r}: ", f"{message[0].lower()}{message[1:]}"

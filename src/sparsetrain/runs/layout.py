@@ -1,0 +1,17 @@
+"""Names inside a run's output folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+RECIPE, RESULT, PROGRESS = "recipe.yaml", "result.json", "progress.json"
+REPORT_PAGE, REPORT_VALUES = "report.html", "report.json"
+ADAPTER, MODEL = "adapter", "model"
+SPARSE, DENSE = "sparse", "dense"
+SAVED_PLACES = (ADAPTER, MODEL, f"{SPARSE}/{ADAPTER}", f"{SPARSE}/{MODEL}")
+"""Where the trained adapter or model is, in the output of a run or of a comparison."""
+
+
+def checkpoint_folder(output: str | Path | None, step: int) -> Path:
+    """Where the Trainer writes its checkpoint of a step."""
+    return Path(output or ".") / f"checkpoint-{step}"
