@@ -80,7 +80,7 @@ def measure(model: str, way: str, tokens: int) -> dict[str, Any]:
     from sparsetrain.hf.train.assemble import open_config
     from sparsetrain.measure.memory import peak_memory, reset_peak, saved_activations, static_memory
     from sparsetrain.planner.tracing import trace_step
-    from sparsetrain.surgery.plan import blank_state
+    from sparsetrain.surgery.method import blank_state
 
     recipe = make_recipe(model, way, tokens)
     path, config = open_config(recipe, lambda _event: None, ())

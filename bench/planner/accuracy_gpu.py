@@ -90,7 +90,7 @@ def build(recipe: Any, config: Any) -> tuple[Any, Any]:
     from sparsetrain import plan, sparsify
     from sparsetrain.hf.model.models import add_lora
     from sparsetrain.hf.study.outline import example_batch, recompute, training_step, without_dropout
-    from sparsetrain.surgery.plan import blank_state
+    from sparsetrain.surgery.method import blank_state
 
     without_dropout(config, recipe)
     kind: Any = AutoModelForSequenceClassification if recipe.task == "classify" else AutoModelForCausalLM

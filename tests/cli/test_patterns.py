@@ -8,7 +8,7 @@ import pytest
 
 import sparsetrain
 from sparsetrain import FloodFillAttention
-from sparsetrain.measure.patterns import add_pictures
+from sparsetrain.measure.pictures import add_pictures
 from sparsetrain.runs.sidecar import write_sidecar
 from tests.cli.conftest import Call
 from tests.families import FAMILIES, LAYERS
@@ -63,6 +63,6 @@ def test_what_has_no_patterns(tmp_path: Path, call: Call) -> None:
     assert nothing.code != 0 and "holds no saved run" in nothing.err
     write_sidecar(tmp_path, FAMILIES["gpt2"].model(), None)
     other = call("patterns", tmp_path)
-    assert other.code != 0 and "only flood_fill_attention has patterns" in other.err
+    assert other.code != 0 and "only flood_fill_attention and semi_structured have pictures" in other.err
     with pytest.raises(ValueError, match="no <main>"):
-        add_pictures("<html></html>", [])
+        add_pictures("<html></html>", [], name="patterns", heading="Attention patterns")

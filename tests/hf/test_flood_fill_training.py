@@ -24,7 +24,7 @@ from sparsetrain import FloodFillAttention
 from sparsetrain.hf.train.callbacks import SparsityCallback
 from sparsetrain.hf.train.finetune import finetune
 from sparsetrain.measure.memory import saved_activations
-from sparsetrain.runs.patterns import read_patterns
+from sparsetrain.runs.pictures import read_galleries
 from sparsetrain.runs.sidecar import read_state
 from tests.hf import runs
 
@@ -164,9 +164,9 @@ def test_finetune_switches_resumes_and_saves_its_patterns(tmp_path: Path) -> Non
     assert any("sparse from step 3 on (the maps have settled)" in note for note in result.notes)
     assert any(note.startswith("Peak memory") for note in result.notes)
     losses = {record["step"]: record["loss"] for record in result.run["steps"]}
-    _, patterns = read_patterns(tmp_path / "out")
-    assert [pattern.switched_at_step for pattern in patterns] == [3, 3]
-    assert all(0 < (pattern.density or 1) <= 0.5 for pattern in patterns)
+    facts = [picture.facts for picture in read_galleries(tmp_path / "out")[0].pictures]
+    assert [found["switched_at_step"] for found in facts] == [3, 3]
+    assert all(0 < (found["density"] or 1) <= 0.5 for found in facts)
     for step in (2, 4):  # in the dense phase, and after it
         folder = tmp_path / f"from-{step}"
         shutil.copytree(tmp_path / "out" / f"checkpoint-{step}", folder / f"checkpoint-{step}")

@@ -23,7 +23,7 @@ from sparsetrain.measure.memory import saved_activations, static_memory
 from sparsetrain.planner.memory import PeakBytes, peak_bytes
 from sparsetrain.planner.tracing import trace_step
 from sparsetrain.recipes.finetune import Recipe
-from sparsetrain.surgery.plan import blank_state
+from sparsetrain.surgery.method import blank_state
 from tests.families import FAMILIES
 
 PQ = {"method": "pq_attention", "keep_ratio": 0.5, "block_q": 16, "block_k": 8, "layers": [2, 3], "local_tokens": 4}

@@ -25,7 +25,7 @@ from sparsetrain.hf.model.models import add_lora
 from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.study.outline import example_batch, recompute, training_step
 from sparsetrain.recipes.finetune import Recipe
-from sparsetrain.surgery.plan import blank_state
+from sparsetrain.surgery.method import blank_state
 
 recipe, limit = Recipe.from_yaml(sys.argv[1], {"data": "none"}), int(sys.argv[2])
 torch.set_num_threads(1)

@@ -24,8 +24,7 @@ from sparsetrain.hf.study.preview import preview
 from sparsetrain.hf.train import pretrain_data
 from sparsetrain.hf.train.pretrain import PretrainRecipe, pretrain
 from sparsetrain.hf.train.run import Result
-from sparsetrain.runs.illustrate import read_flips
-from sparsetrain.runs.patterns import read_patterns
+from sparsetrain.runs.pictures import read_galleries
 from tests.hf import runs
 
 FLOOD = {"method": "flood_fill_attention", "block_tokens": 8, "filter_edge": 5, "keep_ratio": 0.3, "probe_every": 1}
@@ -102,7 +101,8 @@ def test_a_language_model_on_bytes_learns_and_is_on_record(tmp_path: Path) -> No
     assert PretrainRecipe.from_yaml(tmp_path / "out" / "recipe.yaml") == asked
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "Random weights" in page and '<section id="flips">' in page
-    assert [step for step, _ in read_flips(tmp_path / "out")["transformer.h.0.mlp"]] == [0, 1, 2, 3]
+    flips = read_galleries(tmp_path / "out")[0].pictures[0].curves
+    assert [step for step, _ in flips["transformer.h.0.mlp"]] == [0, 1, 2, 3]
     loaded = load(tmp_path / "out")
     assert loaded.task == "lm" and loaded.tokenizer.decode(loaded.tokenizer("sun é")["input_ids"]) == "sun é"
 
@@ -203,7 +203,7 @@ def test_compared_with_its_dense_twin(tmp_path: Path) -> None:
     assert '<section id="patterns">' in page
     quantities = {judgement["quantity"] for judgement in made.report["judgements"]}
     assert {"loss_at_equal_steps", "loss_at_equal_time"} <= quantities
-    assert len(read_patterns(tmp_path / "out")[1]) == 2
+    assert len(read_galleries(tmp_path / "out")[0].pictures) == 2
     assert any("before the change" in note for note in made.report["notes"])
 
 

@@ -137,5 +137,5 @@ def test_saved_loaded_and_exported_models_give_the_same_logits(name: str, tmp_pa
         assert (plain.model.model.layers[0].mlp.up_proj.weight == 0).float().mean() >= 0.5
         again = load(export(tmp_path / "saved", tmp_path / "sparse"))
         torch.testing.assert_close(again.model(**batch).logits, expected)
-    with pytest.raises(ValueError, match="was trained dense"):
+    with pytest.raises(ValueError, match="needs a model trained with semi_structured"):
         export(tmp_path / "24", tmp_path / "twice", format="24")

@@ -28,11 +28,11 @@ def convert(family: str, config: FloodFillAttention, seed: int = 5) -> tuple[Any
 
 
 def site_of(handle: sparsetrain.Handle, layer: int = 0) -> FloodFillSparseAttention:
-    return list(handle._installed.values())[layer]  # type: ignore[return-value]
+    return list(handle.sites("flood_fill_attention").values())[layer]  # type: ignore[return-value]
 
 
 def masks(handle: sparsetrain.Handle) -> list[Tensor | None]:
-    return [site.mask for site in handle._installed.values()]  # type: ignore[attr-defined]
+    return [site.mask for site in handle.sites("flood_fill_attention").values()]  # type: ignore[attr-defined]
 
 
 def pairs_of(mask_pnn: Tensor, heads: int, tokens: int, causal: bool) -> Tensor:

@@ -18,18 +18,17 @@ from sparsetrain.core import config as config_module
 from sparsetrain.core.anatomy import Anatomy, submodule
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.core.cost import Cost
-from sparsetrain.surgery import grow as grow_module
-from sparsetrain.surgery import plan as plan_module
+from sparsetrain.surgery import method as method_module
 from sparsetrain.surgery.auxiliary import attach_loss
-from sparsetrain.surgery.grow import Origin, register_growth
-from sparsetrain.surgery.plan import Edit, Method, register_method
+from sparsetrain.surgery.grow import Origin
+from sparsetrain.surgery.method import Edit, Growth, Method, register_method
 from sparsetrain.surgery.reclass import declass, dense_forward, reclass
 from tests.families import FAMILIES
 
 
 @pytest.fixture(autouse=True)
 def leave_registries_as_they_were() -> Iterator[None]:
-    registries: list[dict[str, Any]] = [config_module._REGISTRY, plan_module._METHODS, grow_module._GROWTHS]
+    registries: list[dict[str, Any]] = [config_module._REGISTRY, method_module._METHODS]
     before = [dict(registry) for registry in registries]
     yield
     for registry, content in zip(registries, before, strict=True):
@@ -143,7 +142,7 @@ def test_a_new_model() -> None:
         new: Any = type(model)(type(model.config).from_dict({**model.config.to_dict(), "n_inner": config.ffn_size}))  # type: ignore[attr-defined]
         return new, {name: Origin(name) for name, _ in model.named_parameters()}
 
-    register_growth(Widen, growth)
+    register_method(Widen, Method(growth=Growth(grow=growth)))
     model, batch = FAMILIES["gpt2"].model(), FAMILIES["gpt2"].batch(1, 10)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model(**batch).logits.square().mean().backward()

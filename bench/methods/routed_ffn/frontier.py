@@ -37,7 +37,8 @@ from sparsetrain.measure.timing import compare
 from sparsetrain.methods.routed_ffn.calibrate import convert_site, read_inputs
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.runs.events import silent
-from sparsetrain.surgery.plan import State, plan
+from sparsetrain.surgery.method import State
+from sparsetrain.surgery.plan import plan
 from sparsetrain.surgery.sensitivity import layer_losses
 
 NAME = "routed_ffn_frontier"

@@ -56,7 +56,7 @@ def recipe_values(task: str, variant: str, seed: int, steps: int) -> dict[str, A
 def run(values: dict[str, Any], threads: int, device: str) -> dict[str, Any]:
     from sparsetrain.hf.train.evaluate import Quality
     from sparsetrain.hf.train.pretrain import PretrainRecipe, pretrain
-    from sparsetrain.runs.illustrate import read_flips
+    from sparsetrain.runs.pictures import read_galleries
 
     with tempfile.TemporaryDirectory() as folder:
         values = values | {"output": f"{folder}/run", "threads": threads, "device": device}
@@ -65,7 +65,7 @@ def run(values: dict[str, Any], threads: int, device: str) -> dict[str, Any]:
             loss=0.0, perplexity=1.0, accuracy=None, tokens=0, rows=0
         )  # of the untrained model; nothing here reads it
         result = pretrain(PretrainRecipe.from_values(values), write=False, dense_quality=unread)
-        curves = list(read_flips(values["output"]).values()) if values["methods"] else []
+        curves = list(read_galleries(values["output"])[0].pictures[0].curves.values()) if values["methods"] else []
     last: dict[str, Any] = dict(result.run["evals"][-1])
     mean = [[rows[0][0], statistics.mean(rate for _, rate in rows)] for rows in zip(*curves)]
     return {

@@ -1,9 +1,9 @@
-"""`sparsetrain patterns`: pictures of the attention maps and block patterns of a run."""
+"""`sparsetrain patterns`: what the methods of a run have to show: block patterns, flip rates."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,12 +12,12 @@ from sparsetrain.cli.flags import Debug, Json
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's --output, one of its checkpoints, or a saved model.")]
 Output = Annotated[
-    Path | None, typer.Option("--output", metavar="DIR", help="Where to write; RUN/patterns if not given.")
+    Path | None, typer.Option("--output", metavar="DIR", help="Where to write; a folder in RUN if not given.")
 ]
 
 
 def patterns(run: Run, output: Output = None, json: Json = False, debug: Debug = False) -> Answer:
-    """Draw each layer's mean attention, filtered map and kept blocks (flood_fill_attention), as PNG.
+    """Draw what the methods of a run have to show, as PNG: attention maps and kept blocks, flip rates of masks.
 
     A finished run's report.html gets them too. While a run is still dense, its last probe is shown.
 
@@ -26,31 +26,18 @@ def patterns(run: Run, output: Output = None, json: Json = False, debug: Debug =
       sparsetrain patterns runs/pretrain
       sparsetrain patterns runs/pretrain/checkpoint-2000 --output pictures
     """
-    from sparsetrain.runs.patterns import draw_patterns
+    from sparsetrain.runs.pictures import draw_pictures
 
-    found, files = draw_patterns(run, output)
-    layers = [
-        {
-            "site": pattern.site,
-            "blocks": pattern.mean_map.shape[-1],
-            "density": pattern.density,
-            "switched_at_step": pattern.switched_at_step,
-            "probes": 0 if pattern.history is None else len(pattern.history),
-        }
-        for pattern in found
-    ]
-    shown = [
-        [
-            layer["site"],
-            layer["blocks"],
-            "dense" if layer["density"] is None else f"{layer['density']:.1%}",
-            "-" if layer["switched_at_step"] is None else layer["switched_at_step"],
-            layer["probes"],
-        ]
-        for layer in layers
-    ]
-    columns = ["layer", "blocks a side", "kept", "sparse from step", "probes"]
-    return Answer(
-        data={"layers": layers, "files": files},
-        show=[lambda: table("", columns, shown, right=(1, 2, 3, 4)), *(f"Wrote {file}" for file in files)],
-    )
+    galleries, files = draw_pictures(run, output)
+    facts = [dict(picture.facts) for gallery in galleries for picture in gallery.pictures if picture.facts]
+    columns = list(facts[0]) if facts else []
+    rows = [[_cell(row.get(name)) for name in columns] for row in facts]
+    heads = [name.replace("_", " ") for name in columns]
+    shown = [lambda: table("", heads, rows, right=tuple(range(1, len(heads))))] if facts else []
+    return Answer(data={"layers": facts, "files": files}, show=[*shown, *(f"Wrote {file}" for file in files)])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1%}" if isinstance(value, float) else str(value)

@@ -1,7 +1,7 @@
 """Anatomy: where a model's blocks, attentions, FFNs, embedding and head are.
 
-Methods are written against this, never against a model class. Adapters (`hf/model/anatomy.py`) register from above: a model
-whose module starts with a registered prefix is described by the function registered for it.
+Methods are written against this, never against a model class. Adapters (`hf/model/anatomy.py`) register from above: a
+model whose module starts with a registered prefix is described by the function registered for it.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class Block:
 class Anatomy:
     """The places of one model.
 
-    install_attention: makes every attention of the model call `module.sparse_attention` where that child exists, and
-    dense attention elsewhere; returns its own undo. None when the adapter cannot.
+    install_attention: makes every attention of the model ask for a stand-in (`surgery.attention`), and be dense where
+    there is none; returns its own undo. None when the adapter cannot.
     limits: feature (of `surgery.support`) -> why no method can have it on this family.
     axes: parameter name -> the axes of its dimensions, among heads, kv_heads, embed, ffn, vocab, positions.
     """

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from sparsetrain.measure.components import COMPONENTS, Locates, Place, running
+from sparsetrain.surgery.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,9 +248,8 @@ def _model_tensors(model: nn.Module) -> Iterator[Tensor]:
 def held_tensors(model: nn.Module) -> Iterator[Tensor]:
     """What modules keep from step to step outside parameters and buffers (packed weights), as `held_tensors` says."""
     for module in model.modules():
-        held = getattr(module, "held_tensors", None)
-        if held is not None:
-            yield from held()
+        if isinstance(module, Site):
+            yield from module.held_tensors()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

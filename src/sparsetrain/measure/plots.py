@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparsetrain.core.units import bytes_text, number_text, seconds_text
@@ -103,17 +104,17 @@ def memory_row(run: Run) -> dict[str, int]:
     return row
 
 
-def flip_rates(curves: dict[str, list[tuple[int, float]]]) -> bytes:
-    """Flip rates by step: each site faint, their mean strong. `curves`: site -> (step, rate), at least one."""
+def curves(sites: Mapping[str, Sequence[tuple[float, float]]], y: str) -> bytes:
+    """Something by step: each site faint, their mean strong. `sites`: site -> (step, value), at least one; y: what."""
     figure, axes = _canvas()
-    for curve in curves.values():
+    for curve in sites.values():
         axes.plot([step for step, _ in curve], [rate for _, rate in curve], color=COLOURS["sparse"], alpha=0.3)
-    together = list(zip(*curves.values()))
+    together = list(zip(*sites.values()))
     steps = [rows[0][0] for rows in together]
     mean = [sum(rate for _, rate in rows) / len(rows) for rows in together]
     axes.plot(steps, mean, color=COLOURS["sparse"], linewidth=1.8)
     _label(axes, mean[-1], f"mean {number_text(mean[-1])}", COLOURS["sparse"])
-    return _finish(figure, axes, "optimizer step", "share of mask entries that flipped")
+    return _finish(figure, axes, "optimizer step", y)
 
 
 def _losses(runs: dict[str, Run], by: str, xlabel: str, unit: float) -> bytes:

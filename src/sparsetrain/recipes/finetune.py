@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from sparsetrain.core.config import MethodConfig
+from sparsetrain.core.config import MethodConfig, registered_methods
 from sparsetrain.methods import PQAttention, RoutedFFN, TokenSelection
 from sparsetrain.recipes.run import RunRecipe
 
@@ -57,8 +57,15 @@ class Recipe(RunRecipe):
 
     @model_validator(mode="after")
     def _can_distill(self) -> Self:
-        if self.distill_steps and not any(isinstance(config, RoutedFFN) for config in self.configs):
-            raise ValueError(f"distill_steps={self.distill_steps} needs a routed_ffn among the methods. Add it, or 0.")
+        if not self.distill_steps:
+            return self
+        from sparsetrain.surgery.method import method_of  # imports torch, which a plan need not wait for
+
+        if not any(method_of(config).after_adapter for config in self.configs):
+            able = [name for name, kind in registered_methods().items() if method_of(kind).after_adapter]
+            raise ValueError(
+                f"distill_steps={self.distill_steps} needs a {' or '.join(able)} among the methods. Add it, or 0."
+            )
         return self
 
     @property

@@ -15,7 +15,7 @@ from sparsetrain.core.config import plain_values
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.runs.manifest import FORMAT, read_json, write_json
 from sparsetrain.surgery.apply import Handle
-from sparsetrain.surgery.plan import State
+from sparsetrain.surgery.method import State
 
 SIDECAR, STATE = "sparsity_config.json", "sparsity_state.safetensors"
 WRITTEN = frozenset({"format", "configs", "family", "model_class", "versions"})

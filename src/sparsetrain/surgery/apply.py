@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import Undo, describe
 from sparsetrain.core.config import MethodConfig
-from sparsetrain.surgery.plan import Plan, Schedule, State, method_of, plan
+from sparsetrain.surgery.method import Edit, Progress, Schedule, State, method_of
+from sparsetrain.surgery.plan import Plan, plan
+from sparsetrain.surgery.site import Site
 from sparsetrain.surgery.support import check_support, features_of
+from sparsetrain.surgery.unattended import Unattended
 
-Progress = Callable[[str, float], None]
-
-
-@runtime_checkable
-class Scheduled(Protocol):
-    """An installed module whose behaviour follows the training step.
-
-    set_step: (step, total steps or None, scale of auxiliary losses). A pure function of its arguments.
-    tensors: what must be stored beside the dense weights to rebuild this site.
-    stats: numbers for the report (auxiliary losses, loads), from the last forward.
-    merge_error: why the site cannot become dense again with the same outputs, or None.
-
-    A module may have more: `settle()` makes it ready to be evaluated as it is now (without it: a step past warm-ups),
-    `adjust_gradients()` changes clipped gradients and `adjusts_gradients` says whether it will, `notes()` says what a
-    user should know.
-    """
-
-    def set_step(self, step: int, total_steps: int | None, loss_scale: float) -> None: ...
-    def tensors(self) -> dict[str, Tensor]: ...
-    def stats(self) -> dict[str, float]: ...
-    def merge_error(self) -> str | None: ...
+CALLBACK = "sparsetrain.hf.train.callbacks:SparsityCallback"
+"""What `handle.callback()` makes; it lives with transformers, and is imported when it is asked for."""
 
 
 @dataclass
@@ -45,13 +31,16 @@ class Handle:
         model: the model that was converted (the same object, changed in place).
         plan: what was planned and done.
         modules_to_save: names for PEFT's `LoraConfig(modules_to_save=...)`; without them PEFT freezes what we added.
+        committed: `commit` has dropped the way back.
     """
 
     model: nn.Module
     plan: Plan
+    committed: bool = False
     _undos: list[Undo] = field(default_factory=list, repr=False)
-    _installed: dict[str, Scheduled] = field(default_factory=dict, repr=False)
+    _installed: list[tuple[Edit, Site]] = field(default_factory=list, repr=False)
     _schedules: list[Schedule] = field(default_factory=list, repr=False)
+    _unattended: Unattended | None = field(default=None, repr=False)
 
     @property
     def configs(self) -> tuple[MethodConfig, ...]:
@@ -65,7 +54,16 @@ class Handle:
     @property
     def active(self) -> bool:
         """False once `restore` or `merge` has made the model dense again."""
-        return bool(self._undos)
+        return bool(self._undos) or self.committed
+
+    @property
+    def installed(self) -> tuple[tuple[Edit, Site], ...]:
+        """Every edit that installed a module, with it, in the order of the plan."""
+        return tuple(self._installed)
+
+    def sites(self, method: str) -> dict[str, Any]:
+        """Site name -> the module that a method installed there."""
+        return {edit.site: module for edit, module in self._installed if edit.method == method}
 
     @property
     def restart_step(self) -> int | None:
@@ -78,43 +76,63 @@ class Handle:
         Args:
             step: optimizer steps done so far.
             total_steps: length of the run, for phases given as a share of it.
-            loss_scale: factor on auxiliary losses, 1 / gradient accumulation steps.
+            loss_scale: factor on auxiliary losses: 1 / gradient accumulation steps, times the scale of a gradient
+                scaler (`scaler.get_scale()`), as for the loss itself.
         """
-        for module in self._installed.values():
+        if self._unattended is not None:
+            self._unattended.attended()
+        for _, module in self._installed:
             module.set_step(step, total_steps, loss_scale)
         return [line for schedule in self._schedules for line in schedule.advance(step, total_steps)]
 
+    def callback(self, **options: Any) -> Any:
+        """A callback for transformers' Trainer, or any trainer built on it, that calls `step` and keeps the sidecar.
+
+        Args:
+            options: as `sparsetrain.hf.train.callbacks.SparsityCallback` takes them.
+        """
+        module, _, name = CALLBACK.partition(":")
+        return getattr(import_module(module), name)(self, **options)
+
     def settle(self) -> None:
         """Make the model ready for evaluation: past warm-ups, weights as they are. `step` goes on as before."""
-        for module in self._installed.values():
-            if hasattr(module, "settle"):
-                module.settle()  # type: ignore[attr-defined]
-            else:
-                module.set_step(1, 1, 1.0)
+        for _, module in self._installed:
+            module.settle()
+
+    @contextmanager
+    def dense(self) -> Iterator[nn.Module]:
+        """Inside, the model computes what it computes without our methods, with its weights as they are now."""
+        modules = [module for _, module in self._installed if not module.runs_dense]
+        try:
+            for module in modules:
+                module.run_dense(True)
+            yield self.model
+        finally:
+            for module in modules:
+                module.run_dense(False)
 
     @property
     def adjusts_gradients(self) -> bool:
         """Whether a method has something to add to the gradients."""
-        return any(getattr(module, "adjusts_gradients", False) for module in self._installed.values())
+        return any(module.adjusts_gradients for _, module in self._installed)
 
     def adjust_gradients(self) -> None:
         """What methods add to gradients; call it after unscaling and clipping, before `optimizer.step()`."""
-        for module in self._installed.values():
-            if getattr(module, "adjusts_gradients", False):
-                module.adjust_gradients()  # type: ignore[attr-defined]
+        for _, module in self._installed:
+            if module.adjusts_gradients:
+                module.adjust_gradients()
 
     def notes(self) -> list[str]:
         """What a user should know about this model on this machine, each once."""
-        said = [note for module in self._installed.values() for note in getattr(module, "notes", list)()]
-        return list(dict.fromkeys(said))
+        return list(dict.fromkeys(note for _, module in self._installed for note in module.notes()))
 
     def state(self) -> State:
         """`edit.key` -> tensors that rebuild the site beside the dense weights; feed it to `sparsify(state=...)`."""
-        return {site: module.tensors() for site, module in self._installed.items()}
+        return {edit.key: module.tensors() for edit, module in self._installed}
 
     def report(self) -> dict[str, Any]:
         """What was changed and how it behaves: planned costs, and the last forward's statistics by site."""
-        stats = {site: module.stats() for site, module in self._installed.items()}
+        stats = {edit.key: module.stats() for edit, module in self._installed}
         return {
             "model_class": self.plan.model_class,
             "family": self.plan.family,
@@ -124,12 +142,27 @@ class Handle:
             "notes": self.notes(),
         }
 
+    def commit(self) -> None:
+        """Give up the way back: what only an undo would need, such as dense weights that were replaced, is freed."""
+        self._undos.clear()
+        self.committed = True
+
     def restore(self) -> None:
-        """Make the model what it was, bit for bit: same modules, parameters and order of weights."""
+        """Make the model what it was, bit for bit: same modules, parameters and order of weights.
+
+        Raises:
+            ValueError: the way back was given up by `commit`.
+        """
+        if self.committed:
+            raise ValueError(
+                "restore() after commit(): what it needs was dropped. Load the dense model again, or export this one."
+            )
         while self._undos:
             self._undos.pop()()
         self._installed.clear()
         self._schedules.clear()
+        if self._unattended is not None:
+            self._unattended.close()
 
     def merge(self) -> nn.Module:
         """Return to the dense class where that changes no output; refuse otherwise, changing nothing.
@@ -137,11 +170,11 @@ class Handle:
         Raises:
             ValueError: a site cannot be dense with the same outputs (routing or key selection drops something).
         """
-        for site, module in self._installed.items():
+        for edit, module in self._installed:
             reason = module.merge_error()
             if reason:
                 raise ValueError(
-                    f"{site} cannot be merged into a dense model: {reason}. Export the sparse model "
+                    f"{edit.key} cannot be merged into a dense model: {reason}. Export the sparse model "
                     "(dense weights beside sparsity_config.json), or call restore() to drop the sparsity."
                 )
         self.restore()
@@ -182,11 +215,10 @@ def sparsify(
             undo, module = edit.install(model, tensors.get(edit.key, {}))
             handle._undos.append(undo)
             if module is not None:
-                assert isinstance(module, Scheduled)
-                handle._installed[edit.key] = module
+                handle._installed.append((edit, module))
         for config in configs:
             if (schedule := method_of(config).schedule) is not None:
-                sites = [handle._installed[edit.key] for edit in planned.edits if edit.config is config]
+                sites = [module for edit, module in handle._installed if edit.config is config]
                 handle._schedules.append(schedule(model, config, sites))
     except BaseException:
         handle.restore()
@@ -194,6 +226,8 @@ def sparsify(
     finally:
         torch.random.set_rng_state(rng)
     handle.step(0)
+    if handle._schedules or any(type(module).set_step is not Site.set_step for _, module in handle._installed):
+        handle._unattended = Unattended(model, [config.method for config in configs])
     return handle
 
 

@@ -6,15 +6,15 @@ stand in it. From that map follow the new weights and the new optimizer state.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsetrain.core.anatomy import Anatomy, describe
-from sparsetrain.core.config import MethodConfig
+from sparsetrain.core.anatomy import describe
+from sparsetrain.core.config import MethodConfig, registered_methods
+from sparsetrain.surgery.method import method_of
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,7 @@ class Origin:
 
 
 ParameterMap = dict[str, Origin]
-Growth = Callable[[Any, nn.Module, Anatomy], tuple[nn.Module, ParameterMap]]
-_GROWTHS: dict[str, Growth] = {}
-
-
-def register_growth(config: type[MethodConfig], growth: Growth) -> None:
-    """Enter a growth method: (config, old model, its anatomy) -> (new model, map of its parameters)."""
-    _GROWTHS[config.method] = growth
+"""Name of a new parameter -> where it comes from."""
 
 
 def grow(model: nn.Module, config: MethodConfig, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
@@ -50,12 +44,14 @@ def grow(model: nn.Module, config: MethodConfig, optimizer: torch.optim.Optimize
     Raises:
         ValueError: the config is not of a growth method, or the optimizer's state is not Adam's.
     """
-    if config.method not in _GROWTHS:
+    growth = method_of(config).growth
+    if growth is None:
+        known = [name for name, kind in registered_methods().items() if method_of(kind).growth is not None]
         raise ValueError(
             f"{config.method!r} changes a model in place; use sparsify(). "
-            f"Growth methods: {', '.join(_GROWTHS) or 'none yet'}."
+            f"Growth methods: {', '.join(known) or 'none yet'}."
         )
-    new, origins = _GROWTHS[config.method](config, model, describe(model))
+    new, origins = growth.grow(config, model, describe(model))
     old_parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in new.named_parameters():

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import describe, submodule
 from sparsetrain.core.config import MethodConfig
-from sparsetrain.surgery.apply import Progress, sparsify
-from sparsetrain.surgery.plan import State, plan
+from sparsetrain.surgery.apply import sparsify
+from sparsetrain.surgery.method import Progress, State
+from sparsetrain.surgery.plan import plan
 
 Batch = dict[str, Tensor]
 Key = TypeVar("Key", bound=Hashable)

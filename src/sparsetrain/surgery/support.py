@@ -14,7 +14,7 @@ from torch import nn
 
 from sparsetrain.core.anatomy import Anatomy
 from sparsetrain.core.config import MethodConfig, registered_methods
-from sparsetrain.surgery.plan import method_of
+from sparsetrain.surgery.method import method_of
 
 FEATURES: dict[str, str] = {
     "cpu": "runs on a CPU",

@@ -18,12 +18,13 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from sparsetrain.core.anatomy import Undo
 from sparsetrain.core.errors import Unsupported
+from sparsetrain.surgery.attention import AttentionCall, stand_in_of
 
 NAME = "sparsetrain_attention"
 
 
 def install_attention(model: nn.Module) -> Undo:
-    """Let every attention of `model` call our function; modules without a `sparse_attention` child stay dense."""
+    """Let every attention of `model` call our function; modules without a stand-in stay dense."""
     config: Any = model.config
     before = config._attn_implementation
     if before == NAME:
@@ -129,8 +130,8 @@ def attention_function(
         )
         return out.transpose(1, 2)
 
-    sparse = getattr(module, "sparse_attention", None)
-    if sparse is None:
+    stand_in = stand_in_of(module)
+    if stand_in is None:
         return dense().transpose(1, 2).contiguous(), None
     if attention_mask is not None and attention_mask.ndim == 4:
         raise Unsupported(
@@ -142,8 +143,8 @@ def attention_function(
             f"sparse attention has no attention dropout, and the model asks for {dropout}. Load the model with "
             "attention dropout 0 (attention_dropout=0.0; BERT: attention_probs_dropout_prob=0.0)."
         )
-    out = sparse(query, key, value, causal=causal, scale=scale, segments_bs=segments, window=window, dense=dense)
-    return out.transpose(1, 2).contiguous(), None
+    call = AttentionCall(query, key, value, causal, scale, segments, window, dense)
+    return stand_in(call).transpose(1, 2).contiguous(), None
 
 
 def packed_segments(batch: int, tokens: int, kwargs: dict[str, Any]) -> Tensor | None:

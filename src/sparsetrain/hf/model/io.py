@@ -21,18 +21,15 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from sparsetrain.core.config import MethodConfig, plain_values, registered_methods
+from sparsetrain.core.config import MethodConfig, method_config, plain_values, registered_methods
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.model.classifier import EncoderClassifier
-from sparsetrain.methods import RoutedFFN, SemiStructured
-from sparsetrain.methods.semi_structured.export import to_24
 from sparsetrain.runs.manifest import FORMAT, MANIFEST, atomic_folder, disk_errors, verify_manifest, write_manifest
 from sparsetrain.runs.sidecar import SIDECAR, WRITTEN, base_of, read_sidecar, read_state, write_sidecar
 from sparsetrain.surgery.apply import Handle, sparsify
-from sparsetrain.surgery.plan import State, method_of
+from sparsetrain.surgery.method import State, method_of
 
-FORMATS = ("sparse", "dense", "24")
 _ADAPTER = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -139,14 +136,15 @@ def export(source: str | Path | Loaded, folder: str | Path, *, format: str = "sp
         folder: appears whole. It must be absent or empty.
         format: `sparse`: dense weights and the sidecar, so that `load` runs it sparse and others run it dense.
             `dense`: no sidecar; only where the dense model gives the same outputs.
-            `24`: no sidecar; a model trained 2:4, with its zeros written into the weights.
+            A format of a method (`24`): no sidecar; what it trained (zeros) is written into the weights.
 
     Raises:
-        ValueError: unknown format; `dense` for a model that routes, selects or runs 2:4; `24` for one that does not
-            run 2:4; LoRA that cannot be merged; a folder that is not empty.
+        ValueError: unknown format; `dense` for a model that routes, selects or runs 2:4; a method's format for a model
+            that was trained without it; LoRA that cannot be merged; a folder that is not empty.
     """
-    if format not in FORMATS:
-        raise ValueError(f"export format {format!r} is unknown. Choose from {', '.join(FORMATS)}.")
+    formats = export_formats()
+    if format not in formats:
+        raise ValueError(f"export format {format!r} is unknown. Choose from {', '.join(formats)}.")
     if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder. Choose another, or remove it.")
     loaded = source if isinstance(source, Loaded) else load(source)
@@ -156,10 +154,8 @@ def export(source: str | Path | Loaded, folder: str | Path, *, format: str = "sp
         model = model.merge_and_unload()
     about = {key: value for key, value in loaded.about.items() if key not in WRITTEN | {"base_model"}}
     state: State = {}
-    if format == "24":
-        if handle is None:
-            raise ValueError("export format '24' needs a model trained 2:4, and this one was trained dense.")
-        to_24(handle)
+    if (method := formats[format]) is not None:
+        _write_in(handle, format, method)
     elif handle is not None and format == "dense":
         handle.merge()
     elif handle is not None:
@@ -183,18 +179,22 @@ def check_merge(model: PeftModel, handle: Handle | None) -> None:
         return
     adapted = {name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
     for edit in handle.plan.edits:
-        bypassing = isinstance(edit.config, RoutedFFN) and edit.config.gated_by == "spt" and adapted & edit.claims
-        if bypassing:
-            raise ValueError(
-                f"LoRA on {sorted(bypassing)[0]} cannot be merged: with gate='spt' it bypasses the gate that the "
-                "weight goes through, so merged outputs would differ. Use the adapter folder as it is, or train with "
-                "gate='output' or 'ste'."
-            )
-        if isinstance(edit.config, SemiStructured) and adapted & edit.claims:
-            raise ValueError(
-                f"LoRA on {sorted(adapted & edit.claims)[0]} cannot be merged: the update is dense and the weight runs "
-                "2:4, so merged outputs would differ. Use the adapter folder as it is, or train all weights (lora_r=0)."
-            )
+        linears = sorted(adapted & edit.claims)
+        if reason := method_of(edit.config).merge_adapter_error(edit.config, linears):
+            raise ValueError(f"LoRA on {linears[0]} cannot be merged: {reason}.")
+
+
+def export_formats() -> dict[str, str | None]:
+    """Format -> the method that a model must have been trained with, None if any will do."""
+    own = {name: method for method, kind in registered_methods().items() for name in method_of(kind).exports}
+    return {"sparse": None, "dense": None, **own}
+
+
+def _write_in(handle: Handle | None, format: str, method: str) -> None:
+    """Write what a method trained into the weights of the model, which becomes plain."""
+    if handle is None or not handle.sites(method):
+        raise ValueError(f"export format {format!r} needs a model trained with {method}, and this one was not.")
+    method_of(method_config(method)).exports[format](handle)
 
 
 def load_weights(path: str, model_class: str, dtype: torch.dtype, **options: Any) -> Any:
@@ -256,7 +256,7 @@ def _with_adapter(model: Any, folder: Path, trainable: bool) -> PeftModel:
 
 def _refuse_orphan(folder: Path) -> None:
     """An adapter with a router or codebook and no sidecar would load on the plain model, and lose them silently."""
-    ours = {name for kind in registered_methods().values() for name in method_of(kind()).modules_to_save}
+    ours = {name for kind in registered_methods().values() for name in method_of(kind).modules_to_save}
     try:
         with safe_open(str(folder / _ADAPTER_WEIGHTS), framework="pt") as file:
             found = sorted({part for key in file.keys() for part in key.split(".") if part in ours})  # noqa: SIM118
@@ -288,7 +288,7 @@ def _dense_state(model: nn.Module, handle: Handle | None) -> dict[str, Any]:
     state = model.state_dict()
     if handle is None:
         return state
-    ours = set(map(id, handle._installed.values()))
+    ours = {id(module) for _, module in handle.installed}
     prefixes = tuple(f"{name}." for name, module in model.named_modules() if id(module) in ours)
     return {key: value for key, value in state.items() if not key.startswith(prefixes)}
 

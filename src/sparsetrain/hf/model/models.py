@@ -19,7 +19,7 @@ from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.surgery.apply import Handle
-from sparsetrain.surgery.plan import method_of
+from sparsetrain.surgery.method import method_of
 
 if TYPE_CHECKING:
     from sparsetrain.runs.events import Report

@@ -42,9 +42,9 @@ from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.checkpoints import check_output, checkpoints
 from sparsetrain.runs.events import Event, silent
 from sparsetrain.runs.events import Report as Tell
-from sparsetrain.runs.illustrate import illustrate
 from sparsetrain.runs.layout import RESULT
 from sparsetrain.runs.manifest import MANIFEST, read_json
+from sparsetrain.runs.pictures import illustrate
 
 _JOBS: dict[str, tuple[Any, Any, Any]] = {
     "finetune": (Recipe, finetune, finetune_title),

@@ -32,7 +32,9 @@ from sparsetrain.planner.outline import Outline
 from sparsetrain.planner.tracing import StepTrace, trace_step
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.surgery.apply import Handle, sparsify
-from sparsetrain.surgery.plan import blank_state, plan
+from sparsetrain.surgery.method import blank_state
+from sparsetrain.surgery.plan import plan
+from sparsetrain.surgery.site import Site
 
 SHORTEST = 256
 
@@ -163,8 +165,8 @@ def _settle(model: nn.Module, hollow: Hollow) -> None:
     """What modules derive from their weights (packed copies) is made anew from the hollow ones."""
     with hollow:
         for module in model.modules():
-            if hasattr(module, "settle"):
-                module.settle()  # type: ignore[operator]
+            if isinstance(module, Site):
+                module.derive()
 
 
 def _names_a_layer(recipe: Recipe) -> bool:

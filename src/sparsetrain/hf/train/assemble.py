@@ -24,8 +24,7 @@ from sparsetrain.hf.model.io import model_not_found
 from sparsetrain.hf.model.model_config import context_length
 from sparsetrain.hf.train.evaluate import LABELLED
 from sparsetrain.hf.train.parts import Parts
-from sparsetrain.hf.train.pattern_reach import check_reach
-from sparsetrain.hf.train.rows import first_batch, load_rows
+from sparsetrain.hf.train.rows import first_batch, load_rows, refuse_rows
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.events import Report
@@ -46,8 +45,9 @@ def open_parts(recipe: Recipe, report: Report, like: Recipe | None = None) -> Pa
     path, config = open_config(recipe, report, (like or recipe).configs)
     planned = check_and_plan(recipe, config, device)
     tokenizer = open_tokenizer(path)
+    refuse_rows(recipe)
     bundle = load_rows(recipe, tokenizer, config, report)
-    check_reach(recipe, bundle)
+    refuse_rows(recipe, bundle)
     return Parts(
         recipe=recipe, device=device, path=path, config=config, plan=planned, tokenizer=tokenizer, bundle=bundle
     )

@@ -66,14 +66,14 @@ class SparsityCallback(TrainerCallback):
                 "to them. Set max_grad_norm, train in bf16, or set the method's decay to 0."
             )
         self._restarted = None  # a Trainer makes its schedule anew for each run
-        self._step(args, state, kwargs.get("lr_scheduler"))
+        self._step(args, state, kwargs)
         for note in self.handle.notes():
             self.report({"event": "note", "text": note})
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._step(args, state, kwargs.get("lr_scheduler"))
+        self._step(args, state, kwargs)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -96,8 +96,9 @@ class SparsityCallback(TrainerCallback):
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             write_sidecar(args.output_dir, kwargs.get("model", self.handle.model), self.handle, **self.about)
 
-    def _step(self, args: TrainingArguments, state: TrainerState, scheduler: Any) -> None:
-        changes = self.handle.step(state.global_step, state.max_steps, 1 / args.gradient_accumulation_steps)
+    def _step(self, args: TrainingArguments, state: TrainerState, given: dict[str, Any]) -> None:
+        scheduler, scale = given.get("lr_scheduler"), gradient_scale(given.get("optimizer"))
+        changes = self.handle.step(state.global_step, state.max_steps, scale / args.gradient_accumulation_steps)
         for line in changes:
             self.report({"event": "note", "text": line})
         if changes:
@@ -108,6 +109,12 @@ class SparsityCallback(TrainerCallback):
         if at is not None and at != self._restarted:
             restart_schedule(scheduler, at, state.global_step)
             self._restarted = at
+
+
+def gradient_scale(optimizer: Any) -> float:
+    """What a gradient scaler multiplies the loss by (fp16); 1 without one. accelerate keeps it with the optimizer."""
+    scaler = getattr(optimizer, "scaler", None)
+    return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
 
 
 def _peak(device: torch.device) -> int | None:
@@ -158,12 +165,12 @@ def check_forwards(handle: Handle) -> None:
 
 def check_trainable(handle: Handle) -> None:
     """Raise ValueError if a parameter that a method added is frozen: PEFT freezes what it is not told about."""
-    for site, module in handle._installed.items():
-        for name, parameter in module.named_parameters():  # type: ignore[attr-defined]
+    for edit, module in handle.installed:
+        for name, parameter in module.named_parameters():
             # PEFT keeps a frozen original beside the copy that it trains
             if not parameter.requires_grad and "original_module" not in name.split("."):
                 raise ValueError(
-                    f"{name} of {site} is frozen, so it would keep its first values. Tell PEFT about it: "
+                    f"{name} of {edit.key} is frozen, so it would keep its first values. Tell PEFT about it: "
                     f"LoraConfig(modules_to_save={handle.modules_to_save!r})."
                 )
 

@@ -19,12 +19,12 @@ from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import calibration_batches, drawn_batches
 from sparsetrain.hf.train.run import Job, KnownQuality, Result, dense_start, measure_quality, run
 from sparsetrain.hf.train.run import run_report as run_report
-from sparsetrain.methods.routed_ffn.distillation import distill
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.runs.checkpoints import Checkpoint
 from sparsetrain.runs.events import Report, silent
 from sparsetrain.runs.sidecar import read_state
 from sparsetrain.surgery.apply import Handle, sparsify
+from sparsetrain.surgery.method import method_of
 
 
 @quiet()
@@ -98,8 +98,9 @@ def _build(
     model = models.add_lora(model, recipe, handle, new_modules)
     if recipe.distill_steps and resumed is None:
         began = time.perf_counter()
-        batches = drawn_batches(parts, recipe.distill_steps)
-        distill(model, batches, steps=recipe.distill_steps, lr=recipe.distill_lr, progress=journal.phase)
+        for stage in filter(None, (method_of(config).after_adapter for config in recipe.configs)):
+            batches = drawn_batches(parts, recipe.distill_steps)
+            stage(model, batches, recipe.distill_steps, recipe.distill_lr, journal.phase)
         journal.run["setup_s"] = journal.run.get("setup_s", 0.0) + time.perf_counter() - began
         quality = measure_quality(model, handle, parts, journal, "evaluating the distilled model")
         journal.quality("after_distillation", quality, step=0)

@@ -26,11 +26,9 @@ from sparsetrain.hf.model.io import quiet
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.journal import Journal
 from sparsetrain.hf.train.parts import Parts
-from sparsetrain.hf.train.pattern_reach import check_reach
 from sparsetrain.hf.train.pretrain_data import load_rows, open_tokenizer
-from sparsetrain.hf.train.rows import calibration_batches, check_selection
+from sparsetrain.hf.train.rows import calibration_batches, reads_longest, refuse_rows
 from sparsetrain.hf.train.run import Job, KnownQuality, Result, dense_start, run
-from sparsetrain.methods import TokenSelection
 from sparsetrain.recipes.pretrain import PretrainRecipe as PretrainRecipe
 from sparsetrain.runs.checkpoints import Checkpoint
 from sparsetrain.runs.events import Report, silent
@@ -94,7 +92,7 @@ def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | No
         ValueError, PlanError: the recipe does not fit the machine, the architecture or the data.
     """
     device = assemble.pick_device(recipe)
-    _check_methods(recipe)
+    refuse_rows(recipe)
     config = open_architecture(recipe)
     check_task(config, recipe)
     configs = (like or recipe).configs
@@ -103,7 +101,7 @@ def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | No
     tokens = sequence_tokens(config, recipe)
     bundle = load_rows(recipe, tokenizer, tokens, report)
     fit_to_data(config, recipe, bundle, tokenizer)
-    check_reach(recipe, bundle)
+    refuse_rows(recipe, bundle)
     planned = assemble.plan_on(empty_model(config, recipe.task), recipe, device, tokens) if recipe.methods else None
     pixels = config.num_channels * image_size(config)[0] * image_size(config)[1] if recipe.task == "image" else 1
     return Parts(
@@ -128,15 +126,6 @@ class ClipValue(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         torch.nn.utils.clip_grad_value_(kwargs["model"].parameters(), self.limit)
-
-
-def _check_methods(recipe: PretrainRecipe) -> None:
-    if recipe.task in ("pairs", "image") and any(isinstance(config, TokenSelection) for config in recipe.configs):
-        raise ValueError(
-            f"token_selection trains on some tokens of a text, and task={recipe.task} has none to choose among. Use it "
-            "with task=lm or classify."
-        )
-    check_selection(recipe)
 
 
 def _arguments(recipe: PretrainRecipe) -> dict[str, Any]:
@@ -164,7 +153,7 @@ def _build(
     if not recipe.methods:
         return model, None
     began = time.perf_counter()
-    batches = calibration_batches(parts) if recipe.task in ("lm", "image") else _longest_rows(parts)
+    batches = _longest_rows(parts) if reads_longest(recipe) else calibration_batches(parts)
     handle = sparsify(model, *recipe.configs, calibration=batches, seed=recipe.seed, progress=journal.phase)
     journal.run["setup_s"] = time.perf_counter() - began
     return model, handle

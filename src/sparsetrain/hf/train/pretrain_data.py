@@ -12,7 +12,6 @@ from sparsetrain.hf.data.byte_tokens import byte_tokenizer
 from sparsetrain.hf.data.tasks import TASKS, load_task
 from sparsetrain.hf.model.architectures import sequence_tokens
 from sparsetrain.hf.train import assemble
-from sparsetrain.hf.train.rows import long_enough
 from sparsetrain.recipes.pretrain import PretrainRecipe
 from sparsetrain.runs.events import Report
 
@@ -58,8 +57,7 @@ def load_rows(recipe: PretrainRecipe, tokenizer: Any, row_tokens: int, report: R
         return load_images(source, **limits)
     if recipe.task == "classify":
         columns = {"text_column": recipe.text_column}
-        bundle = load_classify(source, tokenizer, recipe.seq_len, progress=say, **columns, **limits)
-        return long_enough(bundle, recipe)
+        return load_classify(source, tokenizer, recipe.seq_len, progress=say, **columns, **limits)
     rows = None if recipe.steps is None else recipe.steps * recipe.batch_size * recipe.grad_accum
     return load_text(
         source,

@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from sparsetrain.hf.assets import resolve_data
 from sparsetrain.hf.data import DataBundle, load_classify, load_sft, load_text
 from sparsetrain.hf.model.model_config import context_length
 from sparsetrain.hf.train.parts import Parts
-from sparsetrain.hf.train.pattern_reach import cuts_patterns, longest_row
-from sparsetrain.methods import TokenSelection
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.events import Report
+from sparsetrain.surgery.method import RowFacts, method_of
 
 
 def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> DataBundle:
@@ -32,12 +32,10 @@ def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> Da
     source = resolve_data(recipe.data, progress=say)
     common: dict[str, Any] = {"seed": recipe.seed, "max_position_embeddings": context_length(config), "progress": say}
     rows = None if recipe.steps is None else recipe.steps * recipe.batch_size * recipe.grad_accum
-    check_selection(recipe)
     if recipe.task == "classify":
-        bundle = load_classify(source, tokenizer, recipe.seq_len, text_column=recipe.text_column, **common)
-        return long_enough(bundle, recipe)
+        return load_classify(source, tokenizer, recipe.seq_len, text_column=recipe.text_column, **common)
     if recipe.task == "sft":
-        return long_enough(load_sft(source, tokenizer, recipe.seq_len, max_rows=rows, **common), recipe)
+        return load_sft(source, tokenizer, recipe.seq_len, max_rows=rows, **common)
     # calibration rows are spread over eight times as many: on 8,192 tokens from 4 places a conversion cost 1.47 times
     # the perplexity of other files, from 8 places 1.16
     calibration_rows = 8 * -(-recipe.calibration_tokens // recipe.seq_len)
@@ -52,35 +50,34 @@ def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> Da
     )
 
 
-def check_selection(recipe: RunRecipe) -> None:
-    """Raise ValueError if a token selection asks for what this task's rows do not have."""
+def refuse_rows(recipe: RunRecipe, bundle: DataBundle | None = None) -> None:
+    """Raise ValueError if a method of the recipe cannot train on such rows; called before they are read and after."""
+    facts = RowFacts(task=recipe.task, seq_len=recipe.seq_len)
+    if bundle is not None and "input_ids" in bundle.train.column_names:
+        facts = RowFacts(
+            task=recipe.task,
+            seq_len=recipe.seq_len,
+            lengths=lambda: _lengths(bundle.train, "input_ids"),
+            eval_lengths=lambda: [
+                length
+                for part in (bundle.train, bundle.eval)
+                for name in ("input_ids", "input_ids_b")
+                if part is not None and name in part.column_names
+                for length in _lengths(part, name)
+            ],
+        )
     for config in recipe.configs:
-        if not isinstance(config, TokenSelection):
-            continue
-        if config.pool == "scored":
-            raise ValueError(
-                "token_selection: pool='scored' takes the scores that come with each batch as token_scores, and rows "
-                "read from data have none. Use pool=all or targets, or train from Python."
-            )
-        if recipe.task == "classify" and (config.needs_scores or config.pool == "targets"):
-            raise ValueError(
-                f"token_selection: pool={config.pool!r}, policy={config.policy!r} need a label a token, and "
-                "task=classify has one a text. Use pool=all with policy=random or prefix."
-            )
-        if (config.num_tokens or 0) > recipe.seq_len:
-            config.count(recipe.seq_len)
+        if reason := method_of(config).refuse(config, facts):
+            raise ValueError(f"{config.method}: {reason}.")
 
 
-def long_enough(bundle: DataBundle, recipe: RunRecipe) -> DataBundle:
-    """The rows, none of them shorter than the `num_tokens` of a token selection.
+def _lengths(rows: Dataset, column: str) -> list[int]:
+    return list(map(len, rows[column]))
 
-    Raises:
-        ValueError: one is.
-    """
-    for config in recipe.configs:
-        if isinstance(config, TokenSelection) and config.num_tokens is not None:
-            config.count(min(len(row) for row in bundle.train["input_ids"]))
-    return bundle
+
+def reads_longest(recipe: RunRecipe) -> bool:
+    """Whether a method of the recipe must see the longest rows, where rows differ in length."""
+    return recipe.task not in ("lm", "image") and any(method_of(c).reads_longest(c) for c in recipe.configs)
 
 
 def calibration_batches(parts: Parts) -> list[dict[str, Tensor]] | None:
@@ -88,8 +85,9 @@ def calibration_batches(parts: Parts) -> list[dict[str, Tensor]] | None:
     rows, recipe = parts.bundle.train, parts.recipe
     wanted = min(len(rows), -(-recipe.calibration_tokens // recipe.seq_len))
     places = [i * len(rows) // wanted for i in range(wanted)]
-    if places and cuts_patterns(recipe):
-        places[-1] = longest_row(parts.bundle)
+    if places and reads_longest(recipe):
+        lengths = _lengths(rows, "input_ids")
+        places[-1] = lengths.index(max(lengths))
     batches: list[dict[str, Tensor]] = []
     for start in range(0, wanted, recipe.batch_size):
         batch = parts.bundle.collate_fn([rows[i] for i in places[start : start + recipe.batch_size]])

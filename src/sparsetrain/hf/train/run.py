@@ -32,9 +32,9 @@ from sparsetrain.measure.schema import Run
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.checkpoints import Checkpoint, check_data, check_output, clear_interrupted, find_resumable
 from sparsetrain.runs.events import Report
-from sparsetrain.runs.illustrate import illustrate
 from sparsetrain.runs.layout import RESULT
 from sparsetrain.runs.manifest import disk_errors, write_json
+from sparsetrain.runs.pictures import illustrate
 from sparsetrain.surgery.apply import Handle
 
 KnownQuality = Quality | Callable[[], Quality | None] | None

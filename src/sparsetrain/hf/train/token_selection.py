@@ -28,7 +28,7 @@ _SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_
 
 def selector_of(handle: Handle) -> Selector | None:
     """The selection that a converted model's blocks share; None when the recipe selects no tokens."""
-    return next((m.selector for m in handle._installed.values() if isinstance(m, SelectedBlock)), None)
+    return next((m.selector for _, m in handle.installed if isinstance(m, SelectedBlock)), None)
 
 
 @contextmanager
@@ -227,7 +227,7 @@ def saved_share(handle: Handle, model: Any, batch: dict[str, Tensor]) -> SavedSh
     config, selector.config = selector.config, replace(selector.config, unbiased=False)  # there is no loss to weigh
     try:
         selected = blocks(None)
-        floor = sum(m.stats()["key_value_bytes"] for m in handle._installed.values())
+        floor = sum(m.stats()["key_value_bytes"] for _, m in handle.installed)
         assert selector.rows is not None
         r = selector.rows.shape[1] / length
         dense = blocks(Rows.of([torch.arange(length)], length))

@@ -7,10 +7,8 @@ Legend: b batch, h query heads, g key/value heads, t queries, s keys, d head wid
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from sparsetrain.core.anatomy import AttentionSite
@@ -21,6 +19,7 @@ from sparsetrain.ops.block_sparse_attention import block_sparse_attention
 from sparsetrain.ops.block_sparse_attention.phantom import add_phantom_zeros
 from sparsetrain.ops.block_sparse_attention.reference import masked_attention
 from sparsetrain.ops.segments import align_segments
+from sparsetrain.surgery.attention import AttentionCall, SparseAttention
 
 STATE = ("mask", "mean_map", "filtered_map", "seen", "reference_map", "history", "switched")
 """Buffers of a site, all None at first.
@@ -34,8 +33,8 @@ PROBE = "probe."
 """Names of probe rows in the state: `probe.<batch>.<argument of forward>`."""
 
 
-class FloodFillSparseAttention(nn.Module):
-    """What `module.sparse_attention` is on a converted attention."""
+class FloodFillSparseAttention(SparseAttention):
+    """What answers for a converted attention."""
 
     def __init__(self, config: FloodFillAttention, site: AttentionSite, tensors: dict[str, Tensor]) -> None:
         super().__init__()
@@ -53,9 +52,6 @@ class FloodFillSparseAttention(nn.Module):
     reference_map: Tensor | None
     history: Tensor | None
     switched: Tensor | None
-
-    def set_step(self, step: int, total_steps: int | None, loss_scale: float) -> None:
-        """Nothing follows the step alone; see `schedule.py`."""
 
     def tensors(self) -> dict[str, Tensor]:
         found = {name: value for name in STATE if (value := getattr(self, name)) is not None}
@@ -118,45 +114,32 @@ class FloodFillSparseAttention(nn.Module):
         self.switched = torch.tensor([step, reason], device=mask.device)
         self.reference_map, self.probe_rows = None, {}
 
-    def forward(
-        self,
-        q_bhtd: Tensor,
-        k_bgsd: Tensor,
-        v_bgsd: Tensor,
-        *,
-        causal: bool,
-        scale: float,
-        segments_bs: Tensor | None,
-        window: int | None,
-        dense: Callable[[], Tensor],
-    ) -> Tensor:
-        """[b, h, t, d] -> [b, h, t, d]; `dense()` gives the dense attention of the same call."""
-        if self.mask is None:
-            return dense()
-        if q_bhtd.shape[2] != k_bgsd.shape[2]:
-            return self._decode(q_bhtd, k_bgsd, v_bgsd, causal, scale, segments_bs, window)
-        config, block = self.config, self.config.block_tokens
-        aligned = None
-        if segments_bs is not None and not _starts_at_blocks(segments_bs, block):
-            aligned = align_segments(segments_bs, block)
-            q_bhtd, k_bgsd, v_bgsd = (aligned.gather(x) for x in (q_bhtd, k_bgsd, v_bgsd))
-            segments_bs = aligned.segments_bw
-        num_blocks = -(-q_bhtd.shape[2] // block)
-        longest, own_bn, first_bn = _sequence_blocks(segments_bs, block, num_blocks)
+    def forward(self, call: AttentionCall) -> Tensor:
+        """[b, h, t, d]."""
+        if self.mask is None or self.runs_dense:
+            return call.dense()
+        if call.q.shape[2] != call.k.shape[2]:
+            return self._decode(call)
+        config, block, aligned = self.config, self.config.block_tokens, None
+        if call.segments is not None and not _starts_at_blocks(call.segments, block):
+            aligned = align_segments(call.segments, block)
+            call = call.gathered(aligned)
+        num_blocks = -(-call.q.shape[2] // block)
+        longest, own_bn, first_bn = _sequence_blocks(call.segments, block, num_blocks)
         lists = self._lists_for(longest)
         if own_bn is not None and first_bn is not None:
             lists = _lists_of_sequences(lists, own_bn, first_bn)
         out = block_sparse_attention(
-            q_bhtd,
-            k_bgsd,
-            v_bgsd,
+            call.q,
+            call.k,
+            call.v,
             lists,
             block_q=block,
             block_k=block,
-            causal=causal,
-            scale=scale,
-            segments_bs=segments_bs,
-            window=window,
+            causal=call.causal,
+            scale=call.scale,
+            segments_bs=call.segments,
+            window=call.window,
             softmax=config.softmax,
         )
         return out if aligned is None else aligned.scatter(out)
@@ -169,18 +152,10 @@ class FloodFillSparseAttention(nn.Module):
             self._lists[key] = block_lists(fit_pattern(self.mask, num_blocks, self.config.extend))
         return self._lists[key]
 
-    def _decode(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        causal: bool,
-        scale: float,
-        segments_bs: Tensor | None,
-        window: int | None,
-    ) -> Tensor:
+    def _decode(self, call: AttentionCall) -> Tensor:
         """A few queries at the end of cached keys: the same pattern, as an explicit mask of t * s pairs."""
         assert self.mask is not None
+        q, k, segments_bs = call.q, call.k, call.segments
         t, s = q.shape[2], k.shape[2]
         position = torch.arange(s, device=q.device)
         ids = torch.ones(1, s, dtype=torch.int32, device=q.device) if segments_bs is None else segments_bs
@@ -189,12 +164,12 @@ class FloodFillSparseAttention(nn.Module):
         mask = fit_pattern(self.mask, int(block[ids > 0].max()) + 1, self.config.extend)
         distance = position[s - t :, None] - position
         visible = (ids[:, s - t :, None] == ids[:, None]) & (ids[:, s - t :, None] > 0)
-        visible = visible & (distance >= 0) if causal else visible
-        visible = visible if window is None else visible & (distance.abs() < window)
+        visible = visible & (distance >= 0) if call.causal else visible
+        visible = visible if call.window is None else visible & (distance.abs() < call.window)
         block = block.clamp(max=mask.shape[-1] - 1)  # padding may run on; it sees and is seen by nothing
         kept = mask[:, block[:, s - t :, None], block[:, None]].movedim(0, 1) & visible[:, None]
         kept = kept.expand(len(q), -1, -1, -1)
-        out, lse = masked_attention(q, k, v, kept, scale)
+        out, lse = masked_attention(q, k, call.v, kept, call.scale)
         if self.config.softmax == "phantom_zero":
             out, _ = add_phantom_zeros(out, lse, visible[:, None].sum(-1) - kept.sum(-1))
         return out

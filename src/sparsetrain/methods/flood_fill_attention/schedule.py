@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from sparsetrain.core.anatomy import describe, submodule
 from sparsetrain.methods.flood_fill_attention.config import MIN_PROBES, FloodFillAttention
 from sparsetrain.methods.flood_fill_attention.module import PROBE, REASONS, FloodFillSparseAttention
 from sparsetrain.ops.attention_patterns import MapSums, pooled_maps
+from sparsetrain.surgery.attention import AttentionCall, watching
 
 SETTLED, CAPPED, AT_ONCE = range(len(REASONS))
 
@@ -123,7 +123,7 @@ def probe(
     body: Any = getattr(model, "base_model", model)  # the head's logits of long rows would be gigabytes
     device = next(model.parameters()).device
     options = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
-    with torch.no_grad(), _watching(model, watches):
+    with torch.no_grad(), _evaluating(model), watching(model, watches):
         for i, batch in enumerate(batches):
             progress("flood_fill_attention: reading attention maps", i / len(batches))
             body(**{name: value.to(device) for name, value in batch.items()}, **options)
@@ -142,64 +142,39 @@ def probe(
     return found
 
 
-class _Watch(nn.Module):
-    """Stands in for a site's attention during a probe: adds up its maps, and runs dense."""
+class _Watch:
+    """Answers for a site's attention during a probe: adds up its maps, and runs dense."""
 
     def __init__(self, config: FloodFillAttention) -> None:
-        super().__init__()
         self.config = config
         self.sums: MapSums | None = None
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        causal: bool,
-        scale: float,
-        segments_bs: Tensor | None,
-        window: int | None,
-        dense: Callable[[], Tensor],
-    ) -> Tensor:
+    def __call__(self, call: AttentionCall) -> Tensor:
         config = self.config
         found = pooled_maps(
-            q,
-            k,
+            call.q,
+            call.k,
             block=config.block_tokens,
             filter_edge=config.edge_in_force,
-            causal=causal,
-            scale=scale,
-            window=window,
-            segments_bt=segments_bs,
+            causal=call.causal,
+            scale=call.scale,
+            window=call.window,
+            segments_bt=call.segments,
             share_heads=config.share_heads,
             row_normalise=config.row_normalise,
         )
         self.sums = found if self.sums is None else self.sums + found
-        return dense()
+        return call.dense()
 
 
 @contextmanager
-def _watching(model: nn.Module, watches: dict[str, _Watch]) -> Iterator[None]:
-    """Inside: the model is in evaluation mode and the watches stand at their sites. After: all is as before."""
-    install = describe(model).install_attention
-    assert install is not None
-    uninstall = install(model)
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside: the model is in evaluation mode. After: every module has its own mode again."""
     training = [module for module in model.modules() if module.training]
-    modules = {name: submodule(model, name) for name in watches}
-    before = {name: module._modules.get("sparse_attention") for name, module in modules.items()}
     try:
         model.eval()
-        for name, watch in watches.items():
-            modules[name].sparse_attention = watch
         yield
     finally:
-        for name, module in modules.items():
-            if (own := before[name]) is not None:
-                module.sparse_attention = own
-            else:
-                module._modules.pop("sparse_attention", None)
-        uninstall()
         for module in training:
             module.training = True
 

@@ -7,12 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sparsetrain.core.anatomy import Anatomy, AttentionSite, Undo, describe, submodule
+from sparsetrain.core.anatomy import Anatomy, AttentionSite, Undo, describe
 from sparsetrain.core.cost import Cost, attention_cost, mean_visible_keys
 from sparsetrain.methods.flood_fill_attention.config import FloodFillAttention
 from sparsetrain.methods.flood_fill_attention.module import PROBE, FloodFillSparseAttention
+from sparsetrain.methods.flood_fill_attention.pictures import pictures
 from sparsetrain.methods.flood_fill_attention.schedule import AT_ONCE, SwitchSchedule, probe
-from sparsetrain.surgery.plan import Edit, Method, State, refuse_dropout, register_method
+from sparsetrain.surgery.attention import install_attention, refuse_attention
+from sparsetrain.surgery.method import Edit, Method, RowFacts, State, register_method
+from sparsetrain.surgery.site import Site
 
 
 def edits(config: FloodFillAttention, anatomy: Anatomy, model: nn.Module) -> list[Edit]:
@@ -26,12 +29,7 @@ def edits(config: FloodFillAttention, anatomy: Anatomy, model: nn.Module) -> lis
         site = block.attention
         if site is None or not config.takes(site.name, site.layer, len(anatomy.blocks)):
             continue
-        if anatomy.install_attention is None:
-            raise ValueError(
-                f"flood_fill_attention cannot probe {site.name}: the anatomy of {anatomy.model_class} has no way into "
-                "attention (install_attention). Leave this model's attention dense."
-            )
-        refuse_dropout("flood_fill_attention", site)
+        refuse_attention("flood_fill_attention", site, anatomy)
         found.append(
             Edit(
                 config=config,
@@ -81,23 +79,10 @@ def _seen_blocks(config: FloodFillAttention, site: AttentionSite, blocks: int) -
 
 def install(
     model: nn.Module, tensors: dict[str, Tensor], config: FloodFillAttention, site: AttentionSite
-) -> tuple[Undo, nn.Module]:
+) -> tuple[Undo, Site]:
     """Give the attention its place for a pattern, and let the model call our attention function."""
-    module = submodule(model, site.name)
-    if hasattr(module, "sparse_attention"):
-        raise ValueError(f"{site.name} has a sparse attention already. Call handle.restore() first.")
-    anatomy = describe(model)
-    assert anatomy.install_attention is not None
-    uninstall = anatomy.install_attention(model)
     sparse = FloodFillSparseAttention(config, site, tensors)
-    sparse.to(next(module.parameters()).device).train(module.training)
-    module.sparse_attention = sparse
-
-    def undo() -> None:
-        del module.sparse_attention
-        uninstall()
-
-    return undo, sparse
+    return install_attention(model, site, sparse), sparse
 
 
 def blank(config: FloodFillAttention) -> dict[str, Tensor]:
@@ -168,6 +153,20 @@ def schedule(model: nn.Module, config: FloodFillAttention, modules: list[nn.Modu
     return SwitchSchedule(model, config, modules)  # type: ignore[arg-type]
 
 
+def refuse(config: FloodFillAttention, facts: RowFacts) -> str | None:
+    """A sequence longer than patterns will reach would fail late, in the evaluation."""
+    if config.is_dense or config.extend != "error" or facts.lengths is None or facts.eval_lengths is None:
+        return None
+    probed, block = max(facts.lengths()), config.block_tokens
+    longest = max(probed, max(facts.eval_lengths()))
+    if -(-longest // block) <= -(-probed // block):
+        return None
+    return (
+        f"patterns are cut from training rows of at most {probed} tokens, and another sequence has {longest}, which is "
+        f"past their last block of {block}. Use more training rows, or set extend=diagonal"
+    )
+
+
 register_method(
     FloodFillAttention,
     Method(
@@ -175,6 +174,9 @@ register_method(
         site_names=lambda anatomy: [site.name for site in anatomy.attentions],
         prepare=prepare,
         schedule=schedule,
+        refuse=refuse,
+        reads_longest=lambda config: not config.is_dense,
+        pictures=pictures,
         limits={
             "four_bit": "it has not been tried on quantised models. Load the model in bf16 or fp32",
             "cost": "in bidirectional models the counted FLOPs differ from the plan by more than 6 % of the dense part",

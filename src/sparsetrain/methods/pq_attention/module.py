@@ -6,7 +6,6 @@ code(x)[m] = nearest codeword of sub-space m;  keep the L keys whose codes score
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from sparsetrain.ops.key_selection import Visibility, select_blocks, select_keys
 from sparsetrain.ops.product_quantization import codebook_loss
 from sparsetrain.ops.segments import align_segments
 from sparsetrain.ops.token_sparse_attention import token_sparse_attention
+from sparsetrain.surgery.attention import AttentionCall, SparseAttention
 from sparsetrain.surgery.auxiliary import attach_loss
 
 
@@ -37,8 +37,8 @@ class Codebook(nn.Module):
         return self.weight.to(like.device)
 
 
-class PQSparseAttention(nn.Module):
-    """What `module.sparse_attention` is on a converted attention."""
+class PQSparseAttention(SparseAttention):
+    """What answers for a converted attention."""
 
     def __init__(self, config: PQAttention, site: AttentionSite, codewords: Tensor | None, fitted: bool = True) -> None:
         super().__init__()
@@ -73,54 +73,33 @@ class PQSparseAttention(nn.Module):
             return None
         return f"keys are selected (keep_ratio={self.config.keep_ratio}, num_keys={self.config.num_keys})"
 
-    def forward(
-        self,
-        q_bhtd: Tensor,
-        k_bgsd: Tensor,
-        v_bgsd: Tensor,
-        *,
-        causal: bool,
-        scale: float,
-        segments_bs: Tensor | None,
-        window: int | None,
-        dense: Callable[[], Tensor],
-    ) -> Tensor:
-        """[b, h, t, d] -> [b, h, t, d]; `dense()` gives the dense attention of the same call."""
-        num_keys = k_bgsd.shape[2]
+    def forward(self, call: AttentionCall) -> Tensor:
+        """[b, h, t, d]."""
+        if self.runs_dense:
+            return call.dense()
+        num_keys = call.k.shape[2]
         everything = self.config.kept_keys(num_keys) >= num_keys or num_keys < self.config.dense_below
         by_block = self.config.granularity == "block"
-        decoding = by_block and q_bhtd.shape[2] != num_keys
+        decoding = by_block and call.q.shape[2] != num_keys
         if self.warming_up or decoding or (everything and self.config.logit_clamp is None):
-            out = dense()
-        elif not by_block:
-            out = self._by_token(q_bhtd, k_bgsd, v_bgsd, causal, scale, segments_bs, window)
+            out = call.dense()
         else:
-            out = self._by_block(q_bhtd, k_bgsd, v_bgsd, causal, scale, segments_bs, window)
-        return self.with_auxiliary_loss(out, q_bhtd, k_bgsd, segments_bs)
+            out = self._by_block(call) if by_block else self._by_token(call)
+        return self.with_auxiliary_loss(out, call)
 
-    def _by_block(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        causal: bool,
-        scale: float,
-        segments_bs: Tensor | None,
-        window: int | None,
-    ) -> Tensor:
-        config = self.config
-        aligned = None
-        if segments_bs is not None:
-            aligned = align_segments(segments_bs, math.lcm(config.block_q, config.block_k))
-            q, k, v, segments_bs = aligned.gather(q), aligned.gather(k), aligned.gather(v), aligned.segments_bw
-        kept_bs = self._kept_keys(segments_bs, k)
+    def _by_block(self, call: AttentionCall) -> Tensor:
+        config, aligned = self.config, None
+        if call.segments is not None:
+            aligned = align_segments(call.segments, math.lcm(config.block_q, config.block_k))
+            call = call.gathered(aligned)
+        kept_bs = self._kept_keys(call)
         lists = select_blocks(
-            q,
-            k,
-            self.codebook(q),
+            call.q,
+            call.k,
+            self.codebook(call.q),
             -(-kept_bs[:, :: config.block_q] // config.block_k),
-            Visibility(causal, segments_bs, window),
-            scale=scale,
+            Visibility(call.causal, call.segments, call.window),
+            scale=call.scale,
             score=config.score,
             distance=config.distance,
             local_tokens=config.local_tokens,
@@ -129,58 +108,49 @@ class PQSparseAttention(nn.Module):
             block_k=config.block_k,
         )
         out = block_sparse_attention(
-            q,
-            k,
-            v,
+            call.q,
+            call.k,
+            call.v,
             lists,
             block_q=config.block_q,
             block_k=config.block_k,
-            causal=causal,
-            scale=scale,
-            segments_bs=segments_bs,
-            window=window,
+            causal=call.causal,
+            scale=call.scale,
+            segments_bs=call.segments,
+            window=call.window,
         )
         return out if aligned is None else aligned.scatter(out)
 
-    def _by_token(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        causal: bool,
-        scale: float,
-        segments_bs: Tensor | None,
-        window: int | None,
-    ) -> Tensor:
+    def _by_token(self, call: AttentionCall) -> Tensor:
         config = self.config
         keys = select_keys(
-            q,
-            k,
-            self.codebook(q),
-            self._kept_keys(segments_bs, k)[:, k.shape[2] - q.shape[2] :],
-            Visibility(causal, segments_bs, window),
+            call.q,
+            call.k,
+            self.codebook(call.q),
+            self._kept_keys(call)[:, call.k.shape[2] - call.q.shape[2] :],
+            Visibility(call.causal, call.segments, call.window),
             score=config.score,
             selection=config.selection,
             distance=config.distance,
             local_tokens=config.local_tokens,
             keep_first=config.keep_first,
         )
-        return token_sparse_attention(q, k, v, keys, scale=scale, logit_clamp=config.logit_clamp)
+        return token_sparse_attention(call.q, call.k, call.v, keys, scale=call.scale, logit_clamp=config.logit_clamp)
 
-    def _kept_keys(self, segments_bs: Tensor | None, k_bgsd: Tensor) -> Tensor:
+    def _kept_keys(self, call: AttentionCall) -> Tensor:
         """L of every token, [b, s], from the length of its own sequence."""
-        b, _, s, _ = k_bgsd.shape
+        (b, _, s, _), device, segments_bs = call.k.shape, call.k.device, call.segments
         if segments_bs is None:
-            return torch.full((b, s), self.config.kept_keys(s), device=k_bgsd.device)
+            return torch.full((b, s), self.config.kept_keys(s), device=device)
         highest = int(segments_bs.max())
-        lengths = torch.zeros(b, highest + 1, dtype=torch.int64, device=k_bgsd.device)
+        lengths = torch.zeros(b, highest + 1, dtype=torch.int64, device=device)
         lengths.scatter_add_(1, segments_bs.long(), torch.ones_like(segments_bs, dtype=torch.int64))
-        kept = torch.tensor([self.config.kept_keys(n) for n in range(s + 1)], device=k_bgsd.device)
+        kept = torch.tensor([self.config.kept_keys(n) for n in range(s + 1)], device=device)
         return kept[lengths].gather(1, segments_bs.long())
 
-    def with_auxiliary_loss(self, out: Tensor, q: Tensor, k: Tensor, segments_bs: Tensor | None) -> Tensor:
-        """out, with the codebook's loss on q [b, h, t, d] and k [b, g, s, d] attached in training."""
-        weight = self.config.codebook_weight
+    def with_auxiliary_loss(self, out: Tensor, call: AttentionCall) -> Tensor:
+        """out, with the codebook's loss on the queries and keys of the call attached in training."""
+        weight, q, k = self.config.codebook_weight, call.q, call.k
         if not (self.training and self.learning and torch.is_grad_enabled() and weight and q.shape[2] > 1):
             return out
         codewords = self.codebook(q)
@@ -188,7 +158,7 @@ class PQSparseAttention(nn.Module):
             return out
         if self.config.detach_qk:
             q, k = q.detach(), k.detach()
-        valid = None if segments_bs is None else segments_bs > 0
+        valid = None if call.segments is None else call.segments > 0
         valid_q = None if valid is None else valid[:, valid.shape[1] - q.shape[2] :]
         loss = codebook_loss(q, codewords, self.config.distance, valid_q)
         loss = loss + codebook_loss(k, codewords, self.config.distance, valid)

@@ -14,8 +14,10 @@ from sparsetrain.core.cost import Cost, attention_cost, mean_visible_keys
 from sparsetrain.methods.pq_attention.config import SUBSPACE, PQAttention
 from sparsetrain.methods.pq_attention.module import PQSparseAttention
 from sparsetrain.ops.product_quantization import fit_codebook
+from sparsetrain.surgery.attention import AttentionCall, install_attention, refuse_attention, watching
 from sparsetrain.surgery.calibration import blocks_only
-from sparsetrain.surgery.plan import Edit, Method, State, refuse_dropout, register_method
+from sparsetrain.surgery.method import Edit, Method, State, register_method
+from sparsetrain.surgery.site import Site
 
 CALIBRATION_TOKENS = 4096
 """Tokens a codebook is fitted on: 16 codewords of width 8 are known well from a few thousand."""
@@ -33,11 +35,7 @@ def edits(config: PQAttention, anatomy: Anatomy, model: nn.Module) -> list[Edit]
         if site is None or not config.takes(site.name, site.layer, len(anatomy.blocks)):
             continue
         config.check_head(site.name, site.head_dim)
-        if anatomy.install_attention is None:
-            raise ValueError(
-                f"pq_attention cannot take {site.name}: the anatomy of {anatomy.model_class} has no way in."
-            )
-        refuse_dropout("pq_attention", site)
+        refuse_attention("pq_attention", site, anatomy)
         found.append(
             Edit(
                 config=config,
@@ -78,49 +76,33 @@ def costs(config: PQAttention, site: AttentionSite, num_tokens: int) -> tuple[Co
 
 def install(
     model: nn.Module, tensors: dict[str, Tensor], config: PQAttention, site: AttentionSite
-) -> tuple[Undo, nn.Module]:
+) -> tuple[Undo, Site]:
     """Give the attention its codebook, and let the model call our attention function."""
-    module = submodule(model, site.name)
-    if hasattr(module, "sparse_attention"):
-        raise ValueError(f"{site.name} has a sparse attention already. Call handle.restore() first.")
-    anatomy = describe(model)
-    assert anatomy.install_attention is not None
-    uninstall = anatomy.install_attention(model)
-    sparse = PQSparseAttention(config, site, tensors.get("codebook"), bool(tensors.get("fitted", True)))
     # codewords are compared in fp32 whatever the model's dtype, so that all backends agree on codes
-    sparse.to(next(module.parameters()).device).train(module.training)
-    module.sparse_attention = sparse
-
-    def undo() -> None:
-        del module.sparse_attention
-        uninstall()
-
-    return undo, sparse
+    sparse = PQSparseAttention(config, site, tensors.get("codebook"), bool(tensors.get("fitted", True)))
+    return install_attention(model, site, sparse), sparse
 
 
-class _Capture(nn.Module):
-    """Stands in for a sparse attention during calibration: keeps a sample of q and k, and runs dense."""
+class _Capture:
+    """Answers for an attention during calibration: keeps a sample of q and k, and runs dense."""
 
     def __init__(self, num_tokens: int) -> None:
-        super().__init__()
         self.num_tokens = num_tokens
         self.samples: list[Tensor] = []
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, segments_bs: Tensor | None, dense: Callable[[], Tensor], **_: Any
-    ) -> Tensor:
-        groups = k.shape[1]
+    def __call__(self, call: AttentionCall) -> Tensor:
+        groups, width = call.k.shape[1], call.q.shape[-1]
         # [b, h, t, d] -> [g, tokens, d]: the query heads of a group share the codebook of its keys
-        queries = q.unflatten(1, (groups, -1)).permute(1, 0, 2, 3, 4)
-        keys = k.permute(1, 0, 2, 3)
-        if segments_bs is not None:
-            valid = segments_bs > 0
+        queries = call.q.unflatten(1, (groups, -1)).permute(1, 0, 2, 3, 4)
+        keys = call.k.permute(1, 0, 2, 3)
+        if call.segments is not None:
+            valid = call.segments > 0
             queries = queries[:, valid[:, None].expand(-1, queries.shape[2], -1)]
             keys = keys[:, valid]
-        for part in (queries.reshape(groups, -1, q.shape[-1]), keys.reshape(groups, -1, q.shape[-1])):
+        for part in (queries.reshape(groups, -1, width), keys.reshape(groups, -1, width)):
             stride = max(1, part.shape[1] // self.num_tokens)
             self.samples.append(part[:, ::stride].float())
-        return dense()
+        return call.dense()
 
 
 def prepare(
@@ -137,22 +119,13 @@ def prepare(
             stacklevel=4,
         )
         return {}
-    anatomy = describe(model)
-    assert anatomy.install_attention is not None
-    uninstall = anatomy.install_attention(model)
     batches = _spread(batches)
     captures = {edit: _Capture(CALIBRATION_TOKENS // (2 * len(batches))) for edit in planned}
-    try:
-        for edit, capture in captures.items():
-            submodule(model, edit.site).sparse_attention = capture
-        with blocks_only(model, submodule(model, anatomy.blocks[planned[-1].layer].name)) as run:
-            for i, batch in enumerate(batches):
-                progress("pq_attention: reading queries and keys", i / len(batches))
-                run(batch)
-    finally:
-        for edit in planned:
-            del submodule(model, edit.site).sparse_attention
-        uninstall()
+    last = submodule(model, describe(model).blocks[planned[-1].layer].name)
+    with watching(model, {edit.site: capture for edit, capture in captures.items()}), blocks_only(model, last) as run:
+        for i, batch in enumerate(batches):
+            progress("pq_attention: reading queries and keys", i / len(batches))
+            run(batch)
     state: State = {}
     for i, (edit, capture) in enumerate(captures.items()):
         progress("pq_attention: fitting codebooks", i / len(captures))

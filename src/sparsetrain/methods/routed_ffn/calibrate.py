@@ -12,7 +12,7 @@ from sparsetrain.methods.routed_ffn.config import RoutedFFN
 from sparsetrain.methods.routed_ffn.convert import FFNWeights, convert_ffn
 from sparsetrain.surgery.calibration import blocks_only
 from sparsetrain.surgery.lora import linear_parts
-from sparsetrain.surgery.plan import Edit, State
+from sparsetrain.surgery.method import Edit, State
 
 FIT_TOKENS = 8192
 """An FFN is fitted on about as many tokens, evenly spaced over all that the batches hold: neighbours tell little more.

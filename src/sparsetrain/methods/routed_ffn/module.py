@@ -18,6 +18,7 @@ from sparsetrain.ops.routing import balance_loss, choose_blocks, load_stats
 from sparsetrain.surgery.auxiliary import attach_loss
 from sparsetrain.surgery.lora import linear_parts
 from sparsetrain.surgery.reclass import View, dense_forward, pass_through
+from sparsetrain.surgery.site import Site
 
 
 class Router(nn.Module):
@@ -45,7 +46,7 @@ class Router(nn.Module):
         return logits_tg, self.shift, skip_td
 
 
-class Routing(nn.Module):
+class Routing(Site):
     """State and schedule of one routed FFN; lives in the owner as its child `routed`."""
 
     valid_bt: Tensor | None = None
@@ -84,7 +85,7 @@ class Routing(nn.Module):
 
     @property
     def dense(self) -> bool:
-        return self.config.num_active == self.config.num_blocks
+        return self.runs_dense or self.config.num_active == self.config.num_blocks
 
     def forward(self, owner: nn.Module, x: Tensor) -> Tensor:
         """x [..., d] -> y [..., d], dropout and residual left to the owner."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,11 +13,13 @@ from sparsetrain.core.anatomy import Anatomy, FFNSite, Undo, submodule
 from sparsetrain.core.cost import Cost, ffn_cost
 from sparsetrain.methods.routed_ffn.calibrate import convert_sites
 from sparsetrain.methods.routed_ffn.config import RoutedFFN
+from sparsetrain.methods.routed_ffn.distillation import distill
 from sparsetrain.methods.routed_ffn.module import NotesPadding, Routed, Router, Routing
 from sparsetrain.methods.routed_ffn.permute import permute_units
 from sparsetrain.ops.routed_ffn import ACTIVATIONS
-from sparsetrain.surgery.plan import Edit, Method, State, register_method
+from sparsetrain.surgery.method import Edit, Method, Progress, State, register_method
 from sparsetrain.surgery.reclass import declass, reclass
+from sparsetrain.surgery.site import Site
 
 
 def edits(config: RoutedFFN, anatomy: Anatomy, model: nn.Module) -> list[Edit]:
@@ -95,7 +97,7 @@ def blank(config: RoutedFFN, site: FFNSite) -> dict[str, Tensor]:
 
 def install(
     model: nn.Module, tensors: dict[str, Tensor], config: RoutedFFN, site: FFNSite, block_name: str
-) -> tuple[Undo, nn.Module]:
+) -> tuple[Undo, Site]:
     """Reorder the units, add the router, and give the owner its new forward."""
     owner, block = submodule(model, site.name), submodule(model, block_name)
     weight = _weight(owner, site.up)
@@ -149,6 +151,23 @@ def prepare(
     return convert_sites(model, config, planned, batches, progress)
 
 
+def after_adapter(
+    model: nn.Module, batches: Iterable[dict[str, Tensor]], steps: int, lr: float, progress: Progress
+) -> None:
+    """Layer-wise distillation (see `distillation`)."""
+    distill(model, batches, steps=steps, lr=lr, progress=progress)
+
+
+def merge_adapter_error(config: RoutedFFN, linears: list[str]) -> str | None:
+    """With the published gate, LoRA does not go through the gate that its weight goes through."""
+    if config.gated_by != "spt" or not linears:
+        return None
+    return (
+        "with gate='spt' it bypasses the gate that the weight goes through, so merged outputs would differ. Use the "
+        "adapter folder as it is, or train with gate='output' or 'ste'"
+    )
+
+
 register_method(
     RoutedFFN,
     Method(
@@ -156,6 +175,8 @@ register_method(
         site_names=lambda anatomy: [site.name for site in anatomy.ffns if site.refused is None],
         prepare=prepare,
         modules_to_save=("router",),
+        after_adapter=after_adapter,
+        merge_adapter_error=merge_adapter_error,
         limits={"four_bit": "its quantised linears would be read as plain weights. Load the model in bf16 or fp32"},
     ),
 )

@@ -59,10 +59,12 @@ def _sites(handle: Handle, verb: str) -> dict:
 def _write(handle: Handle) -> nn.Module:
     sites = schedules(handle)
     ours = {id(schedule) for schedule in sites.values()}
-    for key, module in handle._installed.items():
+    for edit, module in handle.installed:
         reason = None if id(module) in ours else module.merge_error()
         if reason:
-            raise ValueError(f"{key} cannot be merged into a plain model: {reason}. Its own method must end first.")
+            raise ValueError(
+                f"{edit.key} cannot be merged into a plain model: {reason}. Its own method must end first."
+            )
     pruned: list[tuple[Tensor, Tensor]] = []
     for site, schedule in sites.items():
         for name, linear in () if schedule.dense else schedule.linears.items():

@@ -12,11 +12,7 @@ from sparsetrain.surgery.apply import Handle
 
 def schedules(handle: Handle) -> dict[str, Any]:
     """Site -> `Schedule24` of a handle, without the sites of other methods."""
-    return {
-        key.rpartition(":")[0]: module
-        for key, module in handle._installed.items()
-        if key.endswith(":semi_structured")
-    }  # fmt: skip
+    return dict(handle.sites("semi_structured"))
 
 
 def flip_curve(handle: Handle) -> dict[str, list[tuple[int, float]]]:

@@ -6,18 +6,19 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsetrain.methods.semi_structured.config import SemiStructured
 from sparsetrain.methods.semi_structured.flips import check_ranks_agree
 from sparsetrain.methods.semi_structured.module import BUFFERS
 from sparsetrain.ops.sparse24_linear.gain import Gain, measure_gain
+from sparsetrain.surgery.site import Site
 
 measured_gain = cache(measure_gain)
 """A shape is timed once a process, however many layers have it."""
 
 
-class Schedule24(nn.Module):
+class Schedule24(Site):
     """State and schedule of the 2:4 linears of one FFN; lives in the FFN's owner as its child `semi_structured`.
 
     Args:
@@ -64,8 +65,15 @@ class Schedule24(nn.Module):
         self._enter_phase()
 
     @property
-    def adjusts_gradients(self) -> bool:
+    def adjusts_gradients(self) -> bool:  # type: ignore[override]
         return self.config.decay_in_force > 0
+
+    def derive(self) -> None:
+        self._enter_phase()
+
+    def run_dense(self, dense: bool) -> None:
+        super().run_dense(dense)
+        self._enter_phase()
 
     def adjust_gradients(self) -> None:
         """Masked decay; off in the dense tail."""
@@ -117,7 +125,7 @@ class Schedule24(nn.Module):
 
     def _enter_phase(self) -> None:
         for linear in self.linears.values():
-            linear.dense = self.dense
+            linear.dense = self.dense or self.runs_dense
             linear.repack()
 
     def _reseed(self, step: int) -> None:

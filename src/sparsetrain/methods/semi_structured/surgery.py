@@ -8,10 +8,13 @@ from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import Anatomy, FFNSite, Undo, submodule
 from sparsetrain.core.cost import Cost, ffn_cost
+from sparsetrain.core.pictures import Gallery, Picture
 from sparsetrain.methods.semi_structured.config import SemiStructured
+from sparsetrain.methods.semi_structured.export import to_24
 from sparsetrain.methods.semi_structured.module import make_dense, make_sparse
 from sparsetrain.methods.semi_structured.schedule import Schedule24
-from sparsetrain.surgery.plan import Edit, Method, register_method
+from sparsetrain.surgery.method import Edit, Method, State, register_method
+from sparsetrain.surgery.site import Site
 
 
 def edits(config: SemiStructured, anatomy: Anatomy, model: nn.Module) -> list[Edit]:
@@ -78,7 +81,7 @@ def costs(config: SemiStructured, site: FFNSite, names: list[str]) -> tuple[Cost
 
 def install(
     model: nn.Module, tensors: dict[str, Tensor], config: SemiStructured, site: FFNSite, names: list[str]
-) -> tuple[Undo, nn.Module]:
+) -> tuple[Undo, Site]:
     """Turn the linears 2:4 and give the owner their schedule."""
     owner: Any = submodule(model, site.name)
     done: dict[str, Any] = {}
@@ -115,11 +118,37 @@ def _note(config: SemiStructured, model: nn.Module, site: FFNSite, left: list[st
     return f"2:4 {config.mask_mode}, {speed}{dense}"
 
 
+def merge_adapter_error(config: SemiStructured, linears: list[str]) -> str | None:
+    if not linears:
+        return None
+    return (
+        "the update is dense and the weight runs 2:4, so merged outputs would differ. Use the adapter folder as it is, "
+        "or train all weights (lora_r=0)"
+    )
+
+
+def pictures(state: State) -> Gallery | None:
+    """Flip rates by step, averaged over an FFN's linears; None before the second refresh."""
+    curves = {
+        site: [(int(row[0]), sum(row[1:]) / len(row[1:])) for row in tensors["history"].tolist()]
+        for site, tensors in state.items()
+        if "history" in tensors
+    }
+    if not any(len(curve) > 1 for curve in curves.values()):
+        return None
+    title = "Share of the 2:4 mask that changed since the refresh before, by layer and in the mean"
+    picture = Picture(title=title, curves=curves, y="share of mask entries that flipped")
+    return Gallery(name="flips", heading="Flip rate of the 2:4 masks", pictures=[picture])
+
+
 register_method(
     SemiStructured,
     Method(
         edits=edits,
         site_names=lambda anatomy: [site.name for site in anatomy.ffns if site.refused is None],
+        exports={"24": to_24},
+        merge_adapter_error=merge_adapter_error,
+        pictures=pictures,
         limits={
             "cost": "without sparse tensor cores its products are emulated by dense ones",
             "four_bit": "its quantised linears would be read as plain weights. Load the model in bf16 or fp32",

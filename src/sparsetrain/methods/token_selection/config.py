@@ -78,11 +78,8 @@ class TokenSelection(MethodConfig, method="token_selection"):
         Raises:
             ValueError: the sample is shorter than `num_tokens`.
         """
-        if self.num_tokens is not None and self.num_tokens > num_tokens:
-            raise ValueError(
-                f"token_selection: num_tokens={self.num_tokens} of a sample with {num_tokens} tokens. Use keep_ratio, "
-                "lower num_tokens, or drop or pack short samples."
-            )
+        if reason := self.too_short(num_tokens):
+            raise ValueError(f"token_selection: {reason}.")
         if self.num_tokens is not None:
             wanted = self.num_tokens + (2 if self.extra else 0)
         elif self.extra:
@@ -90,6 +87,15 @@ class TokenSelection(MethodConfig, method="token_selection"):
         else:
             wanted = round(self.keep_ratio * num_tokens)  # type: ignore[operator]
         return min(max(wanted, 1), num_tokens)
+
+    def too_short(self, num_tokens: int) -> str | None:
+        """Why a sample of that many tokens is too short, or None."""
+        if self.num_tokens is None or self.num_tokens <= num_tokens:
+            return None
+        return (
+            f"num_tokens={self.num_tokens} of a sample with {num_tokens} tokens. Use keep_ratio, lower num_tokens, or "
+            "drop or pack short samples"
+        )
 
     def ratio(self, num_tokens: int) -> float:
         """ρ = |S| / n."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsetrain.core.backend import choose
 from sparsetrain.methods.token_selection.config import TokenSelection
@@ -26,7 +26,9 @@ from sparsetrain.methods.token_selection.passes import (
 )
 from sparsetrain.methods.token_selection.policies import Batch, draw, fingerprints
 from sparsetrain.ops.selected_rows import Rows, keep, replace_rows, selected_attention_reference, take_rows
+from sparsetrain.surgery.attention import AttentionCall, stand_in_of, standing_in
 from sparsetrain.surgery.reclass import dense_forward
+from sparsetrain.surgery.site import Site
 
 
 class Selector:
@@ -127,7 +129,7 @@ class BeginsSelection:
         return dense_forward(BeginsSelection, self, *args, **kwargs)
 
 
-class SelectedBlock(nn.Module):
+class SelectedBlock(Site):
     """State of one converted block; it has no parameters. What drives schedules calls it."""
 
     def __init__(self, selector: Selector, attention: str, opens: bool) -> None:
@@ -138,14 +140,8 @@ class SelectedBlock(nn.Module):
     def set_step(self, step: int, total_steps: int | None, loss_scale: float) -> None:
         self.selector.step = step
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {}
-
     def stats(self) -> dict[str, float]:
         return dict(self.last)
-
-    def merge_error(self) -> str | None:
-        return None  # the forward is the dense one
 
     def note(self, rows: Rows, everything: Any) -> None:
         """Keep numbers for the report."""
@@ -173,7 +169,7 @@ class SelectsTokens:
         if selected_rows is None or selected_rows.everything:
             return dense_forward(SelectsTokens, self, *args, **kwargs)
         attention = self.get_submodule(self.selected.attention)  # type: ignore[attr-defined]
-        if not torch.is_grad_enabled() and getattr(attention, "sparse_attention", None) is None:
+        if not torch.is_grad_enabled() and stand_in_of(attention) is None:
             # the values that a checkpointed block is first run for; beside sparse ones they need the second pass
             return dense_forward(SelectsTokens, self, *args, **kwargs)
         if choose("token_selection", "auto", {"cpu": None, "reference": None}) == "reference":
@@ -187,14 +183,14 @@ def _in_two_passes(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
     notes = Notes(rows)
     x = args[0] if args else kwargs["hidden_states"]
     notes.ends_at_attention = recomputing = getattr(block, "gradient_checkpointing", False) and in_backward()
-    sparse = getattr(attention, "sparse_attention", None)
-    with torch.no_grad(), AllRows(notes), _standing_in(attention, AttentionOfAllRows(notes, sparse)):
+    sparse = stand_in_of(attention)
+    with torch.no_grad(), AllRows(notes), standing_in(attention, AttentionOfAllRows(notes, sparse)):
         try:
             out = dense_forward(SelectsTokens, block, *args, **kwargs)
         except FoundKeys:  # a block that is recomputed for its backward needs no more of the other rows
             out = x
     own_args, own_kwargs = _on_rows(args, kwargs, rows)
-    with SelectedRows(notes), _standing_in(attention, AttentionOfSelectedRows(notes)):
+    with SelectedRows(notes), standing_in(attention, AttentionOfSelectedRows(notes)):
         selected = dense_forward(SelectsTokens, block, *own_args, **own_kwargs)
     notes.check_all_taken()
     state.note(rows, notes.everything)
@@ -222,23 +218,24 @@ def _by_definition(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
     attention = block.get_submodule(block.selected.attention)
     selected_bt = rows.selected_bt
 
-    sparse = getattr(attention, "sparse_attention", None)
+    sparse = stand_in_of(attention)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, *, dense: Any, segments_bs: Tensor | None, **form: Any) -> Tensor:
-        out = selected_attention_reference(q, k, v, selected_bt, segments_bt=segments_bs, **form)
+    def attend(call: AttentionCall) -> Tensor:
+        form = {"causal": call.causal, "scale": call.scale, "window": call.window}
+        out = selected_attention_reference(call.q, call.k, call.v, selected_bt, segments_bt=call.segments, **form)
         if sparse is None:
             return out
         with torch.no_grad():
-            other = sparse(q, k, v, dense=dense, segments_bs=segments_bs, **form)
+            other = sparse(call)
         out = torch.where(selected_bt[:, None, :, None], out, other)
-        with_loss = attaches_loss(sparse, q, k, segments_bs)
+        with_loss = attaches_loss(sparse, call)
         return out if with_loss is None else with_loss(out)
 
     if args:
         args = (keep(args[0], selected_bt), *args[1:])
     else:
         kwargs = {**kwargs, "hidden_states": keep(kwargs["hidden_states"], selected_bt)}
-    with _standing_in(attention, attend):
+    with standing_in(attention, attend):
         out = dense_forward(SelectsTokens, block, *args, **kwargs)
     return _with_first(out, keep(_first(out), selected_bt))
 
@@ -246,20 +243,6 @@ def _by_definition(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
 def in_backward() -> bool:
     """Does autograd's backward run at this moment?"""
     return torch._C._current_graph_task_id() != -1
-
-
-@contextmanager
-def _standing_in(attention: nn.Module, stand_in: Any) -> Iterator[None]:
-    """Let the attention function find `stand_in` as the attention's `sparse_attention`.
-
-    It stands in the instance's dictionary, which Python asks before a module's children, so that a sparse attention
-    installed there stays where it is.
-    """
-    vars(attention)["sparse_attention"] = stand_in
-    try:
-        yield
-    finally:
-        del vars(attention)["sparse_attention"]
 
 
 def _mask_of(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:

@@ -12,6 +12,7 @@ which is right for whatever treats tokens one by one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sparsetrain.ops.selected_rows import KeyValues, Rows, selected_attention, selected_dropout, selected_linear
+from sparsetrain.surgery.attention import AttentionCall, SparseAttention, StandIn
 
 _KINDS: dict[Any, str] = {F.linear: "linear", torch.addmm: "addmm", F.dropout: "dropout"}
 
@@ -160,56 +162,54 @@ class SelectedRows(TorchFunctionMode):
 
 
 class AttentionOfAllRows:
-    """Stands where the attention function looks for a sparse attention, during the first pass."""
+    """Answers for the attention during the first pass."""
 
-    def __init__(self, notes: Notes, sparse: Any) -> None:
+    def __init__(self, notes: Notes, sparse: StandIn | None) -> None:
         self.notes, self.sparse = notes, sparse
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, dense: Callable[[], Tensor], causal: bool, scale: float,
-        segments_bs: Tensor | None, window: int | None,
-    ) -> Tensor:  # fmt: skip
+    def __call__(self, call: AttentionCall) -> Tensor:
         notes = self.notes
-        notes.everything = KeyValues(_compact(k), _compact(v), causal, scale, segments_bs, window)
-        notes.with_loss = attaches_loss(self.sparse, q, k, segments_bs)
+        notes.everything = KeyValues(
+            _compact(call.k), _compact(call.v), call.causal, call.scale, call.segments, call.window
+        )
+        notes.with_loss = attaches_loss(self.sparse, call)
         if notes.ends_at_attention:
             raise FoundKeys
         if self.sparse is not None:
             notes.paused = True
             try:
-                return self.sparse(
-                    q, k, v, dense=dense, causal=causal, scale=scale, segments_bs=segments_bs, window=window
-                )
+                return self.sparse(call)
             finally:
                 notes.paused = False
-        out = dense()
+        out = call.dense()
         notes.attended = notes.rows.gather(out.transpose(1, 2)).transpose(1, 2)
         return out
 
 
 class AttentionOfSelectedRows:
-    """The same place during the second pass. Where other rows attend sparsely, selected rows attend to every key."""
+    """The same during the second pass. Where other rows attend sparsely, selected rows attend to every key."""
 
     def __init__(self, notes: Notes) -> None:
         self.notes = notes
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    def __call__(self, call: AttentionCall) -> Tensor:
         notes = self.notes
         assert notes.everything is not None, "the second pass attends where the first did not"
         known, notes.attended = notes.attended, None
         notes.diverged = notes.diverged or known is None
-        out = selected_attention(q, k, v, notes.everything, notes.rows, known=known)
+        out = selected_attention(call.q, call.k, call.v, notes.everything, notes.rows, known=known)
         with_loss, notes.with_loss = notes.with_loss, None
         return out if with_loss is None else with_loss(out)
 
 
-def attaches_loss(sparse: Any, q: Tensor, k: Tensor, segments_bs: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-    """What attaches a sparse attention's auxiliary loss, if it has one, to an output.
+def attaches_loss(sparse: StandIn | None, call: AttentionCall) -> Callable[[Tensor], Tensor] | None:
+    """What attaches a sparse attention's auxiliary loss to an output; None without a sparse attention.
 
     A codebook serves all rows, selected or not, so its loss is of all queries and keys; no gradient reaches those.
     """
-    attach = getattr(sparse, "with_auxiliary_loss", None)
-    return None if attach is None else partial(attach, q=q.detach(), k=k.detach(), segments_bs=segments_bs)
+    if not isinstance(sparse, SparseAttention):
+        return None
+    return partial(sparse.with_auxiliary_loss, call=replace(call, q=call.q.detach(), k=call.k.detach()))
 
 
 def _compact(x: Tensor) -> Tensor:

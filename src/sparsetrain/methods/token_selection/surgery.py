@@ -8,8 +8,9 @@ from sparsetrain.core.anatomy import Anatomy, Block, Undo, describe, submodule
 from sparsetrain.core.cost import Cost, attention_cost, ffn_cost, mean_visible_keys
 from sparsetrain.methods.token_selection.config import TokenSelection
 from sparsetrain.methods.token_selection.module import BeginsSelection, SelectedBlock, Selector, SelectsTokens
-from sparsetrain.surgery.plan import Edit, Method, register_method
+from sparsetrain.surgery.method import Edit, Method, RowFacts, register_method
 from sparsetrain.surgery.reclass import declass, reclass
+from sparsetrain.surgery.site import Site
 
 
 def edits(config: TokenSelection, anatomy: Anatomy, model: nn.Module) -> list[Edit]:
@@ -91,7 +92,7 @@ def costs(config: TokenSelection, block: Block, num_tokens: int) -> tuple[Cost, 
 
 def install(
     model: nn.Module, block: Block, selector: Selector, opens: bool, embedding: str | None
-) -> tuple[Undo, nn.Module]:
+) -> tuple[Undo, Site]:
     """Give a block its new forward; with the first one, the embedding learns to say that a forward begins."""
     assert block.attention is not None
     attention_path = block.attention.name.removeprefix(f"{block.name}.")
@@ -118,6 +119,29 @@ def install(
     return undo, state
 
 
+def refuse(config: TokenSelection, facts: RowFacts) -> str | None:
+    """Why rows cannot be trained on: no tokens to choose among, no scores, no label a token, or too few tokens."""
+    if facts.task in ("pairs", "image"):
+        return f"it trains on some tokens of a text, and task={facts.task} has none to choose among. Use it " + (
+            "with task=lm or classify"
+        )
+    if config.pool == "scored":
+        return (
+            "pool='scored' takes the scores that come with each batch as token_scores, and rows read from data have "
+            "none. Use pool=all or targets, or train from Python"
+        )
+    if facts.task == "classify" and (config.needs_scores or config.pool == "targets"):
+        return (
+            f"pool={config.pool!r}, policy={config.policy!r} need a label a token, and task=classify has one a text. "
+            "Use pool=all with policy=random or prefix"
+        )
+    if config.num_tokens is None:
+        return None
+    shortest = facts.seq_len if facts.lengths is None else min(facts.lengths())
+    return config.too_short(shortest)
+
+
 register_method(
-    TokenSelection, Method(edits=edits, site_names=lambda anatomy: [block.name for block in anatomy.blocks])
+    TokenSelection,
+    Method(edits=edits, site_names=lambda anatomy: [block.name for block in anatomy.blocks], refuse=refuse),
 )

@@ -1,0 +1,69 @@
+"""Drawing a method's pictures, and putting them into a report."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Iterable
+from html import escape
+from typing import Any
+
+from sparsetrain.core.pictures import Panel, Picture
+from sparsetrain.measure.plots import curves
+
+
+def draw(picture: Picture) -> bytes:
+    """A picture as PNG."""
+    return curves(picture.curves, picture.y) if picture.curves else _draw_panels(picture)
+
+
+def _draw_panels(picture: Picture) -> bytes:
+    """Maps are shown by their square root, or a few cells would hide all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
+    rows, columns = len(picture.panels), len(picture.panels[0])
+    figure = Figure(figsize=(3.2 * columns, 3.4 * rows + 0.3), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)  # no pyplot: nothing global is touched
+    figure.suptitle(picture.title, fontsize=11)
+
+    def show(axis: Any, panel: Panel) -> None:
+        if panel.kept:
+            axis.imshow(panel.values, cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
+        else:
+            norm = PowerNorm(0.5, vmin=0, vmax=max(float(panel.values.max()), 1e-12))
+            axis.imshow(panel.values, cmap="viridis", norm=norm, interpolation="nearest")
+        axis.set_title(panel.name, fontsize=9)
+        axis.set_xlabel("key block", fontsize=8)
+        axis.set_ylabel("query block", fontsize=8)
+        axis.tick_params(labelsize=7)
+
+    for axes, panels in zip(figure.subplots(rows, columns, squeeze=False), picture.panels, strict=True):
+        for axis, panel in zip(axes, panels, strict=True):
+            show(axis, panel)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+def add_pictures(page: str, pictures: Iterable[tuple[str, bytes]], *, name: str, heading: str) -> str:
+    """A report's HTML with the pictures as a section of its own, in place of an earlier one of that name.
+
+    Raises:
+        ValueError: the text is no report of ours.
+    """
+    figures = "".join(
+        f'<figure><img alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(png).decode("ascii")}">'
+        f"<figcaption>{escape(title)}</figcaption></figure>"
+        for title, png in pictures
+    )
+    section = f'<section id="{name}"><h2>{escape(heading)}</h2><div class="figures">{figures}</div></section>'
+    page = re.sub(rf'<section id="{name}">.*?</section>\n?', "", page, flags=re.S)
+    before, end, after = page.rpartition("\n</main>")
+    if not end:
+        raise ValueError(
+            "the page has no <main>, so it is not a report that sparsetrain wrote. Write the report again."
+        )
+    return f"{before}\n{section}{end}{after}"

@@ -1,0 +1,139 @@
+"""What an attention is asked, and how a module comes to answer it in place of the dense attention.
+
+The model's attention function looks for a stand-in on the attention module and calls it with an `AttentionCall`.
+
+Legend: b batch, h query heads, g key/value heads, t queries, s keys, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsetrain.core.anatomy import Anatomy, AttentionSite, Undo, describe, submodule
+from sparsetrain.surgery.site import Site
+
+CHILD = "sparse_attention"
+"""Name of the stand-in on an attention module; the attention function that an adapter installs asks for it."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """One call of an attention.
+
+    Args:
+        q, k, v: [b, h, t, d], [b, g, s, d], [b, g, s, d].
+        causal: a query sees no later key; the last query is at the last key.
+        scale: of the logits.
+        segments: int [b, s], 0 = padding, equal neighbours = one sequence; None: all keys are one sequence.
+        window: sliding window in tokens, or None.
+        dense: gives the dense attention of this call, [b, h, t, d].
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    causal: bool
+    scale: float
+    segments: Tensor | None
+    window: int | None
+    dense: Callable[[], Tensor]
+
+    def gathered(self, aligned: Any) -> AttentionCall:
+        """The same call with every sequence moved to a block boundary (`ops.segments.align_segments`)."""
+        q, k, v = (aligned.gather(x) for x in (self.q, self.k, self.v))
+        return replace(self, q=q, k=k, v=v, segments=aligned.segments_bw)
+
+
+StandIn = Callable[[AttentionCall], Tensor]
+"""An attention call -> its output [b, h, t, d]."""
+
+
+class SparseAttention(Site):
+    """An attention that a method installs."""
+
+    def forward(self, call: AttentionCall) -> Tensor:
+        """[b, h, t, d]."""
+        raise NotImplementedError
+
+    def with_auxiliary_loss(self, out: Tensor, call: AttentionCall) -> Tensor:
+        """out, with the method's own loss on the queries and keys of a call attached in training, if it has one."""
+        return out
+
+
+def stand_in_of(attention: nn.Module) -> StandIn | None:
+    """What answers in place of the dense attention, or None."""
+    return getattr(attention, CHILD, None)
+
+
+def install_attention(model: nn.Module, site: AttentionSite, module: Site) -> Undo:
+    """Make `module` the attention of a site; returns the undo.
+
+    Raises:
+        ValueError: the site has a sparse attention already.
+    """
+    attention = submodule(model, site.name)
+    if stand_in_of(attention) is not None:
+        raise ValueError(f"{site.name} has a sparse attention already. Call handle.restore() first.")
+    uninstall = let_in(describe(model))(model)
+    module.to(next(attention.parameters()).device).train(attention.training)
+    attention.add_module(CHILD, module)
+
+    def undo() -> None:
+        delattr(attention, CHILD)
+        uninstall()
+
+    return undo
+
+
+def let_in(anatomy: Anatomy) -> Callable[[nn.Module], Undo]:
+    """What makes the attentions of a model ask for stand-ins."""
+    assert anatomy.install_attention is not None, "edits() refuses a model without a way into attention"
+    return anatomy.install_attention
+
+
+def refuse_attention(method: str, site: AttentionSite, anatomy: Anatomy) -> None:
+    """Raise ValueError if a sparse attention cannot take a site: no way in, or attention dropout."""
+    if anatomy.install_attention is None:
+        raise ValueError(
+            f"{method} cannot take {site.name}: the anatomy of {anatomy.model_class} has no way into attention "
+            "(install_attention). Leave this model's attention dense."
+        )
+    if site.dropout > 0:
+        raise ValueError(
+            f"{method} cannot take {site.name}: attention dropout is {site.dropout}, and sparse attention has none. "
+            "Load the model with attention dropout 0 (attention_dropout=0.0; BERT and ViT: "
+            "attention_probs_dropout_prob=0.0; GPT-2: attn_pdrop=0.0)."
+        )
+
+
+@contextmanager
+def standing_in(attention: nn.Module, stand_in: StandIn) -> Iterator[None]:
+    """Inside, `stand_in` answers for one attention.
+
+    It stands in the instance's dictionary, which Python asks before a module's children, so that a sparse attention
+    installed there stays where it is.
+    """
+    vars(attention)[CHILD] = stand_in
+    try:
+        yield
+    finally:
+        del vars(attention)[CHILD]
+
+
+@contextmanager
+def watching(model: nn.Module, watches: Mapping[str, StandIn]) -> Iterator[None]:
+    """Inside, a watch answers for each named attention of the model, whatever is installed there."""
+    uninstall = let_in(describe(model))(model)
+    try:
+        for name, watch in watches.items():
+            vars(submodule(model, name))[CHILD] = watch
+        yield
+    finally:
+        for name in watches:
+            vars(submodule(model, name)).pop(CHILD, None)
+        uninstall()

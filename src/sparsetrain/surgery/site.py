@@ -1,0 +1,64 @@
+"""Site: what an edit installs in a model, and what it can be asked. A method overrides what it has to say."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class Site(nn.Module):
+    """A module of ours in a converted model; nothing happens by default.
+
+    Attributes:
+        runs_dense: inside `handle.dense()`: compute what the dense model computes.
+        adjusts_gradients: whether `adjust_gradients` has something to do now.
+    """
+
+    runs_dense: bool = False
+    adjusts_gradients: bool = False
+
+    def set_step(self, step: int, total_steps: int | None, loss_scale: float) -> None:
+        """Follow the training step: a pure function of its arguments.
+
+        Args:
+            step: optimizer steps done so far.
+            total_steps: length of the run, if it is known.
+            loss_scale: factor on auxiliary losses.
+        """
+
+    def settle(self) -> None:
+        """Make the site ready to be evaluated as it is now: past warm-ups."""
+        self.set_step(1, 1, 1.0)
+
+    def derive(self) -> None:
+        """Make anew what follows from the weights (packed copies), after they changed outside the optimizer."""
+
+    def run_dense(self, dense: bool) -> None:
+        """Compute what the dense model computes, or what the method does."""
+        self.runs_dense = dense
+
+    def adjust_gradients(self) -> None:
+        """Change gradients that are unscaled and clipped, before the optimizer's step."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What must be stored beside the dense weights to rebuild this site."""
+        return {}
+
+    def dense_weights(self) -> dict[str, Tensor] | None:
+        """Of an edit that replaces weights: the dense weights that it stands for, by name relative to the site."""
+        return None
+
+    def held_tensors(self) -> list[Tensor]:
+        """What is kept from step to step that is neither parameter nor buffer."""
+        return []
+
+    def stats(self) -> dict[str, float]:
+        """Numbers for the report (auxiliary losses, loads), from the last forward."""
+        return {}
+
+    def notes(self) -> list[str]:
+        """What a user should know about this site on this machine."""
+        return []
+
+    def merge_error(self) -> str | None:
+        """Why the site cannot become dense again with the same outputs, or None."""
+        return None
