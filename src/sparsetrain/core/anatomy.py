@@ -119,7 +119,7 @@ class Anatomy:
     """The places of one model.
 
     model: name of the library's own model inside the described one, whose forward takes labels: "" when it is that
-        model itself, "base_model.model" inside PEFT.
+        model itself, "base_model.model" inside PEFT ("base_model" where PEFT only learns a prompt).
     convolutions: in model order, those outside the blocks included.
     install_attention: makes every attention of the model call `module.sparse_attention` where that child exists, and
     dense attention elsewhere; returns its own undo. None when the adapter cannot.

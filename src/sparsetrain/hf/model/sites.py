@@ -80,6 +80,6 @@ def convolution_sites(model: nn.Module, blocks: Iterable[Block]) -> tuple[Convol
 
 
 def model_inside(model: nn.Module) -> str:
-    """Name of the library's model inside `model`: "" for that model itself, "base_model.model" inside PEFT."""
+    """Name of the library's model inside `model`: "" for that model itself; see `Anatomy.model`."""
     inner = model.get_base_model() if hasattr(type(model), "get_base_model") else model  # type: ignore[operator]
     return next(name for name, module in model.named_modules() if module is inner)
