@@ -353,7 +353,7 @@ def main() -> None:
 def support() -> str:
     """docs/support.md: what each method works with, from the data that runs are checked against."""
     import sparsetrain.methods  # noqa: F401  (enters them in the registry)
-    from sparsetrain.hf.model.anatomy import family_limits
+    from sparsetrain.hf.model.families import family_limits
     from sparsetrain.surgery.support import FEATURES, support_rows
 
     families = family_limits()

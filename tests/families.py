@@ -1,4 +1,7 @@
-"""Tiny random models of every family, and batches for them. Dropout is off, so that outputs can be compared."""
+"""Tiny random models of every family, and batches for them. Dropout is off, so that outputs can be compared.
+
+`FAMILIES` are transformers' (all that `family_limits` names), `EXPERTS` mixtures of experts, `DIFFUSION` diffusers'.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Qwen2Config,
@@ -197,3 +202,53 @@ FAMILIES = {
         Family("vit", _vit, causal=False, vision=True),
     )
 }
+
+
+EXPERTS = {
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**_DECODER, num_local_experts=4, num_experts_per_tok=2)),
+}
+
+
+def _dit() -> nn.Module:
+    from diffusers import DiTTransformer2DModel
+
+    return DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        num_layers=LAYERS,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=5,
+    )
+
+
+def _transformer2d() -> nn.Module:
+    """Its FFN is GEGLU, and it attends to a text as well."""
+    from diffusers import Transformer2DModel
+
+    return Transformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=16,
+        num_layers=LAYERS,
+        norm_num_groups=4,
+        cross_attention_dim=12,
+    )
+
+
+def _unet2d() -> nn.Module:
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+
+
+DIFFUSION: dict[str, Callable[[], nn.Module]] = {"dit": _dit, "transformer2d": _transformer2d, "unet2d": _unet2d}

@@ -15,7 +15,7 @@ SOURCE = Path(sparsetrain.__file__).parent
 def test_importing_the_package_imports_no_hugging_face_library_and_no_triton() -> None:
     code = (
         "import sys, sparsetrain; "
-        "names = ('transformers', 'peft', 'trl', 'datasets', 'accelerate', 'triton', 'matplotlib'); "
+        "names = ('transformers', 'peft', 'trl', 'datasets', 'accelerate', 'diffusers', 'triton', 'matplotlib'); "
         "print([name for name in names if name in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

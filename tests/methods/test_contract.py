@@ -18,7 +18,7 @@ import sparsetrain
 import sparsetrain.methods  # enters every method in the registry
 from sparsetrain.core.anatomy import describe, submodule
 from sparsetrain.core.config import MethodConfig, registered_methods
-from sparsetrain.hf.model.anatomy import family_limits
+from sparsetrain.hf.model.families import family_limits
 from sparsetrain.surgery.support import FEATURES, UNPROVEN, check_support, why_not
 from tests.families import FAMILIES, LAYERS, Family
 

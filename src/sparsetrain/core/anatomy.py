@@ -1,7 +1,9 @@
-"""Anatomy: where a model's blocks, attentions, FFNs, embedding and head are.
+"""Anatomy: where a model's blocks, attentions, FFNs, linears, convolutions, embedding and head are.
 
-Methods are written against this, never against a model class. Adapters (`hf/model/anatomy.py`) register from above: a
-model whose module starts with a registered prefix is described by the function registered for it.
+Methods are written against this, never against a model class. Adapters register from above (`hf/model/anatomy.py`,
+`hf/model/diffusion.py`): a model whose module starts with a registered prefix is described by the function registered
+for it. Names are of the modules as they stand in the model: a linear that PEFT has wrapped keeps its name, and
+`innermost` finds the linear itself.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -35,11 +38,48 @@ class AttentionSite:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinearSite:
+    """One linear of a block.
+
+    role: q, k, v, o (attention), up, gate, down (FFN), other (what a family has besides), or of a fused projection the
+        roles in it, as `qkv` or `up_gate`; `roles` lists them.
+    transposed: the weight is stored [in, out] (GPT-2's Conv1D).
+    parts: of a fused projection, (role, number of output features) in the order they lie; empty when it is one thing.
+    """
+
+    name: str
+    layer: int
+    role: str
+    in_features: int
+    out_features: int
+    transposed: bool = False
+    parts: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return tuple(role for role, _ in self.parts) or (self.role,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvolutionSite:
+    """One convolution; its layer is that of the block it stands in, None outside the blocks."""
+
+    name: str
+    layer: int | None
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    groups: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class FFNSite:
     """One feed-forward network: `name` is its owner, the module whose forward runs it.
 
     up, gate, down: names of the linears relative to the owner (gate is None when the FFN is not gated).
-    bypass: names, relative to the owner, of what stands between up and down (activation, and nothing that drops).
+    bypass: names, relative to the owner, of what stands between up and down (activation, and nothing that drops);
+        empty when the activation is no module of its own.
+    fused: `up` holds up and gate in one linear, [2 * ffn_size, hidden_size], up first; `gate` is then None.
     transposed: weights are stored [in, out] (GPT-2's Conv1D).
     refused: why no method may edit this FFN, or None.
     """
@@ -55,24 +95,32 @@ class FFNSite:
     bypass: tuple[str, ...] = ()
     transposed: bool = False
     has_bias: bool = False
+    fused: bool = False
     refused: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One Transformer block; blocks are counted from 0 in the order of execution."""
+    """One block (of a UNet: one attention or one residual unit); counted from 0 in the order of execution.
+
+    linears: its linears in model order, cross-attention's included, a mixture's experts not.
+    """
 
     name: str
     layer: int
     attention: AttentionSite | None
     ffn: FFNSite | None
     norms: tuple[str, ...] = ()
+    linears: tuple[LinearSite, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
     """The places of one model.
 
+    model: name of the library's own model inside the described one, whose forward takes labels: "" when it is that
+        model itself, "base_model.model" inside PEFT ("base_model" where PEFT only learns a prompt).
+    convolutions: in model order, those outside the blocks included.
     install_attention: makes every attention of the model ask for a stand-in (`surgery.attention`), and be dense where
     there is none; returns its own undo. None when the adapter cannot.
     limits: feature (of `surgery.support`) -> why no method can have it on this family.
@@ -84,6 +132,8 @@ class Anatomy:
     blocks: tuple[Block, ...]
     embedding: str | None = None
     head: str | None = None
+    model: str = ""
+    convolutions: tuple[ConvolutionSite, ...] = ()
     install_attention: Callable[[nn.Module], Undo] | None = None
     axes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     limits: dict[str, str] = field(default_factory=dict)
@@ -96,10 +146,19 @@ class Anatomy:
     def ffns(self) -> list[FFNSite]:
         return [block.ffn for block in self.blocks if block.ffn is not None]
 
+    @property
+    def linears(self) -> list[LinearSite]:
+        """The linears of all blocks; the output head is not among them."""
+        return [linear for block in self.blocks for linear in block.linears]
+
 
 Describe = Callable[[nn.Module], Anatomy]
 # module prefix of a model's class -> "module:function" of the adapter, imported when first needed
-_SOURCES: dict[str, str] = {name: "sparsetrain.hf.model.anatomy:describe_model" for name in ("transformers", "peft")}
+_SOURCES: dict[str, str] = {
+    "transformers": "sparsetrain.hf.model.anatomy:describe_model",
+    "peft": "sparsetrain.hf.model.anatomy:describe_model",
+    "diffusers": "sparsetrain.hf.model.diffusion:describe_diffusion",
+}
 
 
 def register_anatomy(module_prefix: str, function: str) -> None:
@@ -135,8 +194,19 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name) if name else model
 
 
-def dense_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear, seen through adapters that keep the original under `base_layer`."""
+def innermost(module: nn.Module) -> Any:
+    """The module under all adapters, which keep what they wrap as `base_layer` (PEFT)."""
     while hasattr(module, "base_layer"):
         module = module.base_layer  # type: ignore[assignment]
-    return module.weight  # type: ignore[return-value]
+    return module
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear, seen through adapters."""
+    return innermost(module).weight
+
+
+def trained_copy(module: nn.Module) -> Any:
+    """Of a module that PEFT keeps in `modules_to_save`, the copy that it trains; any other module itself."""
+    copies: Any = getattr(module, "modules_to_save", None)
+    return module if copies is None else copies[module.active_adapters[0]]  # type: ignore[index, operator]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparsetrain.core.anatomy import innermost
+
 
 @dataclass(frozen=True)
 class LinearParts:
@@ -30,11 +32,9 @@ def linear_parts(module: nn.Module, transposed: bool = False) -> LinearParts:
     Raises:
         ValueError: an adapter that is not plain LoRA (DoRA and other variants, a bias of its own).
     """
-    inner = module
-    while hasattr(inner, "base_layer"):
-        inner = inner.base_layer  # type: ignore[assignment]
-    weight: Tensor = inner.weight.t() if transposed else inner.weight  # type: ignore[assignment, operator]
-    bias: Tensor | None = inner.bias  # type: ignore[assignment]
+    inner = innermost(module)
+    weight: Tensor = inner.weight.t() if transposed else inner.weight
+    bias: Tensor | None = inner.bias
     if inner is module or getattr(module, "merged", False) or getattr(module, "disable_adapters", False):
         return LinearParts(weight, bias)
     if not hasattr(module, "lora_A"):

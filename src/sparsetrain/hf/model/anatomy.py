@@ -1,142 +1,15 @@
-"""Model families of transformers, as a table: one row a block class.
-
-To add a family, add a row: the class name of its block, and where, inside the block, the attention, the FFN's linears
-and the norms are. Everything else (sizes, activation, windows) is read from the config.
-"""
+"""Describing the models of transformers (bare, with any head, or inside PEFT) by the table of families."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from sparsetrain.core.anatomy import Anatomy, AttentionSite, Block, FFNSite
+from sparsetrain.core.anatomy import Anatomy, AttentionSite, Block, FFNSite, LinearSite, innermost, submodule
 from sparsetrain.core.errors import UnknownFamily
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """Paths relative to the block; up, gate, down and act relative to the FFN's owner ("" = the block itself)."""
-
-    attention: str
-    owner: str
-    up: str
-    down: str
-    act: str
-    gate: str | None = None
-    transposed: bool = False
-    norms: tuple[str, ...] = ()
-    experts: bool = False
-    limits: dict[str, str] = field(default_factory=dict)
-    attention_axes: dict[str, str] = field(default_factory=dict)
-
-
-_CAUSAL = {"mlm": "a causal language model has no masked-token head"}
-_ENCODER = {"packing": "transformers separates packed rows in causal models only. Pad instead"}
-_QKVO = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "out_proj": "o"}
-_LLAMA = Row(
-    attention="self_attn",
-    owner="mlp",
-    gate="gate_proj",
-    up="up_proj",
-    down="down_proj",
-    act="act_fn",
-    norms=("input_layernorm", "post_attention_layernorm"),
-    attention_axes=_QKVO,
-    limits=_CAUSAL,
-)
-_MOE = Row(attention="self_attn", owner="mlp", up="", down="", act="", experts=True, limits=_CAUSAL)
-
-FAMILIES: dict[str, Row] = {
-    "LlamaDecoderLayer": _LLAMA,
-    "MistralDecoderLayer": _LLAMA,
-    "Qwen2DecoderLayer": _LLAMA,
-    "Qwen3DecoderLayer": _LLAMA,
-    "Gemma3DecoderLayer": Row(
-        attention="self_attn",
-        owner="mlp",
-        gate="gate_proj",
-        up="up_proj",
-        down="down_proj",
-        act="act_fn",
-        norms=(
-            "input_layernorm",
-            "post_attention_layernorm",
-            "pre_feedforward_layernorm",
-            "post_feedforward_layernorm",
-        ),
-        attention_axes=_QKVO,
-        limits=_CAUSAL,
-    ),
-    "GPT2Block": Row(
-        attention="attn",
-        owner="mlp",
-        up="c_fc",
-        down="c_proj",
-        act="act",
-        transposed=True,
-        norms=("ln_1", "ln_2"),
-        attention_axes={"c_attn": "qkv", "c_proj": "o"},
-        limits=_CAUSAL
-        | {"four_bit": "its transposed layers have not been tried in 4 bits. Load the model in bf16 or fp32"},
-    ),
-    "OPTDecoderLayer": Row(
-        attention="self_attn",
-        owner="",
-        up="fc1",
-        down="fc2",
-        act="activation_fn",
-        norms=("self_attn_layer_norm", "final_layer_norm"),
-        attention_axes=_QKVO,
-        limits=_CAUSAL | {"packing": "positions are counted from the mask, so packed rows cannot restart them"},
-    ),
-    "BertLayer": Row(
-        attention="attention.self",
-        owner="",
-        up="intermediate.dense",
-        down="output.dense",
-        act="intermediate.intermediate_act_fn",
-        norms=("attention.output.LayerNorm", "output.LayerNorm"),
-        attention_axes={"query": "q", "key": "k", "value": "v"},
-        limits=_ENCODER,
-    ),
-    "RobertaPreLayerNormLayer": Row(
-        attention="attention.self",
-        owner="",
-        up="intermediate.dense",
-        down="output.dense",
-        act="intermediate.intermediate_act_fn",
-        norms=("attention.LayerNorm", "intermediate.LayerNorm"),
-        attention_axes={"query": "q", "key": "k", "value": "v"},
-        limits=_ENCODER,
-    ),
-    "TransformerBlock": Row(  # DistilBERT
-        attention="attention",
-        owner="ffn",
-        up="lin1",
-        down="lin2",
-        act="activation",
-        norms=("sa_layer_norm", "output_layer_norm"),
-        attention_axes={"q_lin": "q", "k_lin": "k", "v_lin": "v", "out_lin": "o"},
-        limits=_ENCODER,
-    ),
-    "ViTLayer": Row(
-        attention="attention",
-        owner="mlp",
-        up="fc1",
-        down="fc2",
-        act="activation_fn",
-        norms=("layernorm_before", "layernorm_after"),
-        attention_axes=_QKVO,
-        limits={name: "images come in one size" for name in ("padding", "packing")}
-        | {"mlm": "images have no tokens to mask"},
-    ),
-    "MixtralDecoderLayer": _MOE,
-    "Qwen2MoeDecoderLayer": _MOE,
-    "Qwen3MoeDecoderLayer": _MOE,
-    "OlmoeDecoderLayer": _MOE,
-}
+from sparsetrain.hf.model.families import FAMILIES, Row, row_of
+from sparsetrain.hf.model.sites import convolution_sites, linear_site, model_inside, own_modules
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -148,6 +21,17 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "quick_gelu": "quick_gelu",
 }
+_AXES = {
+    "q": ("heads", "embed"),
+    "k": ("kv_heads", "embed"),
+    "v": ("kv_heads", "embed"),
+    "qkv": ("heads", "embed"),
+    "o": ("embed", "heads"),
+    "up": ("ffn", "embed"),
+    "gate": ("ffn", "embed"),
+    "down": ("embed", "ffn"),
+}
+"""Role of a linear -> axes of its weight [out, in]."""
 
 
 def describe_model(model: nn.Module) -> Anatomy:
@@ -156,15 +40,19 @@ def describe_model(model: nn.Module) -> Anatomy:
     Raises:
         UnknownFamily: no block of the model has a row in `FAMILIES`.
     """
-    blocks = [(name, module, row) for name, module in model.named_modules() if (row := _row(module)) is not None]
+    inside = model_inside(model)
+    if any(kind.__module__.startswith("diffusers.") for kind in type(submodule(model, inside)).__mro__):
+        from sparsetrain.hf.model.diffusion import describe_diffusion
+
+        return describe_diffusion(model)
+    blocks = [(name, module, row) for name, module in model.named_modules() if (row := row_of(module)) is not None]
     if not blocks:
-        kinds = sorted(
-            {type(m).__name__ for _, m in model.named_modules() if type(m).__name__.endswith(("Layer", "Block"))}
-        )
+        kinds = sorted({kind for m in model.modules() if (kind := type(m).__name__).endswith(("Layer", "Block"))})
+        known = (block for row in FAMILIES for block in row.blocks)
         raise UnknownFamily(
             f"{type(model).__name__}: no block class is in the table of families. "
-            f"Found: {', '.join(kinds) or 'no blocks'}; known: {', '.join(FAMILIES)}. To add a family, add a row to "
-            "FAMILIES in sparsetrain/hf/model/anatomy.py with the places of its attention, FFN linears and norms."
+            f"Found: {', '.join(kinds) or 'no blocks'}; known: {', '.join(known)}. To add a family, add a row to "
+            "FAMILIES in sparsetrain/hf/model/families.py with the places of its attention, FFN linears and norms."
         )
     from sparsetrain.hf.model.attention import install_attention
 
@@ -178,50 +66,35 @@ def describe_model(model: nn.Module) -> Anatomy:
         blocks=described,
         embedding=embedding,
         head=head,
+        model=inside,
+        convolutions=convolution_sites(model, described),
         install_attention=install_attention,
-        axes=_axes(blocks, described, embedding, head, model),
+        axes=_axes(described, embedding, head, model),
         limits=blocks[0][2].limits,
     )
 
 
-MODEL_TYPES = {
-    "llama": "LlamaDecoderLayer",
-    "mistral": "MistralDecoderLayer",
-    "qwen2": "Qwen2DecoderLayer",
-    "qwen3": "Qwen3DecoderLayer",
-    "gemma3": "Gemma3DecoderLayer",
-    "gpt2": "GPT2Block",
-    "opt": "OPTDecoderLayer",
-    "bert": "BertLayer",
-    "roberta-prelayernorm": "RobertaPreLayerNormLayer",
-    "distilbert": "TransformerBlock",
-    "vit": "ViTLayer",
-}
-"""Family, as the docs name it -> its block; mixtures of experts have attention alone to offer."""
-
-
-def family_limits() -> dict[str, dict[str, str]]:
-    """Family -> feature -> why no method can have it there."""
-    return {family: FAMILIES[block].limits for family, block in MODEL_TYPES.items()}
-
-
-def _row(module: nn.Module) -> Row | None:
-    # converted OPT and BERT blocks are subclasses of their dense class
-    for kind in type(module).__mro__:
-        if kind.__name__ in FAMILIES and kind.__module__.startswith("transformers."):
-            return FAMILIES[kind.__name__]
-    return None
-
-
 def _block(name: str, block: nn.Module, row: Row, layer: int) -> Block:
-    attention_name = f"{name}.{row.attention}"
-    attention = block.get_submodule(row.attention)
+    attention = _attention(f"{name}.{row.attention}", block.get_submodule(row.attention), layer)
+    ffn = _ffn(name, block, row, layer)
     return Block(
         name=name,
         layer=layer,
-        attention=_attention(attention_name, attention, layer),
-        ffn=_ffn(name, block, row, layer),
+        attention=attention,
+        ffn=ffn,
         norms=tuple(f"{name}.{norm}" for norm in row.norms),
+        linears=_linears(name, block, row, attention, ffn),
+    )
+
+
+def _linears(name: str, block: nn.Module, row: Row, attention: AttentionSite, ffn: FFNSite) -> tuple[LinearSite, ...]:
+    roles = {f"{name}.{path}": role for path, role in row.projections.items()}
+    if ffn.refused is None:
+        roles |= {f"{ffn.name}.{ffn.up}": "up", f"{ffn.name}.{ffn.gate}": "gate", f"{ffn.name}.{ffn.down}": "down"}
+    return tuple(
+        linear_site(path, module, attention.layer, roles[path], attention, row.transposed)
+        for path, module in own_modules(block, name)
+        if path in roles
     )
 
 
@@ -254,7 +127,7 @@ def _dropout(module: nn.Module) -> float:
     return 0.0
 
 
-def _ffn(name: str, block: nn.Module, row: Row, layer: int) -> FFNSite | None:
+def _ffn(name: str, block: nn.Module, row: Row, layer: int) -> FFNSite:
     owner_name = f"{name}.{row.owner}" if row.owner else name
     config: Any = block.get_submodule(row.attention).config
     owner = block.get_submodule(row.owner) if row.owner and hasattr(block, row.owner) else block
@@ -269,21 +142,19 @@ def _ffn(name: str, block: nn.Module, row: Row, layer: int) -> FFNSite | None:
             down="",
             refused=f"{type(owner).__name__} is a mixture of experts: it is routed already",
         )
-    up = owner.get_submodule(row.up)
-    weight = _inner(up).weight
-    ffn_size, hidden = (weight.shape[1], weight.shape[0]) if row.transposed else weight.shape
+    up = linear_site(row.up, owner.get_submodule(row.up), layer, "up", transposed=row.transposed)
     return FFNSite(
         name=owner_name,
         layer=layer,
-        hidden_size=int(hidden),
-        ffn_size=int(ffn_size),
+        hidden_size=up.in_features,
+        ffn_size=up.out_features,
         activation=_activation(config),
         up=row.up,
         gate=row.gate,
         down=row.down,
         bypass=(row.act,),
         transposed=row.transposed,
-        has_bias=_inner(up).bias is not None,
+        has_bias=innermost(owner.get_submodule(row.up)).bias is not None,
     )
 
 
@@ -296,29 +167,15 @@ def _activation(config: Any) -> str:
 
 
 def _axes(
-    blocks: list[tuple[str, nn.Module, Row]],
-    described: tuple[Block, ...],
-    embedding: str | None,
-    head: str | None,
-    model: nn.Module,
+    blocks: tuple[Block, ...], embedding: str | None, head: str | None, model: nn.Module
 ) -> dict[str, tuple[str, ...]]:
     """Axes of the parameters that the table names; a parameter without a rule is left out."""
     axes: dict[str, tuple[str, ...]] = {}
-
-    def linear(name: str, out_axis: str, in_axis: str, transposed: bool) -> None:
-        axes[f"{name}.weight"] = (in_axis, out_axis) if transposed else (out_axis, in_axis)
-        axes[f"{name}.bias"] = (out_axis,)
-
-    for (name, _, row), block in zip(blocks, described, strict=True):
-        for child, role in row.attention_axes.items():
-            out = {"q": "heads", "k": "kv_heads", "v": "kv_heads", "qkv": "heads", "o": "embed"}[role]
-            linear(f"{name}.{row.attention}.{child}", out, "heads" if role == "o" else "embed", row.transposed)
-        if row.attention == "attention.self":
-            linear(f"{name}.attention.output.dense", "embed", "heads", False)
-        if block.ffn is not None and block.ffn.refused is None:
-            for child, out, into in ((row.up, "ffn", "embed"), (row.gate, "ffn", "embed"), (row.down, "embed", "ffn")):
-                if child:
-                    linear(f"{block.ffn.name}.{child}", out, into, row.transposed)
+    for block in blocks:
+        for linear in block.linears:
+            out_axis, in_axis = _AXES[linear.role]
+            axes[f"{linear.name}.weight"] = (in_axis, out_axis) if linear.transposed else (out_axis, in_axis)
+            axes[f"{linear.name}.bias"] = (out_axis,)
         for norm in block.norms:
             axes[f"{norm}.weight"] = axes[f"{norm}.bias"] = ("embed",)
     if embedding:
@@ -327,12 +184,6 @@ def _axes(
         axes[f"{head}.weight"], axes[f"{head}.bias"] = ("vocab", "embed"), ("vocab",)
     known = {name for name, _ in model.named_parameters()}
     return {name: value for name, value in axes.items() if name in known}
-
-
-def _inner(module: nn.Module) -> Any:
-    while hasattr(module, "base_layer"):
-        module = module.base_layer  # type: ignore[assignment]
-    return module
 
 
 def _has(module: nn.Module, path: str) -> bool:

@@ -6,12 +6,11 @@ code(x)[m] = nearest codeword of sub-space m;  keep the L keys whose codes score
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsetrain.core.anatomy import AttentionSite
+from sparsetrain.core.anatomy import AttentionSite, trained_copy
 from sparsetrain.methods.pq_attention.config import SUBSPACE, PQAttention
 from sparsetrain.ops.block_sparse_attention import block_sparse_attention
 from sparsetrain.ops.key_selection import Visibility, select_blocks, select_keys
@@ -60,10 +59,8 @@ class PQSparseAttention(SparseAttention):
         self.loss_scale = loss_scale
 
     def tensors(self) -> dict[str, Tensor]:
-        codebook: Any = self.codebook
-        if hasattr(codebook, "modules_to_save"):  # PEFT trains a copy
-            codebook = codebook.modules_to_save[codebook.active_adapters[0]]
-        return {"codebook": codebook.weight.detach(), "fitted": torch.tensor(self.fitted)}
+        codewords: Tensor = trained_copy(self.codebook).weight
+        return {"codebook": codewords.detach(), "fitted": torch.tensor(self.fitted)}
 
     def stats(self) -> dict[str, float]:
         return {name: float(value) for name, value in self.last.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsetrain.core.anatomy import FFNSite
+from sparsetrain.core.anatomy import FFNSite, trained_copy
 from sparsetrain.methods.routed_ffn.config import RoutedFFN
 from sparsetrain.ops.routed_ffn import routed_ffn
 from sparsetrain.ops.routing import balance_loss, choose_blocks, load_stats
@@ -67,10 +67,8 @@ class Routing(Site):
         self.loss_scale = loss_scale
 
     def tensors(self) -> dict[str, Tensor]:
-        router: Any = self.router
-        if hasattr(router, "modules_to_save"):  # PEFT trains a copy
-            router = router.modules_to_save[router.active_adapters[0]]
-        found = {f"router.{name}": value.detach() for name, value in router.named_parameters()}
+        trained = trained_copy(self.router)
+        found = {f"router.{name}": value.detach() for name, value in trained.named_parameters()}
         if self.order is not None:
             found["order"] = self.order
         return found

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsetrain.core.anatomy import Anatomy, FFNSite, Undo, submodule
+from sparsetrain.core.anatomy import Anatomy, FFNSite, Undo, dense_weight, submodule
 from sparsetrain.core.cost import Cost, ffn_cost
 from sparsetrain.methods.routed_ffn.calibrate import convert_sites
 from sparsetrain.methods.routed_ffn.config import RoutedFFN
@@ -35,6 +35,11 @@ def edits(config: RoutedFFN, anatomy: Anatomy, model: nn.Module) -> list[Edit]:
             continue
         if site.refused:
             raise ValueError(f"routed_ffn cannot take {site.name}: {site.refused}. Leave it out with `targets`.")
+        if not site.bypass:
+            raise ValueError(
+                f"routed_ffn cannot take {site.name}: its activation is part of the module around {site.up}, and "
+                "routing needs one of its own. Leave it out with `targets`."
+            )
         if site.activation not in ACTIVATIONS:
             raise ValueError(
                 f"routed_ffn cannot take {site.name}: activation {site.activation!r} is not one of "
@@ -100,7 +105,7 @@ def install(
 ) -> tuple[Undo, Site]:
     """Reorder the units, add the router, and give the owner its new forward."""
     owner, block = submodule(model, site.name), submodule(model, block_name)
-    weight = _weight(owner, site.up)
+    weight = dense_weight(owner.get_submodule(site.up))
     order = tensors.get("order")
     router = _router(config, site)
     saved = {name.removeprefix("router."): value for name, value in tensors.items() if name.startswith("router.")}
@@ -132,13 +137,6 @@ def install(
         declass(block)
 
     return undo, routing
-
-
-def _weight(owner: nn.Module, name: str) -> Tensor:
-    module: Any = owner.get_submodule(name)
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
-    return module.weight
 
 
 def prepare(

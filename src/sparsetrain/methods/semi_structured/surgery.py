@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsetrain.core.anatomy import Anatomy, FFNSite, Undo, submodule
+from sparsetrain.core.anatomy import Anatomy, FFNSite, Undo, innermost, submodule
 from sparsetrain.core.cost import Cost, ffn_cost
 from sparsetrain.core.pictures import Gallery, Picture
 from sparsetrain.methods.semi_structured.config import SemiStructured
@@ -95,18 +95,12 @@ def install(
     try:
         for name in names:
             own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
-            done[name] = make_sparse(_innermost(owner.get_submodule(name)), config, site.transposed, own)
+            done[name] = make_sparse(innermost(owner.get_submodule(name)), config, site.transposed, own)
         owner.semi_structured = Schedule24(config, dict(done), site.layer, tensors)
     except BaseException:
         undo()
         raise
     return undo, owner.semi_structured
-
-
-def _innermost(module: Any) -> Any:
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
-    return module
 
 
 def _note(config: SemiStructured, model: nn.Module, site: FFNSite, left: list[str]) -> str:
