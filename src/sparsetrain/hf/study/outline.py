@@ -41,14 +41,9 @@ def fit_lengths(recipe: Recipe, window: int | None = None) -> tuple[int, int, in
     """Three short lengths that a recipe is traced at; all others are fitted.
 
     Short, because the gathers of sparse attention at 32k tokens are 100,000 operations, half a minute of tracing. Long
-    enough that a method's floor (at least 64 keys) and a sliding window are behind.
+    enough that the methods' floors (at least 64 keys, say) and a sliding window are behind.
     """
-    ratios = [
-        getattr(config, "keep_ratio", 1.0) or 1.0 for config in recipe.configs if config.method.endswith("attention")
-    ]
-    # the loss head of selected tokens works in chunks of 128 rows: fewer rows than that fill no chunk
-    rows = [128 / (getattr(c, "keep_ratio", None) or 1.0) for c in recipe.configs if c.method == "token_selection"]
-    smallest = max([SHORTEST, window or 0, *(64 / ratio for ratio in ratios), *rows])
+    smallest = max([SHORTEST, window or 0, *(config.shortest_trace() for config in recipe.configs)])
     shortest = 2 ** math.ceil(math.log2(smallest))
     return (shortest, 2 * shortest, 4 * shortest) if window is None else (2 * shortest, 3 * shortest, 4 * shortest)
 

@@ -5,12 +5,11 @@ This module stays light: transformers and PEFT are imported when a recipe has to
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 from dataclasses import asdict
 from functools import cache
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -154,15 +153,8 @@ def _code() -> str:
 
 
 def ops_of(recipe: Recipe) -> tuple[str, ...]:
-    """The operations that a recipe's methods call: what their modules import from `ops`, read without importing."""
-    found = set()
-    for config in recipe.configs:
-        module = util.find_spec(f"{type(config).__module__.rpartition('.')[0]}.module")
-        assert module is not None and module.origin is not None
-        for node in ast.walk(ast.parse(Path(module.origin).read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sparsetrain.ops."):
-                found.add(str(node.module).split(".")[2])
-    return tuple(sorted(found))
+    """The operations that a recipe's methods call: in alphabetical order."""
+    return tuple(sorted({op for config in recipe.configs for op in config.ops}))
 
 
 def unable(ops: tuple[str, ...], *, gpu: bool) -> str | None:
@@ -244,7 +236,7 @@ def measured_speedup(recipe: Recipe, model: ModelConfig, question: Question) -> 
 
 def begins_dense(recipe: Recipe) -> list[str]:
     """The methods that train dense before they turn sparse."""
-    return [config.method for config in recipe.configs if getattr(config, "max_dense_steps", 0) is None]
+    return [config.method for config in recipe.configs if config.begins_dense]
 
 
 def usable_bytes(memory_bytes: int, rates: MachineRates) -> int:

@@ -7,14 +7,13 @@ clipping, what methods do to gradients, fused AdamW, and the methods' schedules.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import set_seed
 
-from sparsetrain.core.config import MethodConfig
 from sparsetrain.hf.data.random_tokens import RANDOM, random_rows
 from sparsetrain.hf.model import models
 from sparsetrain.hf.train import assemble
@@ -119,7 +118,7 @@ def convert_step(model: Any, new_modules: list[str], parts: Parts, report: Repor
     if recipe.methods:
         handle = sparsify(
             model,
-            *map(without_dense_phase, recipe.configs),
+            *(config.sparse_at_once() for config in recipe.configs),
             calibration=calibration_batches(parts),
             seed=recipe.seed,
             progress=lambda name, share: report({"event": "phase", "name": name, "share": share}),
@@ -142,12 +141,6 @@ def convert_step(model: Any, new_modules: list[str], parts: Parts, report: Repor
         batches=_batches(parts),
         autocast=assemble.computes_bf16(recipe, parts.device) and recipe.lora_r == 0,
     )
-
-
-def without_dense_phase(config: MethodConfig) -> MethodConfig:
-    """A method that begins dense and cuts its pattern later cuts it at the conversion: sparse steps are measured."""
-    begins_dense = getattr(config, "max_dense_steps", 0) is None and not getattr(config, "is_dense", False)
-    return replace(config, max_dense_steps=0) if begins_dense else config  # type: ignore[call-arg]
 
 
 def _batches(parts: Parts) -> list[dict[str, Tensor]]:
