@@ -90,7 +90,9 @@ def test_what_a_config_knows_needs_no_torch() -> None:
 
 
 def test_traces_are_long_enough_for_what_a_method_keeps() -> None:
-    assert PQAttention(keep_ratio=0.125).shortest_trace() == FloodFillAttention(keep_ratio=0.125).shortest_trace() == 512
+    assert (
+        PQAttention(keep_ratio=0.125).shortest_trace() == FloodFillAttention(keep_ratio=0.125).shortest_trace() == 512
+    )
     assert TokenSelection(keep_ratio=0.25).shortest_trace() == 512
     assert RoutedFFN().shortest_trace() == 0
     assert max(kind.dense_limit().shortest_trace() for kind in registered_methods().values()) <= 128

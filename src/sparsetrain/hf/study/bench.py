@@ -32,7 +32,8 @@ from sparsetrain.measure.machine import describe_machine
 from sparsetrain.measure.memory import saved_activations
 from sparsetrain.measure.rates import Rates, measure_rates
 from sparsetrain.measure.timing import Ratio, _clock, compare, ratio
-from sparsetrain.recipes.finetune import PRESETS, Recipe
+from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.recipes.presets import PRESETS
 from sparsetrain.runs.events import Report, silent
 from sparsetrain.surgery.plan import Plan, plan
 
