@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM
 from sparsetrain import plan, sparsify
 from sparsetrain.hf.model.models import add_lora
 from sparsetrain.hf.assets import resolve_model
-from sparsetrain.hf.study.outline import example_batch, recompute, training_step
+from sparsetrain.hf.model.checkpointing import recompute
+from sparsetrain.hf.study.recipe_trace import example_batch, training_step
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.surgery.plan import blank_state
 

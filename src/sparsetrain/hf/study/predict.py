@@ -62,7 +62,7 @@ class Predictor:
             return found
         from transformers import AutoConfig
 
-        from sparsetrain.hf.study.outline import outline
+        from sparsetrain.hf.study.recipe_trace import outline
 
         found = outline(recipe, AutoConfig.for_model(**self.model.values), bf16=self.bf16, gpu=self.gpu)
         self._keep(recipe, found)

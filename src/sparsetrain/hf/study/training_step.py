@@ -16,6 +16,7 @@ from transformers import set_seed
 
 from sparsetrain.hf.data.random_tokens import RANDOM, random_rows
 from sparsetrain.hf.model import models
+from sparsetrain.hf.model.checkpointing import recompute
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import calibration_batches
@@ -156,9 +157,8 @@ def _batches(parts: Parts) -> list[dict[str, Tensor]]:
 def _recompute(model: Any, recipe: Recipe) -> None:
     if recipe.gradient_checkpointing == "none":
         return
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     reentrant = recipe.gradient_checkpointing == "reentrant"
-    enable({"use_reentrant": reentrant})
+    recompute(model, reentrant)
     if reentrant and recipe.lora_r > 0:  # without it a block whose inputs need no gradient passes none on
         model.enable_input_require_grads()
 

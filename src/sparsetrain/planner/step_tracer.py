@@ -1,8 +1,8 @@
-"""One training step, traced: live bytes and work between the model's block boundaries.
+"""trace_step(): runs one training step and notes live bytes and work between the model's block boundaries.
 
 A step is cut into segments: before the blocks, the forward of each block, head and loss (forward and backward), and
 the backward of each block. Each segment knows the bytes that are live when it begins and ends, the most in between,
-and its work. From one block of each kind, `extrapolate` walks the whole model.
+and its work. From one block of each kind, `memory.peak_bytes` walks the whole model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from sparsetrain.core.anatomy import describe, submodule
 from sparsetrain.measure.memory import held_tensors, record_saved
 from sparsetrain.planner.hollow import Hollow, tensors_in
-from sparsetrain.planner.trace import Segment, StepTrace
+from sparsetrain.planner.traced_step import Segment, StepTrace
 
 _aten = torch.ops.aten
 _EXPONENTIALS = ("softmax", "gelu", "silu", "sigmoid", "exp", "tanh")
