@@ -67,7 +67,7 @@ def test_an_error_is_raised_again_with_its_traceback(kind: str, raised: type[Exc
 
 
 def test_one_alone_has_no_name_in_its_error() -> None:
-    with Side(f"{__name__}:fails") as side, pytest.raises(UnknownFamily, match="^no such family"):
+    with Side(f"{__name__}:fails") as side, pytest.raises(UnknownFamily, match=r"^no such family"):
         side.result("family")
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from sparsetrain.core.anatomy import describe, submodule
+from sparsetrain.core.modes import evaluating
 from sparsetrain.methods.flood_fill_attention.config import MIN_PROBES, FloodFillAttention
 from sparsetrain.methods.flood_fill_attention.module import PROBE, REASONS, FloodFillSparseAttention
 from sparsetrain.ops.attention_patterns import MapSums, pooled_maps
@@ -185,14 +186,13 @@ def _watching(model: nn.Module, watches: dict[str, _Watch]) -> Iterator[None]:
     install = describe(model).install_attention
     assert install is not None
     uninstall = install(model)
-    training = [module for module in model.modules() if module.training]
     modules = {name: submodule(model, name) for name in watches}
     before = {name: module._modules.get("sparse_attention") for name, module in modules.items()}
     try:
-        model.eval()
-        for name, watch in watches.items():
-            modules[name].sparse_attention = watch
-        yield
+        with evaluating(model):
+            for name, watch in watches.items():
+                modules[name].sparse_attention = watch
+            yield
     finally:
         for name, module in modules.items():
             if (own := before[name]) is not None:
@@ -200,8 +200,6 @@ def _watching(model: nn.Module, watches: dict[str, _Watch]) -> Iterator[None]:
             else:
                 module._modules.pop("sparse_attention", None)
         uninstall()
-        for module in training:
-            module.training = True
 
 
 def _reduced(sums: MapSums) -> MapSums:
