@@ -3,7 +3,7 @@
 `sparsetrain bench` writes the same layout, so that `plan --gpu measured.json` answers for the user's own machine:
 
     {"machine": "H100", "gemm_flops": {"bf16": 6.2e14}, "copy_bytes_per_s": 2.9e12, "attention_flops": 5.0e14,
-     "methods": {"routed_ffn": [{"tokens": 4096, "hidden": 4096, "speedup": 1.6}]}}
+     "methods": {"some_method": [{"tokens": 4096, "hidden": 4096, "speedup": 1.6}]}}
 """
 
 from __future__ import annotations

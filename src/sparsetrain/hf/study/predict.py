@@ -1,4 +1,4 @@
-"""predict(): the plan of a training run from a model's config alone. No weights, no GPU; cached.
+"""predict(): memory and time of ways to train, from a model's config alone. No weights, no GPU; cached.
 
 This module stays light: transformers and PEFT are imported when a recipe has to be traced, not for a cached answer.
 """
