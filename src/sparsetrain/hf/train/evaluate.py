@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsetrain.core.modes import evaluating
 from sparsetrain.hf.data.bundle import IGNORED_LABEL
 
 LABELLED = frozenset({"classify", "pairs", "image"})
@@ -57,7 +58,7 @@ def evaluate(
     max_tokens: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Quality:
-    """Run `model` in evaluation mode on the first rows; it is left in the mode it was in.
+    """Run `model` in evaluation mode on the first rows; each module is left in the mode it was in.
 
     Args:
         task: one of `LABELLED` gives accuracy; `lm` and `sft` give perplexity over the tokens with a label.
@@ -71,29 +72,24 @@ def evaluate(
     if len(rows) == 0:
         raise ValueError("there are no held-out rows to evaluate on. Give more data.")
     device = next(model.parameters()).device
-    training = model.training
     total = correct = 0.0
     targets = tokens = num_rows = 0
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in _batches(rows, collate_fn, batch_size, max_tokens):
-                batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                labels = batch.pop("labels")
-                logits = model(**batch).logits
-                if task in LABELLED:
-                    total += F.cross_entropy(logits.float(), labels, reduction="sum").item()
-                    correct += (logits.argmax(-1) == labels).sum().item()
-                    targets += len(labels)
-                else:
-                    loss, count = _next_token_loss(logits, labels)
-                    total, targets = total + loss, targets + count
-                num_rows += len(labels)
-                tokens += _num_tokens(batch)
-                if progress is not None:
-                    progress(min(1.0, max(num_rows / len(rows), tokens / max_tokens if max_tokens else 0.0)))
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        for batch in _batches(rows, collate_fn, batch_size, max_tokens):
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            labels = batch.pop("labels")
+            logits = model(**batch).logits
+            if task in LABELLED:
+                total += F.cross_entropy(logits.float(), labels, reduction="sum").item()
+                correct += (logits.argmax(-1) == labels).sum().item()
+                targets += len(labels)
+            else:
+                loss, count = _next_token_loss(logits, labels)
+                total, targets = total + loss, targets + count
+            num_rows += len(labels)
+            tokens += _num_tokens(batch)
+            if progress is not None:
+                progress(min(1.0, max(num_rows / len(rows), tokens / max_tokens if max_tokens else 0.0)))
     if targets == 0:
         raise ValueError(f"none of the {num_rows} held-out rows has a target token. Use longer rows or more data.")
     loss = total / targets
