@@ -27,6 +27,8 @@ class MethodConfig:
     """
 
     method: ClassVar[str]
+    about: ClassVar[str] = ""
+    """What the method does, with its main keys, and where not to use it; for a person who chooses."""
     changes_outputs: ClassVar[bool] = True
     """Does the forward compute something else than the dense one? A method that changes gradients alone says False."""
     ops: ClassVar[tuple[str, ...]] = ()
