@@ -88,10 +88,6 @@ class SemiStructured(MethodConfig, method="semi_structured"):
     def dense_limit(cls) -> Self:
         return cls(dense_tail_ratio=1.0, decay=0.0)
 
-    @classmethod
-    def example(cls) -> Self:
-        return cls()
-
     @property
     def decay_in_force(self) -> float:
         """λ."""
