@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
+from sparsetrain.core import ranks
 from sparsetrain.core.anatomy import describe, submodule
 from sparsetrain.methods.flood_fill_attention.config import MIN_PROBES, FloodFillAttention
 from sparsetrain.methods.flood_fill_attention.module import PROBE, REASONS, FloodFillSparseAttention
@@ -206,16 +207,13 @@ def _watching(model: nn.Module, watches: dict[str, _Watch]) -> Iterator[None]:
 
 def _reduced(sums: MapSums) -> MapSums:
     """The sums over all data-parallel ranks."""
-    if distributed.is_available() and distributed.is_initialized():
-        for x in (sums.raw_pnn, sums.filtered_pnn, sums.pairs_nn):
-            distributed.all_reduce(x)
+    for x in (sums.raw_pnn, sums.filtered_pnn, sums.pairs_nn):
+        ranks.all_reduce_(x)
     return sums
 
 
 def _share(site: FloodFillSparseAttention) -> None:
     """Rank 0's pattern for all ranks: quantiles of equal sums need not be equal to the bit on unequal devices."""
-    if distributed.is_available() and distributed.is_initialized():
+    if ranks.size() > 1:
         assert site.mask is not None
-        mask = site.mask.byte()
-        distributed.broadcast(mask, 0)
-        site.mask = mask.bool()
+        site.mask = ranks.broadcast_(site.mask.byte()).bool()
