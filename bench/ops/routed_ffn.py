@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsetrain.ops.linear_parts import LinearParts
 from sparsetrain.ops.routed_ffn import routed_ffn
 from sparsetrain.ops.routing import choose_blocks
 
@@ -40,8 +41,8 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.b(self.a(x)) * SCALE
 
-    def lora(self) -> tuple[Tensor, Tensor]:
-        return self.a.weight, self.b.weight * SCALE
+    def parts(self) -> LinearParts:
+        return LinearParts(self.base.weight, self.base.bias, (self.a.weight, self.b.weight * SCALE))
 
 
 class DenseFFN(nn.Module):
@@ -56,25 +57,20 @@ class DenseFFN(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-def routed(ffn: DenseFFN, router: Tensor, active: int, shared: int, x: Tensor, backend: str = "cpu") -> Tensor:
+def routed(ffn: DenseFFN, router: Tensor, active: int, shared: int, x: Tensor, backend: str = "torch") -> Tensor:
     logits = F.linear(x, router)
     choice = choose_blocks(logits, active)
     gate = ffn.gate
     return routed_ffn(
         x,
-        ffn.up.base.weight,
-        ffn.down.base.weight,
+        ffn.up.parts(),
+        ffn.down.parts(),
         choice,
         (2 * torch.sigmoid(logits)).gather(1, choice),
-        gate_proj_fd=None if gate is None else gate.base.weight,
-        up_bias_f=ffn.up.base.bias,
-        down_bias_d=ffn.down.base.bias,
+        gate=None if gate is None else gate.parts(),
         num_shared=shared,
         num_blocks=len(router),
         activation="gelu" if gate is None else "silu",
-        up_lora=ffn.up.lora(),
-        gate_lora=None if gate is None else gate.lora(),
-        down_lora=ffn.down.lora(),
         backend=backend,
     )
 
@@ -90,7 +86,7 @@ def worst_error(ffn: DenseFFN, run: Callable[..., Tensor], x: Tensor, dy: Tensor
     """Largest relative L2 distance of output and gradients from the reference."""
     wanted = [p for p in ffn.parameters() if p.requires_grad] + [router]
     results = []
-    for backend in ("cpu", "reference"):
+    for backend in ("torch", "reference"):
         inputs = x.detach().requires_grad_()
         y = run(inputs, backend=backend)
         results.append((y, *torch.autograd.grad(y, [inputs, *wanted], dy)))
@@ -109,7 +105,7 @@ def measure(
     ffn = DenseFFN(d, f, gated)
     router = (torch.randn(num_blocks, d) * 0.02).requires_grad_()
     xs, dy = [torch.randn(tokens, d) for _ in range(3)], torch.randn(tokens, d)
-    run = lambda x, backend="cpu": routed(ffn, router, active, shared, x, backend)  # noqa: E731
+    run = lambda x, backend="torch": routed(ffn, router, active, shared, x, backend)  # noqa: E731
     error = worst_error(ffn, run, xs[0], dy, router)
     clock = time.process_time if one_thread else time.perf_counter
     times: dict[str, list[float]] = {"baseline": [], "candidate": []}
@@ -120,7 +116,7 @@ def measure(
     base, candidate = times["baseline"][1:], times["candidate"][1:]  # the first round warms up
     low, ratio_median, high = statistics.quantiles([a / b for a, b in zip(base, candidate)], n=4)
     return {
-        "case_id": "B1", "op": "routed_ffn", "backend": "cpu", "dtype": "float32", "seed": 0,
+        "case_id": "B1", "op": "routed_ffn", "backend": "torch", "dtype": "float32", "seed": 0,
         "shape": {"name": shape, "tokens": tokens, "d": d, "f": f,
                   "blocks": num_blocks, "active": active, "shared": shared},
         "keep_ratio_executed": beta, "baseline": "frozen FFN + LoRA r=16, as transformers and PEFT compute it",

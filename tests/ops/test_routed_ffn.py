@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsetrain.core.errors import Unsupported
+from sparsetrain.ops.linear_parts import LinearParts
 from sparsetrain.ops.routed_ffn import ACTIVATIONS, routed_ffn
 from sparsetrain.ops.routing import choose_blocks
 
@@ -35,30 +36,28 @@ def make(t: int = 37, d: int = 5, width: int = 3, blocks: int = 4, active: int =
 
 
 def call(leaves: dict[str, Tensor], options: dict[str, Any], **changes: Any) -> Tensor:
-    get = leaves.get
-    pair = lambda name: (leaves[f"{name}_a"], leaves[f"{name}_b"]) if f"{name}_a" in leaves else None  # noqa: E731
     rest = {key: value for key, value in options.items() if key != "choice"} | changes
+    dropout = rest.pop("lora_dropout", 0.0)
+
+    def linear(name: str, weight: str) -> LinearParts:
+        lora = (leaves[f"{name}_a"], leaves[f"{name}_b"]) if f"{name}_a" in leaves else None
+        return LinearParts(leaves[weight], leaves.get(f"{name}_bias"), lora, dropout)
+
     return routed_ffn(
         leaves["x"],
-        leaves["up"],
-        leaves["down"],
+        linear("up", "up"),
+        linear("down", "down"),
         options["choice"],
-        get("c"),
-        gate_proj_fd=get("gate_proj"),
-        up_bias_f=get("up_bias"),
-        gate_bias_f=get("gate_bias"),
-        down_bias_d=get("down_bias"),
-        up_lora=pair("up"),
-        gate_lora=pair("gate"),
-        down_lora=pair("down"),
-        block_shift_gd=get("shift"),
+        leaves.get("c"),
+        gate=linear("gate", "gate_proj") if "gate_proj" in leaves else None,
+        block_shift_gd=leaves.get("shift"),
         **rest,
     )
 
 
 def assert_agree(leaves: dict[str, Tensor], options: dict[str, Any], **changes: Any) -> Tensor:
     results = []
-    for backend in ("cpu", "reference"):
+    for backend in ("torch", "reference"):
         torch.manual_seed(1)  # dropout draws the same masks
         y = call(leaves, options, backend=backend, **changes)
         wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
@@ -134,7 +133,7 @@ def test_gradcheck(mode: str) -> None:
     names = list(leaves)
 
     def run(*values: Tensor) -> Tensor:
-        return call(dict(zip(names, values)), options, gate_mode=mode, activation="gelu", backend="cpu")
+        return call(dict(zip(names, values)), options, gate_mode=mode, activation="gelu", backend="torch")
 
     assert torch.autograd.gradcheck(run, tuple(leaves.values()))
 

@@ -22,7 +22,7 @@ def weights(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         ([1.0, -1.0, 1.0, -1.0], [0.0, 0.0, 0.0, 0.0], 1.0),
     ],
 )
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_reference_groups(group: list[float], pruned: list[float], beta: float, backend: str) -> None:
     w = torch.tensor(group)
     found = soft_threshold24(w, backend=backend)

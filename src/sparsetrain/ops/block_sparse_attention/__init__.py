@@ -11,9 +11,10 @@ from typing import Literal, overload
 from torch import Tensor
 
 from sparsetrain.core.backend import choose
-from sparsetrain.ops.block_sparse_attention import cpu, reference
+from sparsetrain.ops.block_sparse_attention import reference
 from sparsetrain.ops.block_sparse_attention.phantom import add_phantom_zeros, pruned_keys
 from sparsetrain.ops.block_sparse_attention.tiles import Geometry
+from sparsetrain.ops.block_sparse_attention.torch import attend as tiled_attend
 
 
 @overload
@@ -101,7 +102,7 @@ def block_sparse_attention(
         window: keys at a distance of `window` or more are invisible.
         softmax: masked | phantom_zero.
         return_lse: also return the logarithm of the denominator; it is differentiable.
-        backend: auto | reference | cpu | triton.
+        backend: auto | reference | torch | triton.
 
     Returns:
         out [b, h, t, d] in q's dtype; with `return_lse` also lse [b, h, t] in fp32 (fp64 for fp64).
@@ -111,7 +112,7 @@ def block_sparse_attention(
         Unsupported: the named backend cannot run this call.
 
     Cost: forward 4 and backward 10 multiply-adds a kept pair and channel; saved for backward are q, k, v, out, lse
-    and the lists. The CPU backend needs about 32 MiB of scratch memory and never a [t, s] tensor.
+    and the lists. The `torch` backend needs about 32 MiB of scratch memory and never a [t, s] tensor.
     """
     _check(q_bhtd, k_bgsd, v_bgsd, blocks_bgik, segments_bs, block_q, block_k)
     t, s = q_bhtd.shape[2], k_bgsd.shape[2]
@@ -126,7 +127,7 @@ def block_sparse_attention(
     name = choose("block_sparse_attention", backend, _available(q_bhtd))
     heads = max(blocks_bgik.shape[1], k_bgsd.shape[1])
     blocks_blik = blocks_bgik.expand(len(q_bhtd), heads, -1, -1)
-    attend = cpu.attend if name == "cpu" else reference.attend
+    attend = tiled_attend if name == "torch" else reference.attend
     factor = q_bhtd.shape[3] ** -0.5 if scale is None else scale
     out, lse = attend(q_bhtd, k_bgsd, v_bgsd, blocks_blik, segments_bs, geometry, factor)
     if softmax == "phantom_zero":
@@ -135,7 +136,8 @@ def block_sparse_attention(
 
 
 def _available(q: Tensor) -> dict[str, str | None]:
-    return {"cpu": None if q.device.type == "cpu" else f"the tensors are on {q.device}", "reference": None}
+    reason = None if q.device.type == "cpu" else f"its tiles are for a CPU, and the tensors are on {q.device}"
+    return {"torch": reason, "reference": None}
 
 
 def _check(

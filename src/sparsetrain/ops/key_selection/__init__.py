@@ -54,7 +54,7 @@ def select_keys(
         num_keys_bt: integers [b, t], L of each query; fewer visible keys are all kept.
         local_tokens: the nearest keys (half on each side if not causal) are kept, counted inside L.
         keep_first: the first key of the segment, where it is visible, is kept, counted inside L.
-        backend: auto | reference | cpu; `cpu` is plain PyTorch in tiles and runs on any device.
+        backend: auto | reference | torch; `torch` is plain PyTorch in tiles and runs on any device.
 
     Returns:
         Key positions, int32 [b, h, t, max L], ascending, then -1.
@@ -88,7 +88,7 @@ def select_keys(
         left, right = encode(q_bhtd, codebook_gmew, distance), encode(k_bgsd, codebook_gmew, distance)
         num_levels = 4 if selection == "bucket4" else codebook_gmew.shape[1] + 1
     rule = keys.Rule(visibility, selection, local_tokens, keep_first)
-    name = choose("key_selection", backend, {"cpu": None, "reference": None})
+    name = choose("key_selection", backend, {"torch": None, "reference": None})
     run = reference.select_keys if name == "reference" else keys.select
     seq = sequences(visibility.segments_bs, len(k_bgsd), k_bgsd.shape[2], k_bgsd.device)
     return run(left, right, num_keys_bt, num_levels, rule, seq)
