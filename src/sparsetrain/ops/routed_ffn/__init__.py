@@ -5,7 +5,7 @@ Hidden units are ordered [num_shared always on | block 0 | ... | block G-1], blo
 
 from __future__ import annotations
 
-from torch import Tensor, autocast, get_autocast_dtype, is_autocast_enabled
+from torch import Tensor, autocast, dtype, get_autocast_dtype, is_autocast_enabled
 
 from sparsetrain.core.backend import choose
 from sparsetrain.ops.linear_parts import LinearParts
@@ -54,34 +54,36 @@ def routed_ffn(
         y_td: [t, d] in the dtype of x (of autocast, where it is on).
 
     Raises:
-        ValueError: sizes that do not fit, an unknown activation or gate mode.
-        Unsupported: `backend="triton"`.
+        ValueError: sizes that do not fit, an unknown activation or gate mode. Unsupported: `backend="triton"`.
     """
-    ffn = up.weight.shape[0]
     _check_linears(x_td, up, down, gate, num_shared, num_blocks)
-    _check_routes(len(x_td), choice_tk, gate_tk, num_blocks)
-    _check_names(activation, gate_mode)
+    _check_routes(len(x_td), choice_tk, gate_tk, num_blocks, activation, gate_mode)
     run = _RUN[choose("routed_ffn", backend, _AVAILABLE)]
-    device = x_td.device.type
-    dtype = get_autocast_dtype(device) if is_autocast_enabled(device) else x_td.dtype
-    x_td, up, down = x_td.to(dtype).contiguous(), up.to(dtype), down.to(dtype)
+    work = _dtype(x_td)
+    x_td, up, down = x_td.to(work).contiguous(), up.to(work), down.to(work)
     dense = gate_tk is None and choice_tk.shape[1] == num_blocks
-    shift_gd = None if dense or block_shift_gd is None else block_shift_gd.to(dtype)
-    with autocast(device, enabled=False):
-        problem = Problem(
-            **linear_operands(x_td, up, down, gate.to(dtype) if gate else None),
-            start_d=_start(down.bias, shift_gd),
-            shift_gd=shift_gd,
-            choice_tk=None if dense else choice_tk,
-            gate_tk=_gates(gate_tk if gate_tk is None else gate_tk.to(dtype), gate_mode),
-            valid_t=valid_t,
-            num_shared=ffn if dense else num_shared,
-            num_blocks=num_blocks,
-            width=(ffn - num_shared) // num_blocks,
-            activation=activation,
-            gates_base=gate_mode == "spt",
+    shift_gd = None if dense or block_shift_gd is None else block_shift_gd.to(work)
+    with autocast(x_td.device.type, enabled=False):
+        return run(
+            Problem(
+                **linear_operands(x_td, up, down, gate.to(work) if gate else None),
+                start_d=_start(down.bias, shift_gd),
+                shift_gd=shift_gd,
+                choice_tk=None if dense else choice_tk,
+                gate_tk=_gates(gate_tk if gate_tk is None else gate_tk.to(work), gate_mode),
+                valid_t=valid_t,
+                num_shared=up.weight.shape[0] if dense else num_shared,
+                num_blocks=num_blocks,
+                width=(up.weight.shape[0] - num_shared) // num_blocks,
+                activation=activation,
+                gates_base=gate_mode == "spt",
+            )
         )
-        return run(problem)
+
+
+def _dtype(x_td: Tensor) -> dtype:
+    device = x_td.device.type
+    return get_autocast_dtype(device) if is_autocast_enabled(device) else x_td.dtype
 
 
 def _gates(gate_tk: Tensor | None, gate_mode: str) -> Tensor | None:
@@ -117,7 +119,9 @@ def _check_linears(
             )
 
 
-def _check_routes(num_tokens: int, choice_tk: Tensor, gate_tk: Tensor | None, num_blocks: int) -> None:
+def _check_routes(
+    num_tokens: int, choice_tk: Tensor, gate_tk: Tensor | None, num_blocks: int, activation: str, gate_mode: str
+) -> None:
     if choice_tk.shape[0] != num_tokens or not 1 <= choice_tk.shape[1] <= num_blocks:
         raise ValueError(
             f"routed_ffn: choice {tuple(choice_tk.shape)} for {num_tokens} tokens and {num_blocks} blocks. "
@@ -128,8 +132,6 @@ def _check_routes(num_tokens: int, choice_tk: Tensor, gate_tk: Tensor | None, nu
             f"routed_ffn: gate {tuple(gate_tk.shape)}, choice {tuple(choice_tk.shape)}. Pass one c per choice."
         )
 
-
-def _check_names(activation: str, gate_mode: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"routed_ffn: activation {activation!r} is unknown. Choose one of {', '.join(sorted(ACTIVATIONS))}."

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparsetrain.core.backend import choose
+from sparsetrain.ops.qkv import check_qkv
 from sparsetrain.ops.token_sparse_attention import reference
 from sparsetrain.ops.token_sparse_attention.torch import attend as tiled_attend
 
@@ -70,16 +71,7 @@ def token_sparse_attention(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> None:
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
-        raise ValueError(
-            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}: need [b, h, t, d] and twice [b, g, s, d]."
-        )
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)}: b and d must be equal and g must divide h.")
-    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
-        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one floating dtype.")
-    if q.numel() == 0 or k.numel() == 0:
-        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)}: nothing to attend to or from.")
+    check_qkv(q, k, v)
     if keys.is_floating_point() or keys.shape[:-1] != q.shape[:-1]:
         raise ValueError(
             f"keys is {keys.dtype} {list(keys.shape)}; need integers [{', '.join(map(str, q.shape[:3]))}, l]."
