@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain.ops.mvue24 import inclusion_probabilities, mvue24
+from sparsetrain.ops.mvue24.cases import DTYPES, TINY, Case
 from sparsetrain.ops.mvue24.reference import offset_of
 from sparsetrain.ops.mvue24.torch import sliced_mvue
 
@@ -61,12 +62,11 @@ def test_unbiased_with_the_stated_variance(backend: str) -> None:
     torch.testing.assert_close(kept, p, rtol=0, atol=0.007)  # 4 standard errors
 
 
-@pytest.mark.parametrize("dim", [0, 1, -1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_both_ways_of_drawing_agree(dim: int, dtype: torch.dtype) -> None:
-    x = torch.randn(22, 36, generator=seeded(), dtype=torch.float64).to(dtype)
-    x[0:8, :5] = 0
-    one, other = (mvue24(x, dim, generator=seeded(1), backend=backend) for backend in ("torch", "reference"))
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_both_ways_of_drawing_agree(case: Case, dtype: torch.dtype) -> None:
+    x = case.tensor(dtype)
+    one, other = (mvue24(x, case.dim, generator=seeded(1), backend=backend) for backend in ("torch", "reference"))
     assert one.dtype == dtype
     assert torch.equal(one != 0, other != 0)
     torch.testing.assert_close(one, other)
