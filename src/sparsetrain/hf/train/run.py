@@ -23,6 +23,8 @@ from sparsetrain.hf.train.checkpoint import CheckpointCallback, data_fingerprint
 from sparsetrain.hf.train.evaluate import Quality, evaluate
 from sparsetrain.hf.train.journal import EvalCallback, Journal, OrderedCollator, SavedCallback
 from sparsetrain.hf.train.parts import Parts
+from sparsetrain.hf.train.result import Result as Result
+from sparsetrain.hf.train.result import run_report as run_report
 from sparsetrain.hf.train.rows import first_batch
 from sparsetrain.hf.train.stages import (
     ONE_STAGE,
@@ -37,8 +39,7 @@ from sparsetrain.hf.train.stages import (
 from sparsetrain.hf.train.token_selection import select_tokens, selector_of
 from sparsetrain.measure.machine import describe_machine
 from sparsetrain.measure.memory import reset_peak, static_memory
-from sparsetrain.measure.report import build_report, write_report
-from sparsetrain.measure.schema import Run
+from sparsetrain.measure.report import write_report
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.checkpoints import Checkpoint, check_data, check_output, clear_interrupted, find_resumable
 from sparsetrain.runs.events import Report
@@ -50,42 +51,6 @@ from sparsetrain.surgery.method import Stage
 
 KnownQuality = Quality | Callable[[], Quality | None] | None
 """The dense model's quality where another run has measured it; a function is asked when it is needed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a run did.
-
-    run: quality by stage, steps, memory, as `measure.schema.Run`.
-    saved: the folder of the adapter or model.
-    data_order: a hash of the rows in the order they were trained on; None for a continued run, and for one of several
-        stages, at whose ends the Trainer has read ahead.
-    """
-
-    recipe: RunRecipe
-    saved: Path
-    run: Run
-    data: str
-    plan: list[dict[str, Any]]
-    sparsity: dict[str, Any]
-    notes: list[str]
-    parameters: int
-    trainable_parameters: int
-    data_order: str | None
-    resumed_from: int | None = None
-    machine: dict[str, Any] = field(default_factory=dict)
-
-    title: str = ""
-
-    @property
-    def kind(self) -> str:
-        """`sparse` or `dense`."""
-        return "sparse" if self.recipe.methods else "dense"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as in result.json."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return values | {"recipe": self.recipe.model_dump(mode="json"), "saved": str(self.saved), "kind": self.kind}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,18 +245,6 @@ def _record(course: Course, model: Any, handle: Handle | None, trainer: Trainer)
         resumed_from=None if course.resumed is None else course.resumed.step,
         machine=describe_machine().to_dict(),
         title=job.title,
-    )
-
-
-def run_report(result: Result) -> Any:
-    """The `measure` report of a single run."""
-    return build_report(
-        title=result.title,
-        runs={result.kind: result.run},
-        recipe=result.recipe.model_dump(mode="json"),
-        machine=result.machine,
-        plan=result.plan,
-        notes=[result.data, *result.notes],
     )
 
 
