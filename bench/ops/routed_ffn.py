@@ -1,26 +1,21 @@
 """Routed FFN against a dense FFN with the same LoRA, as transformers and PEFT compute it; forward and backward.
 
-    python bench/ops/routed_ffn.py [--json FILE] [--quick] [--threads N]
-
 Both sides run in one loop whose order flips each round; a ratio is the median of the per-round ratios. Router, choice,
 sort, gate and LoRA are inside the timed region, the base is frozen. Gradients are compared with the reference first.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.runner import Asked, Benchmark, Cell
 from sparsetrain.ops.routed_ffn import routed_ffn
 from sparsetrain.ops.routing import choose_blocks
 
@@ -97,14 +92,19 @@ def worst_error(ffn: DenseFFN, run: Callable[..., Tensor], x: Tensor, dy: Tensor
     return max(float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in zip(*results))
 
 
+def split(f: int, num_blocks: int, ratio: float, shared_ratio: float) -> tuple[int, int, int]:
+    """(width of a block, always-on units, active blocks) for about `ratio` of f hidden units."""
+    width = int(f * (1 - shared_ratio)) // num_blocks
+    shared = f - width * num_blocks
+    return width, shared, min(num_blocks, max(1, round((ratio * f - shared) / width)))
+
+
 def measure(
     shape: str, tokens: int, num_blocks: int, ratio: float, shared_ratio: float, rounds: int, one_thread: bool
 ) -> dict[str, Any]:
     torch.manual_seed(0)
     d, f, gated = SHAPES[shape]
-    width = int(f * (1 - shared_ratio)) // num_blocks
-    shared = f - width * num_blocks
-    active = min(num_blocks, max(1, round((ratio * f - shared) / width)))
+    width, shared, active = split(f, num_blocks, ratio, shared_ratio)
     beta = (shared + active * width) / f
     ffn = DenseFFN(d, f, gated)
     router = (torch.randn(num_blocks, d) * 0.02).requires_grad_()
@@ -140,35 +140,31 @@ def cases(quick: bool) -> list[tuple[str, int, int, float, float]]:
     return found + [("smollm2", n, g, 0.5, 0.25) for n in (1024, 2048, 4096) for g in (4, 8, 16, 32, 64)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="a file, or a folder to write routed_ffn.json in")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    results = []
-    for case in cases(args.quick):
-        result = measure(*case, rounds=5 if args.quick else 9, one_thread=args.threads == 1)
-        results.append(result)
-        shape, checks = result["shape"], result["checks"]
-        print(
-            f"{shape['name']:12} n={shape['tokens']:5} G={shape['blocks']:2} k={shape['active']:2} "
-            f"β={result['keep_ratio_executed']:.2f}  {result['ratio_median']:.2f}x "
-            f"[{result['ratio_q1']:.2f}, {result['ratio_q3']:.2f}]  of 1/β: {result['efficiency']:.2f}  "
-            f"{result['verdict']}  error {checks['rel_l2']:.1e}",
-            flush=True,
-        )
-    if args.json:
-        machine = {
-            "cpu": platform.processor() or platform.machine(),
-            "threads": args.threads,
-            "torch": torch.__version__,
-        }
-        path = Path(args.json)
-        path = path / "routed_ffn.json" if path.is_dir() else path
-        path.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+def key(row: dict[str, Any]) -> str:
+    shape = row["shape"]
+    return "{name} n={tokens} G={blocks} k={active} always={shared}".format(**shape)
 
 
-if __name__ == "__main__":
-    main()
+def cells(asked: Asked) -> list[Cell]:
+    def cell(case: Any) -> Cell:
+        shape, tokens, num_blocks, ratio, shared_ratio = case
+        _, shared, active = split(SHAPES[shape][1], num_blocks, ratio, shared_ratio)
+        named = {"name": shape, "tokens": tokens, "blocks": num_blocks, "active": active, "shared": shared}
+        rounds = asked.settings["rounds"]
+        return Cell(key({"shape": named}), lambda: measure(*case, rounds=rounds, one_thread=asked.threads == 1))
+
+    return [cell(case) for case in cases(asked.settings["few"])]
+
+
+BENCHMARKS = [
+    Benchmark(
+        name="routed_ffn",
+        measures="a routed FFN with routing and LoRA, forward + backward, against the dense FFN with LoRA",
+        cells=cells,
+        settings={"rounds": 9, "few": False},
+        quick={"rounds": 5, "few": True},
+        threads=2,
+        key_of=key,
+        shows=("ratio_median", "ratio_q1", "ratio_q3", "efficiency", "verdict"),
+    )
+]
