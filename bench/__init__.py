@@ -1,1 +1,1 @@
-"""Benchmarks and their result files. `python -m bench` lists them; `runner.py` runs them; `report.py` writes the docs."""
+"""Benchmarks and their result files: `python -m bench` lists them, runs them, and writes the docs from them."""

@@ -1,8 +1,8 @@
 """Patterns at equal density: accuracy after equal steps of CF, C, F, top_q and window beside dense attention.
 
 Every run is `pretrain` of one recipe: the encoder of SPION's tasks (arXiv 2309.12578), the same rows, order and start
-for all variants of a seed, and the same step for the switch, so that variants differ by their pattern alone. `paper` is CF with the published
-softmax.
+for all variants of a seed, and the same step for the switch, so that variants differ by their pattern alone. `paper`
+is CF with the published softmax.
 """
 
 from __future__ import annotations

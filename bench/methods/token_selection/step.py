@@ -222,7 +222,7 @@ def cells(asked: Asked) -> list[Cell]:
 BENCHMARKS = [
     Benchmark(
         name="token_selection",
-        measures="a training step on selected tokens, its parts and its memory, against the dense step, SmolLM2 with LoRA",
+        measures="a training step on selected tokens, its parts and memory, against the dense step, SmolLM2, LoRA",
         cells=cells,
         settings={"tokens": 2048, "layers": None, "rounds": 5, "memory": True},
         quick={"tokens": 256, "layers": 2, "rounds": 3, "memory": False},
