@@ -32,14 +32,14 @@ def picture(steps: dict[str, Any], theme: str) -> str:
         of_bytes = ["win" if x < 0.95 else "loss" if x > 1.05 else "tie" for x in share]
         _bars(saved, [""] * len(rows), share, of_bytes, colours, "{:.2f}")
         time.set_title("speed of a training step, dense LoRA = 1", color=colours["ink"], fontsize=11, loc="left")
-        saved.set_title("activations saved, dense LoRA = 1", color=colours["ink"], fontsize=11, loc="left")
+        saved.set_title("activation bytes kept, dense LoRA = 1", color=colours["ink"], fontsize=11, loc="left")
         recipe = steps["recipe"]
         said = (
             f"{recipe['model']}, {steps['layers']} of {steps['model_layers']} layers, {recipe['seq_len']:,} tokens, "
-            f"LoRA r={recipe['lora_r']}, fp32, {steps['machine']['cores']} CPU cores; timed in turns. "
+            f"LoRA r={recipe['lora_r']}, fp32, {steps['machine']['cores']} CPU cores; timed in turns.\n"
             "Green wins, orange loses, grey is a tie. Quality is not in it."
         )
-        figure.text(0.01, 0.02, said, color=colours["soft"], fontsize=8.5)
+        figure.text(0.02, 0.02, said, color=colours["soft"], fontsize=8.5)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
