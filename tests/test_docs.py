@@ -75,6 +75,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (tmp_path / "notes" / f"{number}.txt").write_text(bytes(letters.tolist()).decode())
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator:UserWarning")
 @pytest.mark.parametrize(("page", "number"), list(snippets()))
 def test_the_snippet_runs(page: Path, number: int, hub: None) -> None:
     """With the page's earlier snippets before it, in one namespace."""
