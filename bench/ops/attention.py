@@ -1,24 +1,20 @@
 """Time block-sparse and token-sparse attention against dense SDPA on the CPU: case A1, selection of the keys excluded.
 
-    python bench/ops/attention.py --threads 2 --json bench/results/attention.json
-
 Each case first compares output and gradients with the reference; a case that fails is not timed.
 """
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import itertools
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.runner import Asked, Benchmark, Cell
 from sparsetrain.measure import compare, describe_machine
 from sparsetrain.ops.block_sparse_attention import block_sparse_attention
 from sparsetrain.ops.block_sparse_attention import cases as block_cases
@@ -149,30 +145,28 @@ def run(case: Any, rounds: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--quick", action="store_true", help="up to 2048 tokens, 5 rounds")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--match", default="", help="only cases whose name contains this")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    cases = [case for case in (*block_cases.REAL, *token_cases.REAL) if arguments.match in case.name]
-    if arguments.quick:
-        cases = [case for case in cases if case.queries <= 2048]
-    results = []
-    for case in cases:
-        rounds = 5 if arguments.quick or case.queries > 4096 else 9
-        result = run(case, rounds)
-        results.append(result)
-        ratio = "not timed: " + str(result["checks"])
-        if "ratio_median" in result:
-            ratio = "{ratio_median:5.2f} [{ratio_q1:.2f}, {ratio_q3:.2f}]".format(**result)
-        print(f"{result['op']:24} {case.name:26} {ratio} {result['verdict']}", flush=True)
-        if arguments.json:  # written after every case: a run that is cut short still counts
-            path = arguments.json / "attention.json" if arguments.json.is_dir() else arguments.json
-            path.write_text(json.dumps(results, indent=1) + "\n")
+def cells(asked: Asked) -> list[Cell]:
+    known = [case for case in (*block_cases.REAL, *token_cases.REAL) if case.queries <= asked.settings["longest"]]
+
+    def cell(case: Any) -> Cell:
+        rounds = min(5, asked.settings["rounds"]) if case.queries > 4096 else asked.settings["rounds"]
+        return Cell(key(case), lambda: run(case, rounds))
+
+    return [cell(case) for case in known]
 
 
-if __name__ == "__main__":
-    main()
+def key(case: Any) -> str:
+    return f"{'block' if isinstance(case, block_cases.Case) else 'token'}_sparse_attention {case.name}"
+
+
+BENCHMARKS = [
+    Benchmark(
+        name="attention",
+        measures="block- and token-sparse attention with given lists of keys, forward + backward, against SDPA",
+        cells=cells,
+        settings={"rounds": 9, "longest": 65536},
+        quick={"rounds": 5, "longest": 1024},
+        key_of=lambda row: f"{row['op']} {row['shape']['name']}",
+        shows=("ratio_median", "ratio_q1", "ratio_q3", "verdict"),
+    )
+]

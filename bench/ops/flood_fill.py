@@ -1,7 +1,5 @@
 """Time flood-fill attention against dense SDPA on the CPU: case A3, static patterns; and the search for the patterns.
 
-    python bench/ops/flood_fill.py --threads 2 --json bench/results
-
 The timed sparse side is what runs in a model after the switch: lists from the pattern, then block-sparse attention.
 `selection_ms` is one look at one layer, map and pattern: it is paid a few times a run, not a step. Each case first
 compares output and gradients with the reference; a case that fails is not timed.
@@ -9,12 +7,9 @@ compares output and gradients with the reference; a case that fails is not timed
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sparsetrain
+from bench.runner import Asked, Benchmark, Cell
 from sparsetrain.core.anatomy import AttentionSite
-from sparsetrain.measure import compare, describe_machine
+from sparsetrain.measure import compare
 from sparsetrain.methods.flood_fill_attention.config import FloodFillAttention
 from sparsetrain.methods.flood_fill_attention.module import FloodFillSparseAttention
 from sparsetrain.ops.attention_patterns import pooled_maps
 from sparsetrain.ops.block_sparse_attention.reference import masked_attention
+from sparsetrain.surgery.attention import AttentionCall
 
 HEADS, HEAD_DIM, BLOCK, INPUT_SETS = 8, 64, 64, 3
 TOLERANCE = 1e-5
@@ -104,14 +101,23 @@ def saved_bytes(attention: Callable[..., Tensor], qkv: tuple[Tensor, ...]) -> in
     return sum(storages.values())
 
 
+def case_id(tokens: int, causal: bool, variant: str, density: float, softmax: str) -> str:
+    name = f"A3/t{tokens}_{'causal' if causal else 'full'}_{variant}_{density:g}"
+    return name + ("_phantom" if softmax == "phantom_zero" else "")
+
+
+def step_id(tokens: int, causal: bool, density: float) -> str:
+    return f"step/{'gpt2' if causal else 'bert'}_d256_4layers_t{tokens}_cf_{density:g}"
+
+
 def run(tokens: int, causal: bool, variant: str, density: float, softmax: str, rounds: int) -> dict[str, Any]:
     config = FloodFillAttention(variant=variant, keep_ratio=density, block_tokens=BLOCK, softmax=softmax)
     sets = [(qkv, torch.randn_like(qkv[0])) for qkv in (tensors(tokens, seed) for seed in range(INPUT_SETS))]
     layer, seconds = search(sets[0][0][0], sets[0][0][1], config, causal)
-    options: dict[str, Any] = {"causal": causal, "scale": HEAD_DIM**-0.5, "segments_bs": None, "window": None}
+    never: Any = lambda: 1 / 0  # noqa: E731
 
     def sparse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return layer(q, k, v, **options, dense=lambda: 1 / 0)
+        return layer(AttentionCall(q, k, v, causal, HEAD_DIM**-0.5, None, None, never))
 
     def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -122,9 +128,8 @@ def run(tokens: int, causal: bool, variant: str, density: float, softmax: str, r
 
     found = dict(zip(("out", "dq", "dk", "dv"), errors(sparse, layer, causal, softmax == "phantom_zero"), strict=True))
     passed = max(found.values()) < TOLERANCE
-    name = f"t{tokens}_{'causal' if causal else 'full'}_{variant}_{density:g}"
     result = {
-        "case_id": f"A3/{name}" + ("_phantom" if softmax == "phantom_zero" else ""),
+        "case_id": case_id(tokens, causal, variant, density, softmax),
         "op": "block_sparse_attention from a pattern",
         "shape": {"tokens": tokens, "heads": HEADS, "head_dim": HEAD_DIM, "block": BLOCK, "causal": causal},
         "dtype": "float32",
@@ -171,7 +176,7 @@ def training_step(tokens: int, causal: bool, density: float, rounds: int) -> dic
     ratio = compare(step(dense), step(sparse), rounds=rounds)
     densities = [site["density"] for site in handle.report()["stats"].values()]
     return {
-        "case_id": f"step/{'gpt2' if causal else 'bert'}_d256_4layers_t{tokens}_cf_{density:g}",
+        "case_id": step_id(tokens, causal, density),
         "op": "forward and backward of the model, one row",
         "keep_ratio_asked": density,
         "keep_ratio_executed": sum(densities) / len(densities),
@@ -180,31 +185,26 @@ def training_step(tokens: int, causal: bool, density: float, rounds: int) -> dic
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="a folder to write flood_fill.json in")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    rounds = 3 if arguments.quick else 5
-    machine = describe_machine().to_dict()
-    results = []
-    jobs = [lambda case=case: run(*case, rounds=rounds) for case in CASES]
-    jobs += [lambda causal=causal: training_step(4096, causal, 0.05, rounds) for causal in (False, True)]
-    for job in jobs:
-        found = job()
-        results.append(found)
-        ratio = "{median:5.2f} [{q1:.2f}, {q3:.2f}]".format(**found) if "median" in found else str(found["checks"])
-        print(
-            f"{found['case_id']:44} {ratio} {found['verdict']:5} kept {found['keep_ratio_executed']:.3f} "
-            f"search {found['selection_ms']:.0f} ms",
-            flush=True,
-        )
-        if arguments.json:  # written after every case: a run that is cut short still counts
-            path = arguments.json / "flood_fill.json" if arguments.json.is_dir() else arguments.json
-            path.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+def cells(asked: Asked) -> list[Cell]:
+    rounds = asked.settings["rounds"]
+    timed = [case for case in CASES if case[0] <= asked.settings["longest"]]
+    found = [Cell(case_id(*case), lambda case=case: run(*case, rounds=rounds)) for case in timed]
+    if asked.settings["steps"]:
+        found += [
+            Cell(step_id(4096, causal, 0.05), lambda causal=causal: training_step(4096, causal, 0.05, rounds))
+            for causal in (False, True)
+        ]
+    return found
 
 
-if __name__ == "__main__":
-    main()
+BENCHMARKS = [
+    Benchmark(
+        name="flood_fill",
+        measures="flood-fill patterns, attention forward + backward against SDPA, and steps of small models",
+        cells=cells,
+        settings={"rounds": 5, "longest": 4096, "steps": True},
+        quick={"rounds": 3, "longest": 2048, "steps": False},
+        key_of=lambda row: row["case_id"],
+        shows=("median", "q1", "q3", "verdict", "keep_ratio_executed", "selection_ms"),
+    )
+]

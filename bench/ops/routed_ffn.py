@@ -1,26 +1,21 @@
 """Routed FFN against a dense FFN with the same LoRA, as transformers and PEFT compute it; forward and backward.
 
-    python bench/ops/routed_ffn.py [--json FILE] [--quick] [--threads N]
-
 Both sides run in one loop whose order flips each round; a ratio is the median of the per-round ratios. Router, choice,
 sort, gate and LoRA are inside the timed region, the base is frozen. Gradients are compared with the reference first.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.runner import Asked, Benchmark, Cell
 from sparsetrain.ops.linear_parts import LinearParts
 from sparsetrain.ops.routed_ffn import routed_ffn
 from sparsetrain.ops.routed_ffn.cases import QUICK, REAL, TOLERANCE, Case
@@ -121,35 +116,30 @@ def measure(case: Case, rounds: int, one_thread: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="a file, or a folder to write routed_ffn.json in")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    results = []
-    for case in QUICK if args.quick else REAL:
-        result = measure(case, rounds=5 if args.quick else 9, one_thread=args.threads == 1)
-        results.append(result)
-        shape, checks = result["shape"], result["checks"]
-        print(
-            f"{shape['name']:12} n={shape['tokens']:5} G={shape['blocks']:2} k={shape['active']:2} "
-            f"β={result['keep_ratio_executed']:.2f}  {result['ratio_median']:.2f}x "
-            f"[{result['ratio_q1']:.2f}, {result['ratio_q3']:.2f}]  of 1/β: {result['efficiency']:.2f}  "
-            f"{result['verdict']}  error {checks['rel_l2']:.1e}",
-            flush=True,
-        )
-    if args.json:
-        machine = {
-            "cpu": platform.processor() or platform.machine(),
-            "threads": args.threads,
-            "torch": torch.__version__,
-        }
-        path = Path(args.json)
-        path = path / "routed_ffn.json" if path.is_dir() else path
-        path.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+def key(row: dict[str, Any]) -> str:
+    shape = row["shape"]
+    return "{name} n={tokens} G={blocks} k={active} always={shared}".format(**shape)
 
 
-if __name__ == "__main__":
-    main()
+def cells(asked: Asked) -> list[Cell]:
+    def cell(case: Case) -> Cell:
+        named = {"name": case.ffn, "tokens": case.tokens, "blocks": case.blocks, "active": case.active}
+        named["shared"] = case.shared
+        rounds = asked.settings["rounds"]
+        return Cell(key({"shape": named}), lambda: measure(case, rounds=rounds, one_thread=asked.threads == 1))
+
+    return [cell(case) for case in (QUICK if asked.settings["few"] else REAL)]
+
+
+BENCHMARKS = [
+    Benchmark(
+        name="routed_ffn",
+        measures="a routed FFN with routing and LoRA, forward + backward, against the dense FFN with LoRA",
+        cells=cells,
+        settings={"rounds": 9, "few": False},
+        quick={"rounds": 5, "few": True},
+        threads=2,
+        key_of=key,
+        shows=("ratio_median", "ratio_q1", "ratio_q3", "efficiency", "verdict"),
+    )
+]

@@ -1,22 +1,18 @@
 """PQ block attention as a model runs it, against dense attention: choosing the blocks is inside the timed region.
 
-    python bench/ops/selected_attention.py [--json FOLDER] [--quick]
-
 Forward and backward, fp32, interleaved rounds; the ratio is dense time / ours. Dense: F.scaled_dot_product_attention.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from sparsetrain.measure import compare, describe_machine
+from bench.runner import Benchmark, Cell
+from sparsetrain.measure import compare
 from sparsetrain.ops.block_sparse_attention import block_sparse_attention
 from sparsetrain.ops.key_selection import Visibility, select_blocks
 
@@ -29,6 +25,10 @@ CASES = [
     (4096, 8, 8, 512, 128, 64),
     (8192, 8, 8, 512, 128, 64),
 ]
+
+
+def case_id(tokens: int, heads: int, groups: int, keys: int, block_q: int, block_k: int) -> str:
+    return f"t{tokens}_h{heads}_{groups}_keys{keys}_{block_q}x{block_k}"
 
 
 def run(tokens: int, heads: int, groups: int, keys: int, block_q: int, block_k: int, rounds: int) -> dict[str, Any]:
@@ -52,27 +52,28 @@ def run(tokens: int, heads: int, groups: int, keys: int, block_q: int, block_k: 
 
     ratio = compare(dense, sparse, rounds=rounds)
     return {
-        "case_id": f"t{tokens}_h{heads}_{groups}_keys{keys}_{block_q}x{block_k}",
+        "case_id": case_id(tokens, heads, groups, keys, block_q, block_k),
         "op": "select_blocks + block_sparse_attention",
         "selection_ms": 1000 * sorted(spent)[len(spent) // 2],
         **ratio.to_dict(),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="a folder to write selected_attention.json in")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    arguments = parser.parse_args()
-    results = []
-    for case in CASES:
-        found = run(*case, rounds=5 if arguments.quick or case[0] > 4096 else 9)
-        results.append(found)
-        print(f"{found['case_id']:36} {found['median']:.2f} [{found['q1']:.2f}, {found['q3']:.2f}] {found['verdict']}")
-    if arguments.json:
-        path = arguments.json / "selected_attention.json"
-        path.write_text(json.dumps({"machine": describe_machine().to_dict(), "results": results}, indent=1) + "\n")
+def cell(case: tuple[int, int, int, int, int, int], rounds: int) -> Cell:
+    rounds = 5 if case[0] > 4096 else rounds
+    return Cell(case_id(*case), lambda: run(*case, rounds=rounds))
 
 
-if __name__ == "__main__":
-    main()
+BENCHMARKS = [
+    Benchmark(
+        name="selected_attention",
+        measures="PQ block attention with the choice of blocks, forward + backward, against SDPA",
+        cells=lambda asked: [
+            cell(case, asked.settings["rounds"]) for case in CASES if case[0] <= asked.settings["longest"]
+        ],
+        settings={"rounds": 9, "longest": 8192},
+        quick={"rounds": 5, "longest": 1024},
+        key_of=lambda row: row["case_id"],
+        shows=("median", "q1", "q3", "verdict"),
+    )
+]

@@ -1,7 +1,5 @@
 """What 2:4 emulation costs on a CPU: a training step of an FFN with 2:4 weights against the same dense step.
 
-    python bench/ops/sparse24.py [--json FILE] [--quick] [--threads N]
-
 A step is forward, backward, clipping and fused AdamW. The 2:4 side adds all that the method does: the mask search every
 40 steps, packing once a step, MVUE on the output gradient, masked decay. Both run in one loop whose order flips each
 round; the cost is the median of the per-round ratios. The search is timed apart, and its 40th part is added to every
@@ -11,12 +9,9 @@ first.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsetrain
+from bench.runner import Asked, Benchmark, Cell
 from sparsetrain import SemiStructured
 from sparsetrain.core.anatomy import Anatomy, Block, FFNSite
-from sparsetrain.measure.machine import describe_machine
 from sparsetrain.ops.sparse24_linear.reference import reference_linear
 
 # name: d, f
@@ -131,31 +126,26 @@ def measure(shape: str, preset: str, tokens: int, rounds: int, one_thread: bool)
     }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="a file, or a folder to write sparse24.json in")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    cases = [("gpt-256", 1024, 35), ("gpt-512", 1024, 15), ("gpt-768", 2048, 9)]  # shape, tokens, rounds
-    results = []
-    for shape, tokens, rounds in cases[: 1 if args.quick else None]:
-        for preset in PRESETS:
-            result = measure(shape, preset, tokens, rounds, one_thread=args.threads == 1)
-            results.append(result)
-            print(
-                f"{shape:8} n={tokens:5} {preset:14} {result['cost_median']:.2f}x the dense step "
-                f"[{result['cost_q1']:.2f}, {result['cost_q3']:.2f}]  search/40 {result['selection_ms']:.2f} ms  "
-                f"error {result['checks']['rel_l2']:.1e}",
-                flush=True,
-            )
-    if args.json:
-        machine = describe_machine().to_dict() | {"threads": args.threads}
-        path = Path(args.json)
-        path = path / "sparse24.json" if path.is_dir() else path
-        path.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+def cells(asked: Asked) -> list[Cell]:
+    known = [("gpt-256", 1024, 35), ("gpt-512", 1024, 15), ("gpt-768", 2048, 9)]  # shape, tokens, rounds
+
+    def cell(shape: str, preset: str, tokens: int, rounds: int) -> Cell:
+        one_thread = asked.threads == 1
+        return Cell(f"{shape} {preset}", lambda: measure(shape, preset, tokens, rounds, one_thread))
+
+    few = known[:1] if asked.settings["few"] else known
+    return [cell(shape, preset, tokens, rounds) for shape, tokens, rounds in few for preset in PRESETS]
 
 
-if __name__ == "__main__":
-    main()
+BENCHMARKS = [
+    Benchmark(
+        name="sparse24",
+        measures="a training step of an FFN with emulated 2:4 weights, against the dense step",
+        cells=cells,
+        settings={"few": False},
+        quick={"few": True},
+        threads=1,
+        key_of=lambda row: f"{row['shape']['name']} {row['preset']}",
+        shows=("cost_median", "cost_q1", "cost_q3", "selection_ms", "verdict"),
+    )
+]

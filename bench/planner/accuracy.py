@@ -1,8 +1,5 @@
 """Predicted against measured memory of a training step: models × ways to train × lengths.
 
-    python bench/planner/accuracy.py --json bench/results/planner_accuracy.json
-    python bench/planner/accuracy.py --only minilm --ways full,lora --lengths 128
-
 Each cell is measured in a process of its own with the real weights and all layers: saved activations by component
 (saved-tensor hooks), static bytes from the real objects, the peak of live tensor bytes, and the peak of resident
 memory (Linux; above what is resident between steps). Nothing of the prediction enters the measurement.
@@ -10,15 +7,10 @@ memory (Linux; above what is resident between steps). Nothing of the prediction 
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+from bench.runner import Asked, Benchmark, Cell, in_own_process
+
 MODELS = {"smollm2-135m": "lm", "minilm": "classify"}
 LENGTHS = (128, 256, 512)
 _PQ = {"method": "pq_attention", "keep_ratio": 0.25, "block_q": 64, "block_k": 16, "from_depth": 0.7}
@@ -132,16 +124,6 @@ def measure(model: str, way: str, tokens: int) -> dict[str, Any]:
     }
 
 
-def in_process(*arguments: str) -> dict[str, Any]:
-    """Run this file for one cell; freed memory goes back to the system at once, so that peaks are those of tensors."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, __file__, "--cell", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{arguments}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def compare(predicted: dict[str, Any], measured: dict[str, Any]) -> dict[str, float]:
     """Predicted / measured - 1 of the peaks and of every component that holds at least 1 % of the saved bytes."""
     peaks = [name for name in ("peak", "peak_resident") if name in measured]
@@ -153,44 +135,39 @@ def compare(predicted: dict[str, Any], measured: dict[str, Any]) -> dict[str, fl
     return errors
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cell", nargs=3, metavar=("MODEL", "WAY", "TOKENS"), help="measure one cell; prints JSON")
-    parser.add_argument("--only", help="one model")
-    parser.add_argument("--ways", help="comma-separated")
-    parser.add_argument("--lengths", help="comma-separated")
-    parser.add_argument("--json", type=Path, help="result file; cells that it holds already are replaced")
-    asked = parser.parse_args()
-    if asked.cell:
-        model, way, tokens = asked.cell
-        print(json.dumps(measure(model, way, int(tokens))))
-        return
-    from sparsetrain.measure.machine import describe_machine
-
-    results: dict[str, Any] = {"cells": {}}
-    if asked.json and asked.json.is_file():
-        results = json.loads(asked.json.read_text())
-    for model in [asked.only] if asked.only else MODELS:
-        for way in asked.ways.split(",") if asked.ways else WAYS:
-            for tokens in (int(n) for n in asked.lengths.split(",")) if asked.lengths else LENGTHS:
-                predicted, measured = predict(model, way, tokens), in_process(model, way, str(tokens))
-                exact = all(predicted[name] == measured[name] for name in ("parameters", "gradients", "optimizer"))
-                errors = compare(predicted, measured)
-                cell = {"predicted": predicted, "measured": measured, "static_exact": exact, "errors": errors}
-                results["cells"][f"{model} / {way} / {tokens}"] = cell
-                worst = max(errors, key=lambda name: abs(errors[name]))
-                shown = "  ".join(f"{name} {error:+.1%}" for name, error in errors.items())
-                print(f"{model:13} {way:19} {tokens:4}  static {'exact' if exact else 'DIFFERS'}  {shown}", flush=True)
-                if not exact or abs(errors[worst]) > 0.1:
-                    print(
-                        "    outside:",
-                        {k: (predicted[k], measured[k]) for k in ("parameters", "gradients", "optimizer")},
-                    )
-                if asked.json:
-                    results["machine"] = describe_machine().to_dict()
-                    asked.json.parent.mkdir(parents=True, exist_ok=True)
-                    asked.json.write_text(json.dumps(results, indent=1) + "\n")
+def cell(model: str, way: str, tokens: int) -> dict[str, Any]:
+    predicted = predict(model, way, tokens)
+    # freed memory goes back to the system at once, so that peaks are those of tensors
+    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    measured = in_own_process("bench.planner.accuracy:measure", model, way, tokens, environment=environment)
+    exact = all(predicted[name] == measured[name] for name in ("parameters", "gradients", "optimizer"))
+    errors = compare(predicted, measured)
+    worst = max(errors.values(), key=abs)
+    return {
+        "predicted": predicted, "measured": measured, "static_exact": exact, "errors": errors, "worst_error": worst,
+    }  # fmt: skip
 
 
-if __name__ == "__main__":
-    main()
+def cells(asked: Asked) -> list[Cell]:
+    def of(model: str, way: str, tokens: int) -> Cell:
+        return Cell(f"{model} / {way} / {tokens}", lambda: cell(model, way, tokens))
+
+    return [
+        of(model, way, tokens)
+        for model in asked.settings["models"]
+        for way in WAYS
+        for tokens in asked.settings["lengths"]
+    ]
+
+
+BENCHMARKS = [
+    Benchmark(
+        name="planner_accuracy",
+        measures="memory of a training step as the planner predicts it, against a measured step on the CPU",
+        cells=cells,
+        settings={"models": list(MODELS), "lengths": list(LENGTHS)},
+        quick={"models": ["minilm"], "lengths": [128]},
+        under="cells",
+        shows=("static_exact", "worst_error"),
+    )
+]

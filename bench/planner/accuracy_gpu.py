@@ -1,27 +1,23 @@
 """The planner on a GPU: predicted memory against the CUDA allocator's, predicted time against measured steps.
 
-    python bench/planner/accuracy_gpu.py --json bench/results/planner_accuracy_gpu.json
-
 Weights are random and made on the GPU, for memory and time of a step do not depend on their values. Predictions are
-made on the CPU, by the same versions; nothing of them enters a measurement.
+made on the CPU, by the same versions; nothing of them enters a measurement. `--set configs=DIR`: DIR/NAME/config.json
+goes before the package's.
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
 import gc
-import json
-import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from accuracy import compare
+from bench import runner
+from bench.planner.accuracy import compare
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 _AGAIN = {"gradient_checkpointing": "non-reentrant"}
 _TOKENS = {"method": "token_selection"}
 _CHUNKED = {"method": "token_selection", "keep_ratio": 1.0}
@@ -160,61 +156,75 @@ def try_to(recipe: Any, config: Any) -> dict[str, Any]:
         torch.cuda.empty_cache()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="models, comma-separated")
-    parser.add_argument("--configs", type=Path, metavar="DIR", help="DIR/NAME/config.json goes before the package's")
-    parser.add_argument("--workers", type=int, default=8, help="processes that predict")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    asked = parser.parse_args()
+class Predictions:
+    """Outlines of all cells, made by processes of their own while the GPU measures; cells may share one."""
 
-    from sparsetrain.measure.machine import describe_machine
+    def __init__(self, cells: list[Cell], folder: str | None, workers: int) -> None:
+        self.pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+        jobs = {_job(cell): (cell, folder) for cell in cells}
+        self.outlines = {key: self.pool.submit(predict, job) for key, job in jobs.items()}
+
+    def of(self, cell: Cell) -> dict[str, Any]:
+        from sparsetrain.planner.outline import Outline
+        from sparsetrain.planner.roofline import step_seconds
+
+        found = Outline.from_json(self.outlines[_job(cell)].result())
+        tokens = cell[3]
+        peak = found.peak(tokens)
+        return {
+            "parameters": found.static.parameters_trainable + found.static.parameters_frozen,
+            "gradients": found.static.gradients,
+            "optimizer": found.static.optimizer,
+            "saved": peak.saved_in_full,
+            "peak": peak.total,
+            "phase": peak.phase,
+            "how": found.how(tokens),
+            "step_s": step_seconds(found, rates(), tokens=tokens, dtype="bf16"),
+        }
+
+
+@functools.cache
+def rates() -> Any:
     from sparsetrain.measure.rates import measure_rates
     from sparsetrain.planner.machines import MachineRates
-    from sparsetrain.planner.outline import Outline
-    from sparsetrain.planner.roofline import step_seconds
 
-    cells = [cell for cell in CELLS if not asked.only or cell[0] in asked.only.split(",")]
-    with ProcessPoolExecutor(asked.workers, mp_context=get_context("spawn")) as pool:
-        folder = str(asked.configs) if asked.configs else None
-        jobs = {_job(cell): (cell, folder) for cell in cells}
-        outlines = {key: pool.submit(predict, job) for key, job in jobs.items()}
-        rates = MachineRates.from_dict(measure_rates("cuda", seconds=0.3).to_dict())
-        print({k: v for k, v in rates.to_dict().items() if v}, flush=True)
-        results: dict[str, Any] = {"rates": rates.to_dict(), "machine": describe_machine().to_dict(), "cells": {}}
-        for cell in cells:
-            model, _, way, tokens = cell
-            found = Outline.from_json(outlines[_job(cell)].result())
-            peak = found.peak(tokens)
-            predicted = {
-                "parameters": found.static.parameters_trainable + found.static.parameters_frozen,
-                "gradients": found.static.gradients,
-                "optimizer": found.static.optimizer,
-                "saved": peak.saved_in_full,
-                "peak": peak.total,
-                "phase": peak.phase,
-                "how": found.how(tokens),
-                "step_s": step_seconds(found, rates, tokens=tokens, dtype="bf16"),
-            }
-            measured = try_to(make_recipe(cell), open_config(model, asked.configs))
-            row = {"predicted": predicted, "measured": measured}
-            shown = f"out of memory; predicted {peak.total / 1e9:.1f} GB"
-            if "peak" in measured:
-                exact = all(predicted[name] == measured[name] for name in ("parameters", "gradients", "optimizer"))
-                row |= {"static_exact": exact, "errors": compare(predicted, measured)}
-                shown = f"static {'exact' if exact else 'DIFFERS'}  peak {measured['peak'] / 1e9:.2f} GB  "
-                shown += "  ".join(f"{name} {error:+.1%}" for name, error in row["errors"].items())
-                shown += f"  step {measured['step_s']:.3f} s, predicted {predicted['step_s']:.3f}"
-            results["cells"][f"{model} / {way} / {tokens}"] = row
-            print(f"{model:13} {way:29} {tokens:5}  {shown}", flush=True)
-            save(results, asked.json)
+    return MachineRates.from_dict(measure_rates("cuda", seconds=0.3).to_dict())
 
 
-def save(results: dict[str, Any], path: Path | None) -> None:
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+def run_cell(cell: Cell, predictions: Predictions, folder: Path | None) -> dict[str, Any]:
+    predicted = predictions.of(cell)
+    measured = try_to(make_recipe(cell), open_config(cell[0], folder))
+    row = {"predicted": predicted, "measured": measured}
+    if "peak" not in measured:
+        return row
+    exact = all(predicted[name] == measured[name] for name in ("parameters", "gradients", "optimizer"))
+    return row | {"static_exact": exact, "errors": compare(predicted, measured)}
 
 
-if __name__ == "__main__":
-    main()
+def key(cell: Cell) -> str:
+    model, _, way, tokens = cell
+    return f"{model} / {way} / {tokens}"
+
+
+def cells(asked: runner.Asked) -> list[runner.Cell]:
+    folder = asked.settings["configs"]
+    chosen = [cell for cell in CELLS if asked.only in key(cell)]
+    predictions = functools.cache(lambda: Predictions(chosen, folder, asked.settings["workers"]))
+    own = Path(folder) if folder else None
+    return [runner.Cell(key(cell), lambda cell=cell: run_cell(cell, predictions(), own)) for cell in chosen]
+
+
+BENCHMARKS = [
+    runner.Benchmark(
+        name="planner_accuracy_gpu",
+        measures="memory and time of a training step as the planner predicts them, against the CUDA allocator",
+        cells=cells,
+        settings={"configs": None, "workers": 8},
+        dtype="bfloat16; float32 where all weights train",
+        under="cells",
+        shows=("static_exact",),
+        about=lambda asked: {"rates": rates().to_dict()},
+        environment={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+        needs_gpu=True,
+    )
+]

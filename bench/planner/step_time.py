@@ -1,20 +1,16 @@
 """Predicted against measured time of whole training steps on this CPU: the roofline with rates measured just before.
 
-    python bench/planner/step_time.py --json bench/results
-
 Real weights, all layers, random tokens; the shortest of three steps after one to warm up.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
+import functools
 import time
-from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+from bench.runner import Benchmark, Cell
+
 RECIPES: dict[str, list[dict[str, Any]]] = {
     "LoRA": [],
     "token_selection": [{"method": "token_selection"}],
@@ -46,30 +42,32 @@ def predicted(recipe: Any, rates: Any) -> float:
     return step_seconds(found, rates, tokens=recipe.seq_len, dtype="fp32")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="DIR")
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--tokens", type=int, default=512)
-    options = parser.parse_args()
-    from sparsetrain.hf.data.random_tokens import RANDOM
-    from sparsetrain.measure.machine import describe_machine
+@functools.cache
+def rates() -> Any:
     from sparsetrain.measure.rates import measure_rates
     from sparsetrain.planner.machines import MachineRates
+
+    return MachineRates.from_dict(measure_rates("cpu", seconds=0.3).to_dict())
+
+
+def both(name: str, settings: dict[str, Any]) -> dict[str, float]:
+    from sparsetrain.hf.data.random_tokens import RANDOM
     from sparsetrain.recipes.finetune import Recipe
 
-    rates = MachineRates.from_dict(measure_rates("cpu", seconds=0.3).to_dict())
-    rows = {}
-    for name, methods in RECIPES.items():
-        values = {"model": options.model, "data": RANDOM, "methods": methods, "seq_len": options.tokens}
-        recipe = Recipe.from_values(values | {"calibration_tokens": 512, "device": "cpu"})
-        rows[name] = {"roofline_s": predicted(recipe, rates), "measured_s": measured(recipe)}
-        print(name, rows[name], flush=True)
-    result = {"model": options.model, "tokens": options.tokens, "rows": rows, "rates": rates.to_dict()}
-    result["machine"] = describe_machine().to_dict()
-    if options.json:
-        (options.json / "planner_steps.json").write_text(json.dumps(result, indent=1) + "\n")
+    values = {"model": settings["model"], "data": RANDOM, "methods": RECIPES[name], "seq_len": settings["tokens"]}
+    recipe = Recipe.from_values(values | {"calibration_tokens": 512, "device": "cpu"})
+    return {"roofline_s": predicted(recipe, rates()), "measured_s": measured(recipe)}
 
 
-if __name__ == "__main__":
-    main()
+BENCHMARKS = [
+    Benchmark(
+        name="planner_steps",
+        measures="time of a training step as the roofline predicts it, against measured steps on this CPU",
+        cells=lambda asked: [Cell(name, lambda name=name: both(name, asked.settings)) for name in RECIPES],
+        settings={"model": "smollm2-135m", "tokens": 512},
+        quick={"tokens": 128},
+        under="rows",
+        shows=("roofline_s", "measured_s"),
+        about=lambda asked: {**asked.settings, "rates": rates().to_dict()},
+    )
+]

@@ -1,23 +1,19 @@
 """Patterns at equal density: accuracy after equal steps of CF, C, F, top_q and window beside dense attention.
 
-    python bench/methods/flood_fill_attention/accuracy.py --task pixels --json FILE [--seeds 0,1,2]
-    python bench/methods/flood_fill_attention/accuracy.py --task listops --json FILE
-
-A run that FILE holds is not made again, so the script may be stopped and started. Every run is `pretrain` of one
-recipe: the encoder of SPION's tasks (arXiv 2309.12578), the same rows, order and start for all variants of a seed, and
-the same step for the switch, so that variants differ by their pattern alone. `paper` is CF with the published softmax.
+Every run is `pretrain` of one recipe: the encoder of SPION's tasks (arXiv 2309.12578), the same rows, order and start
+for all variants of a seed, and the same step for the switch, so that variants differ by their pattern alone. `paper`
+is CF with the published softmax.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
+
+from bench.runner import Asked, Benchmark, Cell
 
 TASKS: dict[str, dict[str, Any]] = {
     "pixels": {"seq_len": 196, "batch_size": 32, "steps": 300, "eval_tokens": 196 * 1000, "train_rows": 9600},
@@ -44,16 +40,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(args: argparse.Namespace, seed: int, variant: str) -> dict[str, Any]:
+def run(asked: Asked, seed: int, variant: str) -> dict[str, Any]:
     from sparsetrain.hf.train.pretrain import pretrain
     from sparsetrain.recipes.pretrain import PretrainRecipe
 
-    values = {**COMMON, **TASKS[args.task], "data": args.task, "seed": seed, "threads": args.threads}
-    values["warmup_steps"] = values["steps"] // 10
+    of_method = (*METHOD, "block_tokens", "keep_ratio")
+    values = {name: value for name, value in asked.settings.items() if name not in of_method}
+    values |= {"seed": seed, "threads": asked.threads, "warmup_steps": values["steps"] // 10}
     if variant != "dense":
-        values["methods"] = [
-            {**METHOD, "block_tokens": BLOCK[args.task], "keep_ratio": args.keep_ratio, **VARIANTS[variant]}
-        ]
+        values["methods"] = [{name: asked.settings[name] for name in of_method} | VARIANTS[variant]]
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         result = pretrain(
@@ -85,37 +80,27 @@ def density(sparsity: dict[str, Any]) -> float | None:
     return statistics.mean(found) if found else None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=tuple(TASKS), default="pixels")
-    parser.add_argument("--json", metavar="FILE", type=Path, required=True)
-    parser.add_argument("--variants", default="cf,c,f,top_q,window", help=f"of {', '.join(VARIANTS)}")
-    parser.add_argument("--keep-ratio", type=float, default=0.1)
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    from sparsetrain.measure.machine import describe_machine
-
-    settings = {
-        **COMMON,
-        **TASKS[args.task],
-        **METHOD,
-        "block_tokens": BLOCK[args.task],
-        "data": args.task,
-        "keep_ratio": args.keep_ratio,
-    }
-    empty = {"settings": settings, "machine": describe_machine().to_dict(), "results": {}}
-    stored = json.loads(args.json.read_text()) if args.json.exists() else empty
-    if stored["settings"] != settings:
-        raise SystemExit(f"{args.json} holds runs with {stored['settings']}, not {settings}. Choose another file.")
-    for seed in map(int, args.seeds.split(",")):
-        for variant in ["dense", *args.variants.split(",")]:
-            key = f"{variant} {seed}"
-            if key not in stored["results"]:
-                stored["results"][key] = run(args, seed, variant)
-                args.json.write_text(json.dumps(stored, indent=1) + "\n")
-                print(key, stored["results"][key], flush=True)
+def settings(task: str) -> dict[str, Any]:
+    return {**COMMON, **TASKS[task], **METHOD, "block_tokens": BLOCK[task], "data": task, "keep_ratio": 0.1}
 
 
-if __name__ == "__main__":
-    main()
+def cells(asked: Asked) -> list[Cell]:
+    def cell(variant: str, seed: int) -> Cell:
+        return Cell(f"{variant} {seed}", lambda: run(asked, seed, variant))
+
+    return [cell(variant, seed) for seed in asked.seeds for variant in ("dense", *VARIANTS)]
+
+
+BENCHMARKS = [
+    Benchmark(
+        name=f"flood_fill_accuracy_{task}",
+        measures=f"patterns at equal density: accuracy after equal steps beside dense attention, {task}",
+        cells=cells,
+        settings=settings(task),
+        quick={"steps": 10, "train_rows": 320, "eval_tokens": 64 * TASKS[task]["seq_len"]},
+        seeds=(0, 1, 2),
+        threads=1,
+        shows=("loss", "accuracy", "density", "search_share"),
+    )
+    for task in TASKS
+]

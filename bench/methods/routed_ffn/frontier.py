@@ -1,38 +1,30 @@
 """What converting SmolLM2's FFNs costs in perplexity and gives in time: one row a configuration.
 
-    python bench/methods/routed_ffn/frontier.py --json bench/results              # all rows, perplexity and time
-    python bench/methods/routed_ffn/frontier.py --json bench/results --only time  # or: convert, train, sensitivity
-    python bench/methods/routed_ffn/frontier.py --json bench/results --rows all-half,demo
-
 Perplexity: held-out Python source, windows of 1,024 tokens, before any training. Time: forward and backward of one
 converted FFN under LoRA, router and compensation included, against the same dense FFN under LoRA, in turns. Training,
 for some of the rows and for dense LoRA: `finetune` with 200 steps of 512 tokens; the demo's row is distilled before.
-The result file is read back, and what it holds is not measured again.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import json
 import math
 import statistics
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from bench.runner import Asked, Benchmark, Cell
 from sparsetrain import RoutedFFN, sparsify
 from sparsetrain.core.anatomy import describe
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.evaluate import evaluate
 from sparsetrain.hf.train.finetune import finetune
 from sparsetrain.hf.train.rows import calibration_batches
-from sparsetrain.measure.machine import describe_machine
 from sparsetrain.measure.timing import compare
 from sparsetrain.methods.routed_ffn.calibrate import convert_site, read_inputs
 from sparsetrain.recipes.finetune import Recipe
@@ -41,7 +33,6 @@ from sparsetrain.surgery.method import State
 from sparsetrain.surgery.plan import plan
 from sparsetrain.surgery.sensitivity import layer_losses
 
-NAME = "routed_ffn_frontier"
 LATER = tuple(range(14, 30))
 CHOSEN = (*range(3, 8), *range(9, 19), *range(20, 25), *range(26, 29))  # what the sensitivities leave
 LIGHT = (4, 6, 7, 14, 16, 17, 18, 20, 24, 27)  # the ten cheapest alone
@@ -76,41 +67,6 @@ ROWS: dict[str, RoutedFFN] = {
     "later-half-contiguous": RoutedFFN(num_blocks=8, num_active=4, layers=LATER),
     "all-half-contiguous": RoutedFFN(num_blocks=8, num_active=4, layers=ALL),
 }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, help="folder of the result file")
-    parser.add_argument("--only", choices=["convert", "time", "train", "sensitivity"])
-    parser.add_argument("--rows", help=f"comma-separated; all if not given: {', '.join(ROWS)}")
-    parser.add_argument("--tokens", default="1024,2048,4096", help="tokens of the timed FFN")
-    parser.add_argument("--threads", type=int, default=2)
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    file = asked.json / f"{NAME}.json"
-    found = json.loads(file.read_text()) if file.exists() else {"name": NAME, "rows": {}}
-    found["machine"] = describe_machine().to_dict()
-    names = asked.rows.split(",") if asked.rows else ["dense", *ROWS]
-    if unknown := [name for name in names if name not in ("dense", *ROWS)]:
-        parser.error(f"no row {', '.join(unknown)}. Rows: dense, {', '.join(ROWS)}.")
-    opened = functools.cache(Opened)
-    for name in names:
-        entry = found["rows"].setdefault(name, {})
-        config = ROWS.get(name)
-        if config is not None:
-            entry["config"] = _values(config)
-            if asked.only in (None, "convert") and "times_dense" not in entry:
-                entry |= opened().quality(config)
-            if asked.only in (None, "time"):
-                times = entry.setdefault("speedup", {})
-                for tokens in asked.tokens.split(","):
-                    times[tokens] = times.get(tokens) or opened().speedup(config, int(tokens))
-            if asked.only == "sensitivity":
-                entry["layer_losses"] = opened().sensitivity(config)
-        if asked.only in (None, "train") and name in TRAINED:
-            entry["trained"] = entry.get("trained") or train(config, DISTILL_STEPS.get(name, 0), asked.threads)
-        print(name, {key: value for key, value in entry.items() if key != "config"}, flush=True)
-        _write(file, found)
 
 
 def train(config: RoutedFFN | None, distill_steps: int, threads: int) -> dict[str, Any]:
@@ -216,12 +172,36 @@ def _values(config: RoutedFFN) -> dict[str, Any]:
     return config.to_dict() | {"active_ratio": round(config.active_ratio, 3)}
 
 
-def _write(file: Path, found: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(found, indent=1) + "\n")
-    part.replace(file)
+def cells(asked: Asked) -> list[Cell]:
+    """A row a configuration, and in it: the configuration, perplexity before training, times, one training."""
+    opened = functools.cache(Opened)
+    found = []
+    for name in ("dense", *ROWS):
+        config = ROWS.get(name)
+        if config is not None:
+            found.append(Cell(f"{name} config", functools.partial(_values, config), (name, "config")))
+            found.append(Cell(f"{name} quality", lambda c=config: opened().quality(c), (name, "quality")))
+            for tokens in asked.settings["tokens"]:
+                time = functools.partial(lambda c, n: opened().speedup(c, n), config, tokens)
+                found.append(Cell(f"{name} time {tokens}", time, (name, "speedup", str(tokens))))
+        if name == "all-5/8":
+            losses = functools.partial(lambda c: opened().sensitivity(c), config)
+            found.append(Cell(f"{name} layer losses", losses, (name, "layer_losses")))
+        if name in TRAINED:
+            trained = functools.partial(train, config, DISTILL_STEPS.get(name, 0), asked.threads)
+            found.append(Cell(f"{name} training", trained, (name, "trained")))
+    return found
 
 
-if __name__ == "__main__":
-    main()
+BENCHMARKS = [
+    Benchmark(
+        name="routed_ffn_frontier",
+        measures="what converting SmolLM2's FFNs costs in perplexity and gives in time, a row a configuration",
+        cells=cells,
+        settings={"tokens": [1024, 2048, 4096]},
+        quick={"tokens": [128]},
+        threads=2,
+        under="rows",
+        shows=("median", "times_dense"),
+    )
+]

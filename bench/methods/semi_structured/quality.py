@@ -1,10 +1,6 @@
 """What 2:4 training costs in quality: nine variants × seeds at equal steps, from random weights.
 
-    python bench/methods/semi_structured/quality.py --task gpt --json FILE [--seeds 0,1,2] [--steps 240]
-    python bench/methods/semi_structured/quality.py --task vit --json FILE --variants dense,fst,s-ste
-
-A run that FILE holds is not made again, so the script may be stopped and started; `python bench/report.py` writes the
-table. Every run is `pretrain` of one recipe: the variants of a seed share start, rows and their order, learning rate
+Every run is `pretrain` of one recipe: the variants of a seed share start, rows and their order, learning rate
 and steps. gpt: four GPT-2 layers of width 128 on the bytes of Python's standard library, 128 tokens; vit: four ViT
 layers of width 64 on Fashion-MNIST. `half-width` is dense, with FFNs half as wide: the same multiplications as 2:4.
 `fst-dense-dw` is FST without MVUE, the package's default, and `fst-refresh-1` FST with masks of every step: forty
@@ -13,16 +9,14 @@ steps are a sixth of such a short run. λ is as published, not tuned here.
 
 from __future__ import annotations
 
-import argparse
-import json
+import functools
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
+from bench.runner import Asked, Benchmark, Cell
 from sparsetrain import SemiStructured
-from sparsetrain.measure.machine import describe_machine
 
 TASKS: dict[str, dict[str, Any]] = {
     "gpt": {"model": "gpt2-nano", "data": "python-stdlib", "task": "lm", "seq_len": 128, "batch_size": 4, "steps": 240}
@@ -45,17 +39,18 @@ VARIANTS: dict[str, SemiStructured | None] = {
 }
 
 
-def recipe_values(task: str, variant: str, seed: int, steps: int) -> dict[str, Any]:
+def recipe_values(task: str, variant: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     """The recipe of one run, but for where it writes."""
     config = VARIANTS[variant]
-    values = {**TASKS[task], **TRAINING, "steps": steps, "seed": seed, "save_every": 0}
+    values = {**settings, "seed": seed, "save_every": 0}
     values["methods"] = [] if config is None else [{"method": config.method, **config.to_dict()}]
     return values | ({"set": HALF[task]} if variant == "half-width" else {})
 
 
 def run(values: dict[str, Any], threads: int, device: str) -> dict[str, Any]:
     from sparsetrain.hf.train.evaluate import Quality
-    from sparsetrain.hf.train.pretrain import PretrainRecipe, pretrain
+    from sparsetrain.hf.train.pretrain import pretrain
+    from sparsetrain.recipes.pretrain import PretrainRecipe
     from sparsetrain.runs.pictures import read_galleries
 
     with tempfile.TemporaryDirectory() as folder:
@@ -78,32 +73,24 @@ def run(values: dict[str, Any], threads: int, device: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=tuple(TASKS), default="gpt")
-    parser.add_argument("--json", metavar="FILE", type=Path, required=True)
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="dense among them, for the differences")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    steps = args.steps or TASKS[args.task]["steps"]
-    settings = {**TASKS[args.task], **TRAINING, "steps": steps}
-    empty = {"settings": settings, "machine": describe_machine().to_dict(), "results": {}}
-    stored = json.loads(args.json.read_text()) if args.json.exists() else empty
-    if stored["settings"] != settings:
-        raise SystemExit(f"{args.json} holds runs with {stored['settings']}, not {settings}. Choose another file.")
-    for seed in args.seeds.split(","):
-        for variant in args.variants.split(","):
-            key = f"{variant} {seed}"
-            if key in stored["results"]:
-                continue
-            found = run(recipe_values(args.task, variant, int(seed), steps), args.threads, args.device)
-            stored["results"][key] = found
-            args.json.write_text(json.dumps(stored, indent=1))
-            print(key, {name: round(x, 4) for name, x in found.items() if isinstance(x, float)}, flush=True)
+def cells(task: str, asked: Asked) -> list[Cell]:
+    def cell(variant: str, seed: int) -> Cell:
+        values = recipe_values(task, variant, seed, asked.settings)
+        return Cell(f"{variant} {seed}", lambda: run(values, asked.threads, asked.device))
+
+    return [cell(variant, seed) for seed in asked.seeds for variant in VARIANTS]
 
 
-if __name__ == "__main__":
-    main()
+BENCHMARKS = [
+    Benchmark(
+        name=f"semi_structured_quality_{task}",
+        measures=f"what 2:4 training costs in quality: nine variants at equal steps from random weights, {task}",
+        cells=functools.partial(cells, task),
+        settings={**TASKS[task], **TRAINING},
+        quick={"steps": 10, "warmup_steps": 3},
+        seeds=(0, 1, 2),
+        threads=1,
+        shows=("loss", "accuracy"),
+    )
+    for task in TASKS
+]

@@ -1,7 +1,5 @@
 """How far the gradient of selected tokens is from the dense one: SmolLM2 with LoRA, one batch, many draws.
 
-    python bench/methods/token_selection/bias.py [--json bench/results] [--ratios 0.1,0.3,0.5] [--draws 8]
-
 For each policy and share r: the cosine to the dense gradient of one draw (mean and standard deviation over draws) and
 of the mean gradient over all draws. More draws remove variance and leave bias, so the second column's distance from 1
 is what averaging over steps cannot repair. `length` is |mean gradient| / |dense gradient|.
@@ -9,17 +7,15 @@ is what averaging over steps cannot repair. `length` is |mean gradient| / |dense
 
 from __future__ import annotations
 
-import argparse
-import json
+import functools
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.runner import Asked, Benchmark, Cell
 from sparsetrain import TokenSelection, sparsify
-from sparsetrain.measure.machine import describe_machine
 
 POLICIES: dict[str, dict[str, Any]] = {
     "random": {},
@@ -84,25 +80,26 @@ def measure(trainee: Trainee, policy: str, ratio: float, dense: Tensor, draws: i
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="DIR", type=Path)
-    parser.add_argument("--ratios", default="0.1,0.3,0.5")
-    parser.add_argument("--draws", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=256, help="tokens in each of the batch's two rows")
-    args = parser.parse_args()
-    trainee = Trainee(args.tokens)
-    dense = trainee.gradient(TokenSelection(keep_ratio=1.0), 0)
-    found = []
-    for ratio in map(float, args.ratios.split(",")):
-        for policy in POLICIES:
-            row = measure(trainee, policy, ratio, dense, args.draws)
-            print(row, flush=True)
-            found.append(row)
-    if args.json:
-        about = {"name": "token_selection_bias", "machine": describe_machine().to_dict(), "tokens": 2 * args.tokens}
-        (args.json / "token_selection_bias.json").write_text(json.dumps(about | {"results": found}, indent=1) + "\n")
+def cells(asked: Asked) -> list[Cell]:
+    trainee = functools.cache(lambda: Trainee(asked.settings["tokens"] // 2))
+    dense = functools.cache(lambda: trainee().gradient(TokenSelection(keep_ratio=1.0), 0))
+
+    def cell(policy: str, ratio: float) -> Cell:
+        draws = asked.settings["draws"]
+        return Cell(f"{policy} r={ratio}", lambda: measure(trainee(), policy, ratio, dense(), draws))
+
+    return [cell(policy, ratio) for ratio in asked.settings["ratios"] for policy in POLICIES]
 
 
-if __name__ == "__main__":
-    main()
+BENCHMARKS = [
+    Benchmark(
+        name="token_selection_bias",
+        measures="how far the gradient of selected tokens is from the dense one, SmolLM2 with LoRA",
+        cells=cells,
+        settings={"tokens": 512, "ratios": [0.1, 0.3, 0.5], "draws": 8},
+        quick={"tokens": 128, "ratios": [0.3], "draws": 2},
+        key_of=lambda row: f"{row['policy']} r={row['ratio']}",
+        shows=("cosine", "cosine_of_mean", "length_of_mean"),
+        about=lambda asked: {"tokens": asked.settings["tokens"]},
+    )
+]

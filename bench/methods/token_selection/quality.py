@@ -1,22 +1,19 @@
 """What token selection costs in quality: policies × shares of tokens × seeds, beside dense LoRA at equal steps.
 
-    python bench/methods/token_selection/quality.py --task classify --json FILE [--seeds 0,1,2] [--steps 200]
-    python bench/methods/token_selection/quality.py --task sft --json FILE --policies random,targets,loss
-
-A run that FILE holds is not made again, so the script may be stopped and started. Every run is `finetune` of one
+Every run is `finetune` of one
 recipe: the same rows, order, LoRA start and steps for all policies of a seed. `targets` is policy random in the pool of
-supervised tokens; `unbiased` is random with importance weights. `bench/report.py` makes the table.
+supervised tokens; `unbiased` is random with importance weights. The committed results hold more seeds for some
+policies (`--seeds`).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
+
+from bench.runner import Asked, Benchmark, Cell
 
 TASKS: dict[str, dict[str, Any]] = {
     "classify": {
@@ -47,7 +44,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "unbiased": {"unbiased": True},
 }
 KNOWN: dict[int, Any] = {}  # seed -> quality before training, the same for all policies
-DEFAULT = {"classify": "random,prefix", "sft": "random,targets,prefix,loss,gradient_norm,unbiased"}
+POLICIES_OF = {"classify": ("random", "prefix"), "sft": tuple(POLICIES)}
 
 
 def run(
@@ -76,45 +73,27 @@ def run(
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=tuple(TASKS), default="classify")
-    parser.add_argument("--json", metavar="FILE", type=Path, required=True)
-    parser.add_argument("--policies", help=f"of {', '.join(POLICIES)}")
-    parser.add_argument("--ratios", default="0.1,0.3,0.5")
-    parser.add_argument("--seeds", default="0", help="the committed results hold more for some policies")
-    parser.add_argument("--steps", type=int, help="instead of the task's own")
-    parser.add_argument("--eval-tokens", type=int, help="instead of the task's own")
-    parser.add_argument("--model", help="instead of the task's own")
-    parser.add_argument("--data", help="instead of the task's own")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    from sparsetrain.measure.machine import describe_machine
+def cells(asked: Asked) -> list[Cell]:
+    of = POLICIES_OF[asked.settings["task"]]
 
-    seeds = [int(seed) for seed in args.seeds.split(",")]
-    asked = {name: getattr(args, name) for name in ("steps", "eval_tokens", "model", "data")}
-    settings = {**TASKS[args.task], "task": args.task, **{name: value for name, value in asked.items() if value}}
-    stored = (
-        json.loads(args.json.read_text())
-        if args.json.exists()
-        else {"settings": settings, "machine": describe_machine().to_dict(), "results": {}}
+    def cell(policy: str, ratio: float, seed: int) -> Cell:
+        method = {"method": "token_selection", "keep_ratio": float(ratio), **POLICIES.get(policy, {})}
+        sparse = None if policy == "dense" else method
+        return Cell(f"{policy} {ratio} {seed}", lambda: run(asked.settings, seed, sparse, asked.threads, asked.device))
+
+    jobs = [("dense", 1), *((policy, ratio) for ratio in (0.1, 0.3, 0.5) for policy in of)]
+    return [cell(policy, ratio, seed) for seed in asked.seeds for policy, ratio in jobs]
+
+
+BENCHMARKS = [
+    Benchmark(
+        name=f"token_selection_quality_{task}",
+        measures=f"what token selection costs in quality beside dense LoRA at equal steps, {task}",
+        cells=cells,
+        settings={**TASKS[task], "task": task},
+        quick={"steps": 3, "eval_tokens": 512},
+        threads=1,
+        shows=("loss", "accuracy", "step_s"),
     )
-    if stored["settings"] != settings:
-        raise SystemExit(f"{args.json} holds runs with {stored['settings']}, not {settings}. Choose another file.")
-    jobs: list[tuple[str, str]] = [("dense", "1")]
-    jobs += [(p, r) for r in args.ratios.split(",") for p in (args.policies or DEFAULT[args.task]).split(",")]
-    for seed in seeds:
-        for policy, ratio in jobs:
-            key = f"{policy} {ratio} {seed}"
-            if key in stored["results"]:
-                continue
-            method = {"method": "token_selection", "keep_ratio": float(ratio), **POLICIES.get(policy, {})}
-            found = run(settings, seed, None if policy == "dense" else method, args.threads, args.device)
-            stored["results"][key] = found
-            args.json.write_text(json.dumps(stored, indent=1))
-            print(key, {name: round(x, 4) for name, x in found.items() if x is not None}, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    for task in TASKS
+]

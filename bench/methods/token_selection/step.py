@@ -1,32 +1,25 @@
 """A training step on selected tokens against the same step on all of them: time and memory, SmolLM2 with LoRA.
 
-    python bench/methods/token_selection/step.py [--json bench/results] [--parts "linear;step"]
-
 Baseline and candidate run in one loop whose order flips each round. The baseline's head is chunked too, over all rows.
-Selection, gathering, LoRA and the optimizer are inside the timed region. Peaks are of a fresh process each. Parts that
-are not measured keep what an earlier run wrote.
+Selection, gathering, LoRA and the optimizer are inside the timed region. Peaks are of a fresh process each.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
-import sys
+import functools
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.runner import Asked, Benchmark, Cell, in_own_process
 from sparsetrain import TokenSelection, sparsify
-from sparsetrain.measure.machine import describe_machine
 from sparsetrain.measure.memory import peak_memory, saved_activations
 from sparsetrain.measure.timing import compare
 
-PARTS = ("linear", "step", "checkpointing", "step, policy loss", "head", "memory")
+PARTS = ("linear", "step", "checkpointing", "step, policy loss", "head")
 TARGETS: dict[str, Callable[[float], float | None]] = {
     "linear": lambda r: 0.9 * 2 / (1 + r),
     "step": lambda r: 1.3 if r == 0.3 else 1.0,
@@ -163,45 +156,36 @@ def head(tokens: int, words: int = 49152, d: int = 576) -> Callable[[float], Cal
     return run
 
 
-def measure(part: str, ratios: list[float], args: argparse.Namespace) -> list[dict[str, Any]]:
-    if part == "memory":
-        return [memory(name, args) for name in CELLS]
+Sides = tuple[Callable[[], object], Callable[[float], Callable[[], object]]]
+
+
+def sides(part: str, tokens: int, layers: int | None) -> Sides:
+    """(the dense step, the step on a share of the tokens) of one part."""
     if part in ("linear", "head"):
-        at = (linears if part == "linear" else head)(args.tokens)
-        dense = at(1.0)
-    else:
-        trainee = Trainee(args.tokens, args.layers)
-        policy = "loss" if part.endswith("policy loss") else "random"
-        at = lambda r: lambda: trainee.step(r, policy=policy)  # noqa: E731
-        dense = lambda: trainee.step(1.0, checkpointing=part == "checkpointing")  # noqa: E731
-    found = []
-    for ratio in ratios:
-        timed = compare(dense, at(ratio), rounds=args.rounds)
-        target = TARGETS[part](ratio)
-        row = {"case_id": f"C1 {part} r={ratio}", "part": part, "ratio": ratio, "tokens": args.tokens}
-        row |= {"dtype": "float32", "layers": args.layers, "target": target, **timed.to_dict()}
-        print(
-            f"{row['case_id']:24} {timed.median:.2f}x [{timed.q1:.2f}, {timed.q3:.2f}] target {target:.2f}", flush=True
-        )
-        found.append(row)
-    return found
+        at = (linears if part == "linear" else head)(tokens)
+        return at(1.0), at
+    trainee = Trainee(tokens, layers)
+    policy = "loss" if part.endswith("policy loss") else "random"
+    again = part == "checkpointing"
+    return lambda: trainee.step(1.0, checkpointing=again), lambda r: lambda: trainee.step(r, policy=policy)
 
 
-def memory(cell: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(part: str, ratio: float, settings: dict[str, Any], of_part: Callable[..., Sides]) -> dict[str, Any]:
+    tokens, layers = settings["tokens"], settings["layers"]
+    dense, at = of_part(part, tokens, layers)
+    timed = compare(dense, at(ratio), rounds=settings["rounds"])
+    row = {"case_id": f"C1 {part} r={ratio}", "part": part, "ratio": ratio, "tokens": tokens}
+    return row | {"dtype": "float32", "layers": layers, "target": TARGETS[part](ratio), **timed.to_dict()}
+
+
+def memory(name: str, layers: int | None, threads: int) -> dict[str, Any]:
     """Peak of resident memory of a fresh process, at r = 0.3, and the bytes that a forward saves."""
-    command = [sys.executable, __file__, "--cell", cell, "--threads", str(args.threads)]
-    command += [] if args.layers is None else ["--layers", str(args.layers)]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    row = {"case_id": f"C1 memory {cell}", "part": "memory", "layers": args.layers, **json.loads(out.splitlines()[-1])}
-    saved, blocks, peak, model = (row[f"{name}_bytes"] / 2**20 for name in ("saved", "block", "peak", "model"))
-    print(
-        f"{row['case_id']:34} saved {saved:.0f} MiB (blocks {blocks:.0f}), peak {peak:.0f} (model {model:.0f})",
-        flush=True,
-    )
-    return row
+    found = in_own_process("bench.methods.token_selection.step:cell", name, layers, threads)
+    return {"case_id": f"C1 memory {name}", "part": "memory", "layers": layers, **found}
 
 
-def cell(name: str, layers: int | None, tokens: int = 1024) -> dict[str, Any]:
+def cell(name: str, layers: int | None, threads: int, tokens: int = 1024) -> dict[str, Any]:
+    torch.set_num_threads(threads)
     trainee = Trainee(tokens, layers)
     ratio, plain = (0.3 if name.startswith("tokens") else 1.0), name in ("lora", "lora+checkpointing")
     trainee.recompute(name.endswith("checkpointing"))
@@ -220,31 +204,30 @@ def cell(name: str, layers: int | None, tokens: int = 1024) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="DIR", type=Path)
-    parser.add_argument("--parts", default=";".join(PARTS), help=f"of {'; '.join(PARTS)}")
-    parser.add_argument("--ratios", default="0.1,0.3,0.5")
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--layers", type=int, help="first blocks of the model; all 30 by default")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.cell:
-        print(json.dumps(cell(args.cell, args.layers)))
-        return
-    rows = [
-        r for part in args.parts.split(";") for r in measure(part, [float(x) for x in args.ratios.split(",")], args)
+def cells(asked: Asked) -> list[Cell]:
+    of_part = functools.lru_cache(maxsize=1)(sides)
+    layers = asked.settings["layers"]
+
+    def timed(part: str, ratio: float) -> Cell:
+        return Cell(f"C1 {part} r={ratio}", lambda: measure(part, ratio, asked.settings, of_part))
+
+    found = [
+        timed(part, ratio) for part in PARTS for ratio in ((0.3,) if part.endswith("policy loss") else (0.1, 0.3, 0.5))
     ]
-    if args.json:
-        path = args.json / "token_selection.json"
-        known = json.loads(path.read_text())["results"] if path.exists() else []
-        new = {row["case_id"] for row in rows}
-        kept = [row for row in known if row["case_id"] not in new]
-        path.write_text(json.dumps({"machine": describe_machine().to_dict(), "results": [*kept, *rows]}, indent=1))
+    if asked.settings["memory"]:
+        found += [Cell(f"C1 memory {name}", lambda name=name: memory(name, layers, asked.threads)) for name in CELLS]
+    return found
 
 
-if __name__ == "__main__":
-    main()
+BENCHMARKS = [
+    Benchmark(
+        name="token_selection",
+        measures="a training step on selected tokens, its parts and memory, against the dense step, SmolLM2, LoRA",
+        cells=cells,
+        settings={"tokens": 2048, "layers": None, "rounds": 5, "memory": True},
+        quick={"tokens": 256, "layers": 2, "rounds": 3, "memory": False},
+        threads=2,
+        key_of=lambda row: row["case_id"],
+        shows=("median", "q1", "q3", "target", "verdict", "saved_bytes", "peak_bytes"),
+    )
+]

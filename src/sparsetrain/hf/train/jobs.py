@@ -24,7 +24,8 @@ class JobKind:
 
     recipe: the class of its recipes. train: trains one. title: what is trained, in a line.
     open_parts: (recipe, report) -> everything but the weights.
-    empty_models: (config, recipe) -> its models without weights, one a stage. adapted: (one, recipe) -> as it is trained.
+    empty_models: (config, recipe) -> its models without weights, one a stage.
+    adapted: (one of them, recipe) -> as it is trained.
     row_tokens: (config, recipe) -> tokens of a row.
     dense: recipe keys that a dense counterpart has in place of its own, beside `methods`.
     """

@@ -1,0 +1,40 @@
+"""The docs' tables: one function a result file, and one a page for its conclusion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bench.tables import attention, ffn, planner, semi_structured, steps, tokens
+
+TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "selected_attention": attention.attention,
+    "flood_fill": attention.patterns,
+    "flood_fill_accuracy_pixels": attention.pattern_accuracy,
+    "flood_fill_accuracy_listops": attention.pattern_accuracy,
+    "routed_ffn": ffn.ffn,
+    "routed_ffn_frontier": ffn.frontier,
+    "token_selection": tokens.tokens,
+    "token_selection_quality_sft": tokens.quality,
+    "token_selection_quality_classify": tokens.quality,
+    "token_selection_bias": tokens.bias,
+    "sparse24": semi_structured.emulation,
+    "semi_structured_quality_gpt": semi_structured.variants,
+    "semi_structured_quality_vit": semi_structured.variants,
+    "planner_accuracy": planner.accuracy,
+    "planner_accuracy_gpu": planner.accuracy_gpu,
+    "planner_steps": planner.step_times,
+    "steps": steps.steps,
+}
+"""Result file -> its table."""
+
+CONCLUSIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "steps": steps.conclude_steps,
+    "pq_attention": attention.conclude_pq_attention,
+    "flood_fill_attention": attention.conclude_flood_fill_attention,
+    "token_selection": tokens.conclude_token_selection,
+    "routed_ffn": ffn.conclude_routed_ffn,
+    "semi_structured": semi_structured.conclude_semi_structured,
+    "planner": planner.conclude_planner,
+}
+"""Page of docs/results -> what its numbers say, in the order of the index."""

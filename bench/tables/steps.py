@@ -1,0 +1,109 @@
+"""The table of whole training steps, and what the README says of every registered method."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.tables.attention import quality_flood_fill_attention
+from bench.tables.ffn import quality_routed_ffn
+from bench.tables.format import tally
+from bench.tables.semi_structured import quality_semi_structured
+from bench.tables.tokens import quality_token_selection
+
+ROOT = Path(__file__).parents[2]
+QUALITY: dict[str, Callable[[dict[str, Any]], str]] = {
+    "flood_fill_attention": quality_flood_fill_attention,
+    "routed_ffn": quality_routed_ffn,
+    "semi_structured": quality_semi_structured,
+    "token_selection": quality_token_selection,
+}
+
+
+@dataclass(frozen=True)
+class Described:
+    """A registered method as its own page describes it: the first sentence, and the papers of the first paragraph."""
+
+    config: str
+    page: str
+    text: str
+    papers: tuple[str, ...]
+
+    @classmethod
+    def of(cls, name: str, config: type) -> Described:
+        page = f"src/{config.__module__.rpartition('.')[0].replace('.', '/')}/README.md"
+        paragraphs = [part for part in (ROOT / page).read_text().split("\n\n") if not part.startswith("#")]
+        first = " ".join(paragraphs[0].split())
+        sentence = re.split(r"(?<=\.)\s", first)[0].rstrip(".")
+        return cls(config.__name__, page, sentence, tuple(re.findall(r"\b\d{4}\.\d{5}\b", first)))
+
+
+def registered() -> dict[str, Described]:
+    import sparsetrain.methods  # noqa: F401  (enters them in the registry)
+    from sparsetrain.core.config import registered_methods
+
+    return {name: Described.of(name, config) for name, config in sorted(registered_methods().items())}
+
+
+def steps(results: dict[str, Any]) -> list[str]:
+    """One row a candidate of `sparsetrain bench`."""
+    recipe = results["recipe"]
+    lines = [
+        f"{recipe['model']}, {results['layers']} of {results['model_layers']} layers, "
+        f"{recipe['batch_size']} × {recipe['seq_len']:,} tokens, LoRA r={recipe['lora_r']}.",
+        *results["notes"],
+        "",
+        "| candidate | step, dense / ours | quartiles | part, dense / ours | saved bytes, ours / dense | verdict |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in results["outcomes"]:
+        if row["step"] is None:
+            lines.append(f"| {row['name']} | – | – | – | – | refused: {row['reason']} |")
+            continue
+        step = row["step"]
+        lines.append(
+            f"| {row['name']} | {step['median']:.2f} | {step['q1']:.2f}–{step['q3']:.2f} | {row['part']['median']:.2f} "
+            f"| {row['saved_bytes'] / row['dense_saved_bytes']:.2f} | {row['verdict']} |"
+        )
+    return lines
+
+
+def conclude_steps(found: dict[str, Any]) -> str:
+    rows = [row for row in found["steps"]["outcomes"] if row["step"] is not None]
+    best = max(rows, key=lambda row: row["step"]["median"])
+    worst = min(rows, key=lambda row: row["step"]["median"])
+    refused = [row["name"] for row in found["steps"]["outcomes"] if row["step"] is None]
+    return (
+        f"**Time: {tally(row['verdict'] for row in rows)}** beside dense LoRA: from {best['step']['median']:.2f}× "
+        f"({best['name']}) to {worst['step']['median']:.2f}× ({worst['name']}). Refused: "
+        f"{', '.join(refused) or 'none'}. What the gain costs in quality is on each method's page."
+    )
+
+
+def methods(found: dict[str, Any], described: dict[str, Described]) -> list[str]:
+    """A row a registered method: what it does, its whole step, its quality, its page."""
+    outcomes = {row["name"]: row for row in found["steps"]["outcomes"]}
+    seq_len = found["steps"]["recipe"]["seq_len"]
+    lines = [
+        f"| method | what it does | step of {seq_len:,} tokens, dense / ours | saved bytes, ours / dense "
+        "| quality at equal steps, against dense | |",
+        "|" + " --- |" * 6,
+    ]
+    for name, method in described.items():
+        row = outcomes.get(name)
+        time, saved = "not measured", "–"
+        if row is not None and row["step"] is None:
+            time = "refused beside LoRA"
+        elif row is not None:
+            time = f"{row['step']['median']:.2f}, {row['verdict']}"
+            saved = f"{row['saved_bytes'] / row['dense_saved_bytes']:.2f}"
+        quality = QUALITY[name](found) if name in QUALITY else "not measured at equal steps"
+        papers = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in method.papers)
+        results = f"docs/results/{name}.md"
+        measured = f"[results]({results})" if (ROOT / results).exists() else "–"
+        cells = [f"[`{method.config}`]({method.page})", f"{method.text} ({papers})", time, saved, quality, measured]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines

@@ -1,0 +1,34 @@
+"""docs/support.md, from the data that runs are checked against."""
+
+from __future__ import annotations
+
+
+def support() -> str:
+    """docs/support.md: what each method works with, from the data that runs are checked against."""
+    import sparsetrain.methods  # noqa: F401  (enters them in the registry)
+    from sparsetrain.hf.model.families import family_limits
+    from sparsetrain.surgery.support import FEATURES, support_rows
+
+    families = family_limits()
+    rows = support_rows(families)
+    lines = [
+        "# What works with what",
+        "",
+        "Written by `make docs` from the data that every run is checked against (`Method.limits`, the table of",
+        "families, `surgery/support.py`). A yes is exercised by `tests/methods/test_contract.py`; a no is refused",
+        "before a run.",
+        "",
+        f"Families: {', '.join(families)}.",
+        "",
+        "| feature | " + " | ".join(row["method"] for row in rows) + " |",
+        "| --- |" + " --- |" * len(rows),
+    ]
+    for feature, meaning in FEATURES.items():
+        lines.append(f"| {meaning} | " + " | ".join(row["features"][feature] for row in rows) + " |")
+    reasons = {f"{feature}: {reason}." for row in rows for feature, reason in row["reasons"].items()}
+    reasons |= {
+        f"{name}, {feature}: {reason}." for name, found in families.items() for feature, reason in found.items()
+    }
+    for row in rows:
+        reasons |= {f"{row['method']} on {name}: {reason}." for name, reason in row["refused_families"].items()}
+    return "\n".join([*lines, "", "## Why not", "", *(f"- {reason}" for reason in sorted(reasons))]) + "\n"

@@ -1,0 +1,83 @@
+"""The benchmarks' runner: every cell once, what is stored is kept, and every number says where it comes from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.runner import Asked, Benchmark, Cell, asked_of, benchmarks, run
+
+
+class Counted:
+    """A benchmark of three cells that notes which are measured."""
+
+    def __init__(self, **changes: Any) -> None:
+        self.measured: list[str] = []
+        self.benchmark = Benchmark(
+            name="counted", measures="nothing", cells=self.cells, settings={"rounds": 3}, quick={"rounds": 1}, **changes
+        )
+
+    def cells(self, asked: Asked) -> list[Cell]:
+        def measure(key: str) -> dict[str, Any]:
+            self.measured.append(key)
+            return {"case_id": key, "rounds": asked.settings["rounds"]}
+
+        return [Cell(key, lambda key=key: measure(key)) for key in "abc"]
+
+    def run(self, folder: Path | None, *, again: bool = False, **options: Any) -> dict[str, Any]:
+        return run(self.benchmark, asked_of(self.benchmark, **options), output=folder, again=again, say=lambda _: None)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_stopped_run_goes_on(tmp_path: Path, rows: bool) -> None:
+    counted = Counted(key_of=(lambda row: row["case_id"]) if rows else None)
+    counted.run(tmp_path, only="b")
+    counted.run(tmp_path)
+    assert counted.measured == ["b", "a", "c"]
+    counted.run(tmp_path)
+    assert counted.measured == ["b", "a", "c"]
+    counted.run(tmp_path, again=True)
+    assert counted.measured == ["b", "a", "c", "a", "b", "c"]
+    assert len(json.loads((tmp_path / "counted.json").read_text())["results"]) == 3
+
+
+def test_every_number_has_its_origin(tmp_path: Path) -> None:
+    counted = Counted()
+    file = tmp_path / "counted.json"
+    counted.run(tmp_path, only="a")
+    data = json.loads(file.read_text())
+    assert data["dtype"] == "float32" and data["machine"]["versions"]["torch"] and "commit" in data["machine"]
+    data["machine"]["cpu"] = "another"
+    file.write_text(json.dumps(data))
+    counted.run(tmp_path, only="b")
+    data = json.loads(file.read_text())
+    assert [(entry["machine"]["cpu"], entry["cells"]) for entry in data["earlier"]] == [("another", ["a"])]
+    counted.run(tmp_path, only="a", again=True)
+    assert "earlier" not in json.loads(file.read_text())
+
+
+def test_settings_are_not_mixed_in_a_file(tmp_path: Path) -> None:
+    counted = Counted()
+    counted.run(tmp_path, only="a")
+    with pytest.raises(SystemExit, match="Choose another folder"):
+        counted.run(tmp_path, changes={"rounds": 5})
+    with pytest.raises(SystemExit, match="no setting"):
+        counted.run(tmp_path, changes={"laps": 5})
+
+
+def test_without_a_folder_nothing_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Counted().run(None, quick=True)["results"]["a"]["rounds"] == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_benchmark_is_found_with_its_cells() -> None:
+    found = benchmarks()
+    assert len(found) >= 18
+    for benchmark in found.values():
+        for quick in (False, True):
+            keys = [cell.key for cell in benchmark.cells(asked_of(benchmark, quick=quick))]
+            assert keys and len(keys) == len(set(keys)), benchmark.name
