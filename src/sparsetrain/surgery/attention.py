@@ -96,6 +96,11 @@ def let_in(anatomy: Anatomy) -> Callable[[nn.Module], Undo]:
     return anatomy.install_attention
 
 
+def attention_names(anatomy: Anatomy) -> list[str]:
+    """The attentions that a method can take."""
+    return [] if anatomy.install_attention is None else [site.name for site in anatomy.attentions]
+
+
 def refuse_attention(method: str, site: AttentionSite, anatomy: Anatomy) -> None:
     """Raise ValueError if a sparse attention cannot take a site: no way in, or attention dropout."""
     if anatomy.install_attention is None:

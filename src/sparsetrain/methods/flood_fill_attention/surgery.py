@@ -13,7 +13,7 @@ from sparsetrain.methods.flood_fill_attention.config import FloodFillAttention
 from sparsetrain.methods.flood_fill_attention.module import PROBE, FloodFillSparseAttention
 from sparsetrain.methods.flood_fill_attention.pictures import pictures
 from sparsetrain.methods.flood_fill_attention.schedule import AT_ONCE, SwitchSchedule, probe
-from sparsetrain.surgery.attention import install_attention, refuse_attention
+from sparsetrain.surgery.attention import attention_names, install_attention, refuse_attention
 from sparsetrain.surgery.method import Edit, Method, RowFacts, State, register_method
 from sparsetrain.surgery.site import Site
 
@@ -171,7 +171,7 @@ register_method(
     FloodFillAttention,
     Method(
         edits=edits,
-        site_names=lambda anatomy: [site.name for site in anatomy.attentions],
+        site_names=attention_names,
         prepare=prepare,
         schedule=schedule,
         refuse=refuse,

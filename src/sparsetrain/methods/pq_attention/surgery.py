@@ -14,7 +14,7 @@ from sparsetrain.core.cost import Cost, attention_cost, mean_visible_keys
 from sparsetrain.methods.pq_attention.config import SUBSPACE, PQAttention
 from sparsetrain.methods.pq_attention.module import PQSparseAttention
 from sparsetrain.ops.product_quantization import fit_codebook
-from sparsetrain.surgery.attention import AttentionCall, install_attention, refuse_attention, watching
+from sparsetrain.surgery.attention import AttentionCall, attention_names, install_attention, refuse_attention, watching
 from sparsetrain.surgery.calibration import blocks_only
 from sparsetrain.surgery.method import Edit, Method, State, register_method
 from sparsetrain.surgery.site import Site
@@ -154,7 +154,7 @@ register_method(
     PQAttention,
     Method(
         edits=edits,
-        site_names=lambda anatomy: [site.name for site in anatomy.attentions],
+        site_names=attention_names,
         prepare=prepare,
         modules_to_save=("codebook",),
         limits={"four_bit": "it has not been tried on quantised models. Load the model in bf16 or fp32"},

@@ -141,7 +141,8 @@ def refuse(config: TokenSelection, facts: RowFacts) -> str | None:
     return config.too_short(shortest)
 
 
-register_method(
-    TokenSelection,
-    Method(edits=edits, site_names=lambda anatomy: [block.name for block in anatomy.blocks], refuse=refuse),
-)
+def site_names(anatomy: Anatomy) -> list[str]:
+    return [block.name for block in anatomy.blocks if anatomy.install_attention is not None]
+
+
+register_method(TokenSelection, Method(edits=edits, site_names=site_names, refuse=refuse))
