@@ -26,6 +26,7 @@ tokens, alone and on top of the first; plain LoRA."""
 class Recipe(RunRecipe):
     """One fine-tuning run. Build it with `Recipe.from_values`, `Recipe.from_yaml`, or keyword arguments."""
 
+    job: ClassVar[str] = "finetune"
     presets: ClassVar[Mapping[str, tuple[MethodConfig, ...]]] = PRESETS
     default_preset: ClassVar[str | None] = "spt"
 
