@@ -33,13 +33,20 @@ class Metric:
     tie: float = 0.0
     of_loss: Callable[[float], float] | None = None
 
-    def text(self, value: float) -> str:
+    @property
+    def title(self) -> str:
+        """The name as a heading."""
+        return self.name.replace("_", " ").capitalize()
+
+    def text(self, value: float | None) -> str:
         """The value as a reader wants it."""
-        return f"{value:.1%}" if self.is_share and math.isfinite(value) else number_text(value)
+        if self.is_share and value is not None and math.isfinite(value):
+            return f"{value:.1%}"
+        return number_text(value)
 
     def margin(self, dense: float) -> float:
         """The largest difference from the dense value that is a tie."""
-        return self.tie if self.is_share else self.tie * dense
+        return self.tie if self.is_share else self.tie * abs(dense)
 
 
 def perplexity(loss: float) -> float:

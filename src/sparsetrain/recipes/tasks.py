@@ -6,7 +6,6 @@ is named as "module:name" and imported when it is first used, so that the table 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -157,11 +156,6 @@ def offered(job: str) -> list[str]:
 def says(job: str) -> str:
     """What the tasks of a job learn, in a sentence."""
     return "; ".join(TASKS[name].says[job] for name in offered(job)) + "."
-
-
-def task_with(fits: Callable[[Task], bool]) -> Task | None:
-    """The first task of the table that fits."""
-    return next(filter(fits, TASKS.values()), None)
 
 
 def named(place: str) -> Any:

@@ -347,7 +347,7 @@ def run_side() -> None:
         def ask() -> Quality | None:
             tell({"event": "asks"})
             known = json.loads(next(turns))
-            return None if known is None else Quality(**known)
+            return None if known is None else Quality.from_dict(known)
 
         try:
             kind, train, _ = _JOBS[job["job"]]

@@ -30,6 +30,7 @@ from sparsetrain.hf.train.pretrain_data import load_rows, open_tokenizer
 from sparsetrain.hf.train.rows import calibration_batches, reads_longest, refuse_rows
 from sparsetrain.hf.train.run import Job, KnownQuality, Result, dense_start, run
 from sparsetrain.recipes.pretrain import PretrainRecipe as PretrainRecipe
+from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.checkpoints import Checkpoint
 from sparsetrain.runs.events import Report, silent
 from sparsetrain.runs.sidecar import read_state
@@ -81,7 +82,7 @@ def pretrain(
 def title(recipe: PretrainRecipe) -> str:
     """What is trained, in a line."""
     methods = " + ".join(config.method for config in recipe.configs) or "dense"
-    length = "" if recipe.task == "image" else f", {recipe.seq_len} tokens"
+    length = "" if task_of(recipe.task).images else f", {recipe.seq_len} tokens"
     return f"{recipe.model} from random weights on {recipe.data} ({recipe.task}), {methods}{length}"
 
 
@@ -91,7 +92,7 @@ def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | No
     Raises:
         ValueError, PlanError: the recipe does not fit the machine, the architecture or the data.
     """
-    device = assemble.pick_device(recipe)
+    device, task = assemble.pick_device(recipe), task_of(recipe.task)
     refuse_rows(recipe)
     config = open_architecture(recipe)
     check_task(config, recipe)
@@ -103,7 +104,7 @@ def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | No
     fit_to_data(config, recipe, bundle, tokenizer)
     refuse_rows(recipe, bundle)
     planned = assemble.plan_on(empty_model(config, recipe.task), recipe, device, tokens) if recipe.methods else None
-    pixels = config.num_channels * image_size(config)[0] * image_size(config)[1] if recipe.task == "image" else 1
+    pixels = config.num_channels * image_size(config)[0] * image_size(config)[1] if task.images else 1
     return Parts(
         recipe=recipe,
         device=device,
@@ -112,7 +113,7 @@ def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | No
         plan=planned,
         tokenizer=tokenizer,
         bundle=bundle,
-        tokens_per_input={"image": tokens / pixels, "pairs": 2.0}.get(recipe.task, 1.0),
+        tokens_per_input=tokens / pixels if task.images else float(task.sequences),
     )
 
 

@@ -20,10 +20,11 @@ from sparsetrain.hf.model.io import save
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.callbacks import SparsityCallback
 from sparsetrain.hf.train.checkpoint import CheckpointCallback, data_fingerprint
-from sparsetrain.hf.train.evaluate import Quality, evaluate
+from sparsetrain.hf.train.evaluate import Quality, evaluate, held_out_tokens
 from sparsetrain.hf.train.journal import EvalCallback, Journal, OrderedCollator, SavedCallback
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import first_batch
+from sparsetrain.hf.train.tasks import use_task_loss
 from sparsetrain.hf.train.token_selection import select_tokens, selector_of
 from sparsetrain.measure.machine import describe_machine
 from sparsetrain.measure.memory import reset_peak, static_memory
@@ -133,12 +134,13 @@ def run(
             *job.callbacks,
             journal.recorder,
             EvalCallback(lambda: measure_quality(model, handle, parts), recipe.eval_every, journal),
-            *([SavedCallback(handle, first_batch(parts), journal)] if resumed is None else []),
+            *([SavedCallback(handle, first_batch(parts), journal, recipe.task)] if resumed is None else []),
             *([_sparsity(handle, parts, journal, about)] if handle is not None else []),
             CheckpointCallback(recipe, rows, journal.progress, journal.report),  # completes what others wrote
         ],
     )
     trainer.remove_callback(PrinterCallback)
+    use_task_loss(trainer, recipe.task)
     if handle is not None and selector_of(handle) is not None:
         select_tokens(trainer, handle)
     _train(trainer, parts, resumed)
@@ -223,6 +225,6 @@ def measure_quality(
         parts.bundle.collate_fn,
         task=parts.recipe.task,
         batch_size=parts.recipe.batch_size,
-        max_tokens=None if parts.recipe.task == "image" else parts.recipe.eval_tokens,
+        max_tokens=held_out_tokens(parts.recipe),
         progress=None if journal is None else lambda share: journal.phase(name, share),
     )
