@@ -176,7 +176,8 @@ def _peak(dense: Run, sparse: Run) -> Judgement | None:
 
 def _quality(dense: Run, sparse: Run) -> Judgement | None:
     """The metric that the runs' task is judged by; the first of the table where an earlier version did not say it."""
-    for name in [sparse["metric"]] if sparse.get("metric") in METRICS else METRICS:
+    said = sparse.get("metric")
+    for name in [said] if said in METRICS else METRICS:
         d, s = (_stage(run, name) for run in (dense, sparse))
         if d is None or s is None:
             continue

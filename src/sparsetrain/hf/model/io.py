@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+import sparsetrain.methods  # noqa: F401  (enters every method in the registry, for what a sidecar names)
 from sparsetrain.core.config import MethodConfig, method_config, plain_values, registered_methods
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.hf.assets import resolve_model

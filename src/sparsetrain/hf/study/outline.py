@@ -133,9 +133,8 @@ class _Built:
 
     def trace(self, tokens: int) -> StepTrace:
         batch = example_batch(self.recipe, self.config, tokens, rows=1)
-        trace = trace_step(
-            self.model, training_step(self.model, self.handle, batch, self.cast, self.recipe.task), self.hollow
-        )
+        step = training_step(self.model, self.handle, batch, self.cast, self.recipe.task)
+        trace = trace_step(self.model, step, self.hollow)
         blocks = [submodule(self.model, block.name) for block in describe(self.model).blocks]
         self.without_gradient = [
             {name for name, p in block.named_parameters() if p.requires_grad and p.grad is None} for block in blocks
