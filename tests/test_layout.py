@@ -26,7 +26,7 @@ def test_importing_the_package_imports_no_hugging_face_library_and_no_triton() -
 def test_every_method_has_its_folder_and_page() -> None:
     for folder in (SOURCE / "methods").iterdir():
         if folder.is_dir() and folder.name != "__pycache__":
-            for name in ("__init__.py", "config.py", "module.py", "surgery.py", "README.md"):
+            for name in ("__init__.py", "config.py", "module.py", "surgery.py", "README.md", "evidence.json"):
                 assert (folder / name).exists(), f"{folder.name}/{name}"
 
 

@@ -50,7 +50,7 @@ def make_recipe(model: str, way: str, tokens: int) -> Any:
 
 
 def predict(model: str, way: str, tokens: int) -> dict[str, Any]:
-    from sparsetrain.hf.study.outline import outline
+    from sparsetrain.hf.study.recipe_trace import outline
     from sparsetrain.hf.train.assemble import open_config
 
     recipe = make_recipe(model, way, tokens)
@@ -75,11 +75,12 @@ def measure(model: str, way: str, tokens: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from sparsetrain import plan, sparsify
+    from sparsetrain.hf.model.checkpointing import recompute
     from sparsetrain.hf.model.models import add_lora
-    from sparsetrain.hf.study.outline import example_batch, recompute, training_step, without_dropout
+    from sparsetrain.hf.study.recipe_trace import example_batch, training_step, without_dropout
     from sparsetrain.hf.train.assemble import open_config
     from sparsetrain.measure.memory import peak_memory, reset_peak, saved_activations, static_memory
-    from sparsetrain.planner.tracing import trace_step
+    from sparsetrain.planner.step_tracer import trace_step
     from sparsetrain.surgery.method import blank_state
 
     recipe = make_recipe(model, way, tokens)

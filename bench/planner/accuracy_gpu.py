@@ -72,7 +72,7 @@ def predict(job: tuple[Cell, str | None]) -> str:
     """One cell's outline as JSON: small models at their very length, large ones fitted as `plan` does it."""
     import torch
 
-    from sparsetrain.hf.study.outline import outline
+    from sparsetrain.hf.study.recipe_trace import outline
 
     torch.set_num_threads(1)
     cell, folder = job
@@ -88,8 +88,9 @@ def build(recipe: Any, config: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from sparsetrain import plan, sparsify
+    from sparsetrain.hf.model.checkpointing import recompute
     from sparsetrain.hf.model.models import add_lora
-    from sparsetrain.hf.study.outline import example_batch, recompute, training_step, without_dropout
+    from sparsetrain.hf.study.recipe_trace import example_batch, training_step, without_dropout
     from sparsetrain.surgery.method import blank_state
 
     without_dropout(config, recipe)

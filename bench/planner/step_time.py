@@ -38,7 +38,7 @@ def predicted(recipe: Any, rates: Any) -> float:
     from transformers import AutoConfig
 
     from sparsetrain.hf.model.model_config import read_config
-    from sparsetrain.hf.study.outline import outline
+    from sparsetrain.hf.study.recipe_trace import outline
     from sparsetrain.planner.roofline import step_seconds
 
     config = AutoConfig.for_model(**read_config(recipe.model).values)

@@ -1,7 +1,8 @@
 """sparsetrain: fine-tune and train Transformers with less memory and time, through sparsity.
 
 Three verbs: `plan` says what a recipe would change, `sparsify` changes a model in place, `grow` makes a larger one.
-Names are imported when they are first used, so that `sparsetrain --help` need not wait for torch.
+The config of every method is here under its name. Names are imported when they are first used, so that
+`sparsetrain --help` need not wait for torch.
 """
 
 from importlib import import_module
@@ -14,11 +15,7 @@ if TYPE_CHECKING:
     from sparsetrain.core.errors import PlanError as PlanError
     from sparsetrain.core.errors import UnknownFamily as UnknownFamily
     from sparsetrain.core.errors import Unsupported as Unsupported
-    from sparsetrain.methods import FloodFillAttention as FloodFillAttention
-    from sparsetrain.methods import PQAttention as PQAttention
-    from sparsetrain.methods import RoutedFFN as RoutedFFN
-    from sparsetrain.methods import SemiStructured as SemiStructured
-    from sparsetrain.methods import TokenSelection as TokenSelection
+    from sparsetrain.methods import *  # noqa: F403
     from sparsetrain.surgery.apply import Handle as Handle
     from sparsetrain.surgery.apply import sparsify as sparsify
     from sparsetrain.surgery.grow import grow as grow
@@ -34,11 +31,6 @@ _HOMES = {
     "PlanError": "core.errors",
     "UnknownFamily": "core.errors",
     "Unsupported": "core.errors",
-    "FloodFillAttention": "methods",
-    "PQAttention": "methods",
-    "RoutedFFN": "methods",
-    "SemiStructured": "methods",
-    "TokenSelection": "methods",
     "Handle": "surgery.apply",
     "sparsify": "surgery.apply",
     "grow": "surgery.grow",
@@ -48,14 +40,25 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name.startswith("_"):  # asked by tools of import and inspection
         raise AttributeError(f"module 'sparsetrain' has no attribute {name!r}")
-    import sparsetrain.methods  # noqa: F401  (enters every method in the registry)
-
-    value = getattr(import_module(f"sparsetrain.{_HOMES[name]}"), name)
+    methods = import_module("sparsetrain.methods")  # enters every method in the registry
+    if name in _HOMES:
+        value = getattr(import_module(f"sparsetrain.{_HOMES[name]}"), name)
+    elif name in _configs():
+        value = getattr(methods, name)
+    else:
+        raise AttributeError(f"module 'sparsetrain' has no attribute {name!r}")
     globals()[name] = value
     return value
 
 
+def _configs() -> list[str]:
+    """Names of the config classes of our own methods."""
+    methods = import_module("sparsetrain.methods")
+    kinds = import_module("sparsetrain.core.config").registered_methods().values()
+    return [kind.__name__ for kind in kinds if getattr(methods, kind.__name__, None) is kind]
+
+
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted({*globals(), *_HOMES, *_configs()})

@@ -1,8 +1,13 @@
+import ast
+import inspect
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from sparsetrain import MethodConfig, PQAttention, RoutedFFN
+from sparsetrain import FloodFillAttention, MethodConfig, PQAttention, RoutedFFN, TokenSelection
 from sparsetrain.core.config import registered_methods
 
 
@@ -62,3 +67,49 @@ def test_targets_and_layers() -> None:
 def test_every_method_has_a_dense_limit_and_an_example() -> None:
     for config in registered_methods().values():
         assert config.dense_limit() != config.example()
+
+
+@pytest.mark.parametrize("method", registered_methods())
+def test_the_ops_a_config_names_are_those_its_modules_import(method: str) -> None:
+    source = Path(inspect.getfile(registered_methods()[method])).with_name("module.py").read_text()
+    modules = [node.module or "" for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    used = {name.split(".")[2] for name in modules if name.startswith("sparsetrain.ops.")}
+    assert tuple(sorted(used)) == registered_methods()[method].ops
+
+
+def test_what_a_config_knows_needs_no_torch() -> None:
+    code = (
+        "import sys, sparsetrain.methods; from sparsetrain.core.config import registered_methods as r\n"
+        "from sparsetrain.planner.quality import risk_of\n"
+        "for kind in r().values():\n"
+        "    c = kind.example(); c.shortest_trace(), c.begins_dense, c.sparse_at_once(), c.ops, c.own_dropout\n"
+        "    risk_of([c.to_dict()])\n"
+        "print([name for name in ('torch', 'numpy') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_traces_are_long_enough_for_what_a_method_keeps() -> None:
+    assert (
+        PQAttention(keep_ratio=0.125).shortest_trace() == FloodFillAttention(keep_ratio=0.125).shortest_trace() == 512
+    )
+    assert TokenSelection(keep_ratio=0.25).shortest_trace() == 512
+    assert RoutedFFN().shortest_trace() == 0
+    assert max(kind.dense_limit().shortest_trace() for kind in registered_methods().values()) <= 128
+
+
+def test_a_dense_phase_can_be_left_out() -> None:
+    late = FloodFillAttention()
+    assert late.begins_dense and not late.sparse_at_once().begins_dense
+    assert late.sparse_at_once() == FloodFillAttention(max_dense_steps=0)
+    for config in (FloodFillAttention(max_dense_steps=7), FloodFillAttention.dense_limit(), RoutedFFN(), PQAttention()):
+        assert config.sparse_at_once() is config
+    assert not RoutedFFN().begins_dense
+
+
+@pytest.mark.parametrize("method", registered_methods())
+def test_evidence_is_about_keys_the_method_has(method: str) -> None:
+    kind = registered_methods()[method]
+    for record in json.loads(Path(inspect.getfile(kind)).with_name("evidence.json").read_text(encoding="utf-8")):
+        assert set(record) - {"exact"} == {"setting", "ratio", "text", "from"}
+        assert set(record["setting"]) <= set(kind().to_dict())

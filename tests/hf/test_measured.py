@@ -16,13 +16,13 @@ from sparsetrain.hf.model.model_config import read_config
 from sparsetrain.hf.study import bench_checks as checks
 from sparsetrain.hf.study.bench import Outcome, bench, candidates
 from sparsetrain.hf.study.bench_cut import cut_head
-from sparsetrain.hf.study.predict import measured_speedup
 from sparsetrain.hf.study.profile import profile_recipe, profile_side
 from sparsetrain.hf.study.training_step import build_step, open_measured_parts
 from sparsetrain.hf.train.assemble import load_model
 from sparsetrain.measure.memory import saved_activations
 from sparsetrain.methods import PQAttention, RoutedFFN
 from sparsetrain.planner.machines import MachineRates
+from sparsetrain.planner.measured import measured_speedup
 from sparsetrain.planner.search import Question
 from sparsetrain.recipes.finetune import Recipe
 from tests.hf.runs import PQ, ROUTED, bert, llama
@@ -126,7 +126,7 @@ def test_every_candidate_is_checked_timed_or_refused_with_its_reason(model: Path
     asked_same = recipe(model, methods=[plain_values(RoutedFFN())])
     for tokens, known in ((64, True), (128, True), (512, False)):
         timed = measured_speedup(
-            asked_same, config, Question(tokens=tokens, batch=asked_same.batch_size, rates=rates_read)
+            asked_same, config.hidden_size, Question(tokens=tokens, batch=asked_same.batch_size, rates=rates_read)
         )
         assert (timed is not None) == known and (timed is None or timed[0] == row["step_speedup"])
     rates = found.rates.to_dict()

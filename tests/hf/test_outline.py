@@ -17,11 +17,12 @@ from transformers import (
 )
 
 from sparsetrain import plan, sparsify
+from sparsetrain.hf.model.checkpointing import recompute
 from sparsetrain.hf.model.models import add_lora
-from sparsetrain.hf.study.outline import example_batch, fit_lengths, outline, recompute, training_step
+from sparsetrain.hf.study.recipe_trace import example_batch, fit_lengths, outline, training_step
 from sparsetrain.measure.memory import saved_activations, static_memory
 from sparsetrain.planner.memory import PeakBytes, peak_bytes
-from sparsetrain.planner.tracing import trace_step
+from sparsetrain.planner.step_tracer import trace_step
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.surgery.method import blank_state
 from tests.families import FAMILIES

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from sparsetrain.hf.model.model_config import read_config
-from sparsetrain.hf.study.predict import Predictor, candidates, predict, recipe_yaml
+from sparsetrain.hf.study.predict import Predictor, predict
+from sparsetrain.planner.candidates import candidates, recipe_yaml
 from sparsetrain.planner.machines import known_machines
 from sparsetrain.planner.search import Question
 
@@ -23,7 +24,8 @@ from transformers import AutoModelForCausalLM
 from sparsetrain import plan, sparsify
 from sparsetrain.hf.model.models import add_lora
 from sparsetrain.hf.assets import resolve_model
-from sparsetrain.hf.study.outline import example_batch, recompute, training_step
+from sparsetrain.hf.model.checkpointing import recompute
+from sparsetrain.hf.study.recipe_trace import example_batch, training_step
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.surgery.method import blank_state
 
@@ -77,7 +79,7 @@ def test_the_planned_run_stays_under_a_limit_where_dense_lora_dies(tmp_path: Pat
     made = predict(predictor, Question(tokens=TOKENS, memory_bytes=limit, rates=known_machines()["cpu"]), some)
     assert made.picked is not None and made.picked.candidate.label != "LoRA"
     planned, dense = tmp_path / "plan.yaml", tmp_path / "dense.yaml"
-    planned.write_text(recipe_yaml(made, predictor, data=None))
+    planned.write_text(recipe_yaml(made, predictor.recipe(made.picked.candidate), data=None))
     dense.write_text(f"model: smollm2-135m\nmethods: []\nseq_len: {TOKENS}\n")
     # allocators round up and keep some: 8 % above the prediction is what the plan's rows are measured to need
     done = train(planned, int(1.08 * limit))

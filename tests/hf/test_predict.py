@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from sparsetrain.hf.model.model_config import built_in_configs, read_config
-from sparsetrain.hf.study.predict import Predictor, candidates, predict, recipe_yaml, unable, usable_bytes
+from sparsetrain.hf.study.predict import Predictor, predict
+from sparsetrain.planner.candidates import candidates, recipe_yaml
+from sparsetrain.planner.kernels import unable
 from sparsetrain.planner.machines import known_machines
 from sparsetrain.planner.search import Question
 from sparsetrain.recipes.finetune import Recipe
@@ -60,10 +62,11 @@ def test_a_plan_is_cached_and_its_recipe_is_one_that_finetune_takes(config_file:
     assert predict(again, question, some).rows == made.rows
     assert first.traced == 3 and again.traced == 0
     path = tmp_path / "plan.yaml"
-    path.write_text(recipe_yaml(made, first, data=None))
+    assert made.picked
+    path.write_text(recipe_yaml(made, first.recipe(made.picked.candidate), data=None))
     recipe = Recipe.from_yaml(path, {"data": "text.txt"})
     assert recipe.seq_len == 128 and recipe.batch_size == 2 and recipe.lora_r == 4
-    assert made.picked and made.picked.risk.exact
+    assert made.picked.risk.exact
 
 
 def test_every_method_is_a_candidate_and_none_is_dropped_without_a_reason(config_file: Path) -> None:
@@ -82,4 +85,4 @@ def test_a_gpu_refuses_what_has_a_kernel_for_cpus_alone(config_file: Path) -> No
     with pytest.raises(ValueError, match="no GPU kernel"):
         planner.outline(spt)
     assert planner.traced == 0
-    assert usable_bytes(10**9, CPU) == 550_000_000 and usable_bytes(1, CPU) == 0
+    assert CPU.usable_bytes(10**9) == 550_000_000 and CPU.usable_bytes(1) == 0

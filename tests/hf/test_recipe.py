@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from sparsetrain import PQAttention, RoutedFFN
-from sparsetrain.recipes.finetune import PRESETS, Recipe
+from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.recipes.presets import PRESETS
 from sparsetrain.recipes.run import parse_method
 
 NEEDED = {"model": "m", "data": "d"}

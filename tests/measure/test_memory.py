@@ -185,7 +185,7 @@ def test_hooks_are_gone_also_after_an_error_and_the_graph_is_freed() -> None:
     for module in model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
     gc.collect()
-    assert not [thing for thing in gc.get_objects() if type(thing) is memory._Saved]
+    assert not [thing for thing in gc.get_objects() if type(thing) is memory.Saved]
 
 
 def test_errors_say_what_to_do() -> None:

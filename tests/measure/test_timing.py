@@ -17,7 +17,7 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.time = 0.0
         self.calls: list[str] = []
-        monkeypatch.setattr(timing, "_clock", lambda _device: ("known", lambda: self.time))
+        monkeypatch.setattr(timing, "clock", lambda _device: ("known", lambda: self.time))
 
     def takes(self, name: str, *seconds: float) -> Callable[[], None]:
         left = list(seconds)

@@ -16,6 +16,7 @@ from sparsetrain.methods.flood_fill_attention.module import FloodFillSparseAtten
 from sparsetrain.methods.flood_fill_attention.schedule import probe
 from sparsetrain.methods.flood_fill_attention.surgery import costs, probe_rows
 from sparsetrain.ops.attention_patterns import VARIANTS
+from sparsetrain.surgery.attention import AttentionCall
 from tests.families import FAMILIES, LAYERS
 
 SMALL: dict[str, Any] = {"block_tokens": 8, "filter_edge": 5}
@@ -67,8 +68,8 @@ def test_equals_dense_attention_under_the_pattern(softmax: str, share_heads: boo
 
     def run(a: int, z: int, segments: Tensor | None = None) -> Tensor:
         queries, keys, values = q[:, :, a:], k, v
-        options: dict[str, Any] = {"causal": causal, "scale": 0.3, "window": None, "dense": lambda: 1 / 0}
-        return module(queries, keys[:, :, :z], values[:, :, :z], segments_bs=segments, **options)
+        never: Any = lambda: 1 / 0  # noqa: E731
+        return module(AttentionCall(queries, keys[:, :, :z], values[:, :, :z], causal, 0.3, segments, None, never))
 
     visible = torch.ones(tokens, tokens, dtype=torch.bool)
     visible = visible.tril() if causal else visible

@@ -4,7 +4,7 @@ import pytest
 
 from sparsetrain.planner.memory import Layout, StaticBytes, fit, peak_bytes, total_work
 from sparsetrain.planner.outline import Outline, load_outline, store_outline
-from sparsetrain.planner.tracing import Segment, StepTrace
+from sparsetrain.planner.step_tracer import Segment, StepTrace
 
 
 def step(tokens: float = 1.0) -> StepTrace:

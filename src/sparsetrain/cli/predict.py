@@ -58,7 +58,8 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     from sparsetrain.core.config import suggest
     from sparsetrain.hf.assets import cache_folder
     from sparsetrain.hf.model.model_config import read_config
-    from sparsetrain.hf.study import predict as planner
+    from sparsetrain.hf.study.predict import Predictor, predict
+    from sparsetrain.planner.candidates import dense_and, recipe_yaml
     from sparsetrain.planner.machines import machine_rates
     from sparsetrain.planner.search import GOALS, Question
 
@@ -70,26 +71,25 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     if goal.fit and memory is None:
         raise ValueError(f"--fit {goal.fit} needs --memory: how much may training use, for example --memory 24GB?")
     recipe = _recipe(asked)
-    bf16 = recipe.dtype == "bf16" or (recipe.dtype == "auto" and not planner.is_cpu(rates))
+    bf16 = recipe.dtype == "bf16" or (recipe.dtype == "auto" and not rates.is_cpu)
     model = read_config(recipe.model, to_stderr_line)
     base = {key: getattr(recipe, key) for key in ("task", "lora_r", "lora_alpha", "lora_targets", "seed", "dtype")}
     base |= {"seq_len": recipe.seq_len, "batch_size": recipe.batch_size, "grad_accum": recipe.grad_accum}
-    predictor = planner.Predictor(
-        model, base, bf16=bf16, cache=cache_folder() / "outlines", gpu=not planner.is_cpu(rates)
-    )
+    predictor = Predictor(model, base, bf16=bf16, cache=cache_folder() / "outlines", gpu=not rates.is_cpu)
     question = Question(
         tokens=recipe.seq_len,
         batch=recipe.batch_size,
         grad_accum=recipe.grad_accum,
-        memory_bytes=None if memory is None else planner.usable_bytes(memory, rates),
+        memory_bytes=None if memory is None else rates.usable_bytes(memory),
         goal=goal.goal or "fit",
         dtype="bf16" if bf16 else "fp32",
         rates=rates,
         context=model.context,
     )
-    only = planner.dense_and(recipe, base) if given_methods else None
-    found = planner.predict(predictor, question, only, fit=goal.fit)
-    yaml = None if found.picked is None else planner.recipe_yaml(found, predictor, goal.data)
+    only = dense_and(recipe, base) if given_methods else None
+    found = predict(predictor, question, only, fit=goal.fit)
+    picked = found.picked
+    yaml = None if picked is None else recipe_yaml(found, predictor.recipe(picked.candidate), goal.data)
     if goal.write is not None and yaml is not None:
         goal.write.write_text(yaml, encoding="utf-8")
     if goal.plot is not None:
@@ -110,9 +110,8 @@ def _recipe(asked: dict[str, Any]) -> Any:
 
 
 def _shown(found: Any, predictor: Any, goal: Goal, memory: int | None, yaml: str | None) -> Answer:
-    from sparsetrain.hf.study.predict import answer_values
-
-    data = answer_values(found, predictor) | {"memory_bytes": memory, "recipe_yaml": yaml}
+    data = {"model": predictor.model.name, **found.to_dict(), "traced": predictor.traced}
+    data |= {"memory_bytes": memory, "recipe_yaml": yaml}
     question = found.question
     title = (
         f"{predictor.model.name}: a training step of {question.batch} x {question.tokens:,} tokens, {question.dtype}, "
@@ -132,8 +131,6 @@ def _shown(found: Any, predictor: Any, goal: Goal, memory: int | None, yaml: str
 
 def _about_rows(rows: Any, predictor: Any) -> list[str]:
     """What the table has no column for: refusals, break-even lengths, what a step's time and memory stand for."""
-    from sparsetrain.hf.study.predict import begins_dense
-
     shown = [row for row in rows if row.peak is not None]
     refused = [f"Refused: {row.candidate.label}: {row.refused}." for row in rows if row.refused]
     evens = [
@@ -150,15 +147,13 @@ def _about_rows(rows: Any, predictor: Any) -> list[str]:
     begins = [
         f"{row.candidate.label} begins dense: memory and step are those of its dense phase."
         for row in shown
-        if begins_dense(predictor.recipe(row.candidate))
+        if any(config.begins_dense for config in predictor.recipe(row.candidate).configs)
     ]
     return [*refused, *evens, *timed, *begins]
 
 
 def _notes(found: Any, memory: int | None) -> list[str]:
     """How far the figures can be trusted."""
-    from sparsetrain.hf.study.predict import usable_bytes
-
     question = found.question
     rates = question.rates
     notes = []
@@ -168,7 +163,7 @@ def _notes(found: Any, memory: int | None) -> list[str]:
             "positions (rope_scaling in its config) before it can train there."
         )
     if memory is not None:
-        kept = memory - usable_bytes(memory, rates)
+        kept = memory - rates.usable_bytes(memory)
         notes.append(f"Of {memory / 1e9:.1f} GB, {kept / 1e9:.2f} are left to the libraries (and the GPU's context).")
     measured = "measured on this machine" if rates.measured else "not measured here"
     notes.append(f"Times: roofline of {rates.machine}, {measured}: read their order. {rates.source}")

@@ -29,6 +29,10 @@ class MethodConfig:
     method: ClassVar[str]
     changes_outputs: ClassVar[bool] = True
     """Does the forward compute something else than the dense one? A method that changes gradients alone says False."""
+    ops: ClassVar[tuple[str, ...]] = ()
+    """The operations (folders of `sparsetrain.ops`) that the method's modules call, for a plan that imports none."""
+    own_dropout: ClassVar[bool] = False
+    """Does the method draw the dropout masks of the blocks itself, in bytes, as a GPU's kernels do?"""
     targets: tuple[str, ...] = ("*",)
     layers: tuple[int, ...] | None = None
     from_depth: float = 0.0
@@ -66,6 +70,19 @@ class MethodConfig:
     def example(cls) -> Self:
         """A config that changes a tiny model (heads of 8 channels, 48 hidden units, 100 tokens); for contract tests."""
         raise NotImplementedError(f"{cls.__name__} has no example")
+
+    def shortest_trace(self) -> float:
+        """Tokens from which on a step grows smoothly with its length: below, a floor of the method hides the growth."""
+        return 0.0
+
+    @property
+    def begins_dense(self) -> bool:
+        """Does a run train dense first, and turn sparse later?"""
+        return False
+
+    def sparse_at_once(self) -> Self:
+        """The config without a dense phase at the beginning, to measure sparse steps; itself where there is none."""
+        return self
 
     def takes(self, site_name: str, layer: int, num_layers: int) -> bool:
         """Does this config ask for that site, in block `layer` of `num_layers`?"""

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsetrain.measure.components import Place
 from sparsetrain.measure.follow import Following
-from sparsetrain.measure.memory import SavedActivations, SavedRecord, _model_tensors, _Saved, _storages, _tensors
+from sparsetrain.measure.memory import Saved, SavedActivations, SavedRecord, model_tensors, storages_of, tensors_in
 
 PARTS = ("weights", "optimizer", "gradients", "saved", "temporary")
 
@@ -81,7 +81,7 @@ class LiveRecord(TorchDispatchMode):
         self._begin = time.perf_counter()
         self._saved = SavedRecord(model, following)
         following.on_backward = self._backward_begins
-        for tensor in _model_tensors(model):
+        for tensor in model_tensors(model):
             self._see(tensor, "weights")
         for parameter in model.parameters():
             if parameter.grad is not None:
@@ -89,7 +89,7 @@ class LiveRecord(TorchDispatchMode):
 
     def hold(self, optimizer: Any) -> None:
         """Count an optimizer's state."""
-        for tensor in _tensors(list(optimizer.state.values())):
+        for tensor in tensors_in(list(optimizer.state.values())):
             self._see(tensor, "optimizer")
 
     def _begin_step(self) -> None:
@@ -109,7 +109,7 @@ class LiveRecord(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for tensor in _tensors(out):
+        for tensor in tensors_in(out):
             self._see(tensor, "temporary")
         return out
 
@@ -128,7 +128,7 @@ class LiveRecord(TorchDispatchMode):
             self._count(block.part, -block.num_bytes)
 
     def _move(self, tensor: Tensor, part: str) -> None:
-        for key, _ in _storages(tensor):
+        for key, _ in storages_of(tensor):
             block = self._blocks.get(key)
             if block is not None and block.part == "temporary":
                 self._now[block.part] -= block.num_bytes
@@ -145,13 +145,13 @@ class LiveRecord(TorchDispatchMode):
         if self._peak is None or moment.total > self._peak.total:
             self._peak, self._peak_place = moment, self._following.place
 
-    def _pack(self, tensor: Tensor) -> _Saved:
+    def pack(self, tensor: Tensor) -> Saved:
         if self._following.phase != "forward":  # computed again, or for a second derivative: gone within the backward
-            return _Saved(tensor)
+            return Saved(tensor)
         self._move(tensor, "saved")
-        return self._saved._pack(tensor)
+        return self._saved.pack(tensor)
 
-    def _unpack(self, saved: _Saved) -> Tensor:
+    def unpack(self, saved: Saved) -> Tensor:
         self._following.backward_begins()  # a loss outside the model is read before any node that is hooked
         return saved.tensor
 
@@ -194,7 +194,7 @@ def live_memory(model: nn.Module, following: Following, optimizers: list[Any]) -
     ]
     try:
         record._begin_step()
-        with saved_tensors_hooks(record._pack, record._unpack), record:
+        with saved_tensors_hooks(record.pack, record.unpack), record:
             yield record
     finally:
         following.on_backward = None

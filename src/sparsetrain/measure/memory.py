@@ -74,7 +74,7 @@ class PeakMemory:
         return asdict(self)
 
 
-class _Saved:
+class Saved:
     """What the graph holds in place of a saved tensor; it lives exactly as long as the graph needs it."""
 
     __slots__ = ("__weakref__", "tensor")
@@ -90,27 +90,27 @@ class SavedRecord:
 
     _model: nn.Module
     _now: Locates
-    _seen: list[tuple[weakref.ref[_Saved], Place]] = field(default_factory=list)
+    _seen: list[tuple[weakref.ref[Saved], Place]] = field(default_factory=list)
     _result: SavedActivations | None = None
 
     def result(self) -> SavedActivations:
         return self._result if self._result is not None else self._count()
 
-    def _pack(self, tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor)
+    def pack(self, tensor: Tensor) -> Saved:
+        saved = Saved(tensor)
         self._seen.append((weakref.ref(saved), self._now.place))
         return saved
 
     def _count(self) -> SavedActivations:
         # read at the end: a buffer that the forward replaced is held by the graph alone, and counts
-        counted = {key for tensor in _model_tensors(self._model) for key, _ in _storages(tensor)}
+        counted = {key for tensor in model_tensors(self._model) for key, _ in storages_of(tensor)}
         by_component = dict.fromkeys(COMPONENTS, 0)
         by_layer: dict[int, dict[str, int]] = {}
         num_storages = 0
         for reference, place in self._seen:
             if (saved := reference()) is None:
                 continue
-            for key, num_bytes in _storages(saved.tensor):
+            for key, num_bytes in storages_of(saved.tensor):
                 if key in counted:
                     continue
                 counted.add(key)
@@ -140,7 +140,7 @@ def record_saved(model: nn.Module) -> Iterator[SavedRecord]:
     """
     with running(model) as now:
         record = SavedRecord(model, now)
-        with saved_tensors_hooks(record._pack, lambda saved: saved.tensor):
+        with saved_tensors_hooks(record.pack, lambda saved: saved.tensor):
             yield record
         record._result = record._count()
         record._seen.clear()
@@ -159,7 +159,7 @@ def saved_activations(model: nn.Module, forward: Callable[[], Any]) -> SavedActi
     """
     with record_saved(model) as record:
         kept = forward()
-        if not any(tensor.requires_grad for tensor in _tensors(kept)):
+        if not any(tensor.requires_grad for tensor in tensors_in(kept)):
             raise ValueError(
                 "the forward returned no tensor that requires a gradient, so nothing is saved for a backward pass. "
                 "Return the loss, make some parameter trainable, and leave torch.no_grad()."
@@ -177,7 +177,7 @@ def static_memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
 
     def new_bytes(tensors: Iterable[Tensor]) -> int:
         total = 0
-        for key, num_bytes in (pair for tensor in tensors for pair in _storages(tensor)):
+        for key, num_bytes in (pair for tensor in tensors for pair in storages_of(tensor)):
             total += 0 if key in seen else num_bytes
             seen.add(key)
         return total
@@ -191,8 +191,8 @@ def static_memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
         parameters_frozen=new_bytes(frozen),
         buffers=new_bytes([*model.buffers(), *held_tensors(model)]),
         gradients=new_bytes(param.grad for param in params if param.grad is not None),
-        optimizer_trainable=new_bytes(_tensors([value for param, value in state.items() if param.requires_grad])),
-        optimizer_frozen=new_bytes(_tensors([value for param, value in state.items() if not param.requires_grad])),
+        optimizer_trainable=new_bytes(tensors_in([value for param, value in state.items() if param.requires_grad])),
+        optimizer_frozen=new_bytes(tensors_in([value for param, value in state.items() if not param.requires_grad])),
     )
 
 
@@ -239,7 +239,7 @@ def _proc_status() -> dict[str, int]:
     return {name.rstrip(":"): int(kilobytes) * 1024 for name, kilobytes, _ in pairs}
 
 
-def _model_tensors(model: nn.Module) -> Iterator[Tensor]:
+def model_tensors(model: nn.Module) -> Iterator[Tensor]:
     yield from model.parameters()
     yield from model.buffers()
     yield from held_tensors(model)
@@ -252,31 +252,31 @@ def held_tensors(model: nn.Module) -> Iterator[Tensor]:
             yield from module.held_tensors()
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """Every tensor inside nested lists, tuples and mappings."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+        yield from tensors_in(list(value.values()))
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
-def _storages(tensor: Tensor) -> Iterator[tuple[int, int]]:
+def storages_of(tensor: Tensor) -> Iterator[tuple[int, int]]:
     """(identity, bytes) of the storages behind a tensor; the identity is unique while the storage lives."""
     if hasattr(tensor, "__tensor_flatten__"):  # 2:4 weights, DTensor, jagged
         for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
-            yield from _storages(getattr(tensor, name))
+            yield from storages_of(getattr(tensor, name))
     elif tensor.layout == torch.sparse_coo:
-        yield from _storages(tensor._indices())
-        yield from _storages(tensor._values())
+        yield from storages_of(tensor._indices())
+        yield from storages_of(tensor._values())
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         for part in (tensor.crow_indices(), tensor.col_indices(), tensor.values()):
-            yield from _storages(part)
+            yield from storages_of(part)
     elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         for part in (tensor.ccol_indices(), tensor.row_indices(), tensor.values()):
-            yield from _storages(part)
+            yield from storages_of(part)
     else:
         storage = tensor.untyped_storage()
         # not data_ptr(): every storage on the meta device has 0

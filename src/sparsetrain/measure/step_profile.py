@@ -23,7 +23,7 @@ from sparsetrain.measure.memory import (
     reset_peak,
     static_memory,
 )
-from sparsetrain.measure.timing import _clock
+from sparsetrain.measure.timing import clock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,15 +100,45 @@ def profile(
     if steps < 1 or warmup < 1:
         raise ValueError(f"steps={steps}, warmup={warmup}: both must be at least 1.")
     device = torch.device(device)
-    optimizers: list[torch.optim.Optimizer] = []
-    static: list[StaticMemory] = []
-    clock, now = _clock(device)
     reset_peak(device)
+    optimizers = _warm_up(model, step, warmup)
+    static, time = _on_the_clock(model, step, steps, optimizers, device)
+    process = peak_memory(device)
+    with following(model) as found, live_memory(model, found, optimizers) as record, allocator_history(device) as past:
+        step()
+    if record.saved is None:
+        raise ValueError("no backward ran within the step. Let `step` call loss.backward() of what `model` returned.")
+    return Profile(
+        static=static,
+        saved=record.saved,
+        live=record.result(),
+        time=time,
+        process=process,
+        history=tuple(past),
+    )
+
+
+def _warm_up(model: nn.Module, step: Callable[[], object], warmup: int) -> list[torch.optim.Optimizer]:
+    """Steps in which the optimizers make their state; returns those that stepped."""
+    optimizers: list[torch.optim.Optimizer] = []
     with following(model) as found:
         found.on_optimizer = lambda optimizer: optimizers.append(optimizer) if optimizer not in optimizers else None
         for _ in range(warmup):
             step()
+    return optimizers
+
+
+def _on_the_clock(
+    model: nn.Module,
+    step: Callable[[], object],
+    steps: int,
+    optimizers: list[torch.optim.Optimizer],
+    device: torch.device,
+) -> tuple[StaticMemory, ComponentTime]:
+    """Timed steps, and what is held just before the optimizer of the last one."""
+    static: list[StaticMemory] = []
     rows = []
+    name, now = clock(device)
     with following(model, now) as found:
         found.on_optimizer = lambda _: static.append(static_memory(model, _together(optimizers)))
         for _ in range(steps):
@@ -117,26 +147,14 @@ def profile(
             step()
             found.settle()
             rows.append(found.spent)
-    process = peak_memory(device)
-    with following(model) as found, live_memory(model, found, optimizers) as record, allocator_history(device) as past:
-        step()
-    if record.saved is None:
-        raise ValueError("no backward ran within the step. Let `step` call loss.backward() of what `model` returned.")
-    return Profile(
-        static=static[-1] if static else static_memory(model),
-        saved=record.saved,
-        live=record.result(),
-        time=_times(rows, clock),
-        process=process,
-        history=tuple(past),
-    )
+    return static[-1] if static else static_memory(model), _times(rows, name)
 
 
 def _together(optimizers: list[torch.optim.Optimizer]) -> Any:
     return SimpleNamespace(state={key: value for each in optimizers for key, value in each.state.items()})
 
 
-def _times(rows: list[dict[tuple[str, Place], float]], clock: str) -> ComponentTime:
+def _times(rows: list[dict[tuple[str, Place], float]], clock_name: str) -> ComponentTime:
     """Medians over steps of the sums by phase, component and layer."""
 
     def median(chosen: Callable[[str, Place], bool]) -> float:
@@ -161,6 +179,6 @@ def _times(rows: list[dict[tuple[str, Place], float]], clock: str) -> ComponentT
             }
             for layer in layers
         },
-        clock=clock,
+        clock=clock_name,
         num_steps=len(rows),
     )

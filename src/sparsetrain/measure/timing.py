@@ -77,18 +77,18 @@ def compare(
     """
     if rounds < 3:
         raise ValueError(f"rounds={rounds} gives no quartiles. Use at least 3; 9 is the default.")
-    clock, now = _clock(torch.device(device))
+    name, now = clock(torch.device(device))
     for _ in range(warmup):
         baseline()
         candidate()
     times: dict[str, list[float]] = {"baseline": [], "candidate": []}
     pair = [("baseline", baseline), ("candidate", candidate)]
     for i in range(rounds):
-        for name, function in pair if i % 2 == 0 else reversed(pair):
+        for side, function in pair if i % 2 == 0 else reversed(pair):
             start = now()
             function()
-            times[name].append(now() - start)
-    return ratio(times["baseline"], times["candidate"], clock=clock)
+            times[side].append(now() - start)
+    return ratio(times["baseline"], times["candidate"], clock=name)
 
 
 def ratio(baseline_s: list[float], candidate_s: list[float], *, clock: str = "wall") -> Ratio:
@@ -139,7 +139,7 @@ def time_step(
         warmup: steps before timing, in which the optimizer makes its state.
         device: where the model lives.
     """
-    _, now = _clock(torch.device(device))
+    _, now = clock(torch.device(device))
     rows: list[tuple[float, float, float]] = []
     for _ in range(warmup + steps):
         t0 = now()
@@ -178,7 +178,7 @@ def forward_time_by_component(
     Raises:
         UnknownFamily: no anatomy adapter knows the model.
     """
-    _, now = _clock(torch.device(device))
+    _, now = clock(torch.device(device))
     rows = []
     for i in range(warmup + rounds):
         spent = _one_forward(model, forward, now)
@@ -203,7 +203,8 @@ def _one_forward(model: nn.Module, forward: Callable[[], object], now: Callable[
     return spent
 
 
-def _clock(device: torch.device) -> tuple[str, Callable[[], float]]:
+def clock(device: torch.device) -> tuple[str, Callable[[], float]]:
+    """(name, a clock in seconds) for work on a device, as `compare` says."""
     if device.type == "cuda":
 
         def synchronised() -> float:

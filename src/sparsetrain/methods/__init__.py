@@ -1,4 +1,6 @@
-"""The table of contents: one line a method, grouped by what it makes sparse."""
+"""The table of contents: one line a method, grouped by what it makes sparse; other packages bring theirs besides."""
+
+from sparsetrain.core.outside import load_outside_methods
 
 # attention
 from sparsetrain.methods.flood_fill_attention import (  # block patterns cut from attention maps, arXiv 2309.12578
@@ -14,3 +16,5 @@ from sparsetrain.methods.semi_structured import SemiStructured as SemiStructured
 
 # what flows between blocks
 from sparsetrain.methods.token_selection import TokenSelection as TokenSelection  # gradient, arXiv 2501.18824
+
+load_outside_methods()

@@ -3,7 +3,7 @@
 `sparsetrain bench` writes the same layout, so that `plan --gpu measured.json` answers for the user's own machine:
 
     {"machine": "H100", "gemm_flops": {"bf16": 6.2e14}, "copy_bytes_per_s": 2.9e12, "attention_flops": 5.0e14,
-     "methods": {"routed_ffn": [{"tokens": 4096, "hidden": 4096, "speedup": 1.6}]}}
+     "methods": {"some_method": [{"tokens": 4096, "hidden": 4096, "speedup": 1.6}]}}
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 from sparsetrain.core.config import suggest
 
 DTYPES = ("fp32", "bf16")
+RESERVE_BYTES = {"cpu": 450_000_000, "gpu": 600_000_000}
+"""What a process holds beside tensors: interpreter and libraries on a CPU, context and kernels on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,15 @@ class MachineRates:
             raise ValueError(f"machine {self.machine!r}: {wrong or 'gemm_flops is empty'}. Rates must be positive.")
         if unknown := set(self.gemm_flops) - set(DTYPES):
             raise ValueError(f"machine {self.machine!r}: gemm_flops of {sorted(unknown)}. Dtypes: {', '.join(DTYPES)}.")
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether they are those of a CPU: only there exponentials have a rate of their own."""
+        return self.exp_per_s is not None
+
+    def usable_bytes(self, memory_bytes: int) -> int:
+        """What is left for tensors of a memory limit."""
+        return max(0, memory_bytes - RESERVE_BYTES["cpu" if self.is_cpu else "gpu"])
 
     def gemm(self, dtype: str) -> float:
         """FLOP/s of a matrix product; the other dtype's rate where this one was not timed."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsetrain.core.components import COMPONENTS
-from sparsetrain.planner.trace import Segment, StepTrace, Work
+from sparsetrain.planner.traced_step import Segment, StepTrace, Work
 
 
 @dataclass(frozen=True, kw_only=True)

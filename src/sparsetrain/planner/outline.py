@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.planner.memory import Layout, PeakBytes, StaticBytes, fit, peak_bytes, total_work
-from sparsetrain.planner.trace import Segment, StepTrace, Work
+from sparsetrain.planner.traced_step import Segment, StepTrace, Work
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,16 @@
-"""What each method was seen to cost in quality, from recorded results with their source (quality.json)."""
+"""What each method was seen to cost in quality, from recorded results with their source (its evidence.json)."""
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import sparsetrain.methods  # noqa: F401  (enters every method in the registry)
+from sparsetrain.core.config import registered_methods
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +28,18 @@ class Risk:
 
     @property
     def order(self) -> tuple[int, float, int]:
-        """Sorts from safe to risky: exact; recorded, by ratio and number of methods; not recorded."""
+        """Sorts from safe to risky: exact; with a recorded ratio, by it and the number of methods; without."""
         return (0 if self.exact else 1 if self.ratio is not None else 2, self.ratio or 0.0, len(self.texts))
 
 
 @cache
-def _recorded() -> dict[str, list[dict[str, Any]]]:
-    return json.loads((Path(__file__).parent / "quality.json").read_text(encoding="utf-8"))
+def _recorded(method: str) -> list[dict[str, Any]]:
+    """The records beside a method's config; none for a method that brings none."""
+    kind = registered_methods().get(method)
+    source = None if kind is None else sys.modules[kind.__module__].__file__
+    if source is None or not (path := Path(source).with_name("evidence.json")).is_file():
+        return []
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def risk_of(methods: list[dict[str, Any]]) -> Risk:
@@ -43,7 +52,7 @@ def risk_of(methods: list[dict[str, Any]]) -> Risk:
     exact = True
     texts = []
     for method in methods:
-        found = next((r for r in _recorded().get(method["method"], []) if _shares(method, r["setting"])), None)
+        found = next((r for r in _recorded(method["method"]) if _shares(method, r["setting"])), None)
         if found is None:
             ratio, exact = None, False
             texts.append(f"{method['method']}: no recorded result")

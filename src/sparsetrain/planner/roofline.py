@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from sparsetrain.planner.machines import MachineRates
 from sparsetrain.planner.outline import Outline
-from sparsetrain.planner.trace import Work
+from sparsetrain.planner.traced_step import Work
 
 ADAMW_MOVES = 7
 """AdamW reads parameter, gradient and two moments and writes three of them: 28 bytes for 4 (performance page, 2.8)."""

@@ -94,6 +94,17 @@ class Answer:
             batch = self.picked.largest or batch
         return tokens, batch
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "question": asdict(self.question),
+            "rows": [row.to_dict() for row in self.rows],
+            "picked": None if self.picked is None else self.picked.candidate.label,
+            "reasons": list(self.reasons),
+            "nearest": list(self.nearest),
+            "refused": {row.candidate.label: row.refused for row in self.rows if row.refused},
+        }
+
 
 def answer(
     question: Question,

@@ -8,19 +8,8 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from sparsetrain.core.config import MethodConfig, registered_methods
-from sparsetrain.methods import PQAttention, RoutedFFN, TokenSelection
+from sparsetrain.recipes.presets import DEFAULT_PRESET, PRESETS
 from sparsetrain.recipes.run import RunRecipe
-
-_SPT = (PQAttention(keep_ratio=0.25, block_q=64, block_k=16, from_depth=0.7), RoutedFFN.converted())
-PRESETS: dict[str, tuple[MethodConfig, ...]] = {
-    "spt": _SPT,
-    "spt-paper": (PQAttention.paper(), RoutedFFN.paper()),
-    "tokens": (TokenSelection(),),
-    "spt+tokens": (*_SPT, TokenSelection()),
-    "dense": (),
-}
-"""Name -> methods: block-sparse attention with a fitted routed FFN; the published choices; gradient through selected
-tokens, alone and on top of the first; plain LoRA."""
 
 
 class Recipe(RunRecipe):
@@ -28,7 +17,7 @@ class Recipe(RunRecipe):
 
     job: ClassVar[str] = "finetune"
     presets: ClassVar[Mapping[str, tuple[MethodConfig, ...]]] = PRESETS
-    default_preset: ClassVar[str | None] = "spt"
+    default_preset: ClassVar[str | None] = DEFAULT_PRESET
 
     model: str
     """Model to fine-tune: an embedded asset (`sparsetrain models`), a local folder, or a name on the hub."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsetrain.core.modes import evaluating
+
 
 class _Enough(Exception):
     """The last block has run."""
@@ -29,11 +31,9 @@ def blocks_only(model: nn.Module, last: nn.Module) -> Iterator[Callable[[dict[st
         with contextlib.suppress(_Enough), torch.no_grad():
             model(**batch)
 
-    training = model.training
     hook = last.register_forward_hook(stop)
     try:
-        model.eval()
-        yield run
+        with evaluating(model):
+            yield run
     finally:
         hook.remove()
-        model.train(training)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import describe, submodule
 from sparsetrain.core.config import MethodConfig
+from sparsetrain.core.modes import evaluating
 from sparsetrain.surgery.apply import sparsify
 from sparsetrain.surgery.method import Progress, State
 from sparsetrain.surgery.plan import plan
@@ -66,9 +67,7 @@ def layer_losses(
         handle = sparsify(model, config, calibration=calibration, seed=seed, progress=progress)
         state = {site: {name: value.clone() for name, value in found.items()} for site, found in handle.state().items()}
         handle.restore()
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         dense, outputs = _dense_pass(model, held_out, loss)
         losses = {}
         for done, layer in enumerate(layers):
@@ -80,8 +79,6 @@ def layer_losses(
             finally:
                 handle.restore()
             losses[layer] = sum(found) / len(found) - dense
-    finally:
-        model.train(training)
     return losses
 
 

@@ -27,6 +27,10 @@ class ModelConfig:
         found = (text.get(key) for key in ("max_position_embeddings", "n_positions"))
         return next((value for value in found if isinstance(value, int)), None)
 
+    @property
+    def hidden_size(self) -> int | None:
+        return self.values.get("text_config", self.values).get("hidden_size")
+
 
 def built_in_configs() -> dict[str, str]:
     """Name -> hub name of the well-known models whose configs come with the package."""

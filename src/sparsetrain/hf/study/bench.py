@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from sparsetrain.core.errors import PlanError, Unsupported
 from sparsetrain.core.units import seconds_text
 from sparsetrain.hf.study.bench_checks import CHECK_LAYERS, distances
 from sparsetrain.hf.study.bench_cut import cut_head, cut_layers, first_layers
+from sparsetrain.hf.study.bench_outcome import Bench, Outcome
 from sparsetrain.hf.study.training_step import TrainingStep, convert_step, dense_twin, open_measured_parts
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.parts import Parts
@@ -31,8 +32,9 @@ from sparsetrain.measure.follow import following
 from sparsetrain.measure.machine import describe_machine
 from sparsetrain.measure.memory import saved_activations
 from sparsetrain.measure.rates import Rates, measure_rates
-from sparsetrain.measure.timing import Ratio, _clock, compare, ratio
-from sparsetrain.recipes.finetune import PRESETS, Recipe
+from sparsetrain.measure.timing import clock, compare, ratio
+from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.recipes.presets import PRESETS
 from sparsetrain.runs.events import Report, silent
 from sparsetrain.surgery.plan import Plan, plan
 
@@ -40,53 +42,6 @@ QUICK_LAYERS = 4
 TOLERANCE = 1e-5
 """Relative L2 distance allowed between two ways to compute the same numbers. Checks run in fp32: a tolerance
 that allows for the rounding of bf16 would hide small faults."""
-BASELINE = "dense: SDPA attention, the same LoRA, fused AdamW"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """One candidate. verdict: win, tie or loss of whole steps; refused, with `reason`, if it was not timed.
-
-    checks: name -> relative L2 distance. part: the ratio of the parts that the methods replace, adapters included.
-    """
-
-    name: str
-    methods: list[dict[str, Any]]
-    verdict: str
-    reason: str = ""
-    checks: dict[str, float] = field(default_factory=dict)
-    step: Ratio | None = None
-    part: Ratio | None = None
-    saved_bytes: int | None = None
-    dense_saved_bytes: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return values | {key: None if (r := values[key]) is None else r.to_dict() for key in ("step", "part")}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """`rates` in the layout that the planner reads, with each timed method's part under `methods`."""
-
-    recipe: Recipe
-    layers: int
-    model_layers: int
-    outcomes: list[Outcome]
-    rates: Rates
-    machine: dict[str, Any]
-    notes: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as bench.json holds them."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return values | {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "baseline": BASELINE,
-            "outcomes": [outcome.to_dict() for outcome in self.outcomes],
-            "rates": self.rates.to_dict(),
-        }
 
 
 def candidates(names: str, own: tuple[MethodConfig, ...] = ()) -> dict[str, tuple[MethodConfig, ...]]:
@@ -134,50 +89,76 @@ def bench(
         report({"event": "note", "text": text})
 
     tell("timing the machine")
-    device = assemble.pick_device(recipe)
-    rates = measure_rates(device, seconds=0.3)
+    rates = measure_rates(assemble.pick_device(recipe), seconds=0.3)
     # attention dropout is off on both sides, as in a comparison: a candidate may make attention sparse
     every = recipe.model_copy(update={"methods": [plain_values(c) for configs in chosen.values() for c in configs]})
-    dense_parts = open_measured_parts(dense_twin(recipe), lambda event: notes.append(event.get("text", "")), every)
-    model_layers = dense_parts.config.num_hidden_layers
-    cut = layers is not None and layers < model_layers
-    if layers is not None and cut:
-        cut_layers(dense_parts.config, layers)
-    base, new_modules = assemble.load_model(dense_parts)
-    if layers is not None and cut:
-        dense_parts, note = cut_head(base, dense_parts, layers, model_layers)
-        notes.append(note)
-    dense = convert_step(copy.deepcopy(base), new_modules, dense_parts)
-    dense_saved = saved_activations(dense.model, dense.loss).total
-    small = first_layers(base, CHECK_LAYERS).float()
-    once = _seconds(dense)
-    steps = 2 * (rounds + 1) + 4
-    estimate = seconds_text(once * steps * len(chosen))
+    parts = open_measured_parts(dense_twin(recipe), lambda event: notes.append(event.get("text", "")), every)
+    model_layers = parts.config.num_hidden_layers
+    dense = _open_dense(parts, layers, notes)
+    once = _seconds(dense.step)
+    estimate = seconds_text(once * (2 * (rounds + 1) + 4) * len(chosen))
     tell(f"a dense step takes {seconds_text(once)}; {len(chosen)} candidates may take {estimate}")
     outcomes = []
     for i, (name, configs) in enumerate(chosen.items()):
-        parts = _parts(dense_parts, configs)
-        outcome = Outcome(name=name, methods=[plain_values(config) for config in configs], verdict="not timed")
-        try:
-            outcome = _checked(outcome, configs, parts, base, small)
-            if outcome.verdict != "refused":
-                outcome = _timed(outcome, configs, parts, base, new_modules, dense, dense_saved, rounds)
-        except Exception as error:  # one candidate's failure, out of memory too, costs the others nothing
-            outcome = dataclasses.replace(outcome, verdict="refused", reason=_reason(error))
-        _record(outcome, configs, parts, rates)
-        outcomes.append(outcome)
+        outcomes.append(outcome := _judged(name, configs, dense, rounds))
+        _record(outcome, configs, dense.parts, rates)
         more = f": {outcome.reason}" if outcome.step is None else f", {outcome.step.median:.2f}x"
         spent = seconds_text(time.perf_counter() - begin)
         tell(f"{name} ({i + 1} of {len(chosen)}, {spent}): {outcome.verdict}{more}")
     return Bench(
-        recipe=dense_parts.recipe,
-        layers=dense_parts.config.num_hidden_layers,
+        recipe=dense.parts.recipe,
+        layers=dense.parts.config.num_hidden_layers,
         model_layers=model_layers,
         outcomes=outcomes,
         rates=rates,
         machine=describe_machine().to_dict(),
         notes=[note for note in notes if note],
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Dense:
+    """The dense side. base: the model that every candidate converts a copy of; small: its first layers, in fp32."""
+
+    parts: Parts
+    base: nn.Module
+    new_modules: list[str]
+    small: nn.Module
+    step: TrainingStep
+    saved_bytes: int
+
+
+def _open_dense(parts: Parts, layers: int | None, notes: list[str]) -> _Dense:
+    """Load the dense model, cut to `layers`, and make its training step; `notes` is told of a cut."""
+    model_layers = parts.config.num_hidden_layers
+    cut = layers is not None and layers < model_layers
+    if layers is not None and cut:
+        cut_layers(parts.config, layers)
+    base, new_modules = assemble.load_model(parts)
+    if layers is not None and cut:
+        parts, note = cut_head(base, parts, layers, model_layers)
+        notes.append(note)
+    step = convert_step(copy.deepcopy(base), new_modules, parts)
+    return _Dense(
+        parts=parts,
+        base=base,
+        new_modules=new_modules,
+        step=step,
+        saved_bytes=saved_activations(step.model, step.loss).total,
+        small=first_layers(base, CHECK_LAYERS).float(),
+    )
+
+
+def _judged(name: str, configs: tuple[MethodConfig, ...], dense: _Dense, rounds: int) -> Outcome:
+    """One candidate, checked and timed, or refused."""
+    methods = [plain_values(config) for config in configs]
+    outcome = Outcome(name=name, methods=methods, verdict="not timed")
+    parts = dataclasses.replace(dense.parts, recipe=dense.parts.recipe.model_copy(update={"methods": methods}))
+    try:
+        outcome = _checked(outcome, configs, parts, dense)
+        return outcome if outcome.verdict == "refused" else _timed(outcome, parts, dense, rounds)
+    except Exception as error:  # one candidate's failure, out of memory too, costs the others nothing
+        return dataclasses.replace(outcome, verdict="refused", reason=_reason(error))
 
 
 def _seconds(step: TrainingStep) -> float:
@@ -189,23 +170,16 @@ def _seconds(step: TrainingStep) -> float:
     return min(found)
 
 
-def _parts(dense: Parts, configs: tuple[MethodConfig, ...]) -> Parts:
-    recipe = dense.recipe.model_copy(update={"methods": [plain_values(config) for config in configs]})
-    return dataclasses.replace(dense, recipe=recipe)
-
-
 def _reason(error: Exception) -> str:
     if isinstance(error, (PlanError, ValueError, Unsupported, NotImplementedError)):
         return str(error)
     return f"it failed here: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def _checked(
-    outcome: Outcome, configs: tuple[MethodConfig, ...], parts: Parts, base: nn.Module, small: nn.Module
-) -> Outcome:
+def _checked(outcome: Outcome, configs: tuple[MethodConfig, ...], parts: Parts, dense: _Dense) -> Outcome:
     """The outcome with its checks: refused if one fails."""
-    plan(base, *configs, seq_tokens=parts.recipe.seq_len)
-    checks = distances(small, configs, parts)
+    plan(dense.base, *configs, seq_tokens=parts.recipe.seq_len)
+    checks = distances(dense.small, configs, parts)
     if red := {check: found for check, found in checks.items() if not found < TOLERANCE}:
         what = "; ".join(
             f"{check}: relative distance {found:.1e}, {TOLERANCE:.0e} allowed" for check, found in red.items()
@@ -214,36 +188,27 @@ def _checked(
     return dataclasses.replace(outcome, checks=checks)
 
 
-def _timed(
-    checked: Outcome,
-    configs: tuple[MethodConfig, ...],
-    parts: Parts,
-    base: nn.Module,
-    new_modules: list[str],
-    dense: TrainingStep,
-    dense_saved: int,
-    rounds: int,
-) -> Outcome:
-    sparse = convert_step(copy.deepcopy(base), new_modules, parts)
+def _timed(checked: Outcome, parts: Parts, dense: _Dense, rounds: int) -> Outcome:
+    sparse = convert_step(copy.deepcopy(dense.base), dense.new_modules, parts)
     assert sparse.handle is not None
     saved = saved_activations(sparse.model, sparse.loss).total
-    sites = _sites(sparse.handle.plan, base)
+    sites = _sites(sparse.handle.plan, dense.base)
     spent: dict[str, list[float]] = {"dense": [], "sparse": []}
-    _, clock = _clock(parts.device)
+    _, now = clock(parts.device)
     prefix = "base_model.model." if parts.recipe.lora_r else ""
     places = {f"{prefix}{site}": place for site, place in sites.items()}
-    with following(dense.model, clock, places) as left, following(sparse.model, clock, places) as right:
+    with following(dense.step.model, now, places) as left, following(sparse.model, now, places) as right:
 
         def one(side: str, step: TrainingStep, found: Any, other: Any) -> None:
             found.spent, other.clock = {}, None  # an optimizer's hooks are global
-            found.clock = clock
+            found.clock = now
             found.start()
             step()
             found.settle()
             spent[side].append(sum(s for (_, place), s in found.spent.items() if place.component == "part"))
 
         whole = compare(
-            lambda: one("dense", dense, left, right),
+            lambda: one("dense", dense.step, left, right),
             lambda: one("sparse", sparse, right, left),
             rounds=rounds,
             device=parts.device,
@@ -255,7 +220,7 @@ def _timed(
         step=whole,
         part=part,
         saved_bytes=saved,
-        dense_saved_bytes=dense_saved,
+        dense_saved_bytes=dense.saved_bytes,
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsetrain.core.backend import use_backend
 from sparsetrain.core.config import MethodConfig
-from sparsetrain.hf.study.training_step import MIDDLE, STEPS, without_dense_phase
+from sparsetrain.hf.study.training_step import MIDDLE, STEPS
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import first_batch
 from sparsetrain.surgery.apply import sparsify
@@ -28,7 +28,7 @@ def distances(dense: nn.Module, configs: tuple[MethodConfig, ...], parts: Parts)
         limit = copy.deepcopy(model)
         sparsify(limit, type(each).dense_limit(), calibration=[batch]).step(MIDDLE, STEPS)
         found[f"{each.method}: dense limit"] = distance(numbers(limit, batch), expected)
-    sparsify(model, *map(without_dense_phase, configs), calibration=[batch]).step(MIDDLE, STEPS)
+    sparsify(model, *(config.sparse_at_once() for config in configs), calibration=[batch]).step(MIDDLE, STEPS)
     with use_backend("reference"):
         reference = numbers(model, batch)
     found["fast path against reference"] = distance(numbers(model, batch), reference)

@@ -21,8 +21,8 @@ from sparsetrain.recipes.finetune import Recipe
 
 def drop_as_on_a_gpu(model: Any, recipe: Recipe) -> None:
     """Let the model's dropouts keep what they keep on a GPU."""
-    if any(config.method == "token_selection" for config in recipe.configs):
-        return  # its passes draw masks of bytes, and its attention has no dropout
+    if any(config.own_dropout for config in recipe.configs):
+        return  # masks are of bytes already, and attention has no dropout
     parts = [submodule(model, site.name) for site in describe(model).attentions]
     parts += [module for module in model.modules() if isinstance(module, nn.Dropout)]
     # checkpointing recomputes blocks in the backward, where a mode that the model's forward turns on is off

@@ -7,12 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparsetrain.hf.assets import ASSETS, asset_status
-from sparsetrain.hf.model import architectures, models
+from sparsetrain.hf.model import models
 from sparsetrain.hf.train import assemble
-from sparsetrain.hf.train.parts import Parts
-from sparsetrain.hf.train.pretrain import open_parts as open_pretraining
-from sparsetrain.recipes.finetune import Recipe
-from sparsetrain.recipes.pretrain import PretrainRecipe
+from sparsetrain.hf.train.jobs import JOBS, job_of
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.checkpoints import check_output, find_resumable
 from sparsetrain.runs.events import Event, Report, silent
@@ -40,11 +37,11 @@ class Preview:
     def lines(self) -> list[str]:
         """What a person reads."""
         share = self.trainable_parameters / self.parameters
-        how = f"LoRA of rank {self.recipe.lora_r}" if isinstance(self.recipe, Recipe) and self.recipe.lora_r else ""
+        how = "all weights" if self.recipe.trains_all else f"LoRA of rank {getattr(self.recipe, 'lora_r', 0)}"
         begin = "" if self.resume_step is None else f", from step {self.resume_step}"
         return [
             f"Model   {self.recipe.model}: {self.parameters:,} parameters, {self.weight_bytes / 2**20:,.0f} MiB",
-            f"Trained {how or 'all weights'}: {self.trainable_parameters:,} parameters ({share:.2%}), "
+            f"Trained {how}: {self.trainable_parameters:,} parameters ({share:.2%}), "
             f"{self.optimizer_bytes / 2**20:,.0f} MiB of optimizer state",
             f"Data    {self.data}",
             f"Length  {self.steps:,} steps of {self.tokens_per_step:,} tokens{begin}, on {self.device}",
@@ -79,12 +76,12 @@ def preview(recipe: RunRecipe, *, report: Report = silent) -> Preview:
         if name in ASSETS and asset_status(name).state == "absent":
             raise ValueError(f"{name} is not fetched yet. Run: sparsetrain models fetch {name}")
     resumed = find_resumable(recipe.output, recipe, note) if recipe.resume and recipe.compare == "none" else None
-    parts, model = _opened(recipe, note)
+    job = JOBS[job_of(recipe)]
+    parts = job.open_parts(recipe, note)
+    model = job.empty_model(parts.config, recipe.task)
     weights, _ = models.num_parameters(model)
     added = sum(row["added_params"] for row in parts.plan.rows()) if parts.plan is not None else 0
-    if isinstance(recipe, Recipe):
-        model = models.add_lora(model, recipe, None, [])
-    total, trainable = models.num_parameters(model)
+    total, trainable = models.num_parameters(job.adapted(model, recipe))
     rows_per_step = recipe.batch_size * recipe.grad_accum
     steps = recipe.steps or math.ceil((recipe.epochs or 1) * math.ceil(len(parts.bundle.train) / rows_per_step))
     return Preview(
@@ -96,25 +93,9 @@ def preview(recipe: RunRecipe, *, report: Report = silent) -> Preview:
         weight_bytes=weights * assemble.pick_dtype(recipe, parts.device).itemsize,
         optimizer_bytes=(trainable + added) * 8,
         steps=steps,
-        tokens_per_step=rows_per_step * _row_tokens(recipe, parts),
+        tokens_per_step=rows_per_step * job.row_tokens(parts.config, recipe),
         device=str(parts.device),
         counts=parts.bundle.counts,
         resume_step=None if resumed is None else resumed.step,
         notes=notes,
     )
-
-
-def _opened(recipe: RunRecipe, report: Report) -> tuple[Parts[Any], Any]:
-    """(the parts of a run, its model without weights)"""
-    if isinstance(recipe, PretrainRecipe):
-        parts = open_pretraining(recipe, report)
-        return parts, architectures.empty_model(parts.config, recipe.task)
-    assert isinstance(recipe, Recipe)
-    opened = assemble.open_parts(recipe, report)
-    return opened, models.empty_model(opened.config, recipe.task)
-
-
-def _row_tokens(recipe: RunRecipe, parts: Parts[Any]) -> int:
-    if isinstance(recipe, PretrainRecipe):
-        return architectures.sequence_tokens(parts.config, recipe)
-    return recipe.seq_len

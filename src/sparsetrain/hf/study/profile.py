@@ -6,18 +6,12 @@ would hide the difference.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
+import signal
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparsetrain.core.errors import PlanError, UnknownFamily
 from sparsetrain.hf.data.random_tokens import RANDOM
 from sparsetrain.hf.study.training_step import build_step, dense_twin, open_measured_parts
 from sparsetrain.measure.machine import describe_machine
@@ -25,8 +19,7 @@ from sparsetrain.measure.memory import peak_memory, release_free_pages
 from sparsetrain.measure.step_profile import Profile, profile
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.runs.events import Event, Report, silent
-
-_ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (ValueError, PlanError, UnknownFamily)}
+from sparsetrain.runs.sides import Line, Side, SideDied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,40 +102,16 @@ def profile_side(recipe: Recipe, like: Recipe, steps: int) -> dict[str, Any]:
 
 def _in_own_process(recipe: Recipe, like: Recipe, steps: int) -> dict[str, Any]:
     job = {"recipe": recipe.model_dump(mode="json"), "like": like.model_dump(mode="json"), "steps": steps}
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        done = subprocess.run(
-            [sys.executable, "-c", "from sparsetrain.hf.study.profile import run_side; run_side()", str(answer)],
-            input=json.dumps(job),
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode == -9:
-            raise MemoryError(f"the process of {recipe.model} at {recipe.seq_len:,} tokens was killed by the system")
-        if not answer.is_file():
-            words = " | ".join(done.stderr.strip().splitlines()[-5:])
-            raise RuntimeError(
-                f"the profiled process ended with exit code {done.returncode} before it was done. {words}"
-            )
-        found = json.loads(answer.read_text())
-    if "error" in found:
-        if found["error"] == "MemoryError":
-            raise MemoryError(found["message"])
-        raise _ERRORS.get(found["error"], RuntimeError)(found["message"])
-    return found
+    with Side(f"{__name__}:run_side") as side:
+        try:
+            return side.result(job)
+        except SideDied as error:
+            if error.code != -signal.SIGKILL:
+                raise
+            what = f"the process of {recipe.model} at {recipe.seq_len:,} tokens"
+            raise MemoryError(f"{what} was killed by the system") from None
 
 
-def run_side() -> None:
-    """Entry of a side's process: a job on stdin, the answer's file in argv."""
-    job = json.loads(sys.stdin.read())
-    try:
-        found: dict[str, Any] = profile_side(Recipe(**job["recipe"]), Recipe(**job["like"]), job["steps"])
-    except Exception as error:
-        out_of_memory = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
-        kind = next((k.__name__ for k in type(error).__mro__ if k.__name__ in _ERRORS), "")
-        found = {
-            "error": "MemoryError" if out_of_memory else kind,
-            "message": str(error) if kind or out_of_memory else f"{type(error).__name__}: {error}",
-        }
-    Path(sys.argv[1]).write_text(json.dumps(found))
+def run_side(job: dict[str, Any], _line: Line) -> dict[str, Any]:
+    """`profile_side` in a side's process."""
+    return profile_side(Recipe(**job["recipe"]), Recipe(**job["like"]), job["steps"])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from sparsetrain.hf.study.outline import outline
+from sparsetrain.hf.study.recipe_trace import outline
 from sparsetrain.planner.outline import Outline
 from sparsetrain.recipes.finetune import Recipe
 

@@ -7,16 +7,16 @@ clipping, what methods do to gradients, fused AdamW, and the methods' schedules.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import set_seed
 
-from sparsetrain.core.config import MethodConfig
 from sparsetrain.hf.data.random_tokens import RANDOM, random_rows
 from sparsetrain.hf.model import models
+from sparsetrain.hf.model.checkpointing import recompute
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import calibration_batches
@@ -122,7 +122,7 @@ def convert_step(model: Any, new_modules: list[str], parts: Parts, report: Repor
     if recipe.methods:
         handle = sparsify(
             model,
-            *map(without_dense_phase, recipe.configs),
+            *(config.sparse_at_once() for config in recipe.configs),
             calibration=calibration_batches(parts),
             seed=recipe.seed,
             progress=lambda name, share: report({"event": "phase", "name": name, "share": share}),
@@ -147,12 +147,6 @@ def convert_step(model: Any, new_modules: list[str], parts: Parts, report: Repor
     )
 
 
-def without_dense_phase(config: MethodConfig) -> MethodConfig:
-    """A method that begins dense and cuts its pattern later cuts it at the conversion: sparse steps are measured."""
-    begins_dense = getattr(config, "max_dense_steps", 0) is None and not getattr(config, "is_dense", False)
-    return replace(config, max_dense_steps=0) if begins_dense else config  # type: ignore[call-arg]
-
-
 def _batches(parts: Parts) -> list[dict[str, Tensor]]:
     rows, size = parts.bundle.train, parts.recipe.batch_size
     wanted = min(len(rows), 2 * size * parts.recipe.grad_accum)
@@ -166,9 +160,8 @@ def _batches(parts: Parts) -> list[dict[str, Tensor]]:
 def _recompute(model: Any, recipe: Recipe) -> None:
     if recipe.gradient_checkpointing == "none":
         return
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     reentrant = recipe.gradient_checkpointing == "reentrant"
-    enable({"use_reentrant": reentrant})
+    recompute(model, reentrant)
     if reentrant and recipe.lora_r > 0:  # without it a block whose inputs need no gradient passes none on
         model.enable_input_require_grads()
 

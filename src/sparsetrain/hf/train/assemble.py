@@ -5,7 +5,6 @@ Cheap checks come first: a context that is too short or a size that does not div
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.model import models
+from sparsetrain.hf.model.checkpointing import checkpointing_arguments
 from sparsetrain.hf.model.model_config import context_length
 from sparsetrain.hf.model.weights import auto_class, model_not_found
 from sparsetrain.hf.train.parts import Parts
@@ -228,17 +228,8 @@ def training_arguments(parts: Parts, **changes: Any) -> TrainingArguments:
         include_num_input_tokens_seen="non_padding" if "attention_mask" in first_batch(parts) else "all",
         report_to="none",
         disable_tqdm=True,
-        **_recomputation(recipe),
+        **checkpointing_arguments(recipe.gradient_checkpointing),
     )
     arguments = TrainingArguments(**values | changes)
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process, one GPU: no DataParallel
     return arguments
-
-
-def _recomputation(recipe: RunRecipe) -> dict[str, Any]:
-    """Gradient checkpointing under the name that this transformers uses (5.23 deprecates the old one, v6 drops it)."""
-    if recipe.gradient_checkpointing == "none":
-        return {}
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": recipe.gradient_checkpointing == "reentrant"}}

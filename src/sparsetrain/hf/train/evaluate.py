@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from sparsetrain.core.metrics import METRICS
+from sparsetrain.core.modes import evaluating
 from sparsetrain.hf.train.tasks import Scores
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.recipes.tasks import Task, named, task_of
@@ -74,7 +75,7 @@ def evaluate(
     max_tokens: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Quality:
-    """Run `model` in evaluation mode on the first rows; it is left in the mode it was in.
+    """Run `model` in evaluation mode on the first rows; each module is left in the mode it was in.
 
     Args:
         task: of `recipes.tasks`: lm and sft give perplexity over the tokens with a label, tasks with a label a row
@@ -91,23 +92,18 @@ def evaluate(
     if len(rows) == 0:
         raise ValueError("there are no held-out rows to evaluate on. Give more data.")
     device = next(model.parameters()).device
-    training = model.training
     total, sums = 0.0, dict[str, float]()
     targets = tokens = num_rows = 0
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in _batches(rows, collate_fn, batch_size, max_tokens):
-                batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                found = scores(model, batch)
-                total, targets = total + found.loss, targets + found.count
-                sums = {name: sums.get(name, 0.0) + value for name, value in found.sums.items()}
-                num_rows += len(next(iter(batch.values())))
-                tokens += _num_tokens(batch)
-                if progress is not None:
-                    progress(min(1.0, max(num_rows / len(rows), tokens / max_tokens if max_tokens else 0.0)))
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        for batch in _batches(rows, collate_fn, batch_size, max_tokens):
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            found = scores(model, batch)
+            total, targets = total + found.loss, targets + found.count
+            sums = {name: sums.get(name, 0.0) + value for name, value in found.sums.items()}
+            num_rows += len(next(iter(batch.values())))
+            tokens += _num_tokens(batch)
+            if progress is not None:
+                progress(min(1.0, max(num_rows / len(rows), tokens / max_tokens if max_tokens else 0.0)))
     if targets == 0:
         raise ValueError(f"none of the {num_rows} held-out rows has a target token. Use longer rows or more data.")
     loss = total / targets

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsetrain.core.modes import evaluating
 from sparsetrain.methods.token_selection.policies import IGNORED
 from sparsetrain.ops.selected_loss import row_scores
 
@@ -36,7 +37,7 @@ def token_scores(model: Any, batch: dict[str, Any], policy: str, causal: bool) -
             "Use policy=random or prefix."
         )
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "token_scores")}
-    with _evaluating(model), _noted_inputs(head) as noted:
+    with evaluating(model), _noted_inputs(head) as noted:
         model(**inputs)
     (hidden_btd,) = noted
     target_bt = F.pad(labels[:, 1:], (0, 1), value=IGNORED) if causal else labels
@@ -47,18 +48,6 @@ def token_scores(model: Any, batch: dict[str, Any], policy: str, causal: bool) -
     )
     score_n = loss_n if policy == "loss" else norm_n
     return torch.zeros_like(target_bt, dtype=score_n.dtype).masked_scatter_(has_target, score_n)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards each module has its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 from sparsetrain.core.config import MethodConfig, in_range, one_of
 
@@ -42,6 +42,8 @@ class FloodFillAttention(MethodConfig, method="flood_fill_attention"):
         restart_lr: the Trainer's learning-rate schedule starts over at the switch (published for `cf` and `c`).
     """
 
+    ops: ClassVar[tuple[str, ...]] = ("attention_patterns", "block_sparse_attention", "segments")
+
     variant: str = "cf"
     block_tokens: int = 64
     filter_edge: int = 31
@@ -78,6 +80,16 @@ class FloodFillAttention(MethodConfig, method="flood_fill_attention"):
     @classmethod
     def example(cls) -> Self:
         return cls(block_tokens=8, filter_edge=5, quantile=0.6, max_dense_steps=0)
+
+    def shortest_trace(self) -> float:
+        return 64 / (self.keep_ratio or 1.0)
+
+    @property
+    def begins_dense(self) -> bool:
+        return self.max_dense_steps is None
+
+    def sparse_at_once(self) -> Self:
+        return replace(self, max_dense_steps=0) if self.begins_dense and not self.is_dense else self
 
     @property
     def is_dense(self) -> bool:

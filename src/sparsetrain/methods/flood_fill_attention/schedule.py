@@ -9,13 +9,13 @@ import inspect
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
+from sparsetrain.core.modes import evaluating
 from sparsetrain.methods.flood_fill_attention.config import MIN_PROBES, FloodFillAttention
 from sparsetrain.methods.flood_fill_attention.module import PROBE, REASONS, FloodFillSparseAttention
 from sparsetrain.ops.attention_patterns import MapSums, pooled_maps
@@ -123,7 +123,7 @@ def probe(
     body: Any = getattr(model, "base_model", model)  # the head's logits of long rows would be gigabytes
     device = next(model.parameters()).device
     options = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
-    with torch.no_grad(), _evaluating(model), watching(model, watches):
+    with torch.no_grad(), evaluating(model), watching(model, watches):
         for i, batch in enumerate(batches):
             progress("flood_fill_attention: reading attention maps", i / len(batches))
             body(**{name: value.to(device) for name, value in batch.items()}, **options)
@@ -165,18 +165,6 @@ class _Watch:
         )
         self.sums = found if self.sums is None else self.sums + found
         return call.dense()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside: the model is in evaluation mode. After: every module has its own mode again."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _reduced(sums: MapSums) -> MapSums:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 from sparsetrain.core.config import MethodConfig, in_range, one_of
 
@@ -38,6 +38,14 @@ class PQAttention(MethodConfig, method="pq_attention"):
         warmup_ratio: share of the run with dense attention, in which codebooks learn. None: 0 with fitted codebooks,
             0.05 with random ones.
     """
+
+    ops: ClassVar[tuple[str, ...]] = (
+        "block_sparse_attention",
+        "key_selection",
+        "product_quantization",
+        "segments",
+        "token_sparse_attention",
+    )
 
     granularity: str = "block"
     keep_ratio: float = 1 / 8
@@ -85,6 +93,9 @@ class PQAttention(MethodConfig, method="pq_attention"):
     @classmethod
     def example(cls) -> Self:
         return cls(num_keys=40, block_q=8, block_k=8, local_tokens=4)
+
+    def shortest_trace(self) -> float:
+        return 64 / self.keep_ratio  # at least 64 keys are kept
 
     @property
     def needs_calibration(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 from sparsetrain.core.config import MethodConfig, in_range, one_of
 
@@ -30,6 +30,8 @@ class RoutedFFN(MethodConfig, method="routed_ffn"):
         warmup_ratio: share of the run in which all blocks run, gated, so that the router learns first. None: 0 for a
             router that calibration has fitted, 0.05 for a random one.
     """
+
+    ops: ClassVar[tuple[str, ...]] = ("routed_ffn", "routing")
 
     num_blocks: int = 4
     num_active: int = 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from sparsetrain.core.config import MethodConfig, in_range, one_of
 
@@ -36,6 +36,8 @@ class SemiStructured(MethodConfig, method="semi_structured"):
         tokens: rows of one forward (batch size times sequence length) at which `auto` times.
         seed: of the `mvue` draws, with the step, the linear and the rank.
     """
+
+    ops: ClassVar[tuple[str, ...]] = ("nm_mask", "soft_threshold24", "sparse24_linear")
 
     mask_mode: str = "transposable"
     wgrad: str = "dense"

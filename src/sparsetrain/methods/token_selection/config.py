@@ -35,6 +35,8 @@ class TokenSelection(MethodConfig, method="token_selection"):
     """
 
     changes_outputs: ClassVar[bool] = False
+    ops: ClassVar[tuple[str, ...]] = ("selected_rows",)
+    own_dropout: ClassVar[bool] = True
 
     keep_ratio: float | None = None
     num_tokens: int | None = None
@@ -66,6 +68,9 @@ class TokenSelection(MethodConfig, method="token_selection"):
     @classmethod
     def example(cls) -> Self:
         return cls(keep_ratio=0.3)
+
+    def shortest_trace(self) -> float:
+        return 128 / (self.keep_ratio or 1.0)  # the loss head works in chunks of 128 rows, and fewer fill none
 
     @property
     def needs_scores(self) -> bool:

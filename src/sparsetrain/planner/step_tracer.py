@@ -1,8 +1,8 @@
-"""One training step, traced: live bytes and work between the model's block boundaries.
+"""trace_step(): runs one training step and notes live bytes and work between the model's block boundaries.
 
 A step is cut into segments: before the blocks, the forward of each block, head and loss (forward and backward), and
 the backward of each block. Each segment knows the bytes that are live when it begins and ends, the most in between,
-and its work. From one block of each kind, `extrapolate` walks the whole model.
+and its work. From one block of each kind, `memory.peak_bytes` walks the whole model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from sparsetrain.core.anatomy import describe, submodule
 from sparsetrain.measure.memory import held_tensors, record_saved
 from sparsetrain.planner.hollow import Hollow, tensors_in
-from sparsetrain.planner.trace import Segment, StepTrace
+from sparsetrain.planner.traced_step import Segment, StepTrace
 
 _aten = torch.ops.aten
 _EXPONENTIALS = ("softmax", "gelu", "silu", "sigmoid", "exp", "tanh")
@@ -117,61 +117,72 @@ def trace_step(model: nn.Module, step: Callable[[], Tensor], hollow: Hollow | No
     live = LiveBytes()
     live.know(_tensors_of(model))
     blocks = [submodule(model, block.name) for block in describe(model).blocks]
-    forward: list[Segment] = []
-    backward: list[Segment] = []
-    head: list[Segment] = []
-    since = 0
-
-    def cut(into: list[Segment]) -> None:
-        nonlocal since
-        segment, since = live.cut(since)
-        into.append(segment)
-
-    before: list[Segment] = []
-    phase = {"forward": True, "head": False}
-
-    def begins(*_: Any) -> None:
-        if phase["forward"] and not before:
-            cut(before)
-
-    def ends(_module: Any, _args: Any, out: Any) -> None:
-        if not phase["forward"]:
-            return
-        cut(forward)
-        index = len(forward) - 1
-        tensor = out if isinstance(out, Tensor) else out[0]
-        tensor.register_hook(lambda _grad, index=index: arrives(index))
-
-    def arrives(index: int) -> None:
-        """The gradient of block `index`'s output is known: its backward begins."""
-        if index == len(blocks) - 1:
-            cut(head)
-        else:
-            cut(backward)
-
-    hooks = [blocks[0].register_forward_pre_hook(begins)]
-    hooks += [block.register_forward_hook(ends) for block in blocks]
-    try:
+    with _cut_at(blocks, live) as segments:
         with _following(live, hollow), record_saved(model) as record:
             loss = step()
         with _following(live, hollow):
-            phase["forward"] = False
+            segments.in_forward = False
             loss.backward()
-            cut(backward)
-    finally:
-        for hook in hooks:
-            hook.remove()
+            segments.cut(segments.backward)
     saved = record.result()
     inside = tuple({name: float(size) for name, size in saved.by_layer.get(i, {}).items()} for i in range(len(blocks)))
     outside = {name: size - sum(layer.get(name, 0.0) for layer in inside) for name, size in saved.by_component.items()}
     return StepTrace(
-        before=before[0],
-        forward=tuple(forward),
-        head=head[0],
-        backward=tuple(reversed(backward)),
+        before=segments.before[0],
+        forward=tuple(segments.forward),
+        head=segments.head[0],
+        backward=tuple(reversed(segments.backward)),
         saved=outside,
         block_saved=inside,
     )
+
+
+class _Segments:
+    """What was cut so far. in_forward: set to False when the backward begins, where checkpointing runs blocks again."""
+
+    def __init__(self, live: LiveBytes, num_blocks: int) -> None:
+        self.live, self.num_blocks, self.in_forward = live, num_blocks, True
+        self.before: list[Segment] = []
+        self.forward: list[Segment] = []
+        self.head: list[Segment] = []
+        self.backward: list[Segment] = []
+        self._since = 0
+
+    def cut(self, into: list[Segment]) -> None:
+        """End a segment here."""
+        segment, self._since = self.live.cut(self._since)
+        into.append(segment)
+
+    def begins(self, *_: Any) -> None:
+        """The first block begins."""
+        if self.in_forward and not self.before:
+            self.cut(self.before)
+
+    def ends(self, _module: Any, _args: Any, out: Any) -> None:
+        """A block ends."""
+        if not self.in_forward:
+            return
+        self.cut(self.forward)
+        index = len(self.forward) - 1
+        tensor = out if isinstance(out, Tensor) else out[0]
+        tensor.register_hook(lambda _grad: self.arrives(index))
+
+    def arrives(self, index: int) -> None:
+        """The gradient of block `index`'s output is known: its backward begins."""
+        self.cut(self.head if index == self.num_blocks - 1 else self.backward)
+
+
+@contextmanager
+def _cut_at(blocks: list[nn.Module], live: LiveBytes) -> Iterator[_Segments]:
+    """Inside, a step is cut where a block begins or ends."""
+    segments = _Segments(live, len(blocks))
+    hooks = [blocks[0].register_forward_pre_hook(segments.begins)]
+    hooks += [block.register_forward_hook(segments.ends) for block in blocks]
+    try:
+        yield segments
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

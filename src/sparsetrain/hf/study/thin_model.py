@@ -1,0 +1,80 @@
+"""thin_out(): a model with one block of each kind, and what the whole one would hold."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from sparsetrain.core.anatomy import Anatomy, describe, submodule
+from sparsetrain.core.config import MethodConfig
+from sparsetrain.measure.memory import StaticMemory, static_memory
+from sparsetrain.planner.memory import Layout
+
+
+def thin_out(model: Any) -> Layout:
+    """Keep the first block and one of each kind of the others; returns which stands for which."""
+    anatomy = describe(model)
+    kinds = _kinds(model, anatomy)
+    kept, place = [0], {}
+    of_block = [0]
+    for layer in range(1, len(kinds)):
+        if kinds[layer] not in place:
+            place[kinds[layer]] = len(kept)
+            kept.append(layer)
+        of_block.append(place[kinds[layer]])
+    parent_name, _, _ = anatomy.blocks[0].name.rpartition(".")
+    parent = submodule(model, parent_name)
+    blocks = [parent._modules[anatomy.blocks[layer].name.rpartition(".")[2]] for layer in kept]
+    parent._modules.clear()
+    for i, block in enumerate(blocks):
+        parent._modules[str(i)] = block
+        for module in block.modules():  # type: ignore[union-attr]
+            if hasattr(module, "layer_idx"):  # its place in the key-value cache
+                module.layer_idx = i  # type: ignore[assignment]
+    config = model.config.get_text_config()
+    config.num_hidden_layers = len(kept)
+    types = getattr(config, "layer_types", None)
+    if types:
+        config.layer_types = [types[layer] for layer in kept]
+    return Layout(of_block=tuple(of_block))
+
+
+def _kinds(model: nn.Module, anatomy: Anatomy) -> list[str]:
+    """What distinguishes the blocks: modules, shapes, what is trained, methods, windows."""
+    config: Any = model.config
+    types = getattr(config.get_text_config(), "layer_types", None) or [""] * len(anatomy.blocks)
+    kinds = []
+    for block, kind in zip(anatomy.blocks, types, strict=True):
+        parts: list[Any] = [kind, None if block.attention is None else block.attention.window]
+        for name, module in submodule(model, block.name).named_modules():
+            params = [
+                (n, tuple(p.shape), str(p.dtype), p.requires_grad)
+                for n, p in module._parameters.items()
+                if p is not None
+            ]
+            own = module.config if isinstance(getattr(module, "config", None), MethodConfig) else None
+            parts.append((name, type(module).__name__, params, repr(own)))
+        kinds.append(json.dumps(parts, default=str))
+    return kinds
+
+
+def whole_memory(model: Any, layout: Layout) -> StaticMemory:
+    """Bytes of the whole model, from one with a block of each kind."""
+    total = asdict(static_memory(model))
+    blocks = [submodule(model, block.name) for block in describe(model).blocks]
+    for i, block in enumerate(blocks):
+        more = layout.of_block.count(i) - 1
+        for name, size in asdict(static_memory(block)).items():
+            total[name] += more * size
+    return StaticMemory(**total)
+
+
+def trained_parameters(model: Any) -> tuple[list[dict[str, nn.Parameter]], list[nn.Parameter]]:
+    """(relative name -> trained parameter of each block, those outside the blocks); tied ones once."""
+    blocks = [submodule(model, block.name) for block in describe(model).blocks]
+    inside = [{name: p for name, p in block.named_parameters() if p.requires_grad} for block in blocks]
+    known = {id(p) for params in inside for p in params.values()}
+    return inside, [p for p in model.parameters() if p.requires_grad and id(p) not in known]

@@ -1,0 +1,67 @@
+"""The table of jobs: what trains a recipe of each kind, and what can be said of it before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparsetrain.hf.model import architectures, models
+from sparsetrain.hf.train import assemble
+from sparsetrain.hf.train import finetune as finetuning
+from sparsetrain.hf.train import pretrain as pretraining
+from sparsetrain.hf.train.parts import Parts
+from sparsetrain.hf.train.run import Result
+from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.recipes.pretrain import PretrainRecipe
+from sparsetrain.recipes.run import RunRecipe
+from sparsetrain.runs.events import Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobKind:
+    """One kind of job.
+
+    recipe: the class of its recipes. train: trains one. title: what is trained, in a line.
+    open_parts: (recipe, report) -> everything but the weights.
+    empty_model: (config, task) -> the model without weights. adapted: (that model, recipe) -> it as it is trained.
+    row_tokens: (config, recipe) -> tokens of a row.
+    dense: recipe keys that a dense counterpart has in place of its own, beside `methods`.
+    """
+
+    recipe: type[RunRecipe]
+    train: Callable[..., Result]
+    title: Callable[[Any], str]
+    open_parts: Callable[[Any, Report], Parts[Any]]
+    empty_model: Callable[[Any, str], Any]
+    adapted: Callable[[Any, Any], Any]
+    row_tokens: Callable[[Any, Any], int]
+    dense: dict[str, Any] = field(default_factory=dict)
+
+
+JOBS: dict[str, JobKind] = {
+    "finetune": JobKind(
+        recipe=Recipe,
+        train=finetuning.finetune,
+        title=finetuning.title,
+        open_parts=assemble.open_parts,
+        empty_model=models.empty_model,
+        adapted=lambda model, recipe: models.add_lora(model, recipe, None, []),
+        row_tokens=lambda _config, recipe: recipe.seq_len,
+        dense={"distill_steps": 0},
+    ),
+    "pretrain": JobKind(
+        recipe=PretrainRecipe,
+        train=pretraining.pretrain,
+        title=pretraining.title,
+        open_parts=pretraining.open_parts,
+        empty_model=architectures.empty_model,
+        adapted=lambda model, _recipe: model,
+        row_tokens=architectures.sequence_tokens,
+    ),
+}
+
+
+def job_of(recipe: RunRecipe) -> str:
+    """The name of the job that a recipe is for."""
+    return next(name for name, job in JOBS.items() if isinstance(recipe, job.recipe))

@@ -1,0 +1,64 @@
+"""The ways to train that a plan compares, as recipe keys; and the picked one as a recipe file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from sparsetrain.core.config import MethodConfig, plain_values, registered_methods
+from sparsetrain.planner.search import Answer, Candidate
+from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.recipes.presets import DEFAULT_PRESET, PRESETS, SAFEST, TOGETHER, Way
+
+
+def candidates(base: dict[str, Any]) -> list[Candidate]:
+    """The ways to train that are compared, safest first.
+
+    A method that the package's ways do not name alone comes as the default preset has it, or with its defaults.
+
+    Args:
+        base: recipe keys that hold for all of them; `methods` and `gradient_checkpointing` are what is compared.
+    """
+    named = {way.methods[0].method for way in SAFEST if len(way.methods) == 1}
+    recorded: dict[str, MethodConfig] = {config.method: config for config in PRESETS[DEFAULT_PRESET]}
+    alone = {name: recorded.get(name) or kind() for name, kind in registered_methods().items() if name not in named}
+    ways = [*SAFEST, *(Way(label=name, methods=(config,)) for name, config in alone.items()), *TOGETHER]
+    all_weights = base.get("lora_r") == 0
+    train = "all weights" if all_weights else "LoRA"
+    return [_candidate(way, train) for way in ways if not (way.all_weights and all_weights)]
+
+
+def dense_and(recipe: Recipe, base: dict[str, Any]) -> list[Candidate]:
+    """The recipe's own methods beside dense training, each with and without checkpointing."""
+    dense = [candidate for candidate in candidates(base) if not candidate.values["methods"]]
+    name = " + ".join(config.method for config in recipe.configs) or "dense"
+    own = [
+        Way(label=name, methods=recipe.configs),
+        Way(label=f"{name} + checkpointing", methods=recipe.configs, recomputes=True),
+    ]
+    return [*dense, *(_candidate(way, "") for way in own)]
+
+
+def _candidate(way: Way, train: str) -> Candidate:
+    values: dict[str, Any] = {"methods": [plain_values(config) for config in way.methods]}
+    values |= {"gradient_checkpointing": "non-reentrant"} if way.recomputes else {}
+    values |= {"lora_r": 0} if way.all_weights else {}
+    return Candidate(label=way.label.replace("{train}", train), values=values, pickable=not way.all_weights)
+
+
+def recipe_yaml(answer: Answer, recipe: Recipe, data: str | None) -> str:
+    """The picked recipe as a file for `finetune --recipe`, at the shape of the answer.
+
+    Args:
+        recipe: the picked candidate's.
+        data: without it, that flag has to be given there.
+    """
+    values = recipe.model_dump(exclude_none=True, exclude={"resume", "data", "output"})
+    defaults = Recipe.from_values({"model": "m", "data": "d", "methods": []}).model_dump()
+    kept = {key: value for key, value in values.items() if key in ("model", "methods") or value != defaults.get(key)}
+    tokens, batch = answer.shape
+    kept |= {"seq_len": tokens, "batch_size": batch, "grad_accum": answer.question.grad_accum}
+    if data is not None:
+        kept["data"] = data
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)

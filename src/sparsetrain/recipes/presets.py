@@ -1,0 +1,53 @@
+"""The recipes that come with the package, as data: presets, and the ways to train that a plan compares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsetrain.core.config import MethodConfig
+from sparsetrain.methods import PQAttention, RoutedFFN, TokenSelection
+
+_SPT = (PQAttention(keep_ratio=0.25, block_q=64, block_k=16, from_depth=0.7), RoutedFFN.converted())
+PRESETS: dict[str, tuple[MethodConfig, ...]] = {
+    "spt": _SPT,
+    "spt-paper": (PQAttention.paper(), RoutedFFN.paper()),
+    "tokens": (TokenSelection(),),
+    "spt+tokens": (*_SPT, TokenSelection()),
+    "dense": (),
+}
+"""Name -> methods: block-sparse attention with a fitted routed FFN; the published choices; gradient through selected
+tokens, alone and on top of the first; plain LoRA."""
+DEFAULT_PRESET = "spt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way to train that a plan compares.
+
+    label: `{train}` in it stands for what is trained, LoRA or all weights.
+    methods: its configs. recomputes: with gradient checkpointing.
+    all_weights: instead of LoRA, shown beside it; not picked, and left out where all weights are trained anyway.
+    """
+
+    label: str
+    methods: tuple[MethodConfig, ...] = ()
+    recomputes: bool = False
+    all_weights: bool = False
+
+
+_CHUNKED = (TokenSelection.dense_limit(),)
+SAFEST: tuple[Way, ...] = (
+    Way(label="{train}"),
+    Way(label="{train} + checkpointing", recomputes=True),
+    Way(label="all weights", all_weights=True),
+    Way(label="{train} + chunked loss", methods=_CHUNKED),
+    Way(label="{train} + chunked loss + checkpointing", methods=_CHUNKED, recomputes=True),
+    Way(label="token_selection", methods=(TokenSelection(),)),
+    Way(label="token_selection + checkpointing", methods=(TokenSelection(),), recomputes=True),
+)
+"""What a plan compares first, the safest first. The other methods of the registry follow, each alone."""
+TOGETHER: tuple[Way, ...] = (
+    Way(label="spt", methods=_SPT),
+    Way(label="token_selection + spt", methods=(TokenSelection(), *_SPT)),
+)
+"""What a plan compares last: several methods at once."""
