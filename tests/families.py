@@ -59,6 +59,7 @@ class Family:
     build: Callable[[], nn.Module]
     causal: bool
     vision: bool = False
+    diffusion: bool = False
 
     def model(self, seed: int = 0) -> Any:
         torch.manual_seed(seed)
@@ -69,6 +70,8 @@ class Family:
 
     def batch(self, rows: int = 2, tokens: int = 100, seed: int = 1) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
+        if self.diffusion:
+            return {"sample": torch.randn(rows, 3, 16, 16, generator=generator), "timestep": torch.arange(rows)}
         if self.vision:
             return {"pixel_values": torch.randn(rows, 3, 40, 40, generator=generator)}
         ids = torch.randint(3, VOCAB, (rows, tokens), generator=generator)
@@ -251,4 +254,5 @@ def _unet2d() -> nn.Module:
     )
 
 
+UNET = Family("unet2d", _unet2d, causal=False, diffusion=True)
 DIFFUSION: dict[str, Callable[[], nn.Module]] = {"dit": _dit, "transformer2d": _transformer2d, "unet2d": _unet2d}

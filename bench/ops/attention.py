@@ -59,7 +59,7 @@ def errors(case: Any, make: Callable[[Tensor, str], Attention], lists: Tensor) -
     small = tuple(x.to(work).requires_grad_() for x in (q[:, :heads], k[:, :1], v[:, :1]))
     grad = torch.randn_like(q)
     wanted = forward_backward(make(cut, "reference"), small, grad[:, :heads].to(work))
-    found = forward_backward(make(lists, "cpu"), tuple(x.requires_grad_() for x in (q, k, v)), grad)
+    found = forward_backward(make(lists, "torch"), tuple(x.requires_grad_() for x in (q, k, v)), grad)
     return {
         name: float((x[:, : y.shape[1]] - y).norm() / y.norm())
         for name, x, y in zip(TENSORS, found, wanted, strict=True)
@@ -111,7 +111,7 @@ def run(case: Any, rounds: int) -> dict[str, Any]:
     result = {
         "case_id": f"A1/{case.name}",
         "op": "block_sparse_attention" if is_block else "token_sparse_attention",
-        "backend": "cpu",
+        "backend": "torch",
         "shape": {**vars(case), "keys": case.num_keys},
         "dtype": "float32",
         "seed": 0,
@@ -129,7 +129,7 @@ def run(case: Any, rounds: int) -> dict[str, Any]:
     for seed in range(INPUT_SETS):
         tensors = tuple(x.requires_grad_() for x in case.tensors(torch.float32, seed))
         sets.append((tensors, torch.randn_like(tensors[0])))
-    sparse = make(lists, "cpu")
+    sparse = make(lists, "torch")
     before = describe_machine()
     ratio = compare(rotating(dense, sets), rotating(sparse, sets), rounds=rounds)
     after = describe_machine()

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsetrain.ops.linear_parts import LinearParts
 from sparsetrain.ops.routed_ffn import routed_ffn
+from sparsetrain.ops.routed_ffn.cases import QUICK, REAL, TOLERANCE, Case
 from sparsetrain.ops.routing import choose_blocks
 
 RANK, SCALE = 16, 1.0
-# name: d, f, gated
-SHAPES = {"gelu-768": (768, 3072, False), "swiglu-2048": (2048, 5504, True), "smollm2": (576, 1536, True)}
+NEAR = TOLERANCE["float32"]
 
 
 class LoraLinear(nn.Module):
@@ -40,8 +41,8 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.b(self.a(x)) * SCALE
 
-    def lora(self) -> tuple[Tensor, Tensor]:
-        return self.a.weight, self.b.weight * SCALE
+    def parts(self) -> LinearParts:
+        return LinearParts(self.base.weight, self.base.bias, (self.a.weight, self.b.weight * SCALE))
 
 
 class DenseFFN(nn.Module):
@@ -56,25 +57,20 @@ class DenseFFN(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-def routed(ffn: DenseFFN, router: Tensor, active: int, shared: int, x: Tensor, backend: str = "cpu") -> Tensor:
+def routed(ffn: DenseFFN, router: Tensor, active: int, shared: int, x: Tensor, backend: str = "torch") -> Tensor:
     logits = F.linear(x, router)
     choice = choose_blocks(logits, active)
     gate = ffn.gate
     return routed_ffn(
         x,
-        ffn.up.base.weight,
-        ffn.down.base.weight,
+        ffn.up.parts(),
+        ffn.down.parts(),
         choice,
         (2 * torch.sigmoid(logits)).gather(1, choice),
-        gate_proj_fd=None if gate is None else gate.base.weight,
-        up_bias_f=ffn.up.base.bias,
-        down_bias_d=ffn.down.base.bias,
+        gate=None if gate is None else gate.parts(),
         num_shared=shared,
         num_blocks=len(router),
         activation="gelu" if gate is None else "silu",
-        up_lora=ffn.up.lora(),
-        gate_lora=None if gate is None else gate.lora(),
-        down_lora=ffn.down.lora(),
         backend=backend,
     )
 
@@ -90,26 +86,20 @@ def worst_error(ffn: DenseFFN, run: Callable[..., Tensor], x: Tensor, dy: Tensor
     """Largest relative L2 distance of output and gradients from the reference."""
     wanted = [p for p in ffn.parameters() if p.requires_grad] + [router]
     results = []
-    for backend in ("cpu", "reference"):
+    for backend in ("torch", "reference"):
         inputs = x.detach().requires_grad_()
         y = run(inputs, backend=backend)
         results.append((y, *torch.autograd.grad(y, [inputs, *wanted], dy)))
     return max(float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in zip(*results))
 
 
-def measure(
-    shape: str, tokens: int, num_blocks: int, ratio: float, shared_ratio: float, rounds: int, one_thread: bool
-) -> dict[str, Any]:
+def measure(case: Case, rounds: int, one_thread: bool) -> dict[str, Any]:
     torch.manual_seed(0)
-    d, f, gated = SHAPES[shape]
-    width = int(f * (1 - shared_ratio)) // num_blocks
-    shared = f - width * num_blocks
-    active = min(num_blocks, max(1, round((ratio * f - shared) / width)))
-    beta = (shared + active * width) / f
-    ffn = DenseFFN(d, f, gated)
-    router = (torch.randn(num_blocks, d) * 0.02).requires_grad_()
+    tokens, d, f, beta = case.tokens, case.hidden, case.ffn_size, case.keep_ratio
+    ffn = DenseFFN(d, f, case.gated)
+    router = (torch.randn(case.blocks, d) * 0.02).requires_grad_()
     xs, dy = [torch.randn(tokens, d) for _ in range(3)], torch.randn(tokens, d)
-    run = lambda x, backend="cpu": routed(ffn, router, active, shared, x, backend)  # noqa: E731
+    run = lambda x, backend="torch": routed(ffn, router, case.active, case.shared, x, backend)  # noqa: E731
     error = worst_error(ffn, run, xs[0], dy, router)
     clock = time.process_time if one_thread else time.perf_counter
     times: dict[str, list[float]] = {"baseline": [], "candidate": []}
@@ -120,24 +110,15 @@ def measure(
     base, candidate = times["baseline"][1:], times["candidate"][1:]  # the first round warms up
     low, ratio_median, high = statistics.quantiles([a / b for a, b in zip(base, candidate)], n=4)
     return {
-        "case_id": "B1", "op": "routed_ffn", "backend": "cpu", "dtype": "float32", "seed": 0,
-        "shape": {"name": shape, "tokens": tokens, "d": d, "f": f,
-                  "blocks": num_blocks, "active": active, "shared": shared},
+        "case_id": "B1", "op": "routed_ffn", "backend": "torch", "dtype": "float32", "seed": 0,
+        "shape": {"name": case.ffn, "tokens": tokens, "d": d, "f": f,
+                  "blocks": case.blocks, "active": case.active, "shared": case.shared},
         "keep_ratio_executed": beta, "baseline": "frozen FFN + LoRA r=16, as transformers and PEFT compute it",
         "baseline_ms": base, "candidate_ms": candidate,
         "ratio_q1": low, "ratio_median": ratio_median, "ratio_q3": high, "efficiency": ratio_median * beta,
-        "checks": {"oracle": "reference", "rel_l2": error, "tolerance": 1e-5, "passed": error < 1e-5},
-        "verdict": "refused" if error >= 1e-5 else "win" if low > 1 else "loss" if high < 1 else "tie",
+        "checks": {"oracle": "reference", "rel_l2": error, "tolerance": NEAR, "passed": error < NEAR},
+        "verdict": "refused" if error >= NEAR else "win" if low > 1 else "loss" if high < 1 else "tie",
     }  # fmt: skip
-
-
-def cases(quick: bool) -> list[tuple[str, int, int, float, float]]:
-    """(shape, tokens, blocks, ratio, always-on ratio)."""
-    if quick:
-        return [("smollm2", 1024, 8, 0.5, 0.25), ("gelu-768", 1024, 8, 0.5, 0.0)]
-    found = [(s, n, 8, ratio, 0.0) for s in ("gelu-768", "swiglu-2048") for n in (1024, 4096) for ratio in (0.5, 0.25)]
-    found += [("smollm2", n, g, ratio, 0.0) for n in (1024, 4096) for g in (4, 8, 16, 32) for ratio in (0.5, 0.25)]
-    return found + [("smollm2", n, g, 0.5, 0.25) for n in (1024, 2048, 4096) for g in (4, 8, 16, 32, 64)]
 
 
 def main() -> None:
@@ -148,8 +129,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = []
-    for case in cases(args.quick):
-        result = measure(*case, rounds=5 if args.quick else 9, one_thread=args.threads == 1)
+    for case in QUICK if args.quick else REAL:
+        result = measure(case, rounds=5 if args.quick else 9, one_thread=args.threads == 1)
         results.append(result)
         shape, checks = result["shape"], result["checks"]
         print(

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -56,9 +57,9 @@ def test_the_recipes_of_spion_are_the_published_ones(task: str) -> None:
     recipe = PretrainRecipe.from_yaml(EXAMPLES / f"spion-{task}.yaml")
     config = open_architecture(recipe)
     check_task(config, recipe)
-    method = recipe.methods[0]
-    found = (config.num_hidden_layers, recipe.configs[0].block_tokens, method["quantile"], recipe.batch_size)  # type: ignore[attr-defined]
-    assert (*found, recipe.lr, recipe.warmup_steps, recipe.steps, method["probe_every"]) == PUBLISHED[task]
+    method: Any = recipe.methods[0]
+    found = (config.num_hidden_layers, method.block_tokens, method.quantile, recipe.batch_size)
+    assert (*found, recipe.lr, recipe.warmup_steps, recipe.steps, method.probe_every) == PUBLISHED[task]
     assert (config.hidden_size, config.num_attention_heads, config.intermediate_size) == (64, 2, 128)
     assert recipe.clip_value == 1 and recipe.max_grad_norm == 0 and recipe.weight_decay == 0 and recipe.eps == 1e-6
 

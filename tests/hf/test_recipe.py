@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from sparsetrain import PQAttention, RoutedFFN
+from sparsetrain.core.config import registered_methods
+from sparsetrain.recipes.entries import parse_method, read_methods, written_defaults
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.presets import PRESETS
-from sparsetrain.recipes.run import parse_method
 
 NEEDED = {"model": "m", "data": "d"}
 
@@ -111,7 +112,7 @@ def test_yaml_builds_no_objects(tmp_path: Path) -> None:
 def test_changes_win_over_the_file_and_replace_paired_keys(tmp_path: Path) -> None:
     make(steps=9, preset="spt", lr=1e-3).to_yaml(tmp_path / "r.yaml")
     made = Recipe.from_yaml(tmp_path / "r.yaml", {"epochs": 2, "preset": "dense", "lr": 1e-2})
-    assert (made.steps, made.epochs, made.methods, made.lr) == (None, 2, [], 1e-2)
+    assert (made.steps, made.epochs, made.methods, made.lr) == (None, 2, (), 1e-2)
 
 
 def test_the_fingerprint_covers_what_changes_the_result_and_nothing_else() -> None:
@@ -142,3 +143,9 @@ def test_differences_name_the_keys() -> None:
 def test_every_key_is_explained() -> None:
     for name, entry in Recipe.model_fields.items():
         assert entry.description and len(entry.description) > 20, name
+
+
+@pytest.mark.parametrize("method", registered_methods())
+def test_the_defaults_that_are_shown_are_read_back(method: str) -> None:
+    (config,) = read_methods([written_defaults(registered_methods()[method])])
+    assert config == registered_methods()[method]()

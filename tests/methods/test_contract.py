@@ -19,22 +19,35 @@ import sparsetrain.methods  # enters every method in the registry
 from sparsetrain.core.anatomy import describe, submodule
 from sparsetrain.core.config import MethodConfig, registered_methods
 from sparsetrain.hf.model.families import family_limits
+from sparsetrain.surgery.method import method_of
 from sparsetrain.surgery.support import FEATURES, UNPROVEN, check_support, why_not
-from tests.families import FAMILIES, LAYERS, Family
+from tests.families import FAMILIES, UNET, Family
 
-METHODS = list(registered_methods())
+CASES = FAMILIES | {UNET.name: UNET}
+KINDS = registered_methods()
+METHODS = [name for name, kind in KINDS.items() if method_of(kind).edits]
+GROWTHS = [name for name, kind in KINDS.items() if method_of(kind).growth]
 assert METHODS, "no method is registered, so nothing would be tested"
 # a family that is not in the docs' matrix would be claimed by nobody
 assert set(FAMILIES) == set(family_limits())
-CAUSAL = [name for name, family in FAMILIES.items() if family.causal]
-both = pytest.mark.parametrize("method", METHODS)
-every = pytest.mark.parametrize("family", list(FAMILIES))
-causal = pytest.mark.parametrize("family", CAUSAL)
+
+
+ANATOMIES = {name: describe(case.model()) for name, case in CASES.items()}
+PAIRS = [
+    (method, name)
+    for method in METHODS
+    for name, anatomy in ANATOMIES.items()
+    if name not in method_of(KINDS[method]).limits and method_of(KINDS[method]).site_names(anatomy)
+]
+CAUSAL = [(method, name) for method, name in PAIRS if CASES[name].causal]
+every = pytest.mark.parametrize(("method", "family"), PAIRS)
+causal = pytest.mark.parametrize(("method", "family"), CAUSAL)
 
 
 def claimed(feature: str) -> Any:
     """Every method on every family where the support matrix says yes."""
-    pairs = [(m, f) for m in METHODS for f, limits in family_limits().items() if why_not(m, feature, limits) is None]
+    limits = family_limits()
+    pairs = [(m, f) for m, f in PAIRS if f in limits and why_not(m, feature, limits[f]) is None]
     assert pairs or feature in UNPROVEN, f"nobody claims {feature}"
     return pytest.mark.parametrize(("method", "family"), pairs)
 
@@ -44,41 +57,50 @@ def convert(model: Any, family: Family, *configs: MethodConfig) -> sparsetrain.H
 
 
 def example(method: str) -> MethodConfig:
-    return registered_methods()[method].example()
+    return KINDS[method].example()
+
+
+def output(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    found = model(**batch)
+    return found.logits if hasattr(found, "logits") else found.sample
 
 
 def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        return model(**batch).logits
+        return output(model, batch)
 
 
 def gradients(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     model.zero_grad()
-    model(**batch).logits.square().mean().backward()
+    output(model, batch).square().mean().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def replaced(handle: sparsetrain.Handle) -> set[str]:
+    """Names of the dense weights that are in the model no more."""
+    return {name for edit in handle.plan.edits for name in edit.replaces}
 
 
 def assert_near(a: Tensor, b: Tensor, tolerance: float = 2e-5) -> None:
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1.0, b.abs().max().item()))
 
 
-@both
 @every
 def test_dense_limit_equals_dense_in_outputs_and_gradients(method: str, family: str) -> None:
-    case = FAMILIES[family]
+    case = CASES[family]
     model, batch = case.model(), case.batch()
     expected, expected_grads = logits(model, batch), gradients(model.train(), batch)
-    convert(model.eval(), case, registered_methods()[method].dense_limit())
+    handle = convert(model.eval(), case, KINDS[method].dense_limit())
     assert_near(logits(model, batch), expected)
     found = gradients(model.train(), batch)
     for name, grad in expected_grads.items():
-        assert_near(found[name], grad)
+        if name not in replaced(handle):
+            assert_near(found[name], grad)
 
 
-@both
 @every
 def test_changes_something_and_restores_bit_exactly(method: str, family: str) -> None:
-    case = FAMILIES[family]
+    case = CASES[family]
     model, batch = case.model(), case.batch()
     before = {name: p.clone() for name, p in model.state_dict().items()}
     ids = {name: id(p) for name, p in model.named_parameters()}
@@ -86,7 +108,12 @@ def test_changes_something_and_restores_bit_exactly(method: str, family: str) ->
     expected, expected_grads = logits(model, batch), gradients(model.train(), batch)
     handle = convert(model.eval(), case, example(method))
     found = gradients(model.train(), batch)
-    assert any((found[name] - grad).abs().max() > 1e-4 * grad.abs().max() for name, grad in expected_grads.items())
+    # what is frozen or replaced has no gradient any more
+    moved = (
+        (found[name] - grad if name in found else grad).abs().max() > 1e-4 * grad.abs().max()
+        for name, grad in expected_grads.items()
+    )
+    assert any(moved)
     moved = (logits(model.eval(), batch) - expected).abs().max()
     assert moved > 1e-4 if example(method).changes_outputs else moved == 0
     handle.restore()
@@ -98,15 +125,14 @@ def test_changes_something_and_restores_bit_exactly(method: str, family: str) ->
     assert not handle.active
 
 
-@both
 @every
 def test_plan_is_pure_and_its_parameters_are_exact(method: str, family: str) -> None:
-    case = FAMILIES[family]
+    case = CASES[family]
     model = case.model()
     before = {name: p.clone() for name, p in model.state_dict().items()}
     params = sum(p.numel() for p in model.parameters())
     planned = sparsetrain.plan(model, example(method), seq_tokens=100)
-    assert len(planned.edits) == LAYERS
+    assert len(planned.edits) == len(method_of(KINDS[method]).site_names(ANATOMIES[family]))
     assert method in str(planned)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
@@ -115,11 +141,10 @@ def test_plan_is_pure_and_its_parameters_are_exact(method: str, family: str) -> 
     assert sum(p.numel() for p in model.parameters()) == params + added
 
 
-@both
 @causal
 @pytest.mark.parametrize("layers", [None, (1,)])
 def test_causality(method: str, family: str, layers: tuple[int, ...] | None) -> None:
-    case = FAMILIES[family]
+    case = CASES[family]
     model, batch = case.model(), case.batch()
     config = type(example(method)).from_dict({**example(method).to_dict(), "layers": layers})
     convert(model, case, config)
@@ -135,7 +160,7 @@ def test_causality(method: str, family: str, layers: tuple[int, ...] | None) -> 
 @claimed("padding")
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(method: str, family: str, side: str) -> None:
-    case = FAMILIES[family]
+    case = CASES[family]
     model = case.model()
     convert(model, case, example(method))
     ids = case.batch(2, 83)["input_ids"]
@@ -158,7 +183,7 @@ def test_padding_changes_nothing(method: str, family: str, side: str) -> None:
 
 @claimed("packing")
 def test_packed_sequences_equal_separate_ones(method: str, family: str) -> None:
-    case = FAMILIES[family]
+    case = CASES[family]
     model = case.model()
     convert(model, case, example(method))
     first, second = case.batch(1, 71, seed=3)["input_ids"], case.batch(1, 86, seed=4)["input_ids"]
@@ -170,10 +195,9 @@ def test_packed_sequences_equal_separate_ones(method: str, family: str) -> None:
     assert_near(found[:, 71:], logits(model, {"input_ids": second}))
 
 
-@both
 @every
 def test_same_seed_same_result_and_the_global_generator_is_left_alone(method: str, family: str) -> None:
-    case = FAMILIES[family]
+    case = CASES[family]
     results = []
     for _ in range(2):
         model = case.model()
@@ -190,7 +214,7 @@ def test_same_seed_same_result_and_the_global_generator_is_left_alone(method: st
 def test_gradients_with_checkpointing_equal_those_without(method: str, family: str, reentrant: bool) -> None:
     if reentrant and (reason := why_not(method, "checkpointing_reentrant", family_limits()[family])):
         pytest.skip(reason)
-    case = FAMILIES[family]
+    case = CASES[family]
     model, batch = case.model(), case.batch()
     dense = {name for name, _ in model.named_parameters()}
     handle = convert(model, case, example(method))
@@ -211,7 +235,7 @@ def test_gradients_with_checkpointing_equal_those_without(method: str, family: s
 
 @claimed("autocast")
 def test_autocast(method: str, family: str) -> None:
-    case = FAMILIES[family]
+    case = CASES[family]
     model, batch = case.model(), case.batch()
     convert(model, case, example(method))
     expected = logits(model, batch)
@@ -225,27 +249,54 @@ def test_autocast(method: str, family: str) -> None:
     assert (out.float() - expected).norm() < 0.3 * expected.norm()
 
 
-@both
 @every
 def test_dense_checkpoints_load_and_ours_hold_the_dense_order(method: str, family: str) -> None:
-    case = FAMILIES[family]
+    case = CASES[family]
     model, other, batch = case.model(0), case.model(1), case.batch()
     dense = {name: p.clone() for name, p in model.state_dict().items()}
     handle = convert(model, case, example(method))
     for name, value in model.state_dict().items():
         if name in dense:
             assert torch.equal(value, dense[name]), name
+    assert dense.keys() - set(model.state_dict()) == replaced(handle)
     missing, unexpected = model.load_state_dict(other.state_dict(), strict=False)
-    assert not unexpected
+    assert set(unexpected) == replaced(handle)
     assert not set(missing) & dense.keys()
-    handle.restore()
-    assert torch.equal(logits(model, batch), logits(other, batch))
+    if not replaced(handle):
+        handle.restore()
+        assert torch.equal(logits(model, batch), logits(other, batch))
 
 
-@both
+@every
+def test_inside_dense_the_model_is_the_dense_one(method: str, family: str) -> None:
+    case = CASES[family]
+    model, batch = case.model(), case.batch()
+    expected = logits(model, batch)
+    handle = convert(model, case, example(method))
+    if replaced(handle):
+        pytest.skip("the dense weights are gone")
+    handle.step(1, 1)
+    sparse = logits(model, batch)
+    with handle.dense():
+        assert_near(logits(model, batch), expected)
+    assert torch.equal(logits(model, batch), sparse)
+
+
+@every
+def test_after_commit_there_is_no_way_back(method: str, family: str) -> None:
+    case = CASES[family]
+    model, batch = case.model(), case.batch()
+    handle = convert(model, case, example(method))
+    expected = logits(model, batch)
+    handle.commit()
+    with pytest.raises(ValueError, match="after commit"):
+        handle.restore()
+    assert handle.active and torch.equal(logits(model, batch), expected)
+
+
 @every
 def test_state_rebuilds_the_conversion(method: str, family: str) -> None:
-    case = FAMILIES[family]
+    case = CASES[family]
     model, batch = case.model(), case.batch()
     handle = convert(model, case, example(method))
     again = case.model()
@@ -253,10 +304,9 @@ def test_state_rebuilds_the_conversion(method: str, family: str) -> None:
     assert torch.equal(logits(again, batch), logits(model, batch))
 
 
-@both
 @every
 def test_merge_is_refused_where_it_would_change_an_output(method: str, family: str) -> None:
-    case = FAMILIES[family]
+    case = CASES[family]
     model, batch = case.model(), case.batch()
     handle = convert(model, case, example(method))
     if example(method).changes_outputs:
@@ -268,15 +318,14 @@ def test_merge_is_refused_where_it_would_change_an_output(method: str, family: s
         expected = logits(model, batch)
         assert torch.equal(logits(handle.merge(), batch), expected)
         assert not handle.active
-    handle = convert(model, case, registered_methods()[method].dense_limit())
+    handle = convert(model, case, KINDS[method].dense_limit())
     sparse = logits(model, batch)
     assert_near(logits(handle.merge(), batch), sparse)
 
 
-@both
 @every
 def test_no_match_and_double_claims_are_errors_that_change_nothing(method: str, family: str) -> None:
-    case = FAMILIES[family]
+    case = CASES[family]
     model, batch = case.model(), case.batch()
     expected = logits(model, batch)
     config = example(method)
@@ -288,37 +337,42 @@ def test_no_match_and_double_claims_are_errors_that_change_nothing(method: str, 
     assert torch.equal(logits(model, batch), expected)
 
 
-@pytest.mark.parametrize("family", CAUSAL)
-def test_generation_with_a_cache_equals_generation_without(family: str) -> None:
-    case = FAMILIES[family]
+@causal
+def test_generation_with_a_cache_equals_generation_without(method: str, family: str) -> None:
+    case = CASES[family]
     model = case.model()
-    convert(
-        model, case, registered_methods()["routed_ffn"].example(), registered_methods()["pq_attention"].dense_limit()
-    )
+    convert(model, case, KINDS[method].dense_limit())
     batch = case.batch(2, 30)
-    options = {"max_new_tokens": 6, "do_sample": False, "min_new_tokens": 6}
+    options = {"max_new_tokens": 4, "do_sample": False, "min_new_tokens": 4}
     with_cache = model.generate(**batch, **options, use_cache=True)
     without = model.generate(**batch, **options, use_cache=False)
     assert torch.equal(with_cache, without)
 
 
-@pytest.mark.parametrize("pair", list(itertools.combinations(METHODS, 2)), ids="+".join)
-@every
-def test_two_methods_compose_or_claim_the_same(family: str, pair: tuple[str, str]) -> None:
-    case = FAMILIES[family]
+TOGETHER = [
+    (first, second, family)
+    for first, second in itertools.combinations(METHODS, 2)
+    for family in CASES
+    if {(first, family), (second, family)} <= set(PAIRS)
+]
+
+
+@pytest.mark.parametrize(("first", "second", "family"), TOGETHER)
+def test_two_methods_compose_or_claim_the_same(first: str, second: str, family: str) -> None:
+    case = CASES[family]
     model, batch = case.model(), case.batch()
     expected = logits(model, batch)
-    configs = [example(method) for method in pair]
-    first, second = (
-        {claim for edit in sparsetrain.plan(model, config).edits for claim in edit.claims} for config in configs
-    )
-    if first & second:
+    configs = [example(first), example(second)]
+    plans = [sparsetrain.plan(model, config) for config in configs]
+    claims = [{claim for edit in planned.edits for claim in edit.claims} for planned in plans]
+    if claims[0] & claims[1]:
         with pytest.raises(sparsetrain.PlanError, match="both claim"):
             convert(model, case, *configs)
     else:
         handle = convert(model, case, *configs)
-        assert len(handle.plan.edits) == LAYERS * 2
-        assert not torch.equal(logits(model, batch), expected)
+        assert len(handle.plan.edits) == sum(len(planned.edits) for planned in plans)
+        changes = any(config.changes_outputs for config in configs)
+        assert torch.equal(logits(model, batch), expected) != changes
         handle.restore()
     assert torch.equal(logits(model, batch), expected)
 
@@ -340,7 +394,7 @@ def counted_flops(model: Any, batch: dict[str, Tensor]) -> int:
 def test_the_planned_saving_is_what_a_counter_measures(method: str, family: str) -> None:
     if family in ("mistral", "gemma3"):
         pytest.skip("dense attention runs a window as a mask, and computes every pair")
-    case = FAMILIES[family]
+    case = CASES[family]
     model, batch = case.model(), case.batch()
     dense = counted_flops(model, batch)
     tokens = 101 if case.vision else 100
@@ -363,14 +417,14 @@ def with_head(feature: str, case: Family) -> Any:
 
 def assert_trains_with_a_head(feature: str, method: str, family: str) -> None:
     """The dense limit has the dense loss; the method itself trains to finite gradients, padding included."""
-    case = FAMILIES[family]
+    case = CASES[family]
     model, batch = with_head(feature, case), case.batch(2, 90)
     if not case.vision:
         batch["attention_mask"][1, 70:] = 0
         batch["input_ids"][1, 70:] = 0  # by the padding token, causal classifiers find the last real one
     labels = torch.tensor([0, 1]) if feature == "classify" else batch["input_ids"]
     expected = model(**batch, labels=labels).loss
-    handle = convert(model, case, registered_methods()[method].dense_limit())
+    handle = convert(model, case, KINDS[method].dense_limit())
     assert_near(model(**batch, labels=labels).loss, expected)
     handle.restore()
     convert(model, case, example(method)).step(1, 1)
@@ -394,7 +448,7 @@ def test_masked_language_modelling_trains(method: str, family: str) -> None:
 @pytest.mark.slow
 @claimed("compile")
 def test_torch_compile_traces_and_changes_nothing(method: str, family: str) -> None:
-    case = FAMILIES[family]
+    case = CASES[family]
     model, batch = case.model(), case.batch()
     convert(model, case, example(method))
     expected, expected_grads = logits(model, batch), gradients(model, batch)
@@ -416,7 +470,7 @@ def test_torch_compile_traces_and_changes_nothing(method: str, family: str) -> N
 @pytest.mark.gpu
 @claimed("gpu")
 def test_a_gpu_gives_what_the_cpu_gives(method: str, family: str) -> None:
-    case = FAMILIES[family]
+    case = CASES[family]
     model, batch = case.model(), case.batch()
     convert(model, case, example(method))
     expected = logits(model, batch)
@@ -427,7 +481,7 @@ def test_a_gpu_gives_what_the_cpu_gives(method: str, family: str) -> None:
 @claimed("four_bit")
 def test_four_bit_weights_train(method: str, family: str) -> None:
     bnb = pytest.importorskip("bitsandbytes")
-    case = FAMILIES[family]
+    case = CASES[family]
     model, batch = case.model(), case.batch()
     for parent in [module for block in describe(model).blocks for module in submodule(model, block.name).modules()]:
         for name, old in parent.named_children():
@@ -468,10 +522,9 @@ def test_every_feature_is_held_by_a_test_or_refused() -> None:
     assert not set(HELD_BY) & set(UNPROVEN)
 
 
-@both
 @every
 def test_what_is_not_claimed_is_refused_with_its_reason(method: str, family: str) -> None:
-    model, limits = FAMILIES[family].model(), family_limits()[family]
+    model, limits = CASES[family].model(), family_limits().get(family, {})
     refused = {feature: why for feature in FEATURES if (why := why_not(method, feature, limits))}
     assert set(UNPROVEN) <= set(refused)
     for feature, reason in refused.items():

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsetrain.ops.attention_patterns import VARIANTS, block_lists, block_pattern, fit_pattern, pooled_maps, reference
+from sparsetrain.ops.attention_patterns.cases import TINY, Case
 from sparsetrain.ops.flood_fill import diagonal_convolution, pool_blocks
 from tests.ops.test_flood_fill import PUBLISHED, grid
 
@@ -124,16 +125,16 @@ def whole_map(q: Tensor, k: Tensor, causal: bool, window: int | None) -> tuple[T
     return reference.mean_map(q, k, visible, 0.5), visible
 
 
-@pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 5), (False, 7)])
-@pytest.mark.parametrize(("tokens", "edge"), [(24, 3), (24, 15), (21, 5), (5, 9), (1, 1), (40, 1)])
-def test_pooled_maps_equal_pooling_whole_maps(causal: bool, window: int | None, tokens: int, edge: int) -> None:
-    q, k = draw_qk(4, 2, tokens)
-    sums = pooled_maps(q, k, block=8, filter_edge=edge, causal=causal, scale=0.5, window=window)
-    map_tt, visible = whole_map(q[0], k[0], causal, window)
-    pad = -tokens % 8
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+def test_pooled_maps_equal_pooling_whole_maps(case: Case) -> None:
+    q, k = case.tensors()
+    block, edge = case.block, case.edge
+    sums = pooled_maps(q, k, block=block, filter_edge=edge, causal=case.causal, scale=0.5, window=case.window)
+    map_tt, visible = whole_map(q[0], k[0], case.causal, case.window)
+    pad = -case.tokens % block
 
     def summed(x: Tensor) -> Tensor:
-        return pool_blocks(torch.nn.functional.pad(x.double(), (0, pad, 0, pad)), 8) * 64
+        return pool_blocks(torch.nn.functional.pad(x.double(), (0, pad, 0, pad)), block) * block**2
 
     torch.testing.assert_close(sums.raw_pnn[0], summed(map_tt))
     torch.testing.assert_close(sums.filtered_pnn[0], summed(diagonal_convolution(map_tt, edge)))

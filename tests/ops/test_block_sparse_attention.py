@@ -1,4 +1,4 @@
-"""Block-sparse attention: the reference against plain softmax and SDPA, the CPU backend against the reference."""
+"""Block-sparse attention: the reference against plain softmax and SDPA, the `torch` backend against the reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sparsetrain.ops.block_sparse_attention.cpu as cpu_backend
+import sparsetrain.ops.block_sparse_attention.torch as torch_backend
 from sparsetrain.core.errors import Unsupported
 from sparsetrain.ops.block_sparse_attention import block_sparse_attention
 from sparsetrain.ops.block_sparse_attention.cases import REAL, TINY, TOLERANCE, Case
@@ -97,7 +97,7 @@ def assert_near(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> 
 
 
 @CASES
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_equals_dense_softmax_under_the_mask(case: Case, backend: str) -> None:
     tensors, lists = case.tensors(torch.float64), case.lists()
     pairs = visible(case) & listed(case, lists)
@@ -106,7 +106,7 @@ def test_equals_dense_softmax_under_the_mask(case: Case, backend: str) -> None:
 
 
 @CASES
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_full_lists_equal_sdpa(case: Case, backend: str) -> None:
     tensors, pairs = case.tensors(torch.float64), visible(case)
     rows = pairs.any(-1, keepdim=True)
@@ -124,7 +124,7 @@ def test_full_lists_equal_sdpa(case: Case, backend: str) -> None:
 def test_cpu_equals_reference(case: Case, dtype: torch.dtype) -> None:
     tensors, lists = case.tensors(dtype), case.lists()
     wanted = with_gradients(lambda *x: call(case, *x, lists, "reference"), tuple(x.double() for x in tensors))
-    found = with_gradients(lambda *x: call(case, *x, lists, "cpu"), tensors)
+    found = with_gradients(lambda *x: call(case, *x, lists, "torch"), tensors)
     assert all(x.dtype == dtype for x in (found[0], *found[2:]))
     assert_near(found, wanted, TOLERANCE[dtype])
 
@@ -137,7 +137,7 @@ GRADCHECK = (
 )
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("case", GRADCHECK, ids=lambda case: case.name)
 def test_gradcheck_in_both_outputs(case: Case, backend: str) -> None:
     def run(*x: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +152,7 @@ def test_lse_alone_has_a_gradient() -> None:
     tensors, lists = case.tensors(torch.float64), case.lists()
     q, k, v = tensors
     wanted = with_gradients(lambda *x: call(case, *x, v, lists, "reference")[1], (q, k))
-    found = with_gradients(lambda *x: call(case, *x, lists, "cpu")[1], tensors)
+    found = with_gradients(lambda *x: call(case, *x, lists, "torch")[1], tensors)
     assert_near(found[:-1], wanted, 1e-12)
     assert found[-1].abs().max() == 0  # values do not move it
 
@@ -167,7 +167,7 @@ def phantom(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, pruned: Tensor) -> tu
 
 
 @CASES
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_phantom_zero_equals_its_dense_definition(case: Case, backend: str) -> None:
     tensors, lists = case.tensors(torch.float64), case.lists()
     seen = visible(case).expand(-1, case.heads, -1, -1)
@@ -180,8 +180,8 @@ def test_phantom_zero_equals_its_dense_definition(case: Case, backend: str) -> N
 @CASES
 def test_phantom_zero_with_full_lists_equals_the_masked_softmax(case: Case) -> None:
     tensors, lists = case.tensors(torch.float64), everything(case)
-    found = with_gradients(lambda *x: call(case, *x, lists, "cpu", softmax="phantom_zero"), tensors)
-    assert_near(found, with_gradients(lambda *x: call(case, *x, lists, "cpu"), tensors), 1e-12)
+    found = with_gradients(lambda *x: call(case, *x, lists, "torch", softmax="phantom_zero"), tensors)
+    assert_near(found, with_gradients(lambda *x: call(case, *x, lists, "torch"), tensors), 1e-12)
 
 
 def test_phantom_zero_counts_segments_that_are_not_contiguous() -> None:
@@ -200,15 +200,15 @@ def test_phantom_zero_counts_segments_that_are_not_contiguous() -> None:
 def test_phantom_zero_with_zero_queries_is_the_kept_share_of_the_mean_value() -> None:
     case = Case(name="zero", queries=32, block_q=8, block_k=8, kept_keys=16, causal=False)
     (q, k, v), lists = case.tensors(torch.float64), case.lists()
-    out, lse = call(case, torch.zeros_like(q), k, v, lists, "cpu", softmax="phantom_zero")
+    out, lse = call(case, torch.zeros_like(q), k, v, lists, "torch", softmax="phantom_zero")
     kept = listed(case, lists).double()
     torch.testing.assert_close(out, kept @ v / 32)
     torch.testing.assert_close(lse.exp(), torch.full_like(lse, 32))
     with pytest.raises(ValueError, match="phantom_zero"):
-        call(case, q, k, v, lists, "cpu", softmax="phantom")
+        call(case, q, k, v, lists, "torch", softmax="phantom")
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_rows_without_a_visible_key_are_exactly_zero(backend: str) -> None:
     case = Case(name="empty", queries=40, block_q=8, block_k=8, kept_keys=16)
     lists = case.lists()
@@ -224,7 +224,7 @@ def test_rows_without_a_visible_key_are_exactly_zero(backend: str) -> None:
     assert all((x == 0).all() for x in (found[0], *found[2:])) and found[1].isneginf().all()
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_padding_and_packing_change_nothing(backend: str) -> None:
     """Two sequences padded to whole blocks and packed equal the two alone."""
     case = Case(name="alone", queries=24, block_q=8, block_k=8, kept_keys=16)
@@ -247,9 +247,9 @@ def test_order_and_empty_slots_do_not_matter() -> None:
     case = next(case for case in TINY if case.name == "odd")
     tensors, lists = case.tensors(torch.float32), case.lists()
     shuffled = torch.cat((torch.full_like(lists[..., :1], -1), lists.flip(-1)), dim=-1).int()
-    found = with_gradients(lambda *x: call(case, *x, shuffled, "cpu"), tensors)
+    found = with_gradients(lambda *x: call(case, *x, shuffled, "torch"), tensors)
     assert all(
-        torch.equal(x, y) for x, y in zip(found, with_gradients(lambda *x: call(case, *x, lists, "cpu"), tensors))
+        torch.equal(x, y) for x, y in zip(found, with_gradients(lambda *x: call(case, *x, lists, "torch"), tensors))
     )
 
 
@@ -259,37 +259,37 @@ def test_one_list_serves_the_batch_and_strides_do_not_matter() -> None:
     wanted = with_gradients(lambda *x: call(case, *x, lists, "reference"), tensors)
     strided = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors)
     assert not strided[0].is_contiguous()
-    assert_near(with_gradients(lambda *x: call(case, *x, lists, "cpu"), strided), wanted, 1e-12)
+    assert_near(with_gradients(lambda *x: call(case, *x, lists, "torch"), strided), wanted, 1e-12)
 
 
 def test_causality() -> None:
     case = next(case for case in TINY if case.name == "odd")
     (q, k, v), lists = case.tensors(torch.float32), case.lists()
-    before = call(case, q, k, v, lists, "cpu")[0]
+    before = call(case, q, k, v, lists, "torch")[0]
     for x in (q, k, v):
         x[:, :, 40:] = 100.0
-    assert torch.equal(call(case, q, k, v, lists, "cpu")[0][:, :, :40], before[:, :, :40])
+    assert torch.equal(call(case, q, k, v, lists, "torch")[0][:, :, :40], before[:, :, :40])
 
 
 @pytest.mark.parametrize("name", ["odd", "gqa", "packed", "window", "bidirectional_odd", "wide_keys", "own_lists"])
 def test_many_small_batches_of_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(case for case in TINY if case.name == name)
     tensors, lists = case.tensors(torch.float64), case.lists()
-    wanted = with_gradients(lambda *x: call(case, *x, lists, "cpu"), tensors)
-    monkeypatch.setattr(cpu_backend, "BATCH_ELEMENTS", 1)
-    assert_near(with_gradients(lambda *x: call(case, *x, lists, "cpu"), tensors), wanted, 1e-12)
+    wanted = with_gradients(lambda *x: call(case, *x, lists, "torch"), tensors)
+    monkeypatch.setattr(torch_backend, "BATCH_ELEMENTS", 1)
+    assert_near(with_gradients(lambda *x: call(case, *x, lists, "torch"), tensors), wanted, 1e-12)
 
 
 @CASES
 def test_no_uninitialised_memory_is_read(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """With fresh memory full of NaN the result is the same."""
     tensors, lists = case.tensors(torch.float32), case.lists()
-    wanted = with_gradients(lambda *x: call(case, *x, lists, "cpu"), tensors)
+    wanted = with_gradients(lambda *x: call(case, *x, lists, "torch"), tensors)
     torch.use_deterministic_algorithms(True)  # fills every empty() with NaN
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory
         assert torch.empty(3).isnan().all()
-        found = with_gradients(lambda *x: call(case, *x, lists, "cpu"), tensors)
+        found = with_gradients(lambda *x: call(case, *x, lists, "torch"), tensors)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(x, y) for x, y in zip(found, wanted))
@@ -298,9 +298,9 @@ def test_no_uninitialised_memory_is_read(case: Case, monkeypatch: pytest.MonkeyP
 def test_same_gradients_every_time() -> None:
     case = Case(name="busy", queries=256, block_q=16, block_k=16, kept_keys=128, head_dim=16)
     tensors, lists = case.tensors(torch.float32), case.lists()
-    first = with_gradients(lambda *x: call(case, *x, lists, "cpu"), tensors)
+    first = with_gradients(lambda *x: call(case, *x, lists, "torch"), tensors)
     assert all(
-        torch.equal(x, y) for x, y in zip(first, with_gradients(lambda *x: call(case, *x, lists, "cpu"), tensors))
+        torch.equal(x, y) for x, y in zip(first, with_gradients(lambda *x: call(case, *x, lists, "torch"), tensors))
     )
 
 
@@ -319,7 +319,7 @@ def test_saves_no_more_than_sdpa_and_the_lists() -> None:
             run()
         return sum(storages.values())
 
-    ours = saved(lambda: call(case, *tensors, lists, "cpu")[0])
+    ours = saved(lambda: call(case, *tensors, lists, "torch")[0])
     q, k, v = tensors
     dense = saved(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
     assert ours == sum(x.nbytes for x in (*tensors, q)) + 4 * q[..., 0].numel() + lists.nbytes  # q k v, out, lse, lists
@@ -340,16 +340,16 @@ def test_scratch_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             return result
 
     case = Case(name="long", heads=1, kv_heads=1, list_heads=1, queries=1024, block_q=32, block_k=32, kept_keys=128)
-    monkeypatch.setattr(cpu_backend, "BATCH_ELEMENTS", 2**14)
+    monkeypatch.setattr(torch_backend, "BATCH_ELEMENTS", 2**14)
     with Largest() as largest:
-        with_gradients(lambda *x: call(case, *x, case.lists(), "cpu")[0], case.tensors(torch.float32))
+        with_gradients(lambda *x: call(case, *x, case.lists(), "torch")[0], case.tensors(torch.float32))
     assert 8192 <= largest.numel <= 2**14  # 8192 are the queries themselves
 
 
 def test_no_second_derivative() -> None:
     case = TINY[0]
     q, k, v = (x.requires_grad_() for x in case.tensors(torch.float64))
-    out, _ = call(case, q, k, v, case.lists(), "cpu")
+    out, _ = call(case, q, k, v, case.lists(), "torch")
     (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dq.sum().backward()
@@ -389,7 +389,7 @@ def test_a_named_backend_never_falls_back() -> None:
         call(case, *case.tensors(torch.float32), case.lists(), "triton")
     on_meta = [x.to("meta") for x in (*case.tensors(torch.float32), case.lists())]
     with pytest.raises(Unsupported, match="on meta"):
-        call(case, *on_meta, "cpu")
+        call(case, *on_meta, "torch")
 
 
 def test_real_cases_are_lists_of_the_asked_length() -> None:

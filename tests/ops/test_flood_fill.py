@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain.ops.flood_fill import diagonal_convolution, diagonal_sums, flood_fill, pool_blocks, reference
+from sparsetrain.ops.flood_fill.cases import TINY
 
 
 def grid(rows: str) -> Tensor:
@@ -25,19 +26,15 @@ def test_the_published_case() -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_equals_the_loop_on_a_thousand_grids(causal: bool) -> None:
-    """Sizes 1 to 20, half of the grids with many ties; twenty grids of a size at a time, thresholds of their own."""
-    draw = torch.Generator().manual_seed(int(causal))
+    """Sizes 1 to 20, half of the grids with many ties; the grids of a case at a time, thresholds of their own."""
     seen = 0
-    for n in (1, 2, 3, 4, 5, 7, 8, 12, 16, 20):
-        for ties in (False, True):
-            grids = torch.rand(50, n, n, generator=draw)
-            grids = (grids * 4).floor() if ties else grids
-            grids = grids.tril() if causal else grids
-            limits = grids.flatten(1).quantile(0.5, dim=1)
-            found = flood_fill(grids, limits, causal=causal)
-            for one, limit, marks in zip(grids, limits, found, strict=True):
-                assert torch.equal(marks, reference.flood_fill(one, float(limit), causal=causal))
-                seen += 1
+    for case in TINY:
+        grids = case.tensor(causal, seed=100 * causal)
+        limits = grids.flatten(1).quantile(0.5, dim=1)
+        found = flood_fill(grids, limits, causal=causal)
+        for one, limit, marks in zip(grids, limits, found, strict=True):
+            assert torch.equal(marks, reference.flood_fill(one, float(limit), causal=causal))
+            seen += 1
     assert seen == 1000
 
 

@@ -11,9 +11,10 @@ import sparsetrain.ops.key_selection.keys as key_tiles
 import sparsetrain.ops.key_selection.probes as probe_tiles
 from sparsetrain.core.errors import Unsupported
 from sparsetrain.ops.key_selection import Visibility, select_blocks, select_keys
+from sparsetrain.ops.key_selection.cases import TINY, Case
 from sparsetrain.ops.product_quantization import encode
 
-B, H, G, T, D = 2, 4, 2, 29, 32
+B, H, G, T, D = (getattr(TINY[0], size) for size in ("batch", "heads", "kv_heads", "tokens", "head_dim"))
 
 
 @pytest.fixture(autouse=True)
@@ -23,25 +24,18 @@ def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def data(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return (
-        torch.randn(B, H, T, D, generator=generator),
-        torch.randn(B, G, T, D, generator=generator),
-        torch.randn(G, D // 8, 6, 8, generator=generator),
-    )
+    return TINY[0].tensors(seed)
 
 
 def segments() -> torch.Tensor:
-    return torch.tensor([[0] * 3 + [1] * 11 + [2] * 15, [1] * 20 + [0] * 9])
+    return TINY[0].segments()
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
 @pytest.mark.parametrize("score", ["match_count", "table", "attention"])
-@pytest.mark.parametrize("window", [None, 9])
-def test_exact_selection_equals_the_rule(causal: bool, packed: bool, score: str, window: int | None) -> None:
-    q, k, codebook = data()
-    visibility = Visibility(causal, segments() if packed else None, window)
+def test_exact_selection_equals_the_rule(case: Case, score: str) -> None:
+    q, k, codebook = case.tensors()
+    visibility = case.visibility()
     limit = torch.full((B, T), 8)
     limit[1] = 5
     options = {"score": score, "local_tokens": 3}
@@ -50,13 +44,11 @@ def test_exact_selection_equals_the_rule(causal: bool, packed: bool, score: str,
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
 @pytest.mark.parametrize("local", [0, 3, 16])
-@pytest.mark.parametrize("window", [None, 15])
-def test_bucket4_equals_the_rule(causal: bool, packed: bool, local: int, window: int | None) -> None:
-    q, k, codebook = data()
-    visibility = Visibility(causal, segments() if packed else None, window)
+def test_bucket4_equals_the_rule(case: Case, local: int) -> None:
+    q, k, codebook = case.tensors()
+    visibility = case.visibility()
     limit = torch.full((B, T), 8)
     options = {"score": "match_count", "selection": "bucket4", "local_tokens": local, "keep_first": local == 3}
     found = select_keys(q, k, codebook, limit, visibility, **options)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsetrain.core.errors import Unsupported
 from sparsetrain.ops.nm_mask import flip_rate, masked_weight, nm_mask, tile_patterns, transposable_mask
+from sparsetrain.ops.nm_mask.cases import TINY, Case
 
 SEARCHES = ("exact", "greedy")
 
@@ -35,13 +36,12 @@ def test_there_are_90_patterns_in_order_and_each_entry_is_in_45() -> None:
     assert len(patterns) == 90 and (patterns.sum(0) == 45).all()
 
 
-@pytest.mark.parametrize(("keep", "group"), [(2, 4), (1, 2), (1, 4), (3, 4), (4, 4), (4, 8), (2, 16), (16, 32)])
-@pytest.mark.parametrize("dim", [0, 1, -1])
-def test_nm_masks_equal_a_stable_sort(keep: int, group: int, dim: int) -> None:
-    w = weights(32, 64).round(decimals=0)  # many ties
-    mask = nm_mask(w, keep, group, dim)
-    assert torch.equal(mask, nm_mask(w, keep, group, dim, backend="reference"))
-    assert (mask.movedim(dim, -1).unflatten(-1, (-1, group)).sum(-1) == keep).all()
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+def test_nm_masks_equal_a_stable_sort(case: Case) -> None:
+    w = case.tensor()
+    mask = nm_mask(w, case.keep, case.group, case.dim)
+    assert torch.equal(mask, nm_mask(w, case.keep, case.group, case.dim, backend="reference"))
+    assert (mask.movedim(case.dim, -1).unflatten(-1, (-1, case.group)).sum(-1) == case.keep).all()
 
 
 def test_nm_masks_of_a_convolution_run_along_its_input_channels() -> None:

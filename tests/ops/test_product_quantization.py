@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import sparsetrain.ops.product_quantization.torch as torch_backend
 from sparsetrain.core.errors import Unsupported
-from sparsetrain.ops.product_quantization import codebook_loss, cpu, decode, encode, fit_codebook, reference
+from sparsetrain.ops.product_quantization import codebook_loss, decode, encode, fit_codebook, reference
 from sparsetrain.ops.product_quantization.cases import TINY, Case
 
 CASES = pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "cpu"])
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch"])
 DISTANCES = pytest.mark.parametrize("distance", ["l1", "l2"])
 
 
@@ -42,13 +43,13 @@ def test_backends_agree_bit_for_bit_on_l1(case: Case) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x, codebook = case.tensors(torch.float32)
         x = x.to(dtype)
-        assert torch.equal(encode(x, codebook, "l1", backend="cpu"), encode(x, codebook, "l1", backend="reference"))
+        assert torch.equal(encode(x, codebook, "l1", backend="torch"), encode(x, codebook, "l1", backend="reference"))
 
 
 @CASES
 def test_l2_differs_only_where_two_codewords_are_equally_near(case: Case) -> None:
     x, codebook = case.tensors(torch.float32)
-    found, wanted = (encode(x, codebook, "l2", backend=name).long() for name in ("cpu", "reference"))
+    found, wanted = (encode(x, codebook, "l2", backend=name).long() for name in ("torch", "reference"))
     exact = reference.distances(x.double(), codebook.double(), "l2")
     gap = exact.gather(-1, found[..., None]) - exact.gather(-1, wanted[..., None])
     assert gap.abs().max() < 1e-5
@@ -66,19 +67,19 @@ def test_equal_distances_take_the_lowest_index(backend: str, distance: str) -> N
 
 @DISTANCES
 def test_long_and_strided_inputs(distance: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "TILE_ELEMENTS", 512)  # many tiles, the last one partial
+    monkeypatch.setattr(torch_backend, "TILE_ELEMENTS", 512)  # many tiles, the last one partial
     x, codebook = Case(name="long", heads=4, codebooks=2, tokens=77).tensors(torch.float64)
     strided = x.transpose(1, 2).contiguous().transpose(1, 2)
     assert not strided.is_contiguous()
     wanted = encode(x, codebook, distance, backend="reference")
-    assert torch.equal(encode(strided, codebook, distance, backend="cpu"), wanted)
+    assert torch.equal(encode(strided, codebook, distance, backend="torch"), wanted)
 
 
 def test_a_nan_gives_a_code_that_exists() -> None:
     x, codebook = TINY[0].tensors(torch.float32)
     x[0, 0, 3] = torch.nan
     for distance in ("l1", "l2"):
-        assert encode(x, codebook, distance, backend="cpu").max() < codebook.shape[2]
+        assert encode(x, codebook, distance, backend="torch").max() < codebook.shape[2]
 
 
 def test_decode_gives_the_nearest_codeword_and_its_gradient() -> None:

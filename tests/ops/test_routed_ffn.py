@@ -1,5 +1,6 @@
 """The grouped routed FFN against the masked dense loop, forward and every gradient."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,57 +9,57 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsetrain.core.errors import Unsupported
+from sparsetrain.ops.linear_parts import LinearParts
 from sparsetrain.ops.routed_ffn import ACTIVATIONS, routed_ffn
+from sparsetrain.ops.routed_ffn.cases import TINY, TOLERANCE
 from sparsetrain.ops.routing import choose_blocks
 
-WIDTHS = [3, 70]  # narrow blocks share tiles and copy their weights, wide ones do not
+WIDTHS = [case.width for case in TINY]
 
 
-def make(t: int = 37, d: int = 5, width: int = 3, blocks: int = 4, active: int = 2, shared: int = 2, gated: bool = True,
-         lora: bool = True, bias: bool = True, shift: bool = False, dtype: torch.dtype = torch.float64,
-         ) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
-    torch.manual_seed(t + width)
-    f, r = shared + blocks * width, 2
+def make(dtype: torch.dtype = torch.float64, **changes: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, options) of the first tiny case with some sizes changed."""
+    case = replace(TINY[0], **changes)
+    torch.manual_seed(case.tokens + case.width)
+    t, d, f, r = case.tokens, case.hidden, case.ffn_size, 2
     rand = lambda *shape: torch.randn(*shape, dtype=dtype) * 0.5  # noqa: E731
     leaves = {"x": rand(t, d), "up": rand(f, d), "down": rand(d, f)}
-    leaves |= {"gate_proj": rand(f, d)} if gated else {}
-    leaves |= {"up_bias": rand(f), "down_bias": rand(d)} if bias else {}
-    leaves |= {"gate_bias": rand(f)} if bias and gated else {}
-    if lora:
+    leaves |= {"gate_proj": rand(f, d)} if case.gated else {}
+    leaves |= {"up_bias": rand(f), "down_bias": rand(d)} if case.bias else {}
+    leaves |= {"gate_bias": rand(f)} if case.bias and case.gated else {}
+    if case.lora:
         leaves |= {"up_a": rand(r, d), "up_b": rand(f, r), "down_a": rand(r, f), "down_b": rand(d, r)}
-        leaves |= {"gate_a": rand(3, d), "gate_b": rand(f, 3)} if gated else {}
-    leaves |= {"shift": rand(blocks, d)} if shift else {}
-    choice = choose_blocks(torch.randn(t, blocks), active)
-    leaves["c"] = 2 * torch.sigmoid(rand(t, active))
-    options = {"choice": choice, "num_shared": shared, "num_blocks": blocks, "activation": "silu"}
+        leaves |= {"gate_a": rand(3, d), "gate_b": rand(f, 3)} if case.gated else {}
+    leaves |= {"shift": rand(case.blocks, d)} if case.shift else {}
+    choice = choose_blocks(torch.randn(t, case.blocks), case.active)
+    leaves["c"] = 2 * torch.sigmoid(rand(t, case.active))
+    options = {"choice": choice, "num_shared": case.shared, "num_blocks": case.blocks, "activation": "silu"}
     return {name: leaf.requires_grad_() for name, leaf in leaves.items()}, options
 
 
 def call(leaves: dict[str, Tensor], options: dict[str, Any], **changes: Any) -> Tensor:
-    get = leaves.get
-    pair = lambda name: (leaves[f"{name}_a"], leaves[f"{name}_b"]) if f"{name}_a" in leaves else None  # noqa: E731
     rest = {key: value for key, value in options.items() if key != "choice"} | changes
+    dropout = rest.pop("lora_dropout", 0.0)
+
+    def linear(name: str, weight: str) -> LinearParts:
+        lora = (leaves[f"{name}_a"], leaves[f"{name}_b"]) if f"{name}_a" in leaves else None
+        return LinearParts(leaves[weight], leaves.get(f"{name}_bias"), lora, dropout)
+
     return routed_ffn(
         leaves["x"],
-        leaves["up"],
-        leaves["down"],
+        linear("up", "up"),
+        linear("down", "down"),
         options["choice"],
-        get("c"),
-        gate_proj_fd=get("gate_proj"),
-        up_bias_f=get("up_bias"),
-        gate_bias_f=get("gate_bias"),
-        down_bias_d=get("down_bias"),
-        up_lora=pair("up"),
-        gate_lora=pair("gate"),
-        down_lora=pair("down"),
-        block_shift_gd=get("shift"),
+        leaves.get("c"),
+        gate=linear("gate", "gate_proj") if "gate_proj" in leaves else None,
+        block_shift_gd=leaves.get("shift"),
         **rest,
     )
 
 
 def assert_agree(leaves: dict[str, Tensor], options: dict[str, Any], **changes: Any) -> Tensor:
     results = []
-    for backend in ("cpu", "reference"):
+    for backend in ("torch", "reference"):
         torch.manual_seed(1)  # dropout draws the same masks
         y = call(leaves, options, backend=backend, **changes)
         wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
@@ -66,7 +67,7 @@ def assert_agree(leaves: dict[str, Tensor], options: dict[str, Any], **changes: 
                                     allow_unused=True, materialize_grads=True)  # fmt: skip
         results.append((y, *grads))
     for found, expected in zip(*results):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found, expected, rtol=TOLERANCE["float64"], atol=TOLERANCE["float64"])
     return results[0][0]
 
 
@@ -91,8 +92,8 @@ def test_loads_that_are_uneven(mode: str, width: int) -> None:
     leaves, options = make(width=width, active=1, shift=True)
     for choice in (torch.full((37, 1), 2), torch.randint(0, 2, (37, 1)) * 3):
         assert_agree(leaves, options | {"choice": choice}, gate_mode=mode)
-    assert_agree(*make(t=1, width=width), gate_mode=mode)
-    assert_agree(*make(t=1100, d=3, width=width, active=3), gate_mode=mode)
+    assert_agree(*make(tokens=1, width=width), gate_mode=mode)
+    assert_agree(*make(tokens=1100, hidden=3, width=width, active=3), gate_mode=mode)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -130,11 +131,11 @@ def test_all_blocks_is_the_dense_ffn() -> None:
 
 @pytest.mark.parametrize("mode", ["output", "spt"])
 def test_gradcheck(mode: str) -> None:
-    leaves, options = make(t=4, d=3, width=2, shift=True)
+    leaves, options = make(tokens=4, hidden=3, width=2, shift=True)
     names = list(leaves)
 
     def run(*values: Tensor) -> Tensor:
-        return call(dict(zip(names, values)), options, gate_mode=mode, activation="gelu", backend="cpu")
+        return call(dict(zip(names, values)), options, gate_mode=mode, activation="gelu", backend="torch")
 
     assert torch.autograd.gradcheck(run, tuple(leaves.values()))
 
@@ -162,7 +163,7 @@ def test_reads_no_memory_it_did_not_write(width: int, monkeypatch: pytest.Monkey
 
 
 def test_saves_pre_activations_of_active_units_only() -> None:
-    leaves, options = make(t=256, d=5, width=80, blocks=4, active=1, shared=0, lora=False, bias=False)
+    leaves, options = make(tokens=256, hidden=5, width=80, blocks=4, active=1, shared=0, lora=False, bias=False)
     frozen = {name: leaf.detach().requires_grad_(name in ("x", "c")) for name, leaf in leaves.items()}
     known = {leaf.untyped_storage().data_ptr() for leaf in frozen.values()}
     sizes: dict[int, int] = {}

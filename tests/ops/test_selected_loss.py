@@ -11,21 +11,18 @@ from torch.nn import functional as F
 
 from sparsetrain.core.errors import Unsupported
 from sparsetrain.ops.selected_loss import selected_loss
+from sparsetrain.ops.selected_loss.cases import TINY, TOLERANCE
 
 
-def problem(n: int = 37, d: int = 7, v: int = 19, seed: int = 0) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    make = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()  # noqa: E731
-    target = torch.randint(v, (n,), generator=generator)
-    target[torch.rand(n, generator=generator) < 0.4] = -100
-    return {"x_nd": make(n, d), "weight_vd": make(v, d), "target_n": target, "bias_v": make(v)}
+def problem() -> dict[str, Any]:
+    return TINY[0].arguments()
 
 
 def tensors(p: dict[str, Any]) -> list[Tensor]:
     return [p["x_nd"], p["weight_vd"], p["bias_v"]]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("chunk_rows", [1, 5, 128])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("normaliser", [None, 60.0, torch.tensor(60)])
@@ -36,14 +33,14 @@ def test_equals_cross_entropy(backend: str, chunk_rows: int, softcap: float | No
     count = (p["target_n"] != -100).sum() if normaliser is None else normaliser
     expected = F.cross_entropy(logits, p["target_n"], reduction="sum") / count
     found = selected_loss(**p, softcap=softcap, normaliser=normaliser, chunk_rows=chunk_rows, backend=backend)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE["loss"], atol=1e-12)
     for a, e in zip(torch.autograd.grad(3 * found, tensors(p)), torch.autograd.grad(3 * expected, tensors(p))):
-        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(a, e, rtol=TOLERANCE["gradient"], atol=1e-12)
 
 
 def test_passes_gradcheck_with_weights() -> None:
-    p = problem(6, 3, 5)
-    weight = torch.rand(6, dtype=torch.float64)
+    p = TINY[1].arguments()
+    weight = torch.rand(TINY[1].rows, dtype=torch.float64)
 
     def run(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return selected_loss(x, w, p["target_n"], bias_v=b, row_weight_n=weight, softcap=2.0, chunk_rows=2)
@@ -51,9 +48,9 @@ def test_passes_gradcheck_with_weights() -> None:
     assert torch.autograd.gradcheck(run, tensors(p))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_no_target_is_a_zero_loss_with_zero_gradients(backend: str) -> None:
-    p = problem() | {"target_n": torch.full((37,), -100)}
+    p = problem() | {"target_n": torch.full((TINY[0].rows,), -100)}
     loss = selected_loss(**p, backend=backend)
     assert loss == 0
     for grad in torch.autograd.grad(loss, tensors(p)):

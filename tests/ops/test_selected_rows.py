@@ -19,6 +19,7 @@ from sparsetrain.ops.selected_rows import (
     selected_linear,
     take_rows,
 )
+from sparsetrain.ops.selected_rows.cases import TINY, TOLERANCE, Case
 
 
 def rows_of(counts: tuple[int, ...], tokens: int, seed: int = 0) -> Rows:
@@ -100,63 +101,34 @@ def test_dropout_uses_the_mask_that_was_drawn() -> None:
     torch.testing.assert_close(x.grad, mask.double() / 0.6)
 
 
-ATTENTION = {
-    "causal": {"causal": True},
-    "bidirectional": {"causal": False},
-    "window": {"causal": True, "window": 9},
-    "local": {"causal": False, "window": 6},
-    "packed": {"causal": True, "segments": "packed"},
-    "padded left": {"causal": True, "segments": "left"},
-    "padded both ways": {"causal": False, "segments": "right"},
-    "packed window": {"causal": True, "window": 5, "segments": "packed"},
-}
-
-
-def segments_of(kind: str | None, b: int, t: int) -> Tensor | None:
-    if kind is None:
-        return None
-    segments = torch.ones(b, t, dtype=torch.int32)
-    if kind == "packed":
-        segments[0, 13:] = 2
-        segments[1, 30:] = 2
-    if kind == "left":
-        segments[1, :9] = 0
-    if kind == "right":
-        segments[1, -9:] = 0
-    return segments
-
-
-@pytest.mark.parametrize("name", list(ATTENTION))
-@pytest.mark.parametrize(("heads", "groups"), [(2, 2), (4, 2), (3, 1)])
-@pytest.mark.parametrize("counts", [(13, 13), (17, 4), (37, 37)])
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
 @pytest.mark.parametrize("known", [False, True])
-def test_attention_equals_the_detach_definition(
-    name: str, heads: int, groups: int, counts: tuple[int, ...], known: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sparsetrain.ops.selected_rows.attention.TILE_ROWS", 6 * heads // groups)
-    form = dict(ATTENTION[name])
-    b, t, d = 2, 37, 5
-    segments = segments_of(form.pop("segments", None), b, t)
-    rows = rows_of(counts, t)
+def test_attention_equals_the_detach_definition(case: Case, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsetrain.ops.selected_rows.attention.TILE_ROWS", 6 * case.heads // case.kv_heads)
+    b, t, d = 2, case.tokens, case.head_dim
+    segments = case.segment_ids()
+    rows = rows_of(case.counts, t)
     if segments is not None and (segments == 0).any():  # padding is never selected
-        rows = Rows.of([row[:n][segments[i, row[:n]] > 0] for i, (row, n) in enumerate(zip(rows.index_bk, counts))], t)
+        index = [row[:n] for row, n in zip(rows.index_bk, case.counts)]
+        rows = Rows.of([row[segments[i, row] > 0] for i, row in enumerate(index)], t)
     torch.manual_seed(1)
-    shapes = ((b, heads, t, d), (b, groups, t, d), (b, groups, t, d))
+    shapes = ((b, case.heads, t, d), (b, case.kv_heads, t, d), (b, case.kv_heads, t, d))
     q, k, v = (torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes)
-    weight = torch.randn(b, t, heads, d, dtype=torch.float64)
+    weight = torch.randn(b, t, case.heads, d, dtype=torch.float64)
     dense = selected_attention_reference(
         *(keep(x.transpose(1, 2), rows.selected_bt).transpose(1, 2) for x in (q, k, v)),
-        rows.selected_bt, scale=0.4, segments_bt=segments, **form,
+        rows.selected_bt, scale=0.4, segments_bt=segments, causal=case.causal, window=case.window,
     ).transpose(1, 2)  # fmt: skip
     expected = torch.autograd.grad((dense * weight)[rows.selected_bt].sum(), (q, k, v))
-    everything = KeyValues(k.detach(), v.detach(), form["causal"], 0.4, segments, form.get("window"))
+    everything = KeyValues(k.detach(), v.detach(), case.causal, 0.4, segments, case.window)
     q_s, k_s, v_s = (take_rows(x.transpose(1, 2), rows).transpose(1, 2) for x in (q, k, v))
     values = rows.gather(dense.detach()).transpose(1, 2) if known else None
     out = selected_attention(q_s, k_s, v_s, everything, rows, known=values).transpose(1, 2)
-    torch.testing.assert_close(used(out, rows), dense[rows.selected_bt].detach(), rtol=1e-12, atol=1e-12)
+    near = TOLERANCE[torch.float64]
+    torch.testing.assert_close(used(out, rows), dense[rows.selected_bt].detach(), rtol=near, atol=near)
     found = torch.autograd.grad((used(out, rows) * weight[rows.selected_bt]).sum(), (q, k, v))
     for a, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(a, e, rtol=near, atol=near)
 
 
 def test_attention_in_the_tiles_of_a_gpu_is_the_same() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain.ops.soft_threshold24 import soft_scale24, soft_threshold24
+from sparsetrain.ops.soft_threshold24.cases import DTYPES, TINY, Case
 from sparsetrain.ops.soft_threshold24.reference import reference_scale
 
 
@@ -22,7 +23,7 @@ def weights(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         ([1.0, -1.0, 1.0, -1.0], [0.0, 0.0, 0.0, 0.0], 1.0),
     ],
 )
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_reference_groups(group: list[float], pruned: list[float], beta: float, backend: str) -> None:
     w = torch.tensor(group)
     found = soft_threshold24(w, backend=backend)
@@ -30,14 +31,14 @@ def test_reference_groups(group: list[float], pruned: list[float], beta: float, 
     assert float(soft_scale24(w, found)) == pytest.approx(beta)
 
 
-@pytest.mark.parametrize("dim", [0, 1, -1])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_equals_sorting(dim: int, dtype: torch.dtype) -> None:
-    w = weights(24, 32, dtype=dtype)
-    found = soft_threshold24(w, dim)
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_sorting(case: Case, dtype: torch.dtype) -> None:
+    w = case.tensor(dtype)
+    found = soft_threshold24(w, case.dim)
     assert found.dtype == dtype
-    assert torch.equal(found, soft_threshold24(w, dim, backend="reference"))
-    assert ((found != 0).movedim(dim, -1).unflatten(-1, (-1, 4)).sum(-1) <= 2).all()
+    assert torch.equal(found, soft_threshold24(w, case.dim, backend="reference"))
+    assert ((found != 0).movedim(case.dim, -1).unflatten(-1, (-1, 4)).sum(-1) <= 2).all()
 
 
 def test_continuous_also_across_ties() -> None:

@@ -13,10 +13,13 @@ from sparsetrain.ops.mvue24 import mvue24
 from sparsetrain.ops.nm_mask import nm_mask, transposable_mask
 from sparsetrain.ops.soft_threshold24 import soft_scale24, soft_threshold24
 from sparsetrain.ops.sparse24_linear import pack, sparse24_linear
+from sparsetrain.ops.sparse24_linear.cases import REAL, TINY, TOLERANCE, Case
 from sparsetrain.ops.sparse24_linear.gain import Gain, interleaved, measure_gain
 from sparsetrain.ops.sparse24_linear.packing import kernel_refusal
 from sparsetrain.ops.sparse24_linear.reference import reference_linear
 
+EXACT = TOLERANCE["emulate"]
+BY_NAME = {found.name: found for found in TINY}
 MODES = ("transposable", "greedy", "row", "soft")
 
 
@@ -33,17 +36,18 @@ def pruned_weight(w_oi: Tensor, mode: str) -> Tensor:
     return w_oi * mask
 
 
-def case(mode: str, transposed: bool, tokens: tuple[int, ...] = (2, 9)) -> dict[str, Any]:
-    w_oi = draw(12, 8, seed=1)
+def case(mode: str, transposed: bool, of: Case = TINY[0]) -> dict[str, Any]:
+    tokens = of.tokens
+    w_oi = draw(of.outputs, of.inputs, seed=1)
     pruned = pruned_weight(w_oi, mode)
     store = (lambda t: t.t().contiguous()) if transposed else (lambda t: t)
     return {
-        "x": draw(*tokens, 8).requires_grad_(),
+        "x": draw(*tokens, of.inputs).requires_grad_(),
         "weight": store(w_oi).requires_grad_(),
-        "bias": draw(12, seed=2).requires_grad_(),
+        "bias": draw(of.outputs, seed=2).requires_grad_(),
         "pruned_oi": pruned,
         "packed": pack(store(pruned), transposed=transposed),
-        "dy": draw(*tokens, 12, seed=3),
+        "dy": draw(*tokens, of.outputs, seed=3),
     }
 
 
@@ -55,11 +59,11 @@ def test_output_and_gradients_equal_their_definitions(mode: str, transposed: boo
     x_ti, dy_to = c["x"].detach().reshape(-1, 8), c["dy"].reshape(-1, 12)
     torch.testing.assert_close(y.reshape(-1, 12), x_ti @ c["pruned_oi"].t() + c["bias"])
     y.backward(c["dy"])
-    torch.testing.assert_close(c["x"].grad.reshape(-1, 8), dy_to @ c["pruned_oi"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(c["x"].grad.reshape(-1, 8), dy_to @ c["pruned_oi"], rtol=EXACT, atol=EXACT)
     dw_oi = dy_to.t() @ x_ti  # dense and unmasked, not M ∘ (dYᵀ X)
-    torch.testing.assert_close(c["weight"].grad, dw_oi.t() if transposed else dw_oi, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(c["weight"].grad, dw_oi.t() if transposed else dw_oi, rtol=EXACT, atol=EXACT)
     assert c["weight"].grad.is_contiguous()
-    torch.testing.assert_close(c["bias"].grad, dy_to.sum(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(c["bias"].grad, dy_to.sum(0), rtol=EXACT, atol=EXACT)
 
 
 def test_equals_the_reference_and_gradcheck_in_x() -> None:
@@ -68,14 +72,14 @@ def test_equals_the_reference_and_gradcheck_in_x() -> None:
     found = torch.autograd.grad(sparse24_linear(c["x"], c["weight"], c["packed"], c["bias"]), wanted, c["dy"])
     expected = torch.autograd.grad(reference_linear(c["x"], c["weight"], c["pruned_oi"], c["bias"]), wanted, c["dy"])
     for one, other in zip(found, expected):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(one, other, rtol=EXACT, atol=EXACT)
     weight = c["weight"].detach()
     assert torch.autograd.gradcheck(lambda x, b: sparse24_linear(x, weight, c["packed"], b), (c["x"], c["bias"]))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_mvue_draws_the_weight_gradient_and_nothing_else(transposed: bool) -> None:
-    c = case("transposable", transposed, tokens=(3, 7))
+    c = case("transposable", transposed, BY_NAME["odd"])
     generator = torch.Generator().manual_seed(5)
     y = sparse24_linear(c["x"], c["weight"], c["packed"], c["bias"], wgrad="mvue", generator=generator)
     y.backward(c["dy"])
@@ -88,7 +92,7 @@ def test_mvue_draws_the_weight_gradient_and_nothing_else(transposed: bool) -> No
 
 
 def test_mvue_weight_gradient_is_unbiased() -> None:
-    c = case("row", False, tokens=(16,))
+    c = case("row", False, BY_NAME["one_axis"])
     generator = torch.Generator().manual_seed(0)
     draws = []
     for _ in range(2000):
@@ -101,7 +105,7 @@ def test_mvue_weight_gradient_is_unbiased() -> None:
 
 
 def test_fewer_than_four_tokens_stay_dense_and_one_token_works() -> None:
-    c = case("row", False, tokens=(1, 3))
+    c = case("row", False, BY_NAME["few_tokens"])
     sparse24_linear(c["x"], c["weight"], c["packed"], wgrad="mvue").backward(c["dy"])
     torch.testing.assert_close(c["weight"].grad, c["dy"][0].t() @ c["x"].detach()[0])
 
@@ -202,12 +206,13 @@ def test_both_sides_run_in_turns_whose_order_flips() -> None:
 @pytest.mark.parametrize("wgrad", ["dense", "mvue"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_kernels_agree_with_emulation(backend: str, mode: str, wgrad: str, transposed: bool) -> None:
-    shape, device = (256, 128), torch.device("cuda")
+    of, device = REAL[0], torch.device("cuda")
+    shape = (of.outputs, of.inputs)
     if reason := kernel_refusal(backend, shape, torch.bfloat16, device):
         pytest.skip(reason)
     w_oi = draw(*shape, seed=1, dtype=torch.float32).to(device, torch.bfloat16)
     pruned = pruned_weight(w_oi, mode)
-    x, dy = (draw(192, n, seed=n, dtype=torch.float32).to(device, torch.bfloat16) for n in (128, 256))
+    x, dy = (draw(*of.tokens, n, seed=n, dtype=torch.float32).to(device, torch.bfloat16) for n in shape[::-1])
     results = []
     for name in ("emulate", backend):
         store = (lambda t: t.t().contiguous()) if transposed else (lambda t: t)
@@ -217,7 +222,7 @@ def test_kernels_agree_with_emulation(backend: str, mode: str, wgrad: str, trans
         y = sparse24_linear(xs, weight, packed, wgrad=wgrad, generator=generator)
         results.append((y, *torch.autograd.grad(y, [xs, weight], dy)))
     for one, other in zip(*results):
-        assert (one.float() - other.float()).norm() < 1e-2 * one.float().norm()
+        assert (one.float() - other.float()).norm() < TOLERANCE["kernel"] * one.float().norm()
     assert packed.nbytes() < (1.3 if mode == "transposable" else 1.7) * w_oi.numel() * 2
 
 

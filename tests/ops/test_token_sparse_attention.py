@@ -1,4 +1,4 @@
-"""Token-sparse attention: the reference against plain softmax and SDPA, the CPU backend against the reference."""
+"""Token-sparse attention: the reference against plain softmax and SDPA, the `torch` backend against the reference."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sparsetrain.ops.token_sparse_attention.cpu as cpu_backend
+import sparsetrain.ops.token_sparse_attention.torch as torch_backend
 from sparsetrain.core.errors import Unsupported
 from sparsetrain.ops.token_sparse_attention import token_sparse_attention
 from sparsetrain.ops.token_sparse_attention.cases import TINY, TOLERANCE, Case
 
 CASES = pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "cpu"])
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch"])
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, lists: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def test_cpu_equals_reference(case: Case, dtype: torch.dtype) -> None:
     tensors, lists = case.tensors(dtype), case.lists()
     exact = tuple(x.double() for x in tensors)
     wanted = with_gradients(lambda *x: token_sparse_attention(*x, lists, scale=0.3, backend="reference"), exact)
-    found = with_gradients(lambda *x: token_sparse_attention(*x, lists, scale=0.3, backend="cpu"), tensors)
+    found = with_gradients(lambda *x: token_sparse_attention(*x, lists, scale=0.3, backend="torch"), tensors)
     assert all(x.dtype == dtype for x in found)
     assert_near(found, wanted, TOLERANCE[dtype])
 
@@ -120,9 +120,9 @@ def test_order_repeats_and_empty_slots_do_not_matter() -> None:
     case = TINY[0]
     tensors, lists = case.tensors(torch.float32), case.lists()
     other = torch.cat((lists.flip(-1), torch.full_like(lists[..., :2], -1), lists[..., :1]), dim=-1)
-    wanted = with_gradients(lambda *x: token_sparse_attention(*x, lists, backend="cpu"), tensors)
+    wanted = with_gradients(lambda *x: token_sparse_attention(*x, lists, backend="torch"), tensors)
     for dtype in (torch.int16, torch.int32, torch.int64):
-        found = with_gradients(lambda *x: token_sparse_attention(*x, other.to(dtype), backend="cpu"), tensors)  # noqa: B023
+        found = with_gradients(lambda *x: token_sparse_attention(*x, other.to(dtype), backend="torch"), tensors)  # noqa: B023
         assert all(torch.equal(x, y) for x, y in zip(found, wanted))
 
 
@@ -131,11 +131,11 @@ def test_tiles_of_few_rows(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, lists = case.tensors(torch.float64), case.lists()
     wanted = with_gradients(lambda *x: token_sparse_attention(*x, lists, backend="reference"), tensors)
     for rows in (1, 4):
-        monkeypatch.setattr(cpu_backend, "TILE_ROWS", rows)
-        found = with_gradients(lambda *x: token_sparse_attention(*x, lists, backend="cpu"), tensors)
+        monkeypatch.setattr(torch_backend, "TILE_ROWS", rows)
+        found = with_gradients(lambda *x: token_sparse_attention(*x, lists, backend="torch"), tensors)
         assert_near(found, wanted, 1e-12)
-    monkeypatch.setattr(cpu_backend, "TILE_ELEMENTS", 1)
-    assert_near(with_gradients(lambda *x: token_sparse_attention(*x, lists, backend="cpu"), tensors), wanted, 1e-12)
+    monkeypatch.setattr(torch_backend, "TILE_ELEMENTS", 1)
+    assert_near(with_gradients(lambda *x: token_sparse_attention(*x, lists, backend="torch"), tensors), wanted, 1e-12)
 
 
 @pytest.mark.parametrize("num_keys", [65_534, 65_535, 65_537])
@@ -144,18 +144,18 @@ def test_positions_at_the_limit_of_uint16(num_keys: int) -> None:
     lists = torch.tensor([[num_keys - 1, 0, -1], [-1, -1, -1]])[None, None]
     tensors = case.tensors(torch.float64)
     wanted = with_gradients(lambda *x: token_sparse_attention(*x, lists, backend="reference"), tensors)
-    assert_near(with_gradients(lambda *x: token_sparse_attention(*x, lists, backend="cpu"), tensors), wanted, 1e-12)
+    assert_near(with_gradients(lambda *x: token_sparse_attention(*x, lists, backend="torch"), tensors), wanted, 1e-12)
 
 
 @CASES
 def test_no_uninitialised_memory_is_read(case: Case) -> None:
     """With fresh memory full of NaN the result is the same."""
     tensors, lists = case.tensors(torch.float32), case.lists()
-    wanted = with_gradients(lambda *x: token_sparse_attention(*x, lists, backend="cpu"), tensors)
+    wanted = with_gradients(lambda *x: token_sparse_attention(*x, lists, backend="torch"), tensors)
     torch.use_deterministic_algorithms(True)  # fills every empty() with NaN
     try:
         assert torch.empty(3).isnan().all()
-        found = with_gradients(lambda *x: token_sparse_attention(*x, lists, backend="cpu"), tensors)
+        found = with_gradients(lambda *x: token_sparse_attention(*x, lists, backend="torch"), tensors)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(x, y) for x, y in zip(found, wanted))
@@ -168,7 +168,7 @@ def test_strides_do_not_matter() -> None:
     turned = lists.mT.contiguous().mT
     assert not strided[0].is_contiguous() and not turned.is_contiguous()
     wanted = with_gradients(lambda *x: token_sparse_attention(*x, lists, backend="reference"), tensors)
-    assert_near(with_gradients(lambda *x: token_sparse_attention(*x, turned, backend="cpu"), strided), wanted, 1e-12)
+    assert_near(with_gradients(lambda *x: token_sparse_attention(*x, turned, backend="torch"), strided), wanted, 1e-12)
 
 
 def test_saves_two_bytes_a_slot() -> None:
@@ -181,7 +181,7 @@ def test_saves_two_bytes_a_slot() -> None:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = token_sparse_attention(*tensors, lists, backend="cpu")
+        out = token_sparse_attention(*tensors, lists, backend="torch")
     assert (
         sum(storages.values()) == sum(x.nbytes for x in (*tensors, out)) + 4 * out[..., 0].numel() + 2 * lists.numel()
     )
@@ -202,16 +202,16 @@ def test_scratch_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     case = Case(name="long", heads=1, kv_heads=1, queries=512, kept_keys=16)
     tensors, lists = case.tensors(torch.float32), case.lists()
-    monkeypatch.setattr(cpu_backend, "TILE_ELEMENTS", 2**13)
+    monkeypatch.setattr(torch_backend, "TILE_ELEMENTS", 2**13)
     with Largest() as largest:
-        with_gradients(lambda *x: token_sparse_attention(*x, lists, backend="cpu"), tensors)
+        with_gradients(lambda *x: token_sparse_attention(*x, lists, backend="torch"), tensors)
     assert 4096 <= largest.numel <= 2 * 2**13
 
 
 def test_no_second_derivative() -> None:
     case = TINY[0]
     q, k, v = (x.requires_grad_() for x in case.tensors(torch.float64))
-    out = token_sparse_attention(q, k, v, case.lists(), backend="cpu")
+    out = token_sparse_attention(q, k, v, case.lists(), backend="torch")
     (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dq.sum().backward()
@@ -244,7 +244,7 @@ def test_a_named_backend_never_falls_back() -> None:
         token_sparse_attention(*case.tensors(torch.float32), case.lists(), backend="triton")
     with pytest.raises(Unsupported, match="on meta"):
         on_meta = [x.to("meta") for x in (*case.tensors(torch.float32), case.lists())]
-        token_sparse_attention(*on_meta, backend="cpu")
+        token_sparse_attention(*on_meta, backend="torch")
 
 
 def test_a_clamp_beyond_every_score_changes_nothing_and_a_small_one_does() -> None:

@@ -20,20 +20,18 @@ from sparsetrain.core.config import MethodConfig
 from sparsetrain.core.cost import Cost
 from sparsetrain.surgery import method as method_module
 from sparsetrain.surgery.auxiliary import attach_loss
-from sparsetrain.surgery.grow import Origin
-from sparsetrain.surgery.method import Edit, Growth, Method, register_method
+from sparsetrain.surgery.method import Edit, Grown, Growth, Method, Origin, Stage, register_method
 from sparsetrain.surgery.reclass import declass, dense_forward, reclass
 from tests.families import FAMILIES
 
 
 @pytest.fixture(autouse=True)
 def leave_registries_as_they_were() -> Iterator[None]:
-    registries: list[dict[str, Any]] = [config_module._REGISTRY, method_module._METHODS]
-    before = [dict(registry) for registry in registries]
     yield
-    for registry, content in zip(registries, before, strict=True):
-        registry.clear()
-        registry.update(content)
+    registries: list[dict[str, Any]] = [config_module._REGISTRY, method_module._METHODS]
+    for registry in registries:  # methods of the package stay, though a test was the first to ask for one
+        for name in [name for name in registry if name.startswith("test_")]:
+            del registry[name]
 
 
 def free(_tokens: int) -> tuple[Cost, Cost]:
@@ -138,11 +136,14 @@ def test_a_new_model() -> None:
     class Widen(MethodConfig, method="test_widen"):
         ffn_size: int = 64
 
-    def growth(config: Widen, model: nn.Module, anatomy: Anatomy) -> tuple[nn.Module, dict[str, Origin]]:
+    def enter(config: Widen, stage: int, model: nn.Module, anatomy: Anatomy, kept: Any) -> Grown:
+        if stage == 0:
+            return Grown(model=model)
         new: Any = type(model)(type(model.config).from_dict({**model.config.to_dict(), "n_inner": config.ffn_size}))  # type: ignore[attr-defined]
-        return new, {name: Origin(name) for name, _ in model.named_parameters()}
+        return Grown(model=new, origins={name: Origin(name) for name, _ in model.named_parameters()})
 
-    register_method(Widen, Method(growth=Growth(grow=growth)))
+    halves = (Stage(name="narrow", share=0.5), Stage(name="wide", share=0.5))
+    register_method(Widen, Method(growth=Growth(stages=lambda config: halves, enter=enter)))
     model, batch = FAMILIES["gpt2"].model(), FAMILIES["gpt2"].batch(1, 10)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model(**batch).logits.square().mean().backward()

@@ -26,25 +26,23 @@ MAIN, LENGTH, SPARSE, TRAIN, KEEP, MACHINE = (
     "Machine",
 )
 
-_METHODS = (
-    "[bold]Methods[/] (every key of one: `sparsetrain methods NAME`)",
-    "[cyan]pq_attention[/]  Each query attends to the keys whose product-quantised codes match its own best "
-    "(keep_ratio; granularity block is fast, token keeps more quality and saves no time). Not for short sequences, "
-    "where choosing keys costs more than it saves, nor for head widths that 8 does not divide.",
-    "[cyan]flood_fill_attention[/]  Trains dense until the attention maps settle, then keeps a fixed block pattern of "
-    "each layer's map (quantile or keep_ratio; block_tokens). For training on long rows of one length; not for "
-    "chat or generation, where what matters moves with the content.",
-    "[cyan]routed_ffn[/]  A router gives each token num_active of num_blocks blocks of every FFN (shared_ratio; "
-    "partition clustered is fitted to the model, contiguous is the published start). Not for mixture-of-experts "
-    "models, which are routed already, nor when the trained model must be dense again.",
-    "[cyan]token_selection[/]  Gradient and activations for some tokens alone (keep_ratio or num_tokens; policy "
-    "random, prefix, loss, gradient_norm; pool targets for sft); the forward stays exact. Not where activations are "
-    "small beside weights and optimizer state, nor above keep_ratio=0.5.",
+_PRESETS = (
     "[bold]Presets[/]  [cyan]spt[/]: attention and FFN, fitted to the model. [cyan]spt-paper[/]: the published "
-    "choices, which start far from the pretrained model. [cyan]tokens[/]: token_selection alone. [cyan]spt+tokens[/]: "
-    "all three. [cyan]dense[/]: plain LoRA, what to beat.",
+    "choices, which start far from the pretrained model. [cyan]tokens[/]: gradient through some tokens alone. "
+    "[cyan]spt+tokens[/]: all of them. [cyan]dense[/]: plain LoRA, what to beat."
 )
-METHODS_HELP = "\n\n".join(_METHODS)
+
+
+def methods_help() -> str:
+    """Every method of the registry, as `--help` shows it."""
+    import sparsetrain.methods  # noqa: F401  (enters them in the registry)
+    from sparsetrain.core.config import registered_methods
+
+    head = "[bold]Methods[/] (every key of one: `sparsetrain methods NAME`)"
+    return "\n\n".join([head, *(f"[cyan]{name}[/]  {kind.about}" for name, kind in registered_methods().items())])
+
+
+METHODS_HELP = f"{methods_help()}\n\n{_PRESETS}"
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ KNOWN: tuple[Known, ...] = (
     Known(
         "liger-kernel",
         "use_liger_kernel=True rebinds FFN forwards when training starts",
-        "with routed_ffn, switch its swiglu kernel off (liger_kernel_config)",
+        "with a method on FFNs, switch its swiglu kernel off (liger_kernel_config)",
     ),
     Known(
         "bitsandbytes", "its 4-bit linears cannot be converted", "load the model in bf16 or fp32; 8-bit AdamW is fine"

@@ -201,19 +201,19 @@ def methods(
     Example:
       sparsetrain methods routed_ffn
     """
-    import dataclasses
-
     import sparsetrain.methods  # noqa: F401  (enters them in the registry)
     from sparsetrain.core.config import method_config, registered_methods
+    from sparsetrain.recipes.entries import written_defaults
 
     kinds = [method_config(name) for name in names or registered_methods()]
     data, show = {}, []
     for kind in kinds:
-        defaults = {field.name: field.default for field in dataclasses.fields(kind)}
-        data[kind.method] = {"help": inspect.getdoc(kind), "keys": defaults}
-        written = ",".join(f"{key}={value}" for key, value in defaults.items() if key not in ("targets", "layers"))
+        data[kind.method] = {
+            "help": inspect.getdoc(kind),
+            "keys": {k: v for k, v in kind().to_dict().items() if k != "method"},
+        }
         common = "Every method also takes layers=0|2|5-9 (blocks, from 0) and targets=PATTERN|PATTERN (on site names)."
-        show += [f"{kind.method}\n", inspect.getdoc(kind), f"\nDefaults: {kind.method}:{written}\n{common}\n"]
+        show += [f"{kind.method}\n", inspect.getdoc(kind), f"\nDefaults: {written_defaults(kind)}\n{common}\n"]
     return Answer(data={"methods": data}, show=show)
 
 

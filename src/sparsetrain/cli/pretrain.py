@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from sparsetrain.cli.answer import Answer
 from sparsetrain.cli.finetune import DryRun, compared, next_steps, previewed
-from sparsetrain.cli.flags import Debug, Json, RecipeFile, changes, takes
+from sparsetrain.cli.flags import Debug, Json, RecipeFile, changes, methods_help, takes
 from sparsetrain.cli.live import telling
 from sparsetrain.cli.pretrain_flags import PRETRAIN_FLAGS
 
@@ -34,8 +35,9 @@ def pretrain(
     What it would do, without training:
       sparsetrain pretrain --model my-config.json --data notes --dry-run
 
-    [bold]Methods[/]: flood_fill_attention and pq_attention (attention), semi_structured and routed_ffn (FFN),
-    token_selection (backward pass; lm and classify). Every key of one: `sparsetrain methods NAME`. No --method: dense.
+    METHODS
+
+    No --method: dense.
 
     A recipe file has one line a flag, spelled with underscores ([cyan]seq_len: 2048[/]), and [cyan]set:[/] and
     [cyan]methods:[/] with lines of their own; a run writes its own as recipe.yaml.
@@ -51,6 +53,9 @@ def pretrain(
         if dry_run:
             return previewed(asked, tell)
         return compared(asked, tell) if asked.compare == "dense" else _trained(asked, tell)
+
+
+pretrain.__doc__ = inspect.cleandoc(pretrain.__doc__ or "").replace("METHODS\n", f"{methods_help()}\n")
 
 
 def _trained(recipe: Any, tell: Any) -> Answer:

@@ -1,11 +1,13 @@
-"""Which implementation of an op runs: `auto`, `reference`, `cpu` or `triton`; for 2:4 products also `emulate` (dense
-matmuls of the pruned weight, anywhere) and torch core's `cusparselt` and `cutlass`.
+"""Which implementation of an op runs: `auto`, `reference`, `torch` (faster, in plain PyTorch) or `triton`; for 2:4
+products also `emulate` (dense matmuls of the pruned weight, anywhere) and torch core's `cusparselt` and `cutlass`.
 
 `auto` may fall back and can say why; a backend that was asked for by name never falls back.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +18,7 @@ from sparsetrain.core.errors import Unsupported
 if TYPE_CHECKING:
     from torch import Tensor
 
-BACKENDS = ("auto", "reference", "cpu", "triton", "emulate", "cusparselt", "cutlass")
+BACKENDS = ("auto", "reference", "torch", "triton", "emulate", "cusparselt", "cutlass")
 _asked: ContextVar[str] = ContextVar("sparsetrain_backend", default="auto")
 
 _watched: ContextVar[set[str] | None] = ContextVar("sparsetrain_watched", default=None)
@@ -56,9 +58,7 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: `name` is not one of `BACKENDS`.
     """
-    if name not in BACKENDS:
-        raise ValueError(f"backend {name!r} is unknown. Choose one of {', '.join(BACKENDS)}.")
-    token = _asked.set(name)
+    token = _asked.set(_known(name))
     try:
         yield
     finally:
@@ -76,9 +76,7 @@ def choose(op: str, asked: str, available: dict[str, str | None]) -> str:
     Raises:
         Unsupported: a backend was named and cannot run this call.
     """
-    name = _asked.get() if asked == "auto" else asked
-    if name not in BACKENDS:
-        raise ValueError(f"backend {name!r} is unknown. Choose one of {', '.join(BACKENDS)}.")
+    name = _asked.get() if asked == "auto" else _known(asked)
     can = [candidate for candidate, reason in available.items() if reason is None]
     if (asked_for := _watched.get()) is not None:
         asked_for.add(op)
@@ -91,3 +89,20 @@ def choose(op: str, asked: str, available: dict[str, str | None]) -> str:
         reason = available.get(name) or "it is not implemented for this op"
         raise Unsupported(f"{op!r} was asked to run on {name!r}: {reason}. Available: {', '.join(can) or 'none'}.")
     return name
+
+
+def _known(name: str) -> str:
+    """`name`, if it is a backend's; the old name `cpu` is `torch` for one release more."""
+    if name == "cpu":
+        _say_cpu_is_torch()
+        return "torch"
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r} is unknown. Choose one of {', '.join(BACKENDS)}.")
+    return name
+
+
+@functools.cache
+def _say_cpu_is_torch() -> None:
+    """Once a process: ops call `choose` thousands of times a step."""
+    message = "backend 'cpu' runs on other devices too and is now called 'torch'; the next release drops the old name."
+    warnings.warn(message, DeprecationWarning, stacklevel=5)

@@ -27,6 +27,8 @@ class MethodConfig:
     """
 
     method: ClassVar[str]
+    about: ClassVar[str] = ""
+    """What the method does, with its main keys, and where not to use it; for a person who chooses."""
     changes_outputs: ClassVar[bool] = True
     """Does the forward compute something else than the dense one? A method that changes gradients alone says False."""
     ops: ClassVar[tuple[str, ...]] = ()
@@ -68,8 +70,9 @@ class MethodConfig:
 
     @classmethod
     def example(cls) -> Self:
-        """A config that changes a tiny model (heads of 8 channels, 48 hidden units, 100 tokens); for contract tests."""
-        raise NotImplementedError(f"{cls.__name__} has no example")
+        """A config that changes a tiny model (heads of 8 channels, 48 hidden units, 100 tokens), for contract tests:
+        the defaults, if a method names no other."""
+        return cls()
 
     def shortest_trace(self) -> float:
         """Tokens from which on a step grows smoothly with its length: below, a floor of the method hides the growth."""

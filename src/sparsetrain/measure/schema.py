@@ -35,6 +35,15 @@ class EvalPoint(TypedDict):
     accuracy: NotRequired[float | None]
 
 
+class StageRecord(TypedDict):
+    """One stage of a run: the steps after `from_step`, up to `to_step`, train a model of `parameters`."""
+
+    name: str
+    from_step: int
+    to_step: int
+    parameters: int
+
+
 class Run(TypedDict):
     """One training run.
 
@@ -46,6 +55,8 @@ class Run(TypedDict):
     static_bytes: `StaticMemory.to_dict()`.
     forward_time_s: component -> seconds of one forward.
     peak_rss_bytes: of a process that ran this run alone.
+    stages: where a run has more than one.
+    kept: name -> sha256 of weights that one stage kept for a later one.
     """
 
     steps: list[StepRecord]
@@ -60,6 +71,8 @@ class Run(TypedDict):
     forward_time_s: NotRequired[dict[str, float]]
     peak_rss_bytes: NotRequired[int | None]
     peak_gpu_bytes: NotRequired[int | None]
+    stages: NotRequired[list[StageRecord]]
+    kept: NotRequired[dict[str, str]]
 
 
 class Judgement(TypedDict):

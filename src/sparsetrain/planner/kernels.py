@@ -16,7 +16,7 @@ def ops_of(recipe: RunRecipe) -> tuple[str, ...]:
 
 def unable(ops: tuple[str, ...], *, gpu: bool) -> str | None:
     """Why operations cannot run well on a GPU: they have a CPU kernel and no Triton one."""
-    missing = [op for op in ops if gpu and _has(op, "cpu") and not _has(op, "triton")]
+    missing = [op for op in ops if gpu and _has(op, "torch") and not _has(op, "triton")]
     if not missing:
         return None
     return f"{' and '.join(missing)}: no GPU kernel in this version, and the reference form is slower than dense"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -36,7 +36,7 @@ class Recipe(RunRecipe):
     """LoRA's update is scaled by lora_alpha / lora_r."""
     lora_targets: Literal["all-linear"] | list[str] = "all-linear"
     """Linears that get LoRA: all-linear (all but the head), or endings of module names such as q_proj."""
-    methods: list[dict[str, Any]] = Field(default_factory=list)
+    methods: tuple[MethodConfig, ...] = ()
     """Sparse methods, each {method: name, key: value}; on the command line name:key=value,key=value. Without methods
     and preset: the preset spt. An empty list: dense."""
     distill_steps: int = Field(0, ge=0)

@@ -6,7 +6,6 @@ resumed with another recipe unnoticed.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -14,17 +13,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_serializer,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
-from sparsetrain.core.config import MethodConfig, lists_for_tuples, method_config, plain_values, suggest
+from sparsetrain.core.config import MethodConfig, plain_values, suggest
+from sparsetrain.recipes.entries import read_methods, short_entry
 from sparsetrain.recipes.tasks import offered
 
 # what may differ between a run and its continuation: where and how often things are written, how progress is watched
@@ -37,7 +29,7 @@ NOT_TRAINING = frozenset(
 class RunRecipe(BaseModel):
     """The keys that every training run has; `Recipe` and `PretrainRecipe` add theirs."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, arbitrary_types_allowed=True)
 
     job: ClassVar[str] = ""
     """What the command is called, and the key of its tasks in the table."""
@@ -76,7 +68,7 @@ class RunRecipe(BaseModel):
     """How the learning rate falls after the warm-up: to 0 along a line or a half cosine, or not at all."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients longer than this are scaled down to it; 0 turns clipping off."""
-    methods: list[dict[str, Any]] = Field(default_factory=list)
+    methods: tuple[MethodConfig, ...] = ()
     """Sparse methods, each {method: name, key: value}; on the command line name:key=value,key=value. An
     empty list: dense."""
     calibration_tokens: int = Field(8192, ge=0)
@@ -120,7 +112,7 @@ class RunRecipe(BaseModel):
             if preset not in cls.presets:
                 near = suggest(str(preset), cls.presets)
                 raise ValueError(f"unknown preset {preset!r}.{near} Presets: {', '.join(cls.presets)}.")
-            values["methods"] = [plain_values(c) for c in cls.presets[preset]] + list(values.get("methods") or [])
+            values["methods"] = [*cls.presets[preset], *(values.get("methods") or [])]
         if values.get("steps") is None and values.get("epochs") is None:
             values["steps"] = cls.default_steps
         return values
@@ -140,13 +132,12 @@ class RunRecipe(BaseModel):
 
     @field_validator("methods", mode="before")
     @classmethod
-    def _methods(cls, given: Any) -> list[dict[str, Any]]:
-        if not isinstance(given, list):
-            raise ValueError(f"methods is {given!r}. Give a list of {{method: name, ...}}.")
-        entries = [parse_method(entry) if isinstance(entry, str) else entry for entry in given]
-        if wrong := [entry for entry in entries if not isinstance(entry, Mapping)]:
-            raise ValueError(f"methods holds {wrong[0]!r}. Give {{method: name, ...}} or 'name:key=value,...'.")
-        return [_short(MethodConfig.from_dict(_typed(entry))) for entry in entries]
+    def _read_methods(cls, given: Any) -> tuple[MethodConfig, ...]:
+        return read_methods(given)
+
+    @field_serializer("methods")
+    def _write_methods(self, methods: tuple[MethodConfig, ...]) -> list[dict[str, Any]]:
+        return [short_entry(config) for config in methods]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -164,7 +155,7 @@ class RunRecipe(BaseModel):
     @property
     def configs(self) -> tuple[MethodConfig, ...]:
         """The methods as configs."""
-        return tuple(MethodConfig.from_dict(entry) for entry in self.methods)
+        return self.methods
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Self:
@@ -241,76 +232,8 @@ class RunRecipe(BaseModel):
         ]
 
 
-def parse_method(text: str) -> dict[str, Any]:
-    """'routed_ffn:num_blocks=16,layers=2|4-9' -> {"method": "routed_ffn", "num_blocks": "16", "layers": "2|4-9"}.
-
-    Raises:
-        ValueError: an entry without `=`.
-    """
-    name, _, rest = text.partition(":")
-    found: dict[str, Any] = {"method": name.strip()}
-    for entry in filter(None, (part.strip() for part in rest.split(","))):
-        key, equals, value = entry.partition("=")
-        if not equals:
-            raise ValueError(f"method {text!r}: {entry!r} has no '='. Write {name}:key=value,key=value.")
-        found[key.strip()] = value.strip()
-    return found
-
-
-def _typed(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry with its strings read as what the config's fields hold; unknown keys are left for `from_dict`."""
-    fields = {field.name: str(field.type) for field in dataclasses.fields(method_config(entry.get("method")))}
-    typed = dict(entry)
-    for key, value in entry.items():
-        kind = fields.get(key, "str")
-        if not kind.startswith("str"):
-            typed[key] = _value(f"{entry.get('method')}: {key}", kind, value)
-    return typed
-
-
-def _value(what: str, kind: str, value: Any) -> Any:
-    """One config value of type `kind` (`int`, `float | None`, `bool`, `tuple[int, ...]`, `tuple[str, ...]`)."""
-    try:
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
-            if "None" in kind:
-                return None
-            raise ValueError
-        if kind.startswith("tuple[str"):
-            return value.split("|") if isinstance(value, str) else [str(item) for item in value]
-        if kind.startswith("tuple[int"):
-            return _indices(value) if isinstance(value, str) else [int(item) for item in value]
-        if kind.startswith("bool"):
-            return value if isinstance(value, bool) else {"true": True, "false": False}[str(value).lower()]
-        if isinstance(value, bool):
-            raise ValueError
-        if kind.startswith("float"):
-            above, slash, below = str(value).partition("/")
-            return float(above) / float(below) if slash else float(above)
-        if float(value) != int(float(value)):
-            raise ValueError
-        return int(float(value))
-    except (ValueError, KeyError, TypeError, ZeroDivisionError, OverflowError):
-        raise ValueError(f"{what}={value!r} is not of type {kind}.") from None
-
-
-def _indices(text: str) -> list[int]:
-    """'2|4-6' -> [2, 4, 5, 6]"""
-    found: list[int] = []
-    for part in text.split("|"):
-        first, dash, last = part.partition("-")
-        found.extend(range(int(first), int(last) + 1) if dash else [int(first)])
-    return found
-
-
-def _short(config: MethodConfig) -> dict[str, Any]:
-    """What differs from the config's defaults, so that recipe files stay readable."""
-    defaults = type(config)().to_dict()
-    given = {key: value for key, value in config.to_dict().items() if value != defaults[key]}
-    return {"method": config.method, **lists_for_tuples(given)}
-
-
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`training_values` with one key a config key: methods.0.routed_ffn.num_blocks."""
+    """`training_values` with one key a config key: methods.0.<name>.<key>."""
     methods = values.get("methods") or []
     found = {**values, "methods": [entry["method"] for entry in methods]}
     for i, entry in enumerate(methods):

@@ -21,12 +21,16 @@ from sparsetrain.runs.manifest import MANIFEST, read_json, verify_manifest
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A whole checkpoint. `progress` is what the run had recorded; `data` names the training rows it saw."""
+    """A whole checkpoint. `progress` is what the run had recorded; `data` names the training rows it saw.
+
+    stage: index of the stage that it was written in; at a stage's last step, the stage that ends there.
+    """
 
     path: Path
     step: int
     progress: dict[str, Any]
     data: str
+    stage: int = 0
 
 
 def rotate(output: str | Path, keep: int) -> None:
@@ -79,7 +83,13 @@ def _whole(path: Path, recipe: RunRecipe) -> Checkpoint:
             f"{path} was written by another recipe ({differences}). Resume with the recipe it was started with, or "
             "choose another output."
         )
-    return Checkpoint(path=path, step=manifest["step"], progress=read_json(path / PROGRESS), data=manifest["data"])
+    return Checkpoint(
+        path=path,
+        step=manifest["step"],
+        progress=read_json(path / PROGRESS),
+        data=manifest["data"],
+        stage=manifest.get("stage", 0),
+    )
 
 
 def check_data(checkpoint: Checkpoint, data: str) -> None:

@@ -8,6 +8,8 @@ RECIPE, RESULT, PROGRESS = "recipe.yaml", "result.json", "progress.json"
 REPORT_PAGE, REPORT_VALUES = "report.html", "report.json"
 ADAPTER, MODEL = "adapter", "model"
 SPARSE, DENSE = "sparse", "dense"
+KEPT, ENTERING = "kept", ".entering"
+"""Weights kept for a later stage; what a stage begins with, until its first step is done."""
 SAVED_PLACES = (ADAPTER, MODEL, f"{SPARSE}/{ADAPTER}", f"{SPARSE}/{MODEL}")
 """Where the trained adapter or model is, in the output of a run or of a comparison."""
 

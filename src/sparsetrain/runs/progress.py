@@ -31,6 +31,7 @@ class ProgressBar:
         ]
         self._progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self._tasks: dict[str, Any] = {}
+        self._stages: dict[str, str] = {}
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -56,14 +57,18 @@ class ProgressBar:
             figures = f"loss {event['loss']:.3f}  {speed:,.0f} tokens/s" + (
                 f"  {memory / 2**20:,.0f} MiB" if memory else ""
             )
-            self._show(f"{side}training", event["step"], event["steps"], figures)
+            self._show(f"{side}training", event["step"], event["steps"], figures, self._stages.get(side, ""))
+        elif kind == "stage":
+            self._stages[side] = f", stage {event['index'] + 1} of {event['of']}: {event['name']}"
+            self.console.print(f"{side}training{self._stages[side]}", markup=False, highlight=False)
 
-    def _show(self, name: str, done: float, total: float, figures: str) -> None:
+    def _show(self, name: str, done: float, total: float, figures: str, stage: str = "") -> None:
         if name not in self._tasks:
             if not name.endswith("training"):  # one bar at a time for what precedes the training
                 self._hide_phases()
             self._tasks[name] = self._progress.add_task(name, total=total, figures="")
-        self._progress.update(self._tasks[name], completed=done, total=total, figures=figures)
+        description = name + stage
+        self._progress.update(self._tasks[name], description=description, completed=done, total=total, figures=figures)
         if name.endswith("training"):
             self._hide_phases()
 

@@ -6,22 +6,11 @@ original under `base_layer` and the factors in `lora_A`, `lora_B`, `scaling`, `l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import innermost
-
-
-@dataclass(frozen=True)
-class LinearParts:
-    """A linear in the layout y = x weightᵀ + bias + (dropout(x) aᵀ) bᵀ; a [r, in], b [out, r] holds the scale."""
-
-    weight: Tensor
-    bias: Tensor | None
-    lora: tuple[Tensor, Tensor] | None = None
-    lora_dropout: float = 0.0
+from sparsetrain.ops.linear_parts import LinearParts as LinearParts
 
 
 def linear_parts(module: nn.Module, transposed: bool = False) -> LinearParts:

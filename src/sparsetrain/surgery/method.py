@@ -6,10 +6,10 @@ to know of it, it asks here, so that no code above `methods` names one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -96,14 +96,81 @@ class RowFacts:
     eval_lengths: Callable[[], Sequence[int]] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Growth:
-    """How a growth method makes a new model out of one.
+@dataclass(frozen=True)
+class Origin:
+    """Where a parameter of a new model comes from, its weights as its optimizer state.
 
-    grow: (config, model, its anatomy) -> (new model, where its parameters come from; see `surgery.grow`).
+    old: name of the old parameter; several names where `map` makes one of them (layers that are averaged).
+    fill: without `map`, old entries fill the leading corner of the new parameter; the rest of its weights is this, or
+        the new model's own values for None, and the rest of its optimizer state is 0.
+    map: (old tensor, ...) -> the new parameter's tensor, on whichever device they are. Adam's moments are mapped by it
+        too, so it shall be linear, with weights that are not negative, or `carry` False.
+    carry: whether the optimizer state comes along; False: it starts anew.
     """
 
-    grow: Callable[[Any, nn.Module, Anatomy], tuple[nn.Module, Any]]
+    old: str | tuple[str, ...]
+    fill: float | None = 0.0
+    map: Callable[..., Tensor] | None = None
+    carry: bool = True
+
+    def __post_init__(self) -> None:
+        assert self.map is not None or isinstance(self.old, str), "several old parameters need a map"
+
+    @property
+    def olds(self) -> tuple[str, ...]:
+        return (self.old,) if isinstance(self.old, str) else self.old
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of a run that trains one model.
+
+    share: of the run's steps; the shares of a run add up to 1.
+    restart_lr: the learning rate warms up and falls anew over this stage's steps, rather than go on with the run's.
+    """
+
+    name: str
+    share: float
+    restart_lr: bool = False
+
+
+Weights = dict[str, Tensor]
+"""Name of a parameter -> its values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grown:
+    """The model that a stage trains.
+
+    model: a new model (the old one is left as it is), or the very model that was given, to go on with it.
+    origins: name of each new parameter -> where it comes from; one without keeps its own values and starts without
+        optimizer state. Not read for the model that was given.
+    optimizer: `carry` takes the optimizer's state along as `origins` say; `fresh` starts without.
+    """
+
+    model: nn.Module
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+    optimizer: Literal["carry", "fresh"] = "carry"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """How a growth method makes the models of a run, each out of the one before.
+
+    A run that goes on from a checkpoint inside stage i rebuilds that stage's model by `enter` for stages 0 to i,
+    without the training between, and then loads weights. So what `enter` makes (modules, shapes, names) must follow
+    from config, stage and the shapes of the model it is given; only values may follow from values. It may run on the
+    meta device. New weights may be drawn from torch's generator: a run seeds it before each call, by its seed and the
+    stage. A stage that was interrupted as it began is entered again, and must come out the same.
+
+    stages: config -> the stages of a run, in order.
+    enter: (config, index of a stage, model as it stands, its anatomy, kept weights) -> the model that the stage trains.
+        Stage 0 is given the recipe's own model, freshly made. `kept` holds weights by a name that the method chooses,
+        from one stage for a later one; what is read from it is on the CPU.
+    """
+
+    stages: Callable[[Any], tuple[Stage, ...]]
+    enter: Callable[[Any, int, nn.Module, Anatomy, MutableMapping[str, Weights]], Grown]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +181,7 @@ class Method:
 
     edits: (config, anatomy, model) -> edits; pure. Raises ValueError when a size does not fit.
     site_names: anatomy -> all sites the method could take, for the error when nothing matches.
-    growth: how it makes a new model.
+    growth: how it makes the models of a run.
     prepare: (model, edits, calibration batches, progress) -> tensors for each site; None when nothing is to be found.
     modules_to_save: names of child modules with parameters of our own, for PEFT's list of that name.
     schedule: (model, config, its installed modules) -> what changes them together in training, if anything does.
@@ -163,3 +230,23 @@ def method_of(config: MethodConfig | type[MethodConfig]) -> Method:
 def blank_state(edits: Iterable[Edit]) -> State:
     """A state that `sparsify` takes in place of calibration: the right tensors with no meaning."""
     return {edit.key: edit.blank() for edit in edits if edit.blank is not None}
+
+
+def edits_of(configs: Iterable[MethodConfig]) -> tuple[MethodConfig, ...]:
+    """The configs that change a model in place: those for `plan` and `sparsify`."""
+    return tuple(config for config in configs if method_of(config).growth is None)
+
+
+def growth_of(configs: Iterable[MethodConfig]) -> MethodConfig | None:
+    """The config that makes the models of a run, if one does.
+
+    Raises:
+        ValueError: there are two.
+    """
+    found = [config for config in configs if method_of(config).growth is not None]
+    if len(found) > 1:
+        raise ValueError(
+            f"{found[0].method!r} and {found[1].method!r} both make the models of a run, and a run has one sequence of "
+            "them. Leave one out."
+        )
+    return found[0] if found else None

@@ -6,7 +6,6 @@ the end-of-text token, joined, and cut into rows; the incomplete last row is cou
 
 Held out are whole documents, the first share of that order (more if they do not fill one row); a training document with
 a held-out one's text is dropped and counted. A source of one document is cut in two at a line break, its end held out.
-
 Labels equal the inputs, except -100 for the first token of a row, which nothing predicts: so the number of labels is
 the number of predictions, the loss's denominator.
 """

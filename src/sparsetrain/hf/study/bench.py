@@ -91,7 +91,7 @@ def bench(
     tell("timing the machine")
     rates = measure_rates(assemble.pick_device(recipe), seconds=0.3)
     # attention dropout is off on both sides, as in a comparison: a candidate may make attention sparse
-    every = recipe.model_copy(update={"methods": [plain_values(c) for configs in chosen.values() for c in configs]})
+    every = recipe.model_copy(update={"methods": tuple(c for configs in chosen.values() for c in configs)})
     parts = open_measured_parts(dense_twin(recipe), lambda event: notes.append(event.get("text", "")), every)
     model_layers = parts.config.num_hidden_layers
     dense = _open_dense(parts, layers, notes)
@@ -151,9 +151,8 @@ def _open_dense(parts: Parts, layers: int | None, notes: list[str]) -> _Dense:
 
 def _judged(name: str, configs: tuple[MethodConfig, ...], dense: _Dense, rounds: int) -> Outcome:
     """One candidate, checked and timed, or refused."""
-    methods = [plain_values(config) for config in configs]
-    outcome = Outcome(name=name, methods=methods, verdict="not timed")
-    parts = dataclasses.replace(dense.parts, recipe=dense.parts.recipe.model_copy(update={"methods": methods}))
+    outcome = Outcome(name=name, methods=[plain_values(config) for config in configs], verdict="not timed")
+    parts = dataclasses.replace(dense.parts, recipe=dense.parts.recipe.model_copy(update={"methods": configs}))
     try:
         outcome = _checked(outcome, configs, parts, dense)
         return outcome if outcome.verdict == "refused" else _timed(outcome, parts, dense, rounds)

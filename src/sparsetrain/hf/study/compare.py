@@ -126,7 +126,7 @@ def _side_recipe(recipe: RunRecipe, side: str) -> RunRecipe:
     output = Path(recipe.output) / side
     changes: dict[str, Any] = {"output": str(output), "compare": "none"}
     if side == "dense":
-        changes |= {"methods": [], **JOBS[job_of(recipe)].dense}
+        changes |= {"methods": (), **JOBS[job_of(recipe)].dense}
     if recipe.resume:
         changes["resume"] = any((path / MANIFEST).is_file() for path in checkpoints(output))
         if not changes["resume"] and not (output / RESULT).is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,15 +9,23 @@ from sparsetrain.hf.assets import ASSETS, asset_status
 from sparsetrain.hf.model import models
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.jobs import JOBS, job_of
+from sparsetrain.hf.train.parts import Parts
+from sparsetrain.hf.train.stages import spans, total_steps
+from sparsetrain.measure.schema import StageRecord
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.checkpoints import check_output, find_resumable
 from sparsetrain.runs.events import Event, Report, silent
+from sparsetrain.surgery.grow import growth_method
+from sparsetrain.surgery.method import growth_of
 from sparsetrain.surgery.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """Sizes in parameters, bytes and tokens; `counts` are of the data. `plan`: None if dense; `resume_step`: if new."""
+    """Sizes in parameters, bytes and tokens; `counts` are of the data. `plan`: None if dense; `resume_step`: if new.
+
+    Sizes are those of the last stage; `stages` tells of each, where there are several.
+    """
 
     recipe: RunRecipe
     plan: Plan | None
@@ -32,6 +39,7 @@ class Preview:
     device: str
     counts: dict[str, int]
     resume_step: int | None = None
+    stages: list[StageRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
@@ -45,6 +53,11 @@ class Preview:
             f"{self.optimizer_bytes / 2**20:,.0f} MiB of optimizer state",
             f"Data    {self.data}",
             f"Length  {self.steps:,} steps of {self.tokens_per_step:,} tokens{begin}, on {self.device}",
+            *(
+                f"Stage   {i + 1} of {len(self.stages)}, {stage['name']}: {stage['parameters']:,} parameters, steps "
+                f"{stage['from_step'] + 1:,} to {stage['to_step']:,}"
+                for i, stage in enumerate(self.stages)
+            ),
             f"Output  {self.recipe.output}",
             *(f"Note    {note}" for note in self.notes),
             *(["", str(self.plan)] if self.plan is not None else []),
@@ -78,12 +91,12 @@ def preview(recipe: RunRecipe, *, report: Report = silent) -> Preview:
     resumed = find_resumable(recipe.output, recipe, note) if recipe.resume and recipe.compare == "none" else None
     job = JOBS[job_of(recipe)]
     parts = job.open_parts(recipe, note)
-    model = job.empty_model(parts.config, recipe.task)
+    stages = job.empty_models(parts.config, recipe)
+    model = stages[-1]
     weights, _ = models.num_parameters(model)
     added = sum(row["added_params"] for row in parts.plan.rows()) if parts.plan is not None else 0
     total, trainable = models.num_parameters(job.adapted(model, recipe))
     rows_per_step = recipe.batch_size * recipe.grad_accum
-    steps = recipe.steps or math.ceil((recipe.epochs or 1) * math.ceil(len(parts.bundle.train) / rows_per_step))
     return Preview(
         recipe=recipe,
         plan=parts.plan,
@@ -92,10 +105,19 @@ def preview(recipe: RunRecipe, *, report: Report = silent) -> Preview:
         trainable_parameters=trainable + added,
         weight_bytes=weights * assemble.pick_dtype(recipe, parts.device).itemsize,
         optimizer_bytes=(trainable + added) * 8,
-        steps=steps,
+        steps=total_steps(recipe, len(parts.bundle.train)),
         tokens_per_step=rows_per_step * job.row_tokens(parts.config, recipe),
         device=str(parts.device),
         counts=parts.bundle.counts,
         resume_step=None if resumed is None else resumed.step,
+        stages=_stages(recipe, parts, stages),
         notes=notes,
     )
+
+
+def _stages(recipe: RunRecipe, parts: Parts[Any], stages: list[Any]) -> list[StageRecord]:
+    growth = growth_of(recipe.configs)
+    if growth is None:
+        return []
+    found = spans(growth_method(growth).stages(growth), recipe, len(parts.bundle.train))
+    return [span.record(models.num_parameters(model)[0]) for span, model in zip(found, stages, strict=True)]

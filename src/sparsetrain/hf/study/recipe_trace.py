@@ -166,7 +166,7 @@ def _size(parameter: Tensor) -> int:
 
 
 def training_step(
-    model: Any, handle: Handle | None, batch: dict[str, Tensor], autocast: bool, task: str
+    model: Any, handle: Handle | None, batch: dict[str, Tensor], autocast: bool, task: str = "lm"
 ) -> Callable[[], Tensor]:
     """One forward as the Trainer runs it: loss out, everything else freed."""
 

@@ -168,4 +168,4 @@ def _recompute(model: Any, recipe: Recipe) -> None:
 
 def dense_twin(recipe: Recipe) -> Recipe:
     """The strongest dense recipe beside a sparse one: the same LoRA, optimizer, batch and length; SDPA attention."""
-    return recipe.model_copy(update={"methods": []})
+    return recipe.model_copy(update={"methods": ()})

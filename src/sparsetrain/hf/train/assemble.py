@@ -28,6 +28,7 @@ from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.events import Report
+from sparsetrain.surgery.method import edits_of, growth_of
 from sparsetrain.surgery.plan import Plan, plan
 from sparsetrain.surgery.support import check_support
 
@@ -41,6 +42,11 @@ def open_parts(recipe: Recipe, report: Report, like: Recipe | None = None) -> Pa
     Raises:
         ValueError, PlanError: the recipe does not fit the machine, the model or the data.
     """
+    if (growth := growth_of(recipe.configs)) is not None:
+        raise ValueError(
+            f"{growth.method!r} makes models of other sizes in training, and finetune starts from trained weights of "
+            "one size. Use pretrain, or another method."
+        )
     device = pick_device(recipe)
     path, config = open_config(recipe, report, (like or recipe).configs)
     planned = check_and_plan(recipe, config, device)
@@ -62,14 +68,16 @@ def check_and_plan(recipe: Recipe, config: Any, device: torch.device) -> Plan | 
     return plan_on(models.empty_model(config, recipe.task), recipe, device, recipe.seq_len) if recipe.methods else None
 
 
-def plan_on(model: Any, recipe: RunRecipe, device: torch.device, seq_tokens: int) -> Plan:
-    """The plan of a recipe with methods on an empty model, after what it asks for was found supported.
+def plan_on(model: Any, recipe: RunRecipe, device: torch.device, seq_tokens: int) -> Plan | None:
+    """The plan of a recipe with methods on an empty model, after what it asks for was found supported; None if no
+    method changes a model in place.
 
     Raises:
         ValueError, PlanError: a method cannot do what the recipe asks for, or does not fit the model.
     """
     check_support(recipe.configs, describe(model), asked_features(recipe, device))
-    return plan(model, *recipe.configs, seq_tokens=seq_tokens)
+    edits = edits_of(recipe.configs)
+    return plan(model, *edits, seq_tokens=seq_tokens) if edits else None
 
 
 def asked_features(recipe: RunRecipe, device: torch.device) -> list[str]:

@@ -29,22 +29,30 @@ class CheckpointCallback(TrainerCallback):
         recipe: whose fingerprint a continuation must have.
         data: `data_fingerprint` of the training rows.
         progress: called for what the run has recorded so far.
+        place: step -> further entries of manifest and progress that say where in the run it is.
     """
 
     def __init__(
-        self, recipe: RunRecipe, data: str, progress: Callable[[], dict[str, Any]], report: Report = silent
+        self,
+        recipe: RunRecipe,
+        data: str,
+        progress: Callable[[], dict[str, Any]],
+        report: Report = silent,
+        place: Callable[[int], dict[str, Any]] = lambda _step: {},
     ) -> None:
-        self.recipe, self.data, self.progress, self.report = recipe, data, progress, report
+        self.recipe, self.data, self.progress, self.report, self.place = recipe, data, progress, report, place
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = checkpoint_folder(args.output_dir, state.global_step)
-        write_json(folder / PROGRESS, self.progress())
+        place = self.place(state.global_step)
+        write_json(folder / PROGRESS, self.progress() | place)
         write_manifest(
             folder,
             step=state.global_step,
             fingerprint=self.recipe.fingerprint(),
             training_values=self.recipe.training_values(),
             data=self.data,
+            **place,
         )
         rotate(folder.parent, self.recipe.keep_checkpoints)
         self.report({"event": "saved", "path": str(folder)})

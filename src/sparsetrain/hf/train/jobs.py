@@ -24,7 +24,7 @@ class JobKind:
 
     recipe: the class of its recipes. train: trains one. title: what is trained, in a line.
     open_parts: (recipe, report) -> everything but the weights.
-    empty_model: (config, task) -> the model without weights. adapted: (that model, recipe) -> it as it is trained.
+    empty_models: (config, recipe) -> its models without weights, one a stage. adapted: (one, recipe) -> as trained.
     row_tokens: (config, recipe) -> tokens of a row.
     dense: recipe keys that a dense counterpart has in place of its own, beside `methods`.
     """
@@ -33,7 +33,7 @@ class JobKind:
     train: Callable[..., Result]
     title: Callable[[Any], str]
     open_parts: Callable[[Any, Report], Parts[Any]]
-    empty_model: Callable[[Any, str], Any]
+    empty_models: Callable[[Any, Any], list[Any]]
     adapted: Callable[[Any, Any], Any]
     row_tokens: Callable[[Any, Any], int]
     dense: dict[str, Any] = field(default_factory=dict)
@@ -45,7 +45,7 @@ JOBS: dict[str, JobKind] = {
         train=finetuning.finetune,
         title=finetuning.title,
         open_parts=assemble.open_parts,
-        empty_model=models.empty_model,
+        empty_models=lambda config, recipe: [models.empty_model(config, recipe.task)],
         adapted=lambda model, recipe: models.add_lora(model, recipe, None, []),
         row_tokens=lambda _config, recipe: recipe.seq_len,
         dense={"distill_steps": 0},
@@ -55,7 +55,7 @@ JOBS: dict[str, JobKind] = {
         train=pretraining.pretrain,
         title=pretraining.title,
         open_parts=pretraining.open_parts,
-        empty_model=architectures.empty_model,
+        empty_models=pretraining.stage_models,
         adapted=lambda model, _recipe: model,
         row_tokens=architectures.sequence_tokens,
     ),

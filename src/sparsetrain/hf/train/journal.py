@@ -16,7 +16,7 @@ from sparsetrain.hf.train.evaluate import Collate, Quality
 from sparsetrain.hf.train.tasks import training_loss
 from sparsetrain.hf.train.token_selection import SavedShare, saved_share, selecting
 from sparsetrain.measure.memory import SavedActivations, peak_memory, saved_activations
-from sparsetrain.measure.schema import Run
+from sparsetrain.measure.schema import Run, StageRecord
 from sparsetrain.runs.checkpoints import Checkpoint
 from sparsetrain.runs.events import Event, Report
 from sparsetrain.surgery.apply import Handle
@@ -46,6 +46,14 @@ class Journal:
 
     def phase(self, name: str, share: float) -> None:
         self.report({"event": "phase", "name": name, "share": share})
+
+    def stage(self, index: int, record: StageRecord, of: int) -> None:
+        """Say that a stage begins or goes on, and record it once; a run of one stage has none to tell of."""
+        if of == 1:
+            return
+        stages = self.run.setdefault("stages", [])
+        stages[index:] = [record]
+        self.report({"event": "stage", "name": record["name"], "index": index, "of": of})
 
     def quality(self, stage: str, quality: Quality, *, step: int | None = None) -> None:
         """Record the held-out quality of a stage; with `step`, as a point of the curve too."""

@@ -6,7 +6,8 @@ What is shared with `finetune` is in `hf.run`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -29,12 +30,16 @@ from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.pretrain_data import load_rows, open_tokenizer
 from sparsetrain.hf.train.rows import calibration_batches, reads_longest, refuse_rows
 from sparsetrain.hf.train.run import Job, KnownQuality, Result, dense_start, run
+from sparsetrain.hf.train.stages import ONE_STAGE, kept_weights
 from sparsetrain.recipes.pretrain import PretrainRecipe as PretrainRecipe
 from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.checkpoints import Checkpoint
 from sparsetrain.runs.events import Report, silent
 from sparsetrain.runs.sidecar import read_state
 from sparsetrain.surgery.apply import Handle, sparsify
+from sparsetrain.surgery.grow import enter, growth_method, models_of_stages
+from sparsetrain.surgery.method import Grown, Weights, edits_of, growth_of
+from sparsetrain.surgery.plan import Plan
 
 
 @quiet()
@@ -67,6 +72,7 @@ def pretrain(
         OSError: the disk is full; the last checkpoint is whole.
         RuntimeError: training diverged.
     """
+    growth = growth_of(recipe.configs)
     job = Job(
         open_parts=lambda tell: open_parts(recipe, tell, like),
         build=_build,
@@ -75,6 +81,8 @@ def pretrain(
         saved="model",
         arguments=_arguments(recipe),
         callbacks=(ClipValue(recipe.clip_value),) if recipe.clip_value else (),
+        stages=ONE_STAGE if growth is None else growth_method(growth).stages(growth),
+        enter=_enter,
     )
     return run(recipe, job, report=report, callbacks=callbacks, dense_quality=dense_quality, write=write)
 
@@ -103,7 +111,10 @@ def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | No
     bundle = load_rows(recipe, tokenizer, tokens, report)
     fit_to_data(config, recipe, bundle, tokenizer)
     refuse_rows(recipe, bundle)
-    planned = assemble.plan_on(empty_model(config, recipe.task), recipe, device, tokens) if recipe.methods else None
+    planned = None
+    for model in stage_models(config, recipe) if recipe.methods else ():  # the last one is what comes out
+        planned = assemble.plan_on(model, recipe, device, tokens)
+    _refuse_replaced(recipe, planned)
     pixels = config.num_channels * image_size(config)[0] * image_size(config)[1] if task.images else 1
     return Parts(
         recipe=recipe,
@@ -115,6 +126,23 @@ def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | No
         bundle=bundle,
         tokens_per_input=tokens / pixels if task.images else float(task.sequences),
     )
+
+
+def stage_models(config: Any, recipe: PretrainRecipe) -> list[Any]:
+    """The models that a recipe trains, one a stage, on the meta device."""
+    model, growth = empty_model(config, recipe.task), growth_of(recipe.configs)
+    return [model] if growth is None else list(models_of_stages(model, growth, recipe.seed))
+
+
+def _refuse_replaced(recipe: PretrainRecipe, planned: Plan | None) -> None:
+    """Raise ValueError if a model is to grow whose dense weights a method has taken away."""
+    growth = growth_of(recipe.configs)
+    replacing = [edit.method for edit in planned.edits if edit.replaces] if planned is not None else []
+    if growth is not None and replacing:
+        raise ValueError(
+            f"{growth.method!r} makes each model out of the dense weights of the one before, and {replacing[0]!r} "
+            "trains others in their place. Leave one out."
+        )
 
 
 class ClipValue(TrainerCallback):
@@ -146,18 +174,38 @@ def _build(
     recipe = parts.recipe
     set_seed(recipe.seed)  # the same start for every recipe of the same seed
     model = build_model(parts.config, recipe.task).to(parts.device)
+    growth, edits = growth_of(recipe.configs), edits_of(recipe.configs)
     if resumed is not None:
-        state = read_state(resumed.path) if recipe.methods else {}
-        return model, sparsify(model, *recipe.configs, state=state, seed=recipe.seed) if recipe.methods else None
+        if growth is not None:
+            model = next(islice(models_of_stages(model, growth, recipe.seed), resumed.stage, None))
+        return model, sparsify(model, *edits, state=read_state(resumed.path), seed=recipe.seed) if edits else None
+    if growth is not None:
+        model = enter(model, growth, 0, kept_weights(parts, journal), recipe.seed).model
     known = dense_start(dense_quality, model, parts, journal, "evaluating the untrained model")
     journal.quality("untrained", known, step=0)
-    if not recipe.methods:
-        return model, None
+    return model, _converted(model, parts, journal)
+
+
+def _enter(
+    parts: Parts[PretrainRecipe], journal: Journal, stage: int, model: Any, kept: MutableMapping[str, Weights]
+) -> tuple[Grown, Handle | None]:
+    """The model of a later stage, converted anew."""
+    growth = growth_of(parts.recipe.configs)
+    assert growth is not None
+    grown = enter(model, growth, stage, kept, parts.recipe.seed)
+    return grown, _converted(grown.model, parts, journal)
+
+
+def _converted(model: Any, parts: Parts[PretrainRecipe], journal: Journal) -> Handle | None:
+    recipe = parts.recipe
+    edits = edits_of(recipe.configs)
+    if not edits:
+        return None
     began = time.perf_counter()
     batches = _longest_rows(parts) if reads_longest(recipe) else calibration_batches(parts)
-    handle = sparsify(model, *recipe.configs, calibration=batches, seed=recipe.seed, progress=journal.phase)
-    journal.run["setup_s"] = time.perf_counter() - began
-    return model, handle
+    handle = sparsify(model, *edits, calibration=batches, seed=recipe.seed, progress=journal.phase)
+    journal.run["setup_s"] = journal.run.get("setup_s", 0.0) + time.perf_counter() - began
+    return handle
 
 
 def _longest_rows(parts: Parts[PretrainRecipe]) -> list[dict[str, torch.Tensor]] | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from sparsetrain.hf.model import models
@@ -23,58 +23,35 @@ from sparsetrain.hf.train.checkpoint import CheckpointCallback, data_fingerprint
 from sparsetrain.hf.train.evaluate import Quality, evaluate, held_out_tokens
 from sparsetrain.hf.train.journal import EvalCallback, Journal, OrderedCollator, SavedCallback
 from sparsetrain.hf.train.parts import Parts
+from sparsetrain.hf.train.result import Result as Result
+from sparsetrain.hf.train.result import run_report as run_report
 from sparsetrain.hf.train.rows import first_batch
+from sparsetrain.hf.train.stages import (
+    ONE_STAGE,
+    Enter,
+    Span,
+    StageCallback,
+    enter_stage,
+    leave_entry,
+    load_weights,
+    spans,
+)
 from sparsetrain.hf.train.tasks import use_task_loss
 from sparsetrain.hf.train.token_selection import select_tokens, selector_of
 from sparsetrain.measure.machine import describe_machine
 from sparsetrain.measure.memory import reset_peak, static_memory
-from sparsetrain.measure.report import build_report, write_report
-from sparsetrain.measure.schema import Run
+from sparsetrain.measure.report import write_report
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.checkpoints import Checkpoint, check_data, check_output, clear_interrupted, find_resumable
 from sparsetrain.runs.events import Report
-from sparsetrain.runs.layout import RESULT
+from sparsetrain.runs.layout import RESULT, checkpoint_folder
 from sparsetrain.runs.manifest import disk_errors, write_json
 from sparsetrain.runs.pictures import illustrate
 from sparsetrain.surgery.apply import Handle
+from sparsetrain.surgery.method import Stage
 
 KnownQuality = Quality | Callable[[], Quality | None] | None
 """The dense model's quality where another run has measured it; a function is asked when it is needed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a run did.
-
-    run: quality by stage, steps, memory, as `measure.schema.Run`.
-    saved: the folder of the adapter or model.
-    data_order: a hash of the rows in the order they were trained on; None for a continued run.
-    """
-
-    recipe: RunRecipe
-    saved: Path
-    run: Run
-    data: str
-    plan: list[dict[str, Any]]
-    sparsity: dict[str, Any]
-    notes: list[str]
-    parameters: int
-    trainable_parameters: int
-    data_order: str | None
-    resumed_from: int | None = None
-    machine: dict[str, Any] = field(default_factory=dict)
-
-    title: str = ""
-
-    @property
-    def kind(self) -> str:
-        """`sparse` or `dense`."""
-        return "sparse" if self.recipe.methods else "dense"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as in result.json."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return values | {"recipe": self.recipe.model_dump(mode="json"), "saved": str(self.saved), "kind": self.kind}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +59,15 @@ class Job:
     """What differs between jobs.
 
     open_parts: (report) -> everything but the weights, checked against each other.
-    build: (parts, journal, resumed, known dense quality) -> the converted model and its handle, None if dense.
+    build: (parts, journal, resumed, known dense quality) -> the converted model and its handle, None if dense: of the
+        first stage, or of the one that `resumed` is in.
     about: (parts) -> entries of the sidecar.
     title: what is trained, in a line.
     saved: the folder, inside the output, of what was trained.
     arguments: further arguments of the Trainer.
     callbacks: further callbacks, called before ours.
+    stages: what the run trains, one after the other.
+    enter: makes the model of a later stage.
     """
 
     open_parts: Callable[[Report], Parts]
@@ -97,6 +77,35 @@ class Job:
     saved: str
     arguments: dict[str, Any] = field(default_factory=dict)
     callbacks: tuple[TrainerCallback, ...] = ()
+    stages: tuple[Stage, ...] = ONE_STAGE
+    enter: Enter | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """A run that has been opened. rows: `data_fingerprint` of the training rows. callbacks: of the caller."""
+
+    recipe: RunRecipe
+    job: Job
+    parts: Parts
+    journal: Journal
+    resumed: Checkpoint | None
+    rows: str
+    collator: OrderedCollator
+    spans: tuple[Span, ...]
+    callbacks: tuple[TrainerCallback, ...]
+
+    @property
+    def output(self) -> Path:
+        return Path(self.recipe.output)
+
+    @property
+    def start(self) -> int:
+        """Index of the stage in which this run starts."""
+        return 0 if self.resumed is None else self.resumed.stage
+
+    def arguments(self) -> TrainingArguments:
+        return assemble.training_arguments(self.parts, **self.job.arguments)
 
 
 def run(
@@ -109,51 +118,123 @@ def run(
     write: bool = True,
 ) -> Result:
     """Train a recipe and write its output folder; arguments and errors as of `finetune`."""
-    output = Path(recipe.output)
-    check_output(output, resume=recipe.resume)
+    course = _open(recipe, job, report, tuple(callbacks))
+    model, handle = job.build(course.parts, course.journal, course.resumed, dense_quality)
+    model, handle, trainer = _train(course, model, handle)
+    result = _record(course, model, handle, trainer)
+    if write:
+        write_report(run_report(result), course.output)
+        illustrate(course.output, recipe.configs)
+    write_json(course.output / RESULT, result.to_dict())  # last: it marks the run as finished
+    return result
+
+
+def _open(recipe: RunRecipe, job: Job, report: Report, callbacks: tuple[TrainerCallback, ...]) -> Course:
+    """Everything but the weights; nothing is written."""
+    check_output(recipe.output, resume=recipe.resume)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    resumed = find_resumable(output, recipe, report) if recipe.resume else None
+    resumed = find_resumable(recipe.output, recipe, report) if recipe.resume else None
     journal = Journal(report, resumed)
     parts = job.open_parts(journal.report)
     journal.recorder.tokens_per_input = parts.tokens_per_input
     rows = data_fingerprint(parts.bundle.train)
     if resumed is not None:
         check_data(resumed, rows)
-    model, handle = job.build(parts, journal, resumed, dense_quality)
-    about = job.about(parts)
-    collator = OrderedCollator(parts.bundle.collate_fn)
+    return Course(
+        recipe=recipe,
+        job=job,
+        parts=parts,
+        journal=journal,
+        resumed=resumed,
+        rows=rows,
+        collator=OrderedCollator(parts.bundle.collate_fn),
+        spans=spans(job.stages, recipe, len(parts.bundle.train)),
+        callbacks=callbacks,
+    )
+
+
+def _train(course: Course, model: Any, handle: Handle | None) -> tuple[Any, Handle | None, Trainer]:
+    """Train each stage that is left, from what the one before has left: (model, its handle, its Trainer)."""
+    resumed, trainer = course.resumed, None
+    left = None if resumed is None else resumed.path
+    for span in course.spans[course.start :]:
+        if span.index > course.start:
+            assert course.job.enter is not None and left is not None
+            trainer = None  # frees the optimizer of the stage before: its state is in the checkpoint
+            model, handle, left = enter_stage(
+                course.job.enter, span, course.parts, course.journal, model, handle, left, course.arguments()
+            )
+        elif resumed is not None and resumed.step == span.last < span.total:
+            load_weights(model, resumed.path)
+            continue
+        course.journal.stage(span.index, span.record(models.num_parameters(model)[0]), span.of)
+        trainer = _trainer(course, span, model, handle)
+        _train_stage(course, trainer, left)
+        left = checkpoint_folder(course.output, span.last)
+    assert trainer is not None
+    return model, handle, trainer
+
+
+def _trainer(course: Course, span: Span, model: Any, handle: Handle | None) -> Trainer:
+    parts, journal = course.parts, course.journal
+    about = course.job.about(parts)
+    begins = course.resumed is None or span.index > course.start
     trainer = Trainer(
         model=model,
-        args=assemble.training_arguments(parts, **job.arguments),
+        args=course.arguments(),
         train_dataset=parts.bundle.train,
-        data_collator=collator,
+        data_collator=course.collator,
         processing_class=parts.tokenizer,
         callbacks=[
-            *callbacks,
-            *job.callbacks,
+            *course.callbacks,
+            *course.job.callbacks,
             journal.recorder,
-            EvalCallback(lambda: measure_quality(model, handle, parts), recipe.eval_every, journal),
-            *([SavedCallback(handle, first_batch(parts), journal, recipe.task)] if resumed is None else []),
+            EvalCallback(lambda: measure_quality(model, handle, parts), course.recipe.eval_every, journal),
+            *([SavedCallback(handle, first_batch(parts), journal, course.recipe.task)] if begins else []),
+            *([StageCallback(span)] if span.of > 1 else []),
             *([_sparsity(handle, parts, journal, about)] if handle is not None else []),
-            CheckpointCallback(recipe, rows, journal.progress, journal.report),  # completes what others wrote
+            # completes what others wrote
+            CheckpointCallback(course.recipe, course.rows, journal.progress, journal.report, span.place),
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    use_task_loss(trainer, recipe.task)
+    use_task_loss(trainer, course.recipe.task)
     if handle is not None and selector_of(handle) is not None:
         select_tokens(trainer, handle)
-    _train(trainer, parts, resumed)
-    journal.peaks(parts.device)
+    return trainer
+
+
+def _train_stage(course: Course, trainer: Trainer, left: Path | None) -> None:
+    """Train from a checkpoint, or from the start."""
+    output = course.output
+    with disk_errors(output):
+        clear_interrupted(output)
+        course.recipe.to_yaml(output / "recipe.yaml")
+        set_seed(course.recipe.seed)
+        reset_peak(course.parts.device)
+        try:
+            trainer.train(resume_from_checkpoint=None if left is None else str(left))
+        except BaseException:
+            clear_interrupted(output)
+            leave_entry(output)
+            raise
+    course.journal.peaks(course.parts.device)
+
+
+def _record(course: Course, model: Any, handle: Handle | None, trainer: Trainer) -> Result:
+    """Measure and save what was trained."""
+    parts, journal, job = course.parts, course.journal, course.job
     optimizer: Any = trainer.optimizer
     journal.run["static_bytes"] = static_memory(model, optimizer).to_dict()
     trained = measure_quality(model, handle, parts, journal, "evaluating the trained model")
     journal.quality("after_training", trained, step=trainer.state.global_step)
-    saved = output / job.saved
-    save(model, handle, saved, tokenizer=parts.tokenizer, **about)
+    saved = course.output / job.saved
+    save(model, handle, saved, tokenizer=parts.tokenizer, **job.about(parts))
     total, trainable = models.num_parameters(model)
-    result = Result(
-        recipe=recipe,
+    whole = course.resumed is None and len(course.spans) == 1
+    return Result(
+        recipe=course.recipe,
         saved=saved,
         run=journal.run,
         data=parts.bundle.description,
@@ -162,27 +243,10 @@ def run(
         notes=journal.notes,
         parameters=total,
         trainable_parameters=trainable,
-        data_order=collator.digest if resumed is None else None,
-        resumed_from=None if resumed is None else resumed.step,
+        data_order=course.collator.digest if whole else None,
+        resumed_from=None if course.resumed is None else course.resumed.step,
         machine=describe_machine().to_dict(),
         title=job.title,
-    )
-    if write:
-        write_report(run_report(result), output)
-        illustrate(output, recipe.configs)
-    write_json(output / RESULT, result.to_dict())  # last: it marks the run as finished
-    return result
-
-
-def run_report(result: Result) -> Any:
-    """The `measure` report of a single run."""
-    return build_report(
-        title=result.title,
-        runs={result.kind: result.run},
-        recipe=result.recipe.model_dump(mode="json"),
-        machine=result.machine,
-        plan=result.plan,
-        notes=[result.data, *result.notes],
     )
 
 
@@ -191,20 +255,6 @@ def _sparsity(handle: Handle, parts: Parts, journal: Journal, about: dict[str, A
         journal.peaks(parts.device)
 
     return SparsityCallback(handle, at_end=False, report=journal.report, before_reset=keep_peaks, **about)
-
-
-def _train(trainer: Trainer, parts: Parts, resumed: Checkpoint | None) -> None:
-    output = Path(parts.recipe.output)
-    with disk_errors(output):
-        clear_interrupted(output)
-        parts.recipe.to_yaml(output / "recipe.yaml")
-        set_seed(parts.recipe.seed)
-        reset_peak(parts.device)
-        try:
-            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.path))
-        except BaseException:
-            clear_interrupted(output)
-            raise
 
 
 def dense_start(known: KnownQuality, model: Any, parts: Parts, journal: Journal, name: str) -> Quality:

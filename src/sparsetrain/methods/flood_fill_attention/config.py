@@ -42,6 +42,11 @@ class FloodFillAttention(MethodConfig, method="flood_fill_attention"):
         restart_lr: the Trainer's learning-rate schedule starts over at the switch (published for `cf` and `c`).
     """
 
+    about: ClassVar[str] = (
+        "Trains dense until the attention maps settle, then keeps a fixed block pattern of each layer's map "
+        "(quantile or keep_ratio; block_tokens). For training on long rows of one length. Not for chat or "
+        "generation, where what matters moves with the content."
+    )
     ops: ClassVar[tuple[str, ...]] = ("attention_patterns", "block_sparse_attention", "segments")
 
     variant: str = "cf"

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
+from sparsetrain.core import ranks
 from sparsetrain.core.modes import evaluating
 from sparsetrain.methods.flood_fill_attention.config import MIN_PROBES, FloodFillAttention
 from sparsetrain.methods.flood_fill_attention.module import PROBE, REASONS, FloodFillSparseAttention
@@ -169,16 +170,13 @@ class _Watch:
 
 def _reduced(sums: MapSums) -> MapSums:
     """The sums over all data-parallel ranks."""
-    if distributed.is_available() and distributed.is_initialized():
-        for x in (sums.raw_pnn, sums.filtered_pnn, sums.pairs_nn):
-            distributed.all_reduce(x)
+    for x in (sums.raw_pnn, sums.filtered_pnn, sums.pairs_nn):
+        ranks.all_reduce_(x)
     return sums
 
 
 def _share(site: FloodFillSparseAttention) -> None:
     """Rank 0's pattern for all ranks: quantiles of equal sums need not be equal to the bit on unequal devices."""
-    if distributed.is_available() and distributed.is_initialized():
+    if ranks.size() > 1:
         assert site.mask is not None
-        mask = site.mask.byte()
-        distributed.broadcast(mask, 0)
-        site.mask = mask.bool()
+        site.mask = ranks.broadcast_(site.mask.byte()).bool()

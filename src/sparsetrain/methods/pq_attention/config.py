@@ -39,6 +39,11 @@ class PQAttention(MethodConfig, method="pq_attention"):
             0.05 with random ones.
     """
 
+    about: ClassVar[str] = (
+        "Each query attends to the keys whose product-quantised codes match its own best (keep_ratio; "
+        "granularity block is fast, token keeps more quality and saves no time). Not for short sequences, "
+        "where choosing keys costs more than it saves, nor for head widths that 8 does not divide."
+    )
     ops: ClassVar[tuple[str, ...]] = (
         "block_sparse_attention",
         "key_selection",

@@ -31,6 +31,11 @@ class RoutedFFN(MethodConfig, method="routed_ffn"):
             router that calibration has fitted, 0.05 for a random one.
     """
 
+    about: ClassVar[str] = (
+        "A router gives each token num_active of num_blocks blocks of every FFN (shared_ratio; partition "
+        "clustered is fitted to the model, contiguous is the published start). Not for mixture-of-experts "
+        "models, which are routed already, nor when the trained model must be dense again."
+    )
     ops: ClassVar[tuple[str, ...]] = ("routed_ffn", "routing")
 
     num_blocks: int = 4

@@ -4,6 +4,13 @@ Pure functions on tensors. Legend: n calibration tokens, d model width, f hidden
 k blocks a token uses, r rank of the compensation.
 
 Cut into contiguous blocks and routed at random, as published (arXiv 2312.10365), a trained model is ruined at step 0.
+`convert_ffn` fits in closed form but for the clustering. With e_nu = (h_nu - mean_u)^2 |down column u|^2, the energy
+of unit u at token n:
+  1. always on: the s units of largest weighted mean energy, and before them every unit with a massive activation;
+  2. blocks: equal, maximising the energy inside the k blocks that the router of the moment picks;
+  3. router: ridge regression of the root of each block's energy on [x, 1];
+  4. compensation: a shift for each block that is not used (`mean`), and a reduced-rank ridge regression on x
+     (`lowrank`), both of what the routed FFN lacks given the choices its router makes.
 """
 
 from __future__ import annotations
@@ -112,14 +119,7 @@ def convert_ffn(
     cluster_tokens: int = 4096,
     generator: torch.Generator | None = None,
 ) -> Conversion:
-    """Fit a routed FFN to a dense one on calibration inputs, in closed form but for the clustering.
-
-    With e_nu = (h_nu - mean_u)^2 |down column u|^2, the energy of unit u at token n:
-      1. always on: the s units of largest weighted mean energy, and before them every unit with a massive activation;
-      2. blocks: equal, maximising the energy inside the k blocks that the router of the moment picks;
-      3. router: ridge regression of the root of each block's energy on [x, 1];
-      4. compensation: a shift for each block that is not used (`mean`), and a reduced-rank ridge regression on x
-         (`lowrank`), both of what the routed FFN lacks given the choices its router makes.
+    """Fit a routed FFN to a dense one on calibration inputs, in the four steps of the module's docstring.
 
     Args:
         ffn: the dense weights, fp32.
@@ -149,32 +149,44 @@ def convert_ffn(
     target_nd = dense_nd if target_nd is None else target_nd
     weight_n = default_weight(dense_nd) if weight_n is None else weight_n
     weight_n = weight_n / weight_n.mean()
-    mean_f = weight_n @ hidden_nf / len(x_nd)
-
-    energy_nf = unit_energy(hidden_nf, mean_f, ffn.down_df)
+    energy_nf = unit_energy(hidden_nf, weight_n @ hidden_nf / len(x_nd), ffn.down_df)
     shared_s = always_on(energy_nf, weight_n, num_shared)
-    count = min(cluster_tokens, len(x_nd))
-    near_c = torch.arange(count, device=x_nd.device) * len(x_nd) // count
+    near_c = _spaced(len(x_nd), cluster_tokens, x_nd.device)
     weighted_cf = energy_nf[near_c] * weight_n[near_c, None]
     order_f = cut_blocks(weighted_cf, x_nd[near_c], shared_s, num_blocks, num_active, iterations, generator)
     hidden_nf, down_df, energy_nf = hidden_nf[:, order_f], ffn.down_df[:, order_f], energy_nf[:, order_f]
-
     energy_ng = energy_nf[:, num_shared:].unflatten(1, (num_blocks, -1)).sum(dim=2)
     found = Conversion(order_f, num_shared, *_fit_router(x_nd, energy_ng.sqrt()))
     used_ng = found.used(x_nd, num_active)
     lack_nd = target_nd - F.linear(hidden_nf.mul_(found.spread(used_ng)), down_df, ffn.down_bias_d)
     found = replace(found, **_compensate(x_nd, used_ng, lack_nd, weight_n, compensation, rank))
 
-    error_n = (lack_nd - found.compensate(x_nd, used_ng)).square().sum(dim=1)
-    spread_n = (target_nd - weight_n @ target_nd / len(x_nd)).square().sum(dim=1)
+    stats = _energy_stats(energy_nf, energy_ng, used_ng, weight_n, num_active)
+    stats["relative_error"] = _relative_error(lack_nd - found.compensate(x_nd, used_ng), target_nd, weight_n)
+    return replace(found, stats=stats)
+
+
+def _spaced(num_tokens: int, most: int, device: torch.device) -> Tensor:
+    """At most `most` token places, evenly spaced."""
+    count = min(most, num_tokens)
+    return torch.arange(count, device=device) * num_tokens // count
+
+
+def _relative_error(error_nd: Tensor, target_nd: Tensor, weight_n: Tensor) -> float:
+    error_n = error_nd.square().sum(dim=1)
+    spread_n = (target_nd - weight_n @ target_nd / len(target_nd)).square().sum(dim=1)
+    return float(weight_n @ error_n / (weight_n @ spread_n))
+
+
+def _energy_stats(
+    energy_nf: Tensor, energy_ng: Tensor, used_ng: Tensor, weight_n: Tensor, num_active: int
+) -> dict[str, float]:
     lost_n = (energy_ng * (1 - used_ng)).sum(dim=1)
     best_ng = _top(energy_ng, num_active)
-    stats = {
+    return {
         "energy_kept": float(1 - weight_n @ lost_n / (weight_n @ energy_nf.sum(dim=1))),
         "recall": float((used_ng * best_ng).sum() / best_ng.sum()),
-        "relative_error": float(weight_n @ error_n / (weight_n @ spread_n)),
     }
-    return replace(found, stats=stats)
 
 
 def default_weight(y_nd: Tensor) -> Tensor:

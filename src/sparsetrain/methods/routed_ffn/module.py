@@ -93,27 +93,18 @@ class Routing(Site):
         logits_tg, shift_gd, skip_td = self.router(x_td)
         choice_tk = choose_blocks(logits_tg, config.num_active)
         gate_tk = self.gates(logits_tg).gather(1, choice_tk.long())
-        up, down = self._parts(owner, site.up), self._parts(owner, site.down)
-        gate = self._parts(owner, site.gate) if site.gate else None
         y_td = routed_ffn(
             x_td,
-            up.weight,
-            down.weight,
+            self._parts(owner, site.up),
+            self._parts(owner, site.down),
             choice_tk,
             gate_tk.to(x.dtype),
-            gate_proj_fd=gate.weight if gate else None,
-            up_bias_f=up.bias,
-            gate_bias_f=gate.bias if gate else None,
-            down_bias_d=down.bias,
+            gate=self._parts(owner, site.gate) if site.gate else None,
             num_shared=self.num_shared,
             num_blocks=config.num_blocks,
             activation=site.activation,
             # rescaled gates are no longer 1, so they count as an output gate
             gate_mode="output" if config.gated_by == "ste" and config.rescale else config.gated_by,
-            up_lora=up.lora,
-            gate_lora=gate.lora if gate else None,
-            down_lora=down.lora,
-            lora_dropout=max(up.lora_dropout, down.lora_dropout),
             block_shift_gd=shift_gd,
             valid_t=valid_t,
         )

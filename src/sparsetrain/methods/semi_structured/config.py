@@ -37,6 +37,11 @@ class SemiStructured(MethodConfig, method="semi_structured"):
         seed: of the `mvue` draws, with the step, the linear and the rank.
     """
 
+    about: ClassVar[str] = (
+        "Trains FFN linears with two of every four weights zero over a dense master (mask_mode, wgrad; "
+        "dense_tail_ratio). For pre-training on a GPU with sparse tensor cores; elsewhere it is emulated, "
+        "without speed. Not for fine-tuning: pruning a trained FFN hurts."
+    )
     ops: ClassVar[tuple[str, ...]] = ("nm_mask", "soft_threshold24", "sparse24_linear")
 
     mask_mode: str = "transposable"
@@ -82,10 +87,6 @@ class SemiStructured(MethodConfig, method="semi_structured"):
     @classmethod
     def dense_limit(cls) -> Self:
         return cls(dense_tail_ratio=1.0, decay=0.0)
-
-    @classmethod
-    def example(cls) -> Self:
-        return cls()
 
     @property
     def decay_in_force(self) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsetrain.core import ranks
 from sparsetrain.surgery.apply import Handle
 
 
@@ -50,13 +51,11 @@ def mask_digest(*masks: Tensor) -> int:
 
 
 def check_ranks_agree(masks: list[Tensor]) -> None:
-    """Raise RuntimeError if another rank of the default process group holds other masks; weights differ then."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    """Raise RuntimeError if another data-parallel rank holds other masks; weights differ then."""
+    if ranks.size() == 1:
         return
     own = torch.tensor([mask_digest(*masks)], device=masks[0].device)
-    every = [torch.zeros_like(own) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(every, own)
-    found = [int(digest) for digest in every]
+    found = [int(digest) for digest in ranks.all_gather(own)]
     if len(set(found)) > 1:
         raise RuntimeError(
             f"2:4 masks differ between ranks (digests {found}), so the ranks hold different weights. Masks need the "

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsetrain.core import ranks
 from sparsetrain.methods.semi_structured.config import SemiStructured
 from sparsetrain.methods.semi_structured.flips import check_ranks_agree
 from sparsetrain.methods.semi_structured.module import BUFFERS
@@ -129,11 +130,9 @@ class Schedule24(Site):
             linear.repack()
 
     def _reseed(self, step: int) -> None:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if distributed else 0
         for place, linear in enumerate(self.linears.values()):
             key = self.config.seed
-            for part in (step, self.layer, place, rank):
+            for part in (step, self.layer, place, ranks.rank()):
                 key = (key * 1_000_003 + part + 1) % (1 << 62)
             linear.reseed(key)
 

@@ -34,6 +34,11 @@ class TokenSelection(MethodConfig, method="token_selection"):
         seed: with the step and the sample's token ids, the whole state of the draw.
     """
 
+    about: ClassVar[str] = (
+        "Gradient and activations for some tokens alone (keep_ratio or num_tokens; policy random, prefix, "
+        "loss, gradient_norm; pool targets for sft); the forward stays exact. Not where activations are small "
+        "beside weights and optimizer state, nor above keep_ratio=0.5."
+    )
     changes_outputs: ClassVar[bool] = False
     ops: ClassVar[tuple[str, ...]] = ("selected_rows",)
     own_dropout: ClassVar[bool] = True

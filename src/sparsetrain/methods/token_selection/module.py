@@ -172,7 +172,7 @@ class SelectsTokens:
         if not torch.is_grad_enabled() and stand_in_of(attention) is None:
             # the values that a checkpointed block is first run for; beside sparse ones they need the second pass
             return dense_forward(SelectsTokens, self, *args, **kwargs)
-        if choose("token_selection", "auto", {"cpu": None, "reference": None}) == "reference":
+        if choose("token_selection", "auto", {"torch": None, "reference": None}) == "reference":
             return _by_definition(self, selected_rows, args, kwargs)
         return _in_two_passes(self, selected_rows, args, kwargs)
 

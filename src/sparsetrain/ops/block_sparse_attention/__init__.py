@@ -1,5 +1,9 @@
 """Attention over listed key blocks: each query block reads only the key blocks its list names.
 
+Visible: with `causal` j <= i; with `window` |i - j| < window; with `segments_bs` the same positive segment id.
+Positions count from the first key, and queries sit at the end of the keys (i = s - t + row), so t < s is decoding
+with a cache. The block pattern is that of SPION (arXiv 2309.12578) and of block-wise key selection.
+
 Legend: b batch, h query heads, g key/value heads (g divides h), t queries, s keys, d head width,
 i query blocks of `block_q` queries, k list slots, each the id of a block of `block_k` keys.
 """
@@ -11,9 +15,13 @@ from typing import Literal, overload
 from torch import Tensor
 
 from sparsetrain.core.backend import choose
-from sparsetrain.ops.block_sparse_attention import cpu, reference
+from sparsetrain.ops.block_sparse_attention import reference
 from sparsetrain.ops.block_sparse_attention.phantom import add_phantom_zeros, pruned_keys
 from sparsetrain.ops.block_sparse_attention.tiles import Geometry
+from sparsetrain.ops.block_sparse_attention.torch import attend as tiled_attend
+from sparsetrain.ops.qkv import check_qkv, check_segments
+
+_RUN = {"torch": tiled_attend, "reference": reference.attend}
 
 
 @overload
@@ -73,20 +81,13 @@ def block_sparse_attention(
     """Softmax attention of every query over the visible keys of its listed blocks.
 
     out_i = sum_{j in N(i)} exp(s_ij - lse_i) v_j,  s_ij = scale * q_i . k_j,  lse_i = log sum_{j in N(i)} exp(s_ij),
-    N(i) = {j : j // block_k is listed for i // block_q, and j is visible from i}.
-
-    Visible: with `causal` j <= i; with `window` |i - j| < window; with `segments_bs` the same positive segment id.
-    Positions count from the first key, and queries sit at the end of the keys (i = s - t + row), so t < s is decoding
-    with a cache. A query with N(i) empty gives exactly 0, lse = -inf and zero gradients.
+    N(i) = {j : j // block_k is listed for i // block_q, and j is visible from i}; if it is empty, out_i is exactly 0,
+    lse_i = -inf and gradients are zero.
 
     Equals:
         scores = scale * q @ k.repeat_interleave(h // g, 1).mT
         scores[~visible] = -inf
         out = softmax(scores, -1).nan_to_num(0) @ v.repeat_interleave(h // g, 1)
-
-    The block pattern is that of SPION (arXiv 2309.12578) and of block-wise key selection. With softmax="masked" rows
-    are normalised over N(i) alone; with "phantom_zero" every visible key outside N(i) adds exp(0) to the denominator
-    (and to lse), so rows sum to less than 1.
 
     Args:
         q_bhtd: queries [b, h, t, d].
@@ -95,38 +96,27 @@ def block_sparse_attention(
             order, -1 for an empty slot, no id twice in a list. A head axis of g shares a list among the h / g query
             heads of a key/value head, h gives each query head its own, 1 shares one among all.
         block_q, block_k: queries and keys in a block.
-        causal: whether keys after the query are invisible.
         scale: of the scores; d ** -0.5 if None.
-        segments_bs: integers [b, s], 0 = padding (never seen, and a padded query gives 0), equal ids see each other.
-        window: keys at a distance of `window` or more are invisible.
-        softmax: masked | phantom_zero.
-        return_lse: also return the logarithm of the denominator; it is differentiable.
-        backend: auto | reference | cpu | triton.
+        causal, window, segments_bs: what is visible; segments are integers [b, s], 0 = padding (never seen, and a
+            padded query gives 0).
+        softmax: `masked` normalises over N(i) alone; with `phantom_zero` every visible key outside N(i) adds exp(0)
+            to the denominator (and to lse), so rows sum to less than 1.
+        backend: auto | reference | torch | triton.
 
     Returns:
-        out [b, h, t, d] in q's dtype; with `return_lse` also lse [b, h, t] in fp32 (fp64 for fp64).
+        out [b, h, t, d] in q's dtype; with `return_lse` also lse [b, h, t] in fp32 (fp64 for fp64), differentiable.
 
     Raises:
         ValueError: shapes, dtypes, ids or sizes do not fit together; the message names them.
         Unsupported: the named backend cannot run this call.
 
     Cost: forward 4 and backward 10 multiply-adds a kept pair and channel; saved for backward are q, k, v, out, lse
-    and the lists. The CPU backend needs about 32 MiB of scratch memory and never a [t, s] tensor.
+    and the lists. The `torch` backend needs about 32 MiB of scratch memory and never a [t, s] tensor.
     """
-    _check(q_bhtd, k_bgsd, v_bgsd, blocks_bgik, segments_bs, block_q, block_k)
-    t, s = q_bhtd.shape[2], k_bgsd.shape[2]
-    if t > s and (causal or window is not None or segments_bs is not None):
-        raise ValueError(f"{t} queries and {s} keys: causal, window and segments place queries at the end of the keys.")
-    if window is not None and window < 1:
-        raise ValueError(f"window={window} hides every key; give a positive window or None.")
-    geometry = Geometry(t, s, block_q, block_k, causal, window)
-    if softmax not in ("masked", "phantom_zero"):
-        raise ValueError(f"softmax={softmax!r} is unknown. Choose 'masked' or 'phantom_zero'.")
-    _check_ids(blocks_bgik, geometry.num_key_blocks)
-    name = choose("block_sparse_attention", backend, _available(q_bhtd))
-    heads = max(blocks_bgik.shape[1], k_bgsd.shape[1])
-    blocks_blik = blocks_bgik.expand(len(q_bhtd), heads, -1, -1)
-    attend = cpu.attend if name == "cpu" else reference.attend
+    geometry = Geometry(q_bhtd.shape[2], k_bgsd.shape[2], block_q, block_k, causal, window)
+    _check(q_bhtd, k_bgsd, v_bgsd, blocks_bgik, segments_bs, geometry, softmax)
+    attend = _RUN[choose("block_sparse_attention", backend, _available(q_bhtd))]
+    blocks_blik = blocks_bgik.expand(len(q_bhtd), max(blocks_bgik.shape[1], k_bgsd.shape[1]), -1, -1)
     factor = q_bhtd.shape[3] ** -0.5 if scale is None else scale
     out, lse = attend(q_bhtd, k_bgsd, v_bgsd, blocks_blik, segments_bs, geometry, factor)
     if softmax == "phantom_zero":
@@ -135,24 +125,29 @@ def block_sparse_attention(
 
 
 def _available(q: Tensor) -> dict[str, str | None]:
-    return {"cpu": None if q.device.type == "cpu" else f"the tensors are on {q.device}", "reference": None}
+    reason = None if q.device.type == "cpu" else f"its tiles are for a CPU, and the tensors are on {q.device}"
+    return {"torch": reason, "reference": None}
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, segments: Tensor | None, block_q: int, block_k: int
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, segments: Tensor | None, geometry: Geometry, softmax: str
 ) -> None:
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
-        raise ValueError(
-            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}: need [b, h, t, d] and twice [b, g, s, d]."
-        )
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)}: b and d must be equal and g must divide h.")
-    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
-        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one floating dtype.")
+    check_qkv(q, k, v)
+    check_segments(segments, k)
+    _check_lists(q, k, blocks, geometry)
+    t, s, window = geometry.num_queries, geometry.num_keys, geometry.window
+    if t > s and (geometry.causal or window is not None or segments is not None):
+        raise ValueError(f"{t} queries and {s} keys: causal, window and segments place queries at the end of the keys.")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} hides every key; give a positive window or None.")
+    if softmax not in ("masked", "phantom_zero"):
+        raise ValueError(f"softmax={softmax!r} is unknown. Choose 'masked' or 'phantom_zero'.")
+
+
+def _check_lists(q: Tensor, k: Tensor, blocks: Tensor, geometry: Geometry) -> None:
+    block_q, block_k = geometry.block_q, geometry.block_k
     if block_q < 1 or block_k < 1:
         raise ValueError(f"block_q={block_q}, block_k={block_k}: blocks hold at least one token.")
-    if q.numel() == 0 or k.numel() == 0:
-        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)}: nothing to attend to or from.")
     num_query_blocks = -(-q.shape[2] // block_q)
     if blocks.ndim != 4 or blocks.is_floating_point() or blocks.shape[2] != num_query_blocks:
         raise ValueError(
@@ -164,10 +159,7 @@ def _check(
             f"blocks {list(blocks.shape)}: the first axis must be 1 or b={q.shape[0]}, "
             f"the second 1, g={k.shape[1]} or h={q.shape[1]}."
         )
-    if segments is not None and (segments.is_floating_point() or segments.shape != (k.shape[0], k.shape[2])):
-        raise ValueError(
-            f"segments is {segments.dtype} {list(segments.shape)}; need integers [{k.shape[0]}, {k.shape[2]}]."
-        )
+    _check_ids(blocks, geometry.num_key_blocks)
 
 
 def _check_ids(blocks: Tensor, num_key_blocks: int) -> None:

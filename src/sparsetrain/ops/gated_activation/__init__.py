@@ -28,7 +28,7 @@ def gated_activation(h: Tensor, activation: str = "gelu_tanh", *, backend: str =
     Args:
         h: [..., 2f]: f channels of values, then f of gates.
         activation: gelu_tanh or silu.
-        backend: auto, cpu (any device) or reference.
+        backend: auto, torch (any device) or reference.
 
     Returns:
         y [..., f].
@@ -44,7 +44,7 @@ def gated_activation(h: Tensor, activation: str = "gelu_tanh", *, backend: str =
             f"gated_activation: h {tuple(h.shape)} has {h.shape[-1]} channels, which do not divide into values and "
             "gates. Pass the output of the fused projection, values first."
         )
-    name = choose("gated_activation", backend, {"cpu": None, "reference": None, "triton": _NO_KERNEL})
+    name = choose("gated_activation", backend, {"torch": None, "reference": None, "triton": _NO_KERNEL})
     return reference_gated(h, activation) if name == "reference" else _Gated.apply(h, activation)  # type: ignore[return-value]
 
 

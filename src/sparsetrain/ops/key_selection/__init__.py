@@ -15,9 +15,11 @@ from sparsetrain.ops.key_selection import blocks, keys, reference
 from sparsetrain.ops.key_selection.visibility import Visibility as Visibility
 from sparsetrain.ops.key_selection.visibility import sequences
 from sparsetrain.ops.product_quantization import decode, encode
+from sparsetrain.ops.qkv import check_heads, check_segments
 
 KEY_SCORES = ("match_count", "table", "attention")
 BLOCK_SCORES = (*KEY_SCORES, "mean")
+_RUN = {"torch": keys.select, "reference": reference.select_keys}
 
 
 @torch.no_grad()
@@ -54,7 +56,7 @@ def select_keys(
         num_keys_bt: integers [b, t], L of each query; fewer visible keys are all kept.
         local_tokens: the nearest keys (half on each side if not causal) are kept, counted inside L.
         keep_first: the first key of the segment, where it is visible, is kept, counted inside L.
-        backend: auto | reference | cpu; `cpu` is plain PyTorch in tiles and runs on any device.
+        backend: auto | reference | torch; `torch` is plain PyTorch in tiles and runs on any device.
 
     Returns:
         Key positions, int32 [b, h, t, max L], ascending, then -1.
@@ -66,19 +68,9 @@ def select_keys(
     Cost: the scores of every visible pair, one byte each for match counts, in tiles of about a million; never a
     [t, s] tensor. Each call waits for the device once, to read the largest L (and once a tile for products).
     """
-    if score not in KEY_SCORES or selection not in ("exact", "bucket4"):
-        raise ValueError(
-            f"score={score!r}, selection={selection!r}: choose from {KEY_SCORES} and ('exact', 'bucket4')."
-        )
-    if selection == "bucket4" and score != "match_count":
-        raise ValueError("selection='bucket4' sorts match counts into buckets. Set score='match_count'.")
+    _check_selection(score, selection, codebook_gmew)
     _check(q_bhtd, k_bgsd, codebook_gmew, score, visibility)
-    if num_keys_bt.shape != (q_bhtd.shape[0], q_bhtd.shape[2]):
-        raise ValueError(f"num_keys is {list(num_keys_bt.shape)}; need [{q_bhtd.shape[0]}, {q_bhtd.shape[2]}].")
-    if selection == "bucket4" and codebook_gmew is not None and codebook_gmew.shape[1] < 4:
-        raise ValueError(
-            f"selection='bucket4' needs 4 sub-spaces or more, and the codebook has {codebook_gmew.shape[1]}."
-        )
+    _check_limits(num_keys_bt, q_bhtd)
     left, right, num_levels = q_bhtd, k_bgsd, None
     if score == "table":
         assert codebook_gmew is not None
@@ -88,8 +80,7 @@ def select_keys(
         left, right = encode(q_bhtd, codebook_gmew, distance), encode(k_bgsd, codebook_gmew, distance)
         num_levels = 4 if selection == "bucket4" else codebook_gmew.shape[1] + 1
     rule = keys.Rule(visibility, selection, local_tokens, keep_first)
-    name = choose("key_selection", backend, {"cpu": None, "reference": None})
-    run = reference.select_keys if name == "reference" else keys.select
+    run = _RUN[choose("key_selection", backend, {"torch": None, "reference": None})]
     seq = sequences(visibility.segments_bs, len(k_bgsd), k_bgsd.shape[2], k_bgsd.device)
     return run(left, right, num_keys_bt, num_levels, rule, seq)
 
@@ -146,32 +137,30 @@ def select_blocks(
     _check(q_bhtd, k_bgsd, None if score == "mean" else codebook_gmew, score, visibility)
     if min(block_q, block_k, num_probes) < 1:
         raise ValueError(f"block_q={block_q}, block_k={block_k}, num_probes={num_probes}: give at least 1 of each.")
-    return blocks.select_blocks(
-        q_bhtd,
-        k_bgsd,
-        codebook_gmew,
-        num_slots_bi,
-        visibility,
-        block_q=block_q,
-        block_k=block_k,
-        scale=scale,
-        score=score,
-        distance=distance,
-        local_tokens=local_tokens,
-        keep_first=keep_first,
-        num_probes=num_probes,
-    )
+    rule = blocks.BlockRule(visibility, block_q, block_k, scale, score, distance, local_tokens, keep_first, num_probes)
+    return blocks.select(q_bhtd, k_bgsd, codebook_gmew, num_slots_bi, rule)
+
+
+def _check_selection(score: str, selection: str, codebook: Tensor | None) -> None:
+    if score not in KEY_SCORES or selection not in ("exact", "bucket4"):
+        raise ValueError(
+            f"score={score!r}, selection={selection!r}: choose from {KEY_SCORES} and ('exact', 'bucket4')."
+        )
+    if selection == "bucket4" and score != "match_count":
+        raise ValueError("selection='bucket4' sorts match counts into buckets. Set score='match_count'.")
+    if selection == "bucket4" and codebook is not None and codebook.shape[1] < 4:
+        raise ValueError(f"selection='bucket4' needs 4 sub-spaces or more, and the codebook has {codebook.shape[1]}.")
+
+
+def _check_limits(num_keys: Tensor, q: Tensor) -> None:
+    if num_keys.shape != (q.shape[0], q.shape[2]):
+        raise ValueError(f"num_keys is {list(num_keys.shape)}; need [{q.shape[0]}, {q.shape[2]}].")
 
 
 def _check(q: Tensor, k: Tensor, codebook: Tensor | None, score: str, visibility: Visibility) -> None:
-    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} do not fit: need [b, h, t, d] and [b, g, s, d].")
+    check_heads(q, k)
     if q.shape[2] > k.shape[2] or q.shape[2] == 0:
         raise ValueError(f"{q.shape[2]} queries and {k.shape[2]} keys: queries sit at the end of the keys.")
     if codebook is None and score in ("match_count", "table"):
         raise ValueError(f"score={score!r} compares codes. Pass a codebook [{k.shape[1]} or 1, m, e, w].")
-    segments = visibility.segments_bs
-    if segments is not None and (segments.is_floating_point() or segments.shape != (k.shape[0], k.shape[2])):
-        raise ValueError(
-            f"segments is {segments.dtype} {list(segments.shape)}; need integers {[k.shape[0], k.shape[2]]}."
-        )
+    check_segments(visibility.segments_bs, k)

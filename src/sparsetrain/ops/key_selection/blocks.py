@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,25 +16,28 @@ PROBE_STRIDE = 4
 """Tokens between the probes of a causal block: at strides 1 and 4 the error was alike, and 4 reaches further back."""
 
 
-def select_blocks(
-    q_bhtd: Tensor,
-    k_bgsd: Tensor,
-    codebook_gmew: Tensor | None,
-    num_slots_bi: Tensor,
-    visibility: Visibility,
-    *,
-    block_q: int,
-    block_k: int,
-    scale: float,
-    score: str,
-    distance: str,
-    local_tokens: int,
-    keep_first: bool,
-    num_probes: int,
+@dataclass(frozen=True)
+class BlockRule:
+    """How blocks are cut and scored, and which of them are kept in any case; see `select_blocks`."""
+
+    visibility: Visibility
+    block_q: int
+    block_k: int
+    scale: float
+    score: str
+    distance: str
+    local_tokens: int
+    keep_first: bool
+    num_probes: int
+
+
+def select(
+    q_bhtd: Tensor, k_bgsd: Tensor, codebook_gmew: Tensor | None, num_slots_bi: Tensor, rule: BlockRule
 ) -> Tensor:
-    grid = Grid(q_bhtd.shape[2], block_q, block_k, visibility, q_bhtd.device)
-    seen, forced = grid.seen(), grid.forced(local_tokens, keep_first)
-    rank_bgin = _scores(grid, q_bhtd, k_bgsd, codebook_gmew, scale, score, distance, num_probes)
+    """Block ids [b, g, i, l], best first, then -1."""
+    grid = Grid(q_bhtd.shape[2], rule.block_q, rule.block_k, rule.visibility, q_bhtd.device)
+    seen, forced = grid.seen(), grid.forced(rule.local_tokens, rule.keep_first)
+    rank_bgin = _scores(grid, q_bhtd, k_bgsd, codebook_gmew, rule)
     rank_bgin = rank_bgin.masked_fill(forced[:, None], torch.inf).masked_fill(~seen[:, None], -torch.inf)
     slots_bi = torch.maximum(num_slots_bi, forced.sum(-1))
     most = min(int(slots_bi.max()), rank_bgin.shape[-1])
@@ -103,37 +108,35 @@ class Grid:
         return (self.first_q[:, None] + spread).clamp(max=self.tokens - 1)
 
 
-def _scores(
-    grid: Grid, q: Tensor, k: Tensor, codebook: Tensor | None, scale: float, score: str, distance: str, num_probes: int
-) -> Tensor:
+def _scores(grid: Grid, q: Tensor, k: Tensor, codebook: Tensor | None, rule: BlockRule) -> Tensor:
     """How much each query block wants each key block, [b, g, i, n]."""
     b, h, t, d = q.shape
     g = k.shape[1]
-    place_ir = grid.probes(num_probes)
+    place_ir = grid.probes(rule.num_probes)
     i, r = place_ir.shape
     valid_bir = (place_ir >= 0).expand(b, -1, -1)
     segments = grid.visibility.segments_bs
     if segments is not None and grid.segments_q is not None:
         own = grid.segments_q[:, :, None]
         valid_bir = valid_bir & (segments[:, place_ir.clamp(min=0)] == own) & (own > 0)
-    if score in ("attention", "mean"):
+    if rule.score in ("attention", "mean"):
         seq = sequences(segments, b, t, q.device)
-        if score == "mean":
+        if rule.score == "mean":
             return mean_products(q, k, place_ir, valid_bir, grid.block_k, seq)
-        return attention_mass(q, k, place_ir, valid_bir, grid.block_k, scale, grid.visibility, seq)
+        return attention_mass(q, k, place_ir, valid_bir, grid.block_k, rule.scale, grid.visibility, seq)
     assert codebook is not None
     _, m, e, _w = codebook.shape
     codebook = codebook.float().expand(g, -1, -1, -1)
-    hist_bgmne = _histograms(grid, k, codebook, distance)
+    hist_bgmne = _histograms(grid, k, codebook, rule.distance)
     probe = q.float().view(b, g, h // g, t, d)[:, :, :, place_ir.clamp(min=0).flatten()]  # [b, g, p, i·r, d]
     # a causal probe at position p may score a block only when it has read all of it
     read_bxn = grid.seen().repeat_interleave(r, 1) & valid_bir.flatten(1)[..., None]
     if grid.visibility.causal:
         read_bxn = read_bxn & (grid.last_k <= place_ir.flatten()[:, None])
-    if score == "table":
-        rank = _mass(probe, hist_bgmne, codebook, scale, read_bxn)
+    if rule.score == "table":
+        rank = _mass(probe, hist_bgmne, codebook, rule.scale, read_bxn)
     else:
-        hist_probe = F.one_hot(encode(probe.flatten(1, 2), codebook, distance).long(), e).float()
+        hist_probe = F.one_hot(encode(probe.flatten(1, 2), codebook, rule.distance).long(), e).float()
         hist_probe = hist_probe.view(b, g, -1, i * r, m * e).sum(2)
         rank = hist_probe @ hist_bgmne.transpose(2, 3).flatten(3).mT
         rank = rank.masked_fill(~read_bxn[:, None], 0)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import Generator, Tensor, cat, empty_like, rand
 
 from sparsetrain.core.backend import choose
-from sparsetrain.ops.mvue24.cpu import sliced_mvue
 from sparsetrain.ops.mvue24.reference import exact_dtype, inclusion, magnitudes, offset_of, reference_mvue
+from sparsetrain.ops.mvue24.torch import sliced_mvue
 
 
-def mvue24(x: Tensor, dim: int = 0, *, generator: torch.Generator | None = None, backend: str = "auto") -> Tensor:
+def mvue24(x: Tensor, dim: int = 0, *, generator: Generator | None = None, backend: str = "auto") -> Tensor:
     """Keep two of every four entries along `dim`, drawn at random and scaled so that E[y] = x.
 
     With a = |x| + 1.19e-7 max|x|, Σ their sum over the group and t = a / Σ, entry i is kept with probability
@@ -26,7 +25,7 @@ def mvue24(x: Tensor, dim: int = 0, *, generator: torch.Generator | None = None,
     Args:
         x: any shape. A last group of fewer than four along `dim` is returned as it is.
         generator: of x's device; for x [t, c] and dim 0, t / 4 + c uniform numbers are taken from it.
-        backend: auto, cpu (any device) or reference.
+        backend: auto, torch (any device) or reference.
 
     Raises:
         ValueError: fewer than four entries along `dim`, so nothing could be sparse.
@@ -37,24 +36,23 @@ def mvue24(x: Tensor, dim: int = 0, *, generator: torch.Generator | None = None,
             f"mvue24: dimension {dim} of {tuple(x.shape)} has {size} entries, and a group needs four. "
             "Give at least four tokens, or keep the weight gradient dense (wgrad='dense')."
         )
-    name = choose("mvue24", backend, {"cpu": None, "reference": None, "triton": "no kernel is written for it yet"})
+    name = choose("mvue24", backend, {"torch": None, "reference": None, "triton": "no kernel is written for it yet"})
     x = x.detach()
     whole = x.narrow(dim, 0, size // 4 * 4).movedim(dim, 0)
     rows = whole.reshape(size // 4, 4, -1)
     row, column = (
-        torch.rand(count, generator=generator, dtype=exact_dtype(x), device=x.device)
-        for count in (len(rows), rows.shape[2])
+        rand(count, generator=generator, dtype=exact_dtype(x), device=x.device) for count in (len(rows), rows.shape[2])
     )
     offset = offset_of(rows)
-    if name == "cpu":
-        out = torch.empty_like(rows)
+    if name == "torch":
+        out = empty_like(rows)
         sliced_mvue(rows, row, column, offset, out)
     else:
         starts = (row[:, None] + column).view(-1, 1)
         drawn = reference_mvue(rows.transpose(1, 2).reshape(-1, 4), starts, offset)
         out = drawn.view(len(rows), -1, 4).transpose(1, 2)
     found = out.reshape(whole.shape).movedim(0, dim)
-    return found if size % 4 == 0 else torch.cat([found, x.narrow(dim, size // 4 * 4, size % 4)], dim)
+    return found if size % 4 == 0 else cat([found, x.narrow(dim, size // 4 * 4, size % 4)], dim)
 
 
 def inclusion_probabilities(x: Tensor) -> Tensor:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from sparsetrain.core.backend import choose
 from sparsetrain.core.config import one_of
-from sparsetrain.ops.nm_mask.cpu import greedy_transposable, matmul_transposable, ranked_nm
 from sparsetrain.ops.nm_mask.patterns import TILE as TILE
 from sparsetrain.ops.nm_mask.patterns import tile_patterns as tile_patterns
 from sparsetrain.ops.nm_mask.reference import reference_greedy, reference_nm, reference_transposable
+from sparsetrain.ops.nm_mask.torch import greedy_transposable, matmul_transposable, ranked_nm
 
 _NO_KERNEL = "no kernel is written for it yet"
 _TRANSPOSABLE = {
-    ("exact", "cpu"): matmul_transposable,
+    ("exact", "torch"): matmul_transposable,
     ("exact", "reference"): reference_transposable,
-    ("greedy", "cpu"): greedy_transposable,
+    ("greedy", "torch"): greedy_transposable,
     ("greedy", "reference"): reference_greedy,
 }
 
@@ -30,7 +30,7 @@ def nm_mask(w: Tensor, keep: int = 2, group: int = 4, dim: int = -1, *, backend:
 
     Args:
         w: any shape; `dim` must divide into groups. Convolutions: groups along the input channels are dim=1.
-        backend: auto, cpu (any device) or reference.
+        backend: auto, torch (any device) or reference.
 
     Returns:
         bool mask of w's shape, exactly `keep` ones a group.
@@ -47,8 +47,8 @@ def nm_mask(w: Tensor, keep: int = 2, group: int = 4, dim: int = -1, *, backend:
             f"nm_mask: dimension {dim} of {tuple(w.shape)} has {w.shape[dim]} entries, which do not divide into groups "
             f"of {group}. Leave this weight dense, or choose another dimension."
         )
-    name = choose("nm_mask", backend, {"cpu": None, "reference": None, "triton": _NO_KERNEL})
-    return (ranked_nm if name == "cpu" else reference_nm)(w.detach(), keep, group, dim)
+    name = choose("nm_mask", backend, {"torch": None, "reference": None, "triton": _NO_KERNEL})
+    return (ranked_nm if name == "torch" else reference_nm)(w.detach(), keep, group, dim)
 
 
 def transposable_mask(w_oi: Tensor, *, search: str = "exact", backend: str = "auto") -> Tensor:
@@ -61,7 +61,7 @@ def transposable_mask(w_oi: Tensor, *, search: str = "exact", backend: str = "au
         w_oi: weights [out, in], both divisible by 4.
         search: `exact`; or `greedy`, which takes a tile's entries from the largest down, at most two in a row and
             column: it keeps .694 and ends with 7 ones in 16 % of tiles.
-        backend: auto, cpu (any device) or reference.
+        backend: auto, torch (any device) or reference.
 
     Returns:
         bool mask [out, in].
@@ -75,7 +75,7 @@ def transposable_mask(w_oi: Tensor, *, search: str = "exact", backend: str = "au
             f"transposable_mask: weights {tuple(w_oi.shape)} do not divide into {TILE}x{TILE} tiles. "
             "Both sizes must be multiples of 4; leave this weight dense, or use a mask along rows."
         )
-    name = choose("transposable_mask", backend, {"cpu": None, "reference": None, "triton": _NO_KERNEL})
+    name = choose("transposable_mask", backend, {"torch": None, "reference": None, "triton": _NO_KERNEL})
     return _TRANSPOSABLE[search, name](w_oi.detach())
 
 
@@ -102,7 +102,7 @@ def masked_weight(weight: Tensor, mask: Tensor, decay: float = 0.0) -> Tensor:
     return _Masked.apply(weight, mask, decay)  # type: ignore[return-value]
 
 
-class _Masked(torch.autograd.Function):
+class _Masked(Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
         ctx.decay = decay

@@ -13,6 +13,13 @@ PIECE_ELEMENTS = 2**20
 """Distances of a piece: 4 MiB in fp32, eight times that for the differences they come from."""
 
 
+def check_valid(valid: Tensor | None, x: Tensor) -> None:
+    """Raise ValueError unless `valid` is None or bool [b, t] for x [b, h, t, d]."""
+    b, _, t, _ = x.shape
+    if valid is not None and (valid.dtype != torch.bool or valid.shape != (b, t)):
+        raise ValueError(f"valid is {valid.dtype} {list(valid.shape)}; need bool [{b}, {t}].")
+
+
 def _same(x: Tensor) -> Tensor:
     return x
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from sparsetrain.ops.linear_parts import LinearParts
 
 
 class Problem(NamedTuple):
@@ -37,3 +41,33 @@ class Problem(NamedTuple):
     width: int
     activation: str
     gates_base: bool
+
+
+def linear_operands(x_td: Tensor, up: LinearParts, down: LinearParts, gate: LinearParts | None) -> dict[str, Any]:
+    """The fields of a problem that come from x and the linears, all of one dtype; draws the dropout of their LoRA."""
+    inputs = (up,) if gate is None else (gate, up)
+    a_rf, b_dr = (None, None) if down.lora is None else down.lora
+    keep_tf = None
+    if down.lora_dropout and a_rf is not None:
+        keep_tf = torch.rand(len(x_td), a_rf.shape[1], device=x_td.device) >= down.lora_dropout
+        a_rf = a_rf / (1 - down.lora_dropout)
+    return {
+        "x_td": x_td,
+        "weights": tuple(linear.weight for linear in inputs),
+        "biases": tuple(linear.bias for linear in inputs),
+        "lora_b": tuple(None if linear.lora is None else linear.lora[1] for linear in inputs),
+        "low_tr": _low(x_td, [(linear.lora[0], linear.lora_dropout) for linear in inputs if linear.lora is not None]),
+        "down_df": down.weight,
+        "lora_a_rf": a_rf,
+        "lora_b_dr": b_dr,
+        "keep_tf": keep_tf,
+    }
+
+
+def _low(x_td: Tensor, factors: list[tuple[Tensor, float]]) -> Tensor | None:
+    """x Aᵀ of the input LoRAs side by side; with dropout each draws its own mask, as separate adapters do."""
+    if not factors:
+        return None
+    if not any(dropout for _, dropout in factors):
+        return F.linear(x_td, torch.cat([a for a, _ in factors]))
+    return torch.cat([F.linear(F.dropout(x_td, dropout) if dropout else x_td, a) for a, dropout in factors], 1)

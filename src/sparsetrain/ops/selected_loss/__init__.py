@@ -54,8 +54,8 @@ def selected_loss(
     Cost: the head's products for rows with a target, forward and backward, both run in the forward; saved are dx [n, d]
         of those rows, and dW if the head is trained.
     """
-    available: dict[str, str | None] = {"cpu": None, "reference": None}
-    run = chunked_loss if choose("selected_loss", backend, available) == "cpu" else reference_loss
+    available: dict[str, str | None] = {"torch": None, "reference": None}
+    run = chunked_loss if choose("selected_loss", backend, available) == "torch" else reference_loss
     kept = (target_n != ignore_index).nonzero().flatten()
     if len(kept) < len(target_n):
         x_nd, target_n = x_nd.index_select(0, kept), target_n[kept]

@@ -17,7 +17,7 @@ def soft_threshold24(w: Tensor, dim: int = -1, *, backend: str = "auto") -> Tens
 
     Args:
         w: any shape; `dim` divisible by 4.
-        backend: auto, cpu (any device) or reference.
+        backend: auto, torch (any device) or reference.
 
     Raises:
         ValueError: a size that does not divide by 4.
@@ -27,11 +27,11 @@ def soft_threshold24(w: Tensor, dim: int = -1, *, backend: str = "auto") -> Tens
             f"soft_threshold24: dimension {dim} of {tuple(w.shape)} has {w.shape[dim]} entries, not a multiple of 4. "
             "Leave this weight dense."
         )
-    available = {"cpu": None, "reference": None, "triton": "no kernel is written for it yet"}
+    available = {"torch": None, "reference": None, "triton": "no kernel is written for it yet"}
     name = choose("soft_threshold24", backend, available)
     w = w.detach()
     exact = w if w.dtype == torch.float64 else w.float()
-    run = _shrink if name == "cpu" else reference_threshold
+    run = _shrink if name == "torch" else reference_threshold
     return run(exact, dim).to(w.dtype)
 
 

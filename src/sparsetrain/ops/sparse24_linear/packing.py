@@ -58,7 +58,7 @@ def pack(
         pruned: W̃ [out, in] ([in, out] with `transposed`), 2:4 along in. `emulate` keeps this very tensor.
         transposable: W̃ is 2:4 along out as well, so the input gradient can be a sparse product too.
         algorithm: cuSPARSELt's algorithm, from `torch._cslt_sparse_mm_search`.
-        backend: auto and emulate (cpu and reference are the same): dense matmuls of W̃, on any device and dtype.
+        backend: auto and emulate (torch and reference are the same): dense matmuls of W̃, on any device and dtype.
             cusparselt, cutlass: sparse tensor cores; they never fall back.
 
     Raises:
@@ -77,7 +77,7 @@ def pack(
 def available(pruned: Tensor, transposed: bool = False) -> dict[str, str | None]:
     """Backend -> None, or why it cannot multiply this weight. `auto` is emulation: kernels are a measured choice."""
     shape = tuple(pruned.t().shape if transposed else pruned.shape)
-    emulated = dict.fromkeys(("emulate", "cpu", "reference"), None)
+    emulated = dict.fromkeys(("emulate", "torch", "reference"), None)
     kernels = {name: kernel_refusal(name, shape, pruned.dtype, pruned.device) for name in _KERNELS}
     return {**emulated, **kernels, "triton": "sparse tensor cores are reached through torch core's operators"}
 

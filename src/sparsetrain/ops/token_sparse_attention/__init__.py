@@ -8,7 +8,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparsetrain.core.backend import choose
-from sparsetrain.ops.token_sparse_attention import cpu, reference
+from sparsetrain.ops.qkv import check_qkv
+from sparsetrain.ops.token_sparse_attention import reference
+from sparsetrain.ops.token_sparse_attention.torch import attend as tiled_attend
 
 
 def token_sparse_attention(
@@ -45,7 +47,7 @@ def token_sparse_attention(
         scale: of the scores; d ** -0.5 if None.
         logit_clamp: clamp the scaled scores to ± this (the published code's substitute for subtracting the maximum;
             scores beyond it get no gradient). Computed in checkpointed tiles, slower.
-        backend: auto | reference | cpu | triton.
+        backend: auto | reference | torch | triton.
 
     Returns:
         out [b, h, t, d] in q's dtype.
@@ -55,13 +57,13 @@ def token_sparse_attention(
         Unsupported: the named backend cannot run this call.
 
     Cost: saved for backward are q, k, v, out, log-sum-exp and the lists, 2 bytes a slot below 65,535 keys and 4 above.
-    The CPU backend computes every pair up to the last key a tile of 128 queries keeps, so its time is that of dense
+    The `torch` backend computes every pair up to the last key a tile of 128 queries keeps, so its time is that of dense
     attention whatever l is, with about 32 MiB of scratch memory and never a [t, s] tensor.
     """
     _check(q_bhtd, k_bgsd, v_bgsd, keys_bhtl)
-    reason = None if q_bhtd.device.type == "cpu" else f"the tensors are on {q_bhtd.device}"
-    name = choose("token_sparse_attention", backend, {"cpu": reason, "reference": None})
-    attend = cpu.attend if name == "cpu" else reference.attend
+    reason = None if q_bhtd.device.type == "cpu" else f"its tiles are for a CPU, and the tensors are on {q_bhtd.device}"
+    name = choose("token_sparse_attention", backend, {"torch": reason, "reference": None})
+    attend = tiled_attend if name == "torch" else reference.attend
     factor = q_bhtd.shape[3] ** -0.5 if scale is None else scale
     if logit_clamp is not None:
         return reference.attend_clamped(q_bhtd, k_bgsd, v_bgsd, keys_bhtl, factor, logit_clamp)
@@ -69,16 +71,7 @@ def token_sparse_attention(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> None:
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
-        raise ValueError(
-            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}: need [b, h, t, d] and twice [b, g, s, d]."
-        )
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)}: b and d must be equal and g must divide h.")
-    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
-        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one floating dtype.")
-    if q.numel() == 0 or k.numel() == 0:
-        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)}: nothing to attend to or from.")
+    check_qkv(q, k, v)
     if keys.is_floating_point() or keys.shape[:-1] != q.shape[:-1]:
         raise ValueError(
             f"keys is {keys.dtype} {list(keys.shape)}; need integers [{', '.join(map(str, q.shape[:3]))}, l]."

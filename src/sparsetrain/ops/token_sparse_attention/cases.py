@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsetrain.ops.qkv import random_qkv
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -28,11 +30,8 @@ class Case:
 
     def tensors(self, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, drawn from N(0, 1)."""
-        draw = torch.Generator().manual_seed(seed)
         q_shape = (self.batch, self.heads, self.queries, self.head_dim)
-        kv_shape = (self.batch, self.kv_heads, self.num_keys, self.head_dim)
-        q, k, v = (torch.randn(shape, generator=draw, dtype=dtype) for shape in (q_shape, kv_shape, kv_shape))
-        return q, k, v
+        return random_qkv(q_shape, self.kv_heads, self.num_keys, dtype, seed)
 
     def lists(self, seed: int = 0) -> Tensor:
         """Random lists of `kept_keys` positions that the query can see, -1 where it sees fewer."""

@@ -1,4 +1,4 @@
-"""Codes on the CPU: one head and a tile of rows at a time, laid out [e, m, rows] so that every step is a long vector.
+"""Codes in tiles for a CPU: a head and some rows at a time, laid out [e, m, rows] so that every step is a long vector.
 
 l2: argmin_e |x - C_e|^2 = argmin_e (|C_e|^2 - 2 x C_e), one product with a block-diagonal codebook [e m, d].
 l1: |x - C_e| is added up channel by channel.

@@ -1,0 +1,211 @@
+"""A run's stages: which steps each trains, and how one begins with what the stage before has left.
+
+The Trainer of a stage counts the steps of the whole run, over the rows and the learning rates of the whole run, and is
+stopped at the stage's end, where a checkpoint is always written. The next stage begins by translating that checkpoint
+(weights, optimizer state) for its own model, and its Trainer goes on from the translation as from any checkpoint. So
+it makes no difference whether a run was interrupted between two stages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
+
+from sparsetrain.hf.train.callbacks import restart_schedule
+from sparsetrain.hf.train.journal import Journal
+from sparsetrain.hf.train.parts import Parts
+from sparsetrain.measure.schema import StageRecord
+from sparsetrain.recipes.run import RunRecipe
+from sparsetrain.runs.kept import KeptWeights
+from sparsetrain.runs.layout import ENTERING, KEPT
+from sparsetrain.runs.manifest import disk_errors
+from sparsetrain.surgery.apply import Handle
+from sparsetrain.surgery.grow import carried_state
+from sparsetrain.surgery.method import Grown, Stage, Weights
+
+ONE_STAGE = (Stage(name="training", share=1.0),)
+
+Enter = Callable[[Parts, Journal, int, Any, MutableMapping[str, Weights]], tuple[Grown, Handle | None]]
+"""(parts, journal, index of a stage, dense model of the stage before, kept weights) -> the stage's model, converted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """The steps of one stage, as the run counts them: those after `first`, up to `last`, of `total`."""
+
+    stage: Stage
+    index: int
+    of: int
+    first: int
+    last: int
+    total: int
+
+    @property
+    def steps(self) -> int:
+        return self.last - self.first
+
+    def record(self, parameters: int) -> StageRecord:
+        """For the run's records; parameters: of the model that it trains."""
+        return {
+            "name": self.stage.name,
+            "from_step": self.first,
+            "to_step": self.last,
+            "parameters": parameters,
+        }
+
+    def place(self, step: int) -> dict[str, Any]:
+        """Where a checkpoint of this stage is in the run; nothing to say where there is one stage."""
+        return {} if self.of == 1 else {"stage": self.index, "stage_step": step - self.first}
+
+
+def total_steps(recipe: RunRecipe, num_rows: int) -> int:
+    """Optimizer steps of a run over that many training rows."""
+    per_epoch = math.ceil(num_rows / (recipe.batch_size * recipe.grad_accum))
+    return recipe.steps or math.ceil((recipe.epochs or 1) * per_epoch)
+
+
+def spans(stages: tuple[Stage, ...], recipe: RunRecipe, num_rows: int) -> tuple[Span, ...]:
+    """The steps of each stage.
+
+    Raises:
+        ValueError: shares do not add up to 1; a stage gets no step, or none after its warm-up.
+    """
+    total = total_steps(recipe, num_rows)
+    shares = ", ".join(f"{stage.name} {stage.share:g}" for stage in stages)
+    if abs(sum(stage.share for stage in stages) - 1) > 1e-6:
+        raise ValueError(f"the shares of the stages ({shares}) do not add up to 1.")
+    ends = [round(total * sum(stage.share for stage in stages[: i + 1])) for i in range(len(stages))]
+    found = tuple(
+        Span(stage=stage, index=i, of=len(stages), first=first, last=last, total=total)
+        for i, (stage, first, last) in enumerate(zip(stages, [0, *ends], ends, strict=False))
+    )
+    for span in found:
+        least = recipe.warmup_steps if span.stage.restart_lr else 0
+        if span.steps <= least:
+            raise ValueError(
+                f"stage {span.stage.name!r} gets {span.steps} of steps={total} and needs more than {least} (stages: "
+                f"{shares}). Train longer, or change the shares."
+            )
+    return found
+
+
+class StageCallback(TrainerCallback):
+    """Ends a stage at its last step with a checkpoint, and lets its learning rate run anew where that is asked."""
+
+    def __init__(self, span: Span) -> None:
+        self.span = span
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self.span.stage.restart_lr:
+            return
+        scheduler, steps = kwargs["lr_scheduler"], self.span.steps
+        own: Any = get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=torch.optim.SGD([torch.zeros(1)]),
+            num_warmup_steps=args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),  # type: ignore[arg-type]
+        )
+        scheduler.lr_lambdas = own.lr_lambdas * len(scheduler.lr_lambdas)
+        restart_schedule(scheduler, self.span.first, state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        leave_entry(Path(args.output_dir or "."))
+        if state.global_step == self.span.last < self.span.total:
+            control.should_save = control.should_training_stop = True
+
+
+def enter_stage(
+    enter: Enter,
+    span: Span,
+    parts: Parts,
+    journal: Journal,
+    model: Any,
+    handle: Handle | None,
+    left: Path,
+    arguments: TrainingArguments,
+) -> tuple[Any, Handle | None, Path]:
+    """Begin a stage: (its model, converted; the handle; a folder that its Trainer goes on from).
+
+    Args:
+        model, handle: of the stage before, with the weights of its last step. The handle is used up.
+        left: the checkpoint of that step.
+        arguments: of the Trainer.
+    """
+    output = Path(parts.recipe.output)
+    with disk_errors(output):
+        old_names = _optimizer_names(Trainer(model=model, args=arguments))
+        moved = _restored(model, handle)
+        grown, handle = enter(parts, journal, span.index, model, kept_weights(parts, journal))
+        origins = {
+            name: dataclasses.replace(origin, carry=origin.carry and moved.isdisjoint(origin.olds))
+            for name, origin in grown.origins.items()
+        }
+        folder = output / ENTERING
+        leave_entry(output)
+        trainer = Trainer(model=grown.model, args=arguments)
+        trainer.save_model(str(folder))
+        for path in left.iterdir():
+            if path.name in ("scheduler.pt", "trainer_state.json") or path.name.startswith("rng_state"):
+                shutil.copyfile(path, folder / path.name)
+        state = torch.load(left / "optimizer.pt", map_location="cpu", weights_only=True)
+        grown = dataclasses.replace(grown, origins=origins)
+        torch.save(carried_state(state, old_names, _optimizer_names(trainer), grown), folder / "optimizer.pt")
+    return grown.model, handle, folder
+
+
+def kept_weights(parts: Parts, journal: Journal) -> KeptWeights:
+    """What the run's growth method keeps; the journal knows the hashes."""
+    return KeptWeights(Path(parts.recipe.output) / KEPT, journal.run.setdefault("kept", {}))
+
+
+def leave_entry(output: Path) -> None:
+    """Remove what a stage began with."""
+    shutil.rmtree(output / ENTERING, ignore_errors=True)
+
+
+def load_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Read a checkpoint's weights into its model.
+
+    Raises:
+        ValueError: it lacks a parameter.
+    """
+    found: Weights = {}
+    for path in sorted(checkpoint.glob("model*.safetensors")):
+        found |= load_file(str(path))
+    model.load_state_dict(found, strict=False)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    there = {id(parameters[name]) for name in found if name in parameters}  # of tied ones, one is saved
+    if lacking := [name for name, parameter in parameters.items() if id(parameter) not in there]:
+        raise ValueError(f"{checkpoint} has no weights for {lacking[0]}, so it is of another model.")
+
+
+def _optimizer_names(trainer: Trainer) -> list[list[str]]:
+    """The names of the parameters in each group of a Trainer's optimizer, in its order."""
+    model: Any = trainer.model
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [
+        [names[id(parameter)] for parameter in group["params"]] for group in trainer.create_optimizer().param_groups
+    ]
+
+
+def _restored(model: nn.Module, handle: Handle | None) -> set[str]:
+    """Make a model dense again: names of the parameters whose entries have moved, so that their moments do not fit."""
+    if handle is None:
+        return set()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    handle.restore()
+    after = dict(model.named_parameters())
+    return {name for name, parameter in after.items() if name not in before or not torch.equal(parameter, before[name])}
