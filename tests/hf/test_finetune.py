@@ -118,7 +118,7 @@ def test_dense_and_sparse_runs_start_alike_on_the_same_rows(tmp_path: Path) -> N
 
 
 def test_a_known_dense_quality_is_not_measured_again(tmp_path: Path) -> None:
-    known = Quality(loss=1.0, perplexity=2.5, accuracy=None, tokens=1, rows=1)
+    known = Quality(loss=1.0, metrics={"perplexity": 2.5}, metric="perplexity", tokens=1, rows=1)
     result = finetune(runs.recipe(tmp_path), dense_quality=known, write=False)
     assert result.run["perplexity"]["dense"] == 2.5
 

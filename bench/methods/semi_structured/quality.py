@@ -56,9 +56,8 @@ def run(values: dict[str, Any], threads: int, device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         values = values | {"output": f"{folder}/run", "threads": threads, "device": device}
         began = time.perf_counter()
-        unread = Quality(
-            loss=0.0, perplexity=1.0, accuracy=None, tokens=0, rows=0
-        )  # of the untrained model; nothing here reads it
+        # of the untrained model; nothing here reads it
+        unread = Quality(loss=0.0, metrics={"perplexity": 1.0}, metric="perplexity", tokens=0, rows=0)
         result = pretrain(PretrainRecipe.from_values(values), write=False, dense_quality=unread)
         curves = list(read_galleries(values["output"])[0].pictures[0].curves.values()) if values["methods"] else []
     last: dict[str, Any] = dict(result.run["evals"][-1])

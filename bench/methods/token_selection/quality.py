@@ -56,7 +56,7 @@ def run(
 
     def keep(event: dict[str, Any]) -> None:
         if event["event"] == "quality" and event["stage"] == "dense":
-            KNOWN[seed] = Quality(**event["quality"])
+            KNOWN[seed] = Quality.from_dict(event["quality"])
 
     with tempfile.TemporaryDirectory() as folder:
         values = {**settings, "output": f"{folder}/run", "seed": seed, "save_every": 0, "threads": threads}

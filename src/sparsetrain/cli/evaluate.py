@@ -1,4 +1,4 @@
-"""`sparsetrain eval`: the perplexity or accuracy of any model on any data."""
+"""`sparsetrain eval`: the quality of any model on any data, by what its task is judged by."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import typer
 from sparsetrain.cli.answer import Answer
 from sparsetrain.cli.flags import Debug, Json, changes, takes
 from sparsetrain.cli.live import telling
+from sparsetrain.core.metrics import METRICS
+from sparsetrain.recipes.tasks import task_of
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Embedded model, hub name, a model's folder, or a run's --output.")
@@ -36,6 +38,7 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
     from sparsetrain.hf.model.io import load
     from sparsetrain.hf.train.assemble import pick_device, pick_dtype
     from sparsetrain.hf.train.evaluate import evaluate as evaluate_rows
+    from sparsetrain.hf.train.evaluate import held_out_tokens
 
     recipe = _pretraining(model, changes(flags)) or _recipe(model, changes(flags))
     if recipe.threads:
@@ -51,12 +54,12 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
             bundle.collate_fn,
             task=recipe.task,
             batch_size=recipe.batch_size,
-            max_tokens=None if recipe.task == "image" else recipe.eval_tokens,
+            max_tokens=held_out_tokens(recipe),
             progress=lambda share: tell({"event": "phase", "name": "evaluating", "share": share}),
         )
     part = "all" if all else "held-out"
     about = {"model": model, "data": recipe.data, "part": part, "task": recipe.task, "sparse": bool(loaded.handle)}
-    value = f"{quality.value:.1%}" if quality.accuracy is not None else f"{quality.value:.4g}"
+    value = METRICS[quality.metric].text(quality.value)
     rows_text = f"{quality.rows:,} {'' if all else 'held-out '}rows"
     line = f"{quality.metric} {value} on {rows_text} of {recipe.data} ({quality.tokens:,} tokens)"
     return Answer(data={**about, **quality.to_dict()}, show=[line])
@@ -86,11 +89,9 @@ def _pretraining(model: str, given: dict[str, Any]) -> Any:
 
 def _rows(recipe: Any, loaded: Any, every: bool, tell: Any) -> tuple[Any, Any]:
     """(rows to measure on, their bundle); a classifier's labels must be the data's, in the same order."""
-    from sparsetrain.hf.train.evaluate import LABELLED
-
     config = loaded.model.config
     bundle = _bundle(recipe, loaded, every, tell)
-    if recipe.task in LABELLED:
+    if task_of(recipe.task).labelled:
         known = tuple(str(name) for _, name in sorted(config.id2label.items()))
         if known != bundle.label_names:
             raise ValueError(
@@ -103,36 +104,14 @@ def _rows(recipe: Any, loaded: Any, every: bool, tell: Any) -> tuple[Any, Any]:
 def _bundle(recipe: Any, loaded: Any, every: bool, tell: Any) -> Any:
     from sparsetrain.hf.train.pretrain import PretrainRecipe
     from sparsetrain.hf.train.pretrain_data import held_out
-    from sparsetrain.hf.train.rows import load_rows
+    from sparsetrain.hf.train.rows import all_rows, load_rows
 
-    if isinstance(recipe, PretrainRecipe):
-        if every and loaded.tokenizer is None:
-            raise ValueError(
-                f"--all measures on text, and {recipe.data} is a task with a held-out part. Leave --all out."
-            )
-        return (
-            _all_rows(recipe, loaded, tell) if every else held_out(recipe, loaded.tokenizer, loaded.model.config, tell)
-        )
-    if loaded.tokenizer is None:
+    given = (recipe, loaded.tokenizer, loaded.model.config, tell)
+    pretrained = isinstance(recipe, PretrainRecipe)
+    if loaded.tokenizer is None and every and pretrained:
+        raise ValueError(f"--all measures on text, and {recipe.data} is a task with a held-out part. Leave --all out.")
+    if loaded.tokenizer is None and not pretrained:
         raise ValueError(f"{recipe.model} has no tokenizer beside its weights. Save one into its folder.")
-    return _all_rows(recipe, loaded, tell) if every else load_rows(recipe, loaded.tokenizer, loaded.model.config, tell)
-
-
-def _all_rows(recipe: Any, loaded: Any, tell: Any) -> Any:
-    from sparsetrain.hf.data import load_classify, load_sft, load_text
-    from sparsetrain.hf.model.model_config import context_length
-
-    common: dict[str, Any] = {
-        "eval_ratio": 0.0,
-        "seed": recipe.seed,
-        "max_position_embeddings": context_length(loaded.model.config),
-        "progress": lambda line: tell({"event": "note", "text": line}),
-    }
-    place = (recipe.data, loaded.tokenizer, recipe.seq_len)
-    if recipe.task == "sft":
-        return load_sft(*place, **common)
-    if recipe.task == "classify":
-        return load_classify(*place, text_column=recipe.text_column, **common)
-    return load_text(
-        *place, text_column=recipe.text_column, max_tokens=max(recipe.eval_tokens, recipe.seq_len), **common
-    )
+    if every:
+        return all_rows(*given)
+    return held_out(*given) if pretrained else load_rows(*given)

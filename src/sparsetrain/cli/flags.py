@@ -15,6 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsetrain.recipes.tasks import offered, says
+
 MAIN, LENGTH, SPARSE, TRAIN, KEEP, MACHINE = (
     "Model and data",
     "Length of the run",
@@ -78,8 +80,7 @@ FLAGS: dict[str, Flag] = {
         Flag("model", "NAME|DIR", "", MAIN, "Embedded model (`sparsetrain models list`), local folder, or hub name."),
         Flag("data", "NAME|PATH", "", MAIN, "Text file, folder or glob; JSONL (text, messages, or prompt/completion); "
              "CSV; an embedded set; or a name for `datasets`."),
-        Flag("task", "lm|sft|classify", "lm", MAIN, "lm learns every token of packed text; sft the completions only; "
-             "classify a label a text."),
+        Flag("task", "|".join(offered("finetune")), "lm", MAIN, says("finetune")),
         Flag("text_column", "NAME", "text", MAIN, "Column that holds the text, in JSONL and CSV."),
         Flag("output", "DIR", "runs/finetune", MAIN, "Folder for checkpoints, the trained model and the report. "
              "Must be absent or empty, unless --resume."),

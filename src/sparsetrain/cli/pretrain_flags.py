@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sparsetrain.cli.flags import FLAGS, FLOAT, INT, KEEP, LENGTH, MAIN, SPARSE, Flag
+from sparsetrain.recipes.tasks import offered, says
 
 TRAIN = "Optimizer"
 _NOT_HERE = {"preset", "distill_steps", "distill_lr", "lora_r", "lora_alpha", "lora_targets"}
@@ -17,8 +18,7 @@ _OWN = (
          "listops, text, retrieval, pixels, pathfinder, lra-...; fashion-mnist (image)."),
     Flag("data_folder", "DIR", "", MAIN, "Files of a task that is read, not generated (lra-...)."),
     Flag("tokenizer", "NAME|DIR", "bytes", MAIN, "Tokenizer of text."),
-    Flag("task", "lm|classify|pairs|image", "lm", MAIN, "lm learns every token; classify a label a sequence; pairs a "
-         "label two sequences; image a label an image."),
+    Flag("task", "|".join(offered("pretrain")), "lm", MAIN, says("pretrain")),
     Flag("seq_len", INT, "256", LENGTH, "Tokens in a sequence; at most the config's positions. Images bring theirs."),
     Flag("steps", INT, "1000", LENGTH, "Optimizer steps."),
     Flag("train_rows", INT, "all", LENGTH, "Labelled training rows to use."),

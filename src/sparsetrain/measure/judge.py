@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from sparsetrain.core.metrics import METRICS, TIE_LOSS
 from sparsetrain.core.units import bytes_text, joined, number_text, seconds_text
 from sparsetrain.measure.curves import Curve, loss_curves, number, setup_seconds, step_seconds
 from sparsetrain.measure.schema import Judgement, Run
@@ -12,8 +13,6 @@ from sparsetrain.measure.schema import Judgement, Run
 # Within these a difference is called a tie.
 TIE_TIME = 0.05  # of the time, for runs that were not interleaved
 TIE_BYTES = 0.02  # of the bytes
-TIE_LOSS = 0.01  # nats: 1 % of perplexity
-TIE_ACCURACY = 0.005
 
 LABELS = {
     "time_per_step": "Time per step",
@@ -176,15 +175,18 @@ def _peak(dense: Run, sparse: Run) -> Judgement | None:
 
 
 def _quality(dense: Run, sparse: Run) -> Judgement | None:
-    d, s = (_stage(run, "accuracy") for run in (dense, sparse))
-    if d is not None and s is not None:
-        text = f"Accuracy after training: {s:.1%} sparse, {d:.1%} dense."
-        return _judgement("quality", "accuracy", d, s, text, margin=TIE_ACCURACY, more_is_better=True)
-    d, s = (_stage(run, "perplexity") for run in (dense, sparse))
-    if d is None or s is None:
-        return None
-    text = f"Perplexity after training: {number_text(s)} sparse, {number_text(d)} dense{_percent(s / d)}."
-    return _judgement("quality", "perplexity", d, s, text, margin=(math.exp(TIE_LOSS) - 1) * d)
+    """The metric that the runs' task is judged by; the first of the table where an earlier version did not say it."""
+    said = sparse.get("metric")
+    for name in [said] if said in METRICS else METRICS:
+        d, s = (_stage(run, name) for run in (dense, sparse))
+        if d is None or s is None:
+            continue
+        metric = METRICS[name]
+        apart = "" if metric.is_share or not d else _percent(s / d)
+        text = f"{metric.title} after training: {metric.text(s)} sparse, {metric.text(d)} dense{apart}."
+        margin = metric.margin(d)
+        return _judgement("quality", name, d, s, text, margin=margin, more_is_better=metric.more_is_better)
+    return None
 
 
 def _stage(run: Run, metric: str) -> float | None:

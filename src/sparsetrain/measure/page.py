@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable
 from html import escape
 from typing import Any
 
-from sparsetrain.core.units import bytes_text, number_text, seconds_text
+from sparsetrain.core.metrics import METRICS, TIE_ACCURACY, TIE_LOSS
+from sparsetrain.core.units import bytes_text, seconds_text
 from sparsetrain.measure import plots
 from sparsetrain.measure.components import COMPONENTS
 from sparsetrain.measure.curves import setup_seconds, step_seconds, tokens_per_second
-from sparsetrain.measure.judge import LABELS, TIE_ACCURACY, TIE_BYTES, TIE_LOSS, TIE_TIME
+from sparsetrain.measure.judge import LABELS, TIE_BYTES, TIE_TIME
 from sparsetrain.measure.schema import RUNS, STAGES, Report, Run
 from sparsetrain.measure.style import STYLE
 
@@ -148,13 +149,16 @@ def _parts_table(parts: dict[str, dict[str, int]]) -> str:
 
 def _quality(runs: dict[str, Run]) -> str:
     tables = []
-    for metric, show in (("perplexity", number_text), ("accuracy", lambda value: f"{value:.1%}")):
-        stages: dict[str, Any] = {name: runs[name].get(metric) or {} for name in RUNS if name in runs}
+    for metric in METRICS.values():
+        stages: dict[str, Any] = {name: runs[name].get(metric.name) or {} for name in RUNS if name in runs}
         used = [stage for stage in STAGES if any(stage in row for row in stages.values())]
         if not used:
             continue
-        rows = [[escape(_STAGE_NAMES[stage]), *(_cell(row, stage, show) for row in stages.values())] for stage in used]
-        tables.append(_table((metric.capitalize(), *stages), rows, kind="numbers"))
+        rows = [
+            [escape(_STAGE_NAMES[stage]), *(_cell(row, stage, metric.text) for row in stages.values())]
+            for stage in used
+        ]
+        tables.append(_table((metric.title, *stages), rows, kind="numbers"))
     return _section("Quality at every stage", "quality", *tables) if tables else ""
 
 

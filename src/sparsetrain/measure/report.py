@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
+from sparsetrain.core.metrics import METRICS
 from sparsetrain.core.units import bytes_text, number_text, seconds_text
 from sparsetrain.measure.curves import loss_curves, step_seconds, tokens_per_second
 from sparsetrain.measure.judge import advice, headline, judge
@@ -116,9 +117,10 @@ def _run_lines(name: str, run: Run) -> list[str]:
     if peak := run.get("peak_gpu_bytes") or run.get("peak_rss_bytes"):
         facts.append(f"peak {bytes_text(peak)}")
     lines = [f"  {name}: {', '.join(facts)}"]
-    stages = run.get("perplexity") or {}
-    if found := [f"{stage.replace('_', ' ')} {number_text(stages[stage])}" for stage in STAGES if stage in stages]:
-        lines.append(f"  {name} perplexity: {', '.join(found)}")
+    for metric in METRICS.values():
+        stages: dict[str, Any] = run.get(metric.name) or {}  # type: ignore[assignment]
+        if found := [f"{stage.replace('_', ' ')} {metric.text(stages[stage])}" for stage in STAGES if stage in stages]:
+            lines.append(f"  {name} {metric.name}: {', '.join(found)}")
     return lines
 
 

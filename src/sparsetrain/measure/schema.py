@@ -23,7 +23,10 @@ class StepRecord(TypedDict):
 
 
 class EvalPoint(TypedDict):
-    """The held-out loss after `step` steps and `wall_s` seconds of training; step 0 is before the first one."""
+    """The held-out loss after `step` steps and `wall_s` seconds of training; step 0 is before the first one.
+
+    Beside it, the value of each metric under its name.
+    """
 
     step: int
     wall_s: float
@@ -45,7 +48,8 @@ class Run(TypedDict):
     """One training run.
 
     setup_s: calibration, conversion and distillation before the first step; comparisons at equal time include it.
-    perplexity, accuracy: stage (one of `STAGES`) -> value on the held-out data.
+    metric: the quality that the task is judged by, of `core.metrics`; runs of earlier versions do not say it.
+    perplexity, accuracy, or another metric: stage (one of `STAGES`) -> value on the held-out data.
     saved_activation_bytes: component -> bytes (`SavedActivations.by_component`).
     saved_by_layer: layer -> component -> bytes.
     static_bytes: `StaticMemory.to_dict()`.
@@ -58,6 +62,7 @@ class Run(TypedDict):
     steps: list[StepRecord]
     evals: NotRequired[list[EvalPoint]]
     setup_s: NotRequired[float]
+    metric: NotRequired[str]
     perplexity: NotRequired[dict[str, float | None]]
     accuracy: NotRequired[dict[str, float | None]]
     saved_activation_bytes: NotRequired[dict[str, int]]

@@ -15,6 +15,7 @@ from sparsetrain.recipes.run import RunRecipe
 class Recipe(RunRecipe):
     """One fine-tuning run. Build it with `Recipe.from_values`, `Recipe.from_yaml`, or keyword arguments."""
 
+    job: ClassVar[str] = "finetune"
     presets: ClassVar[Mapping[str, tuple[MethodConfig, ...]]] = PRESETS
     default_preset: ClassVar[str | None] = DEFAULT_PRESET
 

@@ -13,6 +13,7 @@ from sparsetrain.recipes.run import RunRecipe
 class PretrainRecipe(RunRecipe):
     """One run from random weights. Build it with `PretrainRecipe.from_values` or `from_yaml`."""
 
+    job: ClassVar[str] = "pretrain"
     default_steps: ClassVar[int] = 1000
 
     model: str

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serial
 
 from sparsetrain.core.config import MethodConfig, plain_values, suggest
 from sparsetrain.recipes.entries import read_methods, short_entry
+from sparsetrain.recipes.tasks import offered
 
 # what may differ between a run and its continuation: where and how often things are written, how progress is watched
 NOT_TRAINING = frozenset(
@@ -30,6 +31,8 @@ class RunRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, arbitrary_types_allowed=True)
 
+    job: ClassVar[str] = ""
+    """What the command is called, and the key of its tasks in the table."""
     presets: ClassVar[Mapping[str, tuple[MethodConfig, ...]]] = {}
     default_preset: ClassVar[str | None] = None
     default_steps: ClassVar[int] = 200
@@ -113,6 +116,19 @@ class RunRecipe(BaseModel):
         if values.get("steps") is None and values.get("epochs") is None:
             values["steps"] = cls.default_steps
         return values
+
+    @field_validator("task", mode="plain")
+    @classmethod
+    def _offered(cls, task: Any) -> str:
+        """A task of the table, to which packages add; the literals of the field's type are those that ship."""
+        if task not in (known := offered(cls.job)):
+            *most, last = map(repr, known)
+            raise ValueError(f"task={task!r}: give {', '.join(most)} or {last}.{suggest(str(task), known)}")
+        return task
+
+    @field_serializer("task")
+    def _plain(self, task: str) -> str:
+        return task
 
     @field_validator("methods", mode="before")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Self
 
+from sparsetrain.core.metrics import METRICS
 from sparsetrain.runs.events import Event
 
 
@@ -45,7 +46,7 @@ class ProgressBar:
         if kind == "note":
             self.console.print(f"{side}{event['text']}", markup=False, highlight=False)
         elif kind == "quality":
-            shown = f"{event['value']:.1%}" if event["metric"] == "accuracy" else f"{event['value']:.4g}"
+            shown = METRICS[event["metric"]].text(event["value"])
             stage = event["stage"].replace("_", " ")
             self.console.print(f"{side}{event['metric']} {stage}: {shown}", markup=False, highlight=False)
         elif kind == "phase":

@@ -83,12 +83,15 @@ class RowFacts:
     """What a method may ask of the rows that a run is about to train on.
 
     task: as in the recipe. seq_len: tokens in a row at most.
+    labelled: a row has one label, and no label a token. one_sequence: a row is one sequence of tokens.
     lengths, eval_lengths: give the tokens of every sequence of the training rows and of the held-out ones; None before
         rows are read, and for rows that are no sequences.
     """
 
     task: str
     seq_len: int
+    labelled: bool = False
+    one_sequence: bool = True
     lengths: Callable[[], Sequence[int]] | None = None
     eval_lengths: Callable[[], Sequence[int]] | None = None
 

@@ -34,6 +34,7 @@ def layer_losses(
     state: State | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    loss: Callable[[Any, Batch], Tensor] = lambda model, batch: model(**batch).loss,
 ) -> dict[int, float]:
     """Layer -> rise of the mean held-out loss when `config` converts that layer alone. The model is left as it was.
 
@@ -41,12 +42,13 @@ def layer_losses(
     rows are used for every layer, so a few thousand tokens order the layers well although the loss itself is noisy.
 
     Args:
-        model: the dense model, before PEFT; its forward returns `.loss` for a batch with labels.
+        model: the dense model, before PEFT.
         config: what one layer would get; `layers` and `from_depth` say which layers are tried.
         held_out: batches with labels.
         calibration: batches from which the method finds its start, once for all layers.
         state: an earlier conversion of all those layers, instead of calibrating.
         seed, progress: as for `sparsify`.
+        loss: (model, batch) -> its mean loss.
 
     Returns:
         Nats (for a cross-entropy); a negative entry is noise, or a layer that is better off sparse.
@@ -66,14 +68,14 @@ def layer_losses(
         state = {site: {name: value.clone() for name, value in found.items()} for site, found in handle.state().items()}
         handle.restore()
     with evaluating(model):
-        dense, outputs = _dense_pass(model, held_out)
+        dense, outputs = _dense_pass(model, held_out, loss)
         losses = {}
         for done, layer in enumerate(layers):
             report(f"{config.method}: trying layers", done / len(layers))
             handle = sparsify(model, dataclasses.replace(config, layers=(layer,)), state=state, seed=seed)
             handle.step(1, 1)  # past any warm-up
             try:
-                found = [_loss_from(model, layer, outputs[i], batch) for i, batch in enumerate(held_out)]
+                found = [_loss_from(model, layer, outputs[i], batch, loss) for i, batch in enumerate(held_out)]
             finally:
                 handle.restore()
             losses[layer] = sum(found) / len(found) - dense
@@ -109,7 +111,9 @@ def choose_layers(losses: Mapping[Key, float], saved: Mapping[Key, float], max_l
     return [key for key in losses if key in chosen]
 
 
-def _dense_pass(model: Any, held_out: Sequence[Batch]) -> tuple[float, list[list[Any]]]:
+def _dense_pass(
+    model: Any, held_out: Sequence[Batch], loss: Callable[[Any, Batch], Tensor]
+) -> tuple[float, list[list[Any]]]:
     """(mean loss, for each batch the output of every block)."""
     blocks = [submodule(model, block.name) for block in describe(model).blocks]
     kept: list[Any] = []
@@ -118,7 +122,7 @@ def _dense_pass(model: Any, held_out: Sequence[Batch]) -> tuple[float, list[list
     try:
         for batch in held_out:
             kept.clear()
-            losses.append(float(model(**batch).loss))
+            losses.append(float(loss(model, batch)))
             outputs.append(list(kept))
     finally:
         for hook in hooks:
@@ -126,10 +130,10 @@ def _dense_pass(model: Any, held_out: Sequence[Batch]) -> tuple[float, list[list
     return sum(losses) / len(losses), outputs
 
 
-def _loss_from(model: Any, layer: int, outputs: list[Any], batch: Batch) -> float:
+def _loss_from(model: Any, layer: int, outputs: list[Any], batch: Batch, loss: Callable[[Any, Batch], Tensor]) -> float:
     """The loss, with the blocks before `layer` replaced by what they gave before."""
     with _skipped(model, layer, outputs):
-        return float(model(**batch).loss)
+        return float(loss(model, batch))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
@@ -57,30 +58,21 @@ def load_classify(
     check_length(max_length, "max_length", max_position_embeddings)
     choice = EvalChoice(source=eval_source, split=eval_split, ratio=eval_ratio)
     rows, eval_rows = load_sides(source, HubChoice(config=dataset_config, split=split), choice)
-    columns = (text_column, label_column)
-    examples, num_repeated = _examples(rows, columns, where or {})
-    eval_examples, num_eval_repeated = (None, 0) if eval_rows is None else _examples(eval_rows, columns, where or {})
-    label_names = _label_names(examples, source_name(source))
-    train, held_out, num_leaked = divide(
-        examples, eval_examples, eval_ratio, seed, key=lambda row: row[0]["text"], stratum=lambda row: row[0]["label"]
-    )
-    counts = {
-        "rows": len(rows),
-        "duplicates_dropped": num_repeated + num_eval_repeated,
-        "duplicates_of_eval": num_leaked,
-        "texts_with_two_labels": len(examples) - len({row["text"] for row, _ in examples}),
-    }
+    read = partial(_examples, columns=(text_column, label_column), where=where or {})
+    examples, num_repeated = read(rows)
+    eval_examples, num_eval_repeated = (None, 0) if eval_rows is None else read(eval_rows)
+    counts = {"rows": len(rows), "duplicates_dropped": num_repeated + num_eval_repeated}
+    name = source_name(source)
+    label_names = _label_names(examples, name)
+    train, held_out = _divide(examples, eval_examples, eval_ratio, seed, counts)
     train, held_out = train[:max_rows], None if held_out is None else held_out[:max_eval_rows]
     _check_trained(train, held_out or [])
-    train_set = _encode(train, tokenizer, max_length, label_names, "train", counts, progress)
-    eval_set = None
-    if held_out is not None:
-        eval_set = _encode(held_out, tokenizer, max_length, label_names, "eval", counts, progress)
+    encode = partial(_encode, tokenizer, max_length, label_names, counts, progress)
     return DataBundle(
-        train=train_set,
-        eval=eval_set,
+        train=encode("train", train),
+        eval=None if held_out is None else encode("eval", held_out),
         collate_fn=Collator(padding_id(tokenizer)),
-        description=_describe(source_name(source), label_names, counts),
+        description=_describe(name, label_names, counts),
         counts=counts,
         label_names=label_names,
     )
@@ -111,6 +103,19 @@ def _examples(rows: list[Row], columns: tuple[str, str], where: Mapping[str, str
     return list(examples.values()), len(rows) - len(examples)
 
 
+def _divide(
+    examples: list[Row], eval_examples: list[Row] | None, eval_ratio: float, seed: int, counts: dict[str, int]
+) -> tuple[list[Row], list[Row] | None]:
+    """Training and held-out examples, no text on both sides and the share of every label held out; counts what it
+    found."""
+    train, held_out, num_leaked = divide(
+        examples, eval_examples, eval_ratio, seed, key=lambda row: row[0]["text"], stratum=lambda row: row[0]["label"]
+    )
+    counts["duplicates_of_eval"] = num_leaked
+    counts["texts_with_two_labels"] = len(examples) - len({row["text"] for row, _ in examples})
+    return train, held_out
+
+
 def _label_names(examples: list[Row], name: str) -> tuple[str, ...]:
     found = {row["label"] for row, _ in examples}
     if len(found) < 2:
@@ -130,13 +135,13 @@ def _check_trained(train: list[Row], held_out: list[Row]) -> None:
 
 
 def _encode(
-    rows: list[Row],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     label_names: tuple[str, ...],
-    side: str,
     counts: dict[str, int],
     progress: Progress | None,
+    side: str,
+    rows: list[Row],
 ) -> Dataset:
     numbers = {label: i for i, label in enumerate(label_names)}
     columns: dict[str, list[Any]] = {"input_ids": [], "labels": [numbers[row["label"]] for row, _ in rows]}

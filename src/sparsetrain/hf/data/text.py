@@ -1,4 +1,14 @@
-"""Text for language modelling: documents -> tokens -> rows of equal length, with held-out documents for evaluation."""
+"""Text for language modelling: documents -> tokens -> rows of equal length, with held-out documents for evaluation.
+
+Documents (files, or rows of JSONL, CSV, embedded and hub sets) are put in a seeded order, tokenised, each ended with
+the end-of-text token, joined, and cut into rows; the incomplete last row is counted, not used. Documents longer than
+65,536 characters are tokenised in pieces that end at a line break where there is one.
+
+Held out are whole documents, the first share of that order (more if they do not fill one row); a training document with
+a held-out one's text is dropped and counted. A source of one document is cut in two at a line break, its end held out.
+Labels equal the inputs, except -100 for the first token of a row, which nothing predicts: so the number of labels is
+the number of predictions, the loss's denominator.
+"""
 
 import hashlib
 import random
@@ -22,7 +32,7 @@ from sparsetrain.hf.data.bundle import (
     padding_id,
 )
 from sparsetrain.hf.data.sources import Documents, HubChoice, Source, load_documents, source_name
-from sparsetrain.hf.data.split import check_ratio
+from sparsetrain.hf.data.split import EvalChoice, check_ratio
 
 # Characters tokenised in one call: enough to keep the tokenizer busy, few enough to stop early.
 _BATCH_CHARS = 1 << 20
@@ -47,33 +57,18 @@ def load_text(
     max_position_embeddings: int | None = None,
     progress: Progress | None = None,
 ) -> DataBundle:
-    """Rows of `seq_len` tokens for next-token prediction.
-
-    Documents (files, or rows of JSONL, CSV, embedded and hub sets) are put in a seeded order, tokenised, each ended
-    with the end-of-text token, joined, and cut into rows; the incomplete last row is counted, not used. Documents
-    longer than 65,536 characters are tokenised in pieces that end at a line break where there is one.
-
-    Held out are whole documents, the first `eval_ratio` of the seeded order (more if they do not fill one row); a
-    training document with the text of a held-out one is dropped and counted. A source of one document is cut in two
-    at a line break instead, its end held out.
-
-    Labels equal the inputs, except -100 for the first token of a row, which nothing predicts: so the number of
-    labels is the number of predictions, the loss's denominator.
+    """Rows of `seq_len` tokens for next-token prediction, made as described above.
 
     Args:
         source: a file, folder, glob, list of these, embedded name, `save_to_disk` folder or hub name.
-        seq_len: tokens a row.
         pack: "concat": attention runs across documents. "documents": rows also carry `position_ids` that restart
             at each document, from which attention takes the boundaries, and no label crosses one.
-        eval_source: a source of its own for evaluation, instead of a share of `source`.
-        eval_ratio: share of documents held out; 0 for none.
+        eval_source, eval_split: held-out documents of their own, instead of the share `eval_ratio` (0 for none).
         max_tokens: stop tokenising training documents here (rounded down to whole rows).
-        max_eval_tokens: the same for evaluation; `eval_ratio * max_tokens` when only that is given (0.05 for a ratio
-            of 0).
+        max_eval_tokens: the same for evaluation; `eval_ratio * max_tokens` when only that is given (0.05 for 0).
         seed: of the document order, the split and the row order.
         text_column: the field with the text, for sources with rows.
         dataset_config, split: for hub data sets and saved folders.
-        eval_split: a split of the same source to evaluate on.
         max_position_embeddings: the model's context, to check `seq_len` against.
         progress: called with one line every quarter million tokens.
 
@@ -83,47 +78,34 @@ def load_text(
 
     Cost: the tokenizer's time for the tokens used, and no more; the texts of JSONL and CSV files in memory.
     """
-    if pack not in ("concat", "documents"):
-        raise ValueError(f"pack={pack!r} is unknown. Use 'concat' or 'documents'.")
-    check_length(seq_len, "seq_len", max_position_embeddings)
-    check_ratio(eval_ratio)
-    _check_limits(seq_len, max_tokens=max_tokens, max_eval_tokens=max_eval_tokens)
+    _check_asked(pack, seq_len, eval_ratio, max_tokens, max_eval_tokens, max_position_embeddings)
     if max_tokens is not None and max_eval_tokens is None:
         max_eval_tokens = max(seq_len, int((eval_ratio or 0.05) * max_tokens))
-    documents = load_documents(source, HubChoice(config=dataset_config, split=split), text_column)
-    others = None
-    if eval_source is not None or eval_split is not None:
-        choice = HubChoice(config=dataset_config, split=eval_split or split)
-        others = load_documents(source if eval_source is None else eval_source, choice, text_column)
-
+    hub = HubChoice(config=dataset_config, split=split)
+    documents = load_documents(source, hub, text_column)
+    others = _own_eval(source, hub, EvalChoice(source=eval_source, split=eval_split, ratio=eval_ratio), text_column)
     stream = _TokenStream(tokenizer, progress)
     order = list(range(documents.count))
     random.Random(seed).shuffle(order)
-    texts: Iterable[str] = map(documents.read, order)
-    tokens_eval = None
-    if others is not None:
-        tokens_eval = stream.encode(map(others.read, range(others.count)), max_eval_tokens, "eval")
-    elif eval_ratio and documents.count == 1:
-        head, tail = _cut_at_line(documents.read(0), 1 - eval_ratio)
-        texts = (head,)
-        tokens_eval = stream.encode((tail,), max_eval_tokens, "eval")
-    elif eval_ratio:
-        tokens_eval, num_held_out = _encode_held_out(stream, documents, order, eval_ratio, max_eval_tokens, seq_len)
-        texts = map(documents.read, order[num_held_out:])
+    tokens_eval, texts = _hold_out(stream, documents, others, order, eval_ratio, max_eval_tokens, seq_len)
     tokens_train = stream.encode(texts, max_tokens, "train")
-
-    name = source_name(source)
     counts = {"documents": documents.count, **documents.counts, **stream.counts}
-    rows_train = _rows(tokens_train, seq_len, pack, "train", name, counts)
-    shuffled = np.random.default_rng(seed).permutation(len(rows_train["input_ids"]))
-    rows_eval = None if tokens_eval is None else _rows(tokens_eval, seq_len, pack, "eval", name, counts)
+    train, held_out = _sides(tokens_train, tokens_eval, seq_len, pack, source_name(source), counts, seed)
     return DataBundle(
-        train=Dataset.from_dict({key: value[shuffled] for key, value in rows_train.items()}),
-        eval=None if rows_eval is None else Dataset.from_dict(rows_eval),
+        train=train,
+        eval=held_out,
         collate_fn=Collator(padding_id(tokenizer), attention_mask=False),
-        description=_describe(name, documents.unit, seq_len, counts),
+        description=_describe(source_name(source), documents.unit, seq_len, counts),
         counts=counts,
     )
+
+
+def _own_eval(source: Source, hub: HubChoice, choice: EvalChoice, text_column: str) -> Documents | None:
+    """Documents of a source or split of their own for evaluation; None: a share of the training documents."""
+    if choice.source is None and choice.split is None:
+        return None
+    other = source if choice.source is None else choice.source
+    return load_documents(other, HubChoice(config=hub.config, split=choice.split or hub.split), text_column)
 
 
 @dataclass(frozen=True)
@@ -211,6 +193,27 @@ def _piece_end(text: str, begin: int) -> int:
     return text.rfind("\n", begin, begin + _PIECE_CHARS) + 1 or begin + _PIECE_CHARS
 
 
+def _hold_out(
+    stream: _TokenStream,
+    documents: Documents,
+    others: Documents | None,
+    order: list[int],
+    eval_ratio: float,
+    limit: int | None,
+    seq_len: int,
+) -> tuple[_Tokens | None, Iterable[str]]:
+    """(tokens of `others` or of the held-out share, None for none; the texts that are left to train on)"""
+    if others is not None:
+        return stream.encode(map(others.read, range(others.count)), limit, "eval"), map(documents.read, order)
+    if not eval_ratio:
+        return None, map(documents.read, order)
+    if documents.count == 1:
+        head, tail = _cut_at_line(documents.read(0), 1 - eval_ratio)
+        return stream.encode((tail,), limit, "eval"), (head,)
+    tokens, num_held_out = _encode_held_out(stream, documents, order, eval_ratio, limit, seq_len)
+    return tokens, map(documents.read, order[num_held_out:])
+
+
 def _encode_held_out(
     stream: _TokenStream, documents: Documents, order: list[int], eval_ratio: float, limit: int | None, seq_len: int
 ) -> tuple[_Tokens, int]:
@@ -229,6 +232,19 @@ def _cut_at_line(text: str, ratio: float) -> tuple[str, str]:
     middle = int(ratio * len(text))
     cut = text.rfind("\n", 0, middle) + 1 or middle
     return text[:cut], text[cut:]
+
+
+def _sides(
+    train: _Tokens, held_out: _Tokens | None, seq_len: int, pack: str, name: str, counts: dict[str, int], seed: int
+) -> tuple[Dataset, Dataset | None]:
+    """Training rows in a seeded order, and held-out rows."""
+    rows = _rows(train, seq_len, pack, "train", name, counts)
+    shuffled = np.random.default_rng(seed).permutation(len(rows["input_ids"]))
+    rows_eval = None if held_out is None else _rows(held_out, seq_len, pack, "eval", name, counts)
+    return (
+        Dataset.from_dict({key: value[shuffled] for key, value in rows.items()}),
+        None if rows_eval is None else Dataset.from_dict(rows_eval),
+    )
 
 
 def _rows(tokens: _Tokens, seq_len: int, pack: str, side: str, name: str, counts: dict[str, int]) -> dict[str, Any]:
@@ -256,8 +272,19 @@ def _rows(tokens: _Tokens, seq_len: int, pack: str, side: str, name: str, counts
     return rows
 
 
-def _check_limits(seq_len: int, **limits: int | None) -> None:
-    for name, limit in limits.items():
+def _check_asked(
+    pack: str,
+    seq_len: int,
+    eval_ratio: float,
+    max_tokens: int | None,
+    max_eval_tokens: int | None,
+    max_position_embeddings: int | None,
+) -> None:
+    if pack not in ("concat", "documents"):
+        raise ValueError(f"pack={pack!r} is unknown. Use 'concat' or 'documents'.")
+    check_length(seq_len, "seq_len", max_position_embeddings)
+    check_ratio(eval_ratio)
+    for name, limit in (("max_tokens", max_tokens), ("max_eval_tokens", max_eval_tokens)):
         if limit is not None and limit < seq_len:
             raise ValueError(f"{name}={limit} is less than one row of seq_len={seq_len} tokens. Raise it.")
 

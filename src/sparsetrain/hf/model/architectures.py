@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import suggest
 from sparsetrain.hf.data import DataBundle
-from sparsetrain.hf.model.classifier import EncoderClassifier
 from sparsetrain.hf.model.model_config import config_values, context_length
+from sparsetrain.hf.model.weights import new_class
 from sparsetrain.recipes.pretrain import PretrainRecipe
+from sparsetrain.recipes.tasks import task_of
 
 ARCHITECTURES = Path(__file__).parents[1] / "assets" / "architectures"
 _HEAD = {"classifier_width": 128}
@@ -60,13 +61,14 @@ def fit_to_data(config: Any, recipe: PretrainRecipe, bundle: DataBundle, tokeniz
     Raises:
         ValueError: images of another size than the config's.
     """
+    task = task_of(recipe.task)
     if tokenizer is not None:
         config.vocab_size = len(tokenizer)
         config.pad_token_id = tokenizer.pad_token_id
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    elif recipe.task != "image":
+    elif not task.images:
         config.vocab_size, config.pad_token_id = bundle.vocab_size, 0  # type: ignore[attr-defined]
-    if recipe.task == "image":
+    if task.images:
         found = bundle.collate_fn([bundle.train[0]])["pixel_values"].shape[1:]
         asked = (config.num_channels, *image_size(config))
         if tuple(found) != asked:
@@ -74,11 +76,11 @@ def fit_to_data(config: Any, recipe: PretrainRecipe, bundle: DataBundle, tokeniz
                 f"{recipe.data} has images of {tuple(found)} (channels, height, width), and {recipe.model} takes "
                 f"{asked}. Use --set image_size={found[1]} --set num_channels={found[0]}."
             )
-    if recipe.task != "lm":
+    if task.labelled:
         config.num_labels = bundle.num_labels
         config.id2label = dict(enumerate(bundle.label_names))
         config.label2id = {name: i for i, name in enumerate(bundle.label_names)}
-        config.classifier_pairs = recipe.task == "pairs"
+        config.classifier_pairs = task.sequences > 1
 
 
 def build_model(config: Any, task: str) -> Any:
@@ -87,12 +89,8 @@ def build_model(config: Any, task: str) -> Any:
     Raises:
         ValueError: transformers has no such model of this family, or it is no decoder (lm).
     """
-    kinds: dict[str, Any] = {"lm": AutoModelForCausalLM, "image": AutoModelForImageClassification}
     try:
-        if task in kinds:
-            return kinds[task].from_config(config, attn_implementation="sdpa")
-        config._attn_implementation = "sdpa"
-        return EncoderClassifier(config)
+        return new_class(task).from_config(config, attn_implementation="sdpa")
     except ValueError as error:
         message = str(error).splitlines()[0]
         raise ValueError(f"{config.model_type} cannot be trained for task={task}: {message}") from None
@@ -106,15 +104,15 @@ def empty_model(config: Any, task: str) -> Any:
 
 def check_task(config: Any, recipe: PretrainRecipe) -> None:
     """Raise ValueError if the architecture is not of the task's kind."""
-    takes_images = hasattr(config, "image_size")
-    if takes_images != (recipe.task == "image"):
+    task, takes_images = task_of(recipe.task), hasattr(config, "image_size")
+    if takes_images != task.images:
         kind = "images" if takes_images else "tokens"
         use = "Use task=image" if takes_images else "Use vit-nano"
         raise ValueError(f"{recipe.model} ({config.model_type}) reads {kind}, and task={recipe.task}. {use}.")
-    if recipe.task == "lm" and not all(site.causal for site in describe(empty_model(config, "lm")).attentions):
+    if task.causal and not all(site.causal for site in describe(empty_model(config, task.name)).attentions):
         raise ValueError(
-            f"{recipe.model} ({config.model_type}) sees tokens on both sides, so it is no language model of task=lm. "
-            "Use gpt2-nano or another decoder, or task=classify."
+            f"{recipe.model} ({config.model_type}) sees tokens on both sides, so it is no language model of "
+            f"task={task.name}. Use gpt2-nano or another decoder, or task=classify."
         )
 
 
@@ -126,7 +124,7 @@ def image_size(config: Any) -> tuple[int, int]:
 
 def sequence_tokens(config: Any, recipe: PretrainRecipe) -> int:
     """Tokens in a row: `seq_len`, or an image's patches and the class token."""
-    if recipe.task != "image":
+    if not task_of(recipe.task).images:
         return recipe.seq_len
     height, width = image_size(config)
     patch = config.patch_size if isinstance(config.patch_size, list | tuple) else [config.patch_size] * 2
@@ -139,7 +137,7 @@ def _config(values: dict[str, Any]) -> Any:
 
 def _check_length(recipe: PretrainRecipe, config: Any) -> None:
     positions = context_length(config)
-    if positions is None or recipe.task == "image":
+    if positions is None or task_of(recipe.task).images:
         return
     if "roberta" in config.model_type:  # its positions begin after the padding token's id
         positions -= (config.pad_token_id or 0) + 1

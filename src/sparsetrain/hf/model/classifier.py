@@ -38,6 +38,12 @@ class EncoderClassifier(PreTrainedModel):
         self.post_init()
 
     @classmethod
+    def from_config(cls, config: Any, *, attn_implementation: str = "sdpa") -> Any:
+        """With random weights, as transformers' auto classes make a model."""
+        config._attn_implementation = attn_implementation
+        return cls(config)
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **options: Any) -> Any:
         """As any model of transformers; the encoder's family is read from the folder's config."""
         if config is None:

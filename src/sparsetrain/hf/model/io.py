@@ -18,13 +18,14 @@ import transformers
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
+import sparsetrain.methods  # noqa: F401  (enters every method in the registry, for what a sidecar names)
 from sparsetrain.core.config import MethodConfig, method_config, plain_values, registered_methods
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.hf.assets import resolve_model
-from sparsetrain.hf.model.classifier import EncoderClassifier
+from sparsetrain.hf.model.weights import class_of_adapter, known_class, load_weights, model_not_found
 from sparsetrain.runs.manifest import FORMAT, MANIFEST, atomic_folder, disk_errors, verify_manifest, write_manifest
 from sparsetrain.runs.sidecar import SIDECAR, WRITTEN, base_of, read_sidecar, read_state, write_sidecar
 from sparsetrain.surgery.apply import Handle, sparsify
@@ -45,9 +46,7 @@ class Loaded:
 
     @property
     def task(self) -> str:
-        if "task" in self.about:
-            return self.about["task"]
-        return "classify" if "SequenceClassification" in type(base_of(self.model)).__name__ else "lm"
+        return self.about.get("task") or known_class(type(base_of(self.model)).__name__)[0].name
 
 
 @contextmanager
@@ -197,40 +196,14 @@ def _write_in(handle: Handle | None, format: str, method: str) -> None:
     method_of(method_config(method)).exports[format](handle)
 
 
-def load_weights(path: str, model_class: str, dtype: torch.dtype, **options: Any) -> Any:
-    """A transformers model by the name of its class, in evaluation mode, with SDPA attention.
-
-    Raises:
-        CheckpointError: transformers has no model of that name.
-        ValueError: the model cannot be found or read.
-    """
-    kind = EncoderClassifier if model_class == EncoderClassifier.__name__ else getattr(transformers, model_class, None)
-    if not (isinstance(kind, type) and (issubclass(kind, PreTrainedModel) or model_class.startswith("AutoModel"))):
-        raise CheckpointError(f"model_class {model_class!r} is not a model of transformers {transformers.__version__}.")
-    try:
-        return kind.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", **options)  # type: ignore[attr-defined]
-    except (OSError, SafetensorError) as error:
-        raise ValueError(model_not_found(path, error)) from None
-
-
-def model_not_found(name: str, error: Exception) -> str:
-    """The message for a model that transformers could not load."""
-    if Path(name).is_dir():
-        return f"{name} holds no model that can be read: {str(error).splitlines()[0]}"
-    return (
-        f"model {name!r} is not an embedded asset, not a local folder, and could not be had from the hub "
-        f"({str(error).splitlines()[0].rstrip('.')}). Check the name, or see `sparsetrain models list`."
-    )
-
-
 def _load_plain(name: str, folder: Path, dtype: torch.dtype, device: Any, trainable: bool) -> Loaded:
     """A model or PEFT adapter that `save` did not write."""
     if (folder / _ADAPTER).is_file():
         _refuse_orphan(folder)
         config = PeftConfig.from_pretrained(str(folder))
         base = str(config.base_model_name_or_path)
-        kind = "AutoModelForSequenceClassification" if config.task_type == "SEQ_CLS" else "AutoModelForCausalLM"
-        model = _with_adapter(load_weights(base, kind, dtype), folder, trainable)
+        model = load_weights(base, class_of_adapter(config.task_type), dtype)
+        model = _with_adapter(model, folder, trainable)
         return Loaded(
             model=model.to(device).train(trainable), tokenizer=_tokenizer(folder, base), handle=None, about={}
         )
@@ -239,11 +212,8 @@ def _load_plain(name: str, folder: Path, dtype: torch.dtype, device: Any, traina
         architectures = transformers.AutoConfig.from_pretrained(path).architectures or []
     except (OSError, ValueError) as error:
         raise ValueError(model_not_found(name, error)) from None
-    kinds = ("SequenceClassification", "ImageClassification")
-    auto = next((f"AutoModelFor{kind}" for kind in kinds if any(kind in name for name in architectures)), None)
-    if EncoderClassifier.__name__ in architectures:
-        auto = EncoderClassifier.__name__
-    model = load_weights(path, auto or "AutoModelForCausalLM", dtype).to(device).train(trainable)
+    _, kind = known_class(*architectures)
+    model = load_weights(path, kind, dtype).to(device).train(trainable)
     return Loaded(model=model, tokenizer=_tokenizer(Path(path), path), handle=None, about={})
 
 

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
+from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
 
 from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import MethodConfig
+from sparsetrain.hf.model.weights import auto_class
 from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.recipes.tasks import task_of
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.method import method_of
 
@@ -55,11 +57,6 @@ def empty_model(config: Any, task: str) -> Any:
         return auto_class(task).from_config(config, dtype=torch.float32)
 
 
-def auto_class(task: str) -> Any:
-    """What loads the model of a fine-tuning task."""
-    return AutoModelForSequenceClassification if task == "classify" else AutoModelForCausalLM
-
-
 def add_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: list[str]) -> Any:
     """The model inside PEFT with LoRA and with everything new trainable; the model itself if `lora_r` is 0.
 
@@ -70,7 +67,7 @@ def add_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: lis
         return model
     trained = [*(handle.modules_to_save if handle is not None else []), *new_modules]
     config = LoraConfig(
-        task_type="SEQ_CLS" if recipe.task == "classify" else "CAUSAL_LM",
+        task_type=task_of(recipe.task).adapter,
         r=recipe.lora_r,
         lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]
         target_modules=recipe.lora_targets,

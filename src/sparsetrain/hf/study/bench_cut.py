@@ -11,6 +11,7 @@ from torch import nn
 from sparsetrain.core.anatomy import describe
 from sparsetrain.hf.data.random_tokens import RANDOM, random_rows
 from sparsetrain.hf.train.parts import Parts
+from sparsetrain.recipes.tasks import task_of
 
 
 def cut_layers(config: Any, layers: int) -> None:
@@ -23,7 +24,8 @@ def cut_layers(config: Any, layers: int) -> None:
 def cut_head(base: Any, parts: Parts, layers: int, model_layers: int) -> tuple[Parts, str]:
     """Cut the vocabulary as the layers were cut, so that the head weighs as in the whole model, and say so."""
     said = f"{layers} of {model_layers} layers were run"
-    if parts.recipe.data != RANDOM or parts.recipe.task != "lm":
+    task = task_of(parts.recipe.task)
+    if parts.recipe.data != RANDOM or task.labelled or task.padded:  # other rows than packed text
         return parts, f"{said}, so the head weighs more than in the whole model."
     whole = parts.config.vocab_size
     kept = max(64, 64 * round(whole * layers / model_layers / 64))

@@ -24,12 +24,14 @@ from sparsetrain.hf.model.model_config import context_length
 from sparsetrain.hf.study.gpu_dropout import drop_as_on_a_gpu
 from sparsetrain.hf.study.hollow_model import convert_empty, fill, settle
 from sparsetrain.hf.study.thin_model import thin_out, trained_parameters, whole_memory
+from sparsetrain.hf.train.tasks import training_loss
 from sparsetrain.hf.train.token_selection import selecting
 from sparsetrain.planner.hollow import Hollow
 from sparsetrain.planner.memory import StaticBytes
 from sparsetrain.planner.outline import Outline
 from sparsetrain.planner.step_tracer import StepTrace, trace_step
 from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.recipes.tasks import task_of
 from sparsetrain.surgery.apply import Handle
 
 SHORTEST = 256
@@ -99,7 +101,7 @@ class _Built:
         windows = [site.window for site in describe(model).attentions if site.window]
         self.window = max(windows, default=None)
         new = [name for name, _ in model.named_children() if name in ("classifier", "score", "pre_classifier")]
-        new = new if recipe.task == "classify" else []
+        new = new if task_of(recipe.task).labelled else []
         if _names_a_layer(recipe):
             model = models.add_lora(model, recipe, self.handle, new)
             self.layout = thin_out(model)
@@ -122,7 +124,8 @@ class _Built:
 
     def trace(self, tokens: int) -> StepTrace:
         batch = example_batch(self.recipe, self.config, tokens, rows=1)
-        trace = trace_step(self.model, training_step(self.model, self.handle, batch, self.cast), self.hollow)
+        step = training_step(self.model, self.handle, batch, self.cast, self.recipe.task)
+        trace = trace_step(self.model, step, self.hollow)
         blocks = [submodule(self.model, block.name) for block in describe(self.model).blocks]
         self.without_gradient = [
             {name for name, p in block.named_parameters() if p.requires_grad and p.grad is None} for block in blocks
@@ -162,7 +165,9 @@ def _size(parameter: Tensor) -> int:
     return parameter.numel() * parameter.element_size()
 
 
-def training_step(model: Any, handle: Handle | None, batch: dict[str, Tensor], autocast: bool) -> Callable[[], Tensor]:
+def training_step(
+    model: Any, handle: Handle | None, batch: dict[str, Tensor], autocast: bool, task: str = "lm"
+) -> Callable[[], Tensor]:
     """One forward as the Trainer runs it: loss out, everything else freed."""
 
     def step() -> Tensor:
@@ -170,7 +175,7 @@ def training_step(model: Any, handle: Handle | None, batch: dict[str, Tensor], a
         cast: AbstractContextManager[Any] = torch.autocast(device, torch.bfloat16) if autocast else nullcontext()
         chosen = nullcontext(batch) if handle is None else selecting(handle, batch)
         with cast, chosen as inputs:
-            return model(**inputs).loss
+            return training_loss(model, inputs, task)
 
     return step
 
@@ -180,8 +185,8 @@ def example_batch(recipe: Recipe, config: Any, tokens: int, rows: int) -> dict[s
     vocab = config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(recipe.seed)
     ids = torch.randint(vocab, (rows, tokens), generator=generator)
-    if recipe.task == "classify":
+    if task_of(recipe.task).labelled:
         labels = torch.zeros(rows, dtype=torch.int64)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    mask = {"attention_mask": torch.ones_like(ids)} if recipe.task == "sft" else {}
+    mask = {"attention_mask": torch.ones_like(ids)} if task_of(recipe.task).padded else {}
     return {"input_ids": ids, "labels": ids.clone(), **mask}

@@ -11,6 +11,7 @@ from sparsetrain.core.config import plain_values
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import calibration_batches
+from sparsetrain.hf.train.tasks import training_loss
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.runs.events import Report, silent
 from sparsetrain.surgery.plan import plan
@@ -63,6 +64,7 @@ def sensitivity(recipe: Recipe, *, budget: float | None = None, report: Report =
             calibration=calibration_batches(parts),
             seed=recipe.seed,
             progress=lambda name, share: report({"event": "phase", "name": name, "share": share}),
+            loss=lambda model, batch: training_loss(model, batch, recipe.task),
         )
         saved = _saved(model, config, recipe.seq_len)
         rows += [

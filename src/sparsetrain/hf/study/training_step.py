@@ -20,8 +20,10 @@ from sparsetrain.hf.model.checkpointing import recompute
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import calibration_batches
+from sparsetrain.hf.train.tasks import training_loss
 from sparsetrain.hf.train.token_selection import selecting
 from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.events import Report, silent
 from sparsetrain.surgery.apply import Handle, sparsify
 
@@ -70,12 +72,12 @@ class TrainingStep:
         context = torch.autocast(device, torch.bfloat16) if self.autocast else contextlib.nullcontext()
         chosen = contextlib.nullcontext(batch) if self.handle is None else selecting(self.handle, batch)
         with context, chosen as inputs:
-            return self.model(**inputs, use_cache=False).loss if self._caches else self.model(**inputs).loss
+            return training_loss(self.model, {**inputs, **self._options}, self.recipe.task)
 
     @property
-    def _caches(self) -> bool:
+    def _options(self) -> dict[str, Any]:
         # encoders know no such argument
-        return self.recipe.task != "classify"
+        return {"use_cache": False} if task_of(self.recipe.task).causal else {}
 
 
 def open_measured_parts(recipe: Recipe, report: Report = silent, like: Recipe | None = None) -> Parts:
@@ -90,7 +92,8 @@ def open_measured_parts(recipe: Recipe, report: Report = silent, like: Recipe | 
     path, config = assemble.open_config(recipe, report, (like or recipe).configs)
     planned = assemble.check_and_plan(recipe, config, device)
     rows = max(recipe.batch_size * recipe.grad_accum * 2, -(-CALIBRATION_TOKENS // recipe.seq_len))
-    bundle = random_rows(rows, recipe.seq_len, config.vocab_size, classify=recipe.task == "classify", seed=recipe.seed)
+    labelled = task_of(recipe.task).labelled
+    bundle = random_rows(rows, recipe.seq_len, config.vocab_size, classify=labelled, seed=recipe.seed)
     return Parts(
         recipe=recipe.model_copy(update={"calibration_tokens": min(recipe.calibration_tokens, CALIBRATION_TOKENS)}),
         device=device,

@@ -101,7 +101,7 @@ def train_side(job: dict[str, Any], line: Line) -> None:
     def ask() -> Quality | None:
         line.tell({"event": ASKS})
         known = line.wait()
-        return None if known is None else Quality(**known)
+        return None if known is None else Quality.from_dict(known)
 
     kind = JOBS[job["job"]]
     kind.train(

@@ -20,13 +20,13 @@ from sparsetrain.core.config import MethodConfig
 from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.model import models
 from sparsetrain.hf.model.checkpointing import checkpointing_arguments
-from sparsetrain.hf.model.io import model_not_found
 from sparsetrain.hf.model.model_config import context_length
-from sparsetrain.hf.train.evaluate import LABELLED
+from sparsetrain.hf.model.weights import auto_class, model_not_found
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import first_batch, load_rows, refuse_rows
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.run import RunRecipe
+from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.events import Report
 from sparsetrain.surgery.method import edits_of, growth_of
 from sparsetrain.surgery.plan import Plan, plan
@@ -88,9 +88,9 @@ def asked_features(recipe: RunRecipe, device: torch.device) -> list[str]:
         "non-reentrant": ["checkpointing"],
         "reentrant": ["checkpointing_reentrant"],
     }[recipe.gradient_checkpointing]
-    if recipe.task not in ("lm", "image"):
+    if task_of(recipe.task).padded:
         found.append("padding")
-    if recipe.task in LABELLED:
+    if task_of(recipe.task).labelled:
         found.append("classify")
     if computes_bf16(recipe, device) and recipe.trains_all:
         found.append("autocast")
@@ -136,15 +136,16 @@ def load_model(parts: Parts) -> tuple[Any, list[str]]:
         ValueError: weights that are missing or damaged; a language model without a trained head.
     """
     recipe, config, bundle = parts.recipe, parts.config, parts.bundle
+    labelled = task_of(recipe.task).labelled
     options: dict[str, Any] = {}
-    if recipe.task == "classify":
+    if labelled:
         config.num_labels = bundle.num_labels
         config.id2label = dict(enumerate(bundle.label_names))
         config.label2id = {name: i for i, name in enumerate(bundle.label_names)}
         if config.pad_token_id is None:
             config.pad_token_id = bundle.collate_fn.pad_token_id  # type: ignore[attr-defined]
         options["ignore_mismatched_sizes"] = True
-    kind = models.auto_class(recipe.task)
+    kind = auto_class(recipe.task)
     set_seed(recipe.seed)  # a new head is drawn here
     try:
         model, info = kind.from_pretrained(
@@ -161,7 +162,7 @@ def load_model(parts: Parts) -> tuple[Any, list[str]]:
         raise ValueError(model_not_found(parts.path, error)) from None
     mismatched = [key if isinstance(key, str) else key[0] for key in info.get("mismatched_keys", ())]
     new = sorted({key.rpartition(".")[0] for key in [*info["missing_keys"], *mismatched]})
-    if new and recipe.task != "classify":
+    if new and not labelled:
         raise ValueError(
             f"{recipe.model} has no weights for {', '.join(new[:3])}, so it is no trained language model. "
             "Use a causal language model, or task=classify."

@@ -20,6 +20,7 @@ from sparsetrain.hf.train.rows import calibration_batches, drawn_batches
 from sparsetrain.hf.train.run import Job, KnownQuality, Result, dense_start, measure_quality, run
 from sparsetrain.hf.train.run import run_report as run_report
 from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.checkpoints import Checkpoint
 from sparsetrain.runs.events import Report, silent
 from sparsetrain.runs.sidecar import read_state
@@ -111,7 +112,7 @@ def _about(parts: Parts) -> dict[str, Any]:
     """Entries of the sidecar that let `load` rebuild the model around an adapter."""
     recipe, config = parts.recipe, parts.config
     options: dict[str, Any] = {name: 0.0 for name in models.ATTENTION_DROPOUT if getattr(config, name, None) == 0.0}
-    if recipe.task == "classify":
+    if task_of(recipe.task).labelled:
         options |= {"id2label": config.id2label, "label2id": config.label2id}
         options |= {"pad_token_id": config.pad_token_id, "ignore_mismatched_sizes": True}
     return {

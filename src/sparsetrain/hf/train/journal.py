@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sparsetrain.hf.train.callbacks import StepRecorder
 from sparsetrain.hf.train.evaluate import Collate, Quality
+from sparsetrain.hf.train.tasks import training_loss
 from sparsetrain.hf.train.token_selection import SavedShare, saved_share, selecting
 from sparsetrain.measure.memory import SavedActivations, peak_memory, saved_activations
 from sparsetrain.measure.schema import Run, StageRecord
@@ -56,7 +57,9 @@ class Journal:
 
     def quality(self, stage: str, quality: Quality, *, step: int | None = None) -> None:
         """Record the held-out quality of a stage; with `step`, as a point of the curve too."""
-        self.run.setdefault(quality.metric, {})[stage] = quality.value  # type: ignore[misc]
+        self.run["metric"] = quality.metric
+        for name, value in quality.metrics.items():
+            self.run.setdefault(name, {})[stage] = value  # type: ignore[misc]
         if step is not None:
             self.point(quality, step)
         event = {"stage": stage, "metric": quality.metric, "value": quality.value, "quality": quality.to_dict()}
@@ -64,7 +67,7 @@ class Journal:
 
     def point(self, quality: Quality, step: int) -> None:
         """Record a point of the held-out curve."""
-        point: Any = {"step": step, "wall_s": self.recorder.wall_s, "loss": quality.loss, quality.metric: quality.value}
+        point: Any = {"step": step, "wall_s": self.recorder.wall_s, "loss": quality.loss, **quality.metrics}
         self.run.setdefault("evals", []).append(point)
 
     def peaks(self, device: torch.device) -> None:
@@ -98,8 +101,8 @@ class EvalCallback(TrainerCallback):
 class SavedCallback(TrainerCallback):
     """Counts what a training forward keeps for its backward, as it is after the warm-up, when training begins."""
 
-    def __init__(self, handle: Handle | None, sample: dict[str, Tensor], journal: Journal) -> None:
-        self.handle, self.sample, self.journal = handle, sample, journal
+    def __init__(self, handle: Handle | None, sample: dict[str, Tensor], journal: Journal, task: str) -> None:
+        self.handle, self.sample, self.journal, self.task = handle, sample, journal, task
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -118,9 +121,9 @@ class SavedCallback(TrainerCallback):
 
     def _measure(self, model: Any, batch: dict[str, Tensor]) -> tuple[SavedActivations, SavedShare | None]:
         if self.handle is None:
-            return saved_activations(model, lambda: model(**batch).loss), None
+            return saved_activations(model, lambda: training_loss(model, batch, self.task)), None
         with selecting(self.handle, batch) as chosen:
-            saved = saved_activations(model, lambda: model(**chosen).loss)
+            saved = saved_activations(model, lambda: training_loss(model, chosen, self.task))
         return saved, saved_share(self.handle, model, batch)
 
 

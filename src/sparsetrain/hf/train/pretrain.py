@@ -32,6 +32,7 @@ from sparsetrain.hf.train.rows import calibration_batches, reads_longest, refuse
 from sparsetrain.hf.train.run import Job, KnownQuality, Result, dense_start, run
 from sparsetrain.hf.train.stages import ONE_STAGE, kept_weights
 from sparsetrain.recipes.pretrain import PretrainRecipe as PretrainRecipe
+from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.checkpoints import Checkpoint
 from sparsetrain.runs.events import Report, silent
 from sparsetrain.runs.sidecar import read_state
@@ -89,7 +90,7 @@ def pretrain(
 def title(recipe: PretrainRecipe) -> str:
     """What is trained, in a line."""
     methods = " + ".join(config.method for config in recipe.configs) or "dense"
-    length = "" if recipe.task == "image" else f", {recipe.seq_len} tokens"
+    length = "" if task_of(recipe.task).images else f", {recipe.seq_len} tokens"
     return f"{recipe.model} from random weights on {recipe.data} ({recipe.task}), {methods}{length}"
 
 
@@ -99,7 +100,7 @@ def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | No
     Raises:
         ValueError, PlanError: the recipe does not fit the machine, the architecture or the data.
     """
-    device = assemble.pick_device(recipe)
+    device, task = assemble.pick_device(recipe), task_of(recipe.task)
     refuse_rows(recipe)
     config = open_architecture(recipe)
     check_task(config, recipe)
@@ -114,7 +115,7 @@ def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | No
     for model in stage_models(config, recipe) if recipe.methods else ():  # the last one is what comes out
         planned = assemble.plan_on(model, recipe, device, tokens)
     _refuse_replaced(recipe, planned)
-    pixels = config.num_channels * image_size(config)[0] * image_size(config)[1] if recipe.task == "image" else 1
+    pixels = config.num_channels * image_size(config)[0] * image_size(config)[1] if task.images else 1
     return Parts(
         recipe=recipe,
         device=device,
@@ -123,7 +124,7 @@ def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | No
         plan=planned,
         tokenizer=tokenizer,
         bundle=bundle,
-        tokens_per_input={"image": tokens / pixels, "pairs": 2.0}.get(recipe.task, 1.0),
+        tokens_per_input=tokens / pixels if task.images else float(task.sequences),
     )
 
 

@@ -7,18 +7,22 @@ from typing import Any
 
 from sparsetrain.core.config import suggest
 from sparsetrain.hf.assets import embedded_name, resolve_data, resolve_model
-from sparsetrain.hf.data import DataBundle, load_classify, load_images, load_text
+from sparsetrain.hf.data import DataBundle
 from sparsetrain.hf.data.byte_tokens import byte_tokenizer
-from sparsetrain.hf.data.tasks import TASKS, load_task
+from sparsetrain.hf.data.tasks import TASKS as SEQUENCE_SETS
+from sparsetrain.hf.data.tasks import load_task
 from sparsetrain.hf.model.architectures import sequence_tokens
 from sparsetrain.hf.train import assemble
+from sparsetrain.hf.train.rows import step_rows
+from sparsetrain.hf.train.tasks import RowsAsked, load_asked
 from sparsetrain.recipes.pretrain import PretrainRecipe
+from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.events import Report
 
 
 def is_task(name: str) -> bool:
     """Whether a name is that of a generated or loaded task of long sequences."""
-    return name in TASKS or name.startswith("lra-")
+    return name in SEQUENCE_SETS or name.startswith("lra-")
 
 
 def open_tokenizer(recipe: PretrainRecipe) -> Any:
@@ -27,7 +31,7 @@ def open_tokenizer(recipe: PretrainRecipe) -> Any:
     Raises:
         ValueError: it cannot be read, or there is no text.
     """
-    if recipe.task == "image" or is_task(recipe.data):
+    if task_of(recipe.task).images or is_task(recipe.data):
         if recipe.tokenizer is not None:
             raise ValueError(f"tokenizer={recipe.tokenizer}: {recipe.data} is no text. Leave it out.")
         return None
@@ -47,27 +51,22 @@ def load_rows(recipe: PretrainRecipe, tokenizer: Any, row_tokens: int, report: R
         report({"event": "note", "text": line})
 
     eval_rows = max(1, recipe.eval_tokens // row_tokens)
-    limits: dict[str, Any] = {"max_rows": recipe.train_rows, "max_eval_rows": eval_rows, "seed": recipe.seed}
     if is_task(recipe.data):
-        return _task_rows(recipe, limits)
+        return _task_rows(recipe, eval_rows)
     _check_name(recipe.data)
     _check_source(recipe)
-    source = resolve_data(recipe.data, progress=say)
-    if recipe.task == "image":
-        return load_images(source, **limits)
-    if recipe.task == "classify":
-        columns = {"text_column": recipe.text_column}
-        return load_classify(source, tokenizer, recipe.seq_len, progress=say, **columns, **limits)
-    rows = None if recipe.steps is None else recipe.steps * recipe.batch_size * recipe.grad_accum
-    return load_text(
-        source,
-        tokenizer,
-        recipe.seq_len,
-        text_column=recipe.text_column,
-        max_tokens=None if rows is None else rows * recipe.seq_len,
-        max_eval_tokens=max(recipe.eval_tokens, recipe.seq_len),
-        seed=recipe.seed,
-        progress=say,
+    rows = step_rows(recipe)
+    return load_asked(
+        RowsAsked(
+            recipe=recipe,
+            source=resolve_data(recipe.data, progress=say),
+            tokenizer=tokenizer,
+            step_rows=rows,
+            step_tokens=None if rows is None else rows * recipe.seq_len,
+            max_rows=recipe.train_rows,
+            max_eval_rows=eval_rows,
+            progress=say,
+        )
     )
 
 
@@ -81,23 +80,32 @@ def held_out(recipe: PretrainRecipe, tokenizer: Any, config: Any, report: Report
 
 def _check_name(data: str) -> None:
     """Raise ValueError for a task's name with a slip of the pen, before the hub is asked for it."""
-    near = suggest(data, TASKS)
+    near = suggest(data, SEQUENCE_SETS)
     if near and "/" not in data and embedded_name(data) is None and not Path(data).exists():
-        raise ValueError(f"data={data} is no file, folder, embedded set or task.{near} Tasks: {', '.join(TASKS)}.")
+        known = ", ".join(SEQUENCE_SETS)
+        raise ValueError(f"data={data} is no file, folder, embedded set or task.{near} Tasks: {known}.")
 
 
 def _check_source(recipe: PretrainRecipe) -> None:
-    if recipe.task == "pairs":
-        raise ValueError(f"data={recipe.data} has no pairs. Use data=retrieval or lra-retrieval with task=pairs.")
-    if recipe.data == "fashion-mnist" and recipe.task != "image":
+    task = task_of(recipe.task)
+    if task.sequences > 1:
+        raise ValueError(f"data={recipe.data} has no pairs. Use data=retrieval or lra-retrieval with task={task.name}.")
+    if recipe.data == "fashion-mnist" and not task.images:
         raise ValueError(
             f"data=fashion-mnist are images, and task={recipe.task} reads tokens. Use task=image, or data=pixels with "
             "task=classify for the same images as sequences of 784 pixels."
         )
 
 
-def _task_rows(recipe: PretrainRecipe, limits: dict[str, Any]) -> DataBundle:
+def _task_rows(recipe: PretrainRecipe, eval_rows: int) -> DataBundle:
     wanted = "pairs" if recipe.data.endswith("retrieval") else "classify"
     if recipe.task != wanted:
         raise ValueError(f"data={recipe.data} is for task={wanted}, and task={recipe.task} was asked. Use that.")
-    return load_task(recipe.data, seq_len=recipe.seq_len, folder=recipe.data_folder, **limits)
+    return load_task(
+        recipe.data,
+        seq_len=recipe.seq_len,
+        folder=recipe.data_folder,
+        max_rows=recipe.train_rows,
+        max_eval_rows=eval_rows,
+        seed=recipe.seed,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from datasets import Dataset
 from torch import Tensor
 
 from sparsetrain.hf.assets import resolve_data
-from sparsetrain.hf.data import DataBundle, load_classify, load_sft, load_text
+from sparsetrain.hf.data import DataBundle
 from sparsetrain.hf.model.model_config import context_length
 from sparsetrain.hf.train.parts import Parts
+from sparsetrain.hf.train.tasks import RowsAsked, load_asked
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.run import RunRecipe
+from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.events import Report
 from sparsetrain.surgery.method import RowFacts, method_of
 
@@ -29,34 +32,55 @@ def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> Da
     def say(line: str) -> None:
         report({"event": "note", "text": line})
 
-    source = resolve_data(recipe.data, progress=say)
-    common: dict[str, Any] = {"seed": recipe.seed, "max_position_embeddings": context_length(config), "progress": say}
-    rows = None if recipe.steps is None else recipe.steps * recipe.batch_size * recipe.grad_accum
-    if recipe.task == "classify":
-        return load_classify(source, tokenizer, recipe.seq_len, text_column=recipe.text_column, **common)
-    if recipe.task == "sft":
-        return load_sft(source, tokenizer, recipe.seq_len, max_rows=rows, **common)
+    rows = step_rows(recipe)
     # calibration rows are spread over eight times as many: on 8,192 tokens from 4 places a conversion cost 1.47 times
     # the perplexity of other files, from 8 places 1.16
     calibration_rows = 8 * -(-recipe.calibration_tokens // recipe.seq_len)
-    return load_text(
-        source,
-        tokenizer,
-        recipe.seq_len,
-        text_column=recipe.text_column,
-        max_tokens=None if rows is None else max(rows, calibration_rows, 1) * recipe.seq_len,
-        max_eval_tokens=max(recipe.eval_tokens, recipe.seq_len),
-        **common,
+    return load_asked(
+        RowsAsked(
+            recipe=recipe,
+            source=resolve_data(recipe.data, progress=say),
+            tokenizer=tokenizer,
+            step_rows=rows,
+            step_tokens=None if rows is None else max(rows, calibration_rows, 1) * recipe.seq_len,
+            context=context_length(config),
+            progress=say,
+        )
     )
+
+
+def all_rows(recipe: RunRecipe, tokenizer: Any, config: Any, report: Report) -> DataBundle:
+    """Every row of the recipe's data as training rows, text up to `eval_tokens`: for data that was not trained on."""
+    return load_asked(
+        RowsAsked(
+            recipe=recipe,
+            source=recipe.data,
+            tokenizer=tokenizer,
+            step_tokens=max(recipe.eval_tokens, recipe.seq_len),
+            context=context_length(config),
+            eval_ratio=0.0,
+            progress=lambda line: report({"event": "note", "text": line}),
+        )
+    )
+
+
+def step_rows(recipe: RunRecipe) -> int | None:
+    """Rows that the steps read; None where the recipe counts epochs."""
+    return None if recipe.steps is None else recipe.steps * recipe.batch_size * recipe.grad_accum
 
 
 def refuse_rows(recipe: RunRecipe, bundle: DataBundle | None = None) -> None:
     """Raise ValueError if a method of the recipe cannot train on such rows; called before they are read and after."""
-    facts = RowFacts(task=recipe.task, seq_len=recipe.seq_len)
+    task = task_of(recipe.task)
+    facts = RowFacts(
+        task=task.name,
+        seq_len=recipe.seq_len,
+        labelled=task.labelled,
+        one_sequence=not task.images and task.sequences == 1,
+    )
     if bundle is not None and "input_ids" in bundle.train.column_names:
-        facts = RowFacts(
-            task=recipe.task,
-            seq_len=recipe.seq_len,
+        facts = replace(
+            facts,
             lengths=lambda: _lengths(bundle.train, "input_ids"),
             eval_lengths=lambda: [
                 length
@@ -77,7 +101,7 @@ def _lengths(rows: Dataset, column: str) -> list[int]:
 
 def reads_longest(recipe: RunRecipe) -> bool:
     """Whether a method of the recipe must see the longest rows, where rows differ in length."""
-    return recipe.task not in ("lm", "image") and any(method_of(c).reads_longest(c) for c in recipe.configs)
+    return task_of(recipe.task).padded and any(method_of(c).reads_longest(c) for c in recipe.configs)
 
 
 def calibration_batches(parts: Parts) -> list[dict[str, Tensor]] | None:

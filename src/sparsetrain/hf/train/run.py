@@ -20,7 +20,7 @@ from sparsetrain.hf.model.io import save
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.callbacks import SparsityCallback
 from sparsetrain.hf.train.checkpoint import CheckpointCallback, data_fingerprint
-from sparsetrain.hf.train.evaluate import Quality, evaluate
+from sparsetrain.hf.train.evaluate import Quality, evaluate, held_out_tokens
 from sparsetrain.hf.train.journal import EvalCallback, Journal, OrderedCollator, SavedCallback
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.result import Result as Result
@@ -36,6 +36,7 @@ from sparsetrain.hf.train.stages import (
     load_weights,
     spans,
 )
+from sparsetrain.hf.train.tasks import use_task_loss
 from sparsetrain.hf.train.token_selection import select_tokens, selector_of
 from sparsetrain.measure.machine import describe_machine
 from sparsetrain.measure.memory import reset_peak, static_memory
@@ -190,7 +191,7 @@ def _trainer(course: Course, span: Span, model: Any, handle: Handle | None) -> T
             *course.job.callbacks,
             journal.recorder,
             EvalCallback(lambda: measure_quality(model, handle, parts), course.recipe.eval_every, journal),
-            *([SavedCallback(handle, first_batch(parts), journal)] if begins else []),
+            *([SavedCallback(handle, first_batch(parts), journal, course.recipe.task)] if begins else []),
             *([StageCallback(span)] if span.of > 1 else []),
             *([_sparsity(handle, parts, journal, about)] if handle is not None else []),
             # completes what others wrote
@@ -198,6 +199,7 @@ def _trainer(course: Course, span: Span, model: Any, handle: Handle | None) -> T
         ],
     )
     trainer.remove_callback(PrinterCallback)
+    use_task_loss(trainer, course.recipe.task)
     if handle is not None and selector_of(handle) is not None:
         select_tokens(trainer, handle)
     return trainer
@@ -273,6 +275,6 @@ def measure_quality(
         parts.bundle.collate_fn,
         task=parts.recipe.task,
         batch_size=parts.recipe.batch_size,
-        max_tokens=None if parts.recipe.task == "image" else parts.recipe.eval_tokens,
+        max_tokens=held_out_tokens(parts.recipe),
         progress=None if journal is None else lambda share: journal.phase(name, share),
     )

@@ -121,7 +121,7 @@ def install(
 
 def refuse(config: TokenSelection, facts: RowFacts) -> str | None:
     """Why rows cannot be trained on: no tokens to choose among, no scores, no label a token, or too few tokens."""
-    if facts.task in ("pairs", "image"):
+    if not facts.one_sequence:
         return f"it trains on some tokens of a text, and task={facts.task} has none to choose among. Use it " + (
             "with task=lm or classify"
         )
@@ -130,10 +130,10 @@ def refuse(config: TokenSelection, facts: RowFacts) -> str | None:
             "pool='scored' takes the scores that come with each batch as token_scores, and rows read from data have "
             "none. Use pool=all or targets, or train from Python"
         )
-    if facts.task == "classify" and (config.needs_scores or config.pool == "targets"):
+    if facts.labelled and (config.needs_scores or config.pool == "targets"):
         return (
-            f"pool={config.pool!r}, policy={config.policy!r} need a label a token, and task=classify has one a text. "
-            "Use pool=all with policy=random or prefix"
+            f"pool={config.pool!r}, policy={config.policy!r} need a label a token, and task={facts.task} has one a "
+            "text. Use pool=all with policy=random or prefix"
         )
     if config.num_tokens is None:
         return None

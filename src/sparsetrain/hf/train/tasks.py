@@ -1,0 +1,149 @@
+"""What carries out the tasks of `recipes.tasks`: their rows, the scores of a held-out batch, the loss of training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsetrain.hf.data import DataBundle, load_classify, load_images, load_sft, load_text
+from sparsetrain.hf.data.bundle import IGNORED_LABEL, Progress
+from sparsetrain.recipes.run import RunRecipe
+from sparsetrain.recipes.tasks import named, task_of
+
+PIECE = 2**22
+"""Logits of which the loss is computed at once: small enough that a buffer is used again and not mapped anew."""
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsAsked:
+    """What a run asks of its rows.
+
+    source: a file, folder or name, as `hf.data` takes it. tokenizer: None for what is no text.
+    step_rows: rows that the steps read; None: all there are. step_tokens: the same where text is cut into rows.
+    max_rows, max_eval_rows: labelled rows to use, as the recipe limits them; None: all.
+    context: tokens that the model takes; None: unknown, or checked already.
+    eval_ratio: share that is held out; None: as the loader has it.
+    progress: called with a line now and then.
+    """
+
+    recipe: RunRecipe
+    source: Any
+    tokenizer: Any = None
+    step_rows: int | None = None
+    step_tokens: int | None = None
+    max_rows: int | None = None
+    max_eval_rows: int | None = None
+    context: int | None = None
+    eval_ratio: float | None = None
+    progress: Progress | None = None
+
+    @property
+    def of_text(self) -> dict[str, Any]:
+        """What all loaders of text are told."""
+        ratio = {} if self.eval_ratio is None else {"eval_ratio": self.eval_ratio}
+        told = {"seed": self.recipe.seed, "max_position_embeddings": self.context, "progress": self.progress}
+        return told | ratio
+
+
+def load_asked(asked: RowsAsked) -> DataBundle:
+    """The rows of a recipe's task.
+
+    Raises:
+        ValueError: the task's data are built in, and no source was one of them; or as the loader.
+    """
+    place = task_of(asked.recipe.task).rows
+    if place is None:
+        raise ValueError(f"task={asked.recipe.task} reads no files, and data={asked.source} was given.")
+    return named(place)(asked)
+
+
+def text_rows(asked: RowsAsked) -> DataBundle:
+    """Packed text; no more is tokenised than the steps need."""
+    recipe = asked.recipe
+    return load_text(
+        asked.source,
+        asked.tokenizer,
+        recipe.seq_len,
+        text_column=recipe.text_column,
+        max_tokens=asked.step_tokens,
+        max_eval_tokens=max(recipe.eval_tokens, recipe.seq_len),
+        **asked.of_text,
+    )
+
+
+def sft_rows(asked: RowsAsked) -> DataBundle:
+    """Conversations, with labels on what the assistant says."""
+    return load_sft(asked.source, asked.tokenizer, asked.recipe.seq_len, max_rows=asked.step_rows, **asked.of_text)
+
+
+def classify_rows(asked: RowsAsked) -> DataBundle:
+    """Texts with a label each."""
+    return load_classify(
+        asked.source,
+        asked.tokenizer,
+        asked.recipe.seq_len,
+        text_column=asked.recipe.text_column,
+        max_rows=asked.max_rows,
+        max_eval_rows=asked.max_eval_rows,
+        **asked.of_text,
+    )
+
+
+def image_rows(asked: RowsAsked) -> DataBundle:
+    """Images with a label each."""
+    return load_images(asked.source, max_rows=asked.max_rows, max_eval_rows=asked.max_eval_rows, seed=asked.recipe.seed)
+
+
+class Scores(NamedTuple):
+    """What a held-out batch gave: the summed loss, over how many targets, and other sums over these by metric."""
+
+    loss: float
+    count: int
+    sums: dict[str, float]
+
+
+def next_token_scores(model: Any, batch: Batch) -> Scores:
+    """Negative log-likelihood of the labelled tokens; in pieces, as logits are large."""
+    inputs = dict(batch)
+    labels_bt = inputs.pop("labels")
+    logits_btv = model(**inputs).logits
+    total, piece = 0.0, max(1, PIECE // logits_btv.shape[-1])
+    for logits_tv, labels_t in zip(logits_btv[:, :-1], labels_bt[:, 1:], strict=True):
+        for logits_pv, labels_p in zip(logits_tv.split(piece), labels_t.split(piece), strict=True):
+            losses = F.cross_entropy(logits_pv.float(), labels_p, ignore_index=IGNORED_LABEL, reduction="sum")
+            total += losses.item()
+    return Scores(total, int((labels_bt[:, 1:] != IGNORED_LABEL).sum()), {})
+
+
+def label_scores(model: Any, batch: Batch) -> Scores:
+    """Cross-entropy of the rows' labels, and how many were the likeliest."""
+    inputs = dict(batch)
+    labels_b = inputs.pop("labels")
+    logits_bc = model(**inputs).logits
+    loss = F.cross_entropy(logits_bc.float(), labels_b, reduction="sum").item()
+    return Scores(loss, len(labels_b), {"accuracy": (logits_bc.argmax(-1) == labels_b).sum().item()})
+
+
+def training_loss(model: Any, batch: Batch, task: str) -> Tensor:
+    """The loss of a training batch, a mean: the task's own, or what the model says."""
+    own = task_of(task).loss
+    return model(**batch).loss if own is None else named(own)(model, batch)
+
+
+def use_task_loss(trainer: Any, task: str) -> None:
+    """Let a Trainer train on the task's own loss, if it has one; call it once the trainer is made."""
+    if task_of(task).loss is None:
+        return
+
+    def compute_loss(model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        loss = training_loss(model, inputs, task)
+        return (loss, {}) if return_outputs else loss
+
+    trainer.compute_loss = compute_loss
+    trainer.model_accepts_loss_kwargs = False  # it is a mean of the batch: accumulation divides it
