@@ -44,7 +44,8 @@ class Site(nn.Module):
         return {}
 
     def dense_weights(self) -> dict[str, Tensor] | None:
-        """Of an edit that replaces weights: the dense weights that it stands for, by name relative to the site."""
+        """Weights that the site stands for, where the model's own are not what is computed with: by name, relative to
+        the edit's site. A saved model holds them, so that it loads plainly."""
         return None
 
     def held_tensors(self) -> list[Tensor]:

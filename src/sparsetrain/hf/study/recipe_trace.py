@@ -97,7 +97,7 @@ class _Built:
         self.recipe, self.config = recipe, config
         model = models.empty_model(config, recipe.task)
         self.parameters = models.num_parameters(model)[0]
-        self.handle = convert_empty(model, recipe, bf16 and recipe.lora_r > 0)
+        self.handle = convert_empty(model, recipe, bf16 and not recipe.trains_all)
         windows = [site.window for site in describe(model).attentions if site.window]
         self.window = max(windows, default=None)
         new = [name for name, _ in model.named_children() if name in ("classifier", "score", "pre_classifier")]
@@ -119,7 +119,7 @@ class _Built:
         if recipe.gradient_checkpointing != "none":
             recompute(model)
         self.model = model
-        self.cast = bf16 and recipe.lora_r == 0
+        self.cast = bf16 and recipe.trains_all
         self.without_gradient: list[set[str]] = []
 
     def trace(self, tokens: int) -> StepTrace:
