@@ -24,7 +24,6 @@ from sparsetrain.core.config import MethodConfig
 from sparsetrain.hf.model import models
 from sparsetrain.hf.model.model_config import context_length
 from sparsetrain.hf.study.gpu_dropout import drop_as_on_a_gpu
-from sparsetrain.hf.train.token_selection import selecting
 from sparsetrain.measure.memory import StaticMemory, static_memory
 from sparsetrain.planner.hollow import Hollow
 from sparsetrain.planner.memory import Layout, StaticBytes
@@ -131,7 +130,7 @@ class _Built:
 
     def trace(self, tokens: int) -> StepTrace:
         batch = example_batch(self.recipe, self.config, tokens, rows=1)
-        trace = trace_step(self.model, training_step(self.model, self.handle, batch, self.cast), self.hollow)
+        trace = trace_step(self.model, training_step(self.model, batch, self.cast), self.hollow)
         blocks = [submodule(self.model, block.name) for block in describe(self.model).blocks]
         self.without_gradient = [
             {name for name, p in block.named_parameters() if p.requires_grad and p.grad is None} for block in blocks
@@ -217,15 +216,14 @@ def _to_meta(model: nn.Module) -> None:
                 module._buffers[name] = buffer.to("meta")
 
 
-def training_step(model: Any, handle: Handle | None, batch: dict[str, Tensor], autocast: bool) -> Callable[[], Tensor]:
+def training_step(model: Any, batch: dict[str, Tensor], autocast: bool) -> Callable[[], Tensor]:
     """One forward as the Trainer runs it: loss out, everything else freed."""
 
     def step() -> Tensor:
         device = batch["input_ids"].device.type
         cast: AbstractContextManager[Any] = torch.autocast(device, torch.bfloat16) if autocast else nullcontext()
-        chosen = nullcontext(batch) if handle is None else selecting(handle, batch)
-        with cast, chosen as inputs:
-            return model(**inputs).loss
+        with cast:
+            return model(**batch).loss
 
     return step
 

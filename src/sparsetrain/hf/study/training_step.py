@@ -20,7 +20,6 @@ from sparsetrain.hf.model import models
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import calibration_batches
-from sparsetrain.hf.train.token_selection import selecting
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.runs.events import Report, silent
 from sparsetrain.surgery.apply import Handle, sparsify
@@ -68,9 +67,8 @@ class TrainingStep:
         self._next += 1
         device = next(iter(batch.values())).device.type
         context = torch.autocast(device, torch.bfloat16) if self.autocast else contextlib.nullcontext()
-        chosen = contextlib.nullcontext(batch) if self.handle is None else selecting(self.handle, batch)
-        with context, chosen as inputs:
-            return self.model(**inputs, use_cache=False).loss if self._caches else self.model(**inputs).loss
+        with context:
+            return self.model(**batch, use_cache=False).loss if self._caches else self.model(**batch).loss
 
     @property
     def _caches(self) -> bool:

@@ -24,7 +24,6 @@ from sparsetrain.hf.train.evaluate import Quality, evaluate
 from sparsetrain.hf.train.journal import EvalCallback, Journal, OrderedCollator, SavedCallback
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import first_batch
-from sparsetrain.hf.train.token_selection import select_tokens, selector_of
 from sparsetrain.measure.machine import describe_machine
 from sparsetrain.measure.memory import reset_peak, static_memory
 from sparsetrain.measure.report import build_report, write_report
@@ -139,8 +138,6 @@ def run(
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    if handle is not None and selector_of(handle) is not None:
-        select_tokens(trainer, handle)
     _train(trainer, parts, resumed)
     journal.peaks(parts.device)
     optimizer: Any = trainer.optimizer
