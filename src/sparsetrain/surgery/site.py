@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -59,6 +61,10 @@ class Site(nn.Module):
     def notes(self) -> list[str]:
         """What a user should know about this site on this machine."""
         return []
+
+    def refuses(self, arguments: Any) -> str | None:
+        """Why the site cannot be trained with a trainer's arguments, or None."""
+        return None
 
     def merge_error(self) -> str | None:
         """Why the site cannot become dense again with the same outputs, or None."""

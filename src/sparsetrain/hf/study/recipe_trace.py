@@ -25,14 +25,12 @@ from sparsetrain.hf.study.gpu_dropout import drop_as_on_a_gpu
 from sparsetrain.hf.study.hollow_model import convert_empty, fill, settle
 from sparsetrain.hf.study.thin_model import thin_out, trained_parameters, whole_memory
 from sparsetrain.hf.train.tasks import training_loss
-from sparsetrain.hf.train.token_selection import selecting
 from sparsetrain.planner.hollow import Hollow
 from sparsetrain.planner.memory import StaticBytes
 from sparsetrain.planner.outline import Outline
 from sparsetrain.planner.step_tracer import StepTrace, trace_step
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.tasks import task_of
-from sparsetrain.surgery.apply import Handle
 
 SHORTEST = 256
 
@@ -124,7 +122,7 @@ class _Built:
 
     def trace(self, tokens: int) -> StepTrace:
         batch = example_batch(self.recipe, self.config, tokens, rows=1)
-        step = training_step(self.model, self.handle, batch, self.cast, self.recipe.task)
+        step = training_step(self.model, batch, self.cast, self.recipe.task)
         trace = trace_step(self.model, step, self.hollow)
         blocks = [submodule(self.model, block.name) for block in describe(self.model).blocks]
         self.without_gradient = [
@@ -165,17 +163,14 @@ def _size(parameter: Tensor) -> int:
     return parameter.numel() * parameter.element_size()
 
 
-def training_step(
-    model: Any, handle: Handle | None, batch: dict[str, Tensor], autocast: bool, task: str = "lm"
-) -> Callable[[], Tensor]:
+def training_step(model: Any, batch: dict[str, Tensor], autocast: bool, task: str = "lm") -> Callable[[], Tensor]:
     """One forward as the Trainer runs it: loss out, everything else freed."""
 
     def step() -> Tensor:
         device = batch["input_ids"].device.type
         cast: AbstractContextManager[Any] = torch.autocast(device, torch.bfloat16) if autocast else nullcontext()
-        chosen = nullcontext(batch) if handle is None else selecting(handle, batch)
-        with cast, chosen as inputs:
-            return training_loss(model, inputs, task)
+        with cast:
+            return training_loss(model, batch, task)
 
     return step
 

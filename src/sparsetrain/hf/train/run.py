@@ -37,7 +37,6 @@ from sparsetrain.hf.train.stages import (
     spans,
 )
 from sparsetrain.hf.train.tasks import use_task_loss
-from sparsetrain.hf.train.token_selection import select_tokens, selector_of
 from sparsetrain.measure.machine import describe_machine
 from sparsetrain.measure.memory import reset_peak, static_memory
 from sparsetrain.measure.report import write_report
@@ -200,8 +199,6 @@ def _trainer(course: Course, span: Span, model: Any, handle: Handle | None) -> T
     )
     trainer.remove_callback(PrinterCallback)
     use_task_loss(trainer, course.recipe.task)
-    if handle is not None and selector_of(handle) is not None:
-        select_tokens(trainer, handle)
     return trainer
 
 
