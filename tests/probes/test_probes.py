@@ -99,7 +99,7 @@ assert perplexity["after_training"] < perplexity["dense"], perplexity
 assert result.trainable_parameters == sum(row["added_params"] for row in result.plan) > 0
 optimizer = result.run["static_bytes"]["optimizer_trainable"]
 assert optimizer < 9 * result.trainable_parameters + 1000, optimizer
-batch = dict(input_ids=torch.arange(4, 20)[None])
+batch = dict(input_ids=torch.arange(4, 18)[None])
 loaded, plain = load(recipe.output), AutoModelForCausalLM.from_pretrained(result.saved)
 assert loaded.handle.sites("toy_entries")
 torch.testing.assert_close(loaded.model(**batch).logits, plain.eval()(**batch).logits)

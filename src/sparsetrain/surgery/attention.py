@@ -101,6 +101,11 @@ def attention_names(anatomy: Anatomy) -> list[str]:
     return [] if anatomy.install_attention is None else [site.name for site in anatomy.attentions]
 
 
+def attention_claim(site: AttentionSite) -> tuple[str, ...]:
+    """What an edit of an attention owns."""
+    return (f"the attention function of {site.name}",)
+
+
 def refuse_attention(method: str, site: AttentionSite, anatomy: Anatomy) -> None:
     """Raise ValueError if a sparse attention cannot take a site: no way in, or attention dropout."""
     if anatomy.install_attention is None:

@@ -36,19 +36,23 @@ def edits_at(
     install: Callable[[nn.Module, dict[str, Tensor], Any, Any], tuple[Undo, Site | None]],
     *,
     cost: Callable[[Any, int], tuple[Cost, Cost]] = no_cost,
+    check: Callable[[Any], None] = lambda _place: None,
     claims: Callable[[Any], Iterable[str]] = lambda place: (place.name,),
     replaces: Callable[[Any], Iterable[str]] = lambda _place: (),
-    note: str = "",
+    blank: Callable[[Any], dict[str, Tensor]] | None = None,
+    note: Callable[[Any], str] = lambda _place: "",
 ) -> list[Edit]:
     """One edit at each of the places that the config takes; a place outside the blocks counts as layer 0.
 
     Args:
         install: (model, tensors of the site, config, place) -> undo, and the installed module if there is one.
         cost: (place, sequence length in tokens) -> (dense, after), per token.
-        claims, replaces: place -> what the edit owns, and the parameters that are gone after it.
+        check: raises ValueError for a place that is taken and cannot be.
+        claims, replaces, blank, note: place -> what `Edit` calls so.
     """
 
     def edit(place: Place) -> Edit:
+        check(place)
         return Edit(
             config=config,
             site=place.name,
@@ -57,7 +61,8 @@ def edits_at(
             replaces=frozenset(replaces(place)),
             cost=lambda tokens: cost(place, tokens),
             install=lambda model, tensors: install(model, tensors, config, place),
-            note=note,
+            blank=None if blank is None else lambda: blank(place),
+            note=note(place),
         )
 
     depth = max(1, len(anatomy.blocks))

@@ -34,7 +34,7 @@ class Entries(Site):
 
     def __init__(self, weight: Tensor, tensors: dict[str, Tensor], count: int) -> None:
         super().__init__()
-        self.rest = lambda: weight.detach()
+        self.rest = weight.detach
         smallest = weight.detach().abs().flatten().sort(stable=True).indices[:count].sort().values
         self.register_buffer("places", tensors.get("places", smallest), persistent=False)
         self.values = nn.Parameter(tensors.get("values", weight.detach().flatten()[self.places]).clone())
@@ -50,8 +50,6 @@ class Entries(Site):
 
 
 class TrainsEntries:
-    """Mixed into a linear."""
-
     def forward(self, x: Tensor) -> Tensor:
         linear: Any = self
         weight = linear.weight if linear.toy_entries.runs_dense else linear.toy_entries.written()
@@ -69,12 +67,12 @@ def install(model: nn.Module, tensors: dict[str, Tensor], config: ToyEntries, si
 
 
 def taken(anatomy: Anatomy) -> list[LinearSite]:
-    return [site for site in anatomy.linears if site.role in ("up", "gate", "down")]
+    return [s for s in anatomy.linears if s.role in ("up", "gate", "down")]
 
 
 def edits(config: ToyEntries, anatomy: Anatomy, model: nn.Module) -> list[Any]:
-    count = lambda site: int(config.ratio * site.in_features * site.out_features) * (config.ratio < 1)  # noqa: E731
-    cost = lambda site, _tokens: (Cost(), Cost(num_params=count(site)))  # noqa: E731
+    ratio = config.ratio * (config.ratio < 1)
+    cost = lambda s, _: (Cost(), Cost(num_params=int(ratio * s.in_features * s.out_features)))  # noqa: E731
     return edits_at(config, anatomy, taken(anatomy), install, cost=cost)
 
 

@@ -27,12 +27,11 @@ from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.checkpoints import check_output, checkpoints
 from sparsetrain.runs.events import Report as Tell
 from sparsetrain.runs.events import silent
-from sparsetrain.runs.layout import RESULT
+from sparsetrain.runs.layout import REPORT_VALUES, RESULT
 from sparsetrain.runs.manifest import MANIFEST, read_json
 from sparsetrain.runs.pictures import illustrate
 
 SIDES = ("sparse", "dense")
-REPORT = "report.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +134,8 @@ def _side_recipe(recipe: RunRecipe, side: str) -> RunRecipe:
 
 
 def _check_resumable(output: Path, recipes: dict[str, RunRecipe], finished: list[str]) -> None:
-    if (output / REPORT).is_file():
-        raise CheckpointError(f"{output} holds a finished comparison ({REPORT}). Choose another output.")
+    if (output / REPORT_VALUES).is_file():
+        raise CheckpointError(f"{output} holds a finished comparison ({REPORT_VALUES}). Choose another output.")
     if not finished and not any(recipe.resume for recipe in recipes.values()):
         raise CheckpointError(
             f"{output} holds no whole checkpoint of either side, so nothing can go on. Remove it, or choose another "

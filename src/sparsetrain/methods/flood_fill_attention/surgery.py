@@ -13,7 +13,8 @@ from sparsetrain.methods.flood_fill_attention.config import FloodFillAttention
 from sparsetrain.methods.flood_fill_attention.module import PROBE, FloodFillSparseAttention
 from sparsetrain.methods.flood_fill_attention.pictures import pictures
 from sparsetrain.methods.flood_fill_attention.schedule import AT_ONCE, SwitchSchedule, probe
-from sparsetrain.surgery.attention import attention_names, install_attention, refuse_attention
+from sparsetrain.surgery.attention import attention_claim, attention_names, install_attention, refuse_attention
+from sparsetrain.surgery.edits import edits_at
 from sparsetrain.surgery.method import Edit, Method, RowFacts, State, register_method
 from sparsetrain.surgery.site import Site
 
@@ -24,25 +25,17 @@ def edits(config: FloodFillAttention, anatomy: Anatomy, model: nn.Module) -> lis
     Raises:
         ValueError: attention dropout, or an adapter without a way into attention, so that it cannot be probed.
     """
-    found = []
-    for block in anatomy.blocks:
-        site = block.attention
-        if site is None or not config.takes(site.name, site.layer, len(anatomy.blocks)):
-            continue
-        refuse_attention("flood_fill_attention", site, anatomy)
-        found.append(
-            Edit(
-                config=config,
-                site=site.name,
-                layer=site.layer,
-                claims=frozenset({f"the attention function of {site.name}"}),
-                cost=lambda tokens, site=site: costs(config, site, tokens),
-                install=lambda m, t, site=site: install(m, t, config, site),
-                note=_note(config),
-                blank=lambda: blank(config),
-            )
-        )
-    return found
+    return edits_at(
+        config,
+        anatomy,
+        anatomy.attentions,
+        install,
+        check=lambda site: refuse_attention("flood_fill_attention", site, anatomy),
+        cost=lambda site, tokens: costs(config, site, tokens),
+        claims=attention_claim,
+        blank=lambda _site: blank(config),
+        note=lambda _site: _note(config),
+    )
 
 
 def _note(config: FloodFillAttention) -> str:

@@ -14,8 +14,16 @@ from sparsetrain.core.cost import Cost, attention_cost, mean_visible_keys
 from sparsetrain.methods.pq_attention.config import SUBSPACE, PQAttention
 from sparsetrain.methods.pq_attention.module import PQSparseAttention
 from sparsetrain.ops.product_quantization import fit_codebook
-from sparsetrain.surgery.attention import AttentionCall, attention_names, install_attention, refuse_attention, watching
+from sparsetrain.surgery.attention import (
+    AttentionCall,
+    attention_claim,
+    attention_names,
+    install_attention,
+    refuse_attention,
+    watching,
+)
 from sparsetrain.surgery.calibration import blocks_only
+from sparsetrain.surgery.edits import edits_at
 from sparsetrain.surgery.method import Edit, Method, State, register_method
 from sparsetrain.surgery.site import Site
 
@@ -29,25 +37,21 @@ def edits(config: PQAttention, anatomy: Anatomy, model: nn.Module) -> list[Edit]
     Raises:
         ValueError: a head width that cannot be cut into sub-spaces, attention dropout, or an adapter without attention.
     """
-    found = []
-    for block in anatomy.blocks:
-        site = block.attention
-        if site is None or not config.takes(site.name, site.layer, len(anatomy.blocks)):
-            continue
+
+    def check(site: AttentionSite) -> None:
         config.check_head(site.name, site.head_dim)
         refuse_attention("pq_attention", site, anatomy)
-        found.append(
-            Edit(
-                config=config,
-                site=site.name,
-                layer=site.layer,
-                claims=frozenset({f"the attention function of {site.name}"}),
-                cost=lambda tokens, site=site: costs(config, site, tokens),
-                install=lambda m, t, site=site: install(m, t, config, site),
-                note=_note(config),
-            )
-        )
-    return found
+
+    return edits_at(
+        config,
+        anatomy,
+        anatomy.attentions,
+        install,
+        check=check,
+        cost=lambda site, tokens: costs(config, site, tokens),
+        claims=attention_claim,
+        note=lambda _site: _note(config),
+    )
 
 
 def _note(config: PQAttention) -> str:

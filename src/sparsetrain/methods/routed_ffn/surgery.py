@@ -17,6 +17,7 @@ from sparsetrain.methods.routed_ffn.distillation import distill
 from sparsetrain.methods.routed_ffn.module import NotesPadding, Routed, Router, Routing
 from sparsetrain.methods.routed_ffn.permute import permute_units
 from sparsetrain.ops.routed_ffn import ACTIVATIONS
+from sparsetrain.surgery.edits import edits_at
 from sparsetrain.surgery.method import Edit, Method, Progress, State, register_method
 from sparsetrain.surgery.reclass import declass, reclass
 from sparsetrain.surgery.site import Site
@@ -28,41 +29,37 @@ def edits(config: RoutedFFN, anatomy: Anatomy, model: nn.Module) -> list[Edit]:
     Raises:
         ValueError: a mixture-of-experts FFN, an unknown activation, or sizes that do not divide.
     """
-    found = []
-    for block in anatomy.blocks:
-        site = block.ffn
-        if site is None or not config.takes(site.name, site.layer, len(anatomy.blocks)):
-            continue
-        if site.refused:
-            raise ValueError(f"routed_ffn cannot take {site.name}: {site.refused}. Leave it out with `targets`.")
-        if not site.bypass:
-            raise ValueError(
-                f"routed_ffn cannot take {site.name}: its activation is part of the module around {site.up}, and "
-                "routing needs one of its own. Leave it out with `targets`."
-            )
-        if site.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"routed_ffn cannot take {site.name}: activation {site.activation!r} is not one of "
-                f"{sorted(ACTIVATIONS)}."
-            )
-        config.split(site.ffn_size)
-        found.append(
-            Edit(
-                config=config,
-                site=site.name,
-                layer=site.layer,
-                claims=_claims(site),
-                cost=lambda _tokens, site=site: costs(config, site),
-                install=lambda m, t, site=site, block=block.name: install(m, t, config, site, block),
-                blank=(lambda site=site: blank(config, site)) if config.needs_calibration else None,
-                note=f"{config.num_active} of {config.num_blocks} blocks, β={config.active_ratio:.2f}",
-            )
+    blocks = {block.ffn.name: block.name for block in anatomy.blocks if block.ffn is not None}
+    return edits_at(
+        config,
+        anatomy,
+        anatomy.ffns,
+        lambda m, t, _config, site: install(m, t, config, site, blocks[site.name]),
+        check=lambda site: _check(config, site),
+        cost=lambda site, _tokens: costs(config, site),
+        claims=_claims,
+        blank=(lambda site: blank(config, site)) if config.needs_calibration else None,
+        note=lambda _site: f"{config.num_active} of {config.num_blocks} blocks, β={config.active_ratio:.2f}",
+    )
+
+
+def _check(config: RoutedFFN, site: FFNSite) -> None:
+    if site.refused:
+        raise ValueError(f"routed_ffn cannot take {site.name}: {site.refused}. Leave it out with `targets`.")
+    if not site.bypass:
+        raise ValueError(
+            f"routed_ffn cannot take {site.name}: its activation is part of the module around {site.up}, and routing "
+            "needs one of its own. Leave it out with `targets`."
         )
-    return found
+    if site.activation not in ACTIVATIONS:
+        raise ValueError(
+            f"routed_ffn cannot take {site.name}: activation {site.activation!r} is not one of {sorted(ACTIVATIONS)}."
+        )
+    config.split(site.ffn_size)
 
 
-def _claims(site: FFNSite) -> frozenset[str]:
-    return frozenset(f"{site.name}.{linear}" for linear in (site.up, site.gate, site.down) if linear)
+def _claims(site: FFNSite) -> list[str]:
+    return list(f"{site.name}.{linear}" for linear in (site.up, site.gate, site.down) if linear)
 
 
 def costs(config: RoutedFFN, site: FFNSite) -> tuple[Cost, Cost]:

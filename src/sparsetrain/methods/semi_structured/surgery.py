@@ -13,6 +13,7 @@ from sparsetrain.methods.semi_structured.config import SemiStructured
 from sparsetrain.methods.semi_structured.export import to_24
 from sparsetrain.methods.semi_structured.module import make_dense, make_sparse
 from sparsetrain.methods.semi_structured.schedule import Schedule24
+from sparsetrain.surgery.edits import edits_at
 from sparsetrain.surgery.method import Edit, Method, State, register_method
 from sparsetrain.surgery.site import Site
 
@@ -23,26 +24,24 @@ def edits(config: SemiStructured, anatomy: Anatomy, model: nn.Module) -> list[Ed
     Raises:
         ValueError: a mixture-of-experts FFN, or one of which no linear fits.
     """
-    found = []
-    for block in anatomy.blocks:
-        site = block.ffn
-        if site is None or not config.takes(site.name, site.layer, len(anatomy.blocks)):
-            continue
+
+    def names(site: FFNSite) -> list[str]:
+        return fitting(config, site)[0]
+
+    def check(site: FFNSite) -> None:
         if site.refused:
             raise ValueError(f"semi_structured cannot take {site.name}: {site.refused}. Leave it out with `targets`.")
-        names, left = fitting(config, site)
-        found.append(
-            Edit(
-                config=config,
-                site=site.name,
-                layer=site.layer,
-                claims=frozenset(f"{site.name}.{name}" for name in names),
-                cost=lambda _tokens, site=site, names=names: costs(config, site, names),
-                install=lambda m, t, site=site, names=names: install(m, t, config, site, names),
-                note=_note(config, model, site, left),
-            )
-        )
-    return found
+
+    return edits_at(
+        config,
+        anatomy,
+        anatomy.ffns,
+        lambda m, t, _config, site: install(m, t, config, site, names(site)),
+        check=check,
+        cost=lambda site, _tokens: costs(config, site, names(site)),
+        claims=lambda site: (f"{site.name}.{name}" for name in names(site)),
+        note=lambda site: _note(config, model, site, fitting(config, site)[1]),
+    )
 
 
 def fitting(config: SemiStructured, site: FFNSite) -> tuple[list[str], list[str]]:
