@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ def edits_at(
             replaces=frozenset(replaces(place)),
             cost=lambda tokens: cost(place, tokens),
             install=lambda model, tensors: install(model, tensors, config, place),
-            blank=None if blank is None else lambda: blank(place),
+            blank=None if blank is None else partial(blank, place),
             note=note(place),
         )
 

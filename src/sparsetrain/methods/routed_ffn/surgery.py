@@ -59,7 +59,7 @@ def _check(config: RoutedFFN, site: FFNSite) -> None:
 
 
 def _claims(site: FFNSite) -> list[str]:
-    return list(f"{site.name}.{linear}" for linear in (site.up, site.gate, site.down) if linear)
+    return [f"{site.name}.{linear}" for linear in (site.up, site.gate, site.down) if linear]
 
 
 def costs(config: RoutedFFN, site: FFNSite) -> tuple[Cost, Cost]:
