@@ -8,19 +8,17 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from sparsetrain.data.collate import IGNORED_LABEL, Collator, check_length
+from sparsetrain.data.files import Row, text_of
+from sparsetrain.data.split import divide
 from sparsetrain.hf.data.bundle import (
-    IGNORED_LABEL,
-    Collator,
     DataBundle,
     Progress,
     beginning_ids,
-    check_length,
     end_id,
     padding_id,
 )
-from sparsetrain.hf.data.files import Row, text_of
-from sparsetrain.hf.data.sources import HubChoice, Source, source_name
-from sparsetrain.hf.data.split import EvalChoice, divide, load_sides
+from sparsetrain.hf.data.sources import EvalChoice, HubChoice, Source, load_sides, source_name
 
 Message = dict[str, str]
 

@@ -8,10 +8,11 @@ from typing import Any
 from datasets import Dataset
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from sparsetrain.hf.data.bundle import Collator, DataBundle, Progress, check_length, padding_id
-from sparsetrain.hf.data.files import Row, field_of, text_of
-from sparsetrain.hf.data.sources import HubChoice, Source, source_name
-from sparsetrain.hf.data.split import EvalChoice, divide, load_sides
+from sparsetrain.data.collate import Collator, check_length
+from sparsetrain.data.files import Row, field_of, text_of
+from sparsetrain.data.split import divide
+from sparsetrain.hf.data.bundle import DataBundle, Progress, padding_id
+from sparsetrain.hf.data.sources import EvalChoice, HubChoice, Source, load_sides, source_name
 
 _BATCH_ROWS = 1000
 

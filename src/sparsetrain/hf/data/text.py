@@ -21,18 +21,17 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from sparsetrain.data.collate import IGNORED_LABEL, Collator, check_length
+from sparsetrain.data.documents import Documents
+from sparsetrain.data.split import check_ratio
 from sparsetrain.hf.data.bundle import (
-    IGNORED_LABEL,
-    Collator,
     DataBundle,
     Progress,
     beginning_ids,
-    check_length,
     end_id,
     padding_id,
 )
-from sparsetrain.hf.data.sources import Documents, HubChoice, Source, load_documents, source_name
-from sparsetrain.hf.data.split import EvalChoice, check_ratio
+from sparsetrain.hf.data.sources import EvalChoice, HubChoice, Source, load_documents, source_name
 
 # Characters tokenised in one call: enough to keep the tokenizer busy, few enough to stop early.
 _BATCH_CHARS = 1 << 20
