@@ -23,6 +23,7 @@ def stdlib_documents(root: Path) -> Documents:
 
 
 def movie_rows(folder: Path) -> list[Row]:
+    """Film reviews, without their HTML line breaks."""
     rows = read_rows(folder / "reviews.csv")
     return [({**row, "text": row["text"].replace("<br />", "\n").strip()}, origin) for row, origin in rows]
 
