@@ -72,7 +72,7 @@ def packed_rows(
         columns_t = np.arange(seq_len, dtype=np.int32)
         rows["position_ids"] = columns_t - np.maximum.accumulate(np.where(starts_rt, columns_t, 0), axis=1)
     counts[f"{side}_documents"] = int(tokens.starts_n.sum())
-    counts[f"{side}packed_rows"] = num_rows
+    counts[f"{side}_rows"] = num_rows
     counts[f"{side}_tokens"] = kept
     counts[f"{side}_tokens_left_over"] = left_over
     return rows
