@@ -90,7 +90,7 @@ def measure(model: str, way: str, tokens: int) -> dict[str, Any]:
         recompute(network)
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-5, fused=True)
     batch = example_batch(recipe, config, tokens, rows=1)
-    step = training_step(network, handle, batch, False)
+    step = training_step(network, batch, False)
 
     def train() -> None:
         step().backward()

@@ -103,7 +103,7 @@ def build(recipe: Any, config: Any) -> tuple[Any, Any]:
         recompute(network)
     batch = example_batch(recipe, config, recipe.seq_len, rows=1)
     on_gpu = {name: tensor.cuda() for name, tensor in batch.items()}
-    return network, training_step(network, handle, on_gpu, recipe.trains_all)
+    return network, training_step(network, on_gpu, recipe.trains_all)
 
 
 def measure(recipe: Any, config: Any, steps: int = 3) -> dict[str, Any]:

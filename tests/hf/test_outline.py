@@ -80,7 +80,7 @@ def real(asked: Recipe, config: Any) -> tuple[nn.Module, Any]:
     model.train()
     if asked.gradient_checkpointing != "none":
         recompute(model)
-    return model, training_step(model, handle, example_batch(asked, config, asked.seq_len, rows=1), False)
+    return model, training_step(model, example_batch(asked, config, asked.seq_len, rows=1), False)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -49,7 +49,7 @@ weights = sum(p.numel() * p.element_size() for p in model.parameters())
 # (interpreter, libraries, what loading left) is not the plan's.
 allowed = int(data.split()[1]) * 1024 - weights + limit
 resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
-step = training_step(model, handle, example_batch(recipe, model.config, recipe.seq_len, rows=1), False)
+step = training_step(model, example_batch(recipe, model.config, recipe.seq_len, rows=1), False)
 for _ in range(2):
     loss = step()
     loss.backward()

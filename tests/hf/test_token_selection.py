@@ -18,13 +18,13 @@ from transformers import BertForMaskedLM, DistilBertForMaskedLM, LlamaConfig, Ll
 import sparsetrain
 from sparsetrain import TokenSelection
 from sparsetrain.hf.train.finetune import Result, finetune
-from sparsetrain.hf.train.token_scores import token_scores
-from sparsetrain.hf.train.token_selection import select_tokens, selecting, selector_of
+from sparsetrain.methods.token_selection.scores import token_scores
 from tests.families import FAMILIES
 from tests.hf import runs
 from tests.hf.test_checkpoint import StopAt
 from tests.hf.test_finetune import labelled
 from tests.hf.test_trl import tokenizer
+from tests.methods.test_token_selection import selector_of
 
 TOKENS = {"method": "token_selection", "keep_ratio": 0.3}
 
@@ -102,7 +102,7 @@ def test_sparse_context_and_selected_tokens_train_together(tmp_path: Path) -> No
 def test_trl_trains_on_the_selected_targets(packing: bool, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     model = FAMILIES["llama"].model()
-    handle = sparsetrain.sparsify(model, TokenSelection())
+    sparsetrain.sparsify(model, TokenSelection())
     rows = [" ".join(f"w{3 + (i * j) % 57}" for j in range(1, 40 + 7 * i)) for i in range(1, 9)]
     options: Any = {"max_length": 96, "report_to": [], "use_cpu": True, "logging_steps": 1, "learning_rate": 1e-3}
     trainer = trl.SFTTrainer(
@@ -114,13 +114,12 @@ def test_trl_trains_on_the_selected_targets(packing: bool, tmp_path: Path) -> No
         processing_class=tokenizer(),
         peft_config=LoraConfig(r=2, target_modules="all-linear"),
     )
-    select_tokens(trainer, handle)
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
     trainer.model_accepts_loss_kwargs = True
     found = trainer.compute_loss(trainer.model, dict(batch))
-    selector = selector_of(handle)
-    assert selector is not None and selector.rows is not None
+    selector = selector_of(model)
+    assert selector.rows is not None
     here = selector.rows.selected_bt
     trainer.model.eval()
     logits = trainer.model(**{n: x for n, x in batch.items() if n != "labels"}, use_cache=False).logits
@@ -138,12 +137,11 @@ def test_masked_language_models_lose_on_the_selected_targets(kind: str) -> None:
     model: Any = {"bert": BertForMaskedLM, "distilbert": DistilBertForMaskedLM}[kind](config)
     batch = FAMILIES["bert"].batch()
     labels = batch["input_ids"].where(torch.rand(2, 100) < 0.3, torch.tensor(-100))
-    handle = sparsetrain.sparsify(model.train(), TokenSelection(keep_ratio=0.4))
-    with selecting(handle, batch | {"labels": labels}) as chosen:
-        loss = model(**chosen).loss
+    sparsetrain.sparsify(model.train(), TokenSelection(keep_ratio=0.4))
+    loss = model(**batch, labels=labels).loss
     loss.backward()
-    selector = selector_of(handle)
-    assert selector is not None and selector.rows is not None
+    selector = selector_of(model)
+    assert selector.rows is not None
     here = selector.rows.selected_bt
     with torch.no_grad():
         logits = model.eval()(**batch).logits
@@ -155,7 +153,7 @@ def test_a_pooled_mean_is_exact_and_only_selected_tokens_carry_its_gradient() ->
     case = FAMILIES["bert"]
     model, batch = case.model(), case.batch()
     expected = model.bert(**batch).last_hidden_state.mean(1)
-    handle = sparsetrain.sparsify(model.train(), TokenSelection())
+    sparsetrain.sparsify(model.train(), TokenSelection())
     hidden = model.bert(**batch).last_hidden_state
     hidden.retain_grad()
     torch.testing.assert_close(hidden.mean(1), expected)
@@ -163,8 +161,8 @@ def test_a_pooled_mean_is_exact_and_only_selected_tokens_carry_its_gradient() ->
     block = model.bert.encoder.layer[1]
     block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]) or args[0].retain_grad())
     model.bert(**batch).last_hidden_state.mean(1).square().sum().backward()
-    selector = selector_of(handle)
-    assert selector is not None and selector.rows is not None and inputs[0].grad is not None
+    selector = selector_of(model)
+    assert selector.rows is not None and inputs[0].grad is not None
     assert torch.equal(inputs[0].grad.abs().sum(-1) > 0, selector.rows.selected_bt)
 
 
@@ -176,7 +174,9 @@ def test_scores_are_the_losses_and_the_gradient_norms_of_the_head(family: str) -
     labels[:, :5] = -100
     head = model.get_output_embeddings()
     full = batch | {"labels": labels}
-    scores = {policy: token_scores(model, full, policy, causal=True) for policy in ("loss", "gradient_norm")}
+    handle = sparsetrain.sparsify(model, TokenSelection())
+    scores = {policy: token_scores(model, full, policy) for policy in ("loss", "gradient_norm")}
+    handle.restore()
     assert model.training and "forward" not in vars(head)
     weight = head.weight.detach().clone().requires_grad_()
     noted: list[torch.Tensor] = []
@@ -194,20 +194,17 @@ def test_scores_are_the_losses_and_the_gradient_norms_of_the_head(family: str) -
 def test_what_a_policy_cannot_do_is_said() -> None:
     bert = FAMILIES["bert"]
     model = bert.model().train()
-    handle = sparsetrain.sparsify(model, TokenSelection(policy="loss"))
-    with (
-        pytest.raises(ValueError, match="one label a row"),
-        selecting(handle, bert.batch() | {"labels": torch.ones(2)}),
-    ):
-        pass
+    sparsetrain.sparsify(model, TokenSelection(policy="loss"))
+    with pytest.raises(ValueError, match="one label a row"):
+        model(**bert.batch(), labels=torch.ones(2).long())
     llama = FAMILIES["llama"]
     model, batch = llama.model().train(), llama.batch()
-    handle = sparsetrain.sparsify(model, TokenSelection(unbiased=True))
-    with (
-        pytest.raises(ValueError, match="unbiased"),
-        selecting(handle, batch | {"labels": batch["input_ids"]}) as chosen,
-    ):
-        F.cross_entropy(model.model(input_ids=chosen["input_ids"]).last_hidden_state[0], torch.zeros(100).long())
+    sparsetrain.sparsify(model, TokenSelection(unbiased=True))
+    with pytest.raises(ValueError, match="unbiased"):
+        model.model(**batch)
+    with pytest.raises(ValueError, match="unbiased"):
+        model(**batch)
+    assert torch.isfinite(model(**batch, labels=batch["input_ids"]).loss)
 
 
 def test_four_bit_weights() -> None:
@@ -228,11 +225,10 @@ def test_four_bit_weights() -> None:
                 new = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=False, compute_dtype=torch.float32)
                 new.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False)
                 setattr(block.mlp, name, new.to("cpu"))
-        handle = sparsetrain.sparsify(model, TokenSelection(keep_ratio=ratio))
+        sparsetrain.sparsify(model, TokenSelection(keep_ratio=ratio))
         torch.manual_seed(0)
         lora = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).train()
-        with selecting(handle, batch | {"labels": batch["input_ids"]}) as chosen:
-            loss = lora(**chosen).loss
+        loss = lora(**batch, labels=batch["input_ids"]).loss
         loss.backward()
         results.append(lora)
         assert any(p.grad is not None and p.grad.any() for p in lora.parameters())

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch.nn import functional as F
 
 import sparsetrain
-from sparsetrain.hf.train.token_selection import select_tokens, selecting
 from sparsetrain.methods.token_selection import TokenSelection
 from sparsetrain.methods.token_selection.policies import Batch, draw
 from tests.families import FAMILIES
@@ -24,8 +21,7 @@ def test_the_loss_of_selected_targets_equals_that_of_masked_labels(family: str, 
     handle = sparsetrain.sparsify(model, TokenSelection())
     labels = batch["input_ids"].clone()
     labels[:, :prompt] = -100
-    with selecting(handle, batch | {"labels": labels}) as chosen:
-        loss = model(**chosen).loss
+    loss = model(**batch, labels=labels).loss
     loss.backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     rows = selector_of(model).rows
@@ -48,24 +44,14 @@ def test_a_batch_without_targets_has_zero_loss_and_evaluation_sees_all_labels() 
     case = FAMILIES["llama"]
     model, batch = case.model().train(), case.batch()
     handle = sparsetrain.sparsify(model, TokenSelection())
-    with selecting(handle, batch | {"labels": torch.full_like(batch["input_ids"], -100)}) as chosen:
-        loss = model(**chosen).loss
+    loss = model(**batch, labels=torch.full_like(batch["input_ids"], -100)).loss
     loss.backward()
     assert loss == 0 and not any(p.grad is not None and p.grad.any() for p in model.parameters())
     model.eval()
     labelled = batch | {"labels": batch["input_ids"]}
-    with torch.no_grad(), selecting(handle, labelled) as chosen:
-        assert model(**chosen).loss == model(**labelled).loss
-
-
-class _Trainer:
-    """What `select_tokens` needs of a Trainer."""
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
-        return model(**inputs, **extra).loss
+    found = model(**labelled).loss
+    handle.restore()
+    assert found == model(**labelled).loss
 
 
 def test_accumulated_micro_batches_weigh_as_their_targets() -> None:
@@ -73,14 +59,12 @@ def test_accumulated_micro_batches_weigh_as_their_targets() -> None:
     model, batch = case.model().train(), case.batch(2)
     labels = batch["input_ids"].clone()
     labels[0, :60] = -100
-    handle = sparsetrain.sparsify(model, TokenSelection(pool="targets", keep_ratio=0.2))
-    trainer = _Trainer()
-    select_tokens(trainer, handle)
+    sparsetrain.sparsify(model, TokenSelection(pool="targets", keep_ratio=0.2))
     losses, counts = [], []
     for i in range(2):
         one = {n: x[i : i + 1] for n, x in batch.items()} | {"labels": labels[i : i + 1]}
-        losses.append(trainer.compute_loss(model, one, num_items_in_batch=torch.tensor(139)))
-        counts.append(trainer.compute_loss(model, one))
+        losses.append(model(**one, num_items_in_batch=torch.tensor(139)).loss)
+        counts.append(model(**one).loss)
     assert [round(139 * float(a.detach() / m.detach())) for a, m in zip(losses, counts)] == [40, 99]
 
 

@@ -81,3 +81,30 @@ def test_only_chosen_entries_move_under_adamw_with_decay() -> None:
     )
     out = python("-c", code)
     assert out.returncode == 0, out.stderr[-3000:]
+
+
+def test_a_run_trains_the_chosen_values_alone_and_saves_them_written_in(tmp_path: Path) -> None:
+    code = f"""
+import torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+from sparsetrain.hf.model.io import load
+from sparsetrain.hf.train.finetune import finetune
+from tests.hf import runs
+recipe = runs.recipe(Path({str(tmp_path)!r}), methods=["toy_entries:ratio=0.1"], lora_r=None)
+assert recipe.lora_r == 0 and not recipe.trains_all
+result = finetune(recipe, write=False)
+perplexity = result.run["perplexity"]
+assert perplexity["after_training"] < perplexity["dense"], perplexity
+assert result.trainable_parameters == sum(row["added_params"] for row in result.plan) > 0
+optimizer = result.run["static_bytes"]["optimizer_trainable"]
+assert optimizer < 9 * result.trainable_parameters + 1000, optimizer
+batch = dict(input_ids=torch.arange(4, 20)[None])
+loaded, plain = load(recipe.output), AutoModelForCausalLM.from_pretrained(result.saved)
+assert loaded.handle.sites("toy_entries")
+torch.testing.assert_close(loaded.model(**batch).logits, plain.eval()(**batch).logits)
+dense = AutoModelForCausalLM.from_pretrained(Path({str(tmp_path)!r}) / "model")
+assert not torch.allclose(dense(**batch).logits, plain(**batch).logits)
+"""
+    out = python("-c", code)
+    assert out.returncode == 0, out.stderr[-3000:]

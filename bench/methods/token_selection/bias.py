@@ -36,13 +36,12 @@ class Trainee:
 
         from sparsetrain.hf.assets import resolve_data, resolve_model
         from sparsetrain.hf.data import load_text
-        from sparsetrain.hf.train.token_selection import selector_of
 
         path = resolve_model("smollm2-135m")
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
         model.config.use_cache = False
         self.handle = sparsify(model, TokenSelection())
-        self.selector: Any = selector_of(self.handle)
+        self.selector: Any = next(iter(self.handle.sites("token_selection").values())).selector
         torch.manual_seed(0)
         self.model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear")).train()
         for name, parameter in self.model.named_parameters():
@@ -52,12 +51,9 @@ class Trainee:
         self.batch = rows.collate_fn([rows.train[i] for i in range(2)])
 
     def gradient(self, config: TokenSelection, step: int) -> Tensor:
-        from sparsetrain.hf.train.token_selection import selecting
-
         self.selector.config, self.selector.step = config, step
         self.model.zero_grad(set_to_none=True)
-        with selecting(self.handle, self.batch) as chosen:
-            self.model(**chosen).loss.backward()
+        self.model(**self.batch).loss.backward()
         return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
 
 

@@ -38,7 +38,6 @@ class Trainee:
         from transformers import AutoModelForCausalLM
 
         from sparsetrain.hf.assets import resolve_model
-        from sparsetrain.hf.train.token_selection import selector_of
 
         model: Any = AutoModelForCausalLM.from_pretrained(
             resolve_model("smollm2-135m"), dtype=torch.float32, attn_implementation="sdpa"
@@ -48,7 +47,7 @@ class Trainee:
             model.config.num_hidden_layers = layers
         model.config.use_cache = False
         self.handle = sparsify(model, TokenSelection())
-        self.selector: Any = selector_of(self.handle)
+        self.selector: Any = next(iter(self.handle.sites("token_selection").values())).selector
         self.base = model
         self.model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear")).train()
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -58,14 +57,11 @@ class Trainee:
         self.batch = {"input_ids": ids, "labels": ids}
 
     def loss(self, ratio: float, plain_head: bool = False, policy: str = "random") -> Tensor:
-        from sparsetrain.hf.train.token_selection import selecting
-
         self.selector.config = replace(self.selector.config, keep_ratio=ratio, policy=policy)
         if plain_head:
-            self.selector.prepare(self.batch)
-            return self.model(**self.batch).loss
-        with selecting(self.handle, self.batch) as chosen:
-            return self.model(**chosen).loss
+            logits = self.model(input_ids=self.batch["input_ids"]).logits
+            return self.base.loss_function(logits, self.batch["labels"], self.base.config.vocab_size)
+        return self.model(**self.batch).loss
 
     def step(self, ratio: float, checkpointing: bool = False, plain_head: bool = False, policy: str = "random") -> None:
         self.recompute(checkpointing)

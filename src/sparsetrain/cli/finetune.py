@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +20,27 @@ DryRun = Annotated[
 def finetune(
     recipe: RecipeFile = None, dry_run: DryRun = False, json: Json = False, debug: Debug = False, **flags: Any
 ) -> Answer:
+    """Fine-tune a pretrained model with sparse attention and routed FFNs, on LoRA or on all weights.
+
+    Converts the model, trains it, and writes the adapter, checkpoints, the recipe and report.html into --output, with
+    the perplexity before, after conversion and after training. Killed at any moment, it goes on with --resume.
+
+    \b
+    Examples:
+      sparsetrain finetune --model smollm2-135m --data python-stdlib --steps 100
+      sparsetrain finetune --model smollm2-135m --data notes.jsonl --task sft --epochs 2
+      sparsetrain finetune --model minilm --data reviews.csv --task classify --preset dense
+      sparsetrain finetune --model ./llama --data '*.txt' --method routed_ffn:num_blocks=8
+      sparsetrain finetune --recipe run.yaml --seed 1 --output runs/seed1
+
+    METHODS
+
+    A recipe file has one line a flag, spelled with underscores ([cyan]seq_len: 2048[/]); a run writes its own as
+    recipe.yaml.
+
+    [bold]When not to use it[/]: if sequences are short and dense LoRA fits and is fast enough. --compare dense measures
+    that on your model, data and machine.
+    """
     from sparsetrain.recipes.finetune import Recipe
 
     given = changes(flags)
@@ -31,27 +53,7 @@ def finetune(
         return _trained(asked, tell)
 
 
-finetune.__doc__ = f"""Fine-tune a pretrained model with sparse attention and routed FFNs, on LoRA or on all weights.
-
-Converts the model, trains it, and writes the adapter, checkpoints, the recipe and report.html into --output, with the
-perplexity before, after conversion and after training. Killed at any moment, it goes on with --resume.
-
-\b
-Examples:
-  sparsetrain finetune --model smollm2-135m --data python-stdlib --steps 100
-  sparsetrain finetune --model smollm2-135m --data notes.jsonl --task sft --epochs 2
-  sparsetrain finetune --model minilm --data reviews.csv --task classify --preset dense
-  sparsetrain finetune --model ./llama --data '*.txt' --method routed_ffn:num_blocks=8
-  sparsetrain finetune --recipe run.yaml --seed 1 --output runs/seed1
-
-{METHODS_HELP}
-
-A recipe file has one line a flag, spelled with underscores ([cyan]seq_len: 2048[/]); a run writes its own as
-recipe.yaml.
-
-[bold]When not to use it[/]: if sequences are short and dense LoRA fits and is fast enough. --compare dense measures
-that on your model, data and machine.
-"""
+finetune.__doc__ = inspect.cleandoc(finetune.__doc__ or "").replace("METHODS", METHODS_HELP)
 
 
 def _trained(recipe: Any, tell: Any) -> Answer:

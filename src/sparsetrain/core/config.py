@@ -35,6 +35,8 @@ class MethodConfig:
     """The operations (folders of `sparsetrain.ops`) that the method's modules call, for a plan that imports none."""
     own_dropout: ClassVar[bool] = False
     """Does the method draw the dropout masks of the blocks itself, in bytes, as a GPU's kernels do?"""
+    trains_own: ClassVar[bool] = False
+    """Is what the method adds all that a run trains? Then there is no LoRA unless it is asked for."""
     targets: tuple[str, ...] = ("*",)
     layers: tuple[int, ...] | None = None
     from_depth: float = 0.0

@@ -35,7 +35,9 @@ class Preview:
     def lines(self) -> list[str]:
         """What a person reads."""
         share = self.trainable_parameters / self.parameters
-        how = "all weights" if self.recipe.trains_all else f"LoRA of rank {getattr(self.recipe, 'lora_r', 0)}"
+        how = "all weights" if self.recipe.trains_all else "what the method adds"
+        if rank := getattr(self.recipe, "lora_r", 0):
+            how = f"LoRA of rank {rank}"
         begin = "" if self.resume_step is None else f", from step {self.resume_step}"
         return [
             f"Model   {self.recipe.model}: {self.parameters:,} parameters, {self.weight_bytes / 2**20:,.0f} MiB",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from sparsetrain.core.config import MethodConfig, registered_methods
+from sparsetrain.recipes.entries import read_methods
 from sparsetrain.recipes.presets import DEFAULT_PRESET, PRESETS
 from sparsetrain.recipes.run import RunRecipe
 
@@ -31,7 +32,8 @@ class Recipe(RunRecipe):
     lr: float = Field(2e-4, gt=0, le=10)
     """Peak learning rate. LoRA: about 2e-4. Full fine-tuning: about 2e-5."""
     lora_r: int = Field(16, ge=0)
-    """Rank of the LoRA factors; 0 trains all weights instead (full fine-tuning)."""
+    """Rank of the LoRA factors; 0 trains all weights instead (full fine-tuning), or what a method adds, if it says that
+    it trains nothing else."""
     lora_alpha: float = Field(16.0, gt=0)
     """LoRA's update is scaled by lora_alpha / lora_r."""
     lora_targets: Literal["all-linear"] | list[str] = "all-linear"
@@ -58,6 +60,14 @@ class Recipe(RunRecipe):
             )
         return self
 
+    @classmethod
+    def _expanded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        values = super()._expanded(values)
+        methods = read_methods(values.get("methods", ()))
+        if values.get("lora_r") is None and any(config.trains_own for config in methods):
+            values["lora_r"] = 0
+        return values
+
     @property
     def trains_all(self) -> bool:
-        return self.lora_r == 0
+        return self.lora_r == 0 and not self.trains_own

@@ -72,6 +72,8 @@ class PretrainRecipe(RunRecipe):
 
     @model_validator(mode="after")
     def _schedule(self) -> Self:
+        if own := [config.method for config in self.configs if config.trains_own]:
+            raise ValueError(f"{own[0]} trains what it adds and no weight, so random weights would stay. Use finetune.")
         if self.min_lr_ratio and self.lr_schedule != "cosine":
             raise ValueError(f"min_lr_ratio={self.min_lr_ratio} goes with lr_schedule=cosine, not {self.lr_schedule}.")
         return self

@@ -99,7 +99,11 @@ class RunRecipe(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _expand(cls, values: Any) -> Any:
-        values = dict(values)
+        return cls._expanded(dict(values))
+
+    @classmethod
+    def _expanded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The values with preset and defaults filled in."""
         known = [*cls.model_fields, *(["preset"] if cls.presets else [])]
         preset = values.pop("preset", None)
         for key in [*values, *(["preset"] if preset is not None else [])]:
@@ -149,8 +153,13 @@ class RunRecipe(BaseModel):
 
     @property
     def trains_all(self) -> bool:
-        """All weights are trained, rather than an adapter."""
+        """All weights are trained, rather than an adapter or what a method adds."""
         return True
+
+    @property
+    def trains_own(self) -> bool:
+        """What a method adds is trained, and no weight of the model."""
+        return any(config.trains_own for config in self.configs)
 
     @property
     def configs(self) -> tuple[MethodConfig, ...]:

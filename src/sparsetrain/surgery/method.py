@@ -191,6 +191,7 @@ class Method:
     after_adapter: (model with its adapter, batches, steps, lr, progress): a stage between conversion and training.
     exports: format -> (handle) -> the plain model with what was trained written into its weights.
     merge_adapter_error: (config, linears of one edit that carry LoRA) -> why folding it in would change outputs.
+    measure: (handle, model, batch, `measure.memory.saved_activations`) -> lines for the report, when training begins.
     pictures: the method's part of a saved state, by site -> pictures for the report; None: nothing to show (yet).
     """
 
@@ -206,6 +207,7 @@ class Method:
     after_adapter: Callable[[nn.Module, Iterable[Batch], int, float, Progress], None] | None = None
     exports: Mapping[str, Callable[[Any], nn.Module]] = field(default_factory=dict)
     merge_adapter_error: Callable[[Any, list[str]], str | None] = lambda _config, _linears: None
+    measure: Callable[[Any, nn.Module, Batch, Callable[..., Any]], list[str]] | None = None
     pictures: Callable[[State], Gallery | None] | None = None
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, wraps
 from types import MethodType
 from typing import Any
 
@@ -11,9 +11,16 @@ from torch import nn
 
 
 @cache
-def _subclass(mixin: type, dense: type) -> type:
+def _subclass(mixin: Any, dense: Any) -> type:
     name = f"{mixin.__name__}{dense.__name__}"
-    return type(name, (mixin, dense), {"__module__": mixin.__module__, "mixin": mixin, "dense_class": dense})
+    own: Any = mixin.forward
+
+    @wraps(dense.forward)  # its signature: the next mixin, and libraries, look there for a module's arguments
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(self, *args, **kwargs)
+
+    about = {"__module__": mixin.__module__, "mixin": mixin, "dense_class": dense}
+    return type(name, (mixin, dense), {**about, "forward": forward})
 
 
 def reclass(module: nn.Module, mixin: type) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -44,7 +46,8 @@ class Site(nn.Module):
         return {}
 
     def dense_weights(self) -> dict[str, Tensor] | None:
-        """Of an edit that replaces weights: the dense weights that it stands for, by name relative to the site."""
+        """Weights that the site stands for, where the model's own are not what is computed with: by name, relative to
+        the edit's site. A saved model holds them, so that it loads plainly."""
         return None
 
     def held_tensors(self) -> list[Tensor]:
@@ -58,6 +61,10 @@ class Site(nn.Module):
     def notes(self) -> list[str]:
         """What a user should know about this site on this machine."""
         return []
+
+    def refuses(self, arguments: Any) -> str | None:
+        """Why the site cannot be trained with a trainer's arguments, or None."""
+        return None
 
     def merge_error(self) -> str | None:
         """Why the site cannot become dense again with the same outputs, or None."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from sparsetrain.core.anatomy import Anatomy, LinearSite, Undo, submodule
+from sparsetrain.core.anatomy import Anatomy, LinearSite, submodule
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.core.cost import Cost
 from sparsetrain.surgery.edits import edits_at, equip, nothing_to_do
@@ -34,12 +34,19 @@ class Entries(Site):
 
     def __init__(self, weight: Tensor, tensors: dict[str, Tensor], count: int) -> None:
         super().__init__()
+        self.rest = lambda: weight.detach()
         smallest = weight.detach().abs().flatten().sort(stable=True).indices[:count].sort().values
         self.register_buffer("places", tensors.get("places", smallest), persistent=False)
         self.values = nn.Parameter(tensors.get("values", weight.detach().flatten()[self.places]).clone())
 
+    def written(self) -> Tensor:
+        return self.rest().flatten().scatter(0, self.places, self.values).view_as(self.rest())
+
     def tensors(self) -> dict[str, Tensor]:
         return {"places": self.places, "values": self.values.detach()}
+
+    def dense_weights(self) -> dict[str, Tensor]:
+        return {"weight": self.written().detach()}
 
 
 class TrainsEntries:
@@ -47,9 +54,7 @@ class TrainsEntries:
 
     def forward(self, x: Tensor) -> Tensor:
         linear: Any = self
-        own, weight = linear.toy_entries, linear.weight.detach()
-        if not own.runs_dense:
-            weight = weight.flatten().scatter(0, own.places, own.values).view_as(weight)
+        weight = linear.weight if linear.toy_entries.runs_dense else linear.toy_entries.written()
         return dense_forward(TrainsEntries, View(linear, {"weight": weight}), x)
 
 
@@ -60,8 +65,7 @@ def install(model: nn.Module, tensors: dict[str, Tensor], config: ToyEntries, si
     trained, count = linear.weight.requires_grad, int(config.ratio * linear.weight.numel())
     undo, entries = equip(linear, "toy_entries", Entries(linear.weight, tensors, count), TrainsEntries)
     linear.weight.requires_grad_(False)
-    undos: list[Undo] = [undo, lambda: linear.weight.requires_grad_(trained)]
-    return lambda: [each() for each in undos], entries
+    return lambda: [undo(), linear.weight.requires_grad_(trained)], entries
 
 
 def taken(anatomy: Anatomy) -> list[LinearSite]:
@@ -69,9 +73,8 @@ def taken(anatomy: Anatomy) -> list[LinearSite]:
 
 
 def edits(config: ToyEntries, anatomy: Anatomy, model: nn.Module) -> list[Any]:
-    def cost(site: LinearSite, _tokens: int) -> tuple[Cost, Cost]:
-        return Cost(), Cost(num_params=int(config.ratio * site.in_features * site.out_features) * (config.ratio < 1))
-
+    count = lambda site: int(config.ratio * site.in_features * site.out_features) * (config.ratio < 1)  # noqa: E731
+    cost = lambda site, _tokens: (Cost(), Cost(num_params=count(site)))  # noqa: E731
     return edits_at(config, anatomy, taken(anatomy), install, cost=cost)
 
 

@@ -47,7 +47,8 @@ class LowRank(Site):
 
     def dense_weights(self) -> dict[str, Tensor]:
         weight = (self.b @ self.a).detach()
-        return {"weight": weight.t().contiguous() if self.transposed else weight}
+        bias = {} if self.bias is None else {"bias": self.bias.detach()}
+        return {"weight": weight.t().contiguous() if self.transposed else weight, **bias}
 
     def merge_error(self) -> str:
         return "its dense weights were replaced by factors"

@@ -254,13 +254,16 @@ def _final_folder(path: Path) -> Path:
 
 
 def _dense_state(model: nn.Module, handle: Handle | None) -> dict[str, Any]:
-    """The state dict without the parameters that a method added: what plain transformers expects."""
+    """The state dict that plain transformers expects: without what methods added, with the weights they stand for."""
     state = model.state_dict()
     if handle is None:
         return state
     ours = {id(module) for _, module in handle.installed}
     prefixes = tuple(f"{name}." for name, module in model.named_modules() if id(module) in ours)
-    return {key: value for key, value in state.items() if not key.startswith(prefixes)}
+    dense = {key: value for key, value in state.items() if not key.startswith(prefixes)}
+    for edit, module in handle.installed:
+        dense |= {f"{edit.site}.{name}": value for name, value in (module.dense_weights() or {}).items()}
+    return dense
 
 
 def _tokenizer(*places: str | Path) -> Any:

@@ -58,13 +58,26 @@ def empty_model(config: Any, task: str) -> Any:
 
 
 def add_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: list[str]) -> Any:
-    """The model inside PEFT with LoRA and with everything new trainable; the model itself if `lora_r` is 0.
+    """The model as it is trained: inside PEFT with LoRA and with everything new trainable; the model itself if `lora_r`
+    is 0, with its own weights frozen where the recipe's methods train nothing but what they add.
 
     Raises:
         ValueError: `lora_targets` matches nothing.
     """
-    if recipe.lora_r == 0:
-        return model
+    if recipe.lora_r > 0:
+        model = _with_lora(model, recipe, handle, new_modules)
+    if recipe.trains_own:
+        if recipe.lora_r == 0:
+            model.requires_grad_(False)
+            for name in new_modules:
+                model.get_submodule(name).requires_grad_(True)
+        for edit, module in handle.installed if handle is not None else ():
+            if edit.config.trains_own:
+                module.requires_grad_(True)
+    return model
+
+
+def _with_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: list[str]) -> Any:
     trained = [*(handle.modules_to_save if handle is not None else []), *new_modules]
     config = LoraConfig(
         task_type=task_of(recipe.task).adapter,

@@ -22,7 +22,6 @@ from sparsetrain.hf.model import models
 from sparsetrain.hf.model.checkpointing import recompute
 from sparsetrain.hf.model.model_config import context_length
 from sparsetrain.hf.train.tasks import training_loss
-from sparsetrain.hf.train.token_selection import selecting
 from sparsetrain.planner.gpu_dropout import drop_as_on_a_gpu
 from sparsetrain.planner.hollow import Hollow
 from sparsetrain.planner.hollow_model import convert_empty, fill, settle
@@ -32,7 +31,6 @@ from sparsetrain.planner.step_tracer import StepTrace, trace_step
 from sparsetrain.planner.thin_model import thin_out, trained_parameters, whole_memory
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.tasks import task_of
-from sparsetrain.surgery.apply import Handle
 
 SHORTEST = 256
 
@@ -97,7 +95,7 @@ class _Built:
         self.recipe, self.config = recipe, config
         model = models.empty_model(config, recipe.task)
         self.parameters = models.num_parameters(model)[0]
-        self.handle = convert_empty(model, recipe, bf16 and recipe.lora_r > 0)
+        self.handle = convert_empty(model, recipe, bf16 and not recipe.trains_all)
         windows = [site.window for site in describe(model).attentions if site.window]
         self.window = max(windows, default=None)
         new = [name for name, _ in model.named_children() if name in ("classifier", "score", "pre_classifier")]
@@ -119,12 +117,12 @@ class _Built:
         if recipe.gradient_checkpointing != "none":
             recompute(model)
         self.model = model
-        self.cast = bf16 and recipe.lora_r == 0
+        self.cast = bf16 and recipe.trains_all
         self.without_gradient: list[set[str]] = []
 
     def trace(self, tokens: int) -> StepTrace:
         batch = example_batch(self.recipe, self.config, tokens, rows=1)
-        step = training_step(self.model, self.handle, batch, self.cast, self.recipe.task)
+        step = training_step(self.model, batch, self.cast, self.recipe.task)
         trace = trace_step(self.model, step, self.hollow)
         blocks = [submodule(self.model, block.name) for block in describe(self.model).blocks]
         self.without_gradient = [
@@ -165,17 +163,14 @@ def _size(parameter: Tensor) -> int:
     return parameter.numel() * parameter.element_size()
 
 
-def training_step(
-    model: Any, handle: Handle | None, batch: dict[str, Tensor], autocast: bool, task: str = "lm"
-) -> Callable[[], Tensor]:
+def training_step(model: Any, batch: dict[str, Tensor], autocast: bool, task: str = "lm") -> Callable[[], Tensor]:
     """One forward as the Trainer runs it: loss out, everything else freed."""
 
     def step() -> Tensor:
         device = batch["input_ids"].device.type
         cast: AbstractContextManager[Any] = torch.autocast(device, torch.bfloat16) if autocast else nullcontext()
-        chosen = nullcontext(batch) if handle is None else selecting(handle, batch)
-        with cast, chosen as inputs:
-            return training_loss(model, inputs, task)
+        with cast:
+            return training_loss(model, batch, task)
 
     return step
 

@@ -21,7 +21,6 @@ from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import calibration_batches
 from sparsetrain.hf.train.tasks import training_loss
-from sparsetrain.hf.train.token_selection import selecting
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.events import Report, silent
@@ -70,9 +69,8 @@ class TrainingStep:
         self._next += 1
         device = next(iter(batch.values())).device.type
         context = torch.autocast(device, torch.bfloat16) if self.autocast else contextlib.nullcontext()
-        chosen = contextlib.nullcontext(batch) if self.handle is None else selecting(self.handle, batch)
-        with context, chosen as inputs:
-            return training_loss(self.model, {**inputs, **self._options}, self.recipe.task)
+        with context:
+            return training_loss(self.model, {**batch, **self._options}, self.recipe.task)
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -143,7 +141,7 @@ def convert_step(model: Any, new_modules: list[str], parts: Parts, report: Repor
             fused=True,
         ),
         batches=_batches(parts),
-        autocast=assemble.computes_bf16(recipe, parts.device) and recipe.lora_r == 0,
+        autocast=assemble.computes_bf16(recipe, parts.device) and recipe.trains_all,
     )
 
 

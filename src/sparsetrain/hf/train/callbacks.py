@@ -58,6 +58,7 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         check_forwards(self.handle)
         check_trainable(self.handle)
+        check_arguments(self.handle, args)
         if getattr(args, "fsdp", None):
             check_support(self.handle.configs, describe(self.handle.model), ["fsdp2"])
         if args.fp16 and not args.max_grad_norm and self.handle.adjusts_gradients:
@@ -173,6 +174,13 @@ def check_trainable(handle: Handle) -> None:
                     f"{name} of {edit.key} is frozen, so it would keep its first values. Tell PEFT about it: "
                     f"LoraConfig(modules_to_save={handle.modules_to_save!r})."
                 )
+
+
+def check_arguments(handle: Handle, arguments: TrainingArguments) -> None:
+    """Raise ValueError if a method cannot be trained with a trainer's arguments."""
+    for edit, module in handle.installed:
+        if reason := module.refuses(arguments):
+            raise ValueError(f"{edit.method} cannot be trained with these arguments: {reason}.")
 
 
 class StepRecorder(TrainerCallback):

@@ -11,13 +11,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sparsetrain.hf.train.callbacks import StepRecorder
 from sparsetrain.hf.train.tasks import training_loss
-from sparsetrain.hf.train.token_selection import SavedShare, saved_share, selecting
-from sparsetrain.measure.memory import SavedActivations, peak_memory, saved_activations
+from sparsetrain.measure.memory import peak_memory, saved_activations
 from sparsetrain.measure.schema import Run, StageRecord
 from sparsetrain.runs.checkpoints import Checkpoint
 from sparsetrain.runs.events import Event, Report
 from sparsetrain.runs.quality import Quality
 from sparsetrain.surgery.apply import Handle
+from sparsetrain.surgery.method import method_of
 
 
 class Journal:
@@ -111,15 +111,16 @@ class SavedCallback(TrainerCallback):
         if self.handle is not None:
             self.handle.settle()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            saved, share = self._measure(model, batch)
+            saved = saved_activations(model, lambda: training_loss(model, batch, self.task))
+            notes = self._notes(model, batch)
         self.journal.run["saved_activation_bytes"] = dict(saved.by_component)
         self.journal.run["saved_by_layer"] = saved.by_layer
-        if share is not None:
-            self.journal.report({"event": "note", "text": str(share)})
+        for note in notes:
+            self.journal.report({"event": "note", "text": note})
 
-    def _measure(self, model: Any, batch: dict[str, Tensor]) -> tuple[SavedActivations, SavedShare | None]:
+    def _notes(self, model: Any, batch: dict[str, Tensor]) -> list[str]:
+        """What the methods measure of a step."""
         if self.handle is None:
-            return saved_activations(model, lambda: training_loss(model, batch, self.task)), None
-        with selecting(self.handle, batch) as chosen:
-            saved = saved_activations(model, lambda: training_loss(model, chosen, self.task))
-        return saved, saved_share(self.handle, model, batch)
+            return []
+        hooks = [hook for config in self.handle.configs if (hook := method_of(config).measure) is not None]
+        return [note for hook in hooks for note in hook(self.handle, model, batch, saved_activations)]

@@ -33,7 +33,6 @@ from sparsetrain.hf.train.stages import (
     load_weights,
 )
 from sparsetrain.hf.train.tasks import use_task_loss
-from sparsetrain.hf.train.token_selection import select_tokens, selector_of
 from sparsetrain.measure.machine import describe_machine
 from sparsetrain.measure.memory import reset_peak, static_memory
 from sparsetrain.measure.report import write_report
@@ -119,8 +118,7 @@ def run(
 ) -> Result:
     """Train a recipe and write its output folder; arguments and errors as of `finetune`."""
     course = _open(recipe, job, report, tuple(callbacks))
-    model, handle = job.build(course.parts, course.journal, course.resumed, dense_quality)
-    model, handle, trainer = _train(course, model, handle)
+    model, handle, trainer = _train(course, dense_quality)
     result = _record(course, model, handle, trainer)
     if write:
         write_report(run_report(result), course.output)
@@ -154,9 +152,10 @@ def _open(recipe: RunRecipe, job: Job, report: Report, callbacks: tuple[TrainerC
     )
 
 
-def _train(course: Course, model: Any, handle: Handle | None) -> tuple[Any, Handle | None, Trainer]:
+def _train(course: Course, dense_quality: KnownQuality) -> tuple[Any, Handle | None, Trainer]:
     """Train each stage that is left, from what the one before has left: (model, its handle, its Trainer)."""
     resumed, trainer = course.resumed, None
+    model, handle = course.job.build(course.parts, course.journal, resumed, dense_quality)
     left = None if resumed is None else resumed.path
     for span in course.spans[course.start :]:
         if span.index > course.start:
@@ -200,8 +199,6 @@ def _trainer(course: Course, span: Span, model: Any, handle: Handle | None) -> T
     )
     trainer.remove_callback(PrinterCallback)
     use_task_loss(trainer, course.recipe.task)
-    if handle is not None and selector_of(handle) is not None:
-        select_tokens(trainer, handle)
     return trainer
 
 

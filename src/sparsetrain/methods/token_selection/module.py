@@ -1,20 +1,16 @@
-"""Token selection inside a model: who knows the selection, and the blocks' new forward.
+"""Token selection inside a model: the blocks' new forward.
 
 x_{l+1} = block(x_l) on all rows; gradient flows through the selected rows of x, K and V alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsetrain.core.backend import choose
-from sparsetrain.methods.token_selection.config import TokenSelection
 from sparsetrain.methods.token_selection.passes import (
     AllRows,
     AttentionOfAllRows,
@@ -24,117 +20,19 @@ from sparsetrain.methods.token_selection.passes import (
     SelectedRows,
     attaches_loss,
 )
-from sparsetrain.methods.token_selection.policies import Batch, draw, fingerprints
+from sparsetrain.methods.token_selection.selector import Selector
 from sparsetrain.ops.selected_rows import Rows, keep, replace_rows, selected_attention_reference, take_rows
 from sparsetrain.surgery.attention import AttentionCall, stand_in_of, standing_in
 from sparsetrain.surgery.reclass import dense_forward
 from sparsetrain.surgery.site import Site
 
 
-class Selector:
-    """Which tokens are selected: shared by all blocks of a model, constant during a forward.
-
-    A selection that was drawn with the batch (`prepare`, by a collator that sees labels) is found again by the token
-    ids of the batch; else it is drawn when the forward begins, from the token ids alone.
-
-    Args:
-        causal: position p predicts token p + 1.
-        keep_last: a causal model without a language model's head reads its answer off the last token.
-
-    Attributes:
-        rows: the selection of the forward that runs or ran last; None before a training forward.
-    """
-
-    def __init__(self, config: TokenSelection, causal: bool, keep_last: bool) -> None:
-        self.causal = causal
-        if keep_last and "last" not in config.always_keep:
-            config = replace(config, always_keep=(*config.always_keep, "last"))
-        self.config = config
-        self.step = 0
-        self.rows: Rows | None = None
-        self._prepared: dict[tuple[int, ...], Rows] = {}
-        self._forced: Rows | None = None
-        self._ids: tuple[int, ...] | None = None  # of the forward that has begun
-
-    def prepare(self, batch: dict[str, Tensor]) -> Rows:
-        """Draw the selection of a batch that will be trained on.
-
-        Args:
-            batch: `input_ids` [b, t] and, as far as there, `attention_mask`, `labels`, `position_ids`, `token_scores`.
-        """
-        rows = draw(self.config, Batch.of(batch, causal=self.causal), step=self.step)
-        if len(self._prepared) > 256:  # batches that were prefetched and never trained on
-            self._prepared.clear()
-        self._prepared[fingerprints(batch["input_ids"])] = rows
-        return rows
-
-    @contextmanager
-    def using(self, rows: Rows) -> Iterator[None]:
-        """Train on exactly these rows inside the `with` block."""
-        self._forced = rows
-        try:
-            yield
-        finally:
-            self._forced = None
-
-    def begin(self, inputs: Tensor) -> None:
-        """A forward begins; inputs are what the embedding is given."""
-        self._ids = fingerprints(inputs)
-
-    def rows_for(self, x_btd: Tensor, mask: Tensor | None, *, opens: bool) -> Rows:
-        """The selection of this forward, for a block's input; the first converted block `opens` it."""
-        if opens or self.rows is None:
-            self.rows = self._choose(x_btd, mask).to(x_btd.device)
-            self._ids = None
-        if self.rows.num_tokens != x_btd.shape[1] or len(self.rows.counts) != x_btd.shape[0]:
-            raise ValueError(
-                f"token_selection: the selection is for {len(self.rows.counts)} rows of {self.rows.num_tokens} tokens, "
-                f"and a block was given {tuple(x_btd.shape[:2])}. Select for the batch that is trained on."
-            )
-        return self.rows
-
-    def _choose(self, x_btd: Tensor, mask: Tensor | None) -> Rows:
-        if self._forced is not None:
-            return self._forced
-        # without the embedding's input (inputs_embeds), the embedded tokens name the samples as well
-        ids = fingerprints(x_btd[:, :, :4].detach()) if self._ids is None else self._ids
-        rows = self._prepared.pop(ids, None)
-        if rows is None:
-            rows = draw(self.config, Batch(x_btd.shape[1], ids, _segments(mask, x_btd)), step=self.step)
-        return rows
-
-    def __deepcopy__(self, memo: Any) -> Selector:
-        return self  # PEFT trains a deep copy of an embedding; it begins the same forwards
-
-
-def _segments(mask: Tensor | None, x_btd: Tensor) -> Tensor:
-    """int [b, t] on the CPU: 0 = padding, equal = one document."""
-    b, t = x_btd.shape[:2]
-    if mask is None:
-        return torch.ones(b, t, dtype=torch.int32)
-    if mask.ndim == 4:
-        diagonal = mask[:, 0].diagonal(dim1=1, dim2=2)
-        mask = diagonal if diagonal.dtype == torch.bool else diagonal == 0
-    return mask.expand(b, t).to("cpu", torch.int32)
-
-
-class BeginsSelection:
-    """Mixed into the embedding: a training forward begins here."""
-
-    begins: Selector
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.training:  # type: ignore[attr-defined]
-            self.begins.begin(args[0] if args else next(iter(kwargs.values())))
-        return dense_forward(BeginsSelection, self, *args, **kwargs)
-
-
 class SelectedBlock(Site):
     """State of one converted block; it has no parameters. What drives schedules calls it."""
 
-    def __init__(self, selector: Selector, attention: str, opens: bool) -> None:
+    def __init__(self, selector: Selector, attention: str) -> None:
         super().__init__()
-        self.selector, self.attention, self.opens = selector, attention, opens
+        self.selector, self.attention = selector, attention
         self.last: dict[str, float] = {}
 
     def set_step(self, step: int, total_steps: int | None, loss_scale: float) -> None:
@@ -143,12 +41,32 @@ class SelectedBlock(Site):
     def stats(self) -> dict[str, float]:
         return dict(self.last)
 
+    def refuses(self, arguments: Any) -> str | None:
+        if getattr(arguments, "loss_type", None) == "dft":
+            return (
+                "loss_type='dft' weighs a token's loss by its probability, and the log-probabilities of selected "
+                "tokens come scaled for the trainer's sum. Use loss_type='nll'"
+            )
+        if getattr(arguments, "label_smoothing_factor", 0):
+            return (
+                f"label_smoothing_factor={arguments.label_smoothing_factor} lets the trainer compute the loss of all "
+                "tokens, selected or not, from logits. Set it to 0"
+            )
+        return None
+
     def note(self, rows: Rows, everything: Any) -> None:
         """Keep numbers for the report."""
         floor = 0
         if everything is not None:
             floor = sum(x.numel() * x.element_size() for x in (everything.k_bgsd, everything.v_bgsd))
         self.last = {"selected_tokens": float(sum(rows.counts)), "key_value_bytes": float(floor)}
+
+
+RECOMPUTED = (
+    "token_selection: a block is called while gradients are computed, outside of its model's forward, so the selection "
+    "that it was run with is not known. Turn checkpointing on with the model's gradient_checkpointing_enable() "
+    "instead of checkpointing blocks from outside."
+)
 
 
 class SelectsTokens:
@@ -160,9 +78,11 @@ class SelectsTokens:
         # An argument, and given outside of `forward`: gradient checkpointing, which wraps the forward, hands the same
         # selection to the recomputation.
         if self.training and torch.is_grad_enabled():  # type: ignore[attr-defined]
-            state = self.selected
-            x = args[0] if args else kwargs["hidden_states"]
-            kwargs["selected_rows"] = state.selector.rows_for(x, _mask_of(args, kwargs), opens=state.opens)
+            rows = self.selected.selector.rows_for(args[0] if args else kwargs["hidden_states"])
+            if rows is not None:
+                kwargs["selected_rows"] = rows
+            elif in_backward():
+                raise RuntimeError(RECOMPUTED)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def forward(self, *args: Any, selected_rows: Rows | None = None, **kwargs: Any) -> Any:
@@ -243,15 +163,6 @@ def _by_definition(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
 def in_backward() -> bool:
     """Does autograd's backward run at this moment?"""
     return torch._C._current_graph_task_id() != -1
-
-
-def _mask_of(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-    mask = kwargs.get("attention_mask")
-    if mask is None:
-        mask = next(
-            (a for a in args[1:] if isinstance(a, Tensor) and a.ndim in (2, 4) and not a.is_floating_point()), None
-        )
-    return mask
 
 
 def _on_rows(args: tuple, kwargs: dict[str, Any], rows: Rows) -> tuple[tuple, dict[str, Any]]:

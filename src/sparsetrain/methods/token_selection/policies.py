@@ -40,19 +40,21 @@ class Batch:
     def of(cls, batch: dict[str, Tensor], *, causal: bool) -> Batch:
         """From the arguments of a model's forward.
 
+        Without token ids the embedded tokens name the samples.
+
         Raises:
             ValueError: `token_scores` of the wrong shape or with NaN.
         """
-        ids = batch["input_ids"]
-        segments = torch.ones(ids.shape, dtype=torch.int32)
-        if batch.get("attention_mask") is not None and batch["attention_mask"].ndim == 2:
-            segments = batch["attention_mask"].to("cpu", torch.int32)
+        ids = batch.get("input_ids")
+        names = batch["inputs_embeds"][:, :, :4] if ids is None else ids
+        shape = (names.shape[0], names.shape[1])
+        segments = segments_of(batch.get("attention_mask"), shape)
         if batch.get("position_ids") is not None:
             positions = batch["position_ids"].cpu()
             starts = positions[:, 1:] != positions[:, :-1] + 1
             segments = segments * (1 + torch.nn.functional.pad(starts.cumsum(1), (1, 0)).to(torch.int32))
         labels, targets = batch.get("labels"), None
-        if labels is not None and labels.shape == ids.shape:
+        if labels is not None and labels.shape == shape:
             targets = labels.cpu() != IGNORED
             if causal:  # position p predicts label p + 1
                 targets = torch.nn.functional.pad(targets[:, 1:], (0, 1), value=False)
@@ -60,13 +62,24 @@ class Batch:
                 targets = targets & same
         scores = batch.get("token_scores")
         if scores is not None:
-            if scores.shape != ids.shape or scores.isnan().any():
+            if scores.shape != shape or scores.isnan().any():
                 raise ValueError(
-                    f"token_scores must hold one number a token, shape {tuple(ids.shape)}; it has shape "
+                    f"token_scores must hold one number a token, shape {shape}; it has shape "
                     f"{tuple(scores.shape)} and {int(scores.isnan().sum())} NaN."
                 )
             scores = scores.to("cpu", torch.float32)
-        return cls(ids.shape[1], fingerprints(ids), segments, targets, scores)
+        return cls(shape[1], fingerprints(names), segments, targets, scores)
+
+
+def segments_of(mask: object, shape: tuple[int, int]) -> Tensor:
+    """int [b, t] on the CPU from an attention mask, [b, t] or [b, 1, t, t]: 0 = padding, equal = one document."""
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        return torch.ones(shape, dtype=torch.int32)
+    if mask.ndim == 4:
+        diagonal = mask[:, 0, :, -shape[1] :].diagonal(dim1=1, dim2=2)
+        mask = diagonal if diagonal.dtype == torch.bool else diagonal == 0
+    # a mask that is longer begins with what a cache holds
+    return mask[:, -shape[1] :].expand(shape).to("cpu", torch.int32)
 
 
 def fingerprints(inputs: Tensor) -> tuple[int, ...]:
@@ -111,12 +124,12 @@ def draw(config: TokenSelection, batch: Batch, *, step: int) -> Rows:
     if config.pool == "targets" and batch.targets_bt is None:
         raise ValueError(
             "token_selection: pool='targets' selects positions that have a label, and the batch came without labels. "
-            "Draw with the labels (sparsetrain.hf.train.token_selection.SelectingCollator), or use pool='all'."
+            "Call the model with its labels, or use pool='all'."
         )
     if config.needs_scores and batch.scores_bt is None:
         raise ValueError(
             f"token_selection: pool={config.pool!r}, policy={config.policy!r} need `token_scores` with every batch, "
-            "and there are none. Score the tokens in the collator, or use policy='random'."
+            "and there are none. Let the collator add them to the batch, or use policy='random'."
         )
     chosen, weights = [], []
     for row, name in enumerate(batch.ids):

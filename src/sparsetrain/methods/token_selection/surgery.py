@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from sparsetrain.core.anatomy import Anatomy, Block, Undo, describe, submodule
+from sparsetrain.core.anatomy import Anatomy, Block, Undo, submodule
 from sparsetrain.core.cost import Cost, attention_cost, ffn_cost, mean_visible_keys
 from sparsetrain.methods.token_selection.config import TokenSelection
-from sparsetrain.methods.token_selection.module import BeginsSelection, SelectedBlock, Selector, SelectsTokens
+from sparsetrain.methods.token_selection.model import install_model
+from sparsetrain.methods.token_selection.module import SelectedBlock, SelectsTokens
+from sparsetrain.methods.token_selection.saved import measure
+from sparsetrain.methods.token_selection.selector import Selector
 from sparsetrain.surgery.method import Edit, Method, RowFacts, register_method
 from sparsetrain.surgery.reclass import declass, reclass
 from sparsetrain.surgery.site import Site
@@ -26,8 +29,8 @@ def edits(config: TokenSelection, anatomy: Anatomy, model: nn.Module) -> list[Ed
     causal = all(site.causal for site in anatomy.attentions)
     selectors: list[Selector] = []  # made when the first edit is installed: a plan holds no state
 
-    def shared(opens: bool) -> Selector:
-        if opens:
+    def shared(first: bool) -> Selector:
+        if first:
             selectors[:] = [Selector(config, causal, keep_last=causal and anatomy.head is None)]
         return selectors[0]
 
@@ -38,9 +41,7 @@ def edits(config: TokenSelection, anatomy: Anatomy, model: nn.Module) -> list[Ed
             layer=block.layer,
             claims=frozenset({f"the gradient of {block.name}"}),
             cost=lambda tokens, block=block: costs(config, block, tokens),
-            install=lambda m, _, block=block, opens=i == 0: install(
-                m, block, shared(opens), opens, anatomy.embedding if opens else None
-            ),
+            install=lambda m, _, block=block, first=i == 0: install(m, anatomy, block, shared(first), first),
             note=_note(config),
         )
         for i, block in enumerate(taken)
@@ -90,28 +91,19 @@ def costs(config: TokenSelection, block: Block, num_tokens: int) -> tuple[Cost, 
     return dense, Cost(flops=dense.flops, saved_elements=saved)
 
 
-def install(
-    model: nn.Module, block: Block, selector: Selector, opens: bool, embedding: str | None
-) -> tuple[Undo, Site]:
-    """Give a block its new forward; with the first one, the embedding learns to say that a forward begins."""
-    assert block.attention is not None
-    attention_path = block.attention.name.removeprefix(f"{block.name}.")
-    anatomy = describe(model)
-    assert anatomy.install_attention is not None
+def install(model: nn.Module, anatomy: Anatomy, block: Block, selector: Selector, first: bool) -> tuple[Undo, Site]:
+    """Give a block its new forward; with the first one, the model itself learns to select."""
+    assert block.attention is not None and anatomy.install_attention is not None
     module = submodule(model, block.name)
     reclass(module, SelectsTokens)
-    state = SelectedBlock(selector, attention_path, opens)
+    state = SelectedBlock(selector, block.attention.name.removeprefix(f"{block.name}."))
     module.selected = state
     uninstall = anatomy.install_attention(model)
-    first = submodule(model, embedding) if embedding is not None else None
-    if first is not None:
-        reclass(first, BeginsSelection)
-        vars(first)["begins"] = selector
+    undo_model = install_model(model, anatomy, selector) if first else None
 
     def undo() -> None:
-        if first is not None:
-            del vars(first)["begins"]
-            declass(first)
+        if undo_model is not None:
+            undo_model()
         uninstall()
         del module.selected
         declass(module)
@@ -145,4 +137,4 @@ def site_names(anatomy: Anatomy) -> list[str]:
     return [block.name for block in anatomy.blocks if anatomy.install_attention is not None]
 
 
-register_method(TokenSelection, Method(edits=edits, site_names=site_names, refuse=refuse))
+register_method(TokenSelection, Method(edits=edits, site_names=site_names, refuse=refuse, measure=measure))

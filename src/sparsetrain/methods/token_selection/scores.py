@@ -5,42 +5,46 @@ It costs a forward, a third of a dense step's time or more; nothing is saved, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from sparsetrain.core.modes import evaluating
+from sparsetrain.methods.token_selection.loss import head_of, shifted
 from sparsetrain.methods.token_selection.policies import IGNORED
+from sparsetrain.methods.token_selection.selector import Selector
 from sparsetrain.ops.selected_loss import row_scores
 
 
 @torch.no_grad()
-def token_scores(model: Any, batch: dict[str, Any], policy: str, causal: bool) -> Tensor:
+def token_scores(model: Any, given: dict[str, Any], policy: str) -> Tensor:
     """[b, t]: the loss of each token's prediction, or the norm of its gradient with respect to the head's weight.
 
     Tokens without a target score 0, less than any other. The model's dropout is off meanwhile. A scale that the model
     itself puts on its logits is left out, but for a soft cap.
 
+    Args:
+        model: converted with `TokenSelection`.
+        given: arguments of its forward, by name.
+        policy: `loss` or `gradient_norm`.
+
     Raises:
         ValueError: the batch has no label a token, or the model no linear head.
     """
-    labels, ids = batch.get("labels"), batch.get("input_ids")
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if labels is None or ids is None or labels.shape != ids.shape or type(head) is not nn.Linear:
+    labels, tokens = given.get("labels"), given.get("input_ids")
+    if tokens is None:
+        tokens = given.get("inputs_embeds")
+    head = head_of(model)
+    if labels is None or tokens is None or labels.shape != tokens.shape[:2] or head is None:
         raise ValueError(
             f"token_selection: policy={policy!r} scores the tokens of a language model by their labels, and "
             f"{type(model).__name__} was given {'no label' if labels is None else 'one label a row'}. "
             "Use policy=random or prefix."
         )
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "token_scores")}
-    with evaluating(model), _noted_inputs(head) as noted:
-        model(**inputs)
-    (hidden_btd,) = noted
-    target_bt = F.pad(labels[:, 1:], (0, 1), value=IGNORED) if causal else labels
+    selector: Selector = model.selector
+    hidden_btd = _head_input(model, {name: value for name, value in given.items() if name != "labels"})
+    target_bt = shifted(labels, selector.causal)
     has_target = target_bt != IGNORED
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     loss_n, norm_n = row_scores(
@@ -50,17 +54,16 @@ def token_scores(model: Any, batch: dict[str, Any], policy: str, causal: bool) -
     return torch.zeros_like(target_bt, dtype=score_n.dtype).masked_scatter_(has_target, score_n)
 
 
-@contextmanager
-def _noted_inputs(head: nn.Linear) -> Iterator[list[Tensor]]:
-    """Inside, the head computes nothing and notes what it is given."""
+def _head_input(model: Any, given: dict[str, Any]) -> Tensor:
+    """What the head is given; it computes nothing. Of the arguments, those that the dense forward names."""
     noted: list[Tensor] = []
 
     def note(hidden_btd: Tensor) -> Tensor:
         noted.append(hidden_btd)
         return hidden_btd
 
-    vars(head)["forward"] = note
-    try:
-        yield noted
-    finally:
-        del vars(head)["forward"]
+    names = model.argument_names()
+    with evaluating(model), model.selector.head_is(note):
+        model.forward(**{name: value for name, value in given.items() if name in names})
+    (hidden_btd,) = noted
+    return hidden_btd

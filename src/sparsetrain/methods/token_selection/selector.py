@@ -1,0 +1,108 @@
+"""The selection of the forward that runs: drawn by the model, read by its blocks and its head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from sparsetrain.methods.token_selection.config import TokenSelection
+from sparsetrain.methods.token_selection.policies import Batch, draw, fingerprints, segments_of
+from sparsetrain.ops.selected_rows import Rows
+
+Head = Callable[[Tensor], Tensor]
+
+
+class Selector:
+    """Which tokens are selected: shared by a model, its blocks and its head, constant during a forward.
+
+    Args:
+        causal: position p predicts token p + 1.
+        keep_last: a causal model without a language model's head reads its answer off the last token.
+
+    Attributes:
+        rows: the selection of the forward that runs or ran last; None before a training forward.
+        running: a training forward runs now.
+        head: answers for the output head now; None: it computes its linear.
+        loss: is the model's loss function now; None: it has its own.
+    """
+
+    def __init__(self, config: TokenSelection, causal: bool, keep_last: bool) -> None:
+        self.causal = causal
+        if keep_last and "last" not in config.always_keep:
+            config = replace(config, always_keep=(*config.always_keep, "last"))
+        self.config = config
+        self.step = 0
+        self.rows: Rows | None = None
+        self.running = False
+        self.head: Head | None = None
+        self.loss: Callable[..., Tensor] | None = None
+        self._forced: Rows | None = None
+        self._draw: Callable[[int], Rows] | None = None
+
+    @contextmanager
+    def using(self, rows: Rows) -> Iterator[None]:
+        """Train on exactly these rows inside the `with` block."""
+        self._forced = rows
+        try:
+            yield
+        finally:
+            self._forced = None
+
+    def choose(self, given: dict[str, Any]) -> Rows | None:
+        """Select for a forward; None when its input tells no number of tokens (images): the first block selects then.
+
+        Args:
+            given: arguments of the model's forward, among them `input_ids` [b, t] or `inputs_embeds` [b, t, d] and, as
+                far as there, `attention_mask`, `labels`, `position_ids`; and `token_scores`.
+
+        Raises:
+            ValueError: the policy needs labels or scores that are not there; a sample is shorter than `num_tokens`.
+        """
+        self.rows, self._draw = self._forced, None
+        if self.rows is not None:
+            return self.rows
+        if given.get("input_ids") is not None or given.get("inputs_embeds") is not None:
+            self.rows = draw(self.config, Batch.of(given, causal=self.causal), step=self.step)
+            return self.rows
+        ids = fingerprints(next(value for value in given.values() if isinstance(value, Tensor)))
+        mask = given.get("attention_mask")
+        self._draw = lambda t: draw(self.config, Batch(t, ids, segments_of(mask, (len(ids), t))), step=self.step)
+        return None
+
+    @contextmanager
+    def selecting(self, head: Head | None, loss: Callable[..., Tensor] | None) -> Iterator[None]:
+        """A training forward on what was chosen runs inside."""
+        self.running, self.loss = True, loss
+        try:
+            with self.head_is(head):
+                yield
+        finally:
+            self.running, self.loss, self._draw = False, None, None
+
+    @contextmanager
+    def head_is(self, head: Head | None) -> Iterator[None]:
+        """Inside, `head` answers for the output head."""
+        self.head = head
+        try:
+            yield
+        finally:
+            self.head = None
+
+    def rows_for(self, x_btd: Tensor) -> Rows | None:
+        """The selection of the forward that runs, for a block's input; None when none runs."""
+        if not self.running:
+            return None
+        if self.rows is None:
+            assert self._draw is not None
+            self.rows = self._draw(x_btd.shape[1])
+        self.rows = rows = self.rows.to(x_btd.device)
+        if rows.num_tokens != x_btd.shape[1] or len(rows.counts) != x_btd.shape[0]:
+            raise ValueError(
+                f"token_selection: the selection is for {len(rows.counts)} rows of {rows.num_tokens} tokens, "
+                f"and a block was given {tuple(x_btd.shape[:2])}. Select for the batch that is trained on."
+            )
+        return rows
