@@ -13,10 +13,11 @@ import pytest
 
 from sparsetrain.core.errors import CheckpointError, PlanError
 from sparsetrain.hf.model.io import load
-from sparsetrain.hf.study.compare import Comparison, _leaving_nothing_useless, compare
+from sparsetrain.hf.study.compare import Comparison, compare
 from sparsetrain.hf.train.finetune import finetune
 from sparsetrain.measure import load_report
 from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.runs.comparison import leaving_nothing_useless
 from tests.hf import runs
 
 
@@ -133,7 +134,7 @@ def test_a_side_s_error_comes_back_as_it_was_and_nothing_is_written(tmp_path: Pa
 )
 def test_what_a_comparison_leaves_when_it_ends_early(made: str, new: bool, kept: bool, tmp_path: Path) -> None:
     output, file = tmp_path / "run", tmp_path / "run" / made
-    with pytest.raises(KeyboardInterrupt), _leaving_nothing_useless(output, new):
+    with pytest.raises(KeyboardInterrupt), leaving_nothing_useless(output, new):
         file.parent.mkdir(parents=True)
         file.write_text("{}")
         raise KeyboardInterrupt

@@ -15,9 +15,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 
 from sparsetrain.hf.model.io import load
 from sparsetrain.hf.study.preview import preview
-from sparsetrain.hf.train.evaluate import Quality, evaluate
+from sparsetrain.hf.train.evaluate import evaluate
 from sparsetrain.hf.train.finetune import Result, finetune
 from sparsetrain.measure import load_report
+from sparsetrain.runs.quality import Quality
 from tests.hf import runs
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from sparsetrain.hf.model.model_config import read_config
-from sparsetrain.hf.study.predict import Predictor, predict
+from sparsetrain.hf.study.predict import predictor_of
 from sparsetrain.planner.candidates import candidates, recipe_yaml
 from sparsetrain.planner.machines import known_machines
+from sparsetrain.planner.predictor import predict
 from sparsetrain.planner.search import Question
 
 TOKENS = 768
@@ -70,7 +71,7 @@ def train(recipe: Path, limit: int) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA limits memory on Linux")
 def test_the_planned_run_stays_under_a_limit_where_dense_lora_dies(tmp_path: Path) -> None:
     base = {"seq_len": TOKENS, "batch_size": 1, "grad_accum": 1}
-    predictor = Predictor(read_config("smollm2-135m"), base, bf16=False, cache=None)
+    predictor = predictor_of(read_config("smollm2-135m"), base, bf16=False, cache=None)
     some = [c for c in candidates(base) if "methods" in c.values and len(c.values["methods"]) < 2]
     some = [c for c in some if c.label.startswith(("LoRA", "token_selection"))]  # the others take minutes to trace
     free = predict(predictor, Question(tokens=TOKENS, rates=known_machines()["cpu"]), some)

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from sparsetrain.hf.model.model_config import built_in_configs, read_config
-from sparsetrain.hf.study.predict import Predictor, predict
+from sparsetrain.hf.study.predict import predictor_of
 from sparsetrain.planner.candidates import candidates, recipe_yaml
 from sparsetrain.planner.kernels import unable
 from sparsetrain.planner.machines import known_machines
+from sparsetrain.planner.predictor import Predictor, predict
 from sparsetrain.planner.search import Question
 from sparsetrain.recipes.finetune import Recipe
 from tests.hf.test_outline import llama
@@ -50,7 +51,7 @@ def test_built_in_configs_make_models_of_the_known_sizes() -> None:
 
 def predictor(config_file: Path, cache: Path | None) -> Predictor:
     base: dict[str, Any] = {"lora_r": 4, "seq_len": 128, "batch_size": 2, "grad_accum": 1}
-    return Predictor(read_config(str(config_file)), base, bf16=False, cache=cache)
+    return predictor_of(read_config(str(config_file)), base, bf16=False, cache=cache)
 
 
 def test_a_plan_is_cached_and_its_recipe_is_one_that_finetune_takes(config_file: Path, tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_every_method_is_a_candidate_and_none_is_dropped_without_a_reason(config
 def test_a_gpu_refuses_what_has_a_kernel_for_cpus_alone(config_file: Path) -> None:
     assert "routed_ffn" in (unable(("routed_ffn", "token_selection"), gpu=True) or "")
     assert unable(("routed_ffn",), gpu=False) is None
-    planner = Predictor(read_config(str(config_file)), {"lora_r": 4}, bf16=True, cache=None, gpu=True)
+    planner = predictor_of(read_config(str(config_file)), {"lora_r": 4}, bf16=True, cache=None, gpu=True)
     spt = next(c for c in candidates(planner.base) if c.label == "spt")
     with pytest.raises(ValueError, match="no GPU kernel"):
         planner.outline(spt)

@@ -12,13 +12,13 @@ import torch
 
 from sparsetrain.core.metrics import METRICS, Metric, register_metric
 from sparsetrain.hf.model.io import Loaded, load
-from sparsetrain.hf.train.evaluate import Quality
 from sparsetrain.hf.train.finetune import finetune
 from sparsetrain.hf.train.tasks import Scores, next_token_scores, training_loss
 from sparsetrain.measure.report import build_report, render_text
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.pretrain import PretrainRecipe
 from sparsetrain.recipes.tasks import TASKS, Task, named, offered, register_task, task_of
+from sparsetrain.runs.quality import Quality
 from tests.hf import runs
 
 HERE = __name__

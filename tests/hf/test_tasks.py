@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsetrain.hf.data.tasks import LRA_TASKS, TASKS, load_task, pathfinder
-from sparsetrain.hf.data.tasks.listops import TOKENS
+from sparsetrain.data.tasks import LRA_TASKS, TASKS, pathfinder
+from sparsetrain.data.tasks.listops import TOKENS
+from sparsetrain.hf.data.tasks import load_task
 
 NAMES = {i: token for token, i in TOKENS.items()}
 

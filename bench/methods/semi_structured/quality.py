@@ -48,10 +48,10 @@ def recipe_values(task: str, variant: str, seed: int, settings: dict[str, Any]) 
 
 
 def run(values: dict[str, Any], threads: int, device: str) -> dict[str, Any]:
-    from sparsetrain.hf.train.evaluate import Quality
     from sparsetrain.hf.train.pretrain import pretrain
     from sparsetrain.recipes.pretrain import PretrainRecipe
     from sparsetrain.runs.pictures import read_galleries
+    from sparsetrain.runs.quality import Quality
 
     with tempfile.TemporaryDirectory() as folder:
         values = values | {"output": f"{folder}/run", "threads": threads, "device": device}

@@ -50,9 +50,9 @@ POLICIES_OF = {"classify": ("random", "prefix"), "sft": tuple(POLICIES)}
 def run(
     settings: dict[str, Any], seed: int, method: dict[str, Any] | None, threads: int, device: str
 ) -> dict[str, Any]:
-    from sparsetrain.hf.train.evaluate import Quality
     from sparsetrain.hf.train.finetune import finetune
     from sparsetrain.recipes.finetune import Recipe
+    from sparsetrain.runs.quality import Quality
 
     def keep(event: dict[str, Any]) -> None:
         if event["event"] == "quality" and event["stage"] == "dense":

@@ -58,9 +58,10 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     from sparsetrain.core.config import suggest
     from sparsetrain.hf.assets import cache_folder
     from sparsetrain.hf.model.model_config import read_config
-    from sparsetrain.hf.study.predict import Predictor, predict
+    from sparsetrain.hf.study.predict import predictor_of
     from sparsetrain.planner.candidates import dense_and, recipe_yaml
     from sparsetrain.planner.machines import machine_rates
+    from sparsetrain.planner.predictor import predict
     from sparsetrain.planner.search import GOALS, Question
 
     for name, value, choices in (("goal", goal.goal, GOALS), ("fit", goal.fit, ("seq", "batch"))):
@@ -75,7 +76,7 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     model = read_config(recipe.model, to_stderr_line)
     base = {key: getattr(recipe, key) for key in ("task", "lora_r", "lora_alpha", "lora_targets", "seed", "dtype")}
     base |= {"seq_len": recipe.seq_len, "batch_size": recipe.batch_size, "grad_accum": recipe.grad_accum}
-    predictor = Predictor(model, base, bf16=bf16, cache=cache_folder() / "outlines", gpu=not rates.is_cpu)
+    predictor = predictor_of(model, base, bf16=bf16, cache=cache_folder() / "outlines", gpu=not rates.is_cpu)
     question = Question(
         tokens=recipe.seq_len,
         batch=recipe.batch_size,

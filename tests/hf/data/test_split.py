@@ -1,7 +1,7 @@
 """Splitting rows and padding batches."""
 
-from sparsetrain.hf.data import Collator
-from sparsetrain.hf.data.split import split_rows
+from sparsetrain.data.collate import Collator
+from sparsetrain.data.split import split_rows
 
 
 def test_split_rows_shares_strata_and_lone_rows():

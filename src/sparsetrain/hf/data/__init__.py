@@ -4,7 +4,6 @@ A source is an embedded name (see `sparsetrain.hf.assets`), a file, a folder, a 
 by `Dataset.save_to_disk`, or the name of a data set on the hub. Nothing is dropped without being counted.
 """
 
-from sparsetrain.hf.data.bundle import Collator as Collator
 from sparsetrain.hf.data.bundle import DataBundle as DataBundle
 from sparsetrain.hf.data.chat import load_sft as load_sft
 from sparsetrain.hf.data.classify import load_classify as load_classify

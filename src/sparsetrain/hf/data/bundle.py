@@ -1,14 +1,12 @@
-"""What every loader returns, the collator, and what the loaders ask of a tokenizer."""
+"""What every loader returns, and what the loaders ask of a tokenizer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-IGNORED_LABEL = -100
+from sparsetrain.data.collate import Collate
 
 Progress = Callable[[str], None]
 
@@ -23,7 +21,7 @@ class DataBundle:
 
     train: Dataset
     eval: Dataset | None
-    collate_fn: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+    collate_fn: Collate
     description: str
     counts: dict[str, int] = field(default_factory=dict)
     label_names: tuple[str, ...] = ()
@@ -32,40 +30,6 @@ class DataBundle:
     def num_labels(self) -> int:
         """Number of classes; 0 where the task has none."""
         return len(self.label_names)
-
-
-_PADDING = {"labels": IGNORED_LABEL, "attention_mask": 0, "position_ids": 0, "token_type_ids": 0}
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Rows -> a batch of tensors; lists of unequal length are padded on the right.
-
-    Args:
-        pad_token_id: fills `input_ids`.
-        attention_mask: whether to add the mask of real tokens. Packed rows are full and must go without: a 2-D mask
-            keeps transformers from seeing the document boundaries in `position_ids`.
-        multiple_of: lengths are padded to a multiple of this.
-    """
-
-    pad_token_id: int
-    attention_mask: bool = True
-    multiple_of: int = 1
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        longest = max(len(row["input_ids"]) for row in rows)
-        length = -(-longest // self.multiple_of) * self.multiple_of
-        batch = {}
-        for key in rows[0]:
-            values = [row[key] for row in rows]
-            if isinstance(values[0], Sequence) or getattr(values[0], "ndim", 0):
-                fill = self.pad_token_id if key == "input_ids" else _PADDING[key]
-                values = [[*value, *[fill] * (length - len(value))] for value in values]
-            batch[key] = torch.as_tensor(values, dtype=torch.long)
-        if self.attention_mask:
-            lengths_b = torch.tensor([len(row["input_ids"]) for row in rows])
-            batch["attention_mask"] = (torch.arange(length) < lengths_b[:, None]).long()
-        return batch
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -81,21 +45,6 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
         f"{type(tokenizer).__name__} has neither a padding nor an end-of-text token, so rows cannot be padded. "
         "Set tokenizer.pad_token."
     )
-
-
-def check_length(length: int, argument: str, max_position_embeddings: int | None) -> None:
-    """A row length a model can take.
-
-    Raises:
-        ValueError: shorter than 2 tokens, or longer than the model's context.
-    """
-    if length < 2:
-        raise ValueError(f"{argument}={length}: a row needs at least 2 tokens, one to predict the other. Raise it.")
-    if max_position_embeddings is not None and length > max_position_embeddings:
-        raise ValueError(
-            f"{argument}={length} is longer than the model's context: max_position_embeddings="
-            f"{max_position_embeddings}. Use at most that, or a model with a longer context."
-        )
 
 
 def beginning_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

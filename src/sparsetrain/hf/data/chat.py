@@ -1,6 +1,5 @@
 """Conversations for supervised fine-tuning: rendered with the chat template, only assistant tokens are targets."""
 
-import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -8,21 +7,18 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from sparsetrain.data.collate import IGNORED_LABEL, Collator, check_length
+from sparsetrain.data.conversations import Message, describe, messages_of, row_key
+from sparsetrain.data.files import Row
+from sparsetrain.data.split import divide
 from sparsetrain.hf.data.bundle import (
-    IGNORED_LABEL,
-    Collator,
     DataBundle,
     Progress,
     beginning_ids,
-    check_length,
     end_id,
     padding_id,
 )
-from sparsetrain.hf.data.files import Row, text_of
-from sparsetrain.hf.data.sources import HubChoice, Source, source_name
-from sparsetrain.hf.data.split import EvalChoice, divide, load_sides
-
-Message = dict[str, str]
+from sparsetrain.hf.data.sources import EvalChoice, HubChoice, Source, load_sides, source_name
 
 
 def load_sft(
@@ -70,7 +66,7 @@ def load_sft(
     name = source_name(source)
     choice = EvalChoice(source=eval_source, split=eval_split, ratio=eval_ratio)
     rows, eval_rows = load_sides(source, HubChoice(config=dataset_config, split=split), choice)
-    train_rows, eval_rows, num_dropped = divide(rows, eval_rows, eval_ratio, seed, key=_row_key)
+    train_rows, eval_rows, num_dropped = divide(rows, eval_rows, eval_ratio, seed, key=row_key)
     counts = {"rows": len(rows), "duplicates_of_eval": num_dropped}
     train = _encode(train_rows, tokenizer, max_length, max_rows, "train", counts, progress)
     held_out = None
@@ -80,13 +76,9 @@ def load_sft(
         train=train,
         eval=held_out,
         collate_fn=Collator(padding_id(tokenizer)),
-        description=_describe(name, counts),
+        description=describe(name, counts),
         counts=counts,
     )
-
-
-def _row_key(row: Row) -> str:
-    return json.dumps(row[0], sort_keys=True, default=str)
 
 
 def _encode(
@@ -140,7 +132,7 @@ def encode_row(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) ->
     Raises:
         ValueError: see `load_sft`.
     """
-    messages, origin = _messages_of(row), row[1]
+    messages, origin = messages_of(row), row[1]
     if tokenizer.chat_template is None:
         return _encode_plain(row, messages, tokenizer)
     conversation = [dict(message) for message in messages]
@@ -218,48 +210,3 @@ def _encode_plain(row: Row, messages: list[Message], tokenizer: PreTrainedTokeni
     begin_ids = beginning_ids(tokenizer)
     end_ids = [end for end in (end_id(tokenizer),) if end is not None]
     return begin_ids + ids + end_ids, [IGNORED_LABEL] * len(begin_ids) + labels + end_ids
-
-
-def _messages_of(row: Row) -> list[Message]:
-    values, origin = row
-    if "messages" in values:
-        return _check_messages(values["messages"], "messages", origin)
-    if "prompt" not in values or "completion" not in values:
-        raise ValueError(
-            f"{origin} is no conversation. Found: {', '.join(map(str, values))}. "
-            "A row needs 'messages', or 'prompt' and 'completion'."
-        )
-    if isinstance(values["prompt"], list):
-        return [
-            *_check_messages(values["prompt"], "prompt", origin),
-            *_check_messages(values["completion"], "completion", origin),
-        ]
-    return [
-        {"role": "user", "content": text_of(row, "prompt", "prompt")},
-        {"role": "assistant", "content": text_of(row, "completion", "completion")},
-    ]
-
-
-def _check_messages(messages: Any, key: str, origin: str) -> list[Message]:
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{origin}: {key!r} is {str(messages)[:40]!r}, not a list of messages. Correct the row.")
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(
-                f"{origin}: {key}[{i}] is {str(message)[:60]!r}. A message needs 'role' and 'content', both text."
-            )
-    return messages
-
-
-def _describe(name: str, counts: dict[str, int]) -> str:
-    line = (
-        f"{name}: {counts['train_rows']:,} conversations, {counts['train_tokens']:,} tokens, "
-        f"{counts['train_target_tokens']:,} of them targets"
-    )
-    if "eval_rows" in counts:
-        line += f"; held out: {counts['eval_rows']:,} conversations"
-    for what in ("truncated", "dropped_no_target"):
-        total = sum(count for key, count in counts.items() if key.endswith(what))
-        if total:
-            line += f"; {total:,} {what.replace('_', ' ')}"
-    return line

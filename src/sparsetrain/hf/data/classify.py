@@ -1,6 +1,5 @@
 """Labelled texts for sequence classification."""
 
-from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -8,10 +7,11 @@ from typing import Any
 from datasets import Dataset
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from sparsetrain.hf.data.bundle import Collator, DataBundle, Progress, check_length, padding_id
-from sparsetrain.hf.data.files import Row, field_of, text_of
-from sparsetrain.hf.data.sources import HubChoice, Source, source_name
-from sparsetrain.hf.data.split import EvalChoice, divide, load_sides
+from sparsetrain.data.collate import Collator, check_length
+from sparsetrain.data.files import Row
+from sparsetrain.data.labelled import check_trained, describe, divide_examples, label_names_of, read_examples
+from sparsetrain.hf.data.bundle import DataBundle, Progress, padding_id
+from sparsetrain.hf.data.sources import EvalChoice, HubChoice, Source, load_sides, source_name
 
 _BATCH_ROWS = 1000
 
@@ -58,80 +58,24 @@ def load_classify(
     check_length(max_length, "max_length", max_position_embeddings)
     choice = EvalChoice(source=eval_source, split=eval_split, ratio=eval_ratio)
     rows, eval_rows = load_sides(source, HubChoice(config=dataset_config, split=split), choice)
-    read = partial(_examples, columns=(text_column, label_column), where=where or {})
+    read = partial(read_examples, columns=(text_column, label_column), where=where or {})
     examples, num_repeated = read(rows)
     eval_examples, num_eval_repeated = (None, 0) if eval_rows is None else read(eval_rows)
     counts = {"rows": len(rows), "duplicates_dropped": num_repeated + num_eval_repeated}
     name = source_name(source)
-    label_names = _label_names(examples, name)
-    train, held_out = _divide(examples, eval_examples, eval_ratio, seed, counts)
+    label_names = label_names_of(examples, name)
+    train, held_out = divide_examples(examples, eval_examples, eval_ratio, seed, counts)
     train, held_out = train[:max_rows], None if held_out is None else held_out[:max_eval_rows]
-    _check_trained(train, held_out or [])
+    check_trained(train, held_out or [])
     encode = partial(_encode, tokenizer, max_length, label_names, counts, progress)
     return DataBundle(
         train=encode("train", train),
         eval=None if held_out is None else encode("eval", held_out),
         collate_fn=Collator(padding_id(tokenizer)),
-        description=_describe(name, label_names, counts),
+        description=describe(name, label_names, counts),
         counts=counts,
         label_names=label_names,
     )
-
-
-def _examples(rows: list[Row], columns: tuple[str, str], where: Mapping[str, str]) -> tuple[list[Row], int]:
-    """Rows as {"text", "label"}, filtered by `where`, without repeats; the number of repeats."""
-    for key, wanted in where.items():
-        chosen = [row for row in rows if str(field_of(row, key, "where")) == wanted]
-        if not chosen:
-            found = Counter(str(row[0][key]) for row in rows).most_common(6)
-            raise ValueError(
-                f"No row has {key}={wanted!r}. Found: {', '.join(f'{value!r} ({n})' for value, n in found)}. Pick one."
-            )
-        rows = chosen
-    examples: dict[tuple[str, str], Row] = {}
-    for row in rows:
-        text = text_of(row, columns[0], "text_column").strip()
-        label = field_of(row, columns[1], "label_column")
-        if not text:
-            raise ValueError(f"{row[1]}: {columns[0]!r} is blank. Fill it or remove the row.")
-        if not isinstance(label, str | int) or label == "":
-            raise ValueError(
-                f"{row[1]}: {columns[1]!r} is {label!r} ({type(label).__name__}); a label is text or a whole number. "
-                "Correct the row or name another label_column."
-            )
-        examples.setdefault((text, str(label)), ({"text": text, "label": str(label)}, row[1]))
-    return list(examples.values()), len(rows) - len(examples)
-
-
-def _divide(
-    examples: list[Row], eval_examples: list[Row] | None, eval_ratio: float, seed: int, counts: dict[str, int]
-) -> tuple[list[Row], list[Row] | None]:
-    """Training and held-out examples, no text on both sides and the share of every label held out; counts what it
-    found."""
-    train, held_out, num_leaked = divide(
-        examples, eval_examples, eval_ratio, seed, key=lambda row: row[0]["text"], stratum=lambda row: row[0]["label"]
-    )
-    counts["duplicates_of_eval"] = num_leaked
-    counts["texts_with_two_labels"] = len(examples) - len({row["text"] for row, _ in examples})
-    return train, held_out
-
-
-def _label_names(examples: list[Row], name: str) -> tuple[str, ...]:
-    found = {row["label"] for row, _ in examples}
-    if len(found) < 2:
-        raise ValueError(f"{name} has only the label {found}; to classify takes two. Check label_column and where.")
-    numbers = all(label.removeprefix("-").isdecimal() for label in found)
-    return tuple(sorted(found, key=(lambda label: (int(label), label)) if numbers else (lambda label: (0, label))))
-
-
-def _check_trained(train: list[Row], held_out: list[Row]) -> None:
-    trained = {row["label"] for row, _ in train}
-    for row, origin in held_out:
-        if row["label"] not in trained:
-            raise ValueError(
-                f"{origin} has the label {row['label']!r}, which no training row has. Found: "
-                f"{', '.join(sorted(trained))}. Correct the label or add training rows (max_rows may cut them off)."
-            )
 
 
 def _encode(
@@ -167,16 +111,3 @@ def _num_cut(texts: list[str], encoded: BatchEncoding, tokenizer: PreTrainedToke
         return sum(bool(encoding.overflowing) for encoding in encoded.encodings)
     full = [text for text, ids in zip(texts, encoded["input_ids"]) if len(ids) == max_length]
     return sum(len(tokenizer(text, verbose=False)["input_ids"]) > max_length for text in full)
-
-
-def _describe(name: str, label_names: tuple[str, ...], counts: dict[str, int]) -> str:
-    line = f"{name}: {counts['train_rows']:,} texts, {len(label_names)} labels"
-    if "eval_rows" in counts:
-        line += f"; held out: {counts['eval_rows']:,} texts"
-    for what, total in (
-        ("cut", counts["train_truncated"] + counts.get("eval_truncated", 0)),
-        ("repeats dropped", counts["duplicates_dropped"] + counts["duplicates_of_eval"]),
-    ):
-        if total:
-            line += f"; {total:,} {what}"
-    return line

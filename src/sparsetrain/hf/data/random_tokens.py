@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from sparsetrain.hf.data.bundle import Collator, DataBundle
+from sparsetrain.data.collate import Collator
+from sparsetrain.hf.data.bundle import DataBundle
 
 RANDOM = "random tokens"
 """The `data` of a recipe that is measured without data."""

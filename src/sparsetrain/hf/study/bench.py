@@ -23,7 +23,6 @@ from sparsetrain.core.errors import PlanError, Unsupported
 from sparsetrain.core.units import seconds_text
 from sparsetrain.hf.study.bench_checks import CHECK_LAYERS, distances
 from sparsetrain.hf.study.bench_cut import cut_head, cut_layers, first_layers
-from sparsetrain.hf.study.bench_outcome import Bench, Outcome
 from sparsetrain.hf.study.training_step import TrainingStep, convert_step, dense_twin, open_measured_parts
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.parts import Parts
@@ -35,6 +34,7 @@ from sparsetrain.measure.rates import Rates, measure_rates
 from sparsetrain.measure.timing import clock, compare, ratio
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.presets import PRESETS
+from sparsetrain.runs.bench_outcome import Bench, Outcome
 from sparsetrain.runs.events import Report, silent
 from sparsetrain.surgery.plan import Plan, plan
 

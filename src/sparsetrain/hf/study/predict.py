@@ -1,138 +1,35 @@
-"""predict(): memory and time of ways to train, from a model's config alone. No weights, no GPU; cached.
+"""predictor_of(): what predicts a model's ways to train, from its config alone. No weights, no GPU; cached.
 
 This module stays light: transformers and PEFT are imported when a recipe has to be traced, not for a cached answer.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from functools import cache
-from importlib import metadata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sparsetrain.core.config import plain_values
-from sparsetrain.hf.model.model_config import ModelConfig
-from sparsetrain.planner.candidates import candidates
-from sparsetrain.planner.kernels import ops_of, unable
-from sparsetrain.planner.measured import measured_speedup
-from sparsetrain.planner.outline import Outline, load_outline, store_outline
-from sparsetrain.planner.search import Answer, Candidate, Question, answer
+from sparsetrain.planner.model_config import ModelConfig
+from sparsetrain.planner.outline import Outline
+from sparsetrain.planner.predictor import Found, Predictor, Tracer
 from sparsetrain.recipes.finetune import Recipe
 
 
-class Predictor:
-    """Outlines of recipes on one model, from the cache where they are there.
+def predictor_of(
+    model: ModelConfig, base: dict[str, Any], *, bf16: bool, cache: Path | None, gpu: bool = False
+) -> Predictor:
+    """A predictor that traces on the empty model; arguments as of `Predictor`."""
 
-    Args:
-        model: what is trained.
-        base: recipe keys of all candidates (model, task, lora_r, …).
-        bf16: as `outline`.
-        cache: folder of stored outlines; None: none.
-        gpu: trace for a GPU, and refuse what runs well on a CPU alone.
-    """
-
-    def __init__(
-        self, model: ModelConfig, base: dict[str, Any], *, bf16: bool, cache: Path | None, gpu: bool = False
-    ) -> None:
-        self.model, self.base, self.bf16, self.cache, self.gpu = model, base, bf16, cache, gpu
-        self.traced = 0
-        self._known: dict[str, Outline | ValueError] = {}
-
-    def recipe(self, candidate: Candidate) -> Recipe:
-        return Recipe.from_values({"data": "none", **self.base, "model": self.model.name, **candidate.values})
-
-    def methods(self, candidate: Candidate) -> list[dict[str, Any]]:
-        return [plain_values(config) for config in self.recipe(candidate).configs]
-
-    def outline(self, candidate: Candidate) -> Outline:
-        """Trace a candidate, or read what an earlier process traced.
-
-        Raises:
-            ValueError: the recipe does not fit the model.
-        """
-        recipe = self.recipe(candidate)
-        if self.gpu and (reason := unable(ops_of(recipe), gpu=True)):  # known before anything is traced
-            raise ValueError(reason)
-        found = self._found(recipe)
-        if isinstance(found, ValueError):
-            raise found
-        if found is not None:
-            return found
+    def one(recipe: Recipe) -> Outline:
         from transformers import AutoConfig
 
         from sparsetrain.hf.study.recipe_trace import outline
 
-        found = outline(recipe, AutoConfig.for_model(**self.model.values), bf16=self.bf16, gpu=self.gpu)
-        self._keep(recipe, found)
-        return found
+        return outline(recipe, AutoConfig.for_model(**model.values), bf16=bf16, gpu=gpu)
 
-    def prepare(self, wanted: list[Candidate]) -> None:
-        """Trace what is not known of these candidates, several at once."""
-        recipes = [self.recipe(candidate) for candidate in wanted]
-        recipes = [r for r in recipes if not (self.gpu and unable(ops_of(r), gpu=True)) and self._found(r) is None]
-        if len(recipes) < 2:
-            return
+    def several(recipes: list[Recipe]) -> Iterator[tuple[int, Found]]:
         from sparsetrain.hf.study.trace_pool import trace_all
 
-        for i, found in trace_all(recipes, self.model.values, bf16=self.bf16, gpu=self.gpu):
-            self._keep(recipes[i], found)
+        return trace_all(recipes, model.values, bf16=bf16, gpu=gpu)
 
-    def _found(self, recipe: Recipe) -> Outline | ValueError | None:
-        key = self._key(recipe)
-        if key not in self._known and self.cache is not None:
-            stored = load_outline(self.cache / f"{key}.json")
-            if stored is not None:
-                self._known[key] = stored
-        return self._known.get(key)
-
-    def _keep(self, recipe: Recipe, found: Outline | ValueError) -> None:
-        key = self._key(recipe)
-        self._known[key] = found
-        self.traced += 1
-        if self.cache is not None and isinstance(found, Outline):
-            store_outline(found, self.cache / f"{key}.json")
-
-    def _key(self, recipe: Recipe) -> str:
-        """Names what an outline depends on: the model, how it is trained, and the code that was traced."""
-        trained = {key: getattr(recipe, key) for key in ("task", "lora_r", "lora_targets", "lora_alpha", "methods")}
-        trained |= {"again": recipe.gradient_checkpointing != "none", "bf16": self.bf16, "gpu": self.gpu}
-        trained["config"] = self.model.values
-        trained["methods"] = [plain_values(config) for config in recipe.configs]
-        trained["versions"] = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
-        trained["code"] = _code()
-        return hashlib.sha256(json.dumps(trained, sort_keys=True, default=str).encode()).hexdigest()[:24]
-
-
-@cache
-def _code() -> str:
-    """A hash of sizes and times of the package's files, so that a changed kernel or method is traced again."""
-    root = Path(__file__).parents[2]
-    files = sorted(path for path in root.rglob("*.py") if "cli" not in path.parts)
-    stamps = [(str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr(stamps).encode()).hexdigest()
-
-
-def predict(
-    predictor: Predictor, question: Question, only: list[Candidate] | None = None, *, fit: str | None = None
-) -> Answer:
-    """Predict memory and time of every candidate, and pick.
-
-    Args:
-        predictor: of the model.
-        question: the goal.
-        only: the candidates, the first of which is the baseline; by default all of `candidates`.
-        fit: `seq` or `batch`: pick for the longest sequence or the largest batch instead, which the picked row holds.
-    """
-    asked = only or candidates(predictor.base)
-    predictor.prepare(asked)
-    return answer(
-        question,
-        asked,
-        predictor.outline,
-        predictor.methods,
-        lambda outline: unable(outline.ops, gpu=predictor.gpu),
-        fit=fit,
-        speedup=lambda candidate: measured_speedup(predictor.recipe(candidate), predictor.model.hidden_size, question),
-    )
+    return Predictor(model, base, Tracer(one=one, several=several), bf16=bf16, cache=cache, gpu=gpu)

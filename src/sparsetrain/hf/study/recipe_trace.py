@@ -21,14 +21,14 @@ from sparsetrain.core.backend import planning_for, watch_ops
 from sparsetrain.hf.model import models
 from sparsetrain.hf.model.checkpointing import recompute
 from sparsetrain.hf.model.model_config import context_length
-from sparsetrain.hf.study.gpu_dropout import drop_as_on_a_gpu
-from sparsetrain.hf.study.hollow_model import convert_empty, fill, settle
-from sparsetrain.hf.study.thin_model import thin_out, trained_parameters, whole_memory
 from sparsetrain.hf.train.tasks import training_loss
+from sparsetrain.planner.gpu_dropout import drop_as_on_a_gpu
 from sparsetrain.planner.hollow import Hollow
+from sparsetrain.planner.hollow_model import convert_empty, fill, settle
 from sparsetrain.planner.memory import StaticBytes
 from sparsetrain.planner.outline import Outline
 from sparsetrain.planner.step_tracer import StepTrace, trace_step
+from sparsetrain.planner.thin_model import thin_out, trained_parameters, whole_memory
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.tasks import task_of
 

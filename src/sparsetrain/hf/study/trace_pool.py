@@ -15,10 +15,10 @@ from transformers import AutoConfig
 
 from sparsetrain.hf.study.recipe_trace import outline
 from sparsetrain.planner.outline import Outline
+from sparsetrain.planner.predictor import Found
 from sparsetrain.recipes.finetune import Recipe
 
 MOST_PROCESSES = 4
-Found = Outline | ValueError
 
 
 def trace_all(recipes: list[Recipe], values: dict[str, Any], *, bf16: bool, gpu: bool) -> Iterator[tuple[int, Found]]:

@@ -6,11 +6,9 @@ records and, last, the manifest (`runs.checkpoints` says what that means).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
-from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparsetrain.recipes.run import RunRecipe
@@ -56,11 +54,3 @@ class CheckpointCallback(TrainerCallback):
         )
         rotate(folder.parent, self.recipe.keep_checkpoints)
         self.report({"event": "saved", "path": str(folder)})
-
-
-def data_fingerprint(rows: Dataset) -> str:
-    """A hash of the number of rows and of a hundred of them, evenly spread."""
-    digest = hashlib.sha256(str(len(rows)).encode())
-    for i in range(0, len(rows), max(1, len(rows) // 100)):
-        digest.update(repr({key: list(v) if hasattr(v, "__iter__") else v for key, v in rows[i].items()}).encode())
-    return digest.hexdigest()[:16]

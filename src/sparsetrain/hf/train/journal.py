@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparsetrain.hf.train.callbacks import StepRecorder
-from sparsetrain.hf.train.evaluate import Collate, Quality
 from sparsetrain.hf.train.tasks import training_loss
 from sparsetrain.measure.memory import peak_memory, saved_activations
 from sparsetrain.measure.schema import Run, StageRecord
 from sparsetrain.runs.checkpoints import Checkpoint
 from sparsetrain.runs.events import Event, Report
+from sparsetrain.runs.quality import Quality
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.method import method_of
 
@@ -126,21 +124,3 @@ class SavedCallback(TrainerCallback):
             return []
         hooks = [hook for config in self.handle.configs if (hook := method_of(config).measure) is not None]
         return [note for hook in hooks for note in hook(self.handle, model, batch, saved_activations)]
-
-
-class OrderedCollator:
-    """A collator that hashes the rows it is given, so that two runs can be shown to have seen the same."""
-
-    def __init__(self, collate_fn: Collate) -> None:
-        self.collate_fn = collate_fn
-        self._crc = 0
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        for row in rows:
-            content = next(value for name, value in row.items() if name != "labels")
-            self._crc = zlib.crc32(np.asarray(content).tobytes(), self._crc)
-        return self.collate_fn(rows)
-
-    @property
-    def digest(self) -> str:
-        return f"{self._crc:08x}"

@@ -30,12 +30,13 @@ from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.pretrain_data import load_rows, open_tokenizer
 from sparsetrain.hf.train.rows import calibration_batches, reads_longest, refuse_rows
 from sparsetrain.hf.train.run import Job, KnownQuality, Result, dense_start, run
-from sparsetrain.hf.train.stages import ONE_STAGE, kept_weights
+from sparsetrain.hf.train.stages import kept_weights
 from sparsetrain.recipes.pretrain import PretrainRecipe as PretrainRecipe
 from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.checkpoints import Checkpoint
 from sparsetrain.runs.events import Report, silent
 from sparsetrain.runs.sidecar import read_state
+from sparsetrain.runs.spans import ONE_STAGE
 from sparsetrain.surgery.apply import Handle, sparsify
 from sparsetrain.surgery.grow import enter, growth_method, models_of_stages
 from sparsetrain.surgery.method import Grown, Weights, edits_of, growth_of

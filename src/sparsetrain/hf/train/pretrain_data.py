@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.core.config import suggest
+from sparsetrain.data.tasks import TASKS as SEQUENCE_SETS
+from sparsetrain.data.tasks import is_task
 from sparsetrain.hf.assets import embedded_name, resolve_data, resolve_model
 from sparsetrain.hf.data import DataBundle
 from sparsetrain.hf.data.byte_tokens import byte_tokenizer
-from sparsetrain.hf.data.tasks import TASKS as SEQUENCE_SETS
 from sparsetrain.hf.data.tasks import load_task
 from sparsetrain.hf.model.architectures import sequence_tokens
 from sparsetrain.hf.train import assemble
@@ -18,11 +19,6 @@ from sparsetrain.hf.train.tasks import RowsAsked, load_asked
 from sparsetrain.recipes.pretrain import PretrainRecipe
 from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.events import Report
-
-
-def is_task(name: str) -> bool:
-    """Whether a name is that of a generated or loaded task of long sequences."""
-    return name in SEQUENCE_SETS or name.startswith("lra-")
 
 
 def open_tokenizer(recipe: PretrainRecipe) -> Any:

@@ -15,26 +15,22 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from sparsetrain.data.digest import OrderedCollator, data_fingerprint
 from sparsetrain.hf.model import models
 from sparsetrain.hf.model.io import save
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.callbacks import SparsityCallback
-from sparsetrain.hf.train.checkpoint import CheckpointCallback, data_fingerprint
-from sparsetrain.hf.train.evaluate import Quality, evaluate, held_out_tokens
-from sparsetrain.hf.train.journal import EvalCallback, Journal, OrderedCollator, SavedCallback
+from sparsetrain.hf.train.checkpoint import CheckpointCallback
+from sparsetrain.hf.train.evaluate import evaluate, held_out_tokens
+from sparsetrain.hf.train.journal import EvalCallback, Journal, SavedCallback
 from sparsetrain.hf.train.parts import Parts
-from sparsetrain.hf.train.result import Result as Result
-from sparsetrain.hf.train.result import run_report as run_report
 from sparsetrain.hf.train.rows import first_batch
 from sparsetrain.hf.train.stages import (
-    ONE_STAGE,
     Enter,
-    Span,
     StageCallback,
     enter_stage,
     leave_entry,
     load_weights,
-    spans,
 )
 from sparsetrain.hf.train.tasks import use_task_loss
 from sparsetrain.measure.machine import describe_machine
@@ -46,6 +42,10 @@ from sparsetrain.runs.events import Report
 from sparsetrain.runs.layout import RESULT, checkpoint_folder
 from sparsetrain.runs.manifest import disk_errors, write_json
 from sparsetrain.runs.pictures import illustrate
+from sparsetrain.runs.quality import Quality
+from sparsetrain.runs.result import Result as Result
+from sparsetrain.runs.result import run_report as run_report
+from sparsetrain.runs.spans import ONE_STAGE, Span, spans
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.method import Stage
 

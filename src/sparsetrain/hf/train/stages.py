@@ -1,4 +1,4 @@
-"""A run's stages: which steps each trains, and how one begins with what the stage before has left.
+"""A run's stages: how one begins with what the stage before has left.
 
 The Trainer of a stage counts the steps of the whole run, over the rows and the learning rates of the whole run, and is
 stopped at the stage's end, where a checkpoint is always written. The next stage begins by translating that checkpoint
@@ -9,10 +9,8 @@ it makes no difference whether a run was interrupted between two stages.
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,79 +22,16 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from sparsetrain.hf.train.callbacks import restart_schedule
 from sparsetrain.hf.train.journal import Journal
 from sparsetrain.hf.train.parts import Parts
-from sparsetrain.measure.schema import StageRecord
-from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.kept import KeptWeights
 from sparsetrain.runs.layout import ENTERING, KEPT
 from sparsetrain.runs.manifest import disk_errors
+from sparsetrain.runs.spans import Span
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.grow import carried_state
-from sparsetrain.surgery.method import Grown, Stage, Weights
-
-ONE_STAGE = (Stage(name="training", share=1.0),)
+from sparsetrain.surgery.method import Grown, Weights
 
 Enter = Callable[[Parts, Journal, int, Any, MutableMapping[str, Weights]], tuple[Grown, Handle | None]]
 """(parts, journal, index of a stage, dense model of the stage before, kept weights) -> the stage's model, converted."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Span:
-    """The steps of one stage, as the run counts them: those after `first`, up to `last`, of `total`."""
-
-    stage: Stage
-    index: int
-    of: int
-    first: int
-    last: int
-    total: int
-
-    @property
-    def steps(self) -> int:
-        return self.last - self.first
-
-    def record(self, parameters: int) -> StageRecord:
-        """For the run's records; parameters: of the model that it trains."""
-        return {
-            "name": self.stage.name,
-            "from_step": self.first,
-            "to_step": self.last,
-            "parameters": parameters,
-        }
-
-    def place(self, step: int) -> dict[str, Any]:
-        """Where a checkpoint of this stage is in the run; nothing to say where there is one stage."""
-        return {} if self.of == 1 else {"stage": self.index, "stage_step": step - self.first}
-
-
-def total_steps(recipe: RunRecipe, num_rows: int) -> int:
-    """Optimizer steps of a run over that many training rows."""
-    per_epoch = math.ceil(num_rows / (recipe.batch_size * recipe.grad_accum))
-    return recipe.steps or math.ceil((recipe.epochs or 1) * per_epoch)
-
-
-def spans(stages: tuple[Stage, ...], recipe: RunRecipe, num_rows: int) -> tuple[Span, ...]:
-    """The steps of each stage.
-
-    Raises:
-        ValueError: shares do not add up to 1; a stage gets no step, or none after its warm-up.
-    """
-    total = total_steps(recipe, num_rows)
-    shares = ", ".join(f"{stage.name} {stage.share:g}" for stage in stages)
-    if abs(sum(stage.share for stage in stages) - 1) > 1e-6:
-        raise ValueError(f"the shares of the stages ({shares}) do not add up to 1.")
-    ends = [round(total * sum(stage.share for stage in stages[: i + 1])) for i in range(len(stages))]
-    found = tuple(
-        Span(stage=stage, index=i, of=len(stages), first=first, last=last, total=total)
-        for i, (stage, first, last) in enumerate(zip(stages, [0, *ends], ends, strict=False))
-    )
-    for span in found:
-        least = recipe.warmup_steps if span.stage.restart_lr else 0
-        if span.steps <= least:
-            raise ValueError(
-                f"stage {span.stage.name!r} gets {span.steps} of steps={total} and needs more than {least} (stages: "
-                f"{shares}). Train longer, or change the shares."
-            )
-    return found
 
 
 class StageCallback(TrainerCallback):

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsetrain.data.collate import IGNORED_LABEL
 from sparsetrain.hf.data import DataBundle, load_classify, load_images, load_sft, load_text
-from sparsetrain.hf.data.bundle import IGNORED_LABEL, Progress
+from sparsetrain.hf.data.bundle import Progress
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.recipes.tasks import named, task_of
 

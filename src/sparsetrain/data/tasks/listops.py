@@ -9,7 +9,7 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 
-from sparsetrain.hf.data.tasks.bundle import Rows, TaskBundle, make_bundle
+from sparsetrain.data.tasks.rows import Rows, TaskRows, task_rows
 
 OPERATORS: dict[str, Callable[[Sequence[int]], int]] = {
     "[MIN": min,
@@ -29,12 +29,12 @@ class _TooLong(Exception):
     pass
 
 
-def load(*, seq_len: int, max_rows: int | None, max_eval_rows: int | None, seed: int) -> TaskBundle:
+def load(*, seq_len: int, max_rows: int | None, max_eval_rows: int | None, seed: int) -> TaskRows:
     """Expressions of a quarter of `seq_len` to `seq_len` tokens; both sides are drawn apart and share none."""
     train = expressions(max_rows or 10_000, seq_len, seed=f"train {seed}", without=set())
     held_out = expressions(max_eval_rows or 1_000, seq_len, seed="held out", without=set(map(tuple, train.ids)))
     names = [str(i) for i in range(10)]
-    return make_bundle("listops", train, held_out, vocab_size=len(TOKENS) + 1, label_names=names)
+    return task_rows("listops", train, held_out, vocab_size=len(TOKENS) + 1, label_names=names)
 
 
 def expressions(count: int, seq_len: int, *, seed: str, without: set[tuple[int, ...]]) -> Rows:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsetrain.hf.data.images import load_images
-from sparsetrain.hf.data.tasks.bundle import BYTES, Rows, TaskBundle, chosen, make_bundle
+from sparsetrain.data.images import FASHION_LABELS, read_images
+from sparsetrain.data.tasks.rows import BYTES, Embedded, Rows, TaskRows, chosen, task_rows
 
 SIDE = 28
 CIFAR_SIDE = 32
@@ -17,7 +17,7 @@ GREY = np.array([0.2989, 0.587, 0.114])
 """Weights of red, green and blue (ITU-R BT.601)."""
 
 
-def load(*, seq_len: int, max_rows: int | None, max_eval_rows: int | None, seed: int) -> TaskBundle:
+def load(*, embedded: Embedded, seq_len: int, max_rows: int | None, max_eval_rows: int | None, seed: int) -> TaskRows:
     """Fashion-MNIST as 784 tokens; at 196 or 49, each token is the mean of 2 x 2 or 4 x 4 pixels.
 
     Raises:
@@ -28,13 +28,12 @@ def load(*, seq_len: int, max_rows: int | None, max_eval_rows: int | None, seed:
         raise ValueError(
             f"pixels: seq_len={seq_len}. An image has 784 pixels: use 784, or 196 or 49 for means of them."
         )
-    images = load_images("fashion-mnist", max_rows=max_rows, max_eval_rows=max_eval_rows, seed=seed)
-    assert images.eval is not None
+    images = read_images(Path(embedded("fashion-mnist")), max_rows=max_rows, max_eval_rows=max_eval_rows, seed=seed)
     sides = [
-        Rows(_tokens(np.asarray(part["pixel_values"], dtype=np.uint8), SIDE // side), part["labels"])
-        for part in (images.train, images.eval)
+        Rows(_tokens(part["pixel_values"], SIDE // side), part["labels"].tolist())
+        for part in (images.train, images.held_out)
     ]
-    return make_bundle("pixels", *sides, vocab_size=BYTES, label_names=images.label_names)
+    return task_rows("pixels", *sides, vocab_size=BYTES, label_names=FASHION_LABELS)
 
 
 def _tokens(images_nhw: np.ndarray, factor: int) -> np.ndarray:
@@ -43,7 +42,7 @@ def _tokens(images_nhw: np.ndarray, factor: int) -> np.ndarray:
     return means.round().astype(np.int64).reshape(n, -1) + 1
 
 
-def load_cifar(*, folder: Path, seq_len: int, max_rows: int | None, max_eval_rows: int | None, seed: int) -> TaskBundle:
+def load_cifar(*, folder: Path, seq_len: int, max_rows: int | None, max_eval_rows: int | None, seed: int) -> TaskRows:
     """CIFAR-10 in grey as 1,024 tokens, from the binary version (`data_batch_1.bin` …, `test_batch.bin`).
 
     The Python version holds pickles and is not read.
@@ -64,7 +63,7 @@ def load_cifar(*, folder: Path, seq_len: int, max_rows: int | None, max_eval_row
         grey = np.tensordot(records[:, 1:].reshape(-1, 3, CIFAR_SIDE**2), GREY, axes=(1, 0))
         sides.append(Rows(grey.round().astype(np.int64) + 1, records[:, 0].tolist()))
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    return make_bundle("lra-image", *sides, vocab_size=BYTES, label_names=names)
+    return task_rows("lra-image", *sides, vocab_size=BYTES, label_names=names)
 
 
 def _records(path: Path) -> np.ndarray:

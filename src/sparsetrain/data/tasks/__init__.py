@@ -11,34 +11,43 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.core.config import suggest
-from sparsetrain.hf.data.tasks import byte_text, listops, lra, pathfinder, pixels, retrieval
-from sparsetrain.hf.data.tasks.bundle import TaskBundle as TaskBundle
+from sparsetrain.data.tasks import byte_text, listops, lra, pathfinder, pixels, retrieval
+from sparsetrain.data.tasks.rows import Embedded
+from sparsetrain.data.tasks.rows import TaskRows as TaskRows
 
-TASKS: dict[str, Callable[..., TaskBundle]] = {
+TASKS: dict[str, Callable[..., TaskRows]] = {
     "listops": listops.load,
     "text": byte_text.load,
     "retrieval": retrieval.load,
     "pixels": pixels.load,
     "pathfinder": pathfinder.load,
 }
-LRA_TASKS: dict[str, Callable[..., TaskBundle]] = {
+LRA_TASKS: dict[str, Callable[..., TaskRows]] = {
     "lra-listops": lra.load_listops,
     "lra-text": lra.load_text,
     "lra-retrieval": lra.load_retrieval,
     "lra-image": lra.load_image,
     "lra-pathfinder": lra.load_pathfinder,
 }
+OF_EMBEDDED = ("text", "retrieval", "pixels")
+"""Tasks that are made of an embedded data set."""
 
 
-def load_task(
+def is_task(name: str) -> bool:
+    """Whether a name is that of a generated or loaded task of long sequences."""
+    return name in TASKS or name.startswith("lra-")
+
+
+def read_task(
     name: str,
     *,
     seq_len: int,
-    max_rows: int | None = None,
-    max_eval_rows: int | None = None,
-    seed: int = 0,
-    folder: str | Path | None = None,
-) -> TaskBundle:
+    max_rows: int | None,
+    max_eval_rows: int | None,
+    seed: int,
+    folder: str | Path | None,
+    embedded: Embedded,
+) -> TaskRows:
     """Training and held-out rows of a task.
 
     Args:
@@ -46,6 +55,7 @@ def load_task(
         seq_len: most tokens in a sequence; what is longer is cut, and counted.
         max_rows, max_eval_rows: use this many rows, chosen by `seed`; generated tasks make 10,000 and 1,000 otherwise.
         folder: where the files of an `lra-` task lie.
+        embedded: gives the folder of an embedded data set, for the tasks of `OF_EMBEDDED`.
 
     Raises:
         ValueError: no such task (with the nearest name), no folder or one too many, a broken file, or a `seq_len` the
@@ -66,4 +76,6 @@ def load_task(
         options["folder"] = Path(folder)
     elif folder is not None:
         raise ValueError(f"{name} needs no files, and folder={folder} was given. Use lra-{name}, or leave it out.")
+    elif name in OF_EMBEDDED:
+        options["embedded"] = embedded
     return known[name](seq_len=seq_len, max_rows=max_rows, max_eval_rows=max_eval_rows, seed=seed, **options)

@@ -2,33 +2,8 @@
 
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 
-from sparsetrain.hf.data.files import Row
-from sparsetrain.hf.data.sources import HubChoice, Source, load_rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalChoice:
-    """What to evaluate on: a source or a split of its own, else a share of the training source (0 for none)."""
-
-    source: Source | None
-    split: str | None
-    ratio: float
-
-
-def load_sides(source: Source, hub: HubChoice, choice: EvalChoice) -> tuple[list[Row], list[Row] | None]:
-    """All rows of the source, and those of a source or split of its own for evaluation (None: still to be divided).
-
-    Raises:
-        ValueError: a source cannot be read, or the held-out share is not one.
-    """
-    check_ratio(choice.ratio)
-    rows = load_rows(source, hub)
-    if choice.source is None and choice.split is None:
-        return rows, None
-    other = source if choice.source is None else choice.source
-    return rows, load_rows(other, HubChoice(config=hub.config, split=choice.split or hub.split))
+from sparsetrain.data.files import Row
 
 
 def divide(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparsetrain.hf.data.tasks.bundle import BYTES, Rows, TaskBundle, make_bundle
+from sparsetrain.data.tasks.rows import BYTES, Rows, TaskRows, task_rows
 
 DASH, GAP = 3, 1
 """Pixels along a curve that are drawn, and that are left out."""
@@ -32,7 +32,7 @@ class Drawing(NamedTuple):
     connected: bool
 
 
-def load(*, seq_len: int, max_rows: int | None, max_eval_rows: int | None, seed: int) -> TaskBundle:
+def load(*, seq_len: int, max_rows: int | None, max_eval_rows: int | None, seed: int) -> TaskRows:
     """Square images of `seq_len` pixels: 1,024 for 32 x 32. Half are connected.
 
     Raises:
@@ -45,7 +45,7 @@ def load(*, seq_len: int, max_rows: int | None, max_eval_rows: int | None, seed:
         _rows(count, side, np.random.default_rng(entropy))
         for count, entropy in ((max_rows or 10_000, [seed, 1]), (max_eval_rows or 1_000, [2]))
     ]
-    return make_bundle("pathfinder", *sides, vocab_size=BYTES, label_names=("apart", "connected"))
+    return task_rows("pathfinder", *sides, vocab_size=BYTES, label_names=("apart", "connected"))
 
 
 def _rows(count: int, side: int, generator: np.random.Generator) -> Rows:

@@ -1,0 +1,1 @@
+"""Rows as plain values, without a Hugging Face library: read from files, split, generated, collated into batches."""

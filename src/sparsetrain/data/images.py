@@ -1,0 +1,68 @@
+"""Images with labels in the idx format of MNIST and its relatives."""
+
+import gzip
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+FASHION_LABELS = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """Two sides, each with `pixel_values` (uint8, n x height x width) and `labels` (int64, n).
+
+    size: height and width. classes: one more than the largest label, whether or not it was chosen.
+    """
+
+    train: dict[str, np.ndarray]
+    held_out: dict[str, np.ndarray]
+    size: tuple[int, int]
+    classes: int
+
+
+def read_images(folder: Path, *, max_rows: int | None, max_eval_rows: int | None, seed: int) -> Images:
+    """Grey images from a folder with MNIST's four idx files (`train-images-idx3-ubyte.gz`, ...).
+
+    Args:
+        max_rows, max_eval_rows: use this many of each part, chosen by `seed`.
+
+    Raises:
+        ValueError: a file is missing, or is not an idx file of the right kind, or the parts do not fit.
+    """
+    generator = np.random.default_rng(seed)
+    sides, largest, size = [], 0, (0, 0)
+    for part, prefix, limit in (("train", "train", max_rows), ("eval", "t10k", max_eval_rows)):
+        images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", num_dims=3)
+        labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", num_dims=1)
+        if len(images) != len(labels) or not len(images):
+            raise ValueError(f"{folder} has {len(images)} {part} images and {len(labels)} labels. Fetch it again.")
+        largest, size = max(largest, int(labels.max())), (images.shape[1], images.shape[2])
+        kept = generator.permutation(len(images))[:limit]
+        sides.append({"pixel_values": images[kept], "labels": labels[kept].astype(np.int64)})
+    train, held_out = sides
+    return Images(train=train, held_out=held_out, size=size, classes=largest + 1)
+
+
+def read_idx(path: Path, num_dims: int) -> np.ndarray:
+    """A gzipped idx file of bytes as a uint8 array.
+
+    Raises:
+        ValueError: the file is missing, is not gzip, or its header does not fit its content.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist. Give a folder with MNIST's four .gz files.")
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path} is not a whole gzip file ({error}). Fetch it again.") from error
+    header_bytes = 4 + 4 * num_dims
+    if content[:4] != bytes((0, 0, 8, num_dims)) or len(content) < header_bytes:
+        raise ValueError(f"{path} begins with {content[:4]!r}, not as an idx file of bytes with {num_dims} axes.")
+    shape = struct.unpack(f">{num_dims}I", content[4:header_bytes])
+    data = np.frombuffer(content, dtype=np.uint8, offset=header_bytes)
+    if data.size != np.prod(shape):
+        raise ValueError(f"{path} promises {shape} and holds {data.size} bytes. Fetch it again.")
+    return data.reshape(shape)
