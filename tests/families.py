@@ -53,6 +53,11 @@ _DECODER = {
 }
 
 
+def llama_config(**changes: Any) -> LlamaConfig:
+    """The tiny Llama of these tests, with other sizes where a test needs them."""
+    return LlamaConfig(**{**_DECODER, **changes})
+
+
 @dataclass(frozen=True)
 class Family:
     name: str
@@ -192,7 +197,7 @@ def _vit() -> nn.Module:
 FAMILIES = {
     family.name: family
     for family in (
-        Family("llama", lambda: LlamaForCausalLM(LlamaConfig(**_DECODER)), causal=True),
+        Family("llama", lambda: LlamaForCausalLM(llama_config()), causal=True),
         Family("qwen2", lambda: Qwen2ForCausalLM(Qwen2Config(**_DECODER)), causal=True),
         Family("qwen3", lambda: Qwen3ForCausalLM(Qwen3Config(**_DECODER, head_dim=8)), causal=True),
         Family("mistral", lambda: MistralForCausalLM(MistralConfig(**_DECODER, sliding_window=40)), causal=True),

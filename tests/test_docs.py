@@ -17,6 +17,7 @@ from bench.tables.steps import registered
 from sparsetrain.core.config import registered_methods
 from sparsetrain.surgery.apply import Handle
 from tests.cli.conftest import byte_tokenizer
+from tests.families import llama_config
 
 REPO = Path(__file__).parents[1]
 PAGES = [REPO / "README.md", *(REPO / method.page for method in registered().values())]
@@ -46,14 +47,13 @@ class Tiny:
 
     @classmethod
     def model(cls, name: str, **options: Any) -> Any:
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaForCausalLM
 
         assert name == "HuggingFaceTB/SmolLM2-135M-Instruct" and options == {"dtype": "float32"}
         torch.manual_seed(0)
-        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-        ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-        places = {"num_key_value_heads": 2, "max_position_embeddings": 2048, "vocab_size": len(byte_tokenizer())}
-        return LlamaForCausalLM(LlamaConfig(**sizes, **ends, **places))
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
+        sizes |= {"max_position_embeddings": 2048, "vocab_size": len(byte_tokenizer())}
+        return LlamaForCausalLM(llama_config(**sizes))
 
     @classmethod
     def tokenizer(cls, name: str) -> Any:

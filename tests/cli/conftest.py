@@ -55,23 +55,15 @@ def write_text(path: Path, num_words: int, seed: int = 0) -> Path:
 def save_llama(folder: Path, **changes: Any) -> Path:
     """A random Llama of two blocks with a byte-level tokenizer, as a folder that `from_pretrained` loads."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
+
+    from tests.families import llama_config
 
     tokenizer = byte_tokenizer()
-    values = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 128,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
+    sizes = {"vocab_size": len(tokenizer), "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "max_position_embeddings": 128}
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**{**values, **changes})).save_pretrained(folder)
+    LlamaForCausalLM(llama_config(**{**sizes, **changes})).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

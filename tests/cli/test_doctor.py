@@ -36,9 +36,9 @@ def test_a_missing_and_an_old_package_end_with_1_and_say_what_to_install(
     call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {"peft": None, "transformers": "5.16.2"}
-    version = module._version
-    monkeypatch.setattr(module, "_version", lambda name: found[name] if name in found else version(name))
-    monkeypatch.setattr(module, "_formats", lambda device: module.Check("formats", "ok", ""))
+    version = module.installed_version
+    monkeypatch.setattr(module, "installed_version", lambda name: found[name] if name in found else version(name))
+    monkeypatch.setattr(module, "formats", lambda device: module.Check("formats", "ok", ""))
     result = call("doctor")
     assert result.code == 1
     assert 'pip install "peft>=0.19"' in result.out
@@ -50,15 +50,15 @@ def test_a_missing_and_an_old_package_end_with_1_and_say_what_to_install(
     ("version", "numbers"), [("2.13.0+cpu", (2, 13, 0)), ("3.0rc1", (3, 0)), ("5.17.0.dev0", (5, 17, 0)), ("x", ())]
 )
 def test_versions_are_compared_as_numbers(version: str, numbers: tuple[int, ...]) -> None:
-    assert module._numbers(version) == numbers
-    assert module._numbers("5.9") < module._numbers("5.17")
+    assert module.numbers(version) == numbers
+    assert module.numbers("5.9") < module.numbers("5.17")
 
 
 def test_a_format_that_is_slow_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(module, "gemm_gflops", lambda device, dtype: 50.0 if dtype == torch.float32 else 5.0)
-    check = module._formats("cpu")
+    check = module.formats("cpu")
     assert check.state == "note" and "--dtype fp32 is faster" in check.advice
 
 
@@ -66,15 +66,15 @@ def test_a_known_clash_is_noted_in_its_versions_alone(monkeypatch: pytest.Monkey
     row = Known("peft", "clashes", "downgrade", at_least="99.0", below="99.2")
     monkeypatch.setattr(module, "KNOWN", (row,))
     found = "99.1.3"
-    monkeypatch.setattr(module, "_version", lambda name: found)
-    assert [(check.state, check.advice) for check in module._clashes()] == [("note", "clashes: downgrade")]
+    monkeypatch.setattr(module, "installed_version", lambda name: found)
+    assert [(check.state, check.advice) for check in module.clashes()] == [("note", "clashes: downgrade")]
     for found in ("98.9", "99.2"):  # noqa: B007  (read by the lambda)
-        assert module._clashes() == []
+        assert module.clashes() == []
 
 
 def test_a_setting_that_slows_everything_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "unset it" in {check.name: check for check in module._clashes()}["TRITON_INTERPRET"].advice
+    assert "unset it" in {check.name: check for check in module.clashes()}["TRITON_INTERPRET"].advice
 
 
 def test_every_known_row_says_what_to_do() -> None:

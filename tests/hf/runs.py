@@ -13,12 +13,12 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     BertConfig,
     BertForMaskedLM,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
 from sparsetrain.recipes.finetune import Recipe
+from tests.families import llama_config
 
 WORDS = ["red", "green", "blue", "sun", "moon", "star", "runs", "sits", "over", "under", "the", "a", "and", "not", "."]
 LAYERS, HIDDEN, FFN, CONTEXT = 2, 32, 64, 128
@@ -40,19 +40,9 @@ def tokenizer() -> Any:
 def llama(folder: Path, **changes: Any) -> Path:
     """A random Llama of two layers with its tokenizer, saved in `folder`."""
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "vocab_size": len(WORDS) + 4,
-        "hidden_size": HIDDEN,
-        "intermediate_size": FFN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": CONTEXT,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**(sizes | changes)))
+    sizes: dict[str, Any] = {"vocab_size": len(WORDS) + 4, "hidden_size": HIDDEN, "intermediate_size": FFN}
+    sizes |= {"num_hidden_layers": LAYERS, "max_position_embeddings": CONTEXT}
+    model = LlamaForCausalLM(llama_config(**(sizes | changes)))
     for parameter in model.parameters():  # the default 0.02 leaves attention uniform and FFNs silent
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)

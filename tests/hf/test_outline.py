@@ -25,7 +25,7 @@ from sparsetrain.planner.memory import PeakBytes, peak_bytes
 from sparsetrain.planner.step_tracer import trace_step
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.surgery.method import blank_state
-from tests.families import FAMILIES
+from tests.families import FAMILIES, llama_config
 
 PQ = {"method": "pq_attention", "keep_ratio": 0.5, "block_q": 16, "block_k": 8, "layers": [2, 3], "local_tokens": 4}
 FFN = {"method": "routed_ffn", "num_blocks": 4, "shared_ratio": 0.25, "partition": "clustered", "layers": [1, 3],
@@ -49,10 +49,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def llama() -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=97, max_position_embeddings=8192,
-    )  # fmt: skip
+    return llama_config(intermediate_size=64, num_hidden_layers=5, vocab_size=97, max_position_embeddings=8192)
 
 
 def gemma() -> Gemma3TextConfig:

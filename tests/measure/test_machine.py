@@ -51,16 +51,16 @@ def test_versions_are_read_without_importing_the_packages() -> None:
 
 def test_the_commit_is_that_of_the_repository_that_tracks_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {"ls-files": "machine.py", "rev-parse": "0123456789ab", "status": " M some.py"}
-    monkeypatch.setattr(machine, "_run", lambda *command: answers[command[3]])
-    assert machine._commit() == ("0123456789ab", True)
+    monkeypatch.setattr(machine, "output_of", lambda *command: answers[command[3]])
+    assert machine.commit_of_source() == ("0123456789ab", True)
     answers["status"] = ""
-    assert machine._commit() == ("0123456789ab", False)
+    assert machine.commit_of_source() == ("0123456789ab", False)
 
 
 def test_an_installed_copy_or_a_machine_without_git_has_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_run", lambda *_: None)
-    assert machine._commit() == (None, None)
+    monkeypatch.setattr(machine, "output_of", lambda *_: None)
+    assert machine.commit_of_source() == (None, None)
     monkeypatch.undo()
-    assert machine._run("a-command-that-does-not-exist") is None
-    assert machine._run(sys.executable, "-c", "raise SystemExit(3)") is None
-    assert machine._run(sys.executable, "-c", "print('yes')") == "yes"
+    assert machine.output_of("a-command-that-does-not-exist") is None
+    assert machine.output_of(sys.executable, "-c", "raise SystemExit(3)") is None
+    assert machine.output_of(sys.executable, "-c", "print('yes')") == "yes"

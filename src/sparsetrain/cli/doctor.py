@@ -82,7 +82,7 @@ def _as_table(checks: list[Check]) -> Any:
 
 def examine() -> list[Check]:
     """Every check, in the order of the table. What needs a missing package is left out."""
-    checks = [_python(), *(_required(name, floor) for name, floor in REQUIRED.items()), *_optional(), *_clashes()]
+    checks = [_python(), *(_required(name, floor) for name, floor in REQUIRED.items()), *_optional(), *clashes()]
     if importlib.util.find_spec("torch") is not None:
         checks += _machine()
     return [*checks, *_tools(), *_assets()]
@@ -95,10 +95,10 @@ def _python() -> Check:
 
 
 def _required(name: str, floor: str) -> Check:
-    found, wanted = _version(name), f"{name}>={floor}" if floor else name
+    found, wanted = installed_version(name), f"{name}>={floor}" if floor else name
     if found is None:
         return Check(name, "missing", "not installed", f'pip install "{wanted}"')
-    if floor and _numbers(found) < _numbers(floor):
+    if floor and numbers(found) < numbers(floor):
         return Check(name, "missing", f"{found}, needs {floor} or newer", f'pip install --upgrade "{wanted}"')
     return Check(name, "ok", found)
 
@@ -106,21 +106,21 @@ def _required(name: str, floor: str) -> Check:
 def _optional() -> list[Check]:
     checks = []
     for name, (floor, purpose) in OPTIONAL.items():
-        found = _version(name)
-        old = found is not None and _numbers(found) < _numbers(floor)
+        found = installed_version(name)
+        old = found is not None and numbers(found) < numbers(floor)
         advice = f'{purpose}: pip install "{name}>={floor}"' if found is None or old else ""
         checks.append(Check(name, "note" if advice else "ok", found or "not installed", advice))
     return checks
 
 
-def _clashes() -> list[Check]:
+def clashes() -> list[Check]:
     checks = []
     for known in KNOWN:
-        found = _version(known.package)
+        found = installed_version(known.package)
         if found is None:
             continue
-        late = bool(known.at_least) and _numbers(found) < _numbers(known.at_least)
-        early = bool(known.below) and _numbers(found) >= _numbers(known.below)
+        late = bool(known.at_least) and numbers(found) < numbers(known.at_least)
+        early = bool(known.below) and numbers(found) >= numbers(known.below)
         if not (late or early):
             checks.append(Check(known.package, "note", found, f"{known.effect}: {known.do}"))
     for setting in SETTINGS:
@@ -154,10 +154,10 @@ def _machine() -> list[Check]:
         devices.append("mps")
     if len(devices) == 1:
         checks.append(Check("gpu", "note", "none that torch can use", "Runs on the CPU; start with small models."))
-    return checks + [_formats(device) for device in devices]
+    return checks + [formats(device) for device in devices]
 
 
-def _formats(device: str) -> Check:
+def formats(device: str) -> Check:
     """Time one matrix product in each number format: a format can be supported and still be slow."""
     from sparsetrain.measure.rates import FORMATS
 
@@ -190,7 +190,7 @@ def _tools() -> list[Check]:
         if compiler
         else Check("C++ compiler", "note", "none", "needed only by torch.compile on a CPU: install g++ or clang")
     ]
-    triton = _version("triton")
+    triton = installed_version("triton")
     if triton:
         checks.append(Check("triton", "ok", triton))
     else:
@@ -221,14 +221,14 @@ def _assets() -> list[Check]:
     return checks
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: '2.13.0+cpu' -> (2, 13, 0), '3.0rc1' -> (3, 0)."""
     leading = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in leading.group().split(".")) if leading else ()

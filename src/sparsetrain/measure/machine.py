@@ -39,7 +39,7 @@ class Machine:
 
 def describe_machine() -> Machine:
     """Describe the machine as it is now. Package versions come from metadata, so nothing is imported for them."""
-    commit, dirty = _commit()
+    commit, dirty = commit_of_source()
     fields = _cpu_fields()
     known = (fields.get("flags") or fields.get("Features") or "").split()
     return Machine(
@@ -106,23 +106,23 @@ def _gpus() -> tuple[dict[str, Any], ...]:
 def _clocks(index: int) -> dict[str, str]:
     """Clock, power limit and driver, where the driver's tool is at hand."""
     keys = ("clocks.sm", "power.limit", "driver_version")
-    answer = _run("nvidia-smi", f"--id={index}", f"--query-gpu={','.join(keys)}", "--format=csv,noheader")
+    answer = output_of("nvidia-smi", f"--id={index}", f"--query-gpu={','.join(keys)}", "--format=csv,noheader")
     values = [value.strip() for value in (answer or "").split(",")]
     return dict(zip(keys, values, strict=True)) if len(values) == len(keys) else {}
 
 
-def _commit() -> tuple[str | None, bool | None]:
+def commit_of_source() -> tuple[str | None, bool | None]:
     """The commit of the repository that tracks this very file; an installed copy has none."""
     here = Path(__file__).resolve()
     git = ("git", "-C", str(here.parent))
-    if _run(*git, "ls-files", "--error-unmatch", here.name) is None:
+    if output_of(*git, "ls-files", "--error-unmatch", here.name) is None:
         return None, None
-    commit = _run(*git, "rev-parse", "--short=12", "HEAD")
-    changes = _run(*git, "status", "--porcelain", "--untracked-files=no")
+    commit = output_of(*git, "rev-parse", "--short=12", "HEAD")
+    changes = output_of(*git, "status", "--porcelain", "--untracked-files=no")
     return commit, None if changes is None else bool(changes)
 
 
-def _run(*command: str) -> str | None:
+def output_of(*command: str) -> str | None:
     """What a command prints, or None if it fails or is missing."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
