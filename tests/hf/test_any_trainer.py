@@ -114,11 +114,21 @@ def test_a_peft_model_trains_in_both_orders(order: str, tmp_path: Path) -> None:
     assert not any(hasattr(type(m), "mixin") for m in model.modules())
 
 
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("peft", [False, True])
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_trl_divides_by_what_it_counted(packing: bool, peft: bool, accumulation: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("accumulation", "bf16"), [(1, False), (2, False), (2, True)])
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_trl_divides_by_what_it_counted(
+    packing: bool, peft: bool, accumulation: int, bf16: bool, tmp_path: Path
+) -> None:
     trl = pytest.importorskip("trl")
     model, handle = llama()
     rows = [" ".join(f"w{3 + (i * j) % 57}" for j in range(1, 40 + 7 * i)) for i in range(1, 13)]
@@ -132,7 +142,7 @@ def test_trl_divides_by_what_it_counted(packing: bool, peft: bool, accumulation:
             max_length=96,
             report_to=[],
             use_cpu=True,
-            bf16=False,
+            bf16=bf16,
             logging_steps=1,
             learning_rate=0.0,
             lr_scheduler_type="constant",
@@ -147,16 +157,9 @@ def test_trl_divides_by_what_it_counted(packing: bool, peft: bool, accumulation:
     trainer.train()
     assert len(watch.calls) == 2 * accumulation
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert [e["loss"] for e in logs] == pytest.approx(expected_losses(watch, accumulation), rel=1e-3)
+    assert [e["loss"] for e in logs] == pytest.approx(expected_losses(watch, accumulation), rel=2e-2 if bf16 else 1e-3)
     assert all(0 <= e["mean_token_accuracy"] <= 1 and e["entropy"] > 0 for e in logs)
     assert trainer.evaluate(trainer.train_dataset)["eval_loss"] > 0
-
-
-@pytest.fixture
-def fresh_accelerator() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
@@ -309,6 +312,17 @@ def test_padding_is_noted_in_both_orders(first: str) -> None:
         model.eval()(**batch)
     for site in handle.sites("routed_ffn").values():
         assert torch.equal(site.valid_bt, batch["attention_mask"] > 0)
+
+
+@pytest.mark.filterwarnings("default")
+def test_weights_that_a_loss_head_would_ignore_are_refused(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    model, _ = llama(TokenSelection(unbiased=True))
+    assert torch.isfinite(model(**labelled()).loss)
+    trl.trainer.utils.add_fused_lm_head(model)
+    with pytest.raises(ValueError, match="unbiased"):
+        model(**labelled(), fused_lm_head=True)
+    assert torch.isfinite(model(**labelled()).loss)
 
 
 def test_arguments_that_would_lose_wrongly_are_refused(tmp_path: Path) -> None:

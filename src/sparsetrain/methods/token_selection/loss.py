@@ -6,7 +6,6 @@ that is selected; a loss that is only divided later (TRL's) is scaled the other 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,25 +75,31 @@ def rows_head(linear: nn.Linear, rows: Rows, causal: bool) -> Head:
     return head
 
 
-def rows_loss(linear: nn.Linear, rows: Rows) -> Callable[..., Tensor]:
-    """A causal model's loss function on what `rows_head` hands on."""
+class RowsLoss:
+    """A causal model's loss function on what `rows_head` hands on.
 
-    def loss_function(
-        logits: Tensor, labels: Tensor, vocab_size: int | None = None, num_items_in_batch: Any = None, **_: Any
+    Attributes:
+        ran: it has been called; a trainer may compute its loss elsewhere.
+    """
+
+    def __init__(self, linear: nn.Linear, rows: Rows) -> None:
+        self.linear, self.rows, self.ran = linear, rows, False
+
+    def __call__(
+        self, logits: Tensor, labels: Tensor, vocab_size: int | None = None, num_items_in_batch: Any = None, **_: Any
     ) -> Tensor:
-        here = rows.to(logits.device)
-        target_bk = only_used(here.gather(shifted(labels, causal=True)), here)
-        weight = None if here.weight_bk is None else _normal(here.weight_bk, target_bk).flatten()
+        self.ran = True
+        rows = self.rows.to(logits.device)
+        target_bk = only_used(rows.gather(shifted(labels, causal=True)), rows)
+        weight = None if rows.weight_bk is None else _normal(rows.weight_bk, target_bk).flatten()
         return selected_loss(
             logits.flatten(0, 1),
-            linear.weight,
+            self.linear.weight,
             target_bk.flatten(),
-            bias_v=linear.bias,
+            bias_v=self.linear.bias,
             row_weight_n=weight,
             normaliser=num_items_in_batch,
         )
-
-    return loss_function
 
 
 def _normal(weight_bk: Tensor, target_bk: Tensor) -> Tensor:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from sparsetrain.core.anatomy import Anatomy, Undo, submodule
 from sparsetrain.methods.token_selection.loss import (
     HeadOnRows,
+    RowsLoss,
     as_if_all,
     head_of,
     only_used,
     rows_head,
-    rows_loss,
     selected_labels,
     takes_rows,
 )
@@ -39,7 +39,7 @@ class Chosen(NamedTuple):
 
     given: dict[str, Any]
     head: Head | None = None
-    loss: Callable[..., Tensor] | None = None
+    loss: RowsLoss | None = None
     had_bt: Tensor | None = None
     share: float = 1.0
 
@@ -60,7 +60,8 @@ class SelectsInTraining:
         chosen: Chosen = draw(self, dict(zip(names, args, strict=False)) | kwargs, token_scores)
         with selector.selecting(chosen.head, chosen.loss):
             out = forward(**chosen.given)
-        if chosen.loss is None and selector.config.unbiased:
+        weighed = chosen.loss is not None and chosen.loss.ran
+        if not weighed and selector.rows is not None and selector.rows.weight_bk is not None:
             raise ValueError(
                 "token_selection: unbiased=True weighs the loss of each selected target, and the loss of "
                 f"{type(self).__name__} with this trainer is not computed where it can be weighed. Use "
@@ -84,7 +85,7 @@ class SelectsInTraining:
         return _argument_names(cls)
 
 
-@torch.compiler.disable
+@torch.compiler.disable()  # what it does is on the CPU, with bytes and generators
 def choose(model: Any, given: dict[str, Any], scores: Tensor | None) -> Chosen:
     """Draw the selection of a forward with these arguments, and make them those of selected tokens."""
     selector, labels = model.selector, given.get("labels")
@@ -102,8 +103,7 @@ def choose(model: Any, given: dict[str, Any], scores: Tensor | None) -> Chosen:
     if linear is None or not takes_rows(model):
         return Chosen(given, None, None, had_bt, share)
     if selector.causal:
-        head, loss = rows_head(linear, rows, causal=True), rows_loss(linear, rows)
-        return Chosen(given, head, loss, had_bt, share)
+        return Chosen(given, rows_head(linear, rows, causal=True), RowsLoss(linear, rows), had_bt, share)
     # the losses of masked language models are written into their forwards: they are given fewer rows of both
     given["labels"] = only_used(rows.to(labels.device).gather(kept), rows)
     return Chosen(given, rows_head(linear, rows, causal=False), None, had_bt, share)
@@ -121,7 +121,7 @@ def install_model(model: nn.Module, anatomy: Anatomy, selector: Selector) -> Und
     outer: Any = submodule(model, anatomy.model)
     models = [outer, *_backbones(outer, anatomy)]
     head = outer.get_output_embeddings() if hasattr(outer, "get_output_embeddings") else None
-    head = head if type(head) is nn.Linear and "forward" not in vars(head) else None
+    head = head if type(head) is nn.Linear and not {"forward", "_hf_hook"} & vars(head).keys() else None
     for module in models:
         reclass_model(module, SelectsInTraining)
         vars(module)["selector"] = selector

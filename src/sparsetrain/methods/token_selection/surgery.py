@@ -96,16 +96,20 @@ def install(model: nn.Module, anatomy: Anatomy, block: Block, selector: Selector
     assert block.attention is not None and anatomy.install_attention is not None
     module = submodule(model, block.name)
     reclass(module, SelectsTokens)
+    try:
+        undo_model = install_model(model, anatomy, selector) if first else None
+    except ValueError:
+        declass(module)
+        raise
     state = SelectedBlock(selector, block.attention.name.removeprefix(f"{block.name}."))
     module.selected = state
     uninstall = anatomy.install_attention(model)
-    undo_model = install_model(model, anatomy, selector) if first else None
 
     def undo() -> None:
-        if undo_model is not None:
-            undo_model()
         uninstall()
         del module.selected
+        if undo_model is not None:
+            undo_model()
         declass(module)
 
     return undo, state
