@@ -10,6 +10,8 @@ import pytest
 from sparsetrain import FloodFillAttention, MethodConfig, PQAttention, RoutedFFN, TokenSelection
 from sparsetrain.core.config import registered_methods
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.mark.parametrize("config", [RoutedFFN(), RoutedFFN.paper(), PQAttention(), PQAttention.paper(layers=(0, 2))])
 def test_json_round_trip(config: MethodConfig) -> None:
@@ -113,3 +115,5 @@ def test_evidence_is_about_keys_the_method_has(method: str) -> None:
     for record in json.loads(Path(inspect.getfile(kind)).with_name("evidence.json").read_text(encoding="utf-8")):
         assert set(record) - {"exact"} == {"setting", "ratio", "text", "from"}
         assert set(record["setting"]) <= set(kind().to_dict())
+        file, words = record["from"].split(", ", 1)
+        assert words in (ROOT / file).read_text(encoding="utf-8"), record["from"]
