@@ -31,6 +31,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import sparsetrain
+from sparsetrain.measure.machine import cpu_fields
 
 RECORD = Path(__file__).parent / "hf" / "recorded_runs.json"
 SOURCE = Path(sparsetrain.__file__).resolve().parents[1]
@@ -271,7 +272,7 @@ def _digest(tensor: dict[str, Any]) -> str:
 
 def this_machine() -> dict[str, Any]:
     """What decides how sums are rounded: processor, the kernels chosen for it, and versions."""
-    fields = _cpu_fields()
+    fields = cpu_fields()
     flags = fields.get("flags") or fields.get("Features") or ""
     kinds = ("avx", "fma", "amx", "asimd", "sve", "bf16")
     packages = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "datasets", "numpy")
@@ -282,16 +283,6 @@ def this_machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
     }
-
-
-def _cpu_fields() -> dict[str, str]:
-    """The first processor's fields of /proc/cpuinfo; nothing on other systems."""
-    try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def strictness(run: Run, recorded: dict[str, Any], here: dict[str, Any]) -> Strictness:

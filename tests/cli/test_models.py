@@ -18,13 +18,13 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def put_asset(cache: Path, name: str, files: dict[str, str]) -> Path:
     """An asset as `fetch` leaves it, made by hand: no network in tests."""
     from sparsetrain.hf.assets import find_asset
-    from sparsetrain.hf.assets.store import _write_manifest
+    from sparsetrain.hf.assets.store import write_manifest
 
     folder = cache / name
     folder.mkdir(parents=True)
     for file, content in files.items():
         (folder / file).write_text(content)
-    _write_manifest(find_asset(name), folder)
+    write_manifest(find_asset(name), folder)
     return folder
 
 

@@ -40,7 +40,7 @@ class Machine:
 def describe_machine() -> Machine:
     """Describe the machine as it is now. Package versions come from metadata, so nothing is imported for them."""
     commit, dirty = commit_of_source()
-    fields = _cpu_fields()
+    fields = cpu_fields()
     known = (fields.get("flags") or fields.get("Features") or "").split()
     return Machine(
         system=f"{platform.system()} {platform.machine()}",
@@ -57,7 +57,7 @@ def describe_machine() -> Machine:
     )
 
 
-def _cpu_fields() -> dict[str, str]:
+def cpu_fields() -> dict[str, str]:
     """The first processor's fields of /proc/cpuinfo; nothing elsewhere."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]

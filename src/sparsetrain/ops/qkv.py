@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -33,12 +35,28 @@ def check_segments(segments: Tensor | None, k: Tensor) -> None:
         )
 
 
-def random_qkv(
-    q_shape: tuple[int, int, int, int], kv_heads: int, num_keys: int, dtype: torch.dtype, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v from N(0, 1)."""
-    draw = torch.Generator().manual_seed(seed)
-    batch, _, _, head_dim = q_shape
-    kv_shape = (batch, kv_heads, num_keys, head_dim)
-    q, k, v = (torch.randn(shape, generator=draw, dtype=dtype) for shape in (q_shape, kv_shape, kv_shape))
-    return q, k, v
+@dataclass(frozen=True, kw_only=True)
+class QKVCase:
+    """Shapes of one call of an attention op; `keys` defaults to `queries`."""
+
+    name: str
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 2
+    queries: int
+    keys: int | None = None
+    head_dim: int = 8
+    kept_keys: int
+    causal: bool = True
+
+    @property
+    def num_keys(self) -> int:
+        return self.keys or self.queries
+
+    def tensors(self, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, drawn from N(0, 1)."""
+        draw = torch.Generator().manual_seed(seed)
+        q_shape = (self.batch, self.heads, self.queries, self.head_dim)
+        kv_shape = (self.batch, self.kv_heads, self.num_keys, self.head_dim)
+        q, k, v = (torch.randn(shape, generator=draw, dtype=dtype) for shape in (q_shape, kv_shape, kv_shape))
+        return q, k, v

@@ -155,7 +155,7 @@ def _fetch_one(asset: Asset, say: Progress) -> Path:
             say(f"{asset.name}: converting the weights")
             convert_llama_gguf(folder / "model.gguf", folder)
             (folder / "model.gguf").unlink()
-        _write_manifest(asset, folder)
+        write_manifest(asset, folder)
         _publish(folder, status.path, Path(scratch) / "replaced")
     say(f"{asset.name}: ready in {status.path}")
     return verify(asset.name)
@@ -185,7 +185,7 @@ def _asset_path(asset: Asset) -> Path:
     return Path(sysconfig.get_paths()["stdlib"]) if asset.source == "python" else cache_folder() / asset.name
 
 
-def _write_manifest(asset: Asset, folder: Path) -> None:
+def write_manifest(asset: Asset, folder: Path) -> None:
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(folder.rglob("*"))

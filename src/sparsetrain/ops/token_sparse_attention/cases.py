@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from sparsetrain.ops.qkv import random_qkv
+from sparsetrain.ops.qkv import QKVCase
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One call; `keys` defaults to `queries`."""
-
-    name: str
-    batch: int = 1
-    heads: int = 2
-    kv_heads: int = 2
-    queries: int
-    keys: int | None = None
-    head_dim: int = 8
-    kept_keys: int
-    causal: bool = True
-
-    @property
-    def num_keys(self) -> int:
-        return self.keys or self.queries
-
-    def tensors(self, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v, drawn from N(0, 1)."""
-        q_shape = (self.batch, self.heads, self.queries, self.head_dim)
-        return random_qkv(q_shape, self.kv_heads, self.num_keys, dtype, seed)
+class Case(QKVCase):
+    """One call."""
 
     def lists(self, seed: int = 0) -> Tensor:
         """Random lists of `kept_keys` positions that the query can see, -1 where it sees fewer."""
