@@ -36,6 +36,9 @@ def check(rank: int, folder: str) -> None:
     assert (ranks.size(), ranks.rank(), ranks.size("x"), ranks.size("y")) == (1, 0, 2, 1)
     assert float(ranks.all_reduce_(x.clone(), "x")) == 3 and float(ranks.all_reduce_(x.clone())) == rank + 1
     assert float(ranks.broadcast_(x.clone())) == rank + 1, "places are counted within the group"
+    ranks.register_groups({})
+    del alone
+    distributed.barrier()
     distributed.destroy_process_group()
 
 

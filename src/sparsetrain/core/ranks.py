@@ -18,6 +18,7 @@ _groups: dict[str, distributed.ProcessGroup] = {}
 def register_groups(groups: Mapping[str, distributed.ProcessGroup]) -> None:
     """Set the process groups of all axes, in place of those registered before; `{}` forgets them.
 
+    Forget them before `destroy_process_group()`: a group that is held until the process ends takes it down then.
     Once some axis is registered, an axis that is not has one rank.
 
     Raises:
