@@ -15,7 +15,6 @@ import sparsetrain.methods
 from bench import report
 from bench.tables.steps import registered
 from sparsetrain.core.config import registered_methods
-from sparsetrain.surgery.apply import Handle
 from tests.cli.conftest import byte_tokenizer
 from tests.families import llama_config
 
@@ -33,13 +32,10 @@ def blocks(page: Path) -> list[str]:
 
 
 def snippets() -> Iterator[Any]:
-    awaits = pytest.mark.xfail(
-        not hasattr(Handle, "callback"), reason="the model's mixin lands with the frame", strict=False
-    )
     for page in PAGES:
-        for number, block in enumerate(blocks(page)):
+        for number in range(len(blocks(page))):
             name = f"{page.parent.name if page.parent != REPO else 'README'}-{number}"
-            yield pytest.param(page, number, id=name, marks=awaits if "handle.callback()" in block else ())
+            yield pytest.param(page, number, id=name)
 
 
 class Tiny:
@@ -82,6 +78,10 @@ def test_the_snippet_runs(page: Path, number: int, hub: None) -> None:
     namespace: dict[str, Any] = {}
     for block in blocks(page)[: number + 1]:
         exec(compile(block, f"{page.name}, snippet {number}", "exec"), namespace)
+    assert namespace["handle"].active and namespace["handle"].plan.edits
+    assert all(weight.isfinite().all() for weight in namespace["model"].parameters())
+    if ".train()" in blocks(page)[number]:
+        assert list(Path("runs").glob("*/checkpoint-*")), "it trained to its end"
 
 
 def test_every_page_of_a_method_has_a_snippet() -> None:
