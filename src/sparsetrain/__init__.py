@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sparsetrain.methods import *  # noqa: F403
     from sparsetrain.surgery.apply import Handle as Handle
     from sparsetrain.surgery.apply import sparsify as sparsify
+    from sparsetrain.surgery.deploy import DeployDense as DeployDense
     from sparsetrain.surgery.grow import grow as grow
     from sparsetrain.surgery.plan import Plan as Plan
     from sparsetrain.surgery.plan import plan as plan
@@ -33,6 +34,7 @@ _HOMES = {
     "Unsupported": "core.errors",
     "Handle": "surgery.apply",
     "sparsify": "surgery.apply",
+    "DeployDense": "surgery.deploy",
     "grow": "surgery.grow",
     "Plan": "surgery.plan",
     "plan": "surgery.plan",

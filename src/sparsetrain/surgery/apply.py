@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import Undo, describe
 from sparsetrain.core.config import MethodConfig
+from sparsetrain.surgery.deploy import Deploy, DeployDense, deployment
 from sparsetrain.surgery.method import Edit, Progress, Schedule, State, method_of
 from sparsetrain.surgery.plan import Plan, plan
 from sparsetrain.surgery.site import Site
@@ -32,11 +33,13 @@ class Handle:
         plan: what was planned and done.
         modules_to_save: names for PEFT's `LoraConfig(modules_to_save=...)`; without them PEFT freezes what we added.
         committed: `commit` has dropped the way back.
+        deploy: how the model is trained that will be used dense; None: it will be used sparse, as it is trained.
     """
 
     model: nn.Module
     plan: Plan
     committed: bool = False
+    deploy: DeployDense | None = None
     _undos: list[Undo] = field(default_factory=list, repr=False)
     _installed: list[tuple[Edit, Site]] = field(default_factory=list, repr=False)
     _schedules: list[Schedule] = field(default_factory=list, repr=False)
@@ -47,7 +50,14 @@ class Handle:
         return self.plan.configs
 
     @property
+    def trains_auxiliary(self) -> bool:
+        """Whether what the methods added is trained, rather than left as it was fitted."""
+        return self.deploy is None or self.deploy.train_auxiliary
+
+    @property
     def modules_to_save(self) -> list[str]:
+        if not self.trains_auxiliary:
+            return []
         names = [name for config in self.configs for name in method_of(config).modules_to_save]
         return list(dict.fromkeys(names))
 
@@ -81,7 +91,9 @@ class Handle:
         """
         if self._unattended is not None:
             self._unattended.attended()
-        for _, module in self._installed:
+        for edit, module in self._installed:
+            if self.deploy is not None:
+                module.run_dense(self.deploy.is_dense(edit.config, step, total_steps))
             module.set_step(step, total_steps, loss_scale)
         return [line for schedule in self._schedules for line in schedule.advance(step, total_steps)]
 
@@ -102,14 +114,14 @@ class Handle:
     @contextmanager
     def dense(self) -> Iterator[nn.Module]:
         """Inside, the model computes what it computes without our methods, with its weights as they are now."""
-        modules = [module for _, module in self._installed if not module.runs_dense]
+        held = [(module, module.held_dense) for _, module in self._installed]
         try:
-            for module in modules:
+            for module, _ in held:
                 module.run_dense(True)
             yield self.model
         finally:
-            for module in modules:
-                module.run_dense(False)
+            for module, before in held:
+                module.run_dense(before)
 
     @property
     def adjusts_gradients(self) -> bool:
@@ -188,6 +200,7 @@ def sparsify(
     state: State | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    deploy: Deploy = "sparse",
 ) -> Handle:
     """Apply a recipe to `model` in place; the model keeps its class, so Trainer, PEFT and save_pretrained work on.
 
@@ -199,6 +212,8 @@ def sparsify(
         state: tensors of an earlier conversion (`handle.state()` or a sidecar file) instead of calibrating.
         seed: seeds everything drawn here; the same seed gives the same model.
         progress: called with (what is being done, share done in [0, 1]).
+        deploy: `sparse`: the trained model runs sparse, as it was trained. `dense`: it is trained sparse and used
+            dense: evaluation mode is the dense model, and what is saved is plain. A `DeployDense` says how.
 
     Raises:
         PlanError, UnknownFamily, ValueError: as `plan`. The model is unchanged then.
@@ -207,7 +222,9 @@ def sparsify(
     check_support(configs, describe(model), features_of(model))
     batches = None if calibration is None else list(calibration)
     rng = torch.random.get_rng_state()
-    handle = Handle(model, planned)
+    handle = Handle(model, planned, deploy=deployment(deploy))
+    if handle.deploy is not None:
+        _check_dense_stays(planned)
     try:
         torch.manual_seed(seed)
         tensors = state if state is not None else _prepare(model, planned, batches, progress or (lambda *_: None))
@@ -225,10 +242,31 @@ def sparsify(
         raise
     finally:
         torch.random.set_rng_state(rng)
+    if handle.deploy is not None:
+        _deploys_dense(handle)
     handle.step(0)
     if handle._schedules or any(type(module).set_step is not Site.set_step for _, module in handle._installed):
         handle._unattended = Unattended(model, [config.method for config in configs])
     return handle
+
+
+def _check_dense_stays(planned: Plan) -> None:
+    """Raise ValueError if an edit takes weights out of the model that the dense one would compute with."""
+    for edit in planned.edits:
+        if edit.replaces:
+            raise ValueError(
+                f"deploy='dense' needs the dense weights, and {edit.method} replaces those of {edit.site}. Use "
+                "deploy='sparse', or leave the method out."
+            )
+
+
+def _deploys_dense(handle: Handle) -> None:
+    """Let evaluation be dense, and what was added stay as it was fitted unless it is to be trained."""
+    for edit, module in handle.installed:
+        module.deploys_dense = True
+        module.train(module.training)
+        for name in () if handle.trains_auxiliary else method_of(edit.config).modules_to_save:
+            module.get_submodule(name).requires_grad_(False)
 
 
 def _prepare(model: nn.Module, planned: Plan, batches: list[dict[str, Tensor]] | None, progress: Progress) -> State:

@@ -11,12 +11,19 @@ class Site(nn.Module):
     """A module of ours in a converted model; nothing happens by default.
 
     Attributes:
-        runs_dense: inside `handle.dense()`: compute what the dense model computes.
+        deploys_dense: the model will be used dense, so in evaluation mode it is dense already.
+        held_dense: what `run_dense` was told last.
         adjusts_gradients: whether `adjust_gradients` has something to do now.
     """
 
-    runs_dense: bool = False
+    deploys_dense: bool = False
     adjusts_gradients: bool = False
+    held_dense: bool = False
+
+    @property
+    def runs_dense(self) -> bool:
+        """Compute what the dense model computes: inside `handle.dense()`, in a dense phase, or as deployed."""
+        return self.held_dense or (self.deploys_dense and not self.training)
 
     def set_step(self, step: int, total_steps: int | None, loss_scale: float) -> None:
         """Follow the training step: a pure function of its arguments.
@@ -36,7 +43,7 @@ class Site(nn.Module):
 
     def run_dense(self, dense: bool) -> None:
         """Compute what the dense model computes, or what the method does."""
-        self.runs_dense = dense
+        self.held_dense = dense
 
     def adjust_gradients(self) -> None:
         """Change gradients that are unscaled and clipped, before the optimizer's step."""

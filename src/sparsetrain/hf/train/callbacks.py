@@ -166,6 +166,8 @@ def check_forwards(handle: Handle) -> None:
 
 def check_trainable(handle: Handle) -> None:
     """Raise ValueError if a parameter that a method added is frozen: PEFT freezes what it is not told about."""
+    if not handle.trains_auxiliary:
+        return
     for edit, module in handle.installed:
         for name, parameter in module.named_parameters():
             # PEFT keeps a frozen original beside the copy that it trains

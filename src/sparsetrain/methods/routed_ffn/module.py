@@ -82,6 +82,11 @@ class Routing(Site):
         return f"routing drops {self.config.num_blocks - self.config.num_active} of {self.config.num_blocks} blocks"
 
     @property
+    def trains(self) -> bool:
+        """Is the router trained?"""
+        return trained_copy(self.router).weight.requires_grad
+
+    @property
     def dense(self) -> bool:
         return self.runs_dense or self.config.num_active == self.config.num_blocks
 
@@ -115,8 +120,8 @@ class Routing(Site):
     def gates(self, logits_tg: Tensor) -> Tensor:
         """c [t, G]: 2σ(logit), as a value and gradient (`output`, `spt`) or as a gradient only (`ste`)."""
         c = 2 * torch.sigmoid(logits_tg)
-        if self.config.gated_by == "ste":
-            c = 1 + (c - c.detach())
+        if self.config.gated_by == "ste":  # a router that isn't trained has no use for the gradient of c
+            c = 1 + (c - c.detach()) if self.trains else torch.ones_like(c)
         return c * (self.config.num_blocks / self.config.num_active) if self.config.rescale else c
 
     def unit_gates(self, x: Tensor) -> Tensor:
@@ -138,7 +143,7 @@ class Routing(Site):
 
     def _with_balance_loss(self, y: Tensor, logits_tg: Tensor, choice_tk: Tensor, valid_t: Tensor | None) -> Tensor:
         self.last = load_stats(choice_tk, self.config.num_blocks, valid_t)
-        if not (self.training and torch.is_grad_enabled() and self.config.balance_weight and logits_tg.requires_grad):
+        if not (self.training and torch.is_grad_enabled() and self.config.balance_weight and self.trains):
             return y
         loss = balance_loss(logits_tg, choice_tk, valid_t)
         self.last["balance_loss"] = loss.detach()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -75,6 +75,12 @@ class Schedule24(Site):
     def run_dense(self, dense: bool) -> None:
         super().run_dense(dense)
         self._enter_phase()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.deploys_dense:  # evaluation runs the dense weights
+            self._enter_phase()
+        return self
 
     def adjust_gradients(self) -> None:
         """Masked decay; off in the dense tail."""

@@ -38,6 +38,10 @@ class SelectedBlock(Site):
     def set_step(self, step: int, total_steps: int | None, loss_scale: float) -> None:
         self.selector.step = step
 
+    def run_dense(self, dense: bool) -> None:
+        super().run_dense(dense)
+        self.selector.dense = dense
+
     def stats(self) -> dict[str, float]:
         return dict(self.last)
 

@@ -26,6 +26,7 @@ class Selector:
     Attributes:
         rows: the selection of the forward that runs or ran last; None before a training forward.
         running: a training forward runs now.
+        dense: every token trains, as without selection.
         head: answers for the output head now; None: it computes its linear.
         loss: is the model's loss function now; None: it has its own.
     """
@@ -37,7 +38,7 @@ class Selector:
         self.config = config
         self.step = 0
         self.rows: Rows | None = None
-        self.running = False
+        self.running = self.dense = False
         self.head: Head | None = None
         self.loss: Callable[..., Tensor] | None = None
         self._forced: Rows | None = None
