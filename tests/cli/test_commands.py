@@ -26,6 +26,7 @@ def trained(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -
     """The output of a run of the installed command."""
     output = tmp_path_factory.mktemp("runs") / "run"
     command = [sys.executable, "-m", "sparsetrain.cli", "finetune", *flags(llama, text, output), "--method", SPARSE]
+    command += ["--deploy", "sparse"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 0, done.stderr
     assert "perplexity" in done.stdout and f"{output}/report.html" in done.stdout

@@ -24,8 +24,11 @@ RECIPE = {
     "--lora-targets", "--lr", "--lr-schedule", "--warmup-steps", "--weight-decay", "--max-grad-norm", "--save-every",
     "--keep-checkpoints", "--eval-every", "--eval-tokens", "--resume", "--no-resume", "--seed", "--dtype",
     "--gradient-checkpointing", "--device", "--threads", "--distill-steps", "--distill-lr",
+    "--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary",
 }  # fmt: skip
-PRETRAIN = RECIPE - {"--preset", "--distill-steps", "--distill-lr", "--lora-r", "--lora-alpha", "--lora-targets"} | {
+DEPLOY = {"--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary"}
+ADAPTER = {"--preset", "--distill-steps", "--distill-lr", "--lora-r", "--lora-alpha", "--lora-targets"}
+PRETRAIN = RECIPE - DEPLOY - ADAPTER | {
     "--set", "--data-folder", "--tokenizer", "--train-rows", "--min-lr-ratio", "--beta1", "--beta2", "--eps",
     "--clip-value",
 }  # fmt: skip
@@ -89,7 +92,7 @@ def test_flags_are_the_recipes_keys_with_its_defaults() -> None:
     assert set(FLAGS) == set(Recipe.model_fields) | {"preset"}
     recipe = Recipe(model="m", data="d")
     for key, flag in FLAGS.items():
-        if key in ("preset", "methods", "threads", "resume") or not flag.default:
+        if key in ("preset", "methods", "threads", "resume", "train_auxiliary") or not flag.default:
             continue
         assert flag.default == str(getattr(recipe, key)), key
     assert [

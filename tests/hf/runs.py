@@ -96,6 +96,7 @@ def recipe(folder: Path, **changes: Any) -> Recipe:
         "eval_tokens": 512,
         "save_every": 2,
         "device": "cpu",
+        "deploy": "sparse",
     }
     if "epochs" in changes:
         del values["steps"]

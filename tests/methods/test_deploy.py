@@ -88,7 +88,14 @@ def test_the_adapter_is_plain(method: str, family: str, tmp_path: Path) -> None:
 def test_shares_of_the_steps() -> None:
     routed, tokens = example("routed_ffn"), example("token_selection")
     default = DeployDense()
-    assert [default.is_dense(routed, step, 100) for step in (0, 4, 5, 79, 80, 99)] == [True, True, False, False, True, True]
+    assert [default.is_dense(routed, step, 100) for step in (0, 4, 5, 79, 80, 99)] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+        True,
+    ]
     assert not any(default.is_dense(tokens, step, 100) for step in range(100))
     assert DeployDense(dense_last=0.2).is_dense(tokens, 80, 100)
     assert not default.is_dense(routed, 0, None)

@@ -93,6 +93,12 @@ FLAGS: dict[str, Flag] = {
         Flag("methods", "NAME:KEY=VALUE,...", "", SPARSE, "A sparse method; repeat for several. Given without "
              "--preset, it replaces the default one.", list[str], "--method"),
         Flag("calibration_tokens", INT, "8192", SPARSE, "Training tokens that the conversion is fitted on."),
+        Flag("deploy", "dense|sparse", "dense", SPARSE, "How the trained model is used. dense: sparsity makes training "
+             "cheaper, and what is saved is a plain adapter of the plain model. sparse: it runs as it was trained."),
+        Flag("dense_first", FLOAT, "", SPARSE, "With deploy dense: share of the steps that train dense at the start "
+             "(0.05, or 0 for methods that change gradients alone)."),
+        Flag("dense_last", FLOAT, "", SPARSE, "The same at the end (0.2, or 0)."),
+        Flag("train_auxiliary", "", "no", SPARSE, "With deploy dense: train routers and codebooks too.", bool),
         Flag("distill_steps", INT, "0", SPARSE, "Steps in which each routed FFN learns its dense FFN's output before "
              "training."),
         Flag("distill_lr", FLOAT, "0.0003", SPARSE, "Learning rate of the distillation."),

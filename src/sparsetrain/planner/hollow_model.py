@@ -21,7 +21,8 @@ def convert_empty(model: Any, recipe: Recipe, bf16: bool) -> Handle | None:
         model.to(torch.bfloat16)
     if not recipe.methods:
         return None
-    handle = sparsify(model, *recipe.configs, state=blank_state(plan(model, *recipe.configs).edits))
+    state = blank_state(plan(model, *recipe.configs).edits)
+    handle = sparsify(model, *recipe.configs, state=state, deploy=recipe.deployment)
     _to_meta(model)
     return handle
 

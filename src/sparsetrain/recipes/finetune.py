@@ -11,6 +11,7 @@ from sparsetrain.core.config import MethodConfig, registered_methods
 from sparsetrain.recipes.entries import read_methods
 from sparsetrain.recipes.presets import DEFAULT_PRESET, PRESETS
 from sparsetrain.recipes.run import RunRecipe
+from sparsetrain.surgery.deploy import Deploy, DeployDense
 
 
 class Recipe(RunRecipe):
@@ -41,6 +42,16 @@ class Recipe(RunRecipe):
     methods: tuple[MethodConfig, ...] = ()
     """Sparse methods, each {method: name, key: value}; on the command line name:key=value,key=value. Without methods
     and preset: the preset spt. An empty list: dense."""
+    deploy: Literal["dense", "sparse"] = "dense"
+    """How the trained model is used. dense: methods make training cheaper, and what is evaluated, saved and exported is
+    the plain model with a plain adapter. sparse: it runs as it was trained."""
+    dense_first: float | None = Field(None, ge=0, lt=1)
+    """With deploy=dense: share of the steps that train dense at the beginning. Not given: 0.05 for methods that change
+    what the forward computes, 0 for others."""
+    dense_last: float | None = Field(None, ge=0, lt=1)
+    """With deploy=dense: the same at the end. Not given: 0.2, or 0."""
+    train_auxiliary: bool = False
+    """With deploy=dense: train what methods add (routers, codebooks) too, instead of leaving it as it was fitted."""
     distill_steps: int = Field(0, ge=0)
     """Steps of layer-wise distillation between conversion and training: each routed FFN, with its LoRA, learns the
     output of its dense FFN."""
@@ -48,9 +59,32 @@ class Recipe(RunRecipe):
     """Learning rate of the distillation at its first step; it falls to 0."""
 
     @model_validator(mode="after")
+    def _deploys(self) -> Self:
+        given = [key for key in ("dense_first", "dense_last") if getattr(self, key) is not None]
+        given += ["train_auxiliary"] if self.train_auxiliary else []
+        if self.deploy == "sparse" and given:
+            raise ValueError(f"{given[0]} is for deploy=dense, and deploy=sparse was given. Leave one out.")
+        _ = self.deployment  # shares that leave no step between them
+        return self
+
+    @property
+    def deployment(self) -> Deploy:
+        """How the trained model is used, as `sparsify` takes it."""
+        if self.deploy == "sparse":
+            return "sparse"
+        return DeployDense(
+            dense_first=self.dense_first, dense_last=self.dense_last, train_auxiliary=self.train_auxiliary
+        )
+
+    @model_validator(mode="after")
     def _can_distill(self) -> Self:
         if not self.distill_steps:
             return self
+        if self.deploy == "dense" and not self.train_auxiliary:
+            raise ValueError(
+                f"distill_steps={self.distill_steps} teaches what methods add to imitate the dense FFN, and with "
+                "deploy=dense that stays as it was fitted. Set train_auxiliary=true, or deploy=sparse."
+            )
         from sparsetrain.surgery.method import method_of  # imports torch, which a plan need not wait for
 
         if not any(method_of(config).after_adapter for config in self.configs):

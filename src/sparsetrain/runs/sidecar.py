@@ -18,7 +18,7 @@ from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.method import State
 
 SIDECAR, STATE = "sparsity_config.json", "sparsity_state.safetensors"
-WRITTEN = frozenset({"format", "configs", "family", "model_class", "versions"})
+WRITTEN = frozenset({"format", "configs", "family", "model_class", "versions", "deploy"})
 """Entries that `write_sidecar` fills in itself."""
 
 
@@ -34,6 +34,7 @@ def write_sidecar(
         "family": getattr(inner.config, "model_type", None),
         "model_class": type(inner).__name__,
         "versions": library_versions(),
+        "deploy": "sparse" if handle is not None and handle.deploy is None else "dense",
         **about,
     }
     found = state if state is not None else (handle.state() if handle is not None else {})

@@ -84,6 +84,9 @@ def save(model: Any, handle: Handle | None, folder: str | Path, *, tokenizer: An
             model.save_pretrained(str(scratch), state_dict=_dense_state(model, handle))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(scratch))
+        if handle is not None and handle.deploy is not None:  # the model is the plain one
+            about = about | {"trained_with": [plain_values(config) for config in handle.configs]}
+            handle = None
         write_sidecar(scratch, model, handle, **about)
         write_manifest(scratch)
     return Path(folder)
@@ -118,7 +121,8 @@ def load(
     if "id2label" in options:  # JSON has made its keys text
         options["id2label"] = {int(i): name for i, name in options["id2label"].items()}
     model = load_weights(base, about["model_class"], dtype, **options)
-    configs = [MethodConfig.from_dict(entry) for entry in about["configs"]]
+    deployed = about.get("deploy") == "dense"  # a checkpoint of a run whose model is used dense
+    configs = [] if deployed else [MethodConfig.from_dict(entry) for entry in about["configs"]]
     handle = sparsify(model, *configs, state=read_state(folder)) if configs else None
     if adapter:
         model = _with_adapter(model, folder, trainable)

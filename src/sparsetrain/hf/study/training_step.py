@@ -123,6 +123,7 @@ def convert_step(model: Any, new_modules: list[str], parts: Parts, report: Repor
             *(config.sparse_at_once() for config in recipe.configs),
             calibration=calibration_batches(parts),
             seed=recipe.seed,
+            deploy=recipe.deployment,
             progress=lambda name, share: report({"event": "phase", "name": name, "share": share}),
         )
         handle.step(MIDDLE, STEPS, 1 / recipe.grad_accum)

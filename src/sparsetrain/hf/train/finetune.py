@@ -85,17 +85,20 @@ def _build(
         journal.report({"event": "note", "text": f"New in the model, and trained: {', '.join(new_modules)}."})
     if resumed is None:
         known = dense_start(dense_quality, model, parts, journal, "evaluating the dense model")
-        journal.quality("dense", known, step=None if recipe.methods else 0)
+        journal.quality("dense", known, step=None if recipe.methods and recipe.deploy == "sparse" else 0)
     handle = None
     if recipe.methods and resumed is not None:
-        handle = sparsify(model, *recipe.configs, state=read_state(resumed.path), seed=recipe.seed)
+        state = read_state(resumed.path)
+        handle = sparsify(model, *recipe.configs, state=state, seed=recipe.seed, deploy=recipe.deployment)
     elif recipe.methods:
         began = time.perf_counter()
         batches = calibration_batches(parts)
-        handle = sparsify(model, *recipe.configs, calibration=batches, seed=recipe.seed, progress=journal.phase)
+        given: Any = {"seed": recipe.seed, "progress": journal.phase, "deploy": recipe.deployment}
+        handle = sparsify(model, *recipe.configs, calibration=batches, **given)
         journal.run["setup_s"] = time.perf_counter() - began
-        quality = measure_quality(model, handle, parts, journal, "evaluating the converted model")
-        journal.quality("after_conversion", quality, step=None if recipe.distill_steps else 0)
+        if recipe.deploy == "sparse":
+            quality = measure_quality(model, handle, parts, journal, "evaluating the converted model")
+            journal.quality("after_conversion", quality, step=None if recipe.distill_steps else 0)
     model = models.add_lora(model, recipe, handle, new_modules)
     if recipe.distill_steps and resumed is None:
         began = time.perf_counter()

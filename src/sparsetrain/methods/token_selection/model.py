@@ -54,7 +54,9 @@ class SelectsInTraining:
         """Run `forward`; see `surgery.outermost`."""
         selector, names = self.selector, self.argument_names()
         trains = self.training and torch.is_grad_enabled()  # type: ignore[attr-defined]
-        if selector.running or selector.dense or not trains or len(args) > len(names):  # too many: the dense one says so
+        if (
+            selector.running or selector.dense or not trains or len(args) > len(names)
+        ):  # too many: the dense one says so
             return forward(*args, **kwargs)
         draw: Any = choose  # its decorator hides its signature
         chosen: Chosen = draw(self, dict(zip(names, args, strict=False)) | kwargs, token_scores)
