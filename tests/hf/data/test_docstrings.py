@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from sparsetrain.data.docstrings import ASKED, docstring_rows
+
+SOURCE = '''import math
+
+
+class Circle:
+    @property
+    def area(self):
+        """The area of the circle, in the square of the unit that the radius has been given in."""
+        r = self.radius
+        return math.pi * r * r
+
+    def short(self):
+        """Too short."""
+        return 1
+
+    def only_said(self):
+        """A docstring without a body says nothing that could be described, so this is left out."""
+
+
+async def fetch(url):
+    """
+    Fetch what lies at an address.
+
+    It is tried again, up to three times, when the connection breaks.
+    """
+    return await get(url)
+'''
+
+
+def test_functions_become_prompts_and_docstrings_completions(tmp_path: Path) -> None:
+    (tmp_path / "shapes.py").write_text(SOURCE)
+    (tmp_path / "again.py").write_text(SOURCE)
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    (tmp_path / "latin.py").write_bytes(b"x = '\xe9'\n")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "t.py").write_text(SOURCE)
+    rows = docstring_rows(tmp_path)
+    assert [row["completion"].splitlines()[0] for row in rows] == [
+        "Fetch what lies at an address.",
+        "The area of the circle, in the square of the unit that the radius has been given in.",
+    ]
+    area = rows[1]["prompt"]
+    assert area.startswith(ASKED) and "class Circle:" in area
+    assert area.endswith("@property\ndef area(self):\n    r = self.radius\n    return math.pi * r * r")
+    assert "The area of the circle" not in area
+    assert rows[0]["completion"].endswith("\n\nIt is tried again, up to three times, when the connection breaks.")
