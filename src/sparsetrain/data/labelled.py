@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from sparsetrain.data.files import Row, field_of, text_of
+from sparsetrain.data.rows import Row, field_of, text_of
 from sparsetrain.data.split import divide
 
 
