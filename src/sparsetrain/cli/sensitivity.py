@@ -24,8 +24,8 @@ Write = Annotated[
 ]
 
 
-@takes("model", "data", "task", "text_column", "seq_len", "preset", "methods", "calibration_tokens", "eval_tokens",
-       "steps", "seed", "dtype", "device", "threads")  # fmt: skip
+@takes("model", "data", "task", "text_column", "holdout", "seq_len", "preset", "methods", "calibration_tokens",
+       "eval_tokens", "steps", "seed", "dtype", "device", "threads")  # fmt: skip
 def sensitivity(
     recipe: RecipeFile = None,
     budget: Budget = None,

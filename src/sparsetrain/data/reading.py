@@ -34,6 +34,7 @@ _NOT_TEXT = (
     (b"PK\3\4", "a zip archive or an office document. Unpack it, or save it as text or CSV"),
     (b"PAR1", "a Parquet table. Save it as JSONL, or as a folder with datasets' save_to_disk"),
     (b"%PDF", "a PDF. Save its text"),
+    (b"\x93NUMPY", "a NumPy array, which may hold pickles. Save it as text"),
 )
 
 

@@ -23,8 +23,8 @@ class Recipe(RunRecipe):
     model: str
     """Model to fine-tune: an embedded asset (`sparsetrain models`), a local folder, or a name on the hub."""
     data: str
-    """Training data: a text file, folder or glob; JSONL (text, messages, or prompt/completion); CSV; an embedded or
-    `datasets` name."""
+    """Training data: a text file, folder or glob; JSONL or a JSON array (text, messages, prompt/completion, or
+    instruction/output); CSV; an embedded or `datasets` name."""
     output: str = "runs/finetune"
     """Folder for checkpoints, the trained adapter and the report. It must be empty or absent unless --resume."""
     task: Literal["lm", "sft", "classify"] = "lm"

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from sparsetrain.core.config import MethodConfig, plain_values, suggest
 from sparsetrain.recipes.entries import read_methods, short_entry
@@ -46,7 +55,10 @@ class RunRecipe(BaseModel):
     task: str
     """What is learned."""
     text_column: str = "text"
-    """Column that holds the text, in JSONL and CSV data."""
+    """Column that holds the text, in JSONL, JSON and CSV data."""
+    holdout: Literal["tokens", "documents"] = "tokens"
+    """What the held-out part of text is a share of. tokens: a long document among short ones is cut in two, its end
+    held out. documents: they stay whole."""
     seq_len: int = Field(1024, ge=8)
     """Tokens in a sequence: windows of packed text (lm), or where longer examples are cut. At most the model's
     context length."""
@@ -120,6 +132,13 @@ class RunRecipe(BaseModel):
         if values.get("steps") is None and values.get("epochs") is None:
             values["steps"] = cls.default_steps
         return values
+
+    @field_validator("data", "text_column")
+    @classmethod
+    def _named(cls, value: str, field: ValidationInfo) -> str:
+        if not value.strip():
+            raise ValueError(f"{field.field_name}={value!r} is blank. Name the {field.field_name.replace('_', ' ')}.")
+        return value
 
     @field_validator("task", mode="plain")
     @classmethod
