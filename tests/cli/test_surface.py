@@ -19,9 +19,10 @@ from tests.cli.conftest import Call
 
 ALWAYS = {"--json", "--debug"}
 RECIPE = {
-    "--model", "--data", "--task", "--text-column", "--holdout", "--output", "--seq-len", "--batch-size", "--grad-accum", "--steps",
-    "--epochs", "--preset", "--method", "--calibration-tokens", "--compare", "--lora-r", "--lora-alpha",
-    "--lora-targets", "--lr", "--lr-schedule", "--warmup-steps", "--weight-decay", "--max-grad-norm", "--save-every",
+    "--model", "--data", "--task", "--text-column", "--holdout", "--output", "--seq-len", "--batch-size",
+    "--grad-accum", "--steps", "--epochs", "--preset", "--method", "--calibration-tokens", "--compare", "--lora-r",
+    "--lora-alpha", "--lora-targets", "--lr", "--lr-schedule", "--warmup-steps", "--weight-decay", "--max-grad-norm",
+    "--save-every",
     "--keep-checkpoints", "--eval-every", "--eval-tokens", "--resume", "--no-resume", "--seed", "--dtype",
     "--gradient-checkpointing", "--device", "--threads", "--distill-steps", "--distill-lr",
 }  # fmt: skip

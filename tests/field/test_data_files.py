@@ -43,7 +43,7 @@ def refused(*words: str) -> Any:
 
 
 def all_text(bundle: Any) -> str:
-    return byte_tokenizer().decode([token for row in bundle.train["input_ids"] for token in row])
+    return str(byte_tokenizer().decode([token for row in bundle.train["input_ids"] for token in row]))
 
 
 # JSON

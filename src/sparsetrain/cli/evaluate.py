@@ -19,7 +19,19 @@ Model = Annotated[
 All = Annotated[bool, typer.Option("--all", help="Use every row, for data that was not trained on.")]
 
 
-@takes("data", "task", "text_column", "holdout", "seq_len", "batch_size", "eval_tokens", "seed", "dtype", "device", "threads")
+@takes(
+    "data",
+    "task",
+    "text_column",
+    "holdout",
+    "seq_len",
+    "batch_size",
+    "eval_tokens",
+    "seed",
+    "dtype",
+    "device",
+    "threads",
+)
 def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = False, **flags: Any) -> Answer:
     """Measure a model on data: perplexity (lm, sft) or accuracy (classify).
 

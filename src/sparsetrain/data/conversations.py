@@ -19,9 +19,9 @@ _ALPACA = (
 )
 _CALLS = ("tool_calls", "function_call")
 _RESERVED = frozenset(
-    "conversation messages tools documents chat_template add_generation_prompt continue_final_message tokenize padding "
-    "truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs "
-    "sanitize_control_tokens".split()
+    {"conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "padding"}
+    | {"continue_final_message", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"}
+    | {"return_assistant_tokens_mask", "sanitize_control_tokens"}
 )
 """Arguments of `apply_chat_template` that are no business of a row."""
 

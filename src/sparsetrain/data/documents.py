@@ -73,9 +73,10 @@ def document_of(row: Row, text_column: str) -> str:
         ValueError: there is none; for conversations, with the task that reads them.
     """
     if text_column not in row[0] and any(key in row[0] for key in _OF_CONVERSATIONS):
+        found = quoted(", ".join(map(str, row[0])))
         raise ValueError(
-            f"{row[1]} has no {text_column!r} and holds a conversation or an instruction ({quoted(', '.join(map(str, row[0])))}). "
-            "Train on it with task=sft, or name the field with text_column."
+            f"{row[1]} has no {text_column!r} and holds a conversation or an instruction ({found}). Train on it with "
+            "task=sft, or name the field with text_column."
         )
     return text_of(row, text_column, "text_column")
 

@@ -70,16 +70,22 @@ def check_regular(path: Path) -> os.stat_result:
         raise unreadable(path, error) from None
     if not stat.S_ISREG(about.st_mode):
         kind = next((name for is_kind, name in _KINDS if is_kind(about.st_mode)), "no regular file")
-        raise ValueError(f"{quoted(str(path))} is {kind}, not a regular file. Write what it gives to a file; name that.")
+        raise ValueError(
+            f"{quoted(str(path))} is {kind}, not a regular file. Write what it gives to a file; name that."
+        )
     if about.st_dev in _kernel_devices():
-        raise ValueError(f"{quoted(str(path))} is made by the kernel, not a file on a disk. Copy it to a file; name that.")
+        raise ValueError(
+            f"{quoted(str(path))} is made by the kernel, not a file on a disk. Copy it to a file; name that."
+        )
     return about
 
 
 def unreadable(path: Path, error: Exception) -> ValueError:
     """What to raise when the system refuses a file or folder."""
     reason = getattr(error, "strerror", None) or str(error)
-    return ValueError(f"{quoted(str(path))} cannot be read: {quoted(reason)}. Correct that, or leave it out of the data.")
+    return ValueError(
+        f"{quoted(str(path))} cannot be read: {quoted(reason)}. Correct that, or leave it out of the data."
+    )
 
 
 def walk_files(root: Path, leave_out: Collection[str] = (), remarks: Remarks | None = None) -> Iterator[Path]:

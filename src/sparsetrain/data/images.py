@@ -46,7 +46,7 @@ def read_images(folder: Path, *, max_rows: int | None, max_eval_rows: int | None
         if len(images) != len(labels) or not len(images):
             raise ValueError(f"{folder} has {len(images)} {part} images and {len(labels)} labels. Fetch it again.")
         if not math.prod(images.shape):
-            raise ValueError(f"{folder} has {part} images of {images.shape[1]} x {images.shape[2]} pixels. Fetch it again.")
+            raise ValueError(f"{folder} has {part} images without pixels: {images.shape}. Fetch it again.")
         largest, size = max(largest, int(labels.max())), (images.shape[1], images.shape[2])
         kept = generator.permutation(len(images))[:limit]
         sides.append({"pixel_values": images[kept], "labels": labels[kept].astype(np.int64)})
@@ -68,7 +68,9 @@ def read_idx(path: Path, num_dims: int) -> np.ndarray:
         with gzip.open(path) as file:
             header = file.read(header_bytes)
             if header[:4] != bytes((0, 0, 8, num_dims)) or len(header) < header_bytes:
-                raise ValueError(f"{path} begins with {header[:4]!r}, not as an idx file of bytes with {num_dims} axes.")
+                raise ValueError(
+                    f"{path} begins with {header[:4]!r}, not as an idx file of bytes with {num_dims} axes."
+                )
             shape = struct.unpack(f">{num_dims}I", header[4:])
             if math.prod(shape) > _MOST_BYTES:
                 raise ValueError(f"{path} promises {shape}, more than {_MOST_BYTES:,} bytes. Fetch it again.")

@@ -25,8 +25,8 @@ def read_examples(rows: list[Row], columns: tuple[str, str], where: Mapping[str,
             raise ValueError(f"{row[1]}: {columns[0]!r} is blank. Fill it or remove the row.")
         if not isinstance(label, str | int) or label == "":
             raise ValueError(
-                f"{row[1]}: {columns[1]!r} is {quoted(label, 60)} ({type(label).__name__}); a label is text or a whole number. "
-                "Correct the row or name another label_column."
+                f"{row[1]}: {columns[1]!r} is {quoted(label, 60)} ({type(label).__name__}); a label is text or a whole "
+                "number. Correct the row or name another label_column."
             )
         examples.setdefault((text, str(label)), ({"text": text, "label": str(label)}, row[1]))
     return list(examples.values()), len(rows) - len(examples)
@@ -53,7 +53,9 @@ def label_names_of(examples: list[Row], name: str) -> tuple[str, ...]:
     """
     found = {row["label"] for row, _ in examples}
     if len(found) < 2:
-        raise ValueError(f"{name} has only the label {quoted(found)}; to classify takes two. Check label_column and where.")
+        raise ValueError(
+            f"{name} has only the label {quoted(found)}; to classify takes two. Check label_column and where."
+        )
     numbers = all(label.removeprefix("-").isdecimal() and len(label) < 20 for label in found)
     return tuple(sorted(found, key=(lambda label: (int(label), label)) if numbers else (lambda label: (0, label))))
 
@@ -65,7 +67,8 @@ def check_trained(train: list[Row], held_out: list[Row]) -> None:
         if row["label"] not in trained:
             raise ValueError(
                 f"{origin} has the label '{quoted(row['label'], 60)}', which no training row has. Found: "
-                f"{quoted(', '.join(sorted(trained)))}. Correct the label or add training rows (max_rows may cut them off)."
+                f"{quoted(', '.join(sorted(trained)))}. Correct the label or add training rows (max_rows may cut them "
+                "off)."
             )
 
 

@@ -74,8 +74,8 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
     size = check_regular(path).st_size
     if size > most:
         raise ValueError(
-            f"{path} has {size / 1e9:.1f} GB; a file that is read whole has at most {most / 1e9:.1f} GB. Divide it into "
-            "several files, or write a row a line, as .jsonl."
+            f"{path} has {size / 1e9:.1f} GB; a file that is read whole has at most {most / 1e9:.1f} GB. Divide it "
+            "into several files, or write a row a line, as .jsonl."
         )
     with opened(path) as file:
         return decode(file.read(size), path)
@@ -89,8 +89,8 @@ def decode(content: bytes, path: Path) -> str:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is not {_shown(encoding)} text: byte {error.start} (0x{content[error.start]:02x}): {error.reason}. "
-            "Convert it to UTF-8 or leave it out of the source."
+            f"{path} is not {encoding.removesuffix('-sig').upper()} text: byte {error.start} "
+            f"(0x{content[error.start]:02x}): {error.reason}. Convert it to UTF-8 or leave it out of the source."
         ) from error
     if "\0" in text:
         raise ValueError(f"{path} is binary: character {text.index(chr(0))} is NUL. Name the text files alone.")
@@ -137,10 +137,6 @@ def _decode_line(line: bytes, path: Path, number: int) -> str:
 
 def _encoding(content: bytes) -> str:
     return next((encoding for mark, encoding in _MARKS if content.startswith(mark)), "utf-8-sig")
-
-
-def _shown(encoding: str) -> str:
-    return encoding.removesuffix("-sig").upper()
 
 
 def _refuse_zero(content: bytes, path: Path) -> None:

@@ -61,9 +61,7 @@ def _json_lines(path: Path, remarks: Remarks) -> Iterator[Row]:
         try:
             row = parse_json(line)
         except BadJson as error:
-            raise ValueError(
-                f"{origin} {error}: '{quoted(line, 60)}'. Each line must be one JSON object."
-            ) from error
+            raise ValueError(f"{origin} {error}: '{quoted(line, 60)}'. Each line must be one JSON object.") from error
         if not isinstance(row, dict):
             raise ValueError(f'{origin} is a JSON {type(row).__name__}, not an object like {{"text": ...}}.')
         yield _cleaned(row, origin, remarks) if may_hold_surrogates(line) else row, origin
@@ -107,13 +105,15 @@ def _rows_in(value: Any) -> list[Any] | None:
     if not isinstance(value, dict):
         return None
     inner = value.get("data")
-    if isinstance(inner, list) and inner and isinstance(inner[0], dict) or list(value) == ["data"]:
-        return _rows_in(inner) or _columns_as_rows(value)
+    if isinstance(inner, list) and inner and isinstance(inner[0], dict):
+        return inner
+    if list(value) == ["data"] and isinstance(inner, dict):
+        return _columns_as_rows(inner)
     return _columns_as_rows(value)
 
 
 def _columns_as_rows(table: dict[str, Any]) -> list[Any] | None:
-    """Rows of {"text": ["a", "b"]}, or of {"text": {"0": "a", "1": "b"}}, which pandas writes; None for other objects."""
+    """Rows of {"text": ["a", "b"]}, or of {"text": {"0": "a", "1": "b"}}, as pandas writes it; None for the rest."""
     columns = list(table.values())
     if columns and all(isinstance(column, dict) for column in columns):
         indices = list(columns[0])

@@ -137,7 +137,7 @@ class RunRecipe(BaseModel):
     @classmethod
     def _named(cls, value: str, field: ValidationInfo) -> str:
         if not value.strip():
-            raise ValueError(f"{field.field_name}={value!r} is blank. Name the {field.field_name.replace('_', ' ')}.")
+            raise ValueError(f"{field.field_name}={value!r} is blank. Give a name.")
         return value
 
     @field_validator("task", mode="plain")

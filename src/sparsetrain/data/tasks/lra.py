@@ -124,7 +124,9 @@ def _pathfinder_entries(folder: Path) -> list[tuple[Path, int]]:
             try:
                 entries.append((folder / words[0] / words[1], _label(words[3], 2)))
             except (IndexError, ValueError):
-                raise ValueError(f"{file} line {number}: '{quoted(line, 60)}' is not folder, file, index, label.") from None
+                raise ValueError(
+                    f"{file} line {number}: '{quoted(line, 60)}' is not folder, file, index, label."
+                ) from None
     if len(entries) < 2:
         raise ValueError(f"{folder / 'metadata'} names {len(entries)} images. At least 2 are needed.")
     return entries

@@ -60,14 +60,13 @@ def load_sft(
         progress: called with one line every 1,000 rows.
 
     Raises:
-        ValueError: `max_length` does not fit the model; missing or malformed source or row; no chat template where
-            one is needed; a template that cannot render a row, has no place for its calls, or rewrites earlier turns and marks no spans; a side left without targets.
+        ValueError: `max_length` does not fit the model; missing or malformed source or row; no chat template where one
+            is needed, or one that cannot render a row or rewrites earlier turns unmarked; a side without targets.
     """
     check_length(max_length, "max_length", max_position_embeddings)
     name = source_name(source)
     choice = EvalChoice(source=eval_source, split=eval_split, ratio=eval_ratio)
-    remarks = Remarks()
-    rows, eval_rows = load_sides(source, HubChoice(config=dataset_config, split=split), choice, remarks)
+    rows, eval_rows, remarks = load_sides(source, HubChoice(config=dataset_config, split=split), choice)
     train_rows, eval_rows, num_dropped = divide(rows, eval_rows, eval_ratio, seed, key=row_key)
     counts = {"rows": len(rows), "duplicates_of_eval": num_dropped}
     train = _encode(train_rows, tokenizer, max_length, max_rows, "train", counts, remarks, progress)
@@ -174,7 +173,7 @@ def _encode_plain(
             "tokenizer.chat_template, use an instruction model's tokenizer, or rows with textual prompt and completion."
         )
     for key in talk.context:
-        remarks.add(f"rows with {quoted(key, 40)!r}, for which a tokenizer without chat template has no place", talk.origin)
+        remarks.add(f"rows with '{quoted(key, 40)}', for which there is no chat template", talk.origin)
     prompt, completion = talk.plain
     ids, starts = _tokenise(tokenizer, prompt + completion)
     labels = [token if start >= len(prompt) else IGNORED_LABEL for token, start in zip(ids, starts)]

@@ -9,7 +9,6 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from sparsetrain.data.collate import Collator, check_length
 from sparsetrain.data.labelled import check_trained, describe, divide_examples, label_names_of, read_examples
-from sparsetrain.data.remarks import Remarks
 from sparsetrain.data.rows import Row
 from sparsetrain.hf.data.bundle import DataBundle, Progress, padding_id
 from sparsetrain.hf.data.sources import EvalChoice, HubChoice, Source, load_sides, source_name
@@ -58,8 +57,7 @@ def load_classify(
     """
     check_length(max_length, "max_length", max_position_embeddings)
     choice = EvalChoice(source=eval_source, split=eval_split, ratio=eval_ratio)
-    remarks = Remarks()
-    rows, eval_rows = load_sides(source, HubChoice(config=dataset_config, split=split), choice, remarks)
+    rows, eval_rows, remarks = load_sides(source, HubChoice(config=dataset_config, split=split), choice)
     read = partial(read_examples, columns=(text_column, label_column), where=where or {})
     examples, num_repeated = read(rows)
     eval_examples, num_eval_repeated = (None, 0) if eval_rows is None else read(eval_rows)

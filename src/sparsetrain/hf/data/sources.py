@@ -74,20 +74,20 @@ def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
     return {key: cleared(value) for key, value in row.items()}
 
 
-def load_sides(
-    source: Source, hub: HubChoice, choice: EvalChoice, remarks: Remarks
-) -> tuple[list[Row], list[Row] | None]:
-    """All rows of the source, and those of a source or split of its own for evaluation (None: still to be divided).
+def load_sides(source: Source, hub: HubChoice, choice: EvalChoice) -> tuple[list[Row], list[Row] | None, Remarks]:
+    """All rows of the source, those of a source or split of its own for evaluation (None: still to be divided), and
+    what there is to say on their reading.
 
     Raises:
         ValueError: a source cannot be read, or the held-out share is not one.
     """
     check_ratio(choice.ratio)
+    remarks = Remarks()
     rows = load_rows(source, hub, remarks)
     if choice.source is None and choice.split is None:
-        return rows, None
+        return rows, None, remarks
     other = source if choice.source is None else choice.source
-    return rows, load_rows(other, HubChoice(config=hub.config, split=choice.split or hub.split), remarks)
+    return rows, load_rows(other, HubChoice(config=hub.config, split=choice.split or hub.split), remarks), remarks
 
 
 def load_documents(source: Source, choice: HubChoice, text_column: str, remarks: Remarks) -> Documents:
@@ -121,7 +121,8 @@ def _text_sizes(table: datasets.Dataset, column: str) -> list[int]:
     texts = cast(Any, table.with_format("arrow")[:])[column]
     if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
         return [1] * len(table)
-    return pc.fill_null(pc.binary_length(texts), 0).to_pylist()
+    lengths = pc.call_function("binary_length", [texts])
+    return pc.fill_null(lengths, 0).to_pylist()
 
 
 def _open(source: Source, choice: HubChoice, remarks: Remarks) -> datasets.Dataset | list[Path]:
@@ -137,8 +138,8 @@ def _open(source: Source, choice: HubChoice, remarks: Remarks) -> datasets.Datas
         return cast(datasets.Dataset, datasets.load_dataset(str(source), choice.config, split=choice.split))
     except Exception as error:  # the hub client raises a dozen kinds, from offline to unknown split
         raise ValueError(
-            f"'{quoted(source)}' is no local file, folder or glob, no embedded set ({', '.join(ASSETS)}), and as a data "
-            f"set of the hub (split {choice.split!r}) it cannot be loaded: {type(error).__name__}: "
+            f"'{quoted(source)}' is no local file, folder or glob, no embedded set ({', '.join(ASSETS)}), and as a "
+            f"data set of the hub (split {choice.split!r}) it cannot be loaded: {type(error).__name__}: "
             f"{quoted(str(error))}. Correct the name, or give a local path."
         ) from error
 
@@ -170,7 +171,9 @@ def _check_state(path: Path) -> None:
     entries = state.get("_data_files") if isinstance(state, dict) else None
     names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries or []]
     if entries is None or any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise ValueError(f"{path} does not list the files of its folder as `save_to_disk` does. Save the data set again.")
+        raise ValueError(
+            f"{path} does not list the files of its folder as `save_to_disk` does. Save the data set again."
+        )
 
 
 def _pick_split(loaded: Any, choice: HubChoice, name: str) -> datasets.Dataset:

@@ -59,9 +59,9 @@ class RowTemplate:
                 before = before if found else whole + _ANSWER
             if not (self.text.startswith(whole) and whole.startswith(before)):
                 raise ValueError(
-                    f"{self.talk.origin}: what the chat template makes of the conversation up to message {i} is not how "
-                    "the whole begins, so the assistant's words cannot be found. Use a template with {% generation %} "
-                    "marks, or one answer a row."
+                    f"{self.talk.origin}: what the chat template makes of the conversation up to message {i} is not "
+                    "how the whole begins, so the assistant's words cannot be found. Use a template with "
+                    "{% generation %} marks, or one answer a row."
                 )
             if len(before) >= cut:
                 return
@@ -117,7 +117,7 @@ class RowTemplate:
                 )
         for key in self.talk.context:
             if not re.search(rf"\b{re.escape(key)}\b", self.source):
-                remarks.add(f"rows with {quoted(key, 40)!r}, which the chat template does not read", self.talk.origin)
+                remarks.add(f"rows with '{quoted(key, 40)}', which the chat template does not read", self.talk.origin)
 
     def _asked(self, ask: Any, *given: Any, **options: Any) -> Any:
         """What the tokenizer answers; its errors are jinja's, Python's, or those of the template itself."""

@@ -7,7 +7,9 @@ the end-of-text token, joined, and cut into rows; the incomplete last row is cou
 Held out is a share of the text, more if it does not fill one row: whole documents, the first of that order, where these
 are of about equal length; a document that alone would be too much of the text (a book among notes, or the only one) is
 cut in two at a line break, its end held out (`share_of_text`). With `holdout="documents"` it is a share of the
-documents, whatever their length. A training document with a held-out one's text is dropped and counted. Labels equal the inputs, except -100 for the first token of a row, which nothing predicts: so the number of labels is
+documents, whatever their length. A training document with a held-out one's text is dropped and counted.
+
+Labels equal the inputs, except -100 for the first token of a row, which nothing predicts: so the number of labels is
 the number of predictions, the loss's denominator.
 """
 
@@ -86,21 +88,13 @@ def load_text(
     if max_tokens is not None and max_eval_tokens is None:
         max_eval_tokens = max(seq_len, int((eval_ratio or 0.05) * max_tokens))
     hub = HubChoice(config=dataset_config, split=split)
-    remarks = Remarks()
-    documents = load_documents(source, hub, text_column, remarks)
+    documents = load_documents(source, hub, text_column, remarks := Remarks())
     choice = EvalChoice(source=eval_source, split=eval_split, ratio=eval_ratio)
     others = _own_eval(source, hub, choice, text_column, remarks)
-    split = _Split(tokenizer, progress, documents, seed)
-    if others is not None:
-        tokens_eval, texts = split.by_others(others, max_eval_tokens)
-    elif not eval_ratio:
-        tokens_eval, texts = None, split.texts(split.order)
-    elif holdout == "tokens" or documents.count == 1:
-        tokens_eval, texts = split.by_tokens(eval_ratio, max_eval_tokens, seq_len)
-    else:
-        tokens_eval, texts = split.by_documents(eval_ratio, max_eval_tokens, seq_len)
-    tokens_train = split.stream.encode(texts, max_tokens, "train")
-    counts = {"documents": documents.count, **documents.counts, **split.stream.counts}
+    parts, limit = _Split(tokenizer, progress, documents, seed), max_eval_tokens
+    tokens_eval, texts = parts.by_others(others, limit) if others else parts.by(holdout, eval_ratio, limit, seq_len)
+    tokens_train = parts.stream.encode(texts, max_tokens, "train")
+    counts = {"documents": documents.count, **documents.counts, **parts.stream.counts}
     train, held_out = _sides(tokens_train, tokens_eval, seq_len, pack, source_name(source), counts, seed)
     return DataBundle(
         train=train,
@@ -208,6 +202,16 @@ class _Split:
     def by_others(self, others: Documents, limit: int | None) -> tuple[Tokens, Iterable[str]]:
         """Held out: documents that are no part of the source."""
         return self.stream.encode(map(others.read, range(others.count)), limit, "eval"), self.texts(self.order)
+
+    def by(
+        self, holdout: Holdout, ratio: float, limit: int | None, seq_len: int
+    ) -> tuple[Tokens | None, Iterable[str]]:
+        """Held out: a share of the documents, or of their tokens; None where it is 0."""
+        if not ratio:
+            return None, self.texts(self.order)
+        if holdout == "tokens" or self.documents.count == 1:
+            return self.by_tokens(ratio, limit, seq_len)
+        return self.by_documents(ratio, limit, seq_len)
 
     def by_documents(self, ratio: float, limit: int | None, seq_len: int) -> tuple[Tokens, Iterable[str]]:
         """Held out: the first documents of the order, the asked share, and more until they fill a row."""
