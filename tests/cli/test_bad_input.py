@@ -54,6 +54,25 @@ def test_a_damaged_model(train, tmp_path: Path) -> None:
     assert_refused(train(model=folder), tmp_path / "run", str(folder))
 
 
+def test_data_that_cannot_be_meant(train, tmp_path: Path) -> None:
+    pipe, rows, packed = tmp_path / "pipe.txt", tmp_path / "rows.json", tmp_path / "text.gz"
+    os.mkfifo(pipe)
+    rows.write_text('[{"instruction": "a", "output": "b"}]')
+    packed.write_bytes(b"\x1f\x8brest")
+    for data, *words in (
+        ("", "data='' is blank"),
+        (" ", "is blank"),
+        (pipe, "pipe.txt is a named pipe, not a regular file"),
+        ("/dev/zero", "is a device"),
+        (rows, "rows.json[0] has no 'text'", "task=sft"),
+        (packed, "compressed by gzip", "gunzip"),
+        ("a" * 5000, "File name too long"),
+    ):
+        result = train(data=data)
+        assert_refused(result, tmp_path / "run", *words)
+        assert len(result.err) < 1000
+
+
 def test_missing_data(train, tmp_path: Path) -> None:
     assert_refused(train(data=tmp_path / "gone.txt"), tmp_path / "run", "gone.txt", "does not exist")
     assert_refused(train(data=tmp_path / "*.txt"), tmp_path / "run", "*.txt")

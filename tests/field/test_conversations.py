@@ -217,3 +217,10 @@ def test_templates_without_a_default_name_the_row(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": [USER, ANSWER]}])
     with pytest.raises(ValueError, match=r"a\.jsonl:1: the chat template cannot render.*no default"):
         load_sft(path, tokenizer, 500, eval_ratio=0)
+
+
+def test_equal_conversations_with_other_numbers_stay_on_one_side(tmp_path: Path) -> None:
+    rows = [{"id": i, "messages": [{**USER, "content": f"q{i % 10}"}, ANSWER], "prompt": None} for i in range(40)]
+    bundle = load_sft(write_jsonl(tmp_path / "a.jsonl", rows), byte_tokenizer(chat_template=CHAT), 50, eval_ratio=0.3)
+    assert bundle.eval is not None and len(bundle.eval) == 12
+    assert not set(map(tuple, bundle.eval["input_ids"])) & set(map(tuple, bundle.train["input_ids"]))

@@ -363,3 +363,18 @@ def test_labels_of_thousands_of_digits_are_texts(tmp_path: Path, tokenizer: PreT
     rows = [{"text": f"t{i}", "label": ("9" * 5000, "1")[i % 2]} for i in range(4)]
     bundle = load_classify(write_jsonl(tmp_path / "a.jsonl", rows), tokenizer, 16, eval_ratio=0)
     assert bundle.num_labels == 2
+
+
+def test_names_with_control_characters_are_shown_escaped(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+    folder = tmp_path / "new\nline\x1b[31m"
+    folder.mkdir()
+    for name, content in (("a.jsonl", "{"), ("a.csv", "a;b\n"), ("a.txt", "\0"), ("a.json", "{}"), ("b.txt", "")):
+        (folder / name).write_text(content)
+        with pytest.raises(ValueError, match=r"new\\nline") as error:
+            load_text(folder / name, tokenizer, 16)
+        assert str(error.value).isprintable()
+    deep = tmp_path.joinpath(*["long name of a folder"] * 20)
+    deep.mkdir(parents=True)
+    (deep / "b.txt").write_text("")
+    with refused("…", r"b\.txt is empty"):
+        load_text(deep / "b.txt", tokenizer, 16)

@@ -17,6 +17,10 @@ _ALPACA = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n{}### Response:\n"
 )
+_READ = frozenset(
+    {"messages", "conversations", "prompt", "completion", "instruction", "input", "output"}
+    | {"tools", "documents", "chat_template_kwargs"}
+)
 _CALLS = ("tool_calls", "function_call")
 _RESERVED = frozenset(
     {"conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "padding"}
@@ -43,8 +47,9 @@ class Conversation:
 
 
 def row_key(row: Row) -> str:
-    """What equal conversations have in common."""
-    return json.dumps(row[0], sort_keys=True, default=str)
+    """What equal conversations have in common: all that is read of them, so no number that a row has for itself."""
+    read = {key: value for key, value in row[0].items() if key in _READ and value is not None}
+    return json.dumps(read or row[0], sort_keys=True, default=str)
 
 
 def conversation_of(row: Row) -> Conversation:

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from sparsetrain.core.quote import quoted
+from sparsetrain.core.quote import LONGEST, quoted
 from sparsetrain.data.remarks import Remarks
 
 _KINDS = (
@@ -41,6 +41,12 @@ def find_files(source: str | Path | Sequence[str | Path], remarks: Remarks | Non
     return _each_once([file for part in source for file in _files_of(part, remarks, must_exist=True) or []], remarks)
 
 
+def shown(path: str | Path) -> str:
+    """A path as a message may show it: of a long one the end, which tells it from others."""
+    text = str(path)
+    return quoted(text if len(text) <= LONGEST else "…" + text[1 - LONGEST :])
+
+
 def path_of(source: str | Path) -> Path:
     """A source as a path.
 
@@ -52,7 +58,7 @@ def path_of(source: str | Path) -> Path:
     try:
         return Path(source).expanduser()
     except RuntimeError as error:
-        raise ValueError(f"{quoted(str(source))}: {error} Write the folder out.") from None
+        raise ValueError(f"{shown(source)}: {error} Write the folder out.") from None
 
 
 def check_regular(path: Path) -> os.stat_result:
@@ -65,27 +71,21 @@ def check_regular(path: Path) -> os.stat_result:
         about = path.stat()
     except FileNotFoundError:
         what = f"is a link to {os.readlink(path)}, which" if path.is_symlink() else "is gone, or"
-        raise ValueError(f"{quoted(str(path))} {quoted(what)} does not exist. Correct it or leave it out.") from None
+        raise ValueError(f"{shown(path)} {quoted(what)} does not exist. Correct it or leave it out.") from None
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from None
     if not stat.S_ISREG(about.st_mode):
         kind = next((name for is_kind, name in _KINDS if is_kind(about.st_mode)), "no regular file")
-        raise ValueError(
-            f"{quoted(str(path))} is {kind}, not a regular file. Write what it gives to a file; name that."
-        )
+        raise ValueError(f"{shown(path)} is {kind}, not a regular file. Write what it gives to a file; name that.")
     if about.st_dev in _kernel_devices():
-        raise ValueError(
-            f"{quoted(str(path))} is made by the kernel, not a file on a disk. Copy it to a file; name that."
-        )
+        raise ValueError(f"{shown(path)} is made by the kernel, not a file on a disk. Copy it to a file; name that.")
     return about
 
 
 def unreadable(path: Path, error: Exception) -> ValueError:
     """What to raise when the system refuses a file or folder."""
     reason = getattr(error, "strerror", None) or str(error)
-    return ValueError(
-        f"{quoted(str(path))} cannot be read: {quoted(reason)}. Correct that, or leave it out of the data."
-    )
+    return ValueError(f"{shown(path)} cannot be read: {quoted(reason)}. Correct that, or leave it out of the data.")
 
 
 def walk_files(root: Path, leave_out: Collection[str] = (), remarks: Remarks | None = None) -> Iterator[Path]:
@@ -107,7 +107,7 @@ def _walk(root: Path, leave_out: Collection[str], remarks: Remarks) -> Iterator[
         folders, files = _entries(folder)
         about = folder.stat()
         if about.st_dev in _kernel_devices():
-            raise ValueError(f"{quoted(str(folder))} is the kernel's, not a folder on a disk. Name one with your data.")
+            raise ValueError(f"{shown(folder)} is the kernel's, not a folder on a disk. Name one with your data.")
         if (about.st_dev, about.st_ino) in seen:
             continue
         seen.add((about.st_dev, about.st_ino))
@@ -161,7 +161,7 @@ def _files_of(source: str | Path, remarks: Remarks, must_exist: bool) -> list[Pa
         files = list(walk_files(path, remarks=remarks))
         if not files:
             raise ValueError(
-                f"The folder {path} holds no files (hidden ones aside). Put the data there or name another folder."
+                f"The folder {shown(path)} holds no files (hidden ones aside). Put the data there or name another."
             )
         return files
     if mode or path.is_symlink():
@@ -180,9 +180,7 @@ def _missing(path: Path) -> ValueError:
         found = ", ".join(sorted(os.listdir(nearest))[:8]) or "nothing"
     except OSError:
         found = "a folder that cannot be read"
-    return ValueError(
-        f"{quoted(str(path))} does not exist. Found in {quoted(str(nearest))}: {quoted(found)}. Correct the path."
-    )
+    return ValueError(f"{shown(path)} does not exist. Found in {shown(nearest)}: {quoted(found)}. Correct the path.")
 
 
 def _matching(pattern: Path, remarks: Remarks) -> list[Path]:
@@ -195,8 +193,7 @@ def _matching(pattern: Path, remarks: Remarks) -> list[Path]:
     if not files:
         only = " but folders" if found else ""
         raise ValueError(
-            f"No file matches {quoted(str(pattern))!r}: found nothing{only}. Correct the pattern ('**' reaches "
-            "sub-folders)."
+            f"No file matches '{shown(pattern)}': found nothing{only}. Correct the pattern ('**' reaches sub-folders)."
         )
     for path in found:
         if path.is_dir():

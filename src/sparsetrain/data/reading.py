@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sparsetrain.core.quote import quoted
-from sparsetrain.data.files import check_regular, unreadable
+from sparsetrain.data.files import check_regular, shown, unreadable
 
 MOST_BYTES = 4 << 30
 """Of a file that is read whole."""
@@ -51,13 +51,13 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     """
     size = check_regular(path).st_size
     if not size:
-        raise ValueError(f"{path} is empty. Remove it from the source or fill it.")
+        raise ValueError(f"{shown(path)} is empty. Remove it from the source or fill it.")
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
             for mark, what in _NOT_TEXT:
                 if head.startswith(mark):
-                    raise ValueError(f"{path} is {what}, and name what comes out.")
+                    raise ValueError(f"{shown(path)} is {what}, and name what comes out.")
             _refuse_zero(head, path)
             file.seek(0)
             yield file
@@ -74,8 +74,8 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
     size = check_regular(path).st_size
     if size > most:
         raise ValueError(
-            f"{path} has {size / 1e9:.1f} GB; a file that is read whole has at most {most / 1e9:.1f} GB. Divide it "
-            "into several files, or write a row a line, as .jsonl."
+            f"{shown(path)} has {size / 1e9:.1f} GB; a file that is read whole has at most {most / 1e9:.1f} GB. Divide "
+            "it into several files, or write a row a line, as .jsonl."
         )
     with opened(path) as file:
         return decode(file.read(size), path)
@@ -89,11 +89,11 @@ def decode(content: bytes, path: Path) -> str:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is not {encoding.removesuffix('-sig').upper()} text: byte {error.start} "
+            f"{shown(path)} is not {encoding.removesuffix('-sig').upper()} text: byte {error.start} "
             f"(0x{content[error.start]:02x}): {error.reason}. Convert it to UTF-8 or leave it out of the source."
         ) from error
     if "\0" in text:
-        raise ValueError(f"{path} is binary: character {text.index(chr(0))} is NUL. Name the text files alone.")
+        raise ValueError(f"{shown(path)} is binary: character {text.index(chr(0))} is NUL. Name the text files alone.")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -115,7 +115,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         while line := file.readline(MOST_LINE_BYTES + 1):
             if len(line) > MOST_LINE_BYTES:
                 raise ValueError(
-                    f"{path}:{number + 1} is a line of more than {MOST_LINE_BYTES >> 20} MB. Divide it: a row a line."
+                    f"{shown(path)}:{number + 1} is a line of more than {MOST_LINE_BYTES >> 20} MB. Write a row a line."
                 )
             for part in _decode_line(line, path, number + 1).removesuffix("\n").split("\n"):
                 number += 1
@@ -127,11 +127,11 @@ def _decode_line(line: bytes, path: Path, number: int) -> str:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path}:{number} is not UTF-8 text: byte {error.start} of the line (0x{line[error.start]:02x}): "
+            f"{shown(path)}:{number} is not UTF-8 text: byte {error.start} of the line (0x{line[error.start]:02x}): "
             f"{error.reason}. Convert it to UTF-8 or leave it out of the source."
         ) from error
     if "\0" in text:
-        raise ValueError(f"{path}:{number} is binary: it has a NUL character. Name the text files alone.")
+        raise ValueError(f"{shown(path)}:{number} is binary: it has a NUL character. Name the text files alone.")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -143,8 +143,8 @@ def _refuse_zero(content: bytes, path: Path) -> None:
     zero = content.find(b"\0")
     if zero >= 0 and _encoding(content) == "utf-8-sig":
         raise ValueError(
-            f"{path} is binary: byte {zero} is NUL. Name the text files alone, for instance with a glob like '*.txt'; "
-            "UTF-16 needs its mark at the beginning."
+            f"{shown(path)} is binary: byte {zero} is NUL. Name the text files alone, for instance with a glob like "
+            "'*.txt'; UTF-16 needs its mark at the beginning."
         )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.core.quote import quoted
+from sparsetrain.data.files import shown
 from sparsetrain.data.reading import (
     MOST_JSON_BYTES,
     MOST_LINE_BYTES,
@@ -37,7 +38,9 @@ def read_rows(path: Path, remarks: Remarks | None = None) -> Iterator[Row]:
     """
     suffix = path.suffix.lower()
     if suffix not in ROW_SUFFIXES:
-        raise ValueError(f"{path} has no rows: its name ends in {suffix!r}. Use one of {', '.join(ROW_SUFFIXES)}.")
+        raise ValueError(
+            f"{shown(path)} has no rows: its name ends in {suffix!r}. Use one of {', '.join(ROW_SUFFIXES)}."
+        )
     remarks = remarks or Remarks()
     if suffix == ".json":
         rows = _json_rows(path, remarks)
@@ -50,14 +53,15 @@ def read_rows(path: Path, remarks: Remarks | None = None) -> Iterator[Row]:
         empty = False
         yield row
     if empty:
-        raise ValueError(f"{path} has no rows. Fill it or leave it out of the source.")
+        raise ValueError(f"{shown(path)} has no rows. Fill it or leave it out of the source.")
 
 
 def _json_lines(path: Path, remarks: Remarks) -> Iterator[Row]:
+    name = shown(path)
     for number, line in read_lines(path):
         if not line.strip():
             continue
-        origin = f"{path}:{number}"
+        origin = f"{name}:{number}"
         try:
             row = parse_json(line)
         except BadJson as error:
@@ -80,19 +84,19 @@ def _json_rows(path: Path, remarks: Remarks) -> Iterator[Row]:
         value = parse_json(text)
     except BadJson as error:
         if "Extra data" not in str(error):
-            raise NoRows(f"{path} {error}. Correct it there.") from error
+            raise NoRows(f"{shown(path)} {error}. Correct it there.") from error
         yield from _json_lines(path, remarks)
         return
     rows = _rows_in(value)
     if rows is None:
         keys = f" with the keys {', '.join(value)}" if isinstance(value, dict) else ""
         raise NoRows(
-            f"{path} holds a JSON {type(value).__name__}{quoted(keys)}, and no rows. Give an array of objects, columns "
-            'of equal length, {"data": [...]} around one of these, or a .jsonl file with an object a line.'
+            f"{shown(path)} holds a JSON {type(value).__name__}{quoted(keys)}, and no rows. Give an array of objects, "
+            'columns of equal length, {"data": [...]} around one of these, or a .jsonl file with an object a line.'
         )
-    dirty = may_hold_surrogates(text)
+    dirty, name = may_hold_surrogates(text), shown(path)
     for i, row in enumerate(rows):
-        origin = f"{path}[{i}]"
+        origin = f"{name}[{i}]"
         if not isinstance(row, dict):
             raise ValueError(f'{origin} is a JSON {type(row).__name__}, not an object like {{"text": ...}}.')
         yield _cleaned(row, origin, remarks) if dirty else row, origin
@@ -135,6 +139,7 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
     # The limit of 131,072 characters a field is process-wide: it is lifted for one row at a time and put back.
     reader = csv.reader((line + "\n" for _, line in read_lines(path)), delimiter=delimiter, strict=True)
     header: list[str] | None = None
+    name = shown(path)
     while True:
         line = reader.line_num + 1
         limit = csv.field_size_limit(MOST_LINE_BYTES)
@@ -142,7 +147,7 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
             cells = next(reader, None)
         except csv.Error as error:
             raise ValueError(
-                f"{path}:{line} is not CSV: {error}. Quote fields with commas, quotes or breaks."
+                f"{name}:{line} is not CSV: {error}. Quote fields with commas, quotes or breaks."
             ) from error
         finally:
             csv.field_size_limit(limit)
@@ -152,24 +157,24 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
             continue
         if header is None:
             header = cells
-            _check_header(header, path, delimiter)
+            _check_header(header, name, delimiter)
         else:
             if len(cells) != len(header):
                 raise ValueError(
-                    f"{path}:{line} has {len(cells)} fields; the header names {len(header)}: "
+                    f"{name}:{line} has {len(cells)} fields; the header names {len(header)}: "
                     f"{quoted(', '.join(header))}. Quote fields with commas or line breaks."
                 )
-            yield dict(zip(header, cells)), f"{path}:{line}"
+            yield dict(zip(header, cells)), f"{name}:{line}"
 
 
-def _check_header(header: list[str], path: Path, delimiter: str) -> None:
-    shown = quoted(", ".join(header))
+def _check_header(header: list[str], name: str, delimiter: str) -> None:
+    columns = quoted(", ".join(header))
     if len(set(header)) != len(header):
-        raise ValueError(f"{path}:1 names a column twice: {shown}. Rename one.")
+        raise ValueError(f"{name}:1 names a column twice: {columns}. Rename one.")
     other = next((mark for mark in ";\t|," if mark != delimiter and mark in header[0]), None)
     if len(header) == 1 and other is not None:
         raise ValueError(
-            f"{path}:1 has the one column '{shown}'; its fields seem to be separated by {other!r}. Separate them by "
+            f"{name}:1 has the one column '{columns}'; its fields seem to be separated by {other!r}. Separate them by "
             "commas in a .csv file, by tabs in a .tsv file."
         )
 

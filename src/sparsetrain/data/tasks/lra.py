@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from sparsetrain.core.quote import quoted
-from sparsetrain.data.files import check_regular
+from sparsetrain.data.files import check_regular, shown
 from sparsetrain.data.reading import read_text
 from sparsetrain.data.tasks.listops import TOKENS
 from sparsetrain.data.tasks.pixels import load_cifar
@@ -36,7 +36,9 @@ def load_listops(*, folder: Path, seq_len: int, max_rows: int | None, max_eval_r
                 ids.append([TOKENS[token] for token in row[0].split() if token not in ("(", ")")])
                 labels.append(_label(row[1], 10))
             except (KeyError, ValueError, IndexError) as error:
-                raise ValueError(f"{path} line {number} is no ListOps row ({error!r}). Fetch it again.") from None
+                raise ValueError(
+                    f"{shown(path)} line {number} is no ListOps row ({error!r}). Fetch it again."
+                ) from None
         kept = chosen(len(ids), limit, np.random.default_rng(seed))
         num_cut += sum(len(ids[i]) > seq_len for i in kept)
         sides.append(Rows([ids[i][:seq_len] for i in kept], [labels[i] for i in kept]))
@@ -62,7 +64,7 @@ def load_retrieval(
                 labels.append(_label(label, 2))
             except ValueError as error:
                 raise ValueError(
-                    f"{path} line {number} is not label, id, id, text, text ({error}). Fetch it again."
+                    f"{shown(path)} line {number} is not label, id, id, text, text ({error}). Fetch it again."
                 ) from None
             first.append(byte_ids(a, seq_len))
             second.append(byte_ids(b, seq_len))
@@ -125,7 +127,7 @@ def _pathfinder_entries(folder: Path) -> list[tuple[Path, int]]:
                 entries.append((folder / words[0] / words[1], _label(words[3], 2)))
             except (IndexError, ValueError):
                 raise ValueError(
-                    f"{file} line {number}: '{quoted(line, 60)}' is not folder, file, index, label."
+                    f"{shown(file)} line {number}: '{quoted(line, 60)}' is not folder, file, index, label."
                 ) from None
     if len(entries) < 2:
         raise ValueError(f"{folder / 'metadata'} names {len(entries)} images. At least 2 are needed.")
@@ -141,15 +143,15 @@ def _grey(path: Path, seq_len: int) -> list[int]:
             size = image.width * image.height
             pixels = np.asarray(image.convert("L") if size == seq_len else [], dtype=np.int64)
     except Exception as error:  # Pillow's own, and Python's from broken headers
-        raise ValueError(f"{path} is no image that can be read: {quoted(str(error))}") from None
+        raise ValueError(f"{shown(path)} is no image that can be read: {quoted(str(error))}") from None
     if size != seq_len:
-        raise ValueError(f"lra-pathfinder: {path} has {size} pixels, and seq_len={seq_len}. Make them equal.")
+        raise ValueError(f"lra-pathfinder: {shown(path)} has {size} pixels, and seq_len={seq_len}. Make them equal.")
     return (pixels.reshape(-1) + 1).tolist()
 
 
 def _tsv(path: Path) -> list[list[str]]:
     if not path.exists():
-        raise ValueError(f"{path} does not exist. Give the folder of the task's .tsv files.")
+        raise ValueError(f"{shown(path)} does not exist. Give the folder of the task's .tsv files.")
     return [line.split("\t") for line in read_text(path).removesuffix("\n").split("\n")]
 
 

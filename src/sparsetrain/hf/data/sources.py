@@ -1,7 +1,7 @@
 """Rows and documents of a source, whatever it is: an embedded set, local files, a saved `Dataset` or the hub."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from sparsetrain.core.quote import quoted
 from sparsetrain.data.documents import Documents, document_of, file_documents, row_as_text, texts_as_documents
 from sparsetrain.data.embedded import EMBEDDED, stdlib_documents
-from sparsetrain.data.files import check_regular, find_files, path_of, walk_files
+from sparsetrain.data.files import check_regular, find_files, path_of, shown, walk_files
 from sparsetrain.data.reading import BadJson, parse_json, read_text
 from sparsetrain.data.remarks import Remarks
 from sparsetrain.data.rows import Row, read_rows
@@ -44,7 +44,7 @@ class EvalChoice:
 
 def source_name(source: Source) -> str:
     """A source as one short string for descriptions and errors."""
-    return embedded_name(source) or str(source) if isinstance(source, str | Path) else f"{len(source)} sources"
+    return embedded_name(source) or shown(source) if isinstance(source, str | Path) else f"{len(source)} sources"
 
 
 def load_rows(source: Source, choice: HubChoice, remarks: Remarks) -> list[Row]:
@@ -59,8 +59,24 @@ def load_rows(source: Source, choice: HubChoice, remarks: Remarks) -> list[Row]:
     opened = _open(source, choice, remarks)
     if isinstance(opened, datasets.Dataset):
         name = source_name(source)
-        return [(_without_nulls(cast(dict[str, Any], row)), f"{name}[{i}]") for i, row in enumerate(opened)]
+        return [(_without_nulls(row), f"{name}[{i}]") for i, row in enumerate(_rows_of(opened, name))]
     return [row for path in opened for row in read_rows(path, remarks)]
+
+
+def _rows_of(table: datasets.Dataset, name: str) -> Iterator[dict[str, Any]]:
+    count = 0
+    try:
+        for row in table:
+            yield cast(dict[str, Any], row)
+            count += 1
+    except Exception as error:  # Arrow's errors, and those of decoders of pictures and sounds
+        raise _unreadable(f"{name}[{count}]", error) from error
+
+
+def _unreadable(place: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"{place} cannot be read: {type(error).__name__}: {quoted(str(error))}. Leave its column out, or save it again."
+    )
 
 
 def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
@@ -158,7 +174,7 @@ def _load_saved(folder: Path) -> Any:
         return datasets.load_from_disk(str(folder))
     except Exception as error:  # Arrow's and Python's own errors, a dozen kinds
         raise ValueError(
-            f"{folder} has a {' or '.join(_SAVED)} as `save_to_disk` writes it, and cannot be loaded: "
+            f"{shown(folder)} has a {' or '.join(_SAVED)} as `save_to_disk` writes it, and cannot be loaded: "
             f"{type(error).__name__}: {quoted(str(error))}. Save it again, or name the files in it."
         ) from error
 
@@ -167,12 +183,12 @@ def _check_state(path: Path) -> None:
     try:
         state = parse_json(read_text(path))
     except BadJson as error:
-        raise ValueError(f"{path} {error}. Save the data set again.") from error
+        raise ValueError(f"{shown(path)} {error}. Save the data set again.") from error
     entries = state.get("_data_files") if isinstance(state, dict) else None
     names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries or []]
     if entries is None or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise ValueError(
-            f"{path} does not list the files of its folder as `save_to_disk` does. Save the data set again."
+            f"{shown(path)} does not list the files of its folder as `save_to_disk` does. Save the data set again."
         )
 
 
