@@ -191,7 +191,7 @@ def test_a_csv_with_other_separators_is_refused_with_advice(read: Callable[..., 
 # which files
 
 
-@pytest.mark.parametrize("source", ["", "  ", "a" * 5000, "\0", "~nobody-of-that-name/x"])
+@pytest.mark.parametrize("source", ["", "  ", "a" * 5000, "\0", "~nobody-of-that-name/x", "https://a.org/b.txt"])
 def test_a_name_that_is_none_is_refused(source: str, tokenizer: PreTrainedTokenizerFast):
     with pytest.raises(ValueError) as error:
         load_text(source, tokenizer, 16)
@@ -243,7 +243,7 @@ def test_pipes_among_images_and_saved_tables_are_refused(tmp_path: Path, tokeniz
     (saved / "state.json").write_text(json.dumps(state | {"_data_files": [{"filename": "/dev/zero"}]}))
     with refused("does not list the files of its folder"):
         load_text(str(saved), tokenizer, 8)
-    for content in ("{", "[]", json.dumps(state)):
+    for content in ("{", "[]", json.dumps(state), json.dumps(state | {"_data_files": []})):
         (saved / "state.json").write_text(content)
         with refused("saved"):
             load_text(str(saved), tokenizer, 8)

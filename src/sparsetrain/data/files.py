@@ -51,10 +51,12 @@ def path_of(source: str | Path) -> Path:
     """A source as a path.
 
     Raises:
-        ValueError: it is blank, or its `~` names nobody's home.
+        ValueError: it is blank, an address, or its `~` names nobody's home.
     """
     if not str(source).strip():
         raise ValueError("The data's name is blank. Name a file, folder or glob, an embedded set, or a hub data set.")
+    if "://" in str(source):
+        raise ValueError(f"{shown(source)} is an address, and only local files are read. Fetch it and name the file.")
     try:
         return Path(source).expanduser()
     except RuntimeError as error:

@@ -89,7 +89,7 @@ def _json_rows(path: Path, remarks: Remarks) -> Iterator[Row]:
         return
     rows = _rows_in(value)
     if rows is None:
-        keys = f" with the keys {', '.join(value)}" if isinstance(value, dict) else ""
+        keys = f" with the keys {', '.join(value)}" if isinstance(value, dict) and value else ""
         raise NoRows(
             f"{shown(path)} holds a JSON {type(value).__name__}{quoted(keys)}, and no rows. Give an array of objects, "
             'columns of equal length, {"data": [...]} around one of these, or a .jsonl file with an object a line.'

@@ -185,6 +185,8 @@ def _check_state(path: Path) -> None:
     except BadJson as error:
         raise ValueError(f"{shown(path)} {error}. Save the data set again.") from error
     entries = state.get("_data_files") if isinstance(state, dict) else None
+    if entries == []:
+        raise ValueError(f"{shown(path.parent)} is a saved data set without rows. Save one that has some.")
     names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries or []]
     if entries is None or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise ValueError(
