@@ -36,7 +36,7 @@ class SelectedBlock(Site):
         self.last: dict[str, float] = {}
 
     def set_step(self, step: int, total_steps: int | None, loss_scale: float) -> None:
-        self.selector.step = step
+        self.selector.begin_step(step)
 
     def stats(self) -> dict[str, float]:
         return dict(self.last)
