@@ -120,16 +120,19 @@ class RowsLoss:
         target_bt = predicted({"labels": labels, SHIFTED: more.get(SHIFTED)}, causal=True)
         assert target_bt is not None
         target_bk = only_used(rows.gather(target_bt), rows)
-        weight = None if rows.weight_bk is None else _normal(rows.weight_bk, target_bk).flatten()
+        weight, normaliser = None, num_items_in_batch
+        if rows.weight_bk is not None:  # the mean is then a weighted one
+            weight = (rows.weight_bk * (target_bk != IGNORED)).flatten()
+            normaliser = weight.sum().clamp(min=1e-6) if normaliser is None else normaliser
         loss = selected_loss(
             logits.flatten(0, 1),
             self.linear.weight,
             target_bk.flatten(),
             bias_v=self.linear.bias,
             row_weight_n=weight,
-            normaliser=num_items_in_batch,
+            normaliser=normaliser,
         )
-        return self.finish(loss)
+        return self.finish(loss, weight=weight)
 
 
 class OwnLoss:
@@ -144,12 +147,6 @@ class OwnLoss:
         self.ran = True
         logits = args[0] if args else kwargs["logits"]
         return self.finish(logits.float().sum() * 0.0 if self.empty else self.own(*args, **kwargs))
-
-
-def _normal(weight_bk: Tensor, target_bk: Tensor) -> Tensor:
-    """Importance weights that sum to the number of selected targets."""
-    counted = weight_bk * (target_bk != IGNORED)
-    return counted * ((target_bk != IGNORED).sum() / counted.sum().clamp(min=1e-6))
 
 
 def as_if_all(out: Any, targets: Targets, finish: Finish | None) -> Any:
@@ -169,7 +166,7 @@ def as_if_all(out: Any, targets: Targets, finish: Finish | None) -> Any:
         if value is not None and selected:
             setattr(out, name, value * (all_of_them / selected))
     if finish is not None:
-        out.log_probs = finish(out.log_probs, had_bt)
+        out.log_probs = finish(out.log_probs, spread=had_bt)
     elif selected:
         out.log_probs = out.log_probs * (all_of_them / selected)
     out.label_mask = had_bt

@@ -145,11 +145,17 @@ def handed_on(model: Any, out: Any, chosen: Chosen) -> Any:
 
 def _finish(model: Any, targets: Targets, whole_step: bool) -> Finish:
     """Makes the loss of selected targets over all targets of the step that over the selected ones."""
-    if not whole_step:
-        return lambda loss: loss
-    mean = model.selector.mean
-    mean.begin_if_fresh(model.parameters())
-    return lambda loss, spread=None: mean.add(loss, targets.counts, model.parameters, spread)
+    mean, (selected, all_of_them) = model.selector.mean, targets.counts
+    if whole_step:
+        mean.begin_if_fresh(model.parameters())
+
+    def finish(loss: Tensor, weight: Tensor | None = None, spread: Tensor | None = None) -> Tensor:
+        if not whole_step:
+            return loss
+        counted = float(selected if weight is None else weight.sum())
+        return mean.add(loss, counted, all_of_them, model.parameters, spread)
+
+    return finish
 
 
 def _refuse_loss_elsewhere(selector: Selector, given: dict[str, Any]) -> None:

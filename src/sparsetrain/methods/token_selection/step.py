@@ -24,10 +24,10 @@ Parameters = Callable[[], Iterable[Tensor]]
 
 @dataclass(frozen=True)
 class Tally:
-    """What the micro-batches of a step have brought so far: targets, those selected, and the sum of their losses."""
+    """What micro-batches have brought: targets, selected ones (or the sum of their weights), the sum of their losses."""
 
-    selected: int = 0
-    targets: int = 0
+    selected: float = 0.0
+    targets: float = 0.0
     total: Tensor | float = 0.0
 
     @property
@@ -55,19 +55,22 @@ class StepMean:
             self.begin()
 
     @torch.compiler.disable()
-    def add(self, x: Tensor, counts: tuple[int, int], parameters: Parameters, spread: Tensor | None = None) -> Tensor:
+    def add(
+        self, x: Tensor, selected: float, targets: float, parameters: Parameters, spread: Tensor | None = None
+    ) -> Tensor:
         """x as its share of the step's mean.
 
         Args:
             x: the micro-batch's selected losses over N; a scalar, or entries that are summed later.
-            counts: (selected targets, targets) of this micro-batch on this rank.
+            selected: targets that are selected here, in this micro-batch on this rank.
+            targets: all of them.
             parameters: gives whatever gets gradients.
             spread: bool, like x: the entries that carry the correction of earlier micro-batches.
         """
         if ranks.size() > 1:
-            both = ranks.all_reduce_(torch.tensor(counts, dtype=torch.int64, device=x.device)).tolist()
-            counts = (both[0], both[1])
-        part = Tally(*counts, x.detach().sum())
+            both = torch.tensor([selected, targets], dtype=torch.float64, device=x.device)
+            selected, targets = ranks.all_reduce_(both).tolist()
+        part = Tally(selected, targets, x.detach().sum())
         return _Add.apply(x, self, part, parameters, spread)  # type: ignore[return-value]
 
 
