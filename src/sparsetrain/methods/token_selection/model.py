@@ -98,6 +98,8 @@ def choose(model: Any, given: dict[str, Any], scores: Tensor | None) -> Chosen:
     if scores is None and policy in ("loss", "gradient_norm"):
         scores = token_scores(model, given, policy)
     rows = selector.choose(given | {"token_scores": scores}, _pad_token(model))
+    if rows is not None and not rows.everything:
+        _refuse_trained_cache(given)
     targets = None if rows is None else targets_of(given, rows, causal)
     if rows is None or targets is None:
         _refuse_loss_elsewhere(selector, given)
@@ -169,6 +171,16 @@ def _refuse_loss_elsewhere(selector: Selector, given: dict[str, Any]) -> None:
         "Let the model compute its loss, or override compute_loss, where outputs.logits has all rows and gradient "
         "flows through selected ones."
     )
+
+
+def _refuse_trained_cache(given: dict[str, Any]) -> None:
+    for layer in getattr(given.get("past_key_values"), "layers", ()):
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, Tensor) and keys.requires_grad:
+            raise ValueError(
+                "token_selection: past_key_values hold keys that are trained (prefix tuning), and keys of tokens that "
+                "are not selected get no gradient. Use LoRA or prompt tuning, or keep_ratio=1."
+            )
 
 
 def _pad_token(model: Any) -> int | None:

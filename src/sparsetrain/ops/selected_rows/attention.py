@@ -175,7 +175,7 @@ class _Attention(torch.autograd.Function):
         keys, values, segments, rows, form = rest
         ctx.save_for_backward(q, keys, values, segments)
         ctx.rows, ctx.form = rows, form
-        return known.view_as(known)
+        return known.detach()
 
     @staticmethod
     @once_differentiable

@@ -148,7 +148,7 @@ class _ReplaceRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, selected: Tensor, x: Tensor, rows: Rows) -> Tensor:
         ctx.rows = rows
-        return x.view_as(x)
+        return x.detach()
 
     @staticmethod
     @once_differentiable
