@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from sparsetrain.core.autograd import as_output
 from sparsetrain.ops.selected_rows import Rows
 
 _OPERATORS = (
@@ -72,7 +73,7 @@ class _CutRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_btv: Tensor, selected_bt: Tensor) -> Tensor:
         ctx.save_for_backward(selected_bt)
-        return x_btv.view_as(x_btv)
+        return as_output(x_btv)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

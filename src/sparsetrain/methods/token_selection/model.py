@@ -140,7 +140,7 @@ def handed_on(model: Any, out: Any, chosen: Chosen) -> Any:
         elif whole_step:
             loss = loss * (selected / chosen.given["num_items_in_batch"])
         out = _with_entry(out, "loss", 0, _finish(model, targets, whole_step)(loss))
-    if chosen.logits is not None and chosen.logits.hidden_btd is not None and not torch.compiler.is_compiling():
+    if chosen.logits is not None and chosen.logits.hidden_btd is not None:
         out = _with_entry(out, "logits", 1, chosen.logits)
     return out
 
