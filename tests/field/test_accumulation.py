@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import SequentialSampler
@@ -133,9 +133,15 @@ def test_a_micro_batch_without_selected_targets_counts_for_nothing(tmp_path: Pat
 
 
 def adapted_head() -> Any:
+    torch.manual_seed(0)
     return get_peft_model(
         FAMILIES["llama"].model(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     )
+
+
+def soft_prompt() -> Any:
+    torch.manual_seed(0)
+    return get_peft_model(FAMILIES["llama"].model(), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
 
 
 def soft_cap() -> Any:
@@ -168,7 +174,9 @@ def tagger() -> Any:
     return BertForTokenClassification(config)
 
 
-@pytest.mark.parametrize("build", [adapted_head, soft_cap, smoothed, masked_lm, tagger], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "build", [adapted_head, soft_prompt, soft_cap, smoothed, masked_lm, tagger], ids=lambda f: f.__name__
+)
 def test_so_it_is_for_heads_and_losses_that_are_the_models_own(build: Any, tmp_path: Path) -> None:
     rows = some_rows()
     whole = step(build(), TokenSelection(), tmp_path, 4, rows)
@@ -194,20 +202,27 @@ def test_without_a_target_the_loss_is_a_finite_zero(build: Any, total: int | Non
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-def test_ones_own_loop_and_steps_without_a_callback(tmp_path: Path) -> None:
-    """`num_items_in_batch` is all that it takes; a step begins where gradients are gone, or where `step` says so."""
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_ones_own_loop(scale: float, set_to_none: bool, tmp_path: Path) -> None:
+    """`num_items_in_batch` is all it takes, also under a gradient scaler; forwards that are thrown away count for
+    nothing; a step begins where gradients are gone, or where `handle.step` says so."""
     rows = some_rows()
-    _, expected, _ = step(FAMILIES["llama"].model(), TokenSelection(), tmp_path, 4, rows)
+    whole, expected, _ = step(FAMILIES["llama"].model(), TokenSelection(), tmp_path, 4, rows)
     total = sum((row["labels"][1:] != -100).sum() for row in rows)
     model = FAMILIES["llama"].model().train()
     handle = sparsetrain.sparsify(model, TokenSelection())
-    for set_to_none in (True, False):
+    for _ in range(2):
+        losses = []
         for row in rows:
-            model(**{n: x[None] for n, x in row.items()}, num_items_in_batch=total)
-            model(**{n: x[None] for n, x in row.items()}, num_items_in_batch=total).loss.backward()
-        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+            given = {n: x[None] for n, x in row.items()} | {"num_items_in_batch": total}
+            model(**given)
+            loss = model(**given).loss
+            (scale * loss).backward()
+            losses.append(float(loss.detach()))
+        assert sum(losses) == pytest.approx(whole, rel=1e-5)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad / scale, expected[name], rtol=1e-4, atol=1e-6)
         model.zero_grad(set_to_none=set_to_none)
         handle.step(7)
         handle.step(0)

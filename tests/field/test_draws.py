@@ -1,4 +1,4 @@
-"""What a draw may depend on: seed, step, and the document's own tokens. Not on padding, neighbours, order or packing."""
+"""What a draw depends on: seed, step, and the document's own tokens. Not padding, neighbours, order or packing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,11 @@ def chosen(config: TokenSelection, batch: dict[str, Tensor], step: int = 5, **mo
 def padded(side: str, width: int, lengths: tuple[int, ...] = LENGTHS, pad: int = 0) -> tuple[dict[str, Tensor], list]:
     """A batch of documents, and where each starts."""
     shape = (len(lengths), width)
-    batch = {"input_ids": torch.full(shape, pad), "labels": torch.full(shape, -100), "attention_mask": torch.zeros(shape)}
+    batch = {
+        "input_ids": torch.full(shape, pad),
+        "labels": torch.full(shape, -100),
+        "attention_mask": torch.zeros(shape),
+    }
     starts = [width - n if side == "left" else 0 for n in lengths]
     for row, (n, start) in enumerate(zip(lengths, starts, strict=True)):
         for name, x in document(n).items():
@@ -78,7 +82,9 @@ def test_packed_documents_are_drawn_as_if_alone(config: TokenSelection, way: str
         packed["position_ids"] = torch.cat([torch.arange(n)[None] for n in LENGTHS], 1)
         if config.pool == "all":  # padding after the documents, with a mask
             width = (0, 4)
-            packed = {n: torch.nn.functional.pad(x, width, value=-100 if n == "labels" else 0) for n, x in packed.items()}
+            packed = {
+                n: torch.nn.functional.pad(x, width, value=-100 if n == "labels" else 0) for n, x in packed.items()
+            }
             packed["attention_mask"] = (torch.arange(packed["labels"].shape[1]) < sum(LENGTHS))[None].long()
     expected = [p + start for n, start in zip(LENGTHS, starts, strict=True) for p in chosen(config, document(n))[0]]
     assert chosen(config, packed) == [expected]

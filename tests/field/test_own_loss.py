@@ -33,7 +33,9 @@ def mean_of_all(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) ->
 class OwnTrainer(Trainer):
     """As many a script has it: the model is given its labels, and the loss is made of its logits."""
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         outputs = model(**inputs)
         loss = mean_of_all(outputs, inputs["labels"], num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
@@ -99,7 +101,14 @@ def test_logits_on_demand_are_as_good_as_a_tensor() -> None:
     out = model(**batch)
     logits = out["logits"]
     assert logits.shape == (2, 40, 61) and len(logits) == 2 and logits.requires_grad and logits.dtype == torch.float32
-    for found in (logits.float(), logits + 0, 0 + logits, -(-logits), torch.cat([logits]), torch.stack([*logits])):
+    for found in (
+        logits.float(),
+        logits + 0,
+        0 + logits,
+        2 - (2 - logits),
+        torch.cat([logits]),
+        torch.stack([*logits]),
+    ):
         torch.testing.assert_close(found, expected)
     assert (logits.argmax(-1) == expected.argmax(-1)).all() and (logits == logits.tensor()).all()
     assert bool((logits[:, 1:] == logits.tensor()[:, 1:]).all()) and (logits.detach() <= expected + 1).all()

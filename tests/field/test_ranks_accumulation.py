@@ -53,7 +53,7 @@ def run(rank: int, size: int, folder: str) -> None:
 @pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
 def test_ranks_and_micro_batches_equal_one_process(tmp_path: Path) -> None:
     run(0, 1, str(tmp_path))
-    torch.multiprocessing.spawn(run, (2, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(run, (2, str(tmp_path)), nprocs=2)  # type: ignore
     alone, first, second = (torch.load(tmp_path / name) for name in ("1_0.pt", "2_0.pt", "2_1.pt"))
     for choice, expected in alone.items():
         loss = (first[choice]["loss"] + second[choice]["loss"]) / 2

@@ -1,4 +1,4 @@
-"""Logits of all rows for whoever reads them: gradient through the selected rows alone, computed when they are asked for.
+"""Logits of all rows for whoever reads them: gradient through the selected rows alone, computed when asked for.
 
 In a training forward with labels the head runs on selected rows, inside of the loss. A trainer's own loss, or a metric,
 that reads `outputs.logits` finds an object that becomes the tensor [b, t, v] at its first use.

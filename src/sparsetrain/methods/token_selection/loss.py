@@ -1,6 +1,7 @@
 """The loss of selected targets: which labels are left, the head on selected rows, and outputs of a loss head that sums.
 
-A trainer divides by the targets that it counted before anything was selected; `step.StepMean` makes that the selected ones.
+A trainer divides by the targets that it counted before anything was selected; `step.StepMean` makes that those that
+are selected.
 """
 
 from __future__ import annotations

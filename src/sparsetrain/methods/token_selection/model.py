@@ -33,6 +33,7 @@ from sparsetrain.methods.token_selection.loss import (
 )
 from sparsetrain.methods.token_selection.scores import token_scores
 from sparsetrain.methods.token_selection.selector import Head, Selector
+from sparsetrain.methods.token_selection.step import leaves_of
 from sparsetrain.surgery.outermost import declass_model, reclass_model
 from sparsetrain.surgery.reclass import declass, reclass
 
@@ -66,7 +67,11 @@ class SelectsInTraining:
         with selector.selecting(chosen.head, chosen.loss):
             out = forward(**chosen.given)
         loss = chosen.loss
-        if not (loss is not None and loss.ran and loss.weighs) and selector.rows is not None and selector.rows.weight_bk is not None:
+        if (
+            not (loss is not None and loss.ran and loss.weighs)
+            and selector.rows is not None
+            and selector.rows.weight_bk is not None
+        ):
             raise ValueError(
                 "token_selection: unbiased=True weighs the loss of each selected target, and the loss of "
                 f"{type(self).__name__} with this trainer is not computed where it can be weighed. Use "
@@ -105,8 +110,9 @@ def choose(model: Any, given: dict[str, Any], scores: Tensor | None) -> Chosen:
         _refuse_loss_elsewhere(selector, given)
         return Chosen(given)
     given = only_selected(given, targets, causal)
-    finish = _finish(model, targets, whole_step=given.get("num_items_in_batch") is not None)
-    linear, own = head_of(model), getattr(super(SelectsInTraining, model), "loss_function", None)
+    finish = _finish(model, given, targets, whole_step=given.get("num_items_in_batch") is not None)
+    linear = head_of(model)
+    own: Any = getattr(super(SelectsInTraining, model), "loss_function", None)
     if linear is None or not takes_rows(model) or (causal and not has_usual_loss(model, own)):
         return Chosen(given, targets, None, OwnLoss(own, not targets.counts[0], finish))
     logits = LogitsOnDemand(linear, rows)
@@ -120,18 +126,18 @@ def choose(model: Any, given: dict[str, Any], scores: Tensor | None) -> Chosen:
 
 def handed_on(model: Any, out: Any, chosen: Chosen) -> Any:
     """A training forward's output as its caller expects it: his loss, and logits of all rows."""
-    selector, targets, rows = model.selector, chosen.targets, model.selector.rows
+    targets, rows = chosen.targets, model.selector.rows
     if targets is None:
         logits = _entry(out, "logits", 0)
-        if isinstance(logits, Tensor) and logits.ndim == 3 and rows is not None:
-            if logits.shape[:2] == (len(rows.counts), rows.num_tokens):
-                return _with_entry(out, "logits", 0, cut_rows(logits, rows))
-        return out
+        one_a_token = isinstance(logits, Tensor) and logits.ndim == 3
+        if rows is None or not one_a_token or logits.shape[:2] != (len(rows.counts), rows.num_tokens):
+            return out
+        return _with_entry(out, "logits", 0, cut_rows(logits, rows))
     whole_step = chosen.given.get("num_items_in_batch") is not None
     if getattr(out, "label_mask", None) is not None and getattr(out, "log_probs", None) is not None:
         # a trainer that knows its model to mean over a micro-batch means over micro-batches
         summed = whole_step or getattr(model, "accepts_loss_kwargs", True)
-        return as_if_all(out, targets, _finish(model, targets, whole_step=True) if summed else None)
+        return as_if_all(out, targets, _finish(model, chosen.given, targets, whole_step=True) if summed else None)
     loss = _entry(out, "loss", 0)
     if chosen.loss is not None and not chosen.loss.ran and isinstance(loss, Tensor):
         selected = targets.counts[0]
@@ -139,23 +145,25 @@ def handed_on(model: Any, out: Any, chosen: Chosen) -> Any:
             loss = _entry(out, "logits", 1).float().sum() * 0.0
         elif whole_step:
             loss = loss * (selected / chosen.given["num_items_in_batch"])
-        out = _with_entry(out, "loss", 0, _finish(model, targets, whole_step)(loss))
+        out = _with_entry(out, "loss", 0, _finish(model, chosen.given, targets, whole_step)(loss))
     if chosen.logits is not None and chosen.logits.hidden_btd is not None:
         out = _with_entry(out, "logits", 1, chosen.logits)
     return out
 
 
-def _finish(model: Any, targets: Targets, whole_step: bool) -> Finish:
+@torch.compiler.disable()
+def _finish(model: Any, given: dict[str, Any], targets: Targets, whole_step: bool) -> Finish:
     """Makes the loss of selected targets over all targets of the step that over the selected ones."""
     mean, (selected, all_of_them) = model.selector.mean, targets.counts
+    outside = leaves_of(given.get("inputs_embeds")) if whole_step else []
     if whole_step:
-        mean.begin_if_fresh(model.parameters())
+        mean.begin_if_fresh([*model.parameters(), *outside])
 
     def finish(loss: Tensor, weight: Tensor | None = None, spread: Tensor | None = None) -> Tensor:
         if not whole_step:
             return loss
         counted = float(selected if weight is None else weight.sum())
-        return mean.add(loss, counted, all_of_them, model.parameters, spread)
+        return mean.add(loss, counted, all_of_them, lambda: {*model.parameters(), *outside}, spread)
 
     return finish
 

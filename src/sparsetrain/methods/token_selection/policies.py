@@ -59,7 +59,8 @@ class Batch:
         shape = (content.shape[0], content.shape[1])
         segments = segments_of(batch.get("attention_mask"), shape)
         labels, targets = batch.get("labels"), predicted(batch, causal)
-        if batch.get("attention_mask") is None and None not in (ids, labels, pad) and labels.shape == shape:
+        unmasked = batch.get("attention_mask") is None and ids is not None and pad is not None
+        if unmasked and labels is not None and labels.shape == shape:
             segments = segments * ~_runs_at_ends((content == pad) & (labels.cpu() == IGNORED))
         positions = batch.get("position_ids")
         if positions is not None and positions.ndim == 2:

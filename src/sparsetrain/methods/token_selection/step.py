@@ -22,9 +22,24 @@ from sparsetrain.core import ranks
 Parameters = Callable[[], Iterable[Tensor]]
 
 
+def leaves_of(x: Tensor | None) -> list[Tensor]:
+    """The parameters that x was computed from (soft prompts, projectors)."""
+    found: dict[int, Tensor] = {}
+    todo, seen = [None if x is None else x.grad_fn], set()
+    while todo:
+        node: Any = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        todo += [before for before, _ in node.next_functions]
+    return list(found.values())
+
+
 @dataclass(frozen=True)
 class Tally:
-    """What micro-batches have brought: targets, selected ones (or the sum of their weights), the sum of their losses."""
+    """What micro-batches have brought: targets, selected ones (or the sum of their weights), and summed losses."""
 
     selected: float = 0.0
     targets: float = 0.0

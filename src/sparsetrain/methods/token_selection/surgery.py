@@ -116,7 +116,7 @@ def install(model: nn.Module, anatomy: Anatomy, block: Block, selector: Selector
 
 
 def refuse(config: TokenSelection, facts: RowFacts) -> str | None:
-    """Why rows cannot be trained on: no tokens to choose among, no scores, or no label a token, or none that is left out."""
+    """Why rows cannot be trained on: no tokens to choose among, no scores, no label a token, or none left out."""
     if not facts.one_sequence:
         return f"it trains on some tokens of a text, and task={facts.task} has none to choose among. Use it " + (
             "with task=lm or classify"
