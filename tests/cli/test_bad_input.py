@@ -309,8 +309,6 @@ def test_a_selection_that_the_rows_do_not_allow(train, tmp_path: Path) -> None:
         result = train(method=f"token_selection:{method}", **classify)
         assert_refused(result, tmp_path / "run", "label a token", "policy=random")
     assert_refused(train(method="token_selection:pool=scored"), tmp_path / "run", "token_scores", "pool=all")
-    short = train(method="token_selection:num_tokens=30", **classify)
-    assert_refused(short, tmp_path / "run", "num_tokens=30", "of a sample with", "drop or pack")
 
 
 def test_a_selection_without_a_single_target(train, tmp_path: Path) -> None:

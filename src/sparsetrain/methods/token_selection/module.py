@@ -36,7 +36,7 @@ class SelectedBlock(Site):
         self.last: dict[str, float] = {}
 
     def set_step(self, step: int, total_steps: int | None, loss_scale: float) -> None:
-        self.selector.step = step
+        self.selector.begin_step(step)
 
     def stats(self) -> dict[str, float]:
         return dict(self.last)
@@ -112,7 +112,6 @@ def _in_two_passes(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
     own_args, own_kwargs = _on_rows(args, kwargs, rows)
     with SelectedRows(notes), standing_in(attention, AttentionOfSelectedRows(notes)):
         selected = dense_forward(SelectsTokens, block, *own_args, **own_kwargs)
-    notes.check_all_taken()
     state.note(rows, notes.everything)
     y, y_selected = _first(out), _first(selected)
     if recomputing:

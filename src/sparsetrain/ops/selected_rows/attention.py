@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparsetrain.core.autograd import as_output
 from sparsetrain.core.backend import tuned_for
 from sparsetrain.ops.selected_rows.rows import Rows
 
@@ -175,7 +176,7 @@ class _Attention(torch.autograd.Function):
         keys, values, segments, rows, form = rest
         ctx.save_for_backward(q, keys, values, segments)
         ctx.rows, ctx.form = rows, form
-        return known.view_as(known)
+        return as_output(known)
 
     @staticmethod
     @once_differentiable
