@@ -17,7 +17,7 @@ MOST_JSON_BYTES = 64 * 2**20
 MOST_LEVELS = 64
 
 
-def regular_file(path: str | Path, most_bytes: int | None = None) -> Path:
+def regular_file(path: str | Path, most_bytes: int | None = None, *, may_be_empty: bool = False) -> Path:
     """The path, if it leads to a regular file that is not empty; a link is followed, as a hub's cache is made of them.
 
     Raises:
@@ -31,7 +31,7 @@ def regular_file(path: str | Path, most_bytes: int | None = None) -> Path:
         raise ValueError(f"{shown} {broken}: {quoted(getattr(error, 'strerror', None) or str(error))}.") from None
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{shown} is no regular file (a folder, a named pipe or a device). Put the file itself there.")
-    if found.st_size == 0:
+    if found.st_size == 0 and not may_be_empty:
         raise ValueError(f"{shown} is empty: 0 bytes. It was truncated; get it again.")
     if most_bytes is not None and found.st_size > most_bytes:
         raise ValueError(f"{shown} has {found.st_size:,} bytes; at most {most_bytes:,} are read of such a file.")
