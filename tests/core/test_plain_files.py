@@ -13,7 +13,9 @@ from sparsetrain.core.plain_files import MOST_LEVELS, read_plain_json, read_plai
 def test_plain_values_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"a": [1, {"b": null}]}')
     (tmp_path / "link.json").symlink_to(tmp_path / "a.json")  # a hub's cache is made of links
-    assert read_plain_object(tmp_path / "a.json") == read_plain_object(tmp_path / "link.json") == {"a": [1, {"b": None}]}
+    assert (
+        read_plain_object(tmp_path / "a.json") == read_plain_object(tmp_path / "link.json") == {"a": [1, {"b": None}]}
+    )
 
 
 def test_only_regular_files(tmp_path: Path) -> None:

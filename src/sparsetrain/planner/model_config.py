@@ -27,8 +27,8 @@ class ModelConfig:
 
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
-_AFTER_PADDING = ("roberta", "camembert", "xmod", "data2vec-text", "longformer", "luke", "mpnet", "esm", "ibert", "lilt",
-                  "layoutlmv3", "markuplm")  # fmt: skip
+_AFTER_PADDING = ("roberta", "camembert", "xmod", "data2vec-text", "longformer", "luke", "mpnet", "esm", "ibert",
+                  "lilt", "layoutlmv3", "markuplm")  # fmt: skip
 """Families (as part of their names) whose positions begin after the padding token's id: 514 rows hold 512 tokens."""
 
 

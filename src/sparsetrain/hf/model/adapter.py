@@ -84,8 +84,8 @@ def base_place(base: object, folder: Path) -> str:
     if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base):
         return base
     raise CheckpointError(
-        f"the base model of the adapter in {quoted(str(folder))}, {quoted(base)}, is not there. Put it in its place, or "
-        "name it as base_model."
+        f"the base model of the adapter in {quoted(str(folder))}, {quoted(base)}, is not there. Put it in its place, "
+        "or name it as base_model."
     )
 
 
@@ -104,7 +104,9 @@ def with_adapter(model: Any, folder: Path, config: PeftConfig, trainable: bool, 
     except Exception as error:  # PEFT and torch have a kind of error for each fault
         if "memory" in str(error):
             raise
-        raise CheckpointError(f"the adapter in {quoted(str(folder))} does not fit its base model: {told(error)}") from None
+        raise CheckpointError(
+            f"the adapter in {quoted(str(folder))} does not fit its base model: {told(error)}"
+        ) from None
     expected = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
     with safe_open(str(folder / WEIGHTS), framework="pt") as file:
         found = {key for key in file.keys() if not re.search(r"embed|lm_head", key)} | expected & set(file.keys())  # noqa: SIM118
@@ -129,12 +131,14 @@ def with_adapter(model: Any, folder: Path, config: PeftConfig, trainable: bool, 
 def _check_values(values: dict[str, Any], where: str) -> None:
     if values.get("peft_type") not in _KINDS:
         raise ValueError(
-            f"{quoted(where)}: peft_type={quoted(values.get('peft_type'))} cannot be loaded here. Known: {', '.join(_KINDS)}."
+            f"{quoted(where)}: peft_type={quoted(values.get('peft_type'))} cannot be loaded here. "
+            f"Known: {', '.join(_KINDS)}."
         )
     for key, value in values.items():
         if not _allowed(key, value):
             raise ValueError(
-                f"{quoted(where)} sets {quoted(key)} to {quoted(value, 80)}, which an adapter may not here. Leave it out."
+                f"{quoted(where)} sets {quoted(key)} to {quoted(value, 80)}, which an adapter may not here. "
+                "Leave it out."
             )
         for pattern in _patterns(key, value):
             check_pattern(pattern, where)
@@ -209,6 +213,6 @@ def _check_ranks(values: dict[str, Any], stored: dict[str, tuple[int, ...]], fol
     asked = max([values.get("r") or 0, *(values.get("rank_pattern") or {}).values()])
     if ranks and asked > 4 * max(ranks) + 64:
         raise ValueError(
-            f"{quoted(folder)}: {ADAPTER} asks for rank {asked:,}, and its tensors have rank {max(ranks):,}. They are not "
-            "of one adapter."
+            f"{quoted(folder)}: {ADAPTER} asks for rank {asked:,}, and its tensors have rank {max(ranks):,}. They are "
+            "not of one adapter."
         )

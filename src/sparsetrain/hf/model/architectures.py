@@ -90,7 +90,7 @@ def build_model(config: Any, task: str) -> Any:
         ValueError: transformers has no such model of this family, or it is no decoder (lm).
     """
     try:
-        kind = new_class(task)
+        kind: Any = new_class(task)
         options = {} if issubclass(kind, PreTrainedModel) else NO_CODE
         return kind.from_config(config, attn_implementation="sdpa", **options)
     except (MemoryError, RuntimeError) as error:

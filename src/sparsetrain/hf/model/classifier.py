@@ -43,7 +43,8 @@ class EncoderClassifier(PreTrainedModel):
     def from_config(cls, config: Any, *, attn_implementation: str = "sdpa", dtype: torch.dtype | None = None) -> Any:
         """With random weights, as transformers' auto classes make a model."""
         config._attn_implementation = attn_implementation
-        return cls(config) if dtype is None else cls(config).to(dtype)
+        model: Any = cls(config)
+        return model if dtype is None else model.to(dtype)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **options: Any) -> Any:

@@ -40,7 +40,7 @@ SIZES: dict[str, tuple[int, int]] = {
     "image_size": (1, 2**16),
     "patch_size": (1, 2**16),
 }
-"""Key -> (least, most). The largest public models stay well within; a list (one size a layer) is checked by its items."""
+"""Key -> (least, most). The largest public models stay well within. Of a list, each item is checked."""
 
 NOT_OURS = {
     "quantization_config": "its weights are quantised, which needs a package of the format",

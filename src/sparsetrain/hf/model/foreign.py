@@ -45,7 +45,7 @@ def own_classes(config: Any, name: str) -> list[str]:
     Raises:
         ValueError: the model is for something else than any task here.
     """
-    names = list(config.architectures or ())
+    names: list[str] = list(config.architectures or ())
     for found in names:
         kind = re.search(r"For([A-Z]\w*)$", found)
         if kind and kind[1] in _ELSEWHERE:

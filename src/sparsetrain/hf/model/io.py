@@ -22,10 +22,11 @@ from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.model.adapter import WEIGHTS, base_place, check_adapter, with_adapter
 from sparsetrain.hf.model.folders import ADAPTER, stored_shapes
 from sparsetrain.hf.model.foreign import own_classes, set_options
-from sparsetrain.hf.model.opening import open_config, open_tokenizer, quiet
+from sparsetrain.hf.model.opening import open_config, open_tokenizer, quiet, told
 from sparsetrain.hf.model.weights import class_of_adapter, known_class, load_weights
+from sparsetrain.hf.model.whole import check_finite
 from sparsetrain.runs.manifest import FORMAT, MANIFEST, atomic_folder, disk_errors, verify_manifest, write_manifest
-from sparsetrain.runs.sidecar import SIDECAR, WRITTEN, base_of, read_sidecar, read_state, write_sidecar
+from sparsetrain.runs.sidecar import SIDECAR, STATE, WRITTEN, base_of, read_sidecar, read_state, write_sidecar
 from sparsetrain.surgery.apply import Handle, sparsify
 from sparsetrain.surgery.method import State, method_of
 
@@ -98,9 +99,8 @@ def load(
     asked = check_adapter(folder) if adapter else None
     config = open_config(base)
     set_options(config, about, folder / SIDECAR)
-    model, new = load_weights(base, about["model_class"], dtype, config, new_head=adapter)
-    configs = [MethodConfig.from_dict(entry) for entry in about["configs"]]
-    handle = sparsify(model, *configs, state=read_state(folder)) if configs else None
+    model, new = load_weights(base, str(about.get("model_class")), dtype, config, new_head=adapter)
+    handle = _converted(model, about, folder)
     if asked is not None:
         model = with_adapter(model, folder, asked, trainable, new)
     model = model.to(device)
@@ -194,6 +194,24 @@ def _load_plain(name: str, folder: Path, dtype: torch.dtype, device: Any, traina
     model, _ = load_weights(path, kind, dtype, config, name=name)
     model = model.to(device).train(trainable)
     return Loaded(model=model, tokenizer=_tokenizer(Path(path), path), handle=None, about={})
+
+
+def _converted(model: Any, about: dict[str, Any], folder: Path) -> Handle | None:
+    """The handle of a model that was converted as its sidecar says; None for a dense one."""
+    if not about["configs"]:
+        return None
+    state = read_state(folder)
+    for site, tensors in state.items():
+        check_finite(tensors.items(), f"{folder / STATE}, {site}")
+    try:
+        configs = [MethodConfig.from_dict(entry) for entry in about["configs"]]
+        return sparsify(model, *configs, state=state)
+    except (TypeError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
+        if "memory" in str(error):
+            raise
+        raise CheckpointError(
+            f"{folder / SIDECAR} and {STATE} do not fit the model: {told(error)} They were changed, or are of another."
+        ) from None
 
 
 def _refuse_orphan(folder: Path) -> None:

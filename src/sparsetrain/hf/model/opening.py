@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def quiet() -> Iterator[None]:
     """Hide transformers' progress bars and load reports, which tear our bar and fill logs. Also a decorator."""
     shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(CRITICAL)
     try:
         yield
     finally:
@@ -40,7 +41,7 @@ def quiet() -> Iterator[None]:
 
 @quiet()
 def open_config(path: str, name: str | None = None) -> Any:
-    """The config of a model's folder or hub name, checked; SDPA attention is chosen, whatever it says.
+    """The config of a model's folder or hub name, checked; it chooses no attention, whatever it says.
 
     Args:
         name: what the user called it, for messages.
@@ -134,7 +135,7 @@ def _needs_code(error: BaseException) -> bool:
 
 
 def _without_code(config: Any) -> Any:
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = None
     for inner in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if inner is None:
             continue

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparsetrain.core.quote import quoted
@@ -28,8 +27,8 @@ def check_vocabulary(tokenizer: Any, config: Any, name: str) -> None:
     largest = max([tokenizer.vocab_size - 1, *(number for number in ids if isinstance(number, int))])
     if largest >= rows:
         raise ValueError(
-            f"the tokenizer of {quoted(name)} has ids up to {largest:,}, and the model {rows:,} rows of embedding: they "
-            "are not of one model. Use its own tokenizer, or resize its embedding (resize_token_embeddings) and save it."
+            f"the tokenizer of {quoted(name)} has ids up to {largest:,}, and the model {rows:,} rows of embedding: "
+            "they are not of one model. Use its own tokenizer, or resize the embedding (resize_token_embeddings)."
         )
 
 
@@ -61,8 +60,8 @@ def check_ids(batch: Mapping[str, Tensor], rows: int, name: str) -> None:
     for key in ("input_ids", "input_ids_b"):
         ids = batch.get(key)
         if ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
-            bad = int(torch.where(ids < 0, rows - ids, ids).max())
+            bad = int(ids.min() if ids.min() < 0 else ids.max())
             raise ValueError(
-                f"a row has the token id {bad:,}, and {quoted(name)} has {rows:,} rows of embedding. Use the model's own "
-                "tokenizer, or resize its embedding (resize_token_embeddings) and save it."
+                f"a row has the token id {bad:,}, and {quoted(name)} has {rows:,} rows of embedding. Use the model's "
+                "own tokenizer, or resize the embedding (resize_token_embeddings)."
             )

@@ -48,8 +48,14 @@ def class_of_adapter(kind: str | None) -> str:
 
 @quiet()
 def load_weights(
-    path: str, model_class: str, dtype: torch.dtype, config: Any = None, *, name: str | None = None,
-    new_head: bool = False, cut: bool = False,
+    path: str,
+    model_class: str,
+    dtype: torch.dtype,
+    config: Any = None,
+    *,
+    name: str | None = None,
+    new_head: bool = False,
+    cut: bool = False,
 ) -> tuple[Any, list[str]]:
     """(a transformers model by the name of its class, in evaluation mode, with SDPA attention and the weights that its
     files hold, all of them; the names of its new modules). The one way in which weights are loaded.
@@ -97,12 +103,12 @@ def empty_of(kind: Any, config: Any, name: str) -> Any:
         ValueError: it cannot be built of this config.
     """
     config = copy.deepcopy(config)  # building sets its dtype
-    options = NO_CODE if hasattr(kind, "from_config") and not issubclass(kind, PreTrainedModel) else {}
-    build = kind.from_config if hasattr(kind, "from_config") else kind._from_config
+    build = getattr(kind, "from_config", None) or kind._from_config
+    options = {} if issubclass(kind, PreTrainedModel) else NO_CODE
     try:
         with torch.device("meta"):
             # a config names the dtype that its weights were stored in, which is not the one they are trained in
-            return build(config, dtype=torch.float32, attn_implementation="sdpa", **options)
+            return build(config, dtype=torch.float32, **options)
     except Exception as error:  # every family fails in its own way at values that do not fit each other
         raise ValueError(
             f"no model can be built from the config of {quoted(name)} ({quoted(config.model_type)}): {told(error)}"

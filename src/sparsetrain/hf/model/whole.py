@@ -28,8 +28,8 @@ def check_stored(stored: Mapping[str, tuple[int, ...]], empty: Any, name: str) -
     asked = sum(parameter.numel() for parameter in empty.parameters())
     if asked > 2 * held + _SPARE:
         raise ValueError(
-            f"the config of {quoted(name)} describes {asked:,} parameters, and its files hold {held:,}: they are not of "
-            "one model. Get both again."
+            f"the config of {quoted(name)} describes {asked:,} parameters, and its files hold {held:,}: they are not "
+            "of one model. Get both again."
         )
     check_causal(empty, name)
 
