@@ -17,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.hf.model.weights import auto_class, empty_of, fitting_class
-from sparsetrain.hf.model.whole import check_causal
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.tasks import task_of
 from sparsetrain.surgery.apply import Handle
@@ -57,9 +56,7 @@ def empty_model(config: Any, task: str) -> Any:
         ValueError: none can be built of this config, or it is no model of the task.
     """
     name = str(getattr(config, "name_or_path", "") or config.model_type)
-    model = empty_of(fitting_class(auto_class(task).__name__, config, name), config, name)
-    check_causal(model, name)
-    return model
+    return empty_of(fitting_class(auto_class(task).__name__, config, name), config, name)
 
 
 def add_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: list[str]) -> Any:

@@ -18,6 +18,7 @@ from sparsetrain.hf.model.checkpointing import checkpointing_arguments
 from sparsetrain.hf.model.model_config import check_context
 from sparsetrain.hf.model.vocabulary import check_vocabulary
 from sparsetrain.hf.model.weights import auto_class, load_weights
+from sparsetrain.hf.model.whole import check_causal
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import first_batch, load_rows, refuse_rows
 from sparsetrain.recipes.finetune import Recipe
@@ -59,9 +60,12 @@ def check_and_plan(recipe: Recipe, config: Any, device: torch.device) -> Plan | 
     """The recipe's plan on the empty model, after what it asks for was found supported; None for a dense recipe.
 
     Raises:
-        ValueError, PlanError: a method cannot do what the recipe asks for, or does not fit the model.
+        ValueError, PlanError: a method cannot do what the recipe asks for, or does not fit the model, or that is no model
+            of the task.
     """
-    return plan_on(models.empty_model(config, recipe.task), recipe, device, recipe.seq_len) if recipe.methods else None
+    model = models.empty_model(config, recipe.task)
+    check_causal(model, recipe.model)
+    return plan_on(model, recipe, device, recipe.seq_len) if recipe.methods else None
 
 
 def plan_on(model: Any, recipe: RunRecipe, device: torch.device, seq_tokens: int) -> Plan | None:
