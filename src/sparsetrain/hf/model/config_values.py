@@ -6,6 +6,7 @@ Checked on plain values, before transformers makes a config, a module or a tenso
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,12 @@ def check_values(values: dict[str, Any], where: str) -> None:
         if isinstance(value, dict):
             if key.endswith("_config") or key.startswith("rope_"):
                 check_values(value, f"{where}, {key}")
+        elif key in ("text_config", "vision_config", "quantization_config") and value is not None:
+            raise ValueError(f"{quoted(where)}: {key}={quoted(value)} is no table of values. It is damaged.")
         elif key in SIZES:
             _check_size(key, value, where)
-        elif isinstance(value, float) and math.isnan(value):
-            raise ValueError(f"{quoted(where)}: {quoted(key)} is NaN. Give a number.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            _check_number(key, value, where)
     heads, groups = values.get("num_attention_heads"), values.get("num_key_value_heads")
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         raise ValueError(
@@ -117,12 +120,20 @@ def refuse_foreign(values: dict[str, Any], name: str) -> None:
                 )
 
 
+def _check_number(key: str, value: float, where: str) -> None:
+    """What a model divides by is above 0, and a share lies in [0, 1]; nothing is NaN."""
+    ranges = {r"(_eps|_epsilon)$": (1e-38, 1.0), r"dropout|pdrop$": (0.0, 1.0), r"rope_theta$": (1e-3, 1e15)}
+    low, high = next((ends for name, ends in ranges.items() if re.search(name, key)), (-math.inf, math.inf))
+    if not low <= value <= high:
+        raise ValueError(f"{quoted(where)}: {quoted(key)}={value} is out of range. It lies in [{low:g}, {high:g}].")
+
+
 def _check_size(key: str, value: Any, where: str) -> None:
     least, most = SIZES[key]
     for size in value if isinstance(value, list) else [value]:
         if size is None:
             continue
-        if isinstance(size, bool) or not isinstance(size, int):
+        if isinstance(size, bool) or not isinstance(size, int | float) or size != size // 1:
             raise ValueError(f"{quoted(where)}: {key}={quoted(size)} is no whole number. Give one.")
         if not least <= size <= most:
             raise ValueError(

@@ -16,7 +16,7 @@ from sparsetrain.core.quote import quoted
 from sparsetrain.hf.model.config_values import refuse_foreign
 from sparsetrain.hf.model.folders import check_model_folder
 from sparsetrain.hf.model.opening import NO_CODE, model_not_found, open_config, quiet, told
-from sparsetrain.hf.model.whole import check_loaded, check_stored
+from sparsetrain.hf.model.whole import check_layers, check_loaded, check_stored
 from sparsetrain.recipes.tasks import TASKS, Task, named, task_of
 
 
@@ -76,7 +76,9 @@ def load_weights(
     kind = fitting_class(model_class, config, name)
     refuse_foreign(config.to_dict(), name)
     if Path(path).is_dir():
-        check_stored(check_model_folder(path), empty_of(kind, config, name), name)
+        stored = check_model_folder(path)
+        check_layers(stored, config, name)
+        check_stored(stored, empty_of(kind, config, name), name)
     try:
         model, info = kind.from_pretrained(
             path,
@@ -96,6 +98,7 @@ def load_weights(
     return model, new
 
 
+@quiet()
 def empty_of(kind: Any, config: Any, name: str) -> Any:
     """The model of a class and a config on the meta device, in fp32: its modules and shapes, without its weights.
 

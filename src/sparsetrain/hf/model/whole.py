@@ -19,6 +19,16 @@ _SPARE = 50_000_000
 """Entries of a head that files need not hold: 1024 x 50k."""
 
 
+def check_layers(stored: Mapping[str, tuple[int, ...]], config: Any, name: str) -> None:
+    """Raise ValueError if a config has more layers than its files have tensors; before one of them is built."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > len(stored):
+        raise ValueError(
+            f"the config of {quoted(name)} describes {layers:,} layers, and its files hold {len(stored):,} tensors: they "
+            "are not of one model. Get both again."
+        )
+
+
 def check_stored(stored: Mapping[str, tuple[int, ...]], empty: Any, name: str) -> None:
     """Raise ValueError if a model's config describes far more weights than its files hold.
 

@@ -6,16 +6,36 @@ records and, last, the manifest (`runs.checkpoints` says what that means).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sparsetrain.core.errors import CheckpointError
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.checkpoints import rotate
 from sparsetrain.runs.events import Report, silent
 from sparsetrain.runs.layout import PROGRESS, checkpoint_folder
 from sparsetrain.runs.manifest import write_json, write_manifest
+
+
+@contextmanager
+def plain_states(checkpoint: Path | None) -> Iterator[None]:
+    """Turn the refusal of a pickle (the Trainer reads its states as plain tensors alone) into one line.
+
+    Raises:
+        CheckpointError: a file of the checkpoint holds something else, which would run code.
+    """
+    try:
+        yield
+    except UnpicklingError:
+        raise CheckpointError(
+            f"{checkpoint} holds a file that is no plain state of an optimizer, schedule or random generator. Pickled "
+            "code is never run; resume from a checkpoint that was written here."
+        ) from None
 
 
 class CheckpointCallback(TrainerCallback):
