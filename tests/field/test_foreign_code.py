@@ -193,9 +193,19 @@ def test_an_adapter_as_a_pickle_is_refused(
 SIDECAR = {"format": 1, "configs": [], "model_class": "AutoModelForCausalLM"}
 
 
-@pytest.mark.parametrize("options", [{"trust_remote_code": True}, {"code_revision": "main"}, {"use_kernels": True},
-                                     {"attn_implementation": "evil/kernels"}, {"adapter_kwargs": {"a": "b"}},
-                                     {"use_safetensors": False}, {"config": "evil.json"}, ["trust_remote_code"]])  # fmt: skip
+OPTIONS = (
+    {"trust_remote_code": True},
+    {"code_revision": "main"},
+    {"use_kernels": True},
+    {"attn_implementation": "evil/kernels"},
+    {"adapter_kwargs": {"a": "b"}},
+    {"use_safetensors": False},
+    {"config": "evil.json"},
+    ["trust_remote_code"],
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_a_sidecar_sets_no_option_of_a_loader(
     place: Path, tmp_path: Path, marker: Path, capsys: pytest.CaptureFixture[str], options: object
 ) -> None:
@@ -284,7 +294,7 @@ def test_chat_templates_are_sandboxed(tmp_path: Path, marker: Path) -> None:
     tokenizer = runs.tokenizer()
     attempts = (
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ cycler.__init__.__globals__.os.system('touch %s') }}" % marker,
+        "{{ cycler.__init__.__globals__.os.system('touch MARKER') }}".replace("MARKER", str(marker)),
         "{{ self.__init__.__globals__ }}",
         "{{ messages.append(1) }}",
     )

@@ -24,8 +24,8 @@ def check_layers(stored: Mapping[str, tuple[int, ...]], config: Any, name: str) 
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > len(stored):
         raise ValueError(
-            f"the config of {quoted(name)} describes {layers:,} layers, and its files hold {len(stored):,} tensors: they "
-            "are not of one model. Get both again."
+            f"the config of {quoted(name)} describes {layers:,} layers, and its files hold {len(stored):,} tensors: "
+            "they are not of one model. Get both again."
         )
 
 

@@ -60,8 +60,8 @@ def check_and_plan(recipe: Recipe, config: Any, device: torch.device) -> Plan | 
     """The recipe's plan on the empty model, after what it asks for was found supported; None for a dense recipe.
 
     Raises:
-        ValueError, PlanError: a method cannot do what the recipe asks for, or does not fit the model, or that is no model
-            of the task.
+        ValueError, PlanError: a method cannot do what the recipe asks for, or does not fit the model; or that is
+            no model of the task.
     """
     model = models.empty_model(config, recipe.task)
     check_causal(model, recipe.model)

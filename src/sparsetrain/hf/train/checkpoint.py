@@ -15,6 +15,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparsetrain.core.errors import CheckpointError
+from sparsetrain.core.plain_files import regular_file
+from sparsetrain.core.quote import quoted
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.checkpoints import rotate
 from sparsetrain.runs.events import Report, silent
@@ -27,8 +29,13 @@ def plain_states(checkpoint: Path | None) -> Iterator[None]:
     """Turn the refusal of a pickle (the Trainer reads its states as plain tensors alone) into one line.
 
     Raises:
-        CheckpointError: a file of the checkpoint holds something else, which would run code.
+        CheckpointError: a file of the checkpoint holds something else, which would run code, or is none of a run's.
     """
+    for path in sorted(checkpoint.iterdir()) if checkpoint is not None else ():
+        if path.suffix in (".pt", ".pth", ".bin", ".pkl") and not path.match("rng_state*.pth"):
+            if path.name not in ("optimizer.pt", "scheduler.pt", "training_args.bin"):
+                raise CheckpointError(f"{checkpoint} holds {quoted(path.name)}, which no run writes. Remove that file.")
+            regular_file(path)
     try:
         yield
     except UnpicklingError:
