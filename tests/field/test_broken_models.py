@@ -85,18 +85,22 @@ def test_an_encoder_is_no_language_model(place: Path, tmp_path: Path, capsys: Ca
 
 
 def test_a_new_head_may_be_random_and_nothing_else(place: Path, tmp_path: Path, capsys: Capsys) -> None:
-    rows = [{"text": "red sun", "label": "ab"[i % 2]} for i in range(60)]
+    rows = [
+        {"text": f"red sun {i} {runs.WORDS[i % 15]} {runs.WORDS[i // 15]}", "label": "ab"[i % 2]} for i in range(60)
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
 
     def classify(model: Path, output: Path) -> list[str]:
         return [*arguments("finetune", model, tmp_path / "rows.jsonl", output), "--task", "classify"]
 
-    assert told(capsys, classify(place / "bert", tmp_path / "new"))[0] == 0
+    code, said = told(capsys, classify(place / "bert", tmp_path / "new"))
+    assert code == 0, said
     renamed = rewritten(
         place / "bert", tmp_path / "renamed", lambda w: {k.replace("layer.1", "l"): v for k, v in w.items()}
     )
     assert_refused(capsys, classify(renamed, tmp_path / "out"), "no weights for bert.encoder.layer.1")
-    assert told(capsys, ["eval", str(tmp_path / "new")])[0] == 0
+    code, said = told(capsys, ["eval", str(tmp_path / "new")])
+    assert code == 0, said
 
 
 CONFIGS: dict[str, Any] = {
@@ -268,8 +272,8 @@ def test_positions_after_the_padding_token(tmp_path: Path, place: Path, capsys: 
 
     from sparsetrain.hf.model.model_config import context_length, read_config
 
-    config = RobertaConfig(vocab_size=19, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-                           max_position_embeddings=34, is_decoder=True, pad_token_id=1)  # fmt: skip
+    sizes = {"vocab_size": 19, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 1}
+    config = RobertaConfig(**sizes, intermediate_size=32, max_position_embeddings=34, is_decoder=True)
     RobertaForCausalLM(config).save_pretrained(tmp_path / "model")
     runs.tokenizer().save_pretrained(tmp_path / "model")
     assert context_length(AutoConfig.from_pretrained(tmp_path / "model")) == 32
@@ -285,5 +289,5 @@ def test_a_tokenizer_that_is_there_is_not_passed_over(place: Path, tmp_path: Pat
     folder = adapter(place, tmp_path / "adapter")
     assert load(folder).tokenizer is not None
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="tokenizer of .*adapter"):
+    with pytest.raises(ValueError, match=r"tokenizer of .*adapter"):
         load(folder)

@@ -16,13 +16,14 @@ from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 
 from sparsetrain.core.errors import CheckpointError
+from sparsetrain.core.patterns import check_pattern
 from sparsetrain.core.plain_files import read_plain_object
 from sparsetrain.core.quote import quoted
 from sparsetrain.hf.assets import ASSETS, resolve_model
-from sparsetrain.hf.model.config_values import MOST_BYTES
-from sparsetrain.hf.model.folders import ADAPTER, check_folder, stored_shapes
 from sparsetrain.hf.model.opening import told
 from sparsetrain.hf.model.whole import check_finite
+from sparsetrain.planner.config_values import MOST_BYTES
+from sparsetrain.runs.folders import ADAPTER, check_folder, stored_shapes
 
 WEIGHTS = "adapter_model.safetensors"
 _KINDS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA")
@@ -30,7 +31,7 @@ _TEXTS = ("task_type", "peft_type", "peft_version", "base_model_name_or_path", "
 _NAMES = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", "layers_pattern",
           "target_parameters")  # fmt: skip
 _STARTS = ("gaussian", "orthogonal", "olora", "pissa")
-_MOST_NAMES, _MOST_LETTERS, _MOST_RANK = 10_000, 1_000, 2**14
+_MOST_NAMES, _MOST_RANK = 10_000, 2**14
 
 
 def check_adapter(folder: Path) -> PeftConfig:
@@ -177,34 +178,6 @@ def _patterns(key: str, value: Any) -> list[str]:
     if key in ("modules_to_save", "layers_pattern"):
         return [value] if isinstance(value, str) else list(value or ())
     return [value] if key in _NAMES and isinstance(value, str) else []
-
-
-def check_pattern(pattern: str, where: str) -> None:
-    """Raise ValueError if a regular expression is none, or may take long on a module's name.
-
-    Taken are those without a repeated group, back reference or look-around, with few repeats and few groups of
-    alternatives: their time grows with a small power of the length, and names are short.
-    """
-    plain = re.sub(r"\\.|\[[^\]]*\]", lambda found: "\\1" if re.match(r"\\\d", found[0]) else "x", pattern)
-    groups = plain.replace("(?:", "(")
-    faults = {
-        f"it has {len(pattern):,} letters": len(pattern) > _MOST_LETTERS,
-        "a group is repeated": re.search(r"\)[*+{]", plain),
-        "it refers back or looks around": "\\1" in plain or "(?" in groups,
-        "it has more than 4 repeats": len(re.findall(r"[*+]|\{", plain)) > 4,
-        "it has more than 8 optional parts": len(re.findall(r"(?<![*+}(])\?", plain)) > 8,
-        "it has more than 3 groups of alternatives": len(re.findall(r"\([^()]*\|", groups)) > 3,
-    }
-    reason = next((reason for reason, fault in faults.items() if fault), None)
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        reason = str(error)
-    if reason is not None:
-        raise ValueError(
-            f"{quoted(where)}: the pattern {quoted(repr(pattern), 80)} is refused: {quoted(reason)}. Name the modules "
-            "one by one instead."
-        )
 
 
 def _check_ranks(values: dict[str, Any], stored: dict[str, tuple[int, ...]], folder: str) -> None:

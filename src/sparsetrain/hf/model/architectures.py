@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 
 from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import suggest
 from sparsetrain.hf.data import DataBundle
-from sparsetrain.hf.model.config_values import check_values, config_values
+from sparsetrain.hf.model.classifier import EncoderClassifier
 from sparsetrain.hf.model.model_config import context_length
 from sparsetrain.hf.model.opening import NO_CODE, make_config, told
 from sparsetrain.hf.model.weights import new_class
+from sparsetrain.planner.config_values import check_values, config_values
 from sparsetrain.recipes.pretrain import PretrainRecipe
 from sparsetrain.recipes.tasks import task_of
 
@@ -91,7 +92,7 @@ def build_model(config: Any, task: str) -> Any:
     """
     try:
         kind: Any = new_class(task)
-        options = {} if issubclass(kind, PreTrainedModel) else NO_CODE
+        options = {} if EncoderClassifier in kind.__mro__ else NO_CODE
         return kind.from_config(config, attn_implementation="sdpa", **options)
     except (MemoryError, RuntimeError) as error:
         if "memory" not in str(error):

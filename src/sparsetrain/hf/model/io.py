@@ -20,11 +20,11 @@ from sparsetrain.core.config import MethodConfig, method_config, plain_values, r
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.model.adapter import WEIGHTS, base_place, check_adapter, with_adapter
-from sparsetrain.hf.model.folders import ADAPTER, stored_shapes
 from sparsetrain.hf.model.foreign import own_classes, set_options
 from sparsetrain.hf.model.opening import open_config, open_tokenizer, quiet, told
 from sparsetrain.hf.model.weights import class_of_adapter, known_class, load_weights
 from sparsetrain.hf.model.whole import check_finite
+from sparsetrain.runs.folders import ADAPTER, stored_shapes
 from sparsetrain.runs.manifest import FORMAT, MANIFEST, atomic_folder, disk_errors, verify_manifest, write_manifest
 from sparsetrain.runs.sidecar import SIDECAR, STATE, WRITTEN, base_of, read_sidecar, read_state, write_sidecar
 from sparsetrain.surgery.apply import Handle, sparsify

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.core.config import suggest
-from sparsetrain.hf.model.config_values import config_values
+from sparsetrain.planner.config_values import config_values
 from sparsetrain.planner.model_config import ModelConfig, usable_positions
 
 CONFIGS = Path(__file__).parents[1] / "assets" / "configs"

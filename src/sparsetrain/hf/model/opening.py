@@ -17,8 +17,8 @@ from transformers.utils import logging
 
 from sparsetrain.core.plain_files import read_plain_object
 from sparsetrain.core.quote import quoted
-from sparsetrain.hf.model.config_values import MOST_BYTES, check_values, config_values
-from sparsetrain.hf.model.folders import check_folder
+from sparsetrain.planner.config_values import MOST_BYTES, check_values, config_values
+from sparsetrain.runs.folders import check_folder
 
 NO_CODE = {"trust_remote_code": False}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt",

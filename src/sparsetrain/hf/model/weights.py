@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.core.quote import quoted
-from sparsetrain.hf.model.config_values import refuse_foreign
-from sparsetrain.hf.model.folders import check_model_folder
 from sparsetrain.hf.model.opening import NO_CODE, model_not_found, open_config, quiet, told
 from sparsetrain.hf.model.whole import check_layers, check_loaded, check_stored
+from sparsetrain.planner.config_values import refuse_foreign
 from sparsetrain.recipes.tasks import TASKS, Task, named, task_of
+from sparsetrain.runs.folders import check_model_folder
 
 
 def auto_class(task: str) -> Any:

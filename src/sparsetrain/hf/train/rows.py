@@ -10,10 +10,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from sparsetrain.data.ids import CheckedIds
 from sparsetrain.hf.assets import resolve_data
 from sparsetrain.hf.data import DataBundle
 from sparsetrain.hf.model.model_config import context_length
-from sparsetrain.hf.model.vocabulary import CheckedIds, vocabulary_rows
+from sparsetrain.hf.model.vocabulary import vocabulary_rows
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.tasks import RowsAsked, load_asked
 from sparsetrain.recipes.finetune import Recipe
