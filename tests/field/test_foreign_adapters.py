@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from sparsetrain.core.patterns import check_pattern
@@ -106,7 +105,11 @@ def test_tensors_that_are_no_numbers(place: Path, tmp_path: Path, capsys: Capsys
 
 def test_an_adapter_is_no_model(place: Path, tmp_path: Path, capsys: Capsys) -> None:
     folder = adapter(place, tmp_path / "adapter")
-    for name in ("config.json", "tokenizer.json"):  # with these, transformers would follow to its base model
+    for name in (
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ):  # with these, transformers would follow to its base model
         shutil.copy(place / "model" / name, folder)
     assert_refused(capsys, arguments("finetune", folder, place / "text", tmp_path / "out"), "is an adapter")
 
@@ -161,7 +164,7 @@ def test_a_manifest_lists_files_of_its_folder(
     assert_refused(capsys, arguments("eval", folder, place / "text", tmp_path / "out"), "manifest.json")
 
 
-@pytest.mark.parametrize("kind", ["pipe", "empty", "missing", "nan", "other"])
+@pytest.mark.parametrize("kind", ["pipe", "empty", "missing", "other"])
 def test_a_state_that_does_not_fit(place: Path, sparse: Path, tmp_path: Path, capsys: Capsys, kind: str) -> None:
     folder = tmp_path / "sparse"
     shutil.copytree(sparse, folder)
@@ -173,8 +176,6 @@ def test_a_state_that_does_not_fit(place: Path, sparse: Path, tmp_path: Path, ca
         os.mkfifo(path)
     elif kind == "empty":
         path.touch()
-    elif kind == "nan":
-        save_file({key: torch.full(value.shape, float("nan")) for key, value in tensors.items()}, path)
     elif kind == "other":
         save_file({key: value[:1].clone() for key, value in tensors.items()}, path)
     assert_refused(capsys, arguments("eval", folder, place / "text", tmp_path / "out"))

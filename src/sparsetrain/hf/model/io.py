@@ -23,7 +23,6 @@ from sparsetrain.hf.model.adapter import WEIGHTS, base_place, check_adapter, wit
 from sparsetrain.hf.model.foreign import own_classes, set_options
 from sparsetrain.hf.model.opening import open_config, open_tokenizer, quiet, told
 from sparsetrain.hf.model.weights import class_of_adapter, known_class, load_weights
-from sparsetrain.hf.model.whole import check_finite
 from sparsetrain.runs.folders import ADAPTER, stored_shapes
 from sparsetrain.runs.manifest import FORMAT, MANIFEST, atomic_folder, disk_errors, verify_manifest, write_manifest
 from sparsetrain.runs.sidecar import SIDECAR, STATE, WRITTEN, base_of, read_sidecar, read_state, write_sidecar
@@ -201,8 +200,6 @@ def _converted(model: Any, about: dict[str, Any], folder: Path) -> Handle | None
     if not about["configs"]:
         return None
     state = read_state(folder)
-    for site, tensors in state.items():
-        check_finite(tensors.items(), f"{folder / STATE}, {site}")
     try:
         configs = [MethodConfig.from_dict(entry) for entry in about["configs"]]
         return sparsify(model, *configs, state=state)
