@@ -16,7 +16,7 @@ from sparsetrain.methods.routed_ffn.config import RoutedFFN
 from sparsetrain.ops.routed_ffn import routed_ffn
 from sparsetrain.ops.routing import balance_loss, choose_blocks, load_stats
 from sparsetrain.surgery.auxiliary import attach_loss
-from sparsetrain.surgery.lora import linear_parts
+from sparsetrain.surgery.lora import has_lora_bias, linear_parts, refused_adapter
 from sparsetrain.surgery.reclass import View, dense_forward, pass_through
 from sparsetrain.surgery.site import Site
 
@@ -133,6 +133,21 @@ class Routing(Site):
         valid = self.valid_bt
         return valid.reshape(-1) if valid is not None and valid.numel() == num_tokens else None
 
+    def check_adapters(self, owner: nn.Module) -> None:
+        """Raise ValueError if a linear carries an adapter that routing would compute wrongly, whatever runs now."""
+        if self.config.num_active == self.config.num_blocks and self.order is None:
+            return  # dense in the dense order: the linears are called as they are
+        for name in (self.site.up, self.site.gate, self.site.down):
+            if name is None:
+                continue
+            if reason := refused_adapter(owner.get_submodule(name)):
+                raise ValueError(f"routed_ffn: {self.site.name}.{name} {reason}")
+            if self.config.gated_by == "spt" and has_lora_bias(owner.get_submodule(name)):
+                raise ValueError(
+                    f"routed_ffn: {self.site.name}.{name} has LoRA with lora_bias=True, and with gate='spt' LoRA goes "
+                    "around the gate that biases go through. Set lora_bias=False, or use gate='output' or 'ste'."
+                )
+
     def _parts(self, owner: nn.Module, name: str) -> Any:
         return linear_parts(owner.get_submodule(name), self.site.transposed)
 
@@ -152,6 +167,7 @@ class Routed:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         site, routed = self.routed.site, self.routed
+        routed.check_adapters(self)  # type: ignore[arg-type]
         if routed.dense:
             return dense_forward(Routed, self, *args, **kwargs)
         if routed.warming_up and site.gate is None:
