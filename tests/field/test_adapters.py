@@ -178,7 +178,9 @@ def test_an_adapter_for_each_sample_is_refused_by_peft_for_a_codebook() -> None:
     case, _ = CASES["llama"]
     model = case.model()
     handle = sparsetrain.sparsify(model, PQAttention.example(), calibration=[case.batch(4)])
-    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=handle.modules_to_save)).eval()
+    adapted = get_peft_model(
+        model, LoraConfig(target_modules=["q_proj"], modules_to_save=handle.modules_to_save)
+    ).eval()
     with pytest.raises(TypeError, match="Mixed batching"):
         adapted(**case.batch(2), adapter_names=["default", "__base__"])
 

@@ -31,7 +31,9 @@ def step(family: str, config: Any, sparsify_first: bool) -> tuple[Any, sparsetra
     calibration = [case.batch(4, 60, seed=5)]
     if sparsify_first:
         handle = sparsetrain.sparsify(model, config, calibration=calibration)
-    lora = LoraConfig(r=2, target_modules="all-linear", modules_to_save=handle.modules_to_save if sparsify_first else None)
+    lora = LoraConfig(
+        r=2, target_modules="all-linear", modules_to_save=handle.modules_to_save if sparsify_first else None
+    )
     peft = get_peft_model(model, lora)
     if not sparsify_first:
         handle = sparsetrain.sparsify(peft, config, calibration=calibration)

@@ -82,7 +82,9 @@ def refused_adapter(module: nn.Module) -> str | None:
                 "product of two factors. Use plain LoRA (use_dora=False) on it."
             )
     if len(_active(wrapped)) > 1 and any(_dropouts(wrapped)):
-        return "has several active adapters with dropout, each with a mask of its own. Train one, or set lora_dropout=0."
+        return (
+            "has several active adapters with dropout, each with a mask of its own. Train one, or set lora_dropout=0."
+        )
     return None
 
 

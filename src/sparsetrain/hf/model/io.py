@@ -25,6 +25,7 @@ import sparsetrain.methods  # noqa: F401  (enters every method in the registry, 
 from sparsetrain.core.config import MethodConfig, method_config, plain_values, registered_methods
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.hf.assets import resolve_model
+from sparsetrain.hf.model.merge import check_merge
 from sparsetrain.hf.model.weights import class_of_adapter, known_class, load_weights, model_not_found
 from sparsetrain.runs.manifest import FORMAT, MANIFEST, atomic_folder, disk_errors, verify_manifest, write_manifest
 from sparsetrain.runs.sidecar import SIDECAR, WRITTEN, base_of, read_sidecar, read_state, write_sidecar
@@ -170,17 +171,6 @@ def export(source: str | Path | Loaded, folder: str | Path, *, format: str = "sp
             write_sidecar(scratch, model, handle, state=state, **about)
         write_manifest(scratch)
     return Path(folder)
-
-
-def check_merge(model: PeftModel, handle: Handle | None) -> None:
-    """Raise ValueError if folding LoRA into the weights would change the outputs."""
-    if handle is None:
-        return
-    adapted = {name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
-    for edit in handle.plan.edits:
-        linears = sorted(adapted & edit.claims)
-        if reason := method_of(edit.config).merge_adapter_error(edit.config, linears):
-            raise ValueError(f"LoRA on {linears[0]} cannot be merged: {reason}.")
 
 
 def export_formats() -> dict[str, str | None]:
