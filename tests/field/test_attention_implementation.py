@@ -1,4 +1,4 @@
-"""A converted model whose attention implementation is set to another: refused at the next forward, undone by restore."""
+"""A converted model whose attention implementation is set to another: refused at once, undone by restore."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ def check_merge(model: PeftModel, handle: Handle | None) -> None:
         ]
         if others and not adapter_kind(module).startswith("trainable_tokens."):  # which PEFT ties itself
             raise ValueError(
-                f"{adapter_kind(module)} on {name} cannot be merged: its weight is also {others[0]} (tied), which would "
-                "change with it. Use the adapter folder as it is, or train with tie_word_embeddings=False."
+                f"{adapter_kind(module)} on {name} cannot be merged: its weight is also {others[0]} (tied), which "
+                "would change with it. Use the adapter folder as it is, or train with tie_word_embeddings=False."
             )
     for edit in handle.plan.edits if handle is not None else ():
         linears = sorted(adapted.keys() & edit.claims)
