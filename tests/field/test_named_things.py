@@ -1,4 +1,4 @@
-"""What a message names is there: modules, classes, functions, flags and keys. A message that sends nowhere is a fault."""
+"""What a message names is there: modules, classes, functions, flags and keys."""
 
 from __future__ import annotations
 
@@ -24,55 +24,19 @@ from tests.cli.test_surface import SURFACE
 SOURCE = Path(sparsetrain.__file__).parent
 PAGES = ("measure/page.py", "measure/style.py", "measure/pictures.py", "measure/profile_report.py", "measure/report.py")
 """HTML and CSS, hardly a message."""
-NAMES_OF_IDEAS = set(
-    [
-        "LoRA",
-        "AdaLoRA",
-        "DoRA",
-        "ZeRO",
-        "MiB",
-        "GiB",
-        "KiB",
-        "TiB",
-        "NumPy",
-        "ListOps",
-        "SmolLM2",
-        "MiniLM",
-        "NaN",
-        "ViT",
-        "PyTorch",
-        "DeepSpeed",
-        "GitHub",
-        "PytorchStreamWriter",
-    ]
-)
+NAMES_OF_IDEAS = {
+    "LoRA", "AdaLoRA", "DoRA", "ZeRO", "MiB", "GiB", "KiB", "NumPy", "ListOps", "SmolLM2", "MiniLM", "NaN", "ViT",
+    "PyTorch", "DeepSpeed", "GitHub", "PytorchStreamWriter",
+}  # fmt: skip
 OF_PIP = {"--hash", "--no-deps", "--only-binary", "--require-hashes", "--upgrade", "--help"}
-OF_MODELS = set(
-    [
-        "attention_probs_dropout_prob",
-        "attn_pdrop",
-        "attention_dropout",
-        "image_size",
-        "num_channels",
-        "max_position_embeddings",
-        "tie_word_embeddings",
-        "use_liger_kernel",
-        "max_length",
-        "loss_type",
-        "base_model",
-    ]
-)
+OF_MODELS = {
+    "attention_probs_dropout_prob", "attn_pdrop", "attention_dropout", "image_size", "num_channels", "max_length",
+    "max_position_embeddings", "tie_word_embeddings", "use_liger_kernel", "loss_type", "base_model",
+}  # fmt: skip
 ELSEWHERE = {
-    "softmax",
-    "gradient_checkpointing_enable",
-    "anatomy",
-    "step",
-    "deepcopy",
-    "get_scale",
-    "callback",
-    "LoraConfig",
+    "softmax", "gradient_checkpointing_enable", "anatomy", "step", "deepcopy", "get_scale", "callback", "LoraConfig",
     "no_grad",
-}
+}  # fmt: skip
 
 
 @cache
@@ -86,9 +50,9 @@ def messages() -> tuple[tuple[str, str], ...]:
                 tree = ast.parse(file.read_text())
                 about = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
                 for node in ast.walk(tree):
-                    if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in about:
-                        if " " in node.value.strip():
-                            yield f"{place}:{node.lineno}", node.value
+                    text = node.value if isinstance(node, ast.Constant) and id(node) not in about else None
+                    if isinstance(text, str) and " " in text.strip():
+                        yield f"{place}:{node.lineno}", text  # type: ignore[attr-defined]
 
     return tuple(found())
 

@@ -89,3 +89,17 @@ def test_a_state_of_another_recipe_is_refused_and_nothing_is_changed() -> None:
         sparsetrain.sparsify(model, RoutedFFN.example(), state=handle.state())
     expected = case.model()(**case.batch()).logits
     assert torch.equal(model(**case.batch()).logits, expected)
+
+
+@pytest.mark.parametrize("config", METHODS, ids=lambda config: config.method)
+def test_a_copy_of_a_converted_module_is_refused(config: Any) -> None:
+    case = FAMILIES["llama"]
+    model = case.model()
+    handle = sparsetrain.sparsify(model, config, calibration=[case.batch(4, 60)])
+    handle.step(0, 10)
+    copied = handle.plan.edits[0].site.rpartition(".")[2]
+    if copied == "0":
+        copied = "layers.0"
+    get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"], modules_to_save=[copied]))
+    with pytest.raises(ValueError, match=rf"PEFT trains a copy of .*{copied} \(modules_to_save\).*{config.method}"):
+        handle.step(0, 10)

@@ -81,6 +81,8 @@ class Handle:
         """
         if self._unattended is not None:
             self._unattended.attended()
+        for edit in self.plan.edits if self._installed else ():
+            _refuse_copies(self.model, edit, self.modules_to_save)
         for _, module in self._installed:
             module.set_step(step, total_steps, loss_scale)
         return [line for schedule in self._schedules for line in schedule.advance(step, total_steps)]
@@ -233,6 +235,19 @@ def sparsify(
     if handle._schedules or any(type(module).set_step is not Site.set_step for _, module in handle._installed):
         handle._unattended = Unattended(model, [config.method for config in configs])
     return handle
+
+
+def _refuse_copies(model: nn.Module, edit: Edit, ours: list[str]) -> None:
+    """Raise ValueError if PEFT trains a copy of a converted module, which no schedule of ours would reach."""
+    module: Any = model
+    for depth, part in enumerate(edit.site.split(".") if edit.site else ()):
+        module = getattr(module, part)
+        if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict):
+            name = ".".join(edit.site.split(".")[: depth + 1])
+            raise ValueError(
+                f"PEFT trains a copy of {name} (modules_to_save), and what {edit.method!r} installed there follows its "
+                f"schedule in the original alone. Give modules_to_save={ours!r}, and train its linears by target_modules."
+            )
 
 
 def _check_state(state: State, planned: Plan) -> None:
