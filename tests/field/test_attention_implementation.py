@@ -29,8 +29,8 @@ def converted(config: Any, family: str = "llama", peft: bool = False) -> tuple[A
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("peft", [False, True], ids=["bare", "peft"])
 def test_another_implementation_is_refused_at_the_next_forward(config: Any, implementation: str, peft: bool) -> None:
-    model, handle, batch = converted(config, peft=peft)
-    before = handle.model.config._attn_implementation
+    model, _, batch = converted(config, peft=peft)
+    before = model.config._attn_implementation
     model(**batch)
     model.set_attn_implementation(implementation)
     with pytest.raises(ValueError, match=f"set to {implementation!r} after sparsify"):

@@ -78,7 +78,7 @@ def test_under_ddp_a_step_is_what_it_is_without(name: str, micro: int, one_rank:
         plain, handle = converted("llama", CASES[name])
         train(plain, plain, handle, micro=micro)
     finally:
-        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     same(model, plain)
 
 
@@ -124,7 +124,7 @@ def test_two_ranks(tmp_path: Path) -> None:
 
     Both get the same rows, so that their mean is what one process computes.
     """
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)  # type: ignore[attr-defined]
     for name in ("codebook between updates", "router at the dense limit"):
         plain, handle = converted("llama", CASES[name])
         train(plain, plain, handle)

@@ -137,7 +137,8 @@ def test_a_state_given_on_the_meta_device_is_kept_for_the_weights() -> None:
     real = case.model()
     handle = sparsetrain.sparsify(real, SemiStructured(mask_mode="row"))
     for _, site in handle.installed:
-        for linear in site.linears.values():  # other masks than the weights would give
+        installed: Any = site
+        for linear in installed.linears.values():  # other masks than the weights would give
             linear.mask.copy_(linear.mask.roll(1, dims=linear.groups_dim))
             linear.repack()
     with torch.device("meta"):

@@ -246,7 +246,7 @@ def _refuse_copies(model: nn.Module, edit: Edit, ours: list[str]) -> None:
             name = ".".join(edit.site.split(".")[: depth + 1])
             raise ValueError(
                 f"PEFT trains a copy of {name} (modules_to_save), and what {edit.method!r} installed there follows its "
-                f"schedule in the original alone. Give modules_to_save={ours!r}, and train its linears by target_modules."
+                f"schedule in the original alone. Give modules_to_save={ours!r}, and train linears by target_modules."
             )
 
 

@@ -51,13 +51,15 @@ def attach_zeros(out: Any, parameters: Iterable[nn.Parameter], *, idle: bool = T
     return type(out)((with_zeros, *out[1:])) if isinstance(out, (tuple, list)) else with_zeros
 
 
-@torch.compiler.disable
-def note(parameters: Iterable[nn.Parameter], *, idle: bool) -> None:
+def _note(parameters: Iterable[nn.Parameter], *, idle: bool) -> None:
     """Say whether parameters are idle in the present forward."""
     if _ranks_run():
         _begin()
         for parameter in parameters:
             _IDLE[parameter] = idle and _IDLE.get(parameter, True)
+
+
+note: Any = torch.compiler.disable(_note)
 
 
 def _ranks_run() -> bool:
