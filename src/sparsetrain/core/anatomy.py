@@ -194,6 +194,11 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name) if name else model
 
 
+def library_model(model: nn.Module) -> nn.Module:
+    """The library's own model: inside PEFT what it wraps, else the model itself."""
+    return submodule(model, describe(model).model)
+
+
 def innermost(module: nn.Module) -> Any:
     """The module under all adapters, which keep what they wrap as `base_layer` (PEFT)."""
     while hasattr(module, "base_layer"):

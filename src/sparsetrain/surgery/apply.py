@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsetrain.core.anatomy import Undo, describe
+from sparsetrain.core.anatomy import Undo, describe, library_model
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.surgery.method import Edit, Progress, Schedule, State, method_of
 from sparsetrain.surgery.plan import Plan, plan
@@ -28,7 +28,7 @@ class Handle:
     """A converted model's way back and its controls.
 
     Attributes:
-        model: the model that was converted (the same object, changed in place).
+        model: the model that was converted (the same object, changed in place); of a `PeftModel`, the one inside.
         plan: what was planned and done.
         modules_to_save: names for PEFT's `LoraConfig(modules_to_save=...)`; without them PEFT freezes what we added.
         committed: `commit` has dropped the way back.
@@ -81,6 +81,8 @@ class Handle:
         """
         if self._unattended is not None:
             self._unattended.attended()
+        for edit in self.plan.edits if self._installed else ():
+            _refuse_copies(self.model, edit, self.modules_to_save)
         for _, module in self._installed:
             module.set_step(step, total_steps, loss_scale)
         return [line for schedule in self._schedules for line in schedule.advance(step, total_steps)]
@@ -192,7 +194,8 @@ def sparsify(
     """Apply a recipe to `model` in place; the model keeps its class, so Trainer, PEFT and save_pretrained work on.
 
     Args:
-        model: the model; convert it before PEFT wraps it.
+        model: the model, before PEFT wraps it or after. Wrapped before, PEFT's own files lack what we add: save such a
+            model with our `save`, or the callback's sidecar beside it.
         configs: the recipe.
         calibration: batches (keyword arguments of the model's forward) that methods with a learned start need: a few
             thousand tokens of the kind the model will be trained on.
@@ -201,9 +204,12 @@ def sparsify(
         progress: called with (what is being done, share done in [0, 1]).
 
     Raises:
-        PlanError, UnknownFamily, ValueError: as `plan`. The model is unchanged then.
+        PlanError, UnknownFamily, ValueError: as `plan`; or the state is of another model or recipe. The model is
+            unchanged then.
     """
+    model = library_model(model)
     planned = plan(model, *configs)
+    _check_state(state or {}, planned)
     check_support(configs, describe(model), features_of(model))
     batches = None if calibration is None else list(calibration)
     rng = torch.random.get_rng_state()
@@ -229,6 +235,28 @@ def sparsify(
     if handle._schedules or any(type(module).set_step is not Site.set_step for _, module in handle._installed):
         handle._unattended = Unattended(model, [config.method for config in configs])
     return handle
+
+
+def _refuse_copies(model: nn.Module, edit: Edit, ours: list[str]) -> None:
+    """Raise ValueError if PEFT trains a copy of a converted module, which no schedule of ours would reach."""
+    module: Any = model
+    for depth, part in enumerate(edit.site.split(".") if edit.site else ()):
+        module = getattr(module, part)
+        if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict):
+            name = ".".join(edit.site.split(".")[: depth + 1])
+            raise ValueError(
+                f"PEFT trains a copy of {name} (modules_to_save), and what {edit.method!r} installed there follows its "
+                f"schedule in the original alone. Give modules_to_save={ours!r}, and train linears by target_modules."
+            )
+
+
+def _check_state(state: State, planned: Plan) -> None:
+    strange = sorted(set(state) - {edit.key for edit in planned.edits})
+    if strange:
+        raise ValueError(
+            f"the state is of another model or recipe: it holds {strange[0]} ({len(strange)} of {len(state)} entries "
+            f"fit nothing), and this recipe makes {planned.edits[0].key}, …. Give the state of the same recipe."
+        )
 
 
 def _prepare(model: nn.Module, planned: Plan, batches: list[dict[str, Tensor]] | None, progress: Progress) -> State:

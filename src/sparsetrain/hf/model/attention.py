@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-from sparsetrain.core.anatomy import Undo
+from sparsetrain.core.anatomy import Undo, describe, submodule
 from sparsetrain.core.errors import Unsupported
 from sparsetrain.surgery.attention import AttentionCall, stand_in_of
 
@@ -24,7 +24,11 @@ NAME = "sparsetrain_attention"
 
 
 def install_attention(model: nn.Module) -> Undo:
-    """Let every attention of `model` call our function; modules without a stand-in stay dense."""
+    """Let every attention of `model` call our function; modules without a stand-in stay dense.
+
+    Raises:
+        ValueError: transformers cannot change the attention of this model.
+    """
     config: Any = model.config
     before = config._attn_implementation
     if before == NAME:
@@ -32,11 +36,32 @@ def install_attention(model: nn.Module) -> Undo:
     AttentionInterface.register(NAME, attention_function)
     AttentionMaskInterface.register(NAME, segments_mask)
     model.set_attn_implementation(NAME)  # type: ignore[operator]
+    if config._attn_implementation != NAME:
+        raise ValueError(
+            f"{type(model).__name__} keeps its attention implementation {before!r}, so no sparse attention would run: "
+            "transformers cannot set another one on it. Leave this model's attention dense."
+        )
+    hooks = [
+        submodule(model, site.name).register_forward_pre_hook(check_implementation)
+        for site in describe(model).attentions
+    ]
 
     def undo() -> None:
+        for hook in hooks:
+            hook.remove()
         model.set_attn_implementation(before)  # type: ignore[operator]
 
     return undo
+
+
+def check_implementation(attention: nn.Module, _args: Any) -> None:
+    """Raise ValueError if a converted model's attention is about to call another function than ours."""
+    found = getattr(getattr(attention, "config", None), "_attn_implementation", NAME)
+    if found != NAME:
+        raise ValueError(
+            f"the attention implementation was set to {found!r} after sparsify(), so the sparse attention and the "
+            "selection of tokens would be left out. Set it before sparsify(), or call handle.restore() first."
+        )
 
 
 def segments_mask(

@@ -21,6 +21,7 @@ from sparsetrain.core.errors import CheckpointError
 from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.model.adapter import WEIGHTS, base_place, check_adapter, with_adapter
 from sparsetrain.hf.model.foreign import own_classes, set_options
+from sparsetrain.hf.model.merge import check_merge
 from sparsetrain.hf.model.opening import open_config, open_tokenizer, quiet, told
 from sparsetrain.hf.model.weights import class_of_adapter, known_class, load_weights
 from sparsetrain.runs.folders import ADAPTER, stored_shapes
@@ -150,17 +151,6 @@ def export(source: str | Path | Loaded, folder: str | Path, *, format: str = "sp
             write_sidecar(scratch, model, handle, state=state, **about)
         write_manifest(scratch)
     return Path(folder)
-
-
-def check_merge(model: PeftModel, handle: Handle | None) -> None:
-    """Raise ValueError if folding LoRA into the weights would change the outputs."""
-    if handle is None:
-        return
-    adapted = {name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
-    for edit in handle.plan.edits:
-        linears = sorted(adapted & edit.claims)
-        if reason := method_of(edit.config).merge_adapter_error(edit.config, linears):
-            raise ValueError(f"LoRA on {linears[0]} cannot be merged: {reason}.")
 
 
 def export_formats() -> dict[str, str | None]:

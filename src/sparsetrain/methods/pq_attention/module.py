@@ -19,6 +19,7 @@ from sparsetrain.ops.segments import align_segments
 from sparsetrain.ops.token_sparse_attention import token_sparse_attention
 from sparsetrain.surgery.attention import AttentionCall, SparseAttention
 from sparsetrain.surgery.auxiliary import attach_loss
+from sparsetrain.surgery.idle import attach_zeros, note
 
 
 class Codebook(nn.Module):
@@ -73,7 +74,7 @@ class PQSparseAttention(SparseAttention):
     def forward(self, call: AttentionCall) -> Tensor:
         """[b, h, t, d]."""
         if self.runs_dense:
-            return call.dense()
+            return self._with_zeros(call.dense(), idle=True)
         num_keys = call.k.shape[2]
         everything = self.config.kept_keys(num_keys) >= num_keys or num_keys < self.config.dense_below
         by_block = self.config.granularity == "block"
@@ -148,11 +149,15 @@ class PQSparseAttention(SparseAttention):
     def with_auxiliary_loss(self, out: Tensor, call: AttentionCall) -> Tensor:
         """out, with the codebook's loss on the queries and keys of the call attached in training."""
         weight, q, k = self.config.codebook_weight, call.q, call.k
-        if not (self.training and self.learning and torch.is_grad_enabled() and weight and q.shape[2] > 1):
+        if not (self.training and torch.is_grad_enabled()):
             return out
+        learns = self.learning and weight > 0
+        if not learns or q.shape[2] == 1:
+            return self._with_zeros(out, idle=not learns)
         codewords = self.codebook(q)
-        if not (codewords.requires_grad and out.requires_grad):
+        if not codewords.requires_grad:
             return out
+        note([trained_copy(self.codebook).weight], idle=False)
         if self.config.detach_qk:
             q, k = q.detach(), k.detach()
         valid = None if call.segments is None else call.segments > 0
@@ -161,3 +166,7 @@ class PQSparseAttention(SparseAttention):
         loss = loss + codebook_loss(k, codewords, self.config.distance, valid)
         self.last["codebook_loss"] = loss.detach()
         return attach_loss(out, loss, weight * self.loss_scale)
+
+    def _with_zeros(self, out: Tensor, *, idle: bool) -> Tensor:
+        """out; in a run of several ranks, with gradients of zeros for a codebook that gets none from this call."""
+        return attach_zeros(out, [trained_copy(self.codebook).weight], idle=idle) if self.training else out
