@@ -21,7 +21,6 @@ from sparsetrain.runs.checkpoints import (
     check_recipe,
     clear_interrupted,
     foreign_checkpoints,
-    mark_of,
     own_checkpoints,
 )
 from sparsetrain.runs.layout import ADAPTER, ENTERING, KEPT, MODEL, RECIPE, REPORT_VALUES, RESULT, RUN, SIDES

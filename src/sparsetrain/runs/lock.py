@@ -76,7 +76,7 @@ def _taken(path: Path, what: str | Path) -> int | None:
         owner, since = _owner(path, wait=held)
         if owner is not None and not owner.is_local:
             raise InUse(
-                f"{what} is locked by process {owner.pid} of another machine, {owner.host}{since}, and from here one "
+                f"{what} is locked by process {owner.pid} of another machine, {owner.host},{since}, and from here one "
                 f"cannot see whether it still runs. Wait for it, or remove {path} if it is gone."
             )
         if held or (owner is not None and owner.is_running):
@@ -94,7 +94,7 @@ def _taken(path: Path, what: str | Path) -> int | None:
 
 
 def _system_lock(descriptor: int) -> bool:
-    """Take the system's lock on a file; False if another has it. Where there is no such thing, the file's word counts."""
+    """Take the system's lock on a file; False if another has it. Without such locks, the file's word counts."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

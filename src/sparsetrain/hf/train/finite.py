@@ -28,7 +28,9 @@ class FiniteCallback(TrainerCallback):
         logs = kwargs.get("logs") or {}
         if "loss" not in logs:
             return
-        found = [("the loss", float(logs["loss"])), *_auxiliary_losses(self.handle)]
+        found = [("the loss", float(logs["loss"]))]
+        for site, losses in auxiliary_losses(self.handle).items():
+            found += [(f"the auxiliary loss {name} of {site}", value) for name, value in losses.items()]
         if logs.get("grad_norm") is not None:
             found.append(("the gradient's norm", float(logs["grad_norm"])))
         wrong = [f"{name} is {value}" for name, value in found if not math.isfinite(value)]
@@ -56,12 +58,12 @@ def _peak(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tensor, torch.inf).float()
 
 
-def _auxiliary_losses(handle: Handle | None) -> list[tuple[str, float]]:
+def auxiliary_losses(handle: Handle | None) -> dict[str, dict[str, float]]:
+    """Of the last training forward: site -> name -> value."""
     if handle is None:
-        return []
-    return [
-        (f"the auxiliary loss {name} of {edit.key}", value)
+        return {}
+    found = {
+        edit.key: {name: value for name, value in module.stats().items() if name.endswith("loss")}
         for edit, module in handle.installed
-        for name, value in module.stats().items()
-        if name.endswith("loss")
-    ]
+    }
+    return {site: losses for site, losses in found.items() if losses}

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparsetrain.hf.train.callbacks import StepRecorder
+from sparsetrain.hf.train.finite import auxiliary_losses
 from sparsetrain.hf.train.tasks import training_loss
 from sparsetrain.measure.memory import peak_memory, saved_activations, static_memory
 from sparsetrain.measure.schema import Run, StageRecord
@@ -33,6 +34,7 @@ class Journal:
         self._report = report
         self.run: Run = progress.get("run", {"steps": [], "evals": []})
         self.notes: list[str] = progress.get("notes", [])
+        self.auxiliary: dict[str, dict[str, float]] = progress.get("auxiliary", {})
         self.recorder = StepRecorder(report, self.run["steps"])  # type: ignore[arg-type]
         self.run["steps"] = self.recorder.records  # type: ignore[typeddict-item]
 
@@ -76,15 +78,25 @@ class Journal:
             if found is not None:
                 self.run[key] = max(found, before or 0)  # type: ignore[literal-required]
 
-    def memory(self, model: Any, optimizer: Any) -> None:
-        """Record what the model and its training hold between two steps."""
+    def between_steps(self, model: Any, optimizer: Any, handle: Handle | None) -> None:
+        """Record what training holds between two steps, and the auxiliary losses of the last one, by site."""
         self.run["static_bytes"] = static_memory(model, optimizer).to_dict()
+        self.auxiliary = auxiliary_losses(handle)
 
-    def progress(self, model: Any, optimizer: Any) -> dict[str, Any]:
+    def progress(self, model: Any, optimizer: Any, handle: Handle | None) -> dict[str, Any]:
         """What a checkpoint stores, for `resumed` of a later run; all of the run's records after the last step."""
-        self.memory(model, optimizer)
+        self.between_steps(model, optimizer, handle)
         self.peaks(next(model.parameters()).device)
-        return {"run": dict(self.run), "notes": list(self.notes)}
+        return {"run": dict(self.run), "notes": list(self.notes), "auxiliary": self.auxiliary}
+
+    def sparsity(self, handle: Handle | None) -> dict[str, Any]:
+        """The report of a converted model, with the auxiliary losses of its last step."""
+        if handle is None:
+            return {}
+        found = handle.report()
+        for site, losses in self.auxiliary.items():
+            found["stats"][site] = found["stats"].get(site, {}) | losses
+        return found
 
 
 class EvalCallback(TrainerCallback):

@@ -198,6 +198,10 @@ def _trainer(course: Course, span: Span, model: Any, handle: Handle | None) -> T
     parts, journal = course.parts, course.journal
     about = course.job.about(parts)
     begins = course.resumed is None or span.index > course.start
+
+    def progress(model: Any, optimizer: Any) -> dict[str, Any]:
+        return journal.progress(model, optimizer, handle)
+
     trainer = Trainer(
         model=model,
         args=course.arguments(),
@@ -216,7 +220,7 @@ def _trainer(course: Course, span: Span, model: Any, handle: Handle | None) -> T
             *([StageCallback(span)] if span.of > 1 else []),
             *([_sparsity(handle, parts, journal, about)] if handle is not None else []),
             # completes what others wrote
-            CheckpointCallback(course.recipe, course.rows, journal.progress, journal.report, span.place),
+            CheckpointCallback(course.recipe, course.rows, progress, journal.report, span.place),
         ],
     )
     trainer.remove_callback(PrinterCallback)
@@ -241,7 +245,7 @@ def _record(course: Course, model: Any, handle: Handle | None, trainer: Trainer 
     """Measure and save what was trained."""
     parts, journal, job = course.parts, course.journal, course.job
     if trainer is not None:
-        journal.memory(model, trainer.optimizer)
+        journal.between_steps(model, trainer.optimizer, handle)
     last = course.spans[-1].total
     trained = measure_quality(model, handle, parts, journal, "evaluating the trained model", step=last)
     journal.quality("after_training", trained, step=last)
@@ -255,7 +259,7 @@ def _record(course: Course, model: Any, handle: Handle | None, trainer: Trainer 
         run=journal.run,
         data=parts.bundle.description,
         plan=parts.plan.rows() if parts.plan is not None else [],
-        sparsity=handle.report() if handle is not None else {},
+        sparsity=journal.sparsity(handle),
         notes=journal.notes,
         parameters=total,
         trainable_parameters=trainable,
