@@ -145,8 +145,9 @@ def test_a_run_that_fails_before_a_checkpoint_leaves_nothing(tmp_path: Path) -> 
 def test_saving_replaces_no_folder_that_is_not_ours(held: str, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / held).write_text("{}")
-    with pytest.raises(ValueError, match="home is there already, and sparsetrain did not write it"), atomic_folder(
-        tmp_path / "home"
+    with (
+        pytest.raises(ValueError, match="home is there already, and sparsetrain did not write it"),
+        atomic_folder(tmp_path / "home"),
     ):
         pytest.fail("nothing is to be written")
     assert content(tmp_path / "home") == {str(tmp_path / "home" / held): b"{}"}

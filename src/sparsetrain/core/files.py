@@ -115,5 +115,5 @@ def plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "item"):
-        value = value.item()
+        value = value.item()  # type: ignore[attr-defined]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -150,6 +150,34 @@ def _discard(output: Path) -> None:
 
 
 @contextmanager
+def writing_into(folder: str | Path) -> Iterator[None]:
+    """Be the only process that writes files into a folder, which is made, until the block ends.
+
+    Raises:
+        InUse, OSError: as `claimed`.
+    """
+    folder = Path(folder)
+    with _made(folder), locked(folder / LOCK, f"output folder {folder}"):
+        sweep(folder)
+        yield
+
+
+@contextmanager
+def replacing(folder: str | Path) -> Iterator[None]:
+    """Be the only process that puts a whole folder in its place; the lock is beside it.
+
+    Raises:
+        ValueError: there is something in it.
+        InUse, OSError: as `claimed`.
+    """
+    check_output(folder, resume=False)
+    folder = Path(folder).resolve()
+    with _made(folder.parent), locked(folder.parent / f".{folder.name}{LOCK}", f"output folder {folder}"):
+        check_output(folder, resume=False)
+        yield
+
+
+@contextmanager
 def _made(folder: Path) -> Iterator[None]:
     """Make a folder, and remove those of its way that are empty at the end."""
     new = [place for place in (folder, *folder.parents) if not place.exists()]

@@ -119,9 +119,8 @@ def _owner(path: Path, *, wait: bool = False) -> tuple[Process | None, str]:
             if wait and owner.is_local and not owner.is_running:
                 time.sleep(0.02)
                 continue
-            since = values.get("since")
-            with contextlib.suppress(OSError, OverflowError, ValueError, TypeError):
-                return owner, f" since {datetime.fromtimestamp(since, UTC):%Y-%m-%d %H:%M:%S} UTC"
+            with contextlib.suppress(OSError, OverflowError, ValueError, TypeError, KeyError):
+                return owner, f" since {datetime.fromtimestamp(values['since'], UTC):%Y-%m-%d %H:%M:%S} UTC"
             return owner, ""
         if not wait:
             break
