@@ -29,10 +29,19 @@ class Killed(BaseException):
 
 def pretraining(folder: Path, **changes: Any) -> PretrainRecipe:
     values: dict[str, Any] = {
-        "model": "gpt2-nano", "set": {"n_layer": 2, "n_embd": 16, "n_inner": 64},
-        "data": str(runs.text(folder / "text")), "output": str(folder / "out"), "seq_len": 16, "batch_size": 2, "steps": 5, "lr": 1e-2, "eval_tokens": 64,
-        "save_every": 2, "device": "cpu", "methods": [],
-    }  # fmt: skip
+        "model": "gpt2-nano",
+        "set": {"n_layer": 2, "n_embd": 16, "n_inner": 64},
+        "data": str(runs.text(folder / "text")),
+        "output": str(folder / "out"),
+        "seq_len": 16,
+        "batch_size": 2,
+        "steps": 5,
+        "lr": 1e-2,
+        "eval_tokens": 64,
+        "save_every": 2,
+        "device": "cpu",
+        "methods": [],
+    }
     return PretrainRecipe.from_values(values | changes)
 
 

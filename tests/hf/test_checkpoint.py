@@ -19,8 +19,7 @@ from transformers import TrainerCallback
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.hf.train.finetune import Result, finetune
 from sparsetrain.recipes.finetune import Recipe
-from sparsetrain.runs.checkpoints import MARK, begin_checkpoint, checkpoints, find_resumable, rotate
-from sparsetrain.runs.claim import check_output
+from sparsetrain.runs.checkpoints import MARK, begin_checkpoint, check_output, checkpoints, find_resumable, rotate
 from sparsetrain.runs.manifest import MANIFEST, verify_manifest
 from tests.hf import runs
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.core.errors import CheckpointError, NotFinite
+from sparsetrain.core.files import is_scratch
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.events import Report, silent
 from sparsetrain.runs.finite import not_finite
 from sparsetrain.runs.layout import PROGRESS
+from sparsetrain.runs.lock import LOCK
 from sparsetrain.runs.manifest import FORMAT, MANIFEST, json_in, read_json, verify_manifest, write_json, write_manifest
 
 MARK = "sparsetrain.json"
@@ -173,6 +175,23 @@ def check_data(checkpoint: Checkpoint, data: str) -> None:
             f"{checkpoint.path} was trained on other rows: the data has changed since. Restore it, or choose another "
             "output and start again."
         )
+
+
+def check_output(output: str | Path, *, resume: bool) -> None:
+    """Raise ValueError if a new run would write into a folder that holds something."""
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output {output} is a file. Choose a folder.")
+    held = held_in(output)
+    if held and not resume:
+        shown = ", ".join(held[:4]) + (", …" if len(held) > 4 else "")
+        raise ValueError(f"output folder {output} is not empty (it holds {shown}). Add --resume, or choose another.")
+
+
+def held_in(output: Path) -> list[str]:
+    """What is in a folder, but for locks and what is half-done."""
+    found = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    return [name for name in found if name != LOCK and not is_scratch(name)]
 
 
 def _named(output: str | Path) -> list[Path]:

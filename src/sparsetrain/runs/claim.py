@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.core.errors import CheckpointError
-from sparsetrain.core.files import is_scratch, sweep
+from sparsetrain.core.files import sweep
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.checkpoints import (
     about_recipe,
+    check_output,
     check_recipe,
     clear_interrupted,
     foreign_checkpoints,
+    held_in,
     own_checkpoints,
 )
 from sparsetrain.runs.layout import ADAPTER, ENTERING, KEPT, MODEL, RECIPE, REPORT_VALUES, RESULT, RUN, SIDES
@@ -70,7 +72,7 @@ def claimed(output: str | Path, recipe: RunRecipe, kind: str = "run") -> Iterato
 def check_claim(output: Path, recipe: RunRecipe, kind: str) -> None:
     """Raise, as `claimed` does, if a run may not write into a folder."""
     check_output(output, resume=recipe.resume)
-    held = _held(output)
+    held = held_in(output)
     if not recipe.resume or not held:
         return
     about = json_in(output / RUN)
@@ -104,17 +106,6 @@ def finish(output: Path, recipe: RunRecipe, kind: str) -> None:
     write_json(output / RUN, {"kind": kind, **about_recipe(recipe), "finished": True})
 
 
-def check_output(output: str | Path, *, resume: bool) -> None:
-    """Raise ValueError if a new run would write into a folder that holds something."""
-    output = Path(output)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output {output} is a file. Choose a folder.")
-    held = _held(output)
-    if held and not resume:
-        shown = ", ".join(held[:4]) + (", …" if len(held) > 4 else "")
-        raise ValueError(f"output folder {output} is not empty (it holds {shown}). Add --resume, or choose another.")
-
-
 def _finished(output: Path, about: dict[str, Any]) -> str | None:
     """What is finished in a folder; before there was `run.json`, its last file says so."""
     if about.get("kind") == "comparison":
@@ -126,12 +117,6 @@ def _finished(output: Path, about: dict[str, Any]) -> str | None:
 
 def _has_side(output: Path) -> bool:
     return any((output / side / RUN).is_file() or own_checkpoints(output / side) for side in SIDES)
-
-
-def _held(output: Path) -> list[str]:
-    """What is in a folder, but for locks and what is half-done."""
-    found = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
-    return [name for name in found if name != LOCK and not is_scratch(name)]
 
 
 def _discard(output: Path) -> None:
