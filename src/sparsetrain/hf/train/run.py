@@ -15,7 +15,6 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from sparsetrain.core.errors import NotFinite
 from sparsetrain.core.files import write_whole
 from sparsetrain.data.digest import OrderedCollator, data_fingerprint
 from sparsetrain.hf.model import models
@@ -23,8 +22,8 @@ from sparsetrain.hf.model.io import save
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.callbacks import SparsityCallback
 from sparsetrain.hf.train.checkpoint import CheckpointCallback
-from sparsetrain.hf.train.evaluate import evaluate, held_out_tokens
 from sparsetrain.hf.train.finite import FiniteCallback
+from sparsetrain.hf.train.held_out import KnownQuality, measure_quality
 from sparsetrain.hf.train.journal import EvalCallback, Journal, SavedCallback
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import first_batch
@@ -40,21 +39,17 @@ from sparsetrain.measure.machine import describe_machine
 from sparsetrain.measure.memory import reset_peak
 from sparsetrain.measure.report import write_report
 from sparsetrain.recipes.run import RunRecipe
-from sparsetrain.runs.checkpoints import Checkpoint, check_data, clear_interrupted, find_resumable, last_good
+from sparsetrain.runs.checkpoints import Checkpoint, check_data, clear_interrupted, find_resumable
 from sparsetrain.runs.claim import claimed
 from sparsetrain.runs.events import Report
 from sparsetrain.runs.layout import RECIPE, RESULT, checkpoint_folder
 from sparsetrain.runs.manifest import disk_errors, write_json
 from sparsetrain.runs.pictures import illustrate
-from sparsetrain.runs.quality import Quality
 from sparsetrain.runs.result import Result as Result
 from sparsetrain.runs.result import run_report as run_report
 from sparsetrain.runs.spans import ONE_STAGE, Span, spans
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.method import Stage
-
-KnownQuality = Quality | Callable[[], Quality | None] | None
-"""The dense model's quality where another run has measured it; a function is asked when it is needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,39 +270,3 @@ def _sparsity(handle: Handle, parts: Parts, journal: Journal, about: dict[str, A
         journal.peaks(parts.device)
 
     return SparsityCallback(handle, at_end=False, report=journal.report, before_reset=keep_peaks, **about)
-
-
-def dense_start(known: KnownQuality, model: Any, parts: Parts, journal: Journal, name: str) -> Quality:
-    """The dense model's quality: as known, or measured."""
-    return (known() if callable(known) else known) or measure_quality(model, None, parts, journal, name)
-
-
-def measure_quality(
-    model: Any,
-    handle: Handle | None,
-    parts: Parts,
-    journal: Journal | None = None,
-    name: str = "evaluating",
-    step: int | None = None,
-) -> Quality:
-    """The held-out quality; with a journal, its progress is told under `name`.
-
-    Raises:
-        NotFinite: it is not finite; says at which step, and what was written before.
-    """
-    if handle is not None:
-        handle.settle()  # past any warm-up: the quality is that of the sparse model; training sets its own step
-    assert parts.bundle.eval is not None
-    try:
-        return evaluate(
-            model,
-            parts.bundle.eval,
-            parts.bundle.collate_fn,
-            task=parts.recipe.task,
-            batch_size=parts.recipe.batch_size,
-            max_tokens=held_out_tokens(parts.recipe),
-            progress=None if journal is None else lambda share: journal.phase(name, share),
-        )
-    except NotFinite as error:
-        when = "before training" if step is None else f"after step {step}"
-        raise NotFinite(f"{name} {when}: {error} {last_good(parts.recipe.output)}") from None
