@@ -26,6 +26,10 @@ FORMAT = 1
 """Raise when an older reader would misread what is written."""
 
 
+_OF_A_SHORT_WRITE = ("PytorchStreamWriter failed writing", "unexpected pos", "iostream error")
+"""What torch.save says of one."""
+
+
 @contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """A scratch folder beside `folder` that takes its place when the block ends, and vanishes if it raises.
@@ -144,7 +148,7 @@ def _disk_error(error: BaseException | None, folder: Path) -> int | None:
         for number in full:  # safetensors quotes the system's words
             if os.strerror(number) in str(error) or f"(os error {number})" in str(error):
                 return number
-        if "PytorchStreamWriter failed writing" in str(error) or "unexpected pos" in str(error):
+        if any(words in str(error) for words in _OF_A_SHORT_WRITE):
             # torch.save hides the cause of a write that stopped short
             existing = next(place for place in (folder, *folder.parents) if place.exists())
             return errno.ENOSPC if shutil.disk_usage(existing).free < 2**26 else errno.EFBIG
