@@ -12,7 +12,7 @@ import pytest
 from sparsetrain.core.errors import CheckpointError, InUse
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.checkpoints import begin_checkpoint, clear_interrupted, mark_of, rotate
-from sparsetrain.runs.claim import check_claim, claimed, finish
+from sparsetrain.runs.claim import check_claim, claimed, finish, replacing, writing_into
 from sparsetrain.runs.layout import RUN
 from sparsetrain.runs.lock import LOCK
 from sparsetrain.runs.manifest import MANIFEST, atomic_folder, write_manifest
@@ -139,6 +139,24 @@ def test_a_run_that_fails_before_a_checkpoint_leaves_nothing(tmp_path: Path) -> 
         (tmp_path / "out" / "theirs").write_text("x")
         raise KeyboardInterrupt
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
+
+
+@pytest.mark.parametrize("holding", [writing_into, replacing])
+def test_other_outputs_have_one_writer_too(holding: Any, tmp_path: Path) -> None:
+    """Of `bench`, which adds files, and of `export`, which puts a whole folder in its place."""
+    output = tmp_path / "deep" / "out"
+    with pytest.raises(KeyboardInterrupt), holding(output):
+        with pytest.raises(InUse, match=f"output folder .*out is in use by process {os.getpid()}"):
+            holding(output).__enter__()
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with holding(output):
+        output.mkdir(exist_ok=True)
+        (output / "bench.json").write_text("{}")
+    assert [path.name for path in output.parent.rglob("*")] == ["out", "bench.json"]
+    if holding is replacing:
+        with pytest.raises(ValueError, match="not empty"):
+            holding(output).__enter__()
 
 
 @pytest.mark.parametrize("held", ["precious.txt", "manifest.json"])
