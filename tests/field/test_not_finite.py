@@ -22,7 +22,7 @@ from sparsetrain.hf.train.finite import FiniteCallback
 from sparsetrain.runs.checkpoints import begin_checkpoint, checkpoints, complete_checkpoint, find_resumable
 from sparsetrain.runs.finite import not_finite
 from sparsetrain.runs.layout import PROGRESS
-from sparsetrain.runs.manifest import write_json
+from sparsetrain.runs.manifest import write_json, write_manifest
 from sparsetrain.runs.sidecar import STATE
 from tests.hf import runs
 
@@ -130,7 +130,8 @@ def test_a_checkpoint_with_such_a_tensor_is_never_whole(value: float, dtype: tor
 
 def test_what_methods_keep_may_be_infinite_but_not_undefined(tmp_path: Path) -> None:
     folder = written(tmp_path / "checkpoint-2", runs.recipe(tmp_path))
-    save_file({"site/least": torch.tensor([math.inf])}, folder / STATE)
+    gaps = torch.tensor([[1.0, math.nan]], dtype=torch.float64)
+    save_file({"site/least": torch.tensor([math.inf]), "site/history": gaps}, folder / STATE)
     assert not_finite(folder) is None
     save_file({"site/least": torch.tensor([math.nan])}, folder / STATE)
     assert str(not_finite(folder)).startswith("site/least in ")
@@ -145,8 +146,6 @@ def test_a_whole_checkpoint_that_is_not_finite_is_not_resumed(tmp_path: Path) ->
     assert found is not None and found.step == 2
     tensors = load_file(folder / "model.safetensors")
     tensors["w"][1] = math.nan
-    from sparsetrain.runs.manifest import write_manifest
-
     save_file(tensors, folder / "model.safetensors")
     write_manifest(folder, step=2, data="d", **about)  # as an earlier version wrote it
     with pytest.raises(CheckpointError, match=r"w in .* is not finite.*Remove .*checkpoint-2 to resume"):

@@ -18,7 +18,8 @@ from sparsetrain.runs.sidecar import STATE
 def not_finite(folder: Path) -> str | None:
     """The first tensor of a checkpoint that is infinite or not a number, as a sentence begins; None if there is none.
 
-    Weights and the optimizer's moments are all finite. What methods keep beside them may use infinity as a mark.
+    Weights and the optimizer's moments are all finite. What methods keep beside them may use infinity as a mark, and
+    its records, which are in float64, may have gaps.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -27,7 +28,9 @@ def not_finite(folder: Path) -> str | None:
         try:
             with safe_open(str(path), framework="pt") as file:
                 for name in list(file.keys()):
-                    if not is_finite(file.get_tensor(name), path.name == STATE):
+                    tensor = file.get_tensor(name)
+                    record = path.name == STATE and tensor.dtype == torch.float64
+                    if not (record or is_finite(tensor, path.name == STATE)):
                         return f"{name} in {path} is not finite"
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}.") from None
