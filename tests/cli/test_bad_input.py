@@ -262,10 +262,14 @@ def test_interrupted_and_resumed(train, tmp_path: Path, monkeypatch: pytest.Monk
     assert again.code == 2 and "finished" in again.json["error"]["message"]
 
 
-def test_resume_of_nothing(train, tmp_path: Path) -> None:
-    result = train("--resume", "--json")
-    assert result.code == 2 and "nothing to resume" in result.json["error"]["message"]
-    assert not (tmp_path / "run").exists()
+def test_resume_of_nothing_starts_with_a_line_that_says_so(train, tmp_path: Path) -> None:
+    """As after a kill before anything was written."""
+    result = train("--resume")
+    assert result.code == 0 and result.err.count("holds no whole checkpoint; starting from the beginning") == 1
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.tex").write_text("x")
+    refused = train("--resume", "--json", output=tmp_path / "theirs")
+    assert refused.code == 2 and "thesis.tex" in refused.json["error"]["message"]
 
 
 @pytest.mark.slow

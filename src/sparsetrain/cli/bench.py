@@ -10,6 +10,7 @@ import typer
 from sparsetrain.cli.answer import Answer, table, to_json
 from sparsetrain.cli.flags import Debug, Json, RecipeFile, changes, takes
 from sparsetrain.cli.live import to_stderr
+from sparsetrain.core.files import write_whole
 
 Names = Annotated[
     str | None,
@@ -58,21 +59,22 @@ def bench(
     from sparsetrain.hf.study.bench import QUICK_LAYERS, candidates
     from sparsetrain.hf.study.bench import bench as measure
     from sparsetrain.recipes.finetune import Recipe
+    from sparsetrain.runs.claim import writing_into
 
     given = changes(flags)
     asked = Recipe.from_yaml(recipe, given) if recipe else Recipe.from_values({"data": RANDOM, "methods": [], **given})
     chosen = candidates(names or ("" if asked.configs else "all"), asked.configs)
-    found = measure(
-        asked,
-        chosen,
-        rounds=rounds or (3 if quick else 5),
-        layers=layers or (QUICK_LAYERS if quick else None),
-        report=to_stderr,
-    )
-    output.mkdir(parents=True, exist_ok=True)
-    data = found.to_dict()
-    (output / "bench.json").write_text(to_json(data) + "\n", encoding="utf-8")
-    (output / "measured.json").write_text(to_json(found.rates.to_dict()) + "\n", encoding="utf-8")
+    with writing_into(output):
+        found = measure(
+            asked,
+            chosen,
+            rounds=rounds or (3 if quick else 5),
+            layers=layers or (QUICK_LAYERS if quick else None),
+            report=to_stderr,
+        )
+        data = found.to_dict()
+        write_whole(output / "bench.json", to_json(data) + "\n")
+        write_whole(output / "measured.json", to_json(found.rates.to_dict()) + "\n")
     size = f"{asked.batch_size} x {asked.seq_len:,} tokens, {found.layers} of {found.model_layers} layers"
     columns = ["candidate", "verdict", "step, dense / ours", "quartiles", "part", "saved bytes"]
     written = f"Written: {output / 'bench.json'}, and {output / 'measured.json'} for sparsetrain plan."

@@ -10,6 +10,7 @@ from typing import Any
 
 from sparsetrain.cli.answer import Answer, table
 from sparsetrain.cli.live import to_stderr
+from sparsetrain.core.files import write_whole
 
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "K": 1e3, "M": 1e6, "G": 1e9}
@@ -92,7 +93,7 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     picked = found.picked
     yaml = None if picked is None else recipe_yaml(found, predictor.recipe(picked.candidate), goal.data)
     if goal.write is not None and yaml is not None:
-        goal.write.write_text(yaml, encoding="utf-8")
+        write_whole(goal.write, yaml)
     if goal.plot is not None:
         from sparsetrain.planner.picture import draw
 

@@ -10,6 +10,7 @@ import typer
 from sparsetrain.cli.answer import Answer, table
 from sparsetrain.cli.flags import Debug, Json, RecipeFile, changes, takes
 from sparsetrain.cli.live import to_stderr
+from sparsetrain.core.files import write_whole
 
 Plot = Annotated[
     Path | None, typer.Option("--plot", metavar="FILE", help="Draw it: FILE.png, or FILE.html with all tables.")
@@ -57,9 +58,9 @@ def profile(
     if plot is not None:
         plot.parent.mkdir(parents=True, exist_ok=True)
         if plot.suffix == ".png":
-            plot.write_bytes(picture(found.sides))
+            write_whole(plot, picture(found.sides))
         else:
-            plot.write_text(page(title, found.sides, found.notes), encoding="utf-8")
+            write_whole(plot, page(title, found.sides, found.notes))
 
     def shown(name: str, columns: list[str], rows: list[list[str]]) -> Any:
         return lambda: table(name, columns, rows, right=tuple(range(1, len(columns))))

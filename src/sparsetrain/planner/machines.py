@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.core.config import suggest
+from sparsetrain.core.files import to_json, write_whole
 
 DTYPES = ("fp32", "bf16")
 RESERVE_BYTES = {"cpu": 450_000_000, "gpu": 600_000_000}
@@ -90,7 +91,7 @@ class MachineRates:
 
     def save(self, path: str | Path) -> None:
         """Write the rates as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_whole(path, to_json(self.to_dict(), indent=2) + "\n")
 
 
 @cache

