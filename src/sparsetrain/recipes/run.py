@@ -10,13 +10,16 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
-from sparsetrain.core.config import MethodConfig, plain_values, suggest
+from sparsetrain.core.config import MethodConfig, plain_values, suggest, unknown
+from sparsetrain.core.fields import shown
+from sparsetrain.core.quote import quoted
 from sparsetrain.recipes.entries import read_methods, short_entry
+from sparsetrain.recipes.reading import read_mapping
 from sparsetrain.recipes.tasks import offered
 
 # what may differ between a run and its continuation: where and how often things are written, how progress is watched
@@ -25,11 +28,21 @@ NOT_TRAINING = frozenset(
     | {"threads", "device", "gradient_checkpointing"}
 )
 
+MOST = 2**24
+"""Tokens in a sequence, and sequences or passes in a step, that no machine has trained with: a slip of the hand."""
+
 
 class RunRecipe(BaseModel):
     """The keys that every training run has; `Recipe` and `PretrainRecipe` add theirs."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        arbitrary_types_allowed=True,
+        allow_inf_nan=False,
+        str_min_length=1,
+    )
 
     job: ClassVar[str] = ""
     """What the command is called, and the key of its tasks in the table."""
@@ -47,22 +60,22 @@ class RunRecipe(BaseModel):
     """What is learned."""
     text_column: str = "text"
     """Column that holds the text, in JSONL and CSV data."""
-    seq_len: int = Field(1024, ge=8)
+    seq_len: int = Field(1024, ge=8, le=MOST)
     """Tokens in a sequence: windows of packed text (lm), or where longer examples are cut. At most the model's
     context length."""
-    batch_size: int = Field(1, ge=1)
+    batch_size: int = Field(1, ge=1, le=MOST)
     """Sequences in one forward and backward pass. Memory grows with it."""
-    grad_accum: int = Field(1, ge=1)
+    grad_accum: int = Field(1, ge=1, le=MOST)
     """Passes whose gradients are added before the weights move; the effective batch is batch_size x grad_accum."""
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, le=2**31 - 1)
     """Optimizer steps to train. Give this or epochs; 200 if neither is given."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0, le=1e6)
     """Passes over the training data, instead of steps."""
     lr: float = Field(gt=0, le=10)
     """Peak learning rate."""
     weight_decay: float = Field(0.0, ge=0, le=1)
     """AdamW's decoupled weight decay."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=2**31 - 1)
     """Steps in which the learning rate rises from 0 to lr."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """How the learning rate falls after the warm-up: to 0 along a line or a half cosine, or not at all."""
@@ -71,17 +84,17 @@ class RunRecipe(BaseModel):
     methods: tuple[MethodConfig, ...] = ()
     """Sparse methods, each {method: name, key: value}; on the command line name:key=value,key=value. An
     empty list: dense."""
-    calibration_tokens: int = Field(8192, ge=0)
+    calibration_tokens: int = Field(8192, ge=0, le=2**40)
     """Training tokens from which the conversion learns (clusters, router, codebooks), spread over the data."""
     compare: Literal["none", "dense"] = "none"
     """dense: also train the strongest dense baseline beside, step by step in turns, and report both."""
-    save_every: int = Field(50, ge=0)
+    save_every: int = Field(50, ge=0, le=2**31 - 1)
     """Steps between checkpoints; 0 writes only the final model."""
-    keep_checkpoints: int = Field(2, ge=2)
+    keep_checkpoints: int = Field(2, ge=2, le=2**31 - 1)
     """Newest checkpoints to keep. At least 2, so that one is whole while the next is being written."""
-    eval_every: int = Field(0, ge=0)
+    eval_every: int = Field(0, ge=0, le=2**31 - 1)
     """Steps between evaluations; 0 evaluates only before and after training."""
-    eval_tokens: int = Field(16384, ge=1)
+    eval_tokens: int = Field(16384, ge=1, le=2**40)
     """Tokens of held-out data for each evaluation (rows with one label: as many as hold them)."""
     gradient_checkpointing: Literal["none", "non-reentrant", "reentrant"] = "none"
     """Recompute activations in the backward pass: much less memory, about a third more time."""
@@ -89,7 +102,7 @@ class RunRecipe(BaseModel):
     """Number format of activations, and of frozen weights. auto: fp32 on a CPU, bf16 on a GPU that has it."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seeds new weights, the conversion and the data order. Same seed and machine: same losses."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads; all cores if not given."""
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     """auto, cpu, mps, cuda or cuda:N. auto takes a GPU if there is one."""
@@ -108,14 +121,17 @@ class RunRecipe(BaseModel):
         preset = values.pop("preset", None)
         for key in [*values, *(["preset"] if preset is not None else [])]:
             if key not in known:
-                raise ValueError(f"unknown key {key!r}.{suggest(str(key), known)} Keys: {', '.join(sorted(known))}.")
+                raise ValueError(unknown("key", key, sorted(known)))
+        for key, value in values.items():
+            _check_plain(key, value, cls.model_fields[key].annotation)
         if values.get("methods") is None:
             values.pop("methods", None)
             preset = preset or cls.default_preset
         if preset is not None:
-            if preset not in cls.presets:
-                near = suggest(str(preset), cls.presets)
-                raise ValueError(f"unknown preset {preset!r}.{near} Presets: {', '.join(cls.presets)}.")
+            if not isinstance(preset, str) or preset not in cls.presets:
+                raise ValueError(unknown("preset", preset, cls.presets))
+            if not isinstance(values.get("methods") or [], list | tuple):
+                read_methods(values["methods"])
             values["methods"] = [*cls.presets[preset], *(values.get("methods") or [])]
         if values.get("steps") is None and values.get("epochs") is None:
             values["steps"] = cls.default_steps
@@ -127,7 +143,7 @@ class RunRecipe(BaseModel):
         """A task of the table, to which packages add; the literals of the field's type are those that ship."""
         if task not in (known := offered(cls.job)):
             *most, last = map(repr, known)
-            raise ValueError(f"task={task!r}: give {', '.join(most)} or {last}.{suggest(str(task), known)}")
+            raise ValueError(f"task={shown(task)}: give {', '.join(most)} or {last}.{suggest(task, known)}")
         return task
 
     @field_serializer("task")
@@ -196,11 +212,9 @@ class RunRecipe(BaseModel):
         """
         path = Path(path)
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"recipe {path} cannot be read: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"recipe {path} holds {type(values).__name__}, not `key: value` lines.")
+            values = read_mapping(path)
+        except ValueError as error:
+            raise ValueError(f"recipe {quoted(str(path))} cannot be read: {error}.") from None
         for together in ({"steps", "epochs"}, {"preset", "methods"}):
             if together & set(changes or {}):
                 values = {key: value for key, value in values.items() if key not in together}
@@ -208,7 +222,7 @@ class RunRecipe(BaseModel):
         try:
             return cls.from_values(values)
         except ValueError as error:
-            raise ValueError(f"recipe {path}: {error}") from None
+            raise ValueError(f"recipe {quoted(str(path))}: {error}") from None
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """The recipe as YAML; written to `path` if given. `from_yaml` reads it back equal."""
@@ -250,6 +264,25 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _check_plain(key: str, value: Any, annotation: Any) -> None:
+    """Raise ValueError for what pydantic would take, and nobody means: true for a number, text that is no file's name.
+
+    Bytes of an argument that are no text come as lone surrogates, and could not be written into recipe.yaml.
+    """
+    if isinstance(value, bool) and annotation is not bool:
+        raise ValueError(f"{key}={str(value).lower()}: that is no value of this key. Give {_takes(annotation)}.")
+    if isinstance(value, str) and (not value.strip() or "\0" in value or value != value.encode(errors="ignore").decode()):
+        problem = "it is empty" if not value.strip() else "it holds characters that are no text"
+        raise ValueError(f"{key}={shown(value)}: {problem}. Give {_takes(annotation)}.")
+
+
+def _takes(annotation: Any) -> str:
+    kinds = get_args(annotation) or (annotation,)
+    says = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    found = [says[kind] for kind in kinds if kind in says] or [str(kind) for kind in kinds if isinstance(kind, str)]
+    return " or ".join(found) or "what `--help` says"
+
+
 def _problem(entry: Any) -> tuple[str, str]:
     """(the key and what was found, what is allowed) for one of pydantic's errors."""
     message = str(entry["msg"])
@@ -258,4 +291,4 @@ def _problem(entry: Any) -> tuple[str, str]:
     key = str(entry["loc"][0])
     if entry["type"] == "missing":
         return f"{key} is missing. ", f"Give it in the recipe file or as --{key.replace('_', '-')}."
-    return f"{key}={entry['input']!r}: ", f"{message[0].lower()}{message[1:]}"
+    return f"{key}={shown(entry['input'])}: ", f"{message[0].lower()}{message[1:]}"
