@@ -50,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
 
     from sparsetrain.cli.answer import Answer, print_answer, to_json
     from sparsetrain.cli.app import app, flags_of
-    from sparsetrain.cli.failure import FAILED, INTERRUPTED, explain
+    from sparsetrain.cli.failure import FAILED, INTERRUPTED, check_arguments, explain
 
     stdout = sys.stdout
     as_json = "--json" in arguments
@@ -60,6 +60,7 @@ def run(arguments: Sequence[str]) -> int:
         with contextlib.redirect_stdout(sys.stderr if as_json else stdout), warnings.catch_warnings():
             if not debug:
                 warnings.simplefilter("ignore")
+            check_arguments(arguments)
             command = typer.main.get_command(app)
             answer = command.main(args=list(arguments), prog_name="sparsetrain", standalone_mode=False)
         if isinstance(answer, Answer):

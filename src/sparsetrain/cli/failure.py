@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from sparsetrain.core.quote import quoted
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
+LONGEST_MESSAGE = 4000
 EXIT_CODES = (
     "Exit codes: 0 done · 1 the run failed (disk full, out of memory, a check did not hold) · "
     "2 wrong usage or bad input · 130 interrupted."
@@ -28,8 +29,17 @@ class Failure:
     code: int
     message: str
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", tidy(self.message))
+
     def to_dict(self) -> dict[str, Any]:
         return {"ok": False, "error": {"kind": self.kind, "exit_code": self.code, "message": self.message}}
+
+
+def tidy(message: str) -> str:
+    """A message for a terminal: what a user's input brought into it is cut to 200 characters, and prints."""
+    lines = re.sub(r"\S{300,}", lambda found: quoted(found[0]), message[:LONGEST_MESSAGE]).splitlines()
+    return "\n".join(quoted(line, LONGEST_MESSAGE) for line in lines)
 
 
 MEMORY = re.compile(
@@ -40,6 +50,19 @@ MEMORY = re.compile(
 """How libraries and systems say that memory is at its end, a limit of the process (RLIMIT) included."""
 REFUSALS = ("transformers", "tokenizers", "safetensors", "peft", "huggingface_hub", "datasets")
 """Libraries whose ValueError is about what they were given: a model's folder, a tokenizer, data."""
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Raise ValueError for an argument that is empty, which a path would read as this folder, or no text."""
+    for place, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        if not (value if equals or not flag else flag).strip():
+            after = flag or (arguments[place - 1] if place else "")
+            raise ValueError(
+                f"An argument is empty{quoted(f' ({after})') if after else ''}. Give a value, or leave it out."
+            )
+        if any("\ud800" <= character <= "\udfff" or character == "\0" for character in argument):
+            raise ValueError(f"The argument {quoted(argument)} is no valid UTF-8 text. Rename what it names.")
 
 
 def explain(error: BaseException, flags: Container[str] | None = None) -> Failure:
@@ -108,9 +131,11 @@ def _about_input(error: BaseException, library: str, text: str) -> str | None:
     if isinstance(error, RecursionError):
         return "The input nests too deep to be read: a recipe, a model's config or a row of data. Flatten it."
     if isinstance(error, UnicodeError):
-        return f"Text is not valid UTF-8, or holds characters that cannot be written: {_first_line(text)} Save it as UTF-8."
+        return f"Text is not UTF-8, or holds characters that cannot be written: {_first_line(text)} Save it as UTF-8."
     if isinstance(error, json.JSONDecodeError) or type(error).__name__ in ("SafetensorError", "BadZipFile"):
-        return f"A file is damaged, or is not of the kind its name says: {_first_line(text)} Restore it, or name another."
+        return (
+            f"A file is damaged, or is not of the kind its name says: {_first_line(text)} Restore it, or name another."
+        )
     if isinstance(error, ValueError) and library in REFUSALS:
         return f"{library} does not take this input: {_first_line(text)} With --debug you see where."
     return None

@@ -10,6 +10,7 @@ from typing import Any
 
 from sparsetrain.cli.answer import Answer, table
 from sparsetrain.cli.live import to_stderr
+from sparsetrain.core.fields import shown
 
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "K": 1e3, "M": 1e6, "G": 1e9}
@@ -39,12 +40,12 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: not a positive size.
     """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text[:100])
     unit = _UNITS.get(match.group(2).upper()) if match else None
-    size = int(float(match.group(1)) * unit) if match and unit is not None else 0
-    if size <= 0:
-        raise ValueError(f"memory {text!r} is no size. Write for example 24GB, 16GiB or 800MB.")
-    return size
+    size = float(match.group(1)) * unit if match and unit is not None else 0.0
+    if not 1 <= size < 2**63:
+        raise ValueError(f"--memory {shown(text)} is no size. Write for example 24GB, 16GiB or 800MB.")
+    return int(size)
 
 
 def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
@@ -63,12 +64,19 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     from sparsetrain.planner.machines import machine_rates
     from sparsetrain.planner.predictor import predict
     from sparsetrain.planner.search import GOALS, Question
+    from sparsetrain.runs.places import check_file
 
-    for name, value, choices in (("goal", goal.goal, GOALS), ("fit", goal.fit, ("seq", "batch"))):
+    for name, value, choices in (("--goal", goal.goal, GOALS), ("--fit", goal.fit, ("seq", "batch"))):
         if value is not None and value not in choices:
-            raise ValueError(f"{name} {value!r} is unknown.{suggest(value, choices)} Choose from {', '.join(choices)}.")
-    rates = machine_rates(goal.gpu or "cpu")
-    memory = parse_bytes(goal.memory) if goal.memory else rates.memory_bytes
+            raise ValueError(
+                f"{name} {shown(value)} is unknown.{suggest(value, choices)} Choose from {', '.join(choices)}."
+            )
+    if goal.write is not None:
+        check_file(goal.write, "--write", (".yaml", ".yml"))
+    if goal.plot is not None:
+        check_file(goal.plot, "--plot", (".png", ".svg", ".pdf"))
+    rates = machine_rates("cpu" if goal.gpu is None else goal.gpu)
+    memory = rates.memory_bytes if goal.memory is None else parse_bytes(goal.memory)
     if goal.fit and memory is None:
         raise ValueError(f"--fit {goal.fit} needs --memory: how much may training use, for example --memory 24GB?")
     recipe = _recipe(asked)
@@ -91,6 +99,9 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     found = predict(predictor, question, only, fit=goal.fit)
     picked = found.picked
     yaml = None if picked is None else recipe_yaml(found, predictor.recipe(picked.candidate), goal.data)
+    for place in (goal.write, goal.plot):
+        if place is not None:
+            place.parent.mkdir(parents=True, exist_ok=True)
     if goal.write is not None and yaml is not None:
         goal.write.write_text(yaml, encoding="utf-8")
     if goal.plot is not None:

@@ -67,7 +67,7 @@ class MethodConfig:
             raise ValueError(f"{self.method}: targets is empty. Give at least one pattern, or leave it out for all.")
         if self.layers is not None and min(self.layers, default=-1) < 0:
             raise ValueError(
-                f"{self.method}: layers={shown(list(self.layers))}. Give blocks, counted from 0, or leave it out for all."
+                f"{self.method}: layers={shown(list(self.layers))}. Give blocks, counted from 0, or leave it out."
             )
         if not 0 <= self.from_depth < 1:
             raise ValueError(f"{self.method}: from_depth={self.from_depth} is out of range. It must lie in [0, 1).")
@@ -170,6 +170,4 @@ def in_range(method: str, name: str, value: float, low: float, high: float, low_
 def one_of(method: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless value is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(
-            f"{method}: {name}={shown(value)} is unknown.{suggest(value, choices)} Choose from {choices}."
-        )
+        raise ValueError(f"{method}: {name}={shown(value)} is unknown.{suggest(value, choices)} Choose from {choices}.")

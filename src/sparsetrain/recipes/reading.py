@@ -47,7 +47,7 @@ def read_yaml(text: str) -> Any:
         ValueError: it is none, or has what is not taken here; the message names the line.
     """
     try:
-        return yaml.load(text, _Plain)  # noqa: S506  (a SafeLoader)
+        return yaml.load(text, _Plain)
     except yaml.YAMLError as error:
         raise ValueError(f"it is not valid YAML: {quoted(' '.join(str(error).split()), 400)}") from None
     except (ValueError, OverflowError) as error:  # a date or a number that does not exist

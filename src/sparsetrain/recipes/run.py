@@ -271,7 +271,9 @@ def _check_plain(key: str, value: Any, annotation: Any) -> None:
     """
     if isinstance(value, bool) and annotation is not bool:
         raise ValueError(f"{key}={str(value).lower()}: that is no value of this key. Give {_takes(annotation)}.")
-    if isinstance(value, str) and (not value.strip() or "\0" in value or value != value.encode(errors="ignore").decode()):
+    if isinstance(value, str) and (
+        not value.strip() or "\0" in value or value != value.encode(errors="ignore").decode()
+    ):
         problem = "it is empty" if not value.strip() else "it holds characters that are no text"
         raise ValueError(f"{key}={shown(value)}: {problem}. Give {_takes(annotation)}.")
 

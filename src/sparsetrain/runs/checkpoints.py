@@ -17,6 +17,7 @@ from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.events import Report, silent
 from sparsetrain.runs.layout import PROGRESS, RESULT
 from sparsetrain.runs.manifest import MANIFEST, read_json, verify_manifest
+from sparsetrain.runs.places import check_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +103,9 @@ def check_data(checkpoint: Checkpoint, data: str) -> None:
 
 
 def check_output(output: str | Path, *, resume: bool) -> None:
-    """Raise ValueError if a new run would write into a folder that holds something."""
+    """Raise ValueError if a new run would write into a folder that holds something, or cannot write there."""
     output = Path(output)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output {output} is a file. Choose a folder.")
+    check_folder(output, "output")
     held = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
     if held and not resume:
         shown = ", ".join(held[:4]) + (", …" if len(held) > 4 else "")

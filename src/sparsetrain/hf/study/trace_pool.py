@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -48,6 +49,7 @@ def trace_all(recipes: list[Recipe], values: dict[str, Any], *, bf16: bool, gpu:
 
 
 def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent answers it
     torch.set_num_threads(1)  # the parent's threads are not here
 
 

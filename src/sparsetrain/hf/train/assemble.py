@@ -5,6 +5,7 @@ Cheap checks come first: a context that is too short or a size that does not div
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.events import Report
 from sparsetrain.surgery.method import edits_of, growth_of
 from sparsetrain.surgery.plan import Plan, plan
-from sparsetrain.surgery.support import check_support
+from sparsetrain.surgery.support import FEATURES, check_support, sharding_asked
 
 
 def open_parts(recipe: Recipe, report: Report, like: Recipe | None = None) -> Parts[Recipe]:
@@ -174,8 +175,12 @@ def pick_device(recipe: RunRecipe) -> torch.device:
     """The device that the recipe asks for.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: it is not there, or accelerate is asked to share the work among several.
     """
+    for feature, by in sharding_asked(os.environ).items():
+        raise ValueError(
+            f"{by} asks for {FEATURES[feature]}, and a run is trained on one device. Unset {by.split('=')[0]}."
+        )
     name = recipe.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
