@@ -49,7 +49,7 @@ def export(
     """
     from sparsetrain.hf.model.io import export as write
     from sparsetrain.hf.model.io import load, save
-    from sparsetrain.runs.checkpoints import check_output
+    from sparsetrain.runs.claim import check_output
     from sparsetrain.runs.sidecar import WRITTEN
 
     check_output(output, resume=False)

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from sparsetrain.core.fields import shown
+from sparsetrain.core.plain_files import regular_file
 from sparsetrain.core.quote import quoted
-from sparsetrain.core.regular import read_text
 
 MOST_BYTES = 2**18
 DEEPEST = 12
@@ -60,7 +60,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: no regular file, too large, no UTF-8, not YAML, no mapping.
     """
-    values = read_yaml(read_text(path, MOST_BYTES))
+    regular_file(path, MOST_BYTES, may_be_empty=True)
+    try:
+        values = read_yaml(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8") from None
     if not isinstance(values, dict):
         raise ValueError(f"it holds {type(values).__name__}, not `key: value` lines")
     if strange := [key for key in values if not isinstance(key, str)]:

@@ -214,7 +214,7 @@ class RunRecipe(BaseModel):
         try:
             values = read_mapping(path)
         except ValueError as error:
-            raise ValueError(f"recipe {quoted(str(path))} cannot be read: {error}.") from None
+            raise ValueError(f"recipe {quoted(str(path))} cannot be read: {str(error).rstrip('.')}.") from None
         for together in ({"steps", "epochs"}, {"preset", "methods"}):
             if together & set(changes or {}):
                 values = {key: value for key, value in values.items() if key not in together}

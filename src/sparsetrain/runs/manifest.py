@@ -19,6 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from sparsetrain.core.errors import CheckpointError
+from sparsetrain.core.files import scratch_of, sweep, sync, to_json, write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -27,36 +28,45 @@ FORMAT = 1
 
 @contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """A scratch folder beside `folder` that takes its place when the block ends, and vanishes if it raises."""
-    target = Path(folder)
+    """A scratch folder beside `folder` that takes its place when the block ends, and vanishes if it raises.
+
+    Raises:
+        ValueError: there is something in its place that was not written here.
+    """
+    target = Path(folder).resolve()  # a link stays, and what it points to is replaced
+    refuse_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.parent / f".{target.name}.tmp"  # one name, so that a killed run's leftovers are swept away
-    shutil.rmtree(scratch, ignore_errors=True)
+    sweep(target.parent)
+    scratch, replaced = scratch_of(target), scratch_of(target, "old")
     scratch.mkdir()
     try:
         yield scratch
         sync_folder(scratch)
-        replaced = target.parent / f".{target.name}.old"
-        shutil.rmtree(replaced, ignore_errors=True)
+        refuse_foreign(target)
         if target.exists():
             os.replace(target, replaced)
         os.replace(scratch, target)
-        _fsync(target.parent)
+        sync(target.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def refuse_foreign(folder: Path) -> None:
+    """Raise ValueError if a folder of ours is to be where something else is; an empty folder is nothing."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    about = json_in(folder / MANIFEST)
+    if not (isinstance(about, dict) and isinstance(about.get("files"), dict) and "format" in about):
+        raise ValueError(
+            f"{folder} is there already, and sparsetrain did not write it ({MANIFEST} is missing or of another "
+            "program), so it is not replaced. Move it away, or choose another folder."
+        )
+
+
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON by one rename."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write JSON by one rename; what is not finite becomes null."""
+    write_whole(path, to_json(value, indent=1) + "\n")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -74,6 +84,14 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return value
 
 
+def json_in(path: Path) -> Any:
+    """What a JSON file holds; None if there is none to read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
 def write_manifest(folder: str | Path, **entries: Any) -> None:
     """Record size and sha256 of every file of a folder, last, so that a folder with a manifest is whole."""
     folder = Path(folder)
@@ -81,7 +99,7 @@ def write_manifest(folder: str | Path, **entries: Any) -> None:
     paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST]
     files = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in paths}
     write_json(folder / MANIFEST, {"format": FORMAT, **entries, "files": files})
-    _fsync(folder)
+    sync(folder)
 
 
 def verify_manifest(folder: str | Path) -> dict[str, Any]:
@@ -112,7 +130,7 @@ def disk_errors(folder: str | Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         number = _disk_error(error, Path(folder))
-        if number is None:
+        if number is None or (isinstance(error, OSError) and error.filename):  # it names the file
             raise
         raise OSError(number, os.strerror(number), str(folder)) from error
 
@@ -139,17 +157,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def sync_folder(folder: str | Path) -> None:
     """Flush every file of a folder, and the folder, to the disk."""
     for path in Path(folder).rglob("*"):
         if path.is_file():
-            _fsync(path)
-    _fsync(Path(folder))
+            sync(path)
+    sync(Path(folder))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sparsetrain.core.config import plain_values
 from sparsetrain.core.errors import CheckpointError
+from sparsetrain.core.files import scratch_file
 from sparsetrain.runs.manifest import FORMAT, read_json, write_json
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.method import State
@@ -41,9 +41,8 @@ def write_sidecar(
     flat = {f"{site}/{name}": tensor.detach().cpu().clone().contiguous() for site, values in found.items()
             for name, tensor in values.items()}  # fmt: skip
     if handle is not None:
-        temporary = folder / f".{STATE}.tmp"
-        save_file(flat, str(temporary), metadata={"format": "pt"})
-        os.replace(temporary, folder / STATE)
+        with scratch_file(folder / STATE) as scratch:
+            save_file(flat, str(scratch), metadata={"format": "pt"})
     write_json(folder / SIDECAR, entries)
 
 

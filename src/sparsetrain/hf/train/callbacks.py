@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -252,11 +251,6 @@ class StepRecorder(TrainerCallback):
         }
         self.records.append(record)
         self.report({"event": "step", "steps": state.max_steps, **record})
-        if not math.isfinite(record["loss"]):
-            raise RuntimeError(
-                f"the loss is {record['loss']} after step {state.global_step}: training has diverged. Lower --lr, add "
-                "--warmup-steps, or keep more (keep_ratio, num_active). The last checkpoint is from before."
-            )
 
 
 def _now(device: torch.device) -> float:

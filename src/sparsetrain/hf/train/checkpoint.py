@@ -1,7 +1,7 @@
 """Completing transformers' own checkpoints.
 
-The Trainer writes `checkpoint-N` (weights, optimizer, scheduler, random states). After it, our callback adds the run's
-records and, last, the manifest (`runs.checkpoints` says what that means).
+The Trainer writes `checkpoint-N` (weights, optimizer, scheduler, random states). Before it, our callback marks the
+folder as ours; after it, it adds the run's records and, last, the manifest (`runs.checkpoints` says what that means).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparsetrain.recipes.run import RunRecipe
-from sparsetrain.runs.checkpoints import rotate
+from sparsetrain.runs.checkpoints import about_recipe, begin_checkpoint, complete_checkpoint, rotate
 from sparsetrain.runs.events import Report, silent
 from sparsetrain.runs.layout import PROGRESS, checkpoint_folder
-from sparsetrain.runs.manifest import write_json, write_manifest
+from sparsetrain.runs.manifest import write_json
 
 
 class CheckpointCallback(TrainerCallback):
@@ -26,7 +26,7 @@ class CheckpointCallback(TrainerCallback):
     Args:
         recipe: whose fingerprint a continuation must have.
         data: `data_fingerprint` of the training rows.
-        progress: called for what the run has recorded so far.
+        progress: (model, optimizer) -> what the run has recorded so far.
         place: step -> further entries of manifest and progress that say where in the run it is.
     """
 
@@ -34,23 +34,20 @@ class CheckpointCallback(TrainerCallback):
         self,
         recipe: RunRecipe,
         data: str,
-        progress: Callable[[], dict[str, Any]],
+        progress: Callable[[Any, Any], dict[str, Any]],
         report: Report = silent,
         place: Callable[[int], dict[str, Any]] = lambda _step: {},
     ) -> None:
         self.recipe, self.data, self.progress, self.report, self.place = recipe, data, progress, report, place
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save:  # now, before the Trainer writes
+            begin_checkpoint(checkpoint_folder(args.output_dir, state.global_step), self.recipe)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = checkpoint_folder(args.output_dir, state.global_step)
         place = self.place(state.global_step)
-        write_json(folder / PROGRESS, self.progress() | place)
-        write_manifest(
-            folder,
-            step=state.global_step,
-            fingerprint=self.recipe.fingerprint(),
-            training_values=self.recipe.training_values(),
-            data=self.data,
-            **place,
-        )
+        write_json(folder / PROGRESS, self.progress(kwargs["model"], kwargs["optimizer"]) | place)
+        complete_checkpoint(folder, state.global_step, **about_recipe(self.recipe), data=self.data, **place)
         rotate(folder.parent, self.recipe.keep_checkpoints)
         self.report({"event": "saved", "path": str(folder)})

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sparsetrain.hf.train.callbacks import StepRecorder
 from sparsetrain.hf.train.tasks import training_loss
-from sparsetrain.measure.memory import peak_memory, saved_activations
+from sparsetrain.measure.memory import peak_memory, saved_activations, static_memory
 from sparsetrain.measure.schema import Run, StageRecord
 from sparsetrain.runs.checkpoints import Checkpoint
 from sparsetrain.runs.events import Event, Report
@@ -76,21 +76,27 @@ class Journal:
             if found is not None:
                 self.run[key] = max(found, before or 0)  # type: ignore[literal-required]
 
-    def progress(self) -> dict[str, Any]:
-        """What a checkpoint stores, for `resumed` of a later run."""
+    def memory(self, model: Any, optimizer: Any) -> None:
+        """Record what the model and its training hold between two steps."""
+        self.run["static_bytes"] = static_memory(model, optimizer).to_dict()
+
+    def progress(self, model: Any, optimizer: Any) -> dict[str, Any]:
+        """What a checkpoint stores, for `resumed` of a later run; all of the run's records after the last step."""
+        self.memory(model, optimizer)
+        self.peaks(next(model.parameters()).device)
         return {"run": dict(self.run), "notes": list(self.notes)}
 
 
 class EvalCallback(TrainerCallback):
     """Evaluates every `every` steps (0: never), outside the timed part of a step."""
 
-    def __init__(self, evaluate_now: Callable[[], Quality], every: int, journal: Journal) -> None:
+    def __init__(self, evaluate_now: Callable[[int], Quality], every: int, journal: Journal) -> None:
         self.evaluate_now, self.every, self.journal = evaluate_now, every, journal
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         due = self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps
         if due and "loss" in (kwargs.get("logs") or {}):
-            quality = self.evaluate_now()
+            quality = self.evaluate_now(state.global_step)
             self.journal.point(quality, state.global_step)
             event = {"stage": f"step {state.global_step}", "metric": quality.metric, "value": quality.value}
             self.journal.report({"event": "quality", **event})

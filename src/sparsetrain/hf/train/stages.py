@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
@@ -112,11 +113,14 @@ def leave_entry(output: Path) -> None:
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Read a checkpoint's weights into its model.
+    """Read a checkpoint's weights into its model, or into the adapter on it.
 
     Raises:
         ValueError: it lacks a parameter.
     """
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(checkpoint), model.active_adapters[0], is_trainable=True)
+        return
     found: Weights = {}
     for path in sorted(checkpoint.glob("model*.safetensors")):
         found |= load_file(str(path))
