@@ -102,7 +102,7 @@ class Hollow(TorchDispatchMode):
         return tree_map_only(FakeTensor, lambda x: self._drawn(func, args, kwargs, x), out)
 
     def _as_bf16(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """A product by groups (a mixture of experts), whose meta kernel knows bf16 alone; real kernels know fp32 too."""
+        """A product by groups (a mixture of experts): its meta kernel knows bf16 alone, real ones know fp32 too."""
         halves = tree_map_only(Tensor, lambda x: x.bfloat16() if x.is_floating_point() else x, (args, kwargs))
         return func(*halves[0], **halves[1]).to(args[0].dtype)
 

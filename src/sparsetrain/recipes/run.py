@@ -214,7 +214,9 @@ class RunRecipe(BaseModel):
         try:
             values = read_mapping(path)
         except ValueError as error:
-            raise ValueError(f"recipe {quoted(str(path))} cannot be read: {str(error).rstrip('.')}.") from None
+            name = quoted(str(path))
+            why = str(error).removeprefix(f"{name} ").removeprefix("cannot be read: ").rstrip(".")
+            raise ValueError(f"recipe {name} cannot be read: {why}.") from None
         for together in ({"steps", "epochs"}, {"preset", "methods"}):
             if together & set(changes or {}):
                 values = {key: value for key, value in values.items() if key not in together}

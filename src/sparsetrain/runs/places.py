@@ -68,10 +68,10 @@ def _check_name(path: Path, what: str) -> None:
 
 def _kind(path: Path) -> str:
     """`absent`, `folder`, `a file`, or what else is there."""
-    if path.is_dir():
+    if os.path.isdir(path):  # these never raise, where a Path's own do for a name that is too long
         return "folder"
-    if path.is_symlink() and not path.exists():
+    if os.path.islink(path) and not os.path.exists(path):
         return "a symbolic link to nothing"
-    if path.exists():
-        return "a file" if path.is_file() else "a device or pipe"
+    if os.path.exists(path):
+        return "a file" if os.path.isfile(path) else "a device or pipe"
     return "absent"
