@@ -10,6 +10,7 @@ import typer
 from sparsetrain.cli.answer import Answer, table, to_json
 from sparsetrain.cli.flags import Debug, Json, RecipeFile, changes, takes
 from sparsetrain.cli.live import to_stderr
+from sparsetrain.core.files import write_whole
 
 Names = Annotated[
     str | None,
@@ -79,8 +80,8 @@ def bench(
     )
     output.mkdir(parents=True, exist_ok=True)
     data = found.to_dict()
-    (output / "bench.json").write_text(to_json(data) + "\n", encoding="utf-8")
-    (output / "measured.json").write_text(to_json(found.rates.to_dict()) + "\n", encoding="utf-8")
+    write_whole(output / "bench.json", to_json(data) + "\n")
+    write_whole(output / "measured.json", to_json(found.rates.to_dict()) + "\n")
     size = f"{asked.batch_size} x {asked.seq_len:,} tokens, {found.layers} of {found.model_layers} layers"
     columns = ["candidate", "verdict", "step, dense / ours", "quartiles", "part", "saved bytes"]
     written = f"Written: {output / 'bench.json'}, and {output / 'measured.json'} for sparsetrain plan."

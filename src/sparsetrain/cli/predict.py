@@ -11,6 +11,7 @@ from typing import Any
 from sparsetrain.cli.answer import Answer, table
 from sparsetrain.cli.live import to_stderr
 from sparsetrain.core.fields import shown
+from sparsetrain.core.files import write_whole
 
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "K": 1e3, "M": 1e6, "G": 1e9}
@@ -103,7 +104,7 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
         if place is not None:
             place.parent.mkdir(parents=True, exist_ok=True)
     if goal.write is not None and yaml is not None:
-        goal.write.write_text(yaml, encoding="utf-8")
+        write_whole(goal.write, yaml)
     if goal.plot is not None:
         from sparsetrain.planner.picture import draw
 

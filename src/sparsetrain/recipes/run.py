@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serial
 
 from sparsetrain.core.config import MethodConfig, plain_values, suggest, unknown
 from sparsetrain.core.fields import shown
+from sparsetrain.core.files import write_whole
 from sparsetrain.core.quote import quoted
 from sparsetrain.recipes.entries import read_methods, short_entry
 from sparsetrain.recipes.reading import read_mapping
@@ -232,7 +233,7 @@ class RunRecipe(BaseModel):
             self.model_dump(exclude_none=True, exclude={"resume"}), sort_keys=False, allow_unicode=True
         )
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write_whole(path, text)
         return text
 
     def training_values(self) -> dict[str, Any]:
