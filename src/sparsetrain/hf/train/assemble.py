@@ -103,6 +103,7 @@ def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...
     path = resolve_model(recipe.model, progress=lambda line: report({"event": "note", "text": line}))
     config = opening.open_config(path, recipe.model)
     check_context(recipe.seq_len, config, recipe.model)
+    models.check_lora_targets(recipe, config)
     models.drop_attention_dropout(config, lambda: models.empty_model(config, recipe.task), configs, report)
     return path, config
 
