@@ -272,6 +272,8 @@ def _check_plain(key: str, value: Any, annotation: Any) -> None:
 
     Bytes of an argument that are no text come as lone surrogates, and could not be written into recipe.yaml.
     """
+    if isinstance(value, bytes):
+        raise ValueError(f"{key}={shown(value)}: that is binary. Give {_takes(annotation)}.")
     if isinstance(value, bool) and annotation is not bool:
         raise ValueError(f"{key}={str(value).lower()}: that is no value of this key. Give {_takes(annotation)}.")
     if isinstance(value, str) and (
