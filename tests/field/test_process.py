@@ -37,6 +37,7 @@ def test_a_third_interrupt_ends_the_process() -> None:
     assert process.returncode == 130 and error == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of a process's memory")
 def test_a_limit_of_memory_is_out_of_memory(tmp_path: Path) -> None:
     code = (

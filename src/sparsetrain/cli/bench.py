@@ -61,12 +61,7 @@ def bench(
     from sparsetrain.recipes.finetune import Recipe
     from sparsetrain.runs.places import check_folder
 
-    if names is not None and not names.strip(", "):
-        raise ValueError("--methods is empty. Give all, or names with commas (`sparsetrain methods` lists them).")
-    if rounds is not None and not 3 <= rounds <= 10_000:
-        raise ValueError(f"--rounds {rounds}: fewer than 3 give no quartiles, and 10,000 are plenty. Give at least 3.")
-    if layers is not None and layers < 1:
-        raise ValueError(f"--layers {layers} runs no layer. Give at least 1.")
+    _check(names, rounds, layers)
     given = changes(flags)
     asked = Recipe.from_yaml(recipe, given) if recipe else Recipe.from_values({"data": RANDOM, "methods": [], **given})
     chosen = candidates(names or ("" if asked.configs else "all"), asked.configs)
@@ -95,6 +90,15 @@ def bench(
             written,
         ],
     )
+
+
+def _check(names: str | None, rounds: int | None, layers: int | None) -> None:
+    if names is not None and not names.strip(", "):
+        raise ValueError("--methods is empty. Give all, or names with commas (`sparsetrain methods` lists them).")
+    if rounds is not None and not 3 <= rounds <= 10_000:
+        raise ValueError(f"--rounds {rounds}: fewer than 3 give no quartiles, and 10,000 are plenty. Give at least 3.")
+    if layers is not None and layers < 1:
+        raise ValueError(f"--layers {layers} runs no layer. Give at least 1.")
 
 
 def _row(outcome: Any) -> list[str]:

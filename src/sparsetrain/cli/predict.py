@@ -57,25 +57,15 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
         goal: what was asked of the plan.
         given_methods: the recipe's own methods are compared with dense training, in place of every method.
     """
-    from sparsetrain.core.config import suggest
     from sparsetrain.hf.assets import cache_folder
     from sparsetrain.hf.model.model_config import read_config
     from sparsetrain.hf.study.predict import predictor_of
     from sparsetrain.planner.candidates import dense_and, recipe_yaml
     from sparsetrain.planner.machines import machine_rates
     from sparsetrain.planner.predictor import predict
-    from sparsetrain.planner.search import GOALS, Question
-    from sparsetrain.runs.places import check_file
+    from sparsetrain.planner.search import Question
 
-    for name, value, choices in (("--goal", goal.goal, GOALS), ("--fit", goal.fit, ("seq", "batch"))):
-        if value is not None and value not in choices:
-            raise ValueError(
-                f"{name} {shown(value)} is unknown.{suggest(value, choices)} Choose from {', '.join(choices)}."
-            )
-    if goal.write is not None:
-        check_file(goal.write, "--write", (".yaml", ".yml"))
-    if goal.plot is not None:
-        check_file(goal.plot, "--plot", (".png", ".svg", ".pdf"))
+    _check(goal)
     rates = machine_rates("cpu" if goal.gpu is None else goal.gpu)
     memory = rates.memory_bytes if goal.memory is None else parse_bytes(goal.memory)
     if goal.fit and memory is None:
@@ -110,6 +100,22 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
 
         draw(found, goal.plot, title=f"{model.name}, {question.tokens:,} tokens, batch {question.batch}", limit=memory)
     return _shown(found, predictor, goal, memory, yaml)
+
+
+def _check(goal: Goal) -> None:
+    from sparsetrain.core.config import suggest
+    from sparsetrain.planner.search import GOALS
+    from sparsetrain.runs.places import check_file
+
+    for name, value, choices in (("--goal", goal.goal, GOALS), ("--fit", goal.fit, ("seq", "batch"))):
+        if value is not None and value not in choices:
+            raise ValueError(
+                f"{name} {shown(value)} is unknown.{suggest(value, choices)} Choose from {', '.join(choices)}."
+            )
+    if goal.write is not None:
+        check_file(goal.write, "--write", (".yaml", ".yml"))
+    if goal.plot is not None:
+        check_file(goal.plot, "--plot", (".png", ".svg", ".pdf"))
 
 
 def to_stderr_line(line: str) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
@@ -22,6 +22,7 @@ from sparsetrain.core.quote import quoted
 from sparsetrain.recipes.entries import read_methods, short_entry
 from sparsetrain.recipes.reading import read_mapping
 from sparsetrain.recipes.tasks import offered
+from sparsetrain.recipes.values import check_plain, problem_of
 
 # what may differ between a run and its continuation: where and how often things are written, how progress is watched
 NOT_TRAINING = frozenset(
@@ -124,7 +125,7 @@ class RunRecipe(BaseModel):
             if key not in known:
                 raise ValueError(unknown("key", key, sorted(known)))
         for key, value in values.items():
-            _check_plain(key, value, cls.model_fields[key].annotation)
+            check_plain(key, value, cls.model_fields[key].annotation)
         if values.get("methods") is None:
             values.pop("methods", None)
             preset = preset or cls.default_preset
@@ -198,7 +199,7 @@ class RunRecipe(BaseModel):
         except ValidationError as error:
             problems: dict[str, list[str]] = {}
             for entry in error.errors():
-                what, message = _problem(entry)
+                what, message = problem_of(entry)
                 problems.setdefault(what, []).append(message)
             raise ValueError("\n".join(what + " or ".join(found) for what, found in problems.items())) from None
 
@@ -265,37 +266,3 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     for i, entry in enumerate(methods):
         found |= {f"methods.{i}.{entry['method']}.{key}": value for key, value in entry.items() if key != "method"}
     return found
-
-
-def _check_plain(key: str, value: Any, annotation: Any) -> None:
-    """Raise ValueError for what pydantic would take, and nobody means: true for a number, text that is no file's name.
-
-    Bytes of an argument that are no text come as lone surrogates, and could not be written into recipe.yaml.
-    """
-    if isinstance(value, bytes):
-        raise ValueError(f"{key}={shown(value)}: that is binary. Give {_takes(annotation)}.")
-    if isinstance(value, bool) and annotation is not bool:
-        raise ValueError(f"{key}={str(value).lower()}: that is no value of this key. Give {_takes(annotation)}.")
-    if isinstance(value, str) and (
-        not value.strip() or "\0" in value or value != value.encode(errors="ignore").decode()
-    ):
-        problem = "it is empty" if not value.strip() else "it holds characters that are no text"
-        raise ValueError(f"{key}={shown(value)}: {problem}. Give {_takes(annotation)}.")
-
-
-def _takes(annotation: Any) -> str:
-    kinds = get_args(annotation) or (annotation,)
-    says = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    found = [says[kind] for kind in kinds if kind in says] or [str(kind) for kind in kinds if isinstance(kind, str)]
-    return " or ".join(found) or "what `--help` says"
-
-
-def _problem(entry: Any) -> tuple[str, str]:
-    """(the key and what was found, what is allowed) for one of pydantic's errors."""
-    message = str(entry["msg"])
-    if entry["type"] == "value_error":
-        return "", message.removeprefix("Value error, ")
-    key = str(entry["loc"][0])
-    if entry["type"] == "missing":
-        return f"{key} is missing. ", f"Give it in the recipe file or as --{key.replace('_', '-')}."
-    return f"{key}={shown(entry['input'])}: ", f"{message[0].lower()}{message[1:]}"
