@@ -91,6 +91,13 @@ def test_advice_names_flags_that_the_command_has() -> None:
         assert all(word in message for word in there) and not any(word in message for word in absent), message
 
 
+def test_keys_of_a_recipe_are_told_as_flags() -> None:
+    error = thrown(ValueError("seq_len=9 and eval_tokens=1 do not fit. Lower seq_len."))
+    message = explain(error, flags_of(["finetune"])).message
+    assert message.endswith(" On the command line seq_len is --seq-len, eval_tokens is --eval-tokens.")
+    assert explain(error, flags_of(["export"])).message == str(error)
+
+
 def test_json_is_plain() -> None:
     nan = float("nan")
     written = json.loads(to_json({"a": nan, "b": [float("inf"), 1.5], "c": Path("x"), "d": (1,), 3: None}))

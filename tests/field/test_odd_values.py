@@ -171,6 +171,9 @@ def test_recipes_that_are_no_regular_files(tmp_path: Path) -> None:
 def test_values_of_set(value: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         PretrainRecipe.from_values({"model": "gpt2-nano", "data": "d", "set": [value]})
+    for odd in (NAN, INF, [1, NAN], {"b": object()}):
+        with pytest.raises(ValueError, match="set="):
+            PretrainRecipe.from_values({"model": "gpt2-nano", "data": "d", "set": {"a": odd}})
     with pytest.raises(ValueError, match="twice"):
         PretrainRecipe.from_values({"model": "gpt2-nano", "data": "d", "set": ["a=1", "a=2"]})
 

@@ -91,7 +91,7 @@ def explain(error: BaseException, flags: Container[str] | None = None) -> Failur
     if type(error).__module__.startswith("pydantic"):
         return _bad(_pydantic(error))
     if isinstance(error, ValueError) and library in ("sparsetrain", "pydantic", "yaml"):
-        return _bad(text)
+        return _bad(text + _as_flags(text, flags or ()))
     if type(error).__module__.startswith("yaml"):
         return _bad(f"The recipe is not valid YAML: {' '.join(text.split())}. Correct the file at that place.")
     if isinstance(error, ImportError) and not (error.name or "").startswith("sparsetrain"):
@@ -105,6 +105,14 @@ def explain(error: BaseException, flags: Container[str] | None = None) -> Failur
         f"The run stopped{where}: {type(error).__name__}: {_first_line(text)} "
         "Run again with --debug for the traceback; if the fault is ours, please report it with that."
     )
+
+
+def _as_flags(text: str, flags: Container[str]) -> str:
+    """How the command spells the recipe's keys that a message names."""
+    keys = dict.fromkeys(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", text[:LONGEST_MESSAGE]))
+    pairs = ((key, f"--{key.replace('_', '-')}") for key in keys)
+    said = [f"{key} is {flag}" for key, flag in pairs if flag in flags and flag not in text]
+    return f" On the command line {', '.join(said)}." if said else ""
 
 
 def _is_memory(error: BaseException, text: str) -> bool:

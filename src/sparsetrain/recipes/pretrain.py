@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -78,6 +79,15 @@ class PretrainRecipe(RunRecipe):
             except ValueError as error:
                 raise ValueError(f"set {shown(entry)}: {error}.") from None
         return found
+
+    @field_validator("set")
+    @classmethod
+    def _finite(cls, given: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(given, allow_nan=False).encode()
+        except (ValueError, TypeError):
+            raise ValueError(f"set={shown(given)} holds what is no text, finite number or list of them.") from None
+        return given
 
     @model_validator(mode="after")
     def _schedule(self) -> Self:
