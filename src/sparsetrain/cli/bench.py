@@ -60,16 +60,19 @@ def bench(
     from sparsetrain.hf.study.bench import bench as measure
     from sparsetrain.recipes.finetune import Recipe
     from sparsetrain.runs.claim import writing_into
+    from sparsetrain.runs.places import check_folder
 
+    _check(names, rounds, layers)
     given = changes(flags)
     asked = Recipe.from_yaml(recipe, given) if recipe else Recipe.from_values({"data": RANDOM, "methods": [], **given})
     chosen = candidates(names or ("" if asked.configs else "all"), asked.configs)
+    check_folder(output, "--output")
     with writing_into(output):
         found = measure(
             asked,
             chosen,
-            rounds=rounds or (3 if quick else 5),
-            layers=layers or (QUICK_LAYERS if quick else None),
+            rounds=(3 if quick else 5) if rounds is None else rounds,
+            layers=(QUICK_LAYERS if quick else None) if layers is None else layers,
             report=to_stderr,
         )
         data = found.to_dict()
@@ -88,6 +91,15 @@ def bench(
             written,
         ],
     )
+
+
+def _check(names: str | None, rounds: int | None, layers: int | None) -> None:
+    if names is not None and not names.strip(", "):
+        raise ValueError("--methods is empty. Give all, or names with commas (`sparsetrain methods` lists them).")
+    if rounds is not None and not 3 <= rounds <= 10_000:
+        raise ValueError(f"--rounds {rounds}: fewer than 3 give no quartiles, and 10,000 are plenty. Give at least 3.")
+    if layers is not None and layers < 1:
+        raise ValueError(f"--layers {layers} runs no layer. Give at least 1.")
 
 
 def _row(outcome: Any) -> list[str]:

@@ -151,9 +151,6 @@ def changes(flags: dict[str, Any]) -> dict[str, Any]:
     Two pairs are one choice each, so that a flag replaces both of the file's: steps or epochs, preset or methods.
     """
     given = {key: value for key, value in flags.items() if value is not None and value != []}
-    targets = given.get("lora_targets")
-    if targets is not None and targets != "all-linear":
-        given["lora_targets"] = [name.strip() for name in targets.split(",") if name.strip()]
     for one, other in (("steps", "epochs"), ("preset", "methods")):
         if (one in given) != (other in given):
             given[other if one in given else one] = None

@@ -7,6 +7,7 @@ the stack of whoever parses it.
 from __future__ import annotations
 
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def regular_file(path: str | Path, most_bytes: int | None = None, *, may_be_empt
     try:
         found = path.stat()
     except (OSError, ValueError) as error:
-        broken = "is a link that leads nowhere" if path.is_symlink() else "cannot be read"
+        broken = "is a link that leads nowhere" if os.path.islink(path) else "cannot be read"
         raise ValueError(f"{shown} {broken}: {quoted(getattr(error, 'strerror', None) or str(error))}.") from None
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{shown} is no regular file (a folder, a named pipe or a device). Put the file itself there.")

@@ -22,6 +22,7 @@ from sparsetrain.runs.finite import not_finite
 from sparsetrain.runs.layout import PROGRESS
 from sparsetrain.runs.lock import LOCK
 from sparsetrain.runs.manifest import FORMAT, MANIFEST, json_in, read_json, verify_manifest, write_json, write_manifest
+from sparsetrain.runs.places import check_folder
 
 MARK = "sparsetrain.json"
 """In each checkpoint: the recipe that it is of."""
@@ -178,10 +179,9 @@ def check_data(checkpoint: Checkpoint, data: str) -> None:
 
 
 def check_output(output: str | Path, *, resume: bool) -> None:
-    """Raise ValueError if a new run would write into a folder that holds something."""
+    """Raise ValueError if a new run would write into a folder that holds something, or cannot write there."""
     output = Path(output)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output {output} is a file. Choose a folder.")
+    check_folder(output, "output")
     held = held_in(output)
     if held and not resume:
         shown = ", ".join(held[:4]) + (", …" if len(held) > 4 else "")

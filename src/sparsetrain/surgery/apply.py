@@ -41,6 +41,7 @@ class Handle:
     _installed: list[tuple[Edit, Site]] = field(default_factory=list, repr=False)
     _schedules: list[Schedule] = field(default_factory=list, repr=False)
     _unattended: Unattended | None = field(default=None, repr=False)
+    _driven: bool = field(default=True, repr=False)
 
     @property
     def configs(self) -> tuple[MethodConfig, ...]:
@@ -83,6 +84,9 @@ class Handle:
             self._unattended.attended()
         for edit in self.plan.edits if self._installed else ():
             _refuse_copies(self.model, edit, self.modules_to_save)
+        if not self._driven and self.active:  # it may have been sharded since the conversion
+            check_support(self.configs, describe(self.model), features_of(self.model))
+            self._driven = True
         for _, module in self._installed:
             module.set_step(step, total_steps, loss_scale)
         return [line for schedule in self._schedules for line in schedule.advance(step, total_steps)]
@@ -232,6 +236,7 @@ def sparsify(
     finally:
         torch.random.set_rng_state(rng)
     handle.step(0)
+    handle._driven = False
     if handle._schedules or any(type(module).set_step is not Site.set_step for _, module in handle._installed):
         handle._unattended = Unattended(model, [config.method for config in configs])
     return handle

@@ -31,6 +31,6 @@ def predictor_of(
         from sparsetrain.hf.study.trace_pool import trace_all
 
         make_config(model.values, model.name)  # a model that cannot be made is an error, and no refusal of a recipe
-        return trace_all(recipes, model.values, bf16=bf16, gpu=gpu)
+        return trace_all(recipes, model, bf16=bf16, gpu=gpu)
 
     return Predictor(model, base, Tracer(one=one, several=several), bf16=bf16, cache=cache, gpu=gpu)

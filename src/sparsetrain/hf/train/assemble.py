@@ -5,6 +5,7 @@ Cheap checks come first: a context that is too short or a size that does not div
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.events import Report
 from sparsetrain.surgery.method import edits_of, growth_of
 from sparsetrain.surgery.plan import Plan, plan
-from sparsetrain.surgery.support import check_support
+from sparsetrain.surgery.support import FEATURES, check_support, sharding_asked
 
 
 def open_parts(recipe: Recipe, report: Report, like: Recipe | None = None) -> Parts[Recipe]:
@@ -106,6 +107,7 @@ def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...
     path = resolve_model(recipe.model, progress=lambda line: report({"event": "note", "text": line}))
     config = opening.open_config(path, recipe.model)
     check_context(recipe.seq_len, config, recipe.model)
+    models.check_lora_targets(recipe, config)
     models.drop_attention_dropout(config, lambda: models.empty_model(config, recipe.task), configs, report)
     return path, config
 
@@ -159,8 +161,12 @@ def pick_device(recipe: RunRecipe) -> torch.device:
     """The device that the recipe asks for.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: it is not there, or accelerate is asked to share the work among several.
     """
+    for feature, by in sharding_asked(os.environ).items():
+        raise ValueError(
+            f"{by} asks for {FEATURES[feature]}, and a run is trained on one device. Unset {by.split('=')[0]}."
+        )
     name = recipe.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -18,7 +19,7 @@ from sparsetrain.runs.events import Report, log_note, silent
 from sparsetrain.runs.layout import checkpoint_folder
 from sparsetrain.runs.sidecar import write_sidecar
 from sparsetrain.surgery.apply import Handle
-from sparsetrain.surgery.support import check_support
+from sparsetrain.surgery.support import check_support, features_of
 
 
 class SparsityCallback(TrainerCallback):
@@ -55,11 +56,11 @@ class SparsityCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        asked = asked_of_trainer(args) | features_of(kwargs.get("model") or self.handle.model)
+        check_support(self.handle.configs, describe(self.handle.model), asked)
         check_forwards(self.handle)
         check_trainable(self.handle)
         check_arguments(self.handle, args)
-        if getattr(args, "fsdp", None):
-            check_support(self.handle.configs, describe(self.handle.model), ["fsdp2"])
         if args.fp16 and not args.max_grad_norm and self.handle.adjusts_gradients:
             raise ValueError(
                 "fp16 without clipping leaves the gradients scaled until the optimizer step, and a method adds a decay "
@@ -109,6 +110,26 @@ class SparsityCallback(TrainerCallback):
         if at is not None and at != self._restarted:
             restart_schedule(scheduler, at, state.global_step)
             self._restarted = at
+
+
+def asked_of_trainer(args: TrainingArguments) -> dict[str, str]:
+    """What the Trainer's arguments, or the accelerate that it made, ask for: feature -> what asks."""
+    found = {
+        feature: f"TrainingArguments({name}=…)"
+        for name, feature in (("fsdp", "fsdp2"), ("deepspeed", "deepspeed"))
+        if getattr(args, name, None)
+    }
+    made = getattr(args, "parallelism_config", None), AcceleratorState._shared_state.get("parallelism_config")
+    for config in filter(None, made):
+        for name, feature in (
+            ("dp_shard_size", "fsdp2"),
+            ("tp_size", "tensor_parallel"),
+            ("cp_size", "context_parallel"),
+            ("sp_size", "context_parallel"),
+        ):
+            if (getattr(config, name, None) or 1) > 1:
+                found[feature] = f"ParallelismConfig({name}={getattr(config, name)})"
+    return found
 
 
 def gradient_scale(optimizer: Any) -> float:

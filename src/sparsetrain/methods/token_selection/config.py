@@ -54,8 +54,6 @@ class TokenSelection(MethodConfig, method="token_selection"):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        value = (self.always_keep,) if isinstance(self.always_keep, str) else tuple(self.always_keep)
-        object.__setattr__(self, "always_keep", value)
         if self.keep_ratio is None and self.num_tokens is None:
             object.__setattr__(self, "keep_ratio", 0.3)
         super().__post_init__()
