@@ -18,7 +18,7 @@ from sparsetrain.ops.attention_patterns.maps import MapSums
 from sparsetrain.ops.block_sparse_attention import block_sparse_attention
 from sparsetrain.ops.block_sparse_attention.phantom import add_phantom_zeros
 from sparsetrain.ops.block_sparse_attention.reference import masked_attention
-from sparsetrain.ops.segments import align_segments
+from sparsetrain.ops.segments import align_segments, places_in_segments
 from sparsetrain.surgery.attention import AttentionCall, SparseAttention
 
 STATE = ("mask", "mean_map", "filtered_map", "seen", "reference_map", "history", "switched")
@@ -118,8 +118,10 @@ class FloodFillSparseAttention(SparseAttention):
         """[b, h, t, d]."""
         if self.mask is None or self.runs_dense:
             return call.dense()
-        if call.q.shape[2] != call.k.shape[2]:
-            return self._decode(call)
+        decoding = call.q.shape[2] != call.k.shape[2]
+        return self._decode(call) if decoding else call.with_padding(self._by_block(call))
+
+    def _by_block(self, call: AttentionCall) -> Tensor:
         config, block, aligned = self.config, self.config.block_tokens, None
         if call.segments is not None and not _starts_at_blocks(call.segments, block):
             aligned = align_segments(call.segments, block)
@@ -159,8 +161,8 @@ class FloodFillSparseAttention(SparseAttention):
         t, s = q.shape[2], k.shape[2]
         position = torch.arange(s, device=q.device)
         ids = torch.ones(1, s, dtype=torch.int32, device=q.device) if segments_bs is None else segments_bs
-        begins = F.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
-        block = (position - torch.where(begins, position, 0).cummax(1).values) // self.config.block_tokens
+        place = places_in_segments(ids)[0] if call.places is None else call.places
+        block = place.clamp(min=0) // self.config.block_tokens
         mask = fit_pattern(self.mask, int(block[ids > 0].max()) + 1, self.config.extend)
         distance = position[s - t :, None] - position
         visible = (ids[:, s - t :, None] == ids[:, None]) & (ids[:, s - t :, None] > 0)
@@ -176,10 +178,11 @@ class FloodFillSparseAttention(SparseAttention):
 
 
 def _starts_at_blocks(segments_bs: Tensor, block: int) -> bool:
-    """Does every sequence begin at a block boundary? Rows padded on the right do, and need not be moved."""
-    begins = F.pad(segments_bs[:, 1:] != segments_bs[:, :-1], (1, 0), value=True) & (segments_bs > 0)
-    begins[:, ::block] = False
-    return not bool(begins.any())
+    """Does every sequence begin at a block boundary, without padding inside? Rows padded on the right need no move."""
+    place, starts = places_in_segments(segments_bs)
+    starts[:, ::block] = False
+    after_padding = F.pad(segments_bs[:, :-1] == 0, (1, 0)) & (segments_bs > 0) & (place > 0)
+    return not bool((starts | after_padding).any())
 
 
 def _sequence_blocks(

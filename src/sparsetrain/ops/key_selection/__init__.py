@@ -81,7 +81,7 @@ def select_keys(
         num_levels = 4 if selection == "bucket4" else codebook_gmew.shape[1] + 1
     rule = keys.Rule(visibility, selection, local_tokens, keep_first)
     run = _RUN[choose("key_selection", backend, {"torch": None, "reference": None})]
-    seq = sequences(visibility.segments_bs, len(k_bgsd), k_bgsd.shape[2], k_bgsd.device)
+    seq = sequences(visibility, len(k_bgsd), k_bgsd.shape[2], k_bgsd.device)
     return run(left, right, num_keys_bt, num_levels, rule, seq)
 
 
@@ -164,3 +164,4 @@ def _check(q: Tensor, k: Tensor, codebook: Tensor | None, score: str, visibility
     if codebook is None and score in ("match_count", "table"):
         raise ValueError(f"score={score!r} compares codes. Pass a codebook [{k.shape[1]} or 1, m, e, w].")
     check_segments(visibility.segments_bs, k)
+    check_segments(visibility.places_bs, k)
