@@ -56,17 +56,19 @@ class AttentionCall:
         return replace(self, q=q, k=k, v=v, segments=aligned.segments_bw, looks_at=None, places=None)
 
     def with_padding(self, out: Tensor) -> Tensor:
-        """out [b, h, t, d] of a sparse attention, with dense attention in padding that begins a row of an encoder.
+        """out [b, h, t, d] of a sparse attention of whole sequences, with dense attention in padding that is read.
 
-        A classifier reads its first row, whatever stands there, and transformers lets that row see every token. Other
-        padding is read by nothing and keeps what the sparse attention gave it.
+        A classifier reads its first row and a language model predicts a token from the row before it, whatever stands
+        there, and transformers lets these rows see tokens. Padding that ends a row is read by nothing and keeps what
+        the sparse attention gave it, as padding that begins a causal row does, which sees nothing.
         """
-        if self.causal or self.segments is None or self.q.shape[2] != self.k.shape[2]:
+        if self.segments is None or self.q.shape[2] != self.k.shape[2]:
             return out
-        leading_bt = self.segments.cumsum(1) == 0
-        if not leading_bt.any():
-            return out
-        return torch.where(leading_bt[:, None, :, None], self.dense(), out)
+        valid_bt = self.segments > 0
+        read_bt = ~valid_bt & (valid_bt.flip(1).cumsum(1).flip(1) > 0)
+        if self.causal:
+            read_bt &= valid_bt.cumsum(1) > 0
+        return torch.where(read_bt[:, None, :, None], self.dense(), out) if read_bt.any() else out
 
 
 StandIn = Callable[[AttentionCall], Tensor]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import output_capturing
 
 from sparsetrain.core.anatomy import Undo
 from sparsetrain.core.errors import Unsupported
@@ -17,6 +18,8 @@ from sparsetrain.hf.model.attention_mask import keys_of, sequences_mask, visible
 from sparsetrain.surgery.attention import AttentionCall, stand_in_of
 
 NAME = "sparsetrain_attention"
+_COLLECTED = getattr(output_capturing, "_active_collector", None)
+"""Names of what the forward that runs collects of its layers, in transformers 5."""
 
 
 def install_attention(model: nn.Module) -> Undo:
@@ -47,7 +50,17 @@ def attention_function(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: query [b, h, t, d], key and value [b, g, s, d] -> ([b, t, h, d], None)."""
+    """Attention as transformers calls it: query [b, h, t, d], key and value [b, g, s, d] -> ([b, t, h, d], None).
+
+    Raises:
+        ValueError: attention maps are asked for.
+        Unsupported: a sparse attention is asked for what it cannot do: a custom mask, dropout.
+    """
+    if _COLLECTED is not None and "attentions" in (_COLLECTED.get() or ()):
+        raise ValueError(
+            "output_attentions=True asks for attention maps, and a converted model forms none. Leave it out; for maps, "
+            "load the model unconverted with attn_implementation='eager'."
+        )
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # under autocast with fp32 weights, rotary embeddings leave q and k in fp32 beside a bf16 v

@@ -138,7 +138,8 @@ def select_blocks(
     if min(block_q, block_k, num_probes) < 1:
         raise ValueError(f"block_q={block_q}, block_k={block_k}, num_probes={num_probes}: give at least 1 of each.")
     rule = blocks.BlockRule(visibility, block_q, block_k, scale, score, distance, local_tokens, keep_first, num_probes)
-    return blocks.select(q_bhtd, k_bgsd, codebook_gmew, num_slots_bi, rule)
+    with torch.autocast(q_bhtd.device.type, enabled=False):  # it would rank blocks by bf16 scores
+        return blocks.select(q_bhtd, k_bgsd, codebook_gmew, num_slots_bi, rule)
 
 
 def _check_selection(score: str, selection: str, codebook: Tensor | None) -> None:
