@@ -18,7 +18,7 @@ from sparsetrain.ops.attention_patterns.maps import MapSums
 from sparsetrain.ops.block_sparse_attention import block_sparse_attention
 from sparsetrain.ops.block_sparse_attention.phantom import add_phantom_zeros
 from sparsetrain.ops.block_sparse_attention.reference import masked_attention
-from sparsetrain.ops.segments import align_segments, places_in_segments
+from sparsetrain.ops.segments import align_segments, has_gaps, places_in_segments
 from sparsetrain.surgery.attention import AttentionCall, SparseAttention
 
 STATE = ("mask", "mean_map", "filtered_map", "seen", "reference_map", "history", "switched")
@@ -118,8 +118,11 @@ class FloodFillSparseAttention(SparseAttention):
         """[b, h, t, d]."""
         if self.mask is None or self.runs_dense:
             return call.dense()
-        decoding = call.q.shape[2] != call.k.shape[2]
-        return self._decode(call) if decoding else call.with_padding(self._by_block(call))
+        if call.q.shape[2] != call.k.shape[2]:
+            return self._by_mask(call)
+        # a window counts padding inside a sequence, which has no place in a block
+        gaps = call.window is not None and call.segments is not None and has_gaps(call.segments)
+        return call.with_padding(self._by_mask(call) if gaps else self._by_block(call))
 
     def _by_block(self, call: AttentionCall) -> Tensor:
         config, block, aligned = self.config, self.config.block_tokens, None
@@ -154,8 +157,8 @@ class FloodFillSparseAttention(SparseAttention):
             self._lists[key] = block_lists(fit_pattern(self.mask, num_blocks, self.config.extend))
         return self._lists[key]
 
-    def _decode(self, call: AttentionCall) -> Tensor:
-        """A few queries at the end of cached keys: the same pattern, as an explicit mask of t * s pairs."""
+    def _by_mask(self, call: AttentionCall) -> Tensor:
+        """The same pattern as an explicit mask of t * s pairs, for a few queries at the end of cached keys."""
         assert self.mask is not None
         q, k, segments_bs = call.q, call.k, call.segments
         t, s = q.shape[2], k.shape[2]
@@ -179,10 +182,9 @@ class FloodFillSparseAttention(SparseAttention):
 
 def _starts_at_blocks(segments_bs: Tensor, block: int) -> bool:
     """Does every sequence begin at a block boundary, without padding inside? Rows padded on the right need no move."""
-    place, starts = places_in_segments(segments_bs)
+    starts = places_in_segments(segments_bs)[1]
     starts[:, ::block] = False
-    after_padding = F.pad(segments_bs[:, :-1] == 0, (1, 0)) & (segments_bs > 0) & (place > 0)
-    return not bool((starts | after_padding).any())
+    return not bool(starts.any()) and not has_gaps(segments_bs)
 
 
 def _sequence_blocks(

@@ -15,7 +15,7 @@ from sparsetrain.methods.pq_attention.config import SUBSPACE, PQAttention
 from sparsetrain.ops.block_sparse_attention import block_sparse_attention
 from sparsetrain.ops.key_selection import Visibility, select_blocks, select_keys
 from sparsetrain.ops.product_quantization import codebook_loss
-from sparsetrain.ops.segments import align_segments, places_in_segments
+from sparsetrain.ops.segments import align_segments, has_gaps, places_in_segments
 from sparsetrain.ops.token_sparse_attention import token_sparse_attention
 from sparsetrain.surgery.attention import AttentionCall, SparseAttention
 from sparsetrain.surgery.auxiliary import attach_loss
@@ -78,8 +78,7 @@ class PQSparseAttention(SparseAttention):
         longest = num_keys if call.places is None else int(call.places.max()) + 1  # with what a cache has dropped
         everything = self._kept(longest) >= longest
         by_block = self.config.granularity == "block"
-        decoding = by_block and call.q.shape[2] != num_keys
-        if self.warming_up or decoding or (everything and self.config.logit_clamp is None):
+        if self.warming_up or (by_block and _needs_dense(call)) or (everything and self.config.logit_clamp is None):
             out = call.dense()
         else:
             out = call.with_padding(self._by_block(call) if by_block else self._by_token(call))
@@ -166,3 +165,10 @@ class PQSparseAttention(SparseAttention):
         loss = loss + codebook_loss(k, codewords, self.config.distance, valid)
         self.last["codebook_loss"] = loss.detach()
         return attach_loss(out, loss, weight * self.loss_scale)
+
+
+def _needs_dense(call: AttentionCall) -> bool:
+    """Queries at the end of cached keys, or a window that counts padding inside a sequence: blocks have no such place."""
+    if call.q.shape[2] != call.k.shape[2]:
+        return True
+    return call.window is not None and call.segments is not None and has_gaps(call.segments)

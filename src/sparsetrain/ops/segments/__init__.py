@@ -51,6 +51,13 @@ def places_in_segments(segments_bs: Tensor) -> tuple[Tensor, Tensor]:
     return rank - torch.where(starts, rank, 0).cummax(1).values, starts
 
 
+def has_gaps(segments_bs: Tensor) -> bool:
+    """Is there padding inside a segment?"""
+    place, _ = places_in_segments(segments_bs)
+    after_padding = F.pad(segments_bs[:, :-1] == 0, (1, 0)) & (segments_bs > 0)
+    return bool((after_padding & (place > 0)).any())
+
+
 def align_segments(segments_bs: Tensor, multiple: int) -> Aligned:
     """Give every segment a place that starts at a multiple of `multiple`.
 
