@@ -14,7 +14,7 @@ from transformers.utils import output_capturing
 
 from sparsetrain.core.anatomy import Undo
 from sparsetrain.core.errors import Unsupported
-from sparsetrain.hf.model.attention_mask import keys_of, sequences_mask, visible_mask
+from sparsetrain.hf.model.attention_mask import is_ours, keys_of, sequences_mask, visible_mask
 from sparsetrain.surgery.attention import AttentionCall, stand_in_of
 
 NAME = "sparsetrain_attention"
@@ -70,9 +70,11 @@ def attention_function(
     key, value = key[:, :, :num_keys], value[:, :, :num_keys]
     window = sliding_window if sliding_window is not None and sliding_window < num_keys else None
 
+    custom = attention_mask is not None and not is_ours(attention_mask)
+
     def dense() -> Tensor:
-        mask = attention_mask if attention_mask is not None and attention_mask.ndim == 4 else None
-        if mask is None:
+        mask = attention_mask
+        if not custom:
             mask = visible_mask(tokens, num_keys, segments, looks_at, causal, window, query.device)
         out, _ = sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scale, is_causal=causal and mask is None
@@ -82,7 +84,7 @@ def attention_function(
     stand_in = stand_in_of(module)
     if stand_in is None:
         return dense().transpose(1, 2).contiguous(), None
-    if attention_mask is not None and attention_mask.ndim == 4:
+    if attention_mask is not None and custom:
         raise Unsupported(
             f"sparse attention was given a custom 4-D mask of shape {tuple(attention_mask.shape)}. It takes padding "
             "masks [batch, tokens], packed position_ids and sliding windows. Give it one of these."

@@ -1,7 +1,8 @@
 """The mask function: what transformers hands to our attention function as `attention_mask`.
 
-For every key its sequence and its place there, [b, s, 2]: 2n numbers where the built-in masks hold n². Causality and
-windows come from the module, and sequences packed into a row also from `position_ids`.
+For every key its sequence and its place there, int32 [b, s, 1, 2]: 2n numbers where the built-in masks hold n².
+Causality and windows come from the module, and sequences packed into a row also from `position_ids`. It has four
+dimensions because transformers hands on what has four as it is (`generate` makes masks before it calls the model).
 
 Legend: b batch, t queries, s keys.
 """
@@ -43,7 +44,7 @@ def sequences_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """int32 [b, kv_length, 2], (sequence, place in it), or None when all keys are one sequence from its first token on.
+    """int32 [b, kv_length, 1, 2], (sequence, place in it), or None when all keys are one sequence from its first token on.
 
     Sequences count from 1, and padding belongs to one too; `PADDING` or `UNWRITTEN` stands for its place. Keys that a
     sliding cache has dropped count as places. A mask that this cannot express (a custom mask function) comes back as
@@ -80,7 +81,12 @@ def sequences_mask(
         place = place - torch.where(begins, place + ~valid, 0).cummax(1).values
     place = torch.where(valid, place, PADDING)
     place[:, written:] = UNWRITTEN
-    return torch.stack((sequence, place), -1).to(torch.int32)
+    return torch.stack((sequence, place), -1)[:, :, None].to(torch.int32)
+
+
+def is_ours(mask: Tensor) -> bool:
+    """Is it from `sequences_mask`? Others hold booleans or floats."""
+    return mask.dtype == torch.int32
 
 
 def _is_causal(mask_function: Any) -> bool:
@@ -102,12 +108,12 @@ def _starts(mask_function: Any, batch: int, keys: int, offset: int, device: Any)
 
 
 def keys_of(mask: Tensor | None, batch: int, queries: int, keys: int, kwargs: dict[str, Any]) -> Keys:
-    """What a call's mask of `sequences_mask` and its packing say of its keys; a 4-D mask says nothing here.
+    """What a call's mask of `sequences_mask` and its packing say of its keys; another's mask says nothing here.
 
     Raises:
         Unsupported: the cache holds more keys than the mask was made for.
     """
-    if mask is not None and mask.ndim == 4:
+    if mask is not None and not is_ours(mask):
         return Keys(None, None, None, keys)
     if mask is None:
         packed = documents(batch, queries, kwargs, None) if queries == keys else None
@@ -118,8 +124,8 @@ def keys_of(mask: Tensor | None, batch: int, queries: int, keys: int, kwargs: di
             "transformers version that runs, and crop it after every forward, or generate with use_cache=False."
         )
     if queries < keys:
-        keys -= int((mask[0, :, 1] == UNWRITTEN).sum())
-    sequence, place = mask[:, :keys].unbind(-1)
+        keys -= int((mask[0, :, 0, 1] == UNWRITTEN).sum())
+    sequence, place = mask[:, :keys, 0].unbind(-1)
     if queries != keys:
         return Keys(torch.where(place >= 0, sequence, 0), sequence[:, keys - queries :], place, keys)
     packed = documents(batch, queries, kwargs, place >= 0) if mask.shape[1] == keys else None
