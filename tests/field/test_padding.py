@@ -127,7 +127,7 @@ def test_packed_rows_beside_a_mask_are_separated_whatever_the_neighbours(method:
 def test_positions_that_do_not_restart_are_one_sequence(offset: int) -> None:
     case = FAMILIES["llama"]
     plain, model = case.model(), converted(case, LIMITS["pq"])
-    given, mask = padded(case, "left")
+    given, _ = padded(case, "left")
     given["position_ids"] = torch.arange(TOKENS)[None] + offset
     torch.testing.assert_close(model(**given).logits, plain(**given).logits, rtol=1e-4, atol=1e-4)
 

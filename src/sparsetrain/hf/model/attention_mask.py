@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from sparsetrain.core.errors import Unsupported
-from sparsetrain.ops.segments import places_in_segments
 
 PADDING, UNWRITTEN = -1, -2
 """Places of padding, and of what a static cache has room for and does not hold yet."""
@@ -52,11 +51,16 @@ def sequences_mask(
     """
     q_offset = int(q_offset)
     written = q_offset + q_length - kv_offset
-    expressible = not use_vmap and (written == kv_length or written < kv_length and _is_causal(mask_function))
+    expressible = not use_vmap and (written == kv_length or (written < kv_length and _is_causal(mask_function)))
     starts = None
-    if expressible and q_length == kv_length and mask_function not in (
-        causal_mask_function,
-        bidirectional_mask_function,
+    if (
+        expressible
+        and q_length == kv_length
+        and mask_function
+        not in (
+            causal_mask_function,
+            bidirectional_mask_function,
+        )
     ):
         starts, expressible = _starts(mask_function, batch_size, kv_length, kv_offset, device)
     if not expressible:
