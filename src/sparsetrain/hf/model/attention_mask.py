@@ -43,7 +43,7 @@ def sequences_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """int32 [b, kv_length, 1, 2], (sequence, place in it), or None when all keys are one sequence from its first token on.
+    """int32 [b, kv_length, 1, 2], (sequence, place in it), or None when all keys are one sequence from its start.
 
     Sequences count from 1, and padding belongs to one too; `PADDING` or `UNWRITTEN` stands for its place. Keys that a
     sliding cache has dropped count as places. A mask that this cannot express (a custom mask function) comes back as

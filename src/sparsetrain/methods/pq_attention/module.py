@@ -168,7 +168,7 @@ class PQSparseAttention(SparseAttention):
 
 
 def _needs_dense(call: AttentionCall) -> bool:
-    """Queries at the end of cached keys, or a window that counts padding inside a sequence: blocks have no such place."""
+    """Queries at the end of cached keys, or a window that counts padding inside a sequence, which has no block."""
     if call.q.shape[2] != call.k.shape[2]:
         return True
     return call.window is not None and call.segments is not None and has_gaps(call.segments)

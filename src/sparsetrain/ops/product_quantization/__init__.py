@@ -41,8 +41,8 @@ def encode(x_bhtd: Tensor, codebook_gmew: Tensor, distance: str = "l1", *, backe
         ValueError: shapes, dtypes or the distance do not fit together; the message names them.
         Unsupported: the named backend cannot run this call.
 
-    Cost: 2 d e operations a token and head. The steps of the `torch` backend take about 13 ms of processor time together
-    for 4,096 tokens of 8 heads of 64, in tiles of 1 MiB.
+    Cost: 2 d e operations a token and head. The steps of the `torch` backend take about 13 ms of processor time
+    together for 4,096 tokens of 8 heads of 64, in tiles of 1 MiB.
     """
     _check(x_bhtd, codebook_gmew, distance)
     reason = None if x_bhtd.device.type == "cpu" else f"its tiles are for a CPU, and the tensors are on {x_bhtd.device}"
