@@ -48,8 +48,7 @@ def select_keys(
 
     Forced keys come first in either order; where L does not hold them all, the order decides among them.
     A score is a function of its query and its key alone, to the last bit, and ties are broken by position alone: a
-    query has the same list in any company, and a later token changes no earlier list. What we do differently: no
-    unused slot counts as key 0, and no bucket overflows into another's slots.
+    query has the same list in any company. Unlike the published code, no unused slot counts as key 0.
 
     Args:
         q_bhtd, k_bgsd: queries and keys as attention uses them.
