@@ -141,7 +141,8 @@ def _by_definition(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
 
     def attend(call: AttentionCall) -> Tensor:
         form = {"causal": call.causal, "scale": call.scale, "window": call.window}
-        out = selected_attention_reference(call.q, call.k, call.v, selected_bt, segments_bt=call.segments, **form)
+        form |= {"segments_bt": call.segments, "looks_at_bt": call.looks_at}
+        out = selected_attention_reference(call.q, call.k, call.v, selected_bt, **form)
         if sparse is None:
             return out
         with torch.no_grad():

@@ -172,7 +172,7 @@ class AttentionOfAllRows:
     def __call__(self, call: AttentionCall) -> Tensor:
         notes = self.notes
         notes.everything = KeyValues(
-            _compact(call.k), _compact(call.v), call.causal, call.scale, call.segments, call.window
+            _compact(call.k), _compact(call.v), call.causal, call.scale, call.segments, call.window, call.looks_at
         )
         notes.with_loss = attaches_loss(self.sparse, call)
         if notes.ends_at_attention:
