@@ -13,19 +13,27 @@ from safetensors.torch import load_file, save_file
 
 from sparsetrain.core.config import plain_values
 from sparsetrain.core.errors import CheckpointError
-from sparsetrain.runs.manifest import FORMAT, read_json, write_json
+from sparsetrain.runs.manifest import FORMAT, read_json, sha256_of, write_json
+from sparsetrain.runs.mark import mark_weights
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.method import State
+from sparsetrain.surgery.record import Record
 
 SIDECAR, STATE = "sparsity_config.json", "sparsity_state.safetensors"
-WRITTEN = frozenset({"format", "configs", "family", "model_class", "versions"})
-"""Entries that `write_sidecar` fills in itself."""
+WRITTEN = frozenset({"format", "configs", "family", "model_class", "versions", "state", "vocabulary"})
+"""Entries that `write_sidecar` and its callers fill in themselves."""
 
 
 def write_sidecar(
-    folder: str | Path, model: Any, handle: Handle | None, *, state: State | None = None, **about: Any
+    folder: str | Path, model: Any, handle: Handle | Record | None, *, state: State | None = None, **about: Any
 ) -> None:
-    """Write `sparsity_config.json` and `sparsity_state.safetensors` into a folder, each by one rename."""
+    """Write `sparsity_config.json` and `sparsity_state.safetensors` into a folder, each by one rename, and mark the
+    weights in it as theirs (`runs.mark`).
+
+    Args:
+        handle: what says how the model is converted; None for a dense one.
+        state: in place of the handle's own.
+    """
     folder = Path(folder)
     inner = base_of(model)
     entries = {
@@ -40,10 +48,14 @@ def write_sidecar(
     # safetensors wants owned, contiguous memory; names join the site and the tensor
     flat = {f"{site}/{name}": tensor.detach().cpu().clone().contiguous() for site, values in found.items()
             for name, tensor in values.items()}  # fmt: skip
-    if handle is not None:
+    if handle is not None or flat:
         temporary = folder / f".{STATE}.tmp"
         save_file(flat, str(temporary), metadata={"format": "pt"})
         os.replace(temporary, folder / STATE)
+    if handle is not None:
+        mark = {"format": FORMAT, "configs": entries["configs"], "state": sha256_of(folder / STATE)}
+        if mark_weights(folder, mark):
+            entries["state"] = mark["state"]
     write_json(folder / SIDECAR, entries)
 
 

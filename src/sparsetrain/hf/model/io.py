@@ -22,11 +22,14 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 import sparsetrain.methods  # noqa: F401  (enters every method in the registry, for what a sidecar names)
-from sparsetrain.core.config import MethodConfig, method_config, plain_values, registered_methods
+from sparsetrain.core.config import MethodConfig, method_config, registered_methods
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.hf.assets import resolve_model
+from sparsetrain.hf.model.saving import save_alone, write_along
+from sparsetrain.hf.model.vocabulary import SITE, give_vocabulary
 from sparsetrain.hf.model.weights import class_of_adapter, known_class, load_weights, model_not_found
-from sparsetrain.runs.manifest import FORMAT, MANIFEST, atomic_folder, disk_errors, verify_manifest, write_manifest
+from sparsetrain.runs.manifest import MANIFEST, atomic_folder, disk_errors, verify_manifest, write_manifest
+from sparsetrain.runs.mark import check_mark, refuse_lone_weights
 from sparsetrain.runs.sidecar import SIDECAR, WRITTEN, base_of, read_sidecar, read_state, write_sidecar
 from sparsetrain.surgery.apply import Handle, sparsify
 from sparsetrain.surgery.method import State, method_of
@@ -78,13 +81,13 @@ def save(model: Any, handle: Handle | None, folder: str | Path, *, tokenizer: An
     """
     with atomic_folder(folder) as scratch, disk_errors(folder):
         if isinstance(model, PeftModel):
-            # "auto" would ask the hub whether the vocabulary grew
-            model.save_pretrained(str(scratch), save_embedding_layers=False)
+            # "auto" would ask the hub whether the vocabulary grew; its rows go into the state file
+            save_alone(model, str(scratch), save_embedding_layers=False)
         else:
-            model.save_pretrained(str(scratch), state_dict=_dense_state(model, handle))
+            save_alone(model, str(scratch), state_dict=_dense_state(model, handle))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(scratch))
-        write_sidecar(scratch, model, handle, **about)
+        write_along(model, scratch, handle, **about)
         write_manifest(scratch)
     return Path(folder)
 
@@ -110,6 +113,7 @@ def load(
     if (folder / MANIFEST).is_file():
         verify_manifest(folder)
     about = read_sidecar(folder)
+    check_mark(folder, about.get("state"))
     adapter = (folder / _ADAPTER).is_file()
     if adapter and not about.get("base_model"):
         raise CheckpointError(f"{folder / SIDECAR} names no base_model for the adapter. Save it with base_model=….")
@@ -118,8 +122,11 @@ def load(
     if "id2label" in options:  # JSON has made its keys text
         options["id2label"] = {int(i): name for i, name in options["id2label"].items()}
     model = load_weights(base, about["model_class"], dtype, **options)
+    saved = read_state(folder) if about["configs"] or SITE in about else {}
+    if adapter and SITE in about:
+        give_vocabulary(model, about[SITE], saved.get(SITE, {}))
     configs = [MethodConfig.from_dict(entry) for entry in about["configs"]]
-    handle = sparsify(model, *configs, state=read_state(folder)) if configs else None
+    handle = sparsify(model, *configs, state=saved) if configs else None
     if adapter:
         model = _with_adapter(model, folder, trainable)
     model = model.to(device)
@@ -160,10 +167,8 @@ def export(source: str | Path | Loaded, folder: str | Path, *, format: str = "sp
     elif handle is not None:
         state = {site: {name: value.clone() for name, value in found.items()} for site, found in handle.state().items()}
         handle.restore()
-        # the entry in config tells a reader of config.json alone that the weights were trained to run sparse
-        model.config.sparsetrain = {"format": FORMAT, "configs": [plain_values(config) for config in handle.configs]}
     with atomic_folder(folder) as scratch, disk_errors(folder):
-        model.save_pretrained(str(scratch))
+        save_alone(model, str(scratch))
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(str(scratch))
         if format == "sparse":
@@ -198,6 +203,8 @@ def _write_in(handle: Handle | None, format: str, method: str) -> None:
 
 def _load_plain(name: str, folder: Path, dtype: torch.dtype, device: Any, trainable: bool) -> Loaded:
     """A model or PEFT adapter that `save` did not write."""
+    if folder.is_dir():
+        refuse_lone_weights(folder, SIDECAR)
     if (folder / _ADAPTER).is_file():
         _refuse_orphan(folder)
         config = PeftConfig.from_pretrained(str(folder))
@@ -222,6 +229,9 @@ def _with_adapter(model: Any, folder: Path, trainable: bool) -> PeftModel:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the adapter in {folder} cannot be read: {str(error).splitlines()[0]}") from None
+    except RuntimeError as error:  # sizes that differ
+        found = str(error).splitlines()[:2][-1].strip()
+        raise CheckpointError(f"the adapter in {folder} does not fit its base model: {found}") from None
 
 
 def _refuse_orphan(folder: Path) -> None:

@@ -57,6 +57,13 @@ class FloodFillSparseAttention(SparseAttention):
         found = {name: value for name in STATE if (value := getattr(self, name)) is not None}
         return found | (self.probe_rows if self.mask is None else {})
 
+    def take(self, owner: nn.Module, tensors: dict[str, Tensor]) -> None:
+        device = next(owner.parameters()).device
+        for name in STATE:
+            setattr(self, name, tensors[name].to(device) if name in tensors else None)
+        self.probe_rows = {name: value for name, value in tensors.items() if name.startswith(PROBE)}
+        self._lists.clear()
+
     def stats(self) -> dict[str, float]:
         if self.mask is None or self.seen is None or self.switched is None:
             return {"num_probes": 0.0 if self.history is None else float(len(self.history))}
