@@ -29,7 +29,7 @@ from sparsetrain.hf.model.saving import save_alone, write_along
 from sparsetrain.hf.model.vocabulary import SITE, give_vocabulary
 from sparsetrain.hf.model.weights import class_of_adapter, known_class, load_weights, model_not_found
 from sparsetrain.runs.manifest import MANIFEST, atomic_folder, disk_errors, verify_manifest, write_manifest
-from sparsetrain.runs.mark import check_mark, refuse_lone_weights
+from sparsetrain.runs.mark import ENTRY, check_mark, refuse_lone_weights
 from sparsetrain.runs.sidecar import SIDECAR, WRITTEN, base_of, read_sidecar, read_state, write_sidecar
 from sparsetrain.surgery.apply import Handle, sparsify
 from sparsetrain.surgery.method import State, method_of
@@ -122,6 +122,7 @@ def load(
     if "id2label" in options:  # JSON has made its keys text
         options["id2label"] = {int(i): name for i, name in options["id2label"].items()}
     model = load_weights(base, about["model_class"], dtype, **options)
+    vars(model.config).pop(ENTRY, None)  # of the weights as they were saved: it is not to be saved once more
     saved = read_state(folder) if about["configs"] or SITE in about else {}
     if adapter and SITE in about:
         give_vocabulary(model, about[SITE], saved.get(SITE, {}))
@@ -203,10 +204,9 @@ def _write_in(handle: Handle | None, format: str, method: str) -> None:
 
 def _load_plain(name: str, folder: Path, dtype: torch.dtype, device: Any, trainable: bool) -> Loaded:
     """A model or PEFT adapter that `save` did not write."""
-    if folder.is_dir():
-        refuse_lone_weights(folder, SIDECAR)
     if (folder / _ADAPTER).is_file():
         _refuse_orphan(folder)
+        refuse_lone_weights(folder, SIDECAR)
         config = PeftConfig.from_pretrained(str(folder))
         base = str(config.base_model_name_or_path)
         model = load_weights(base, class_of_adapter(config.task_type), dtype)
@@ -215,6 +215,7 @@ def _load_plain(name: str, folder: Path, dtype: torch.dtype, device: Any, traina
             model=model.to(device).train(trainable), tokenizer=_tokenizer(folder, base), handle=None, about={}
         )
     path = resolve_model(name)
+    refuse_lone_weights(Path(path), SIDECAR)
     try:
         architectures = transformers.AutoConfig.from_pretrained(path).architectures or []
     except (OSError, ValueError) as error:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sparsetrain.core.anatomy import describe, submodule
 from sparsetrain.core.units import bytes_text
-from sparsetrain.hf.train.continued import continued, taken_from
+from sparsetrain.hf.train.continued import continued, note_where_states_are_read, taken_from
 from sparsetrain.measure.memory import peak_memory, reset_peak
 from sparsetrain.runs.events import Report, log_note, silent
 from sparsetrain.runs.layout import checkpoint_folder
@@ -50,6 +50,7 @@ class SparsityCallback(TrainerCallback):
         **about: Any,
     ) -> None:
         self.handle, self.at_end = handle, at_end
+        note_where_states_are_read()
         handle.about.update(about)  # whoever saves the model writes them
         self.report, self.before_reset = report, before_reset
         self._restarted: int | None = None

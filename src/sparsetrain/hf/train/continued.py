@@ -7,37 +7,47 @@ under other patterns in silence.
 
 from __future__ import annotations
 
+from functools import cache, wraps
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.hf.model.saving import take_along
 from sparsetrain.runs.layout import checkpoint_folder
-from sparsetrain.runs.manifest import read_json
 from sparsetrain.runs.sidecar import SIDECAR
 from sparsetrain.surgery.apply import Handle
+
+_READ_FROM = "_read_from"
+
+
+@cache
+def note_where_states_are_read() -> None:
+    """Let a Trainer's state know, from now on in this process, the checkpoint that it was read from."""
+    plain: Any = TrainerState.load_from_json.__func__  # type: ignore[attr-defined]
+
+    @wraps(plain)
+    def load_from_json(kind: type[TrainerState], json_path: str) -> TrainerState:
+        state = plain(kind, json_path)
+        vars(state)[_READ_FROM] = Path(json_path).parent
+        return state
+
+    setattr(TrainerState, "load_from_json", classmethod(load_from_json))
 
 
 def continued(handle: Handle, args: TrainingArguments, state: TrainerState) -> list[str]:
     """Take over the state of the checkpoint that a run goes on from; a note where it was another.
 
     Raises:
-        CheckpointError: it is of other methods, or nobody can say where it is and something depends on it.
+        CheckpointError: it is of other methods, or is not to be found and something depends on it.
     """
-    named = args.resume_from_checkpoint
-    places = [Path(named)] if isinstance(named, str) else []
-    places.append(checkpoint_folder(args.output_dir, state.global_step))
-    for folder in places:
-        if _is_of(folder, state):
-            return taken_from(handle, folder)
-    if not any(handle.state().values()):
-        return []
+    folder = vars(state).get(_READ_FROM) or checkpoint_folder(args.output_dir, state.global_step)
+    if folder.is_dir() or not any(handle.state().values()):
+        return taken_from(handle, folder)
     raise CheckpointError(
-        f"the run goes on from step {state.global_step}, and its checkpoint is not {places[-1]}: whether the patterns "
-        "of this conversion are those of its weights cannot be told. Name the checkpoint in the arguments too: "
-        "TrainingArguments(resume_from_checkpoint=…)."
+        f"the run goes on from step {state.global_step}, and {folder} is not there: whether the patterns of this "
+        "conversion are those of its weights cannot be told. Put the checkpoint back, or start again."
     )
 
 
@@ -52,10 +62,3 @@ def taken_from(handle: Handle, folder: Path) -> list[str]:
     more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
     return [f"Patterns, permutations and masks are those of {folder}, which its weights belong to: {changed[0]}{more}."]
 
-
-def _is_of(folder: Path, state: TrainerState) -> bool:
-    """Is this the checkpoint that a Trainer's state was read from? Its log says so."""
-    if not (folder / TRAINER_STATE_NAME).is_file():
-        return False
-    found = read_json(folder / TRAINER_STATE_NAME)
-    return (found.get("global_step"), found.get("log_history")) == (state.global_step, state.log_history)

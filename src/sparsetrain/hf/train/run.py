@@ -210,7 +210,6 @@ def _train_stage(course: Course, trainer: Trainer, left: Path | None) -> None:
         course.recipe.to_yaml(output / "recipe.yaml")
         set_seed(course.recipe.seed)
         reset_peak(course.parts.device)
-        trainer.args.resume_from_checkpoint = None if left is None else str(left)
         try:
             trainer.train(resume_from_checkpoint=None if left is None else str(left))
         except BaseException:
