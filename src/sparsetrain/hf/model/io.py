@@ -7,7 +7,7 @@ permutations) and `manifest.json` (size and sha256 of every file). A folder appe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +25,15 @@ import sparsetrain.methods  # noqa: F401  (enters every method in the registry, 
 from sparsetrain.core.config import MethodConfig, method_config, registered_methods
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.hf.assets import resolve_model
-from sparsetrain.hf.model.saving import save_alone, write_along
+from sparsetrain.hf.model.saving import conversion_of, save_alone, write_along
 from sparsetrain.hf.model.vocabulary import SITE, give_vocabulary
 from sparsetrain.hf.model.weights import class_of_adapter, known_class, load_weights, model_not_found
 from sparsetrain.runs.manifest import MANIFEST, atomic_folder, disk_errors, verify_manifest, write_manifest
 from sparsetrain.runs.mark import ENTRY, check_mark, refuse_lone_weights
-from sparsetrain.runs.sidecar import SIDECAR, WRITTEN, base_of, read_sidecar, read_state, write_sidecar
+from sparsetrain.runs.sidecar import SIDECAR, STATE, WRITTEN, base_of, read_sidecar, read_state, write_sidecar
 from sparsetrain.surgery.apply import Handle, sparsify
-from sparsetrain.surgery.method import State, method_of
+from sparsetrain.surgery.method import Edit, State, method_of
+from sparsetrain.surgery.site import Site
 
 _ADAPTER = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -72,7 +73,7 @@ def save(model: Any, handle: Handle | None, folder: str | Path, *, tokenizer: An
 
     Args:
         model: a transformers model or a `PeftModel` on one.
-        handle: what `sparsify` returned; None for a dense model.
+        handle: what `sparsify` returned; None for a dense model, or where the handle is not at hand.
         folder: appears whole, replacing an earlier one.
         about: entries for the sidecar: `base_model` (name or path, needed to load an adapter), `task`, ….
 
@@ -84,7 +85,9 @@ def save(model: Any, handle: Handle | None, folder: str | Path, *, tokenizer: An
             # "auto" would ask the hub whether the vocabulary grew; its rows go into the state file
             save_alone(model, str(scratch), save_embedding_layers=False)
         else:
-            save_alone(model, str(scratch), state_dict=_dense_state(model, handle))
+            converted = conversion_of(model) or handle
+            state = _dense_state(model, converted.installed if converted is not None else ())
+            save_alone(model, str(scratch), state_dict=state)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(scratch))
         write_along(model, scratch, handle, **about)
@@ -123,7 +126,7 @@ def load(
         options["id2label"] = {int(i): name for i, name in options["id2label"].items()}
     model = load_weights(base, about["model_class"], dtype, **options)
     vars(model.config).pop(ENTRY, None)  # of the weights as they were saved: it is not to be saved once more
-    saved = read_state(folder) if about["configs"] or SITE in about else {}
+    saved = read_state(folder) if about["configs"] or (folder / STATE).is_file() else {}
     if adapter and SITE in about:
         give_vocabulary(model, about[SITE], saved.get(SITE, {}))
     configs = [MethodConfig.from_dict(entry) for entry in about["configs"]]
@@ -209,7 +212,9 @@ def _load_plain(name: str, folder: Path, dtype: torch.dtype, device: Any, traina
         refuse_lone_weights(folder, SIDECAR)
         config = PeftConfig.from_pretrained(str(folder))
         base = str(config.base_model_name_or_path)
-        model = load_weights(base, class_of_adapter(config.task_type), dtype)
+        made_for = (config.auto_mapping or {}).get("base_model_class", "")  # PEFT writes one of the two
+        kind = class_of_adapter(config.task_type) if config.task_type else known_class(str(made_for))[1]
+        model = load_weights(base, kind, dtype)
         model = _with_adapter(model, folder, trainable)
         return Loaded(
             model=model.to(device).train(trainable), tokenizer=_tokenizer(folder, base), handle=None, about={}
@@ -230,7 +235,7 @@ def _with_adapter(model: Any, folder: Path, trainable: bool) -> PeftModel:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the adapter in {folder} cannot be read: {str(error).splitlines()[0]}") from None
-    except RuntimeError as error:  # sizes that differ
+    except (KeyError, RuntimeError) as error:  # sizes that differ, modules that are not there
         found = str(error).splitlines()[:2][-1].strip()
         raise CheckpointError(f"the adapter in {folder} does not fit its base model: {found}") from None
 
@@ -264,15 +269,13 @@ def _final_folder(path: Path) -> Path:
     return path
 
 
-def _dense_state(model: nn.Module, handle: Handle | None) -> dict[str, Any]:
+def _dense_state(model: nn.Module, installed: Iterable[tuple[Edit, Site]]) -> dict[str, Any]:
     """The state dict that plain transformers expects: without what methods added, with the weights they stand for."""
-    state = model.state_dict()
-    if handle is None:
-        return state
-    ours = {id(module) for _, module in handle.installed}
+    state, installed = model.state_dict(), list(installed)
+    ours = {id(module) for _, module in installed}
     prefixes = tuple(f"{name}." for name, module in model.named_modules() if id(module) in ours)
     dense = {key: value for key, value in state.items() if not key.startswith(prefixes)}
-    for edit, module in handle.installed:
+    for edit, module in installed:
         dense |= {f"{edit.site}.{name}": value for name, value in (module.dense_weights() or {}).items()}
     return dense
 

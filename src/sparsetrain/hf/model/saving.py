@@ -20,12 +20,15 @@ from transformers import PreTrainedModel
 
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.core.errors import CheckpointError
+from sparsetrain.hf.model.models import ATTENTION_DROPOUT
 from sparsetrain.hf.model.vocabulary import vocabulary_of
+from sparsetrain.hf.model.weights import known_class
+from sparsetrain.recipes.tasks import Task
 from sparsetrain.runs.manifest import drop_manifest, read_json
 from sparsetrain.runs.mark import check_mark, refuse_lone_weights
 from sparsetrain.runs.sidecar import SIDECAR, STATE, base_of, read_sidecar, read_state, write_sidecar
 from sparsetrain.surgery.apply import Handle
-from sparsetrain.surgery.record import joined, records_of
+from sparsetrain.surgery.record import Record, joined, records_of
 
 _ADAPTER = "adapter_config.json"
 _ALONE: ContextVar[bool] = ContextVar("saved without a sidecar", default=False)
@@ -52,15 +55,31 @@ def write_along(model: Any, folder: Path, handle: Handle | None = None, **about:
         handle: of a converted model that carries no record.
         about: entries beside those that the record has.
     """
-    record = joined(record for _, record in records_of(model)) or handle
+    record = conversion_of(model) or (handle if handle is not None and handle.active else None)
     entries: dict[str, Any] = {**(record.about if record is not None else {}), **about}
     state = record.state() if record is not None else {}
     if (folder / _ADAPTER).is_file():
         if not entries.get("base_model") and (base := read_json(folder / _ADAPTER).get("base_model_name_or_path")):
             entries["base_model"] = base
-        known, rows = vocabulary_of(base_of(model), entries.get("base_model"))
+        inner = base_of(model)
+        entries.setdefault("model_options", model_options(inner.config, known_class(type(inner).__name__)[0]))
+        known, rows = vocabulary_of(inner, entries.get("base_model"))
         entries, state = entries | known, state | rows
     write_sidecar(folder, model, record, state=state, **entries)
+
+
+def conversion_of(model: Any) -> Record | None:
+    """Every conversion of a model, or of the model inside its adapter, as one; None for a dense one."""
+    return joined(record for _, record in records_of(model))
+
+
+def model_options(config: Any, task: Task) -> dict[str, Any]:
+    """What `from_pretrained` must be told to make a model of this config again around its adapter."""
+    options: dict[str, Any] = {name: 0.0 for name in ATTENTION_DROPOUT if getattr(config, name, None) == 0.0}
+    if task.labelled:
+        options |= {"id2label": config.id2label, "label2id": config.label2id}
+        options |= {"pad_token_id": config.pad_token_id, "ignore_mismatched_sizes": True}
+    return options
 
 
 def take_along(model: Any, folder: Path) -> list[str]:
@@ -68,31 +87,43 @@ def take_along(model: Any, folder: Path) -> list[str]:
 
     Raises:
         CheckpointError: the folder's weights were trained by a converted model, and its sidecar is not there, not
-            theirs, or of other methods.
+            theirs, or of other methods or settings.
     """
-    records = records_of(model)
+    theirs, ours = saved_configs(folder), _configs(model)
+    if not theirs:
+        return []
+    if theirs != ours:
+        raise CheckpointError(f"{_unlike(folder, theirs, ours)} Convert it with the same configs, or start a new run.")
+    state = read_state(folder)
+    try:
+        return [key for root, record in records_of(model) for key in record.adopt(root, state)]
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+
+
+def saved_configs(folder: Path) -> list[MethodConfig]:
+    """What the weights of a folder were trained with, by its sidecar; nothing for those of a dense model.
+
+    Raises:
+        CheckpointError: the weights say that they were trained by a converted model, and its sidecar is not theirs or
+            not there.
+    """
     if not (folder / SIDECAR).is_file():
         refuse_lone_weights(folder, SIDECAR)
         return []
     about = read_sidecar(folder)
     check_mark(folder, about.get("state"))
-    theirs = [MethodConfig.from_dict(entry) for entry in about["configs"]]
-    ours = [config for _, record in records for config in record.configs]
-    if theirs != ours:
-        raise CheckpointError(
-            f"{folder} was trained with {_names(theirs)}, and this model is converted with {_names(ours)}"
-            f"{' of other settings' if _names(theirs) == _names(ours) else ''}. Convert it with the same configs, or "
-            "start a run of its own from the saved weights."
-        )
-    state = read_state(folder) if theirs else {}
-    try:
-        return [key for root, record in records for key in record.adopt(root, state)]
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
+    return [MethodConfig.from_dict(entry) for entry in about["configs"]]
 
 
-def _names(configs: list[MethodConfig]) -> str:
-    return " + ".join(config.method for config in configs) or "no method"
+def _configs(model: Any) -> list[MethodConfig]:
+    return [config for _, record in records_of(model) for config in record.configs]
+
+
+def _unlike(folder: Path, theirs: list[MethodConfig], ours: list[MethodConfig]) -> str:
+    one, other = (" + ".join(config.method for config in configs) or "no method" for configs in (theirs, ours))
+    settings = " of other settings" if one == other else ""
+    return f"{folder} was trained with {one}, and this model is converted with {other}{settings}."
 
 
 @contextmanager
@@ -110,7 +141,7 @@ def _saving(plain: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(plain)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, save_directory, *args, **kwargs).arguments
-        record = joined(record for _, record in records_of(self))
+        record = conversion_of(self)
         if record is None or _ALONE.get() or not given.get("is_main_process", True):
             return plain(self, save_directory, *args, **kwargs)
         folder = Path(save_directory)
@@ -139,18 +170,18 @@ def _saving(plain: Callable[..., Any]) -> Callable[..., Any]:
 def _loading(plain: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(plain)
     def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        folder, ours = Path(model_id), _configs(self)
+        theirs = saved_configs(folder) if ours and folder.is_dir() else []
+        if theirs and [config.method for config in theirs] != [config.method for config in ours]:
+            raise CheckpointError(f"{_unlike(folder, theirs, ours)} Convert the base model with the same configs.")
         out = plain(self, model_id, adapter_name, *args, **kwargs)
-        folder = Path(model_id)
-        if not records_of(self) or not (folder / SIDECAR).is_file():
-            return out
-        if len(self.peft_config) > 1:
-            logging.getLogger("sparsetrain").warning(
-                "%s is one of several adapters, and what its sidecar holds is not taken over: the model stays converted "
-                "as it is.",
-                folder,
-            )
-        elif changed := take_along(self, folder):
-            logging.getLogger("sparsetrain").info("%d sites are now as %s was trained with.", len(changed), folder)
+        say = logging.getLogger("sparsetrain")
+        if theirs and theirs != ours:
+            say.warning("%s The adapter runs with this conversion.", _unlike(folder, theirs, ours))
+        elif theirs and len(self.peft_config) > 1:
+            say.warning("%s is one of several adapters, and runs with this model's conversion.", folder)
+        elif theirs and (changed := take_along(self, folder)):
+            say.info("%d sites are now as %s was trained with.", len(changed), folder)
         return out
 
     return load_adapter

@@ -14,9 +14,8 @@ from typing import Any
 from transformers import TrainerState, TrainingArguments
 
 from sparsetrain.core.errors import CheckpointError
-from sparsetrain.hf.model.saving import take_along
+from sparsetrain.hf.model.saving import saved_configs, take_along
 from sparsetrain.runs.layout import checkpoint_folder
-from sparsetrain.runs.sidecar import SIDECAR
 from sparsetrain.surgery.apply import Handle
 
 _READ_FROM = "_read_from"
@@ -53,12 +52,10 @@ def continued(handle: Handle, args: TrainingArguments, state: TrainerState) -> l
 
 def taken_from(handle: Handle, folder: Path) -> list[str]:
     """Take over the state that was saved with the weights of a checkpoint; a note where it was another."""
-    if not (folder / SIDECAR).is_file() and any(handle.state().values()):
-        take_along(handle.model, folder)  # refuses weights that say they were trained sparse
+    if not saved_configs(folder) and any(handle.state().values()):
         return [f"{folder} was saved by a dense model, so its weights run with the patterns of this conversion."]
     changed = take_along(handle.model, folder)
     if not changed:
         return []
     more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
     return [f"Patterns, permutations and masks are those of {folder}, which its weights belong to: {changed[0]}{more}."]
-
