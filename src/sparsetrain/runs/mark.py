@@ -76,13 +76,14 @@ def check_mark(folder: Path, state: Any) -> None:
         )
 
 
-def refuse_lone_weights(folder: Path, sidecar: str) -> None:
-    """Raise CheckpointError if the weights of a folder without a sidecar were saved by a converted model."""
-    if (mark := mark_of(folder)) is None:
+def refuse_lone_weights(source: str | Path, mark: Any) -> None:
+    """Raise CheckpointError if weights without a sidecar bear a mark: they were saved by a converted model."""
+    if not isinstance(mark, dict):
         return
     names = [entry["method"] for entry in mark.get("configs", []) if isinstance(entry, dict) and "method" in entry]
     raise CheckpointError(
-        f"{folder} holds weights that were trained with {', '.join(map(str, names)) or 'a sparse method'}, and no "
-        f"{sidecar}, so they would run dense. Copy the sidecar and its state file from where they were saved; to run "
-        "them dense all the same, load them with transformers or PEFT."
+        f"{source} holds weights that were trained with {', '.join(map(str, names)) or 'a sparse method'}, and no "
+        "sidecar beside them (sparsity_config.json), so they would run dense. Copy it and its state file from where "
+        "they were saved (from the hub: download the whole repository, and name the folder); to run them dense all the "
+        "same, load them with transformers or PEFT."
     )

@@ -29,7 +29,7 @@ from sparsetrain.hf.model.saving import conversion_of, save_alone, write_along
 from sparsetrain.hf.model.vocabulary import SITE, give_vocabulary
 from sparsetrain.hf.model.weights import class_of_adapter, known_class, load_weights, model_not_found
 from sparsetrain.runs.manifest import MANIFEST, atomic_folder, disk_errors, verify_manifest, write_manifest
-from sparsetrain.runs.mark import ENTRY, check_mark, refuse_lone_weights
+from sparsetrain.runs.mark import ENTRY, check_mark, mark_of, refuse_lone_weights
 from sparsetrain.runs.sidecar import SIDECAR, STATE, WRITTEN, base_of, read_sidecar, read_state, write_sidecar
 from sparsetrain.surgery.apply import Handle, sparsify
 from sparsetrain.surgery.method import Edit, State, method_of
@@ -209,8 +209,8 @@ def _load_plain(name: str, folder: Path, dtype: torch.dtype, device: Any, traina
     """A model or PEFT adapter that `save` did not write."""
     if (folder / _ADAPTER).is_file():
         _refuse_orphan(folder)
-        refuse_lone_weights(folder, SIDECAR)
-        config = PeftConfig.from_pretrained(str(folder))
+        refuse_lone_weights(folder, mark_of(folder))
+        config: Any = PeftConfig.from_pretrained(str(folder))
         base = str(config.base_model_name_or_path)
         made_for = (config.auto_mapping or {}).get("base_model_class", "")  # PEFT writes one of the two
         kind = class_of_adapter(config.task_type) if config.task_type else known_class(str(made_for))[1]
@@ -220,12 +220,12 @@ def _load_plain(name: str, folder: Path, dtype: torch.dtype, device: Any, traina
             model=model.to(device).train(trainable), tokenizer=_tokenizer(folder, base), handle=None, about={}
         )
     path = resolve_model(name)
-    refuse_lone_weights(Path(path), SIDECAR)
     try:
-        architectures = transformers.AutoConfig.from_pretrained(path).architectures or []
+        config = transformers.AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(model_not_found(name, error)) from None
-    _, kind = known_class(*architectures)
+    refuse_lone_weights(name, getattr(config, ENTRY, None))
+    _, kind = known_class(*(config.architectures or []))
     model = load_weights(path, kind, dtype).to(device).train(trainable)
     return Loaded(model=model, tokenizer=_tokenizer(Path(path), path), handle=None, about={})
 

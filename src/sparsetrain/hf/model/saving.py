@@ -25,7 +25,7 @@ from sparsetrain.hf.model.vocabulary import vocabulary_of
 from sparsetrain.hf.model.weights import known_class
 from sparsetrain.recipes.tasks import Task
 from sparsetrain.runs.manifest import drop_manifest, read_json
-from sparsetrain.runs.mark import check_mark, refuse_lone_weights
+from sparsetrain.runs.mark import check_mark, mark_of, refuse_lone_weights
 from sparsetrain.runs.sidecar import SIDECAR, STATE, base_of, read_sidecar, read_state, write_sidecar
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.record import Record, joined, records_of
@@ -38,8 +38,8 @@ _ALONE: ContextVar[bool] = ContextVar("saved without a sidecar", default=False)
 def keep_record() -> None:
     """Let transformers and PEFT take a converted model's sidecar along, from now on in this process."""
     for kind in (PreTrainedModel, PeftModel):
-        setattr(kind, "save_pretrained", _saving(kind.save_pretrained))
-    setattr(PeftModel, "load_adapter", _loading(PeftModel.load_adapter))
+        kind.save_pretrained = _saving(kind.save_pretrained)
+    PeftModel.load_adapter = _loading(PeftModel.load_adapter)
 
 
 def save_alone(model: Any, folder: str, **options: Any) -> None:
@@ -109,7 +109,7 @@ def saved_configs(folder: Path) -> list[MethodConfig]:
             not there.
     """
     if not (folder / SIDECAR).is_file():
-        refuse_lone_weights(folder, SIDECAR)
+        refuse_lone_weights(folder, mark_of(folder))
         return []
     about = read_sidecar(folder)
     check_mark(folder, about.get("state"))
@@ -145,9 +145,15 @@ def _saving(plain: Callable[..., Any]) -> Callable[..., Any]:
         if record is None or _ALONE.get() or not given.get("is_main_process", True):
             return plain(self, save_directory, *args, **kwargs)
         folder = Path(save_directory)
-        for name in (SIDECAR, STATE):  # of an earlier save
-            (folder / name).unlink(missing_ok=True)
-        drop_manifest(folder)
+        if kwargs.get("push_to_hub"):
+            raise ValueError(
+                "save_pretrained(push_to_hub=True) uploads before the sidecar is written. Call model.push_to_hub(…), "
+                "which takes it along."
+            )
+        if folder.is_dir():  # what an earlier save says is no longer true
+            for name in (SIDECAR, STATE):
+                (folder / name).unlink(missing_ok=True)
+            drop_manifest(folder)
         if isinstance(self, PreTrainedModel) and given.get("state_dict") is None:
             # weights that a method stands for are saved beside its own, so that the folder loads plainly
             stood_for = {
@@ -159,9 +165,10 @@ def _saving(plain: Callable[..., Any]) -> Callable[..., Any]:
                 kwargs["state_dict"] = self.state_dict() | stood_for
         out = plain(self, save_directory, *args, **kwargs)
         # PEFT writes an adapter of another name into a folder of that name
-        inner = [folder / name for name in getattr(self, "peft_config", {}) if (folder / name / _ADAPTER).is_file()]
-        for place in [folder, *inner] if (folder / _ADAPTER).is_file() or not inner else inner:
-            write_along(self, place)
+        places = [folder, *(folder / name for name in getattr(self, "peft_config", {}))]
+        for place in places:
+            if any((place / name).is_file() for name in (_ADAPTER, "config.json")):
+                write_along(self, place)
         return out
 
     return save_pretrained

@@ -29,7 +29,7 @@ def vocabulary_of(model: Any, base: str | None) -> tuple[dict[str, int], State]:
             are kept.
     """
     embedding = _embedding(model)
-    if embedding is None or not base:
+    if embedding is None or not base or _vocab_size(model.config) is None:
         return {}, {}
     rows, known = len(embedding.weight), _rows_of_base(base)
     if rows == known:
@@ -80,7 +80,12 @@ def _rows_of_base(base: str) -> int | None:
         config = AutoConfig.from_pretrained(resolve_model(base), local_files_only=True, trust_remote_code=False)
     except (OSError, RuntimeError, ValueError):
         return None
-    return getattr(config.get_text_config(), "vocab_size", None)
+    return _vocab_size(config)
+
+
+def _vocab_size(config: Any) -> int | None:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "vocab_size", None)
 
 
 def _embedding(model: Any) -> nn.Embedding | None:

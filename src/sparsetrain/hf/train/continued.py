@@ -32,7 +32,7 @@ def note_where_states_are_read() -> None:
         vars(state)[_READ_FROM] = Path(json_path).parent
         return state
 
-    setattr(TrainerState, "load_from_json", classmethod(load_from_json))
+    TrainerState.load_from_json = classmethod(load_from_json)  # type: ignore[assignment]
 
 
 def continued(handle: Handle, args: TrainingArguments, state: TrainerState) -> list[str]:

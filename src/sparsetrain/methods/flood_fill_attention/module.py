@@ -8,7 +8,7 @@ Legend: b batch, h query heads, g key/value heads, t queries, s keys, d head wid
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsetrain.core.anatomy import AttentionSite
