@@ -25,8 +25,8 @@ import sparsetrain.methods  # noqa: F401  (enters every method in the registry, 
 from sparsetrain.core.config import MethodConfig, method_config, registered_methods
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.hf.assets import resolve_model
+from sparsetrain.hf.model.embedding_rows import SITE, give_vocabulary
 from sparsetrain.hf.model.saving import conversion_of, save_alone, write_along
-from sparsetrain.hf.model.vocabulary import SITE, give_vocabulary
 from sparsetrain.hf.model.weights import class_of_adapter, known_class, load_weights, model_not_found
 from sparsetrain.runs.manifest import MANIFEST, atomic_folder, disk_errors, verify_manifest, write_manifest
 from sparsetrain.runs.mark import ENTRY, check_mark, mark_of, refuse_lone_weights

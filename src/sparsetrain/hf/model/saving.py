@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.core.errors import CheckpointError
+from sparsetrain.hf.model.embedding_rows import vocabulary_of
 from sparsetrain.hf.model.models import ATTENTION_DROPOUT
-from sparsetrain.hf.model.vocabulary import vocabulary_of
 from sparsetrain.hf.model.weights import known_class
 from sparsetrain.recipes.tasks import Task
 from sparsetrain.runs.manifest import drop_manifest, read_json
