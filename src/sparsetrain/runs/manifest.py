@@ -19,6 +19,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from sparsetrain.core.errors import CheckpointError
+from sparsetrain.core.plain_files import read_plain_object
+from sparsetrain.core.quote import quoted
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -66,12 +68,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
         CheckpointError: missing or damaged.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object. It is damaged or of another program.")
-    return value
+        return read_plain_object(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def write_manifest(folder: str | Path, **entries: Any) -> None:
@@ -103,7 +102,7 @@ def verify_manifest(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     manifest = read_json(folder / MANIFEST)
-    for name, entry in manifest.get("files", {}).items():
+    for name, entry in _listed(manifest, folder).items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; {MANIFEST} lists it with {entry['bytes']:,} bytes.")
@@ -114,6 +113,19 @@ def verify_manifest(folder: str | Path) -> dict[str, Any]:
         if sha256_of(path) != entry["sha256"]:
             raise CheckpointError(f"{path} does not have the sha256 it was written with: its content has changed.")
     return manifest
+
+
+def _listed(manifest: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+    """The files that a manifest lists, all inside its folder: path -> bytes and sha256."""
+    files = manifest.get("files", {})
+    entries = files.items() if isinstance(files, dict) else [("files", files)]
+    for name, entry in entries:
+        whole = isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+        if not whole or Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable():
+            raise CheckpointError(
+                f"{folder / MANIFEST} is damaged at {quoted(name)}: {quoted(entry, 60)} is no file of its folder."
+            )
+    return files
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from sparsetrain.core.config import plain_values
 from sparsetrain.core.errors import CheckpointError
+from sparsetrain.core.plain_files import regular_file
+from sparsetrain.core.quote import quoted
 from sparsetrain.runs.manifest import FORMAT, read_json, sha256_of, write_json
 from sparsetrain.runs.mark import mark_weights
 from sparsetrain.surgery.apply import Handle
@@ -67,8 +69,7 @@ def read_sidecar(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / SIDECAR
     about = read_json(path)
-    if not isinstance(about.get("format"), int) or not isinstance(about.get("configs"), list):
-        raise CheckpointError(f"{path} is no sidecar of ours: it has no `format` or no `configs`.")
+    _check_entries(about, path)
     if about["format"] > FORMAT:
         raise CheckpointError(
             f"{path} has format {about['format']}; this version reads up to {FORMAT}. Update sparsetrain."
@@ -84,14 +85,26 @@ def read_state(folder: str | Path) -> State:
     """
     path = Path(folder) / STATE
     try:
-        flat = load_file(str(path))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. It is truncated or missing.") from None
+        flat = load_file(str(regular_file(path)))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {quoted(str(error))}. It is truncated or missing.") from None
     state: State = {}
     for key, tensor in flat.items():
         site, _, name = key.partition("/")
         state.setdefault(site, {})[name] = tensor
     return state
+
+
+def _check_entries(about: dict[str, Any], path: Path) -> None:
+    """Raise CheckpointError if what `load` will read of a sidecar has another type than a run writes."""
+    if not isinstance(about.get("format"), int) or not isinstance(about.get("configs"), list):
+        raise CheckpointError(f"{path} is no sidecar of ours: it has no `format` or no `configs`.")
+    if not all(isinstance(entry, dict) for entry in about["configs"]):
+        raise CheckpointError(f"{path}: configs={quoted(about['configs'])} is no list of methods' configs.")
+    for key in ("model_class", "task", "base_model", "job"):
+        value = about.get(key)
+        if value is not None and not isinstance(value, str):
+            raise CheckpointError(f"{path}: {key}={quoted(value)} is no name.")
 
 
 def library_versions() -> dict[str, str]:

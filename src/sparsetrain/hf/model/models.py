@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import set_seed
@@ -17,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import MethodConfig
-from sparsetrain.hf.model.weights import auto_class
+from sparsetrain.hf.model.weights import auto_class, empty_of, fitting_class
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.tasks import task_of
 from sparsetrain.surgery.apply import Handle
@@ -51,10 +50,13 @@ def attention_is_taken(empty: Callable[[], Any], configs: tuple[MethodConfig, ..
 
 
 def empty_model(config: Any, task: str) -> Any:
-    """The model on the meta device in fp32: its modules and shapes without its weights."""
-    with torch.device("meta"):
-        # a config names the dtype that its weights were stored in, which is not the one they are trained in
-        return auto_class(task).from_config(config, dtype=torch.float32)
+    """The model on the meta device in fp32: its modules and shapes without its weights.
+
+    Raises:
+        ValueError: none can be built of this config, or it is no model of the task.
+    """
+    name = str(getattr(config, "name_or_path", "") or config.model_type)
+    return empty_of(fitting_class(auto_class(task).__name__, config, name), config, name)
 
 
 def add_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: list[str]) -> Any:

@@ -134,7 +134,7 @@ def _open_dense(parts: Parts, layers: int | None, notes: list[str]) -> _Dense:
     cut = layers is not None and layers < model_layers
     if layers is not None and cut:
         cut_layers(parts.config, layers)
-    base, new_modules = assemble.load_model(parts)
+    base, new_modules = assemble.load_model(parts, cut=cut)
     if layers is not None and cut:
         parts, note = cut_head(base, parts, layers, model_layers)
         notes.append(note)

@@ -11,8 +11,8 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
+from sparsetrain.hf.model.opening import make_config
 from sparsetrain.hf.study.recipe_trace import outline
 from sparsetrain.planner.outline import Outline
 from sparsetrain.planner.predictor import Found
@@ -53,7 +53,7 @@ def _begin() -> None:
 
 def _trace(recipe: Recipe, values: dict[str, Any], bf16: bool, gpu: bool) -> str | ValueError | None:
     try:
-        return outline(recipe, AutoConfig.for_model(**values), bf16=bf16, gpu=gpu).to_json()
+        return outline(recipe, make_config(values, "the model"), bf16=bf16, gpu=gpu).to_json()
     except ValueError as error:
         return ValueError(str(error))
     except Exception:

@@ -6,16 +6,43 @@ records and, last, the manifest (`runs.checkpoints` says what that means).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sparsetrain.core.errors import CheckpointError
+from sparsetrain.core.plain_files import regular_file
+from sparsetrain.core.quote import quoted
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.checkpoints import rotate
 from sparsetrain.runs.events import Report, silent
 from sparsetrain.runs.layout import PROGRESS, checkpoint_folder
 from sparsetrain.runs.manifest import write_json, write_manifest
+
+
+@contextmanager
+def plain_states(checkpoint: Path | None) -> Iterator[None]:
+    """Turn the refusal of a pickle (the Trainer reads its states as plain tensors alone) into one line.
+
+    Raises:
+        CheckpointError: a file of the checkpoint holds something else, which would run code, or is none of a run's.
+    """
+    for path in sorted(checkpoint.iterdir()) if checkpoint is not None else ():
+        if path.suffix in (".pt", ".pth", ".bin", ".pkl") and not path.match("rng_state*.pth"):
+            if path.name not in ("optimizer.pt", "scheduler.pt", "training_args.bin"):
+                raise CheckpointError(f"{checkpoint} holds {quoted(path.name)}, which no run writes. Remove that file.")
+            regular_file(path)
+    try:
+        yield
+    except UnpicklingError:
+        raise CheckpointError(
+            f"{checkpoint} holds a file that is no plain state of an optimizer, schedule or random generator. Pickled "
+            "code is never run; resume from a checkpoint that was written here."
+        ) from None
 
 
 class CheckpointCallback(TrainerCallback):

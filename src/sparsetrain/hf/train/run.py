@@ -20,7 +20,7 @@ from sparsetrain.hf.model import models
 from sparsetrain.hf.model.io import save
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.callbacks import SparsityCallback
-from sparsetrain.hf.train.checkpoint import CheckpointCallback
+from sparsetrain.hf.train.checkpoint import CheckpointCallback, plain_states
 from sparsetrain.hf.train.evaluate import evaluate, held_out_tokens
 from sparsetrain.hf.train.journal import EvalCallback, Journal, SavedCallback
 from sparsetrain.hf.train.parts import Parts
@@ -211,7 +211,8 @@ def _train_stage(course: Course, trainer: Trainer, left: Path | None) -> None:
         set_seed(course.recipe.seed)
         reset_peak(course.parts.device)
         try:
-            trainer.train(resume_from_checkpoint=None if left is None else str(left))
+            with plain_states(left):
+                trainer.train(resume_from_checkpoint=None if left is None else str(left))
         except BaseException:
             clear_interrupted(output)
             leave_entry(output)

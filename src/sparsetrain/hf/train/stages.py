@@ -20,6 +20,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
 from sparsetrain.hf.train.callbacks import restart_schedule
+from sparsetrain.hf.train.checkpoint import plain_states
 from sparsetrain.hf.train.journal import Journal
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.runs.kept import KeptWeights
@@ -80,7 +81,7 @@ def enter_stage(
         arguments: of the Trainer.
     """
     output = Path(parts.recipe.output)
-    with disk_errors(output):
+    with disk_errors(output), plain_states(left):
         old_names = _optimizer_names(Trainer(model=model, args=arguments))
         moved = _restored(model, handle)
         grown, handle = enter(parts, journal, span.index, model, kept_weights(parts, journal))
