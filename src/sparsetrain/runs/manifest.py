@@ -100,9 +100,20 @@ def write_manifest(folder: str | Path, **entries: Any) -> None:
     folder = Path(folder)
     sync_folder(folder)
     paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST]
-    files = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in paths}
+    files = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in paths}
     write_json(folder / MANIFEST, {"format": FORMAT, **entries, "files": files})
     sync(folder)
+
+
+def drop_manifest(folder: str | Path) -> None:
+    """Remove a folder's manifest, if it is one of ours: what it says is about to be untrue."""
+    path = Path(folder) / MANIFEST
+    try:
+        ours = {"format", "files"} <= read_json(path).keys()
+    except CheckpointError:
+        return
+    if ours:
+        path.unlink()
 
 
 def verify_manifest(folder: str | Path) -> dict[str, Any]:
@@ -121,7 +132,7 @@ def verify_manifest(folder: str | Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}: it was truncated or changed."
             )
-        if _sha256(path) != entry["sha256"]:
+        if sha256_of(path) != entry["sha256"]:
             raise CheckpointError(f"{path} does not have the sha256 it was written with: its content has changed.")
     return manifest
 
@@ -168,7 +179,8 @@ def _disk_error(error: BaseException | None, folder: Path) -> int | None:
     return None
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -15,19 +15,27 @@ from sparsetrain.core.errors import CheckpointError
 from sparsetrain.core.files import scratch_file
 from sparsetrain.core.plain_files import regular_file
 from sparsetrain.core.quote import quoted
-from sparsetrain.runs.manifest import FORMAT, read_json, write_json
+from sparsetrain.runs.manifest import FORMAT, read_json, sha256_of, write_json
+from sparsetrain.runs.mark import mark_weights
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.method import State
+from sparsetrain.surgery.record import Record
 
 SIDECAR, STATE = "sparsity_config.json", "sparsity_state.safetensors"
-WRITTEN = frozenset({"format", "configs", "family", "model_class", "versions"})
-"""Entries that `write_sidecar` fills in itself."""
+WRITTEN = frozenset({"format", "configs", "family", "model_class", "versions", "state", "vocabulary"})
+"""Entries that `write_sidecar` and its callers fill in themselves."""
 
 
 def write_sidecar(
-    folder: str | Path, model: Any, handle: Handle | None, *, state: State | None = None, **about: Any
+    folder: str | Path, model: Any, handle: Handle | Record | None, *, state: State | None = None, **about: Any
 ) -> None:
-    """Write `sparsity_config.json` and `sparsity_state.safetensors` into a folder, each by one rename."""
+    """Write `sparsity_config.json` and `sparsity_state.safetensors` into a folder, each by one rename, and mark the
+    weights in it as theirs (`runs.mark`).
+
+    Args:
+        handle: what says how the model is converted; None for a dense one.
+        state: in place of the handle's own.
+    """
     folder = Path(folder)
     inner = base_of(model)
     entries = {
@@ -42,9 +50,13 @@ def write_sidecar(
     # safetensors wants owned, contiguous memory; names join the site and the tensor
     flat = {f"{site}/{name}": tensor.detach().cpu().clone().contiguous() for site, values in found.items()
             for name, tensor in values.items()}  # fmt: skip
-    if handle is not None:
+    if handle is not None or flat:
         with scratch_file(folder / STATE) as scratch:
             save_file(flat, str(scratch), metadata={"format": "pt"})
+    if handle is not None:
+        mark = {"format": FORMAT, "configs": entries["configs"], "state": sha256_of(folder / STATE)}
+        if mark_weights(folder, mark):
+            entries["state"] = mark["state"]
     write_json(folder / SIDECAR, entries)
 
 

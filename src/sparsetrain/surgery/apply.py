@@ -15,6 +15,7 @@ from sparsetrain.core.anatomy import Undo, describe, library_model
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.surgery.method import Edit, Progress, Schedule, State, method_of
 from sparsetrain.surgery.plan import Plan, plan
+from sparsetrain.surgery.record import Record, attach
 from sparsetrain.surgery.site import Site
 from sparsetrain.surgery.support import check_support, features_of
 from sparsetrain.surgery.unattended import Unattended
@@ -32,11 +33,13 @@ class Handle:
         plan: what was planned and done.
         modules_to_save: names for PEFT's `LoraConfig(modules_to_save=...)`; without them PEFT freezes what we added.
         committed: `commit` has dropped the way back.
+        about: entries for the sidecar of whoever saves the model: `base_model`, `task`, ….
     """
 
     model: nn.Module
     plan: Plan
     committed: bool = False
+    about: dict[str, Any] = field(default_factory=dict)
     _undos: list[Undo] = field(default_factory=list, repr=False)
     _installed: list[tuple[Edit, Site]] = field(default_factory=list, repr=False)
     _schedules: list[Schedule] = field(default_factory=list, repr=False)
@@ -235,6 +238,11 @@ def sparsify(
         raise
     finally:
         torch.random.set_rng_state(rng)
+    anatomy = describe(model)
+    record = Record(configs, handle._installed, handle.about, f"{anatomy.model}." if anatomy.model else "")
+    handle._undos.append(attach(model, record))
+    if anatomy.keep_record is not None:
+        anatomy.keep_record()
     handle.step(0)
     handle._driven = False
     if handle._schedules or any(type(module).set_step is not Site.set_step for _, module in handle._installed):

@@ -31,7 +31,7 @@ _TEXTS = ("task_type", "peft_type", "peft_version", "base_model_name_or_path", "
 _NAMES = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", "layers_pattern",
           "target_parameters")  # fmt: skip
 _STARTS = ("gaussian", "orthogonal", "olora", "pissa")
-_MOST_NAMES, _MOST_RANK = 10_000, 2**14
+_MOST_NAMES, _MOST_RANK, _MOST_ROWS = 10_000, 2**14, 2**20
 
 
 def check_adapter(folder: Path) -> PeftConfig:
@@ -58,6 +58,13 @@ def check_adapter(folder: Path) -> PeftConfig:
         return kind.from_peft_type(**kind.check_kwargs(**kept))
     except Exception as error:  # each kind of adapter checks its values in a way of its own
         raise CheckpointError(f"{quoted(str(folder / ADAPTER))} cannot be used: {told(error)}") from None
+
+
+def made_for(folder: Path) -> list[str]:
+    """The class of the model that an adapter was made on, where its config names that in place of a task."""
+    mapping = read_plain_object(folder / ADAPTER, MOST_BYTES).get("auto_mapping")
+    found = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    return [found] if isinstance(found, str) else []
 
 
 def base_place(base: object, folder: Path) -> str:
@@ -166,6 +173,12 @@ def _allowed(key: str, value: Any) -> bool:
         return isinstance(value, dict) and len(value) <= _MOST_NAMES and all(
             isinstance(size, int | float) and 0 < size <= _MOST_RANK for size in value.values()
         )  # fmt: skip
+    if key == "trainable_token_indices":
+        lists = list(value.values()) if isinstance(value, dict) else [value]
+        return len(lists) <= _MOST_NAMES and all(
+            isinstance(rows, list) and len(rows) <= _MOST_ROWS and all(isinstance(i, int) and i >= 0 for i in rows)
+            for rows in lists
+        )
     if key == "layers_to_transform":
         return isinstance(value, list) and len(value) <= _MOST_NAMES and all(isinstance(i, int) for i in value)
     return False

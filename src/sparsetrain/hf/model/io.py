@@ -7,6 +7,7 @@ permutations) and `manifest.json` (size and sha256 of every file). A folder appe
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,24 @@ from peft import PeftModel
 from torch import nn
 
 import sparsetrain.methods  # noqa: F401  (enters every method in the registry, for what a sidecar names)
-from sparsetrain.core.config import MethodConfig, method_config, plain_values, registered_methods
+from sparsetrain.core.config import MethodConfig, method_config, registered_methods
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.hf.assets import resolve_model
-from sparsetrain.hf.model.adapter import WEIGHTS, base_place, check_adapter, with_adapter
+from sparsetrain.hf.model.adapter import WEIGHTS, base_place, check_adapter, made_for, with_adapter
+from sparsetrain.hf.model.embedding_rows import SITE, give_vocabulary
 from sparsetrain.hf.model.foreign import own_classes, set_options
 from sparsetrain.hf.model.merge import check_merge
 from sparsetrain.hf.model.opening import open_config, open_tokenizer, quiet, told
+from sparsetrain.hf.model.saving import conversion_of, save_alone, write_along
 from sparsetrain.hf.model.weights import class_of_adapter, known_class, load_weights
+from sparsetrain.hf.model.whole import check_finite
 from sparsetrain.runs.folders import ADAPTER, stored_shapes
-from sparsetrain.runs.manifest import FORMAT, MANIFEST, atomic_folder, disk_errors, verify_manifest, write_manifest
+from sparsetrain.runs.manifest import MANIFEST, atomic_folder, disk_errors, verify_manifest, write_manifest
+from sparsetrain.runs.mark import ENTRY, check_mark, mark_of, refuse_lone_weights
 from sparsetrain.runs.sidecar import SIDECAR, STATE, WRITTEN, base_of, read_sidecar, read_state, write_sidecar
 from sparsetrain.surgery.apply import Handle, sparsify
-from sparsetrain.surgery.method import State, method_of
+from sparsetrain.surgery.method import Edit, State, method_of
+from sparsetrain.surgery.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +57,7 @@ def save(model: Any, handle: Handle | None, folder: str | Path, *, tokenizer: An
 
     Args:
         model: a transformers model or a `PeftModel` on one.
-        handle: what `sparsify` returned; None for a dense model.
+        handle: what `sparsify` returned; None for a dense model, or where the handle is not at hand.
         folder: appears whole, replacing an earlier one.
         about: entries for the sidecar: `base_model` (name or path, needed to load an adapter), `task`, ….
 
@@ -60,13 +66,15 @@ def save(model: Any, handle: Handle | None, folder: str | Path, *, tokenizer: An
     """
     with atomic_folder(folder) as scratch, disk_errors(folder):
         if isinstance(model, PeftModel):
-            # "auto" would ask the hub whether the vocabulary grew
-            model.save_pretrained(str(scratch), save_embedding_layers=False)
+            # "auto" would ask the hub whether the vocabulary grew; its rows go into the state file
+            save_alone(model, str(scratch), save_embedding_layers=False)
         else:
-            model.save_pretrained(str(scratch), state_dict=_dense_state(model, handle))
+            converted = conversion_of(model) or handle
+            state = _dense_state(model, converted.installed if converted is not None else ())
+            save_alone(model, str(scratch), state_dict=state)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(scratch))
-        write_sidecar(scratch, model, handle, **about)
+        write_along(model, scratch, handle, **about)
         write_manifest(scratch)
     return Path(folder)
 
@@ -92,6 +100,7 @@ def load(
     if (folder / MANIFEST).is_file():
         verify_manifest(folder)
     about = read_sidecar(folder)
+    check_mark(folder, about.get("state"))
     adapter = (folder / ADAPTER).is_file()
     if adapter and not about.get("base_model"):
         raise CheckpointError(f"{folder / SIDECAR} names no base_model for the adapter. Save it with base_model=….")
@@ -100,7 +109,11 @@ def load(
     config = open_config(base)
     set_options(config, about, folder / SIDECAR)
     model, new = load_weights(base, str(about.get("model_class")), dtype, config, new_head=adapter)
-    handle = _converted(model, about, folder)
+    vars(model.config).pop(ENTRY, None)  # of the weights as they were saved: it is not to be saved once more
+    saved = read_state(folder) if about["configs"] or (folder / STATE).is_file() else {}
+    if adapter and SITE in about:
+        give_vocabulary(model, about[SITE], saved.get(SITE, {}))
+    handle = _converted(model, about, folder, saved)
     if asked is not None:
         model = with_adapter(model, folder, asked, trainable, new)
     model = model.to(device)
@@ -141,10 +154,8 @@ def export(source: str | Path | Loaded, folder: str | Path, *, format: str = "sp
     elif handle is not None:
         state = {site: {name: value.clone() for name, value in found.items()} for site, found in handle.state().items()}
         handle.restore()
-        # the entry in config tells a reader of config.json alone that the weights were trained to run sparse
-        model.config.sparsetrain = {"format": FORMAT, "configs": [plain_values(config) for config in handle.configs]}
     with atomic_folder(folder) as scratch, disk_errors(folder):
-        model.save_pretrained(str(scratch))
+        save_alone(model, str(scratch))
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(str(scratch))
         if format == "sparse":
@@ -171,34 +182,39 @@ def _load_plain(name: str, folder: Path, dtype: torch.dtype, device: Any, traina
     if (folder / ADAPTER).is_file():
         asked = check_adapter(folder)
         _refuse_orphan(folder)
+        refuse_lone_weights(folder, mark_of(folder))
         base = base_place(asked.base_model_name_or_path, folder)
-        model, new = load_weights(base, class_of_adapter(asked.task_type), dtype, new_head=True)
+        kind = class_of_adapter(asked.task_type) if asked.task_type else known_class(*made_for(folder))[1]
+        model, new = load_weights(base, kind, dtype, new_head=True)
         model = with_adapter(model, folder, asked, trainable, new)
         return Loaded(
             model=model.to(device).train(trainable), tokenizer=_tokenizer(folder, base), handle=None, about={}
         )
     path = resolve_model(name)
     config = open_config(path, name)
+    refuse_lone_weights(name, getattr(config, ENTRY, None))
     _, kind = known_class(*own_classes(config, name))
     model, _ = load_weights(path, kind, dtype, config, name=name)
     model = model.to(device).train(trainable)
     return Loaded(model=model, tokenizer=_tokenizer(Path(path), path), handle=None, about={})
 
 
-def _converted(model: Any, about: dict[str, Any], folder: Path) -> Handle | None:
+def _converted(model: Any, about: dict[str, Any], folder: Path, state: State) -> Handle | None:
     """The handle of a model that was converted as its sidecar says; None for a dense one."""
     if not about["configs"]:
         return None
-    state = read_state(folder)
     try:
         configs = [MethodConfig.from_dict(entry) for entry in about["configs"]]
-        return sparsify(model, *configs, state=state)
+        handle = sparsify(model, *configs, state=state)
     except (TypeError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
         if "memory" in str(error):
             raise
         raise CheckpointError(
             f"{folder / SIDECAR} and {STATE} do not fit the model: {told(error)} They were changed, or are of another."
         ) from None
+    for edit, module in handle.installed:  # a record of what happened may hold NaN for what was not yet known
+        check_finite(module.named_parameters(), f"{folder / STATE}, {edit.key}")
+    return handle
 
 
 def _refuse_orphan(folder: Path) -> None:
@@ -226,15 +242,13 @@ def _final_folder(path: Path) -> Path:
     return path
 
 
-def _dense_state(model: nn.Module, handle: Handle | None) -> dict[str, Any]:
+def _dense_state(model: nn.Module, installed: Iterable[tuple[Edit, Site]]) -> dict[str, Any]:
     """The state dict that plain transformers expects: without what methods added, with the weights they stand for."""
-    state = model.state_dict()
-    if handle is None:
-        return state
-    ours = {id(module) for _, module in handle.installed}
+    state, installed = model.state_dict(), list(installed)
+    ours = {id(module) for _, module in installed}
     prefixes = tuple(f"{name}." for name, module in model.named_modules() if id(module) in ours)
     dense = {key: value for key, value in state.items() if not key.startswith(prefixes)}
-    for edit, module in handle.installed:
+    for edit, module in installed:
         dense |= {f"{edit.site}.{name}": value for name, value in (module.dense_weights() or {}).items()}
     return dense
 

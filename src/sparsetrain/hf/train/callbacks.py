@@ -14,10 +14,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sparsetrain.core.anatomy import describe, submodule
 from sparsetrain.core.units import bytes_text
+from sparsetrain.hf.train.continued import continued, note_where_states_are_read, taken_from
 from sparsetrain.measure.memory import peak_memory, reset_peak
 from sparsetrain.runs.events import Report, log_note, silent
 from sparsetrain.runs.layout import checkpoint_folder
-from sparsetrain.runs.sidecar import write_sidecar
+from sparsetrain.runs.sidecar import SIDECAR, write_sidecar
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.support import check_support, features_of
 
@@ -26,12 +27,12 @@ class SparsityCallback(TrainerCallback):
     """Drives a converted model's schedules and keeps its sidecar with every checkpoint.
 
     The schedule is a function of `state.global_step` alone, so a resumed run continues it. Pass the callback to the
-    Trainer: `Trainer(model, callbacks=[SparsityCallback(handle)], ...)`. `trainer.save_model()` calls no callback; the
-    sidecar for it is written into `output_dir` when training ends.
+    Trainer: `Trainer(model, callbacks=[SparsityCallback(handle)], ...)`. A run that goes on from a checkpoint, or ends
+    with its best one, goes on with the patterns, permutations and masks of that checkpoint.
 
     Args:
         handle: what `sparsify` returned.
-        at_end: write the sidecar into `output_dir` at the end of training.
+        at_end: write the sidecar into `output_dir` at the end of training, where no saved model has brought its own.
         report: told, as notes (by default they are logged), what the methods say at the start, what one changed for
             good (patterns cut, say), and the peak of memory before and after it: a peak counts from the last change,
             since a dense phase would hide what follows.
@@ -48,7 +49,9 @@ class SparsityCallback(TrainerCallback):
         before_reset: Callable[[], None] = lambda: None,
         **about: Any,
     ) -> None:
-        self.handle, self.at_end, self.about = handle, at_end, about
+        self.handle, self.at_end = handle, at_end
+        note_where_states_are_read()
+        handle.about.update(about)  # whoever saves the model writes them
         self.report, self.before_reset = report, before_reset
         self._restarted: int | None = None
         self._peak_before: int | None = None
@@ -66,6 +69,9 @@ class SparsityCallback(TrainerCallback):
                 "fp16 without clipping leaves the gradients scaled until the optimizer step, and a method adds a decay "
                 "to them. Set max_grad_norm, train in bf16, or set the method's decay to 0."
             )
+        if state.global_step > 0:
+            for note in continued(self.handle, args, state):
+                self.report({"event": "note", "text": note})
         self._restarted = None  # a Trainer makes its schedule anew for each run
         self._step(args, state, kwargs)
         for note in self.handle.notes():
@@ -83,7 +89,9 @@ class SparsityCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = checkpoint_folder(args.output_dir, state.global_step)
-        write_sidecar(folder, kwargs.get("model", self.handle.model), self.handle, **self.about)
+        model = kwargs.get("model", self.handle.model)
+        if not (hasattr(model, "save_pretrained") and (folder / SIDECAR).is_file()):
+            write_sidecar(folder, model, self.handle, **self.handle.about)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -92,10 +100,14 @@ class SparsityCallback(TrainerCallback):
         if self._peak_before is not None and after is not None:
             text = f"Peak memory: {bytes_text(self._peak_before)} before the change, {bytes_text(after)} after it."
             self.report({"event": "note", "text": text})
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best is not None and Path(best).is_dir():
+            for note in taken_from(self.handle, Path(best)):  # the Trainer has loaded its weights
+                self.report({"event": "note", "text": note})
         self.handle.settle()
-        if self.at_end and args.output_dir:
+        if self.at_end and args.output_dir and not (Path(args.output_dir) / SIDECAR).is_file():
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            write_sidecar(args.output_dir, kwargs.get("model", self.handle.model), self.handle, **self.about)
+            write_sidecar(args.output_dir, kwargs.get("model", self.handle.model), self.handle, **self.handle.about)
 
     def _step(self, args: TrainingArguments, state: TrainerState, given: dict[str, Any]) -> None:
         scheduler, scale = given.get("lr_scheduler"), gradient_scale(given.get("optimizer"))

@@ -8,7 +8,7 @@ Legend: b batch, h query heads, g key/value heads, t queries, s keys, d head wid
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsetrain.core.anatomy import AttentionSite
@@ -56,6 +56,13 @@ class FloodFillSparseAttention(SparseAttention):
     def tensors(self) -> dict[str, Tensor]:
         found = {name: value for name in STATE if (value := getattr(self, name)) is not None}
         return found | (self.probe_rows if self.mask is None else {})
+
+    def take(self, owner: nn.Module, tensors: dict[str, Tensor]) -> None:
+        device = next(owner.parameters()).device
+        for name in STATE:
+            setattr(self, name, tensors[name].to(device) if name in tensors else None)
+        self.probe_rows = {name: value for name, value in tensors.items() if name.startswith(PROBE)}
+        self._lists.clear()
 
     def stats(self) -> dict[str, float]:
         if self.mask is None or self.seen is None or self.switched is None:

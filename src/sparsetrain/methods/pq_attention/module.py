@@ -63,6 +63,11 @@ class PQSparseAttention(SparseAttention):
         codewords: Tensor = trained_copy(self.codebook).weight
         return {"codebook": codewords.detach(), "fitted": torch.tensor(self.fitted)}
 
+    @torch.no_grad()
+    def take(self, owner: nn.Module, tensors: dict[str, Tensor]) -> None:
+        trained_copy(self.codebook).weight.copy_(tensors["codebook"])
+        self.fitted = bool(tensors["fitted"])
+
     def stats(self) -> dict[str, float]:
         return {name: float(value) for name, value in self.last.items()}
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sparsetrain.core.anatomy import FFNSite, trained_copy
 from sparsetrain.methods.routed_ffn.config import RoutedFFN
+from sparsetrain.methods.routed_ffn.permute import reorder
 from sparsetrain.ops.routed_ffn import routed_ffn
 from sparsetrain.ops.routing import balance_loss, choose_blocks, load_stats
 from sparsetrain.surgery.auxiliary import attach_loss
@@ -51,6 +52,7 @@ class Routing(Site):
     """State and schedule of one routed FFN; lives in the owner as its child `routed`."""
 
     valid_bt: Tensor | None = None
+    order: Tensor | None
 
     def __init__(self, config: RoutedFFN, site: FFNSite, router: Router, order: Tensor | None) -> None:
         super().__init__()
@@ -73,6 +75,18 @@ class Routing(Site):
         if self.order is not None:
             found["order"] = self.order
         return found
+
+    @torch.no_grad()
+    def take(self, owner: nn.Module, tensors: dict[str, Tensor]) -> None:
+        if tensors.keys() != self.tensors().keys():
+            raise ValueError("it was saved by another kind of conversion")
+        if self.order is not None and not torch.equal(tensors["order"].to(self.order.device), self.order):
+            # the weights lie in the order of this conversion; the optimizer's state of a checkpoint, in that of its own
+            reorder(owner, self.site, torch.argsort(self.order))
+            self.order.copy_(tensors["order"])
+            reorder(owner, self.site, self.order)
+        for name, parameter in trained_copy(self.router).named_parameters():
+            parameter.copy_(tensors[f"router.{name}"])
 
     def stats(self) -> dict[str, float]:
         return {name: float(value) for name, value in self.last.items()}

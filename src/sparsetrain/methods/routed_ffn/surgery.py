@@ -128,7 +128,7 @@ def install(
     vars(block)["attention_mask_place"] = arguments.index("attention_mask") if "attention_mask" in arguments else None
     reclass(owner, Routed)
     owner.routed = routing
-    undo_order = permute_units(owner, site, order) if order is not None else None
+    undo_order = permute_units(owner, site, lambda m: m.routed.order) if order is not None else None
 
     def undo() -> None:
         if undo_order is not None:

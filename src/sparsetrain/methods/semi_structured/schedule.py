@@ -130,6 +130,15 @@ class Schedule24(Site):
         found["history"] = torch.tensor(self.history, dtype=torch.float64).view(-1, 1 + len(self.linears))
         return found
 
+    @torch.no_grad()
+    def take(self, owner: nn.Module, tensors: dict[str, Tensor]) -> None:
+        for name, linear in self.linears.items():
+            for key in BUFFERS:
+                getattr(linear, key).copy_(tensors[f"{name}.{key}"])
+        self.last_refresh, self.dense = int(tensors["progress"][0]), bool(tensors["progress"][1])
+        self.history = tensors["history"].double().tolist()
+        self._enter_phase()
+
     def stats(self) -> dict[str, float]:
         flips = sum(float(linear.flip_rate) for linear in self.linears.values()) / len(self.linears)
         return {
