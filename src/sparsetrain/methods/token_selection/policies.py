@@ -159,7 +159,7 @@ def draw(config: TokenSelection, batch: Batch, *, step: int) -> Rows:
             "and there are none. Let the collator add them to the batch, or use policy='random'."
         )
     if config.keep_ratio == 1:  # padding too: the row before a first token may predict it, and a first row be read
-        return Rows.of([torch.arange(batch.num_tokens)] * len(batch.ids), batch.num_tokens)
+        return Rows.of([torch.arange(batch.num_tokens)] * len(batch.segments_bt), batch.num_tokens)
     chosen, weights = [], []
     for row, segments_t in enumerate(batch.segments_bt):
         found = []
