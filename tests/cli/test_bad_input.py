@@ -60,8 +60,8 @@ def test_data_that_cannot_be_meant(train, tmp_path: Path) -> None:
     rows.write_text('[{"instruction": "a", "output": "b"}]')
     packed.write_bytes(b"\x1f\x8brest")
     for data, *words in (
-        ("", "data='' is blank"),
-        (" ", "is blank"),
+        ("", "An argument is empty (--data)"),
+        (" ", "An argument is empty (--data)"),
         (pipe, "pipe.txt is a named pipe, not a regular file"),
         ("/dev/zero", "is a device"),
         (rows, "rows.json[0] has no 'text'", "task=sft"),

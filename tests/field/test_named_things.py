@@ -26,16 +26,17 @@ PAGES = ("measure/page.py", "measure/style.py", "measure/pictures.py", "measure/
 """HTML and CSS, hardly a message."""
 NAMES_OF_IDEAS = {
     "LoRA", "AdaLoRA", "DoRA", "ZeRO", "MiB", "GiB", "KiB", "NumPy", "ListOps", "SmolLM2", "MiniLM", "NaN", "ViT",
-    "PyTorch", "DeepSpeed", "GitHub", "PytorchStreamWriter",
+    "PyTorch", "DeepSpeed", "GitHub", "PytorchStreamWriter", "FullyShardedDataParallel",
 }  # fmt: skip
 OF_PIP = {"--hash", "--no-deps", "--only-binary", "--require-hashes", "--upgrade", "--help"}
 OF_MODELS = {
     "attention_probs_dropout_prob", "attn_pdrop", "attention_dropout", "image_size", "num_channels", "max_length",
     "max_position_embeddings", "tie_word_embeddings", "use_liger_kernel", "loss_type", "base_model",
+    "output_attentions",
 }  # fmt: skip
 ELSEWHERE = {
     "softmax", "gradient_checkpointing_enable", "anatomy", "step", "deepcopy", "get_scale", "callback", "LoraConfig",
-    "no_grad",
+    "no_grad", "push_to_hub",
 }  # fmt: skip
 
 

@@ -181,8 +181,9 @@ def check_data(checkpoint: Checkpoint, data: str) -> None:
 def check_output(output: str | Path, *, resume: bool) -> None:
     """Raise ValueError if a new run would write into a folder that holds something, or cannot write there."""
     output = Path(output)
-    check_folder(output, "output")
     held = held_in(output)
+    if not held:  # trying it touches the folder, and what is held may be someone else's
+        check_folder(output, "output")
     if held and not resume:
         shown = ", ".join(held[:4]) + (", …" if len(held) > 4 else "")
         raise ValueError(f"output folder {output} is not empty (it holds {shown}). Add --resume, or choose another.")

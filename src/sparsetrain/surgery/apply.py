@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsetrain.core.anatomy import Undo, describe, library_model
+from sparsetrain.core.anatomy import Anatomy, Undo, describe, library_model
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.surgery.method import Edit, Progress, Schedule, State, method_of
 from sparsetrain.surgery.plan import Plan, plan
@@ -31,6 +31,7 @@ class Handle:
     Attributes:
         model: the model that was converted (the same object, changed in place); of a `PeftModel`, the one inside.
         plan: what was planned and done.
+        anatomy: the dense model's places.
         modules_to_save: names for PEFT's `LoraConfig(modules_to_save=...)`; without them PEFT freezes what we added.
         committed: `commit` has dropped the way back.
         about: entries for the sidecar of whoever saves the model: `base_model`, `task`, ….
@@ -38,6 +39,7 @@ class Handle:
 
     model: nn.Module
     plan: Plan
+    anatomy: Anatomy
     committed: bool = False
     about: dict[str, Any] = field(default_factory=dict)
     _undos: list[Undo] = field(default_factory=list, repr=False)
@@ -88,7 +90,7 @@ class Handle:
         for edit in self.plan.edits if self._installed else ():
             _refuse_copies(self.model, edit, self.modules_to_save)
         if not self._driven and self.active:  # it may have been sharded since the conversion
-            check_support(self.configs, describe(self.model), features_of(self.model))
+            check_support(self.configs, self.anatomy, features_of(self.model))
             self._driven = True
         for _, module in self._installed:
             module.set_step(step, total_steps, loss_scale)
@@ -217,10 +219,11 @@ def sparsify(
     model = library_model(model)
     planned = plan(model, *configs)
     _check_state(state or {}, planned)
-    check_support(configs, describe(model), features_of(model))
+    anatomy = describe(model)  # as it is dense: a site may not look like itself afterwards
+    check_support(configs, anatomy, features_of(model))
     batches = None if calibration is None else list(calibration)
     rng = torch.random.get_rng_state()
-    handle = Handle(model, planned)
+    handle = Handle(model, planned, anatomy)
     try:
         torch.manual_seed(seed)
         tensors = state if state is not None else _prepare(model, planned, batches, progress or (lambda *_: None))
@@ -238,7 +241,6 @@ def sparsify(
         raise
     finally:
         torch.random.set_rng_state(rng)
-    anatomy = describe(model)
     record = Record(configs, handle._installed, handle.about, f"{anatomy.model}." if anatomy.model else "")
     handle._undos.append(attach(model, record))
     if anatomy.keep_record is not None:
@@ -264,8 +266,9 @@ def _refuse_copies(model: nn.Module, edit: Edit, ours: list[str]) -> None:
 
 
 def _check_state(state: State, planned: Plan) -> None:
+    """Raise ValueError if entries fit no edit while an edit has none: those of fewer layers may be more than enough."""
     strange = sorted(set(state) - {edit.key for edit in planned.edits})
-    if strange:
+    if strange and any(edit.key not in state for edit in planned.edits):
         raise ValueError(
             f"the state is of another model or recipe: it holds {strange[0]} ({len(strange)} of {len(state)} entries "
             f"fit nothing), and this recipe makes {planned.edits[0].key}, …. Give the state of the same recipe."

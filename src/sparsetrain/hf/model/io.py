@@ -111,8 +111,9 @@ def load(
     model, new = load_weights(base, str(about.get("model_class")), dtype, config, new_head=adapter)
     vars(model.config).pop(ENTRY, None)  # of the weights as they were saved: it is not to be saved once more
     saved = read_state(folder) if about["configs"] or (folder / STATE).is_file() else {}
+    rows = saved.pop(SITE, {})
     if adapter and SITE in about:
-        give_vocabulary(model, about[SITE], saved.get(SITE, {}))
+        give_vocabulary(model, about[SITE], rows)
     handle = _converted(model, about, folder, saved)
     if asked is not None:
         model = with_adapter(model, folder, asked, trainable, new)

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sparsetrain.core.anatomy import describe, submodule
+from sparsetrain.core.anatomy import submodule
 from sparsetrain.core.units import bytes_text
 from sparsetrain.hf.train.continued import continued, note_where_states_are_read, taken_from
 from sparsetrain.measure.memory import peak_memory, reset_peak
@@ -60,7 +60,7 @@ class SparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         asked = asked_of_trainer(args) | features_of(kwargs.get("model") or self.handle.model)
-        check_support(self.handle.configs, describe(self.handle.model), asked)
+        check_support(self.handle.configs, self.handle.anatomy, asked)
         check_forwards(self.handle)
         check_trainable(self.handle)
         check_arguments(self.handle, args)

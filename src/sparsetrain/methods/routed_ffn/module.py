@@ -252,6 +252,8 @@ def valid_tokens(mask: Any) -> Tensor | None:
         return None
     if mask.ndim == 2:
         return mask > 0
+    if mask.ndim == 4 and mask.dtype == torch.int32:  # beside a sparse attention: of each key its sequence and place
+        return mask[:, :, 0, 1] >= 0
     if mask.ndim == 4 and mask.shape[2] == mask.shape[3]:
         diagonal = mask[:, 0].diagonal(dim1=1, dim2=2)
         return diagonal if diagonal.dtype == torch.bool else diagonal == 0

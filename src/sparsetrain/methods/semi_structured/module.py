@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsetrain.methods.semi_structured.config import SemiStructured
 from sparsetrain.ops.nm_mask import flip_rate, nm_mask, transposable_mask
@@ -126,7 +127,8 @@ class Sparse24:
             pruned = pruned.to(torch.bfloat16)  # sparse tensor cores take no fp32; the master weight stays fp32
         transposable = self.config24.transposable
         self.packed = pack(pruned, transposed=self.transposed, transposable=transposable, backend=self.kernel)
-        self.seen = None if self.weight.is_meta else (id(self.weight), self.weight._version, self._sample())
+        has_values = not self.weight.is_meta and not isinstance(self.weight, FakeTensor)
+        self.seen = (id(self.weight), self.weight._version, self._sample()) if has_values else None
 
     def _sample(self) -> Tensor:
         entries = self.weight.detach().reshape(-1)
@@ -139,7 +141,8 @@ class Sparse24:
             repacks: it is about to be packed anew, so only a change that nothing owns up to is an error: one through
                 `.data`. In training too, where an optimizer may have gone on without `handle.step`.
         """
-        if self.seen is None or self.weight.is_meta:
+        # of a weight that is trained nothing is known: a fused optimizer moves it without counting that as a change
+        if self.seen is None or self.weight.is_meta or self.weight.requires_grad:
             return
         owned_up = self.seen[:2] != (id(self.weight), self.weight._version)
         if owned_up and (repacks or self.training):  # type: ignore[attr-defined]
