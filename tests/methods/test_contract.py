@@ -395,10 +395,10 @@ def counted_flops(model: Any, batch: dict[str, Tensor]) -> int:
         return 4 * b * h * d * (t * (t + 1) / 2 if causal else t * s)
 
     def distances(x: Any, y: Any, *_: Any, **__: Any) -> int:
-        return 2 * math.prod(torch.broadcast_shapes(x, y))
+        return 2 * math.prod(torch.broadcast_shapes(*(each for each in (x, y) if isinstance(each, torch.Size))))
 
     flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    counted = {flash: attention, torch.ops.aten.sub.out: distances}
+    counted = {flash: attention, torch.ops.aten.sub: distances}
     with FlopCounterMode(display=False, custom_mapping=counted) as counter, torch.no_grad():
         model(**batch)
     return counter.get_total_flops()
