@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY     := $(VENV)/bin/python
 RUN    := $(VENV)/bin/sparsetrain
 
-.PHONY: help setup assets demo test test-slow test-gpu check bench bench-gpu docs clean
+.PHONY: help setup assets demo test test-slow torture test-gpu check bench bench-gpu docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,9 @@ test: assets ## all tests that run without a GPU; says which ten took longest
 
 test-slow: assets ## the slow tests
 	$(PY) -m pytest -n auto -m "slow and not gpu"
+
+torture: setup ## bad inputs, kills, full disks and doubled starts over every command; prints counts
+	$(PY) -m tests.torture
 
 test-gpu: setup ## the tests that need a GPU
 	$(PY) -m pytest -m gpu

@@ -54,6 +54,25 @@ def test_a_damaged_model(train, tmp_path: Path) -> None:
     assert_refused(train(model=folder), tmp_path / "run", str(folder))
 
 
+def test_data_that_cannot_be_meant(train, tmp_path: Path) -> None:
+    pipe, rows, packed = tmp_path / "pipe.txt", tmp_path / "rows.json", tmp_path / "text.gz"
+    os.mkfifo(pipe)
+    rows.write_text('[{"instruction": "a", "output": "b"}]')
+    packed.write_bytes(b"\x1f\x8brest")
+    for data, *words in (
+        ("", "An argument is empty (--data)"),
+        (" ", "An argument is empty (--data)"),
+        (pipe, "pipe.txt is a named pipe, not a regular file"),
+        ("/dev/zero", "is a device"),
+        (rows, "rows.json[0] has no 'text'", "task=sft"),
+        (packed, "compressed by gzip", "gunzip"),
+        ("a" * 5000, "File name too long"),
+    ):
+        result = train(data=data)
+        assert_refused(result, tmp_path / "run", *words)
+        assert len(result.err) < 1000
+
+
 def test_missing_data(train, tmp_path: Path) -> None:
     assert_refused(train(data=tmp_path / "gone.txt"), tmp_path / "run", "gone.txt", "does not exist")
     assert_refused(train(data=tmp_path / "*.txt"), tmp_path / "run", "*.txt")
@@ -243,10 +262,14 @@ def test_interrupted_and_resumed(train, tmp_path: Path, monkeypatch: pytest.Monk
     assert again.code == 2 and "finished" in again.json["error"]["message"]
 
 
-def test_resume_of_nothing(train, tmp_path: Path) -> None:
-    result = train("--resume", "--json")
-    assert result.code == 2 and "nothing to resume" in result.json["error"]["message"]
-    assert not (tmp_path / "run").exists()
+def test_resume_of_nothing_starts_with_a_line_that_says_so(train, tmp_path: Path) -> None:
+    """As after a kill before anything was written."""
+    result = train("--resume")
+    assert result.code == 0 and result.err.count("holds no whole checkpoint; starting from the beginning") == 1
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.tex").write_text("x")
+    refused = train("--resume", "--json", output=tmp_path / "theirs")
+    assert refused.code == 2 and "thesis.tex" in refused.json["error"]["message"]
 
 
 @pytest.mark.slow
@@ -290,8 +313,6 @@ def test_a_selection_that_the_rows_do_not_allow(train, tmp_path: Path) -> None:
         result = train(method=f"token_selection:{method}", **classify)
         assert_refused(result, tmp_path / "run", "label a token", "policy=random")
     assert_refused(train(method="token_selection:pool=scored"), tmp_path / "run", "token_scores", "pool=all")
-    short = train(method="token_selection:num_tokens=30", **classify)
-    assert_refused(short, tmp_path / "run", "num_tokens=30", "of a sample with", "drop or pack")
 
 
 def test_a_selection_without_a_single_target(train, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from sparsetrain.cli import run
 from sparsetrain.cli.answer import Answer, print_answer, to_json
+from sparsetrain.cli.app import flags_of
 from sparsetrain.cli.failure import explain
 from sparsetrain.core.errors import Unsupported
 
@@ -34,6 +35,22 @@ def thrown(error: BaseException, module: str = "sparsetrain.somewhere") -> BaseE
         (AssertionError("ours"), "sparsetrain.ops", 1, "report it"),
         (KeyError("x"), "json", 1, "--debug"),
         (MemoryError(), "torch", 1, "--batch-size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "torch", 1, "Lower --batch-size"),
+        (RuntimeError("can't start new thread"), "threading", 1, "Out of memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "os", 1, "Out of memory"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 10_000), "os", 2, "too long"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), "os", 2, "a/b"),
+        (FileExistsError(errno.EEXIST, "File exists", "a"), "pathlib", 2, "another place"),
+        (OSError(errno.EROFS, "Read-only file system", "/proc/x"), "os", 2, "/proc/x"),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "a"), "os", 2, "symbolic"),
+        (OSError(errno.EMFILE, "Too many open files", "a"), "os", 1, "ulimit"),
+        (OSError(errno.EIO, "Input/output error", "a"), "os", 1, "Input/output"),
+        (RecursionError("maximum recursion depth exceeded"), "json.decoder", 2, "too deep"),
+        (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"), "codecs", 2, "UTF-8"),
+        (json.JSONDecodeError("Expecting value", "", 0), "json.decoder", 2, "damaged"),
+        (ValueError("Unrecognized model"), "transformers.models.auto", 2, "transformers does not take"),
+        (TypeError("ours"), "sparsetrain.hf", 1, "report it"),
+        (IndexError("ours"), "sparsetrain.hf", 1, "report it"),
         (RuntimeError("CUDA out of memory. Tried to allocate"), "torch", 1, "--gradient-checkpointing"),
         (OSError(errno.ENOSPC, "No space left on device", "runs/a"), "os", 1, "runs/a"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "gone"), "os", 2, "gone"),
@@ -48,13 +65,37 @@ def test_exit_codes_and_words(error: BaseException, module: str, code: int, word
     assert failure.code == code and words in failure.message and "Traceback" not in failure.message
 
 
-def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="nope"):
-        run(["methods", "nope", "--debug"])
-    monkeypatch.setenv("SPARSETRAIN_DEBUG", "1")
-    with pytest.raises(ValueError, match="nope"):
-        run(["methods", "nope"])
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, debug in ((["methods", "nope", "--debug"], ""), (["methods", "nope"], "1")):
+        monkeypatch.setenv("SPARSETRAIN_DEBUG", debug)
+        assert run(arguments) == 2
+        error = capsys.readouterr().err
+        assert "Traceback" in error and "method_config" in error and "sparsetrain: unknown method 'nope'" in error
+    assert run(["methods", "nope", "--debug", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["exit_code"] == 2
     assert run(["methods", "--nope", "--debug"]) == 2  # usage errors have no traceback worth showing
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_advice_names_flags_that_the_command_has() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "a")
+    for verb, error, there, absent in (
+        ("finetune", MemoryError(), ["--batch-size", "--grad-accum", "--gradient-checkpointing"], []),
+        ("eval", MemoryError(), ["--batch-size", "--seq-len"], ["--grad-accum", "--gradient-checkpointing"]),
+        ("export", MemoryError(), ["more memory"], ["--"]),
+        ("export", full, ["Free some space"], ["--resume"]),
+        ("patterns", KeyboardInterrupt(), ["Interrupted"], ["--resume"]),
+        ("finetune", KeyboardInterrupt(), ["--resume"], []),
+    ):
+        message = explain(error, flags_of([verb])).message
+        assert all(word in message for word in there) and not any(word in message for word in absent), message
+
+
+def test_keys_of_a_recipe_are_told_as_flags() -> None:
+    error = thrown(ValueError("seq_len=9 and eval_tokens=1 do not fit. Lower seq_len."))
+    message = explain(error, flags_of(["finetune"])).message
+    assert message.endswith(" On the command line seq_len is --seq-len, eval_tokens is --eval-tokens.")
+    assert explain(error, flags_of(["export"])).message == str(error)
 
 
 def test_json_is_plain() -> None:

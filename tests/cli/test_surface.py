@@ -19,9 +19,10 @@ from tests.cli.conftest import Call
 
 ALWAYS = {"--json", "--debug"}
 RECIPE = {
-    "--model", "--data", "--task", "--text-column", "--output", "--seq-len", "--batch-size", "--grad-accum", "--steps",
-    "--epochs", "--preset", "--method", "--calibration-tokens", "--compare", "--lora-r", "--lora-alpha",
-    "--lora-targets", "--lr", "--lr-schedule", "--warmup-steps", "--weight-decay", "--max-grad-norm", "--save-every",
+    "--model", "--data", "--task", "--text-column", "--holdout", "--output", "--seq-len", "--batch-size",
+    "--grad-accum", "--steps", "--epochs", "--preset", "--method", "--calibration-tokens", "--compare", "--lora-r",
+    "--lora-alpha", "--lora-targets", "--lr", "--lr-schedule", "--warmup-steps", "--weight-decay", "--max-grad-norm",
+    "--save-every",
     "--keep-checkpoints", "--eval-every", "--eval-tokens", "--resume", "--no-resume", "--seed", "--dtype",
     "--gradient-checkpointing", "--device", "--threads", "--distill-steps", "--distill-lr",
     "--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary",
@@ -35,7 +36,7 @@ PRETRAIN = RECIPE - DEPLOY - ADAPTER | {
 SURFACE = {
     "finetune": ALWAYS | RECIPE | {"--recipe", "--dry-run"},
     "pretrain": ALWAYS | PRETRAIN | {"--recipe", "--dry-run"},
-    "eval": ALWAYS | {"MODEL", "--all", "--data", "--task", "--text-column", "--seq-len", "--batch-size"}
+    "eval": ALWAYS | {"MODEL", "--all", "--data", "--task", "--text-column", "--holdout", "--seq-len", "--batch-size"}
     | {"--eval-tokens", "--seed", "--dtype", "--device", "--threads"},
     "export": ALWAYS | {"RUN", "--output", "--format", "--merge-lora", "--keep-lora"},
     "plan": ALWAYS | {"--recipe", "--model", "--data", "--task", "--preset", "--method", "--seq-len", "--batch-size"}
@@ -43,7 +44,7 @@ SURFACE = {
     | {"--write", "--plot", "--seq", "--batch"},
     "sensitivity": ALWAYS | {"--recipe", "--budget", "--write", "--model", "--data", "--task", "--text-column"}
     | {"--seq-len", "--preset", "--method", "--calibration-tokens", "--eval-tokens", "--steps", "--seed", "--dtype"}
-    | {"--device", "--threads"},
+    | {"--device", "--threads", "--holdout"},
     "methods": ALWAYS | {"NAME"},
     "patterns": ALWAYS | {"RUN", "--output"},
     "profile": ALWAYS | {"--recipe", "--model", "--data", "--task", "--text-column", "--seq-len", "--batch-size"}

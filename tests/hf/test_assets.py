@@ -332,3 +332,37 @@ def test_minilm_loads():
     model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and model.config.num_hidden_layers == 6
     assert AutoTokenizer.from_pretrained(folder)("hello")["input_ids"] == [101, 7592, 102]
+
+
+def test_damage_of_equal_size_is_found_once_it_is_written(toy: assets.Asset):
+    folder = assets.fetch(toy.name, progress=silent)[toy.name]
+    assert assets.resolve_data(toy.name) == str(folder)
+    name = next(iter(toy.files.values()))
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(bytes(byte ^ 1 for byte in whole))
+    assert assets.asset_status(toy.name).state == "ready"  # sizes alone
+    said: list[str] = []
+    assert assets.resolve_data(toy.name, progress=said.append) == str(folder)
+    assert "sha256" in said[0] and "fetching it again" in said[0]
+    assert (folder / name).read_bytes() == whole
+
+
+def test_files_are_hashed_once(toy: assets.Asset, monkeypatch: pytest.MonkeyPatch):
+    assets.fetch(toy.name, progress=silent)
+    assets.resolve_data(toy.name)
+    monkeypatch.setattr(store, "_sha256", lambda path: pytest.fail("hashed again"))
+    assets.resolve_data(toy.name)
+    monkeypatch.setattr(store, "_boot", lambda: "another start of the machine")
+    with pytest.raises(pytest.fail.Exception, match="hashed again"):
+        assets.resolve_data(toy.name)
+
+
+def test_a_manifest_of_other_types_is_damage(toy: assets.Asset):
+    folder = assets.fetch(toy.name, progress=silent)[toy.name]
+    entries = '{"format": 1, "package": "p", "sha256": "s", "files": {"a": {"bytes": {}, "sha256": []}}}'
+    others = '{"format": [], "package": {}, "sha256": 1, "files": []}'
+    for content in ("[]", "null", '{"format": 1}', others, entries, "[" * 100_000, "\udcff", ""):
+        (folder / "asset.json").write_bytes(content.encode(errors="surrogateescape"))
+        assert assets.asset_status(toy.name).state == "damaged", content[:40]
+    assert assets.resolve_data(toy.name, progress=silent) == str(folder)
+    assert assets.asset_status(toy.name, deep=True).state == "ready"

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.hf.train.finetune import Result, finetune
 from sparsetrain.recipes.finetune import Recipe
-from sparsetrain.runs.checkpoints import check_output, checkpoints, find_resumable, rotate
+from sparsetrain.runs.checkpoints import MARK, begin_checkpoint, check_output, checkpoints, find_resumable, rotate
 from sparsetrain.runs.manifest import MANIFEST, verify_manifest
 from tests.hf import runs
 
@@ -99,11 +99,13 @@ def test_only_the_newest_checkpoints_stay_and_each_is_whole(tmp_path: Path) -> N
 
 
 def test_rotation_never_counts_an_interrupted_checkpoint(tmp_path: Path) -> None:
+    recipe = runs.recipe(tmp_path)
     for step in (1, 2, 3, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+        begin_checkpoint(tmp_path / f"checkpoint-{step}", recipe)
         if step != 10:
             (tmp_path / f"checkpoint-{step}" / MANIFEST).write_text("{}")
-    rotate(tmp_path, 2)
+    (tmp_path / "checkpoint-3" / MARK).unlink()  # another's: not counted either
+    rotate(tmp_path, 1)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3", "checkpoint-10"]
 
 
@@ -158,19 +160,14 @@ def test_resuming_on_changed_data_is_an_error(tmp_path: Path) -> None:
         resume(recipe)
 
 
-def test_nothing_to_resume_and_finished_runs(tmp_path: Path) -> None:
+def test_a_finished_run_has_nothing_to_resume(tmp_path: Path) -> None:
     recipe = runs.recipe(tmp_path)
-    with pytest.raises(CheckpointError, match="holds no run"):
-        find_resumable(tmp_path / "out", recipe)
     finetune(recipe, write=False)
     with pytest.raises(CheckpointError, match="finished run"):
         resume(recipe)
     with pytest.raises(ValueError, match="is a file"):
         check_output(tmp_path / "text" / "0.txt", resume=False)
-    begun = tmp_path / "begun"
-    begun.mkdir()
-    (begun / "recipe.yaml").write_text("")
-    assert find_resumable(begun, recipe) is None  # stopped before its first checkpoint: starts afresh
+    assert find_resumable(tmp_path / "absent", recipe) is None
 
 
 _SERVER = """

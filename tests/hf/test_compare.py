@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -37,8 +38,6 @@ def children() -> list[psutil.Process]:
 def test_there_must_be_something_to_compare(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="something to compare"):
         compare(recipe(tmp_path, methods=[]))
-    with pytest.raises(CheckpointError, match="no whole checkpoint of either side"):
-        compare(recipe(tmp_path, resume=True))
     assert not (tmp_path / "out").exists()
 
 
@@ -84,11 +83,17 @@ def test_an_interrupted_comparison_goes_on_and_ends_the_same(tmp_path: Path) -> 
     asked = recipe(tmp_path)
     again = asked.model_copy(update={"resume": True})
     with pytest.raises(KeyboardInterrupt):
-        compare(asked, report=interrupt_at("dense", 3))
+        compare(asked, report=interrupt_at("dense", 1))
+    assert not (tmp_path / "out").exists()
+    heard: list[dict[str, Any]] = []
+    with pytest.raises(KeyboardInterrupt):  # nothing to go on from: both sides start again
+        compare(again, report=lambda event: (heard.append(event), interrupt_at("dense", 3)(event)))
+    lines = [event["side"] for event in heard if "starting from the beginning" in event.get("text", "")]
+    assert sorted(lines) == ["dense", "sparse"]
     assert children() == []
     with pytest.raises(KeyboardInterrupt):  # the sparse side is done then, the dense one about to be
         compare(again, report=interrupt_at("dense", 6))
-    with pytest.raises(CheckpointError, match=r"side was finished with another recipe.*lr"):
+    with pytest.raises(CheckpointError, match=r"written by another recipe.*lr"):
         compare(again.model_copy(update={"lr": 1e-3}))
     made: Comparison = compare(again)
     assert made.sparse["resumed_from"] == 2 and made.dense["resumed_from"] in (2, 4, 6)
@@ -127,6 +132,7 @@ def test_a_side_s_error_comes_back_as_it_was_and_nothing_is_written(tmp_path: Pa
     [
         ("dense/checkpoint-2/step.bin", True, False),  # killed in the middle of writing
         ("dense/checkpoint-2/manifest.json", True, True),
+        ("dense/checkpoint-2/sparsetrain.json", True, False),
         ("dense/result.json", True, True),  # without checkpoints (save_every=0) this is all that a finished side leaves
         ("dense/journal.jsonl", True, False),
         ("dense/journal.jsonl", False, True),
@@ -136,7 +142,7 @@ def test_what_a_comparison_leaves_when_it_ends_early(made: str, new: bool, kept:
     output, file = tmp_path / "run", tmp_path / "run" / made
     with pytest.raises(KeyboardInterrupt), leaving_nothing_useless(output, new):
         file.parent.mkdir(parents=True)
-        file.write_text("{}")
+        file.write_text(json.dumps({"format": 1, "fingerprint": "x"}))
         raise KeyboardInterrupt
     assert file.exists() == output.exists() == kept
 

@@ -27,6 +27,11 @@ TOKENS = {"method": "token_selection", "keep_ratio": 0.4}
 METHODS = [CLUSTERED, PQ, TOKENS]
 
 
+def perplexity(result: Result) -> dict[str, Any]:
+    found: Any = result.run
+    return found["perplexity"]
+
+
 def trained(folder: Path, **changes: Any) -> Result:
     return finetune(recipe(folder, **{"deploy": "dense", "steps": 10, "methods": METHODS, **changes}))
 
@@ -61,8 +66,8 @@ def test_the_run_s_quality_is_that_of_the_plain_model(kind: str, tmp_path: Path)
         llama(tmp_path / "model", tie_word_embeddings=kind == "tied")
     text(tmp_path / "text")
     result = trained(tmp_path)
-    said = math.log(result.run["perplexity"]["after_training"])
-    assert set(result.run["perplexity"]) == {"dense", "after_training"}
+    said = math.log(perplexity(result)["after_training"])
+    assert set(perplexity(result)) == {"dense", "after_training"}
     model = plain(tmp_path).eval()
     assert held_out_loss(model, tmp_path) == pytest.approx(said, rel=1e-5)
     assert held_out_loss(load(tmp_path / "out").model, tmp_path) == pytest.approx(said, rel=1e-5)
@@ -104,7 +109,7 @@ def test_resumed_in_the_dense_finish_it_ends_the_same(tmp_path: Path) -> None:
     assert again.resumed_from == 9
     after = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert again.run["perplexity"]["after_training"] == whole.run["perplexity"]["after_training"]
+    assert perplexity(again)["after_training"] == perplexity(whole)["after_training"]
 
 
 def test_what_was_added_stays_as_it_was_fitted(tmp_path: Path) -> None:
@@ -119,6 +124,6 @@ def test_what_was_added_stays_as_it_was_fitted(tmp_path: Path) -> None:
 def test_all_weights_are_saved_plain(tmp_path: Path) -> None:
     result = trained(tmp_path, lora_r=0, lr=1e-3)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").eval()
-    said = math.log(result.run["perplexity"]["after_training"])
+    said = math.log(perplexity(result)["after_training"])
     assert held_out_loss(model, tmp_path) == pytest.approx(said, rel=1e-5)
     assert not any("router" in name for name in load_file(tmp_path / "out" / "model" / "model.safetensors"))

@@ -254,7 +254,7 @@ MISTAKES = {
     no_model: "not an embedded asset, not a local folder",
     long_rows: "seq_len=129 is longer than the context.*128 tokens",
     empty_data: "empty",
-    cut_weights: "cut holds no model that can be read",
+    cut_weights: "cut.*model.safetensors cannot be read as safetensors",
     experts: "mixture of experts",
     two_on_one: "both claim",
     no_match: "matches nothing",

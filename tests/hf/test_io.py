@@ -20,7 +20,7 @@ from sparsetrain.core.config import MethodConfig
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.hf.model.io import export, load, save
 from sparsetrain.hf.train.finetune import finetune
-from sparsetrain.runs.manifest import MANIFEST, atomic_folder, disk_errors, verify_manifest
+from sparsetrain.runs.manifest import MANIFEST, atomic_folder, disk_errors, verify_manifest, write_manifest
 from sparsetrain.runs.sidecar import SIDECAR, STATE, read_sidecar
 from tests.hf import runs
 
@@ -232,6 +232,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     for content in ("one", "two"):
         with atomic_folder(tmp_path / "new") as scratch:
             (scratch / "file").write_text(content)
+            write_manifest(scratch)
     assert (tmp_path / "new" / "file").read_text() == "two" and len(list(tmp_path.iterdir())) == 1
 
 

@@ -270,7 +270,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path,
     [
         ({"weight_dekay": 1}, "Did you mean 'weight_decay'"),
         ({"preset": "spt"}, "unknown key 'preset'"),
-        ({"set": ["n_layer"]}, "has no '='"),
+        ({"set": ["n_layer"]}, "has no key and '='"),
         ({"min_lr_ratio": 0.1, "lr_schedule": "linear"}, "lr_schedule=cosine"),
     ],
 )

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import sparsetrain
 from sparsetrain import RoutedFFN
 from sparsetrain.hf.train.callbacks import SparsityCallback, StepRecorder, check_forwards, check_trainable
+from sparsetrain.hf.train.finite import FiniteCallback
 from sparsetrain.runs.progress import ProgressBar
 from sparsetrain.runs.sidecar import SIDECAR, STATE, read_sidecar, read_state
 from tests.hf import runs
@@ -159,7 +160,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     model, _ = converted(tmp_path)
     model.lm_head.weight.data.fill_(float("inf"))
     with pytest.raises(RuntimeError, match="after step 1: training has diverged"):
-        trainer(model, tmp_path, StepRecorder(), logging_nan_inf_filter=False).train()
+        trainer(model, tmp_path, FiniteCallback(None), logging_nan_inf_filter=False).train()
 
 
 STEP = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import math
 import warnings
 from typing import Any
 
@@ -386,14 +387,19 @@ def test_two_methods_compose_or_claim_the_same(first: str, second: str, family: 
 
 
 def counted_flops(model: Any, batch: dict[str, Tensor]) -> int:
-    """FLOPs of a forward as torch's counter has them; attention's by visible pairs, as costs are planned."""
+    """FLOPs of a forward as torch's counter has them; attention's by visible pairs, as costs are planned, and distances
+    that are added up channel by channel, which are no product to it."""
 
     def attention(q: Any, k: Any, v: Any, dropout: float = 0.0, causal: bool = False, **_: Any) -> float:
         (b, h, t, d), s = q, k[2]
         return 4 * b * h * d * (t * (t + 1) / 2 if causal else t * s)
 
+    def distances(x: Any, y: Any, *_: Any, **__: Any) -> int:
+        return 2 * math.prod(torch.broadcast_shapes(*(each for each in (x, y) if isinstance(each, torch.Size))))
+
     flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FlopCounterMode(display=False, custom_mapping={flash: attention}) as counter, torch.no_grad():
+    counted = {flash: attention, torch.ops.aten.sub: distances}
+    with FlopCounterMode(display=False, custom_mapping=counted) as counter, torch.no_grad():
         model(**batch)
     return counter.get_total_flops()
 

@@ -366,10 +366,6 @@ def test_bad_configs_and_models_are_named() -> None:
     with pytest.raises(ValueError, match="attention dropout"):
         sparsetrain.sparsify(model, TokenSelection())
     model = FAMILIES["llama"].model().train()
-    sparsetrain.sparsify(model, TokenSelection(num_tokens=200))
-    with pytest.raises(ValueError, match="num_tokens=200 of a sample with 100 tokens"):
-        model(**FAMILIES["llama"].batch())
-    model = FAMILIES["llama"].model().train()
     sparsetrain.sparsify(model, TokenSelection(pool="targets"))
     with pytest.raises(ValueError, match="without labels"):
         model(**FAMILIES["llama"].batch())

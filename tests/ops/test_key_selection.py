@@ -337,3 +337,64 @@ def test_errors() -> None:
         select_keys(q, k, codebook, torch.full((B, T), 8), Visibility(True), selection="bucket4")
     with pytest.raises(ValueError, match="whole sequences"):
         select_blocks(q[:, :, -1:], k, codebook, torch.ones(B, 1), Visibility(True), block_q=4, block_k=4, scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("score", ["match_count", "table", "attention"])
+def test_a_query_has_the_same_keys_alone_and_in_company(score: str, dtype: torch.dtype) -> None:
+    for seed in range(5):
+        draw = torch.Generator().manual_seed(seed)
+        q, k = (torch.randn(2, h, 37, 16, generator=draw).to(dtype) for h in (4, 2))
+        k[:, :, 5:30] = k[:, :, torch.arange(25) % 3]  # equal keys, which position alone may tell apart
+        codebook = torch.randn(2, 2, 4, 8, generator=draw)
+        limit, options = torch.full((2, 37), 6), {"score": score, "local_tokens": 0, "keep_first": False}
+        whole = select_keys(q, k, codebook, limit, Visibility(False), **options)
+        assert torch.equal(whole, select_keys(q, k, codebook, limit, Visibility(False), **options, backend="reference"))
+        for row, last in ((0, 1), (0, 6), (1, 3)):
+            one = slice(row, row + 1)
+            found = select_keys(q[one, :, -last:], k[one], codebook, limit[one, -last:], Visibility(False), **options)
+            assert torch.equal(found, whole[one, :, -last:])
+
+
+@pytest.mark.parametrize("score", ["match_count", "table", "attention", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_block_has_the_same_blocks_alone_and_in_company(score: str, dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    pool = torch.randn(3, 2, 8, 16, generator=draw)  # key blocks of three contents, so most ranks are ties
+    k = torch.cat([pool[i] for i in torch.randint(0, 3, (13,), generator=draw)], 1)[None].to(dtype)
+    q, codebook = torch.randn(1, 4, 104, 16, generator=draw).to(dtype), torch.randn(2, 2, 4, 8, generator=draw)
+
+    def lists(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        slots = torch.full((len(q), -(-q.shape[2] // 8)), 5)
+        options = {"block_q": 8, "block_k": 8, "scale": 0.3, "score": score, "local_tokens": 4}
+        return select_blocks(q, k, codebook, slots, Visibility(True), **options)
+
+    whole = lists(q, k)
+    assert torch.equal(lists(torch.cat([q.flip(2), q]), torch.cat([k.flip(2), k]))[1:], whole)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(lists(q, k), whole)
+    for tokens in (48, 72, 96):
+        found = lists(q[:, :, :tokens], k[:, :, :tokens])
+        assert torch.equal(found, whole[:, :, : tokens // 8])
+
+
+def test_the_first_key_is_forced_only_while_it_is_there() -> None:
+    q, k, codebook = data()
+    place = torch.arange(T).expand(B, -1)
+    for dropped, first in ((0, 0), (7, -1)):
+        visibility = Visibility(True, torch.ones(B, T, dtype=torch.int64), None, place + dropped)
+        for backend in ("torch", "reference"):
+            options = {"score": "match_count", "local_tokens": 1, "backend": backend}
+            found = select_keys(q[:, :, -1:], k, codebook, torch.full((B, 1), 2), visibility, **options)
+            assert (found[..., 0] == 0).all() if first == 0 else not (found[..., 0] == 0).all()
+
+
+def test_codes_depend_on_their_own_vector() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, codebook = torch.randn(1, 2, 61, 16, generator=draw), torch.randn(2, 2, 16, 8, generator=draw)
+    # vectors half-way between two codewords, where rounding alone decides
+    x[:, 0, :, :8] = (codebook[0, 0, :1] + codebook[0, 0, 1:2]) / 2 + x[:, 0, :, :8] * 1e-7
+    for distance in ("l1", "l2"):
+        whole = encode(x, codebook, distance)
+        assert torch.equal(encode(x, codebook, distance, backend="reference"), whole)
+        assert torch.equal(torch.cat([encode(x[:, :, i : i + 1], codebook, distance) for i in range(61)], 2), whole)

@@ -183,3 +183,25 @@ def test_a_single_token_at_the_start_attends_to_itself() -> None:
     assert torch.equal(out, v[:, :, :1])
     out.sum().backward()
     assert torch.equal(v_s.grad, torch.ones_like(v_s)) and not q.grad.any()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_that_is_selected_sees_the_sequence_beside_it(causal: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 9, 8, generator=draw, dtype=torch.float64).requires_grad_() for h in (4, 2, 2))
+    segments = torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0, 0], [0] * 9])  # the second row sees nothing at all
+    looks_at = torch.ones_like(segments)
+    rows = Rows.of([[0, 1, 3, 5, 7], [0, 2, 4, 6, 8]], 9)
+    form = {"causal": causal, "scale": 0.3, "window": None}
+    expected = selected_attention_reference(
+        q, k, v, rows.selected_bt, segments_bt=segments, looks_at_bt=looks_at, **form
+    )
+    expected = rows.gather(expected.transpose(1, 2)).transpose(1, 2)
+    chosen = [rows.gather(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v)]
+    everything = KeyValues(k.detach(), v.detach(), causal, 0.3, segments, None, looks_at)
+    found = selected_attention(*chosen, everything, rows)
+    torch.testing.assert_close(found, expected)
+    assert (found[1] == 0).all()
+    grad = torch.randn(found.shape, generator=draw, dtype=torch.float64)
+    for a, b in zip(torch.autograd.grad(found, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad)):
+        torch.testing.assert_close(a, b)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 
 def main() -> None:
@@ -19,7 +22,26 @@ def main() -> None:
         ("TOKENIZERS_PARALLELISM", "false"),
     ):
         os.environ.setdefault(name, value)
-    sys.exit(run(sys.argv[1:]))
+    answer_to_interrupts()
+    try:
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  (a name may be no text)
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:  # in an import, or once more in what cleans up
+        code = 130
+    signal.signal(signal.SIGINT, lambda *_: os._exit(code))
+    sys.exit(code)
+
+
+def answer_to_interrupts() -> None:
+    """Ctrl-C: the first two interrupt, the second also what cleans up after the first; a third ends the process."""
+    signals = iter(range(2))
+
+    def interrupt(*_: Any) -> None:
+        if next(signals, None) is None:
+            os._exit(130)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -27,8 +49,8 @@ def run(arguments: Sequence[str]) -> int:
     import typer
 
     from sparsetrain.cli.answer import Answer, print_answer, to_json
-    from sparsetrain.cli.app import app
-    from sparsetrain.cli.failure import FAILED, INTERRUPTED, explain
+    from sparsetrain.cli.app import app, flags_of
+    from sparsetrain.cli.failure import FAILED, INTERRUPTED, check_arguments, explain
 
     stdout = sys.stdout
     as_json = "--json" in arguments
@@ -38,6 +60,7 @@ def run(arguments: Sequence[str]) -> int:
         with contextlib.redirect_stdout(sys.stderr if as_json else stdout), warnings.catch_warnings():
             if not debug:
                 warnings.simplefilter("ignore")
+            check_arguments(arguments)
             command = typer.main.get_command(app)
             answer = command.main(args=list(arguments), prog_name="sparsetrain", standalone_mode=False)
         if isinstance(answer, Answer):
@@ -51,8 +74,8 @@ def run(arguments: Sequence[str]) -> int:
         return FAILED
     except (Exception, KeyboardInterrupt) as error:
         if debug and isinstance(error, Exception) and not hasattr(error, "format_message"):
-            raise
-        failure = explain(error)
+            traceback.print_exception(error)
+        failure = explain(error, flags_of(arguments))
         if as_json:
             print(to_json(failure.to_dict()), file=stdout)
         elif failure.message:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TextIO
+
+from sparsetrain.core import files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,21 +38,7 @@ def print_answer(answer: Answer, stdout: TextIO, as_json: bool) -> None:
 
 def to_json(value: Any) -> str:
     """JSON that any reader takes: not-a-number and infinity become null, paths and dataclasses plain values."""
-    return json.dumps(_plain(value), indent=2, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    return str(value) if isinstance(value, Path) else repr(value)
+    return files.to_json(value, indent=2, default=repr)
 
 
 def table(title: str, columns: list[str], rows: list[list[Any]], right: tuple[int, ...] = ()) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
@@ -68,3 +68,13 @@ models = typer.Typer(no_args_is_help=True, help=MODELS_HELP, epilog=EXIT_CODES)
 for _name, _command in {"list": list_assets, "fetch": fetch, "verify": verify}.items():
     _add(models, _name, _command)
 app.add_typer(models, name="models")
+
+
+def flags_of(arguments: Sequence[str]) -> set[str]:
+    """The flags of the command that `arguments` begin with; none if it is no command."""
+    found: Any = typer.main.get_command(app)
+    for name in arguments:
+        if name not in getattr(found, "commands", {}):
+            break
+        found = found.commands[name]
+    return {flag for parameter in found.params for flag in parameter.opts}

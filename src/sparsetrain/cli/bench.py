@@ -10,6 +10,7 @@ import typer
 from sparsetrain.cli.answer import Answer, table, to_json
 from sparsetrain.cli.flags import Debug, Json, RecipeFile, changes, takes
 from sparsetrain.cli.live import to_stderr
+from sparsetrain.core.files import write_whole
 
 Names = Annotated[
     str | None,
@@ -58,21 +59,25 @@ def bench(
     from sparsetrain.hf.study.bench import QUICK_LAYERS, candidates
     from sparsetrain.hf.study.bench import bench as measure
     from sparsetrain.recipes.finetune import Recipe
+    from sparsetrain.runs.claim import writing_into
+    from sparsetrain.runs.places import check_folder
 
+    _check(names, rounds, layers)
     given = changes(flags)
     asked = Recipe.from_yaml(recipe, given) if recipe else Recipe.from_values({"data": RANDOM, "methods": [], **given})
     chosen = candidates(names or ("" if asked.configs else "all"), asked.configs)
-    found = measure(
-        asked,
-        chosen,
-        rounds=rounds or (3 if quick else 5),
-        layers=layers or (QUICK_LAYERS if quick else None),
-        report=to_stderr,
-    )
-    output.mkdir(parents=True, exist_ok=True)
-    data = found.to_dict()
-    (output / "bench.json").write_text(to_json(data) + "\n", encoding="utf-8")
-    (output / "measured.json").write_text(to_json(found.rates.to_dict()) + "\n", encoding="utf-8")
+    check_folder(output, "--output")
+    with writing_into(output):
+        found = measure(
+            asked,
+            chosen,
+            rounds=(3 if quick else 5) if rounds is None else rounds,
+            layers=(QUICK_LAYERS if quick else None) if layers is None else layers,
+            report=to_stderr,
+        )
+        data = found.to_dict()
+        write_whole(output / "bench.json", to_json(data) + "\n")
+        write_whole(output / "measured.json", to_json(found.rates.to_dict()) + "\n")
     size = f"{asked.batch_size} x {asked.seq_len:,} tokens, {found.layers} of {found.model_layers} layers"
     columns = ["candidate", "verdict", "step, dense / ours", "quartiles", "part", "saved bytes"]
     written = f"Written: {output / 'bench.json'}, and {output / 'measured.json'} for sparsetrain plan."
@@ -86,6 +91,15 @@ def bench(
             written,
         ],
     )
+
+
+def _check(names: str | None, rounds: int | None, layers: int | None) -> None:
+    if names is not None and not names.strip(", "):
+        raise ValueError("--methods is empty. Give all, or names with commas (`sparsetrain methods` lists them).")
+    if rounds is not None and not 3 <= rounds <= 10_000:
+        raise ValueError(f"--rounds {rounds}: fewer than 3 give no quartiles, and 10,000 are plenty. Give at least 3.")
+    if layers is not None and layers < 1:
+        raise ValueError(f"--layers {layers} runs no layer. Give at least 1.")
 
 
 def _row(outcome: Any) -> list[str]:

@@ -19,7 +19,19 @@ Model = Annotated[
 All = Annotated[bool, typer.Option("--all", help="Use every row, for data that was not trained on.")]
 
 
-@takes("data", "task", "text_column", "seq_len", "batch_size", "eval_tokens", "seed", "dtype", "device", "threads")
+@takes(
+    "data",
+    "task",
+    "text_column",
+    "holdout",
+    "seq_len",
+    "batch_size",
+    "eval_tokens",
+    "seed",
+    "dtype",
+    "device",
+    "threads",
+)
 def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = False, **flags: Any) -> Answer:
     """Measure a model on data: perplexity (lm, sft) or accuracy (classify).
 
@@ -102,10 +114,13 @@ def _rows(recipe: Any, loaded: Any, every: bool, tell: Any) -> tuple[Any, Any]:
 
 
 def _bundle(recipe: Any, loaded: Any, every: bool, tell: Any) -> Any:
+    from sparsetrain.hf.model.vocabulary import check_vocabulary
     from sparsetrain.hf.train.pretrain import PretrainRecipe
     from sparsetrain.hf.train.pretrain_data import held_out
     from sparsetrain.hf.train.rows import all_rows, load_rows
 
+    if loaded.tokenizer is not None:
+        check_vocabulary(loaded.tokenizer, loaded.model.config, recipe.model)
     given = (recipe, loaded.tokenizer, loaded.model.config, tell)
     pretrained = isinstance(recipe, PretrainRecipe)
     if loaded.tokenizer is None and every and pretrained:

@@ -49,22 +49,22 @@ def export(
     """
     from sparsetrain.hf.model.io import export as write
     from sparsetrain.hf.model.io import load, save
-    from sparsetrain.runs.checkpoints import check_output
+    from sparsetrain.runs.claim import replacing
     from sparsetrain.runs.sidecar import WRITTEN
 
-    check_output(output, resume=False)
-    if merge_lora:
-        write(run, output, format=format)
-    else:
-        loaded = load(run)
-        if not hasattr(loaded.model, "peft_config") or format != "sparse":
-            asked = f"--format {format}" if format != "sparse" else run
-            raise ValueError(
-                f"--keep-lora writes a run's adapter as it is; {asked} has none to keep. Leave --keep-lora out."
-            )
-        about = {key: value for key, value in loaded.about.items() if key not in WRITTEN}
-        about.setdefault("base_model", loaded.model.peft_config["default"].base_model_name_or_path)
-        save(loaded.model, loaded.handle, output, tokenizer=loaded.tokenizer, **about)
+    with replacing(output):
+        if merge_lora:
+            write(run, output, format=format)
+        else:
+            loaded = load(run)
+            if not hasattr(loaded.model, "peft_config") or format != "sparse":
+                asked = f"--format {format}" if format != "sparse" else run
+                raise ValueError(
+                    f"--keep-lora writes a run's adapter as it is; {asked} has none to keep. Leave --keep-lora out."
+                )
+            about = {key: value for key, value in loaded.about.items() if key not in WRITTEN}
+            about.setdefault("base_model", loaded.model.peft_config["default"].base_model_name_or_path)
+            save(loaded.model, loaded.handle, output, tokenizer=loaded.tokenizer, **about)
     files = {path.name: path.stat().st_size for path in sorted(output.iterdir()) if path.is_file()}
     shown = [f"  {name}  {size / 1e6:,.2f} MB" for name, size in files.items()]
     return Answer(data={"output": output, "format": format, "files": files}, show=[f"Wrote {output}", *shown])

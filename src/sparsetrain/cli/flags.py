@@ -78,10 +78,12 @@ FLAGS: dict[str, Flag] = {
     flag.key: flag
     for flag in (
         Flag("model", "NAME|DIR", "", MAIN, "Embedded model (`sparsetrain models list`), local folder, or hub name."),
-        Flag("data", "NAME|PATH", "", MAIN, "Text file, folder or glob; JSONL (text, messages, or prompt/completion); "
-             "CSV; an embedded set; or a name for `datasets`."),
+        Flag("data", "NAME|PATH", "", MAIN, "Text file, folder or glob; JSONL or a JSON array (text, messages, "
+             "prompt/completion, or instruction/output); CSV; an embedded set; or a name for `datasets`."),
         Flag("task", "|".join(offered("finetune")), "lm", MAIN, says("finetune")),
-        Flag("text_column", "NAME", "text", MAIN, "Column that holds the text, in JSONL and CSV."),
+        Flag("text_column", "NAME", "text", MAIN, "Column that holds the text, in JSONL, JSON and CSV."),
+        Flag("holdout", "tokens|documents", "tokens", MAIN, "What the held-out part of text is a share of. tokens: a "
+             "long document among short ones is cut in two, its end held out. documents: they stay whole."),
         Flag("output", "DIR", "runs/finetune", MAIN, "Folder for checkpoints, the trained model and the report. "
              "Must be absent or empty, unless --resume."),
         Flag("seq_len", INT, "1024", LENGTH, "Tokens in a sequence; at most the model's context."),
@@ -155,9 +157,6 @@ def changes(flags: dict[str, Any]) -> dict[str, Any]:
     Two pairs are one choice each, so that a flag replaces both of the file's: steps or epochs, preset or methods.
     """
     given = {key: value for key, value in flags.items() if value is not None and value != []}
-    targets = given.get("lora_targets")
-    if targets is not None and targets != "all-linear":
-        given["lora_targets"] = [name.strip() for name in targets.split(",") if name.strip()]
     for one, other in (("steps", "epochs"), ("preset", "methods")):
         if (one in given) != (other in given):
             given[other if one in given else one] = None

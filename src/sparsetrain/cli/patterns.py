@@ -27,7 +27,10 @@ def patterns(run: Run, output: Output = None, json: Json = False, debug: Debug =
       sparsetrain patterns runs/pretrain/checkpoint-2000 --output pictures
     """
     from sparsetrain.runs.pictures import draw_pictures
+    from sparsetrain.runs.places import check_folder
 
+    if output is not None:
+        check_folder(output, "--output")
     galleries, files = draw_pictures(run, output)
     facts = [dict(picture.facts) for gallery in galleries for picture in gallery.pictures if picture.facts]
     columns = list(facts[0]) if facts else []

@@ -114,7 +114,8 @@ def plan(
       sparsetrain plan --model smollm2-135m --preset spt --seq-len 2048
       sparsetrain plan --model ./llama --method "routed_ffn:num_blocks=8,layers=4-9"
     """
-    flags |= {"seq_len": flags["seq_len"] or seq, "batch_size": flags["batch_size"] or batch}
+    for key, other in (("seq_len", seq), ("batch_size", batch)):
+        flags[key] = other if flags[key] is None else flags[key]
     asked_for = Goal(memory=memory, goal=goal, gpu=gpu, fit=fit, write=write, plot=plot, data=flags["data"])
     if asked_for.given:
         return _predicted(recipe, flags, asked_for)

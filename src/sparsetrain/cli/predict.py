@@ -10,6 +10,8 @@ from typing import Any
 
 from sparsetrain.cli.answer import Answer, table
 from sparsetrain.cli.live import to_stderr
+from sparsetrain.core.fields import shown
+from sparsetrain.core.files import write_whole
 
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "K": 1e3, "M": 1e6, "G": 1e9}
@@ -39,12 +41,12 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: not a positive size.
     """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text[:100])
     unit = _UNITS.get(match.group(2).upper()) if match else None
-    size = int(float(match.group(1)) * unit) if match and unit is not None else 0
-    if size <= 0:
-        raise ValueError(f"memory {text!r} is no size. Write for example 24GB, 16GiB or 800MB.")
-    return size
+    size = float(match.group(1)) * unit if match and unit is not None else 0.0
+    if not 1 <= size < 2**63:
+        raise ValueError(f"--memory {shown(text)} is no size. Write for example 24GB, 16GiB or 800MB.")
+    return int(size)
 
 
 def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
@@ -55,20 +57,17 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
         goal: what was asked of the plan.
         given_methods: the recipe's own methods are compared with dense training, in place of every method.
     """
-    from sparsetrain.core.config import suggest
     from sparsetrain.hf.assets import cache_folder
     from sparsetrain.hf.model.model_config import read_config
     from sparsetrain.hf.study.predict import predictor_of
     from sparsetrain.planner.candidates import dense_and, recipe_yaml
     from sparsetrain.planner.machines import machine_rates
     from sparsetrain.planner.predictor import predict
-    from sparsetrain.planner.search import GOALS, Question
+    from sparsetrain.planner.search import Question
 
-    for name, value, choices in (("goal", goal.goal, GOALS), ("fit", goal.fit, ("seq", "batch"))):
-        if value is not None and value not in choices:
-            raise ValueError(f"{name} {value!r} is unknown.{suggest(value, choices)} Choose from {', '.join(choices)}.")
-    rates = machine_rates(goal.gpu or "cpu")
-    memory = parse_bytes(goal.memory) if goal.memory else rates.memory_bytes
+    _check(goal)
+    rates = machine_rates("cpu" if goal.gpu is None else goal.gpu)
+    memory = rates.memory_bytes if goal.memory is None else parse_bytes(goal.memory)
     if goal.fit and memory is None:
         raise ValueError(f"--fit {goal.fit} needs --memory: how much may training use, for example --memory 24GB?")
     recipe = _recipe(asked)
@@ -91,13 +90,32 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     found = predict(predictor, question, only, fit=goal.fit)
     picked = found.picked
     yaml = None if picked is None else recipe_yaml(found, predictor.recipe(picked.candidate), goal.data)
+    for place in (goal.write, goal.plot):
+        if place is not None:
+            place.parent.mkdir(parents=True, exist_ok=True)
     if goal.write is not None and yaml is not None:
-        goal.write.write_text(yaml, encoding="utf-8")
+        write_whole(goal.write, yaml)
     if goal.plot is not None:
         from sparsetrain.planner.picture import draw
 
         draw(found, goal.plot, title=f"{model.name}, {question.tokens:,} tokens, batch {question.batch}", limit=memory)
     return _shown(found, predictor, goal, memory, yaml)
+
+
+def _check(goal: Goal) -> None:
+    from sparsetrain.core.config import suggest
+    from sparsetrain.planner.search import GOALS
+    from sparsetrain.runs.places import check_file
+
+    for name, value, choices in (("--goal", goal.goal, GOALS), ("--fit", goal.fit, ("seq", "batch"))):
+        if value is not None and value not in choices:
+            raise ValueError(
+                f"{name} {shown(value)} is unknown.{suggest(value, choices)} Choose from {', '.join(choices)}."
+            )
+    if goal.write is not None:
+        check_file(goal.write, "--write", (".yaml", ".yml"))
+    if goal.plot is not None:
+        check_file(goal.plot, "--plot", (".png", ".svg", ".pdf"))
 
 
 def to_stderr_line(line: str) -> None:

@@ -10,6 +10,7 @@ import typer
 from sparsetrain.cli.answer import Answer, table
 from sparsetrain.cli.flags import Debug, Json, RecipeFile, changes, takes
 from sparsetrain.cli.live import to_stderr
+from sparsetrain.core.files import write_whole
 
 Plot = Annotated[
     Path | None, typer.Option("--plot", metavar="FILE", help="Draw it: FILE.png, or FILE.html with all tables.")
@@ -45,21 +46,22 @@ def profile(
     from sparsetrain.hf.study.profile import profile_recipe
     from sparsetrain.measure.profile_report import page, picture, tables
     from sparsetrain.recipes.finetune import Recipe
+    from sparsetrain.runs.places import check_file
 
-    if plot is not None and plot.suffix not in (".png", ".html"):
-        raise ValueError(f"--plot {plot}: the name ends in {plot.suffix or 'nothing'}. Use .png or .html.")
+    if plot is not None:
+        check_file(plot, "--plot", (".png", ".html"))
     given = changes(flags)
-    given |= {"steps": given.get("steps") or 1, "epochs": None}  # a recipe file's own steps are those of its training
+    given |= {"steps": given.get("steps", 1), "epochs": None}  # a recipe file's own steps are those of its training
     asked = Recipe.from_yaml(recipe, given) if recipe else Recipe.from_values({"data": RANDOM, **given})
     found = profile_recipe(asked, steps=asked.steps or 1, compare=asked.compare == "dense", report=to_stderr)
     methods = " + ".join(config.method for config in asked.configs) or "dense"
     title = f"A training step of {asked.model}: {methods}, {asked.batch_size} x {asked.seq_len:,} tokens"
     if plot is not None:
         plot.parent.mkdir(parents=True, exist_ok=True)
-        if plot.suffix == ".png":
-            plot.write_bytes(picture(found.sides))
+        if plot.suffix.lower() == ".png":
+            write_whole(plot, picture(found.sides))
         else:
-            plot.write_text(page(title, found.sides, found.notes), encoding="utf-8")
+            write_whole(plot, page(title, found.sides, found.notes))
 
     def shown(name: str, columns: list[str], rows: list[list[str]]) -> Any:
         return lambda: table(name, columns, rows, right=tuple(range(1, len(columns))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,8 +25,8 @@ Write = Annotated[
 ]
 
 
-@takes("model", "data", "task", "text_column", "seq_len", "preset", "methods", "calibration_tokens", "eval_tokens",
-       "steps", "seed", "dtype", "device", "threads")  # fmt: skip
+@takes("model", "data", "task", "text_column", "holdout", "seq_len", "preset", "methods", "calibration_tokens",
+       "eval_tokens", "steps", "seed", "dtype", "device", "threads")  # fmt: skip
 def sensitivity(
     recipe: RecipeFile = None,
     budget: Budget = None,
@@ -51,9 +52,14 @@ def sensitivity(
     from sparsetrain.hf.model.io import quiet
     from sparsetrain.hf.study.sensitivity import sensitivity as measure
     from sparsetrain.recipes.finetune import Recipe
+    from sparsetrain.runs.places import check_file
 
     if write is not None and budget is None:
         raise ValueError("--write saves the layers chosen for a budget, and --budget is not given. Give e.g. 1.25.")
+    if budget is not None and not (math.isfinite(budget) and budget > 1):
+        raise ValueError(f"--budget {budget} allows no loss, or any. Give a multiple above 1 of the dense perplexity.")
+    if write is not None:
+        check_file(write, "--write", (".yaml", ".yml"))
     given = changes(flags)
     asked = Recipe.from_yaml(recipe, given) if recipe else Recipe.from_values(given)
     if asked.threads:

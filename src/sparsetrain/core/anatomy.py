@@ -124,6 +124,7 @@ class Anatomy:
     install_attention: makes every attention of the model ask for a stand-in (`surgery.attention`), and be dense where
     there is none; returns its own undo. None when the adapter cannot.
     limits: feature (of `surgery.support`) -> why no method can have it on this family.
+    keep_record: lets the library's own saving and loading see to what is in no state dict (`surgery.record`).
     axes: parameter name -> the axes of its dimensions, among heads, kv_heads, embed, ffn, vocab, positions.
     """
 
@@ -135,6 +136,7 @@ class Anatomy:
     model: str = ""
     convolutions: tuple[ConvolutionSite, ...] = ()
     install_attention: Callable[[nn.Module], Undo] | None = None
+    keep_record: Callable[[], None] | None = None
     axes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     limits: dict[str, str] = field(default_factory=dict)
 
@@ -192,6 +194,11 @@ def describe(model: nn.Module) -> Anatomy:
 def submodule(model: nn.Module, name: str) -> nn.Module:
     """`model.get_submodule` that also takes the empty name."""
     return model.get_submodule(name) if name else model
+
+
+def library_model(model: nn.Module) -> nn.Module:
+    """The library's own model: inside PEFT what it wraps, else the model itself."""
+    return submodule(model, describe(model).model)
 
 
 def innermost(module: nn.Module) -> Any:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Self
 
+from sparsetrain.core.fields import checked, field_hints, kind_of, shown
+
 _REGISTRY: dict[str, type[MethodConfig]] = {}
 
 
@@ -49,19 +51,24 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         # JSON and YAML give lists; a frozen config is hashable, so it holds tuples.
-        for name in ("targets", "layers"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                value = (value,)
-            if isinstance(value, list):
-                value = tuple(value)
-            object.__setattr__(self, name, value)
-        self.check()
+        hints = {field.name: field_hints(type(self))[field.name] for field in dataclasses.fields(self)}
+        texts = {name: hint for name, hint in hints.items() if kind_of(hint) is str}
+        self._check_types({name: hint for name, hint in hints.items() if name not in texts})
+        self.check()  # says which words a text may be
+        self._check_types(texts)
+
+    def _check_types(self, hints: dict[str, Any]) -> None:
+        for name, hint in hints.items():
+            object.__setattr__(self, name, checked(f"{self.method}: {name}", hint, getattr(self, name)))
 
     def check(self) -> None:
         """Raise ValueError if a value is out of range. Methods extend this."""
         if not self.targets:
             raise ValueError(f"{self.method}: targets is empty. Give at least one pattern, or leave it out for all.")
+        if self.layers is not None and min(self.layers, default=-1) < 0:
+            raise ValueError(
+                f"{self.method}: layers={shown(list(self.layers))}. Give blocks, counted from 0, or leave it out."
+            )
         if not 0 <= self.from_depth < 1:
             raise ValueError(f"{self.method}: from_depth={self.from_depth} is out of range. It must lie in [0, 1).")
 
@@ -112,7 +119,7 @@ class MethodConfig:
         known = {field.name for field in dataclasses.fields(kind)}
         for key in values:
             if key not in known:
-                raise ValueError(f"{name}: unknown key {key!r}.{suggest(key, known)} Keys: {', '.join(sorted(known))}.")
+                raise ValueError(f"{name}: {unknown('key', key, sorted(known))}")
         return kind(**values)  # type: ignore[return-value]
 
 
@@ -126,14 +133,14 @@ def lists_for_tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
-def method_config(name: str | None) -> type[MethodConfig]:
+def method_config(name: Any) -> type[MethodConfig]:
     """The config class of a method.
 
     Raises:
         ValueError: no method has that name.
     """
-    if name not in _REGISTRY:
-        raise ValueError(f"unknown method {name!r}.{suggest(str(name), _REGISTRY)} Methods: {', '.join(_REGISTRY)}.")
+    if not isinstance(name, str) or name not in _REGISTRY:
+        raise ValueError(unknown("method", name, _REGISTRY))
     return _REGISTRY[name]
 
 
@@ -142,10 +149,15 @@ def registered_methods() -> dict[str, type[MethodConfig]]:
     return dict(_REGISTRY)
 
 
-def suggest(word: str, known: Any) -> str:
+def suggest(word: Any, known: Any) -> str:
     """' Did you mean X?' or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1)
+    near = difflib.get_close_matches(word[:100], list(known), n=1) if isinstance(word, str) else []
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def unknown(what: str, name: Any, known: Any) -> str:
+    """'unknown WHAT NAME. Did you mean X? WHATs: …'"""
+    return f"unknown {what} {shown(name)}.{suggest(name, known)} {what.capitalize()}s: {', '.join(known)}."
 
 
 def in_range(method: str, name: str, value: float, low: float, high: float, low_open: bool = False) -> None:
@@ -155,7 +167,7 @@ def in_range(method: str, name: str, value: float, low: float, high: float, low_
         raise ValueError(f"{method}: {name}={value} is out of range. It must lie in {bracket}{low}, {high}].")
 
 
-def one_of(method: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+def one_of(method: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless value is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{method}: {name}={value!r} is unknown.{suggest(value, choices)} Choose from {choices}.")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{method}: {name}={shown(value)} is unknown.{suggest(value, choices)} Choose from {choices}.")

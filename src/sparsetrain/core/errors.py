@@ -15,3 +15,11 @@ class UnknownFamily(ValueError):
 
 class CheckpointError(ValueError):
     """A checkpoint or sidecar is missing, truncated, or was written by another recipe."""
+
+
+class InUse(ValueError):
+    """Another process writes into the same folder. The message says which, and since when."""
+
+
+class NotFinite(RuntimeError):
+    """A loss, a gradient or a weight is infinite or not a number. The message says which, and at which step."""

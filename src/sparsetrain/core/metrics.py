@@ -42,7 +42,9 @@ class Metric:
         """The value as a reader wants it."""
         if self.is_share and value is not None and math.isfinite(value):
             return f"{value:.1%}"
-        return number_text(value)
+        most = math.inf if self.of_loss is None else self.of_loss(math.inf)
+        over = "over " if value is not None and math.isfinite(most) and value >= most else ""
+        return over + number_text(value)
 
     def margin(self, dense: float) -> float:
         """The largest difference from the dense value that is a tie."""
@@ -50,8 +52,8 @@ class Metric:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss); infinite where a float ends."""
-    return math.exp(loss) if loss < 700 else math.inf
+    """exp(loss), up to e^709: a float ends there, and the loss itself says more."""
+    return math.exp(min(loss, 709.0))
 
 
 METRICS: dict[str, Metric] = {

@@ -35,6 +35,8 @@ def number_text(value: float | None, digits: int = 4) -> str:
         return "–"
     if not math.isfinite(value):
         return "not a number"
+    if abs(value) >= 1e15:
+        return f"{value:.{digits - 1}e}"
     return f"{value:,.{max(0, digits - len(str(int(abs(value)))))}f}"
 
 

@@ -5,8 +5,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from sparsetrain.data.documents import Documents
-from sparsetrain.data.files import Row, decode, read_rows, walk_files
+from sparsetrain.data.documents import Documents, texts_as_documents
+from sparsetrain.data.files import walk_files
+from sparsetrain.data.reading import decode
+from sparsetrain.data.rows import Row, read_rows
 
 
 def stdlib_documents(root: Path) -> Documents:
@@ -19,7 +21,7 @@ def stdlib_documents(root: Path) -> Documents:
             texts.append(decode(path.read_bytes(), path))
         except ValueError:
             other += 1  # some files of its test suite are in other encodings, or broken, on purpose
-    return Documents(count=len(texts), read=texts.__getitem__, unit="files", counts={"files_not_utf8": other})
+    return texts_as_documents(texts, "files", {"files_not_utf8": other})
 
 
 def movie_rows(folder: Path) -> list[Row]:

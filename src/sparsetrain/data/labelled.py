@@ -3,7 +3,8 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from sparsetrain.data.files import Row, field_of, text_of
+from sparsetrain.core.quote import quoted
+from sparsetrain.data.rows import Row, field_of, text_of
 from sparsetrain.data.split import divide
 
 
@@ -13,9 +14,8 @@ def read_examples(rows: list[Row], columns: tuple[str, str], where: Mapping[str,
         chosen = [row for row in rows if str(field_of(row, key, "where")) == wanted]
         if not chosen:
             found = Counter(str(row[0][key]) for row in rows).most_common(6)
-            raise ValueError(
-                f"No row has {key}={wanted!r}. Found: {', '.join(f'{value!r} ({n})' for value, n in found)}. Pick one."
-            )
+            shown = ", ".join(f"'{quoted(value, 30)}' ({n})" for value, n in found)
+            raise ValueError(f"No row has {key}={wanted!r}. Found: {shown}. Pick one.")
         rows = chosen
     examples: dict[tuple[str, str], Row] = {}
     for row in rows:
@@ -25,8 +25,8 @@ def read_examples(rows: list[Row], columns: tuple[str, str], where: Mapping[str,
             raise ValueError(f"{row[1]}: {columns[0]!r} is blank. Fill it or remove the row.")
         if not isinstance(label, str | int) or label == "":
             raise ValueError(
-                f"{row[1]}: {columns[1]!r} is {label!r} ({type(label).__name__}); a label is text or a whole number. "
-                "Correct the row or name another label_column."
+                f"{row[1]}: {columns[1]!r} is {quoted(label, 60)} ({type(label).__name__}); a label is text or a whole "
+                "number. Correct the row or name another label_column."
             )
         examples.setdefault((text, str(label)), ({"text": text, "label": str(label)}, row[1]))
     return list(examples.values()), len(rows) - len(examples)
@@ -53,8 +53,10 @@ def label_names_of(examples: list[Row], name: str) -> tuple[str, ...]:
     """
     found = {row["label"] for row, _ in examples}
     if len(found) < 2:
-        raise ValueError(f"{name} has only the label {found}; to classify takes two. Check label_column and where.")
-    numbers = all(label.removeprefix("-").isdecimal() for label in found)
+        raise ValueError(
+            f"{name} has only the label {quoted(found)}; to classify takes two. Check label_column and where."
+        )
+    numbers = all(label.removeprefix("-").isdecimal() and len(label) < 20 for label in found)
     return tuple(sorted(found, key=(lambda label: (int(label), label)) if numbers else (lambda label: (0, label))))
 
 
@@ -64,8 +66,9 @@ def check_trained(train: list[Row], held_out: list[Row]) -> None:
     for row, origin in held_out:
         if row["label"] not in trained:
             raise ValueError(
-                f"{origin} has the label {row['label']!r}, which no training row has. Found: "
-                f"{', '.join(sorted(trained))}. Correct the label or add training rows (max_rows may cut them off)."
+                f"{origin} has the label '{quoted(row['label'], 60)}', which no training row has. Found: "
+                f"{quoted(', '.join(sorted(trained)))}. Correct the label or add training rows (max_rows may cut them "
+                "off)."
             )
 
 

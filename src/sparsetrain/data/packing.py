@@ -36,9 +36,10 @@ def piece_end(text: str, begin: int) -> int:
 
 
 def cut_at_line(text: str, ratio: float) -> tuple[str, str]:
-    """Two parts at the line break nearest before `ratio` of the text (at a character where there is none)."""
+    """Two parts at the line break nearest before `ratio` of the text; at a character where none is near, as one far
+    off would double the second part."""
     middle = int(ratio * len(text))
-    cut = text.rfind("\n", 0, middle) + 1 or middle
+    cut = text.rfind("\n", max(0, 2 * middle - len(text)), middle) + 1 or middle
     return text[:cut], text[cut:]
 
 
@@ -57,9 +58,10 @@ def packed_rows(
     num_rows, left_over = divmod(len(tokens.ids_n), seq_len)
     if num_rows == 0:
         more = "" if side == "train" else " or hold out more (eval_ratio, eval_source)"
+        copies = f" ({counts['duplicates_of_eval']:,} copies of held-out texts aside)" if side == "train" else ""
         raise ValueError(
-            f"{name} is too little for one {side} row: seq_len={seq_len} tokens are asked, {left_over} were found. "
-            f"Lower seq_len, give more text{more}."
+            f"{name} is too little for one {side} row: seq_len={seq_len} tokens are asked, {left_over} were found"
+            f"{copies if counts.get('duplicates_of_eval') else ''}. Lower seq_len, give more text{more}."
         )
     kept = num_rows * seq_len
     ids_rt = tokens.ids_n[:kept].reshape(num_rows, seq_len)
@@ -86,4 +88,6 @@ def describe(name: str, unit: str, seq_len: int, counts: dict[str, int]) -> str:
     )
     if "eval_rows" in counts:
         line += f"; held out: {counts['eval_rows']:,} rows from {counts['eval_documents']:,} {unit}"
+    if counts.get("documents_cut"):
+        line += ", the end of one that is trained on up to there"
     return line

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
 
-from sparsetrain.data.files import Row
+from sparsetrain.data.rows import Row
 
 
 def divide(
@@ -60,7 +60,37 @@ def split_rows(
     held_out: set[str] = set()
     for group in members.values():
         # A lone row stays in training: a class seen only in evaluation could not be learnt.
-        num_eval = min(max(1, round(eval_ratio * len(group))), len(group) - 1) if eval_ratio else 0
+        num_eval = num_held_out(len(group), eval_ratio) if eval_ratio else 0
         held_out.update(sorted(group, key=rank.__getitem__)[:num_eval])
     order = sorted(range(len(keys)), key=lambda i: (rank[keys[i]], i))
     return [i for i in order if keys[i] not in held_out], [i for i in order if keys[i] in held_out]
+
+
+def share_of_text(sizes: Sequence[int], ratio: float, grown: float = 1) -> tuple[int, float]:
+    """What is held out of documents of these sizes: (the first so many as a whole, what share of the next one's end).
+
+    The first share of the documents where they hold between half and twice that share of the text, as those of about
+    equal length do. Otherwise documents until they hold the share of the text, and of one that alone would more than
+    double it (a book among notes), or is the last, its end.
+
+    Args:
+        sizes: in the seeded order, in any unit.
+        ratio: the share of the text.
+        grown: times this share, where the share itself was too little for a row.
+    """
+    wanted, found = grown * ratio * sum(sizes), 0
+    count = num_held_out(len(sizes), ratio)
+    if grown == 1 and len(sizes) > 1 and wanted / 2 <= sum(sizes[:count]) <= 2 * wanted:
+        return count, 0.0
+    for i, size in enumerate(sizes):
+        if found >= wanted:
+            return i, 0.0
+        if found + size > 2 * wanted or i == len(sizes) - 1:
+            return (i, 0.0) if found >= wanted / 2 else (i, min(1.0, (wanted - found) / max(size, 1)))
+        found += size
+    return 0, 0.0
+
+
+def num_held_out(count: int, ratio: float) -> int:
+    """How many of `count` things are held out: their share, at least one, never all."""
+    return min(max(1, round(ratio * count)), count - 1)

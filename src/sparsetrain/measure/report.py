@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import tempfile
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
+from sparsetrain.core.files import plain, to_json, write_whole
 from sparsetrain.core.metrics import METRICS
 from sparsetrain.core.units import bytes_text, number_text, seconds_text
 from sparsetrain.measure.curves import loss_curves, step_seconds, tokens_per_second
@@ -69,12 +68,11 @@ def write_report(report: Report, folder: str | os.PathLike[str]) -> tuple[Path, 
     """Write report.json and report.html into `folder`, each whole or not at all; returns their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    plain = cast(Report, _plain(report))
-    text = json.dumps(plain, indent=1, allow_nan=False, ensure_ascii=False)
-    page = render_page(plain)
+    values = cast(Report, plain(report))
+    page = render_page(values)
     paths = folder / "report.json", folder / "report.html"
-    _write_whole(paths[0], text + "\n")
-    _write_whole(paths[1], page)
+    write_whole(paths[0], to_json(values, indent=1) + "\n")
+    write_whole(paths[1], page)
     return paths
 
 
@@ -132,31 +130,3 @@ def _single_headline(runs: dict[str, Run]) -> str:
         return f"One {name} run without a step."
     took = f"One {name} run: {what} {number_text(curve.y[0])} → {number_text(curve.y[-1])} in {curve.x[-1]:.0f} steps"
     return f"{took}. Nothing is compared; run with compare=dense to see what the sparsity gains."
-
-
-def _plain(value: Any) -> Any:
-    """JSON values: tensors and arrays of one number as numbers, what is not finite as null, keys as text."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write beside the target and rename, so that a reader or a crash never meets half a file."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -9,12 +9,18 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from sparsetrain.core.config import suggest
+from sparsetrain.core.fields import checked, field_hints, kind_of, shown
+from sparsetrain.core.files import to_json, write_whole
+from sparsetrain.core.plain_files import read_plain_object
+from sparsetrain.core.quote import quoted
 
 DTYPES = ("fp32", "bf16")
 RESERVE_BYTES = {"cpu": 450_000_000, "gpu": 600_000_000}
@@ -51,13 +57,36 @@ class MachineRates:
     measured: bool = False
 
     def __post_init__(self) -> None:
+        self._check_types()
         rates = {"copy_bytes_per_s": self.copy_bytes_per_s, "attention_flops": self.attention_flops}
         rates |= {f"gemm_flops[{name}]": value for name, value in self.gemm_flops.items()}
+        rates |= {"exp_per_s": 1.0 if self.exp_per_s is None else self.exp_per_s}
         wrong = {name: value for name, value in rates.items() if not value > 0}
         if wrong or not self.gemm_flops:
             raise ValueError(f"machine {self.machine!r}: {wrong or 'gemm_flops is empty'}. Rates must be positive.")
         if unknown := set(self.gemm_flops) - set(DTYPES):
             raise ValueError(f"machine {self.machine!r}: gemm_flops of {sorted(unknown)}. Dtypes: {', '.join(DTYPES)}.")
+
+    def _check_types(self) -> None:
+        hints = {
+            name: hint for name, hint in field_hints(type(self)).items() if kind_of(hint) in (str, int, float, bool)
+        }
+        for name, hint in hints.items():
+            checked(f"machine {quoted(self.machine)}: {name}", hint, getattr(self, name))
+        if not isinstance(self.gemm_flops, dict) or not isinstance(self.methods, dict):
+            raise ValueError(f"machine {self.machine!r}: gemm_flops and methods are objects. Correct them.")
+        for name, value in self.gemm_flops.items():
+            checked(f"machine {quoted(self.machine)}: gemm_flops[{quoted(name)}]", float, value)
+        if self.call_s < 0 or (self.memory_bytes is not None and self.memory_bytes < 1):
+            raise ValueError(f"machine {self.machine!r}: call_s or memory_bytes is negative. Correct it.")
+        for name, rows in self.methods.items():
+            for row in rows if isinstance(rows, list) else [rows]:
+                tokens = row.get("tokens") if isinstance(row, dict) else None
+                if not _positive(tokens) or not (row.get("step_speedup") is None or _positive(row["step_speedup"])):
+                    raise ValueError(
+                        f"machine {self.machine!r}: methods[{quoted(name)}] holds {shown(row)}. Each is a list of rows "
+                        "with tokens, and step_speedup or null, both positive."
+                    )
 
     @property
     def is_cpu(self) -> bool:
@@ -90,7 +119,11 @@ class MachineRates:
 
     def save(self, path: str | Path) -> None:
         """Write the rates as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_whole(path, to_json(self.to_dict(), indent=2) + "\n")
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
 @cache
@@ -110,13 +143,10 @@ def machine_rates(name: str) -> MachineRates:
     if name.lower() in machines:
         return machines[name.lower()]
     path = Path(name)
-    if not path.is_file():
+    if not os.path.exists(path) or not path.suffix:
         near = suggest(name.lower(), machines)
-        raise ValueError(f"unknown machine {name!r}.{near} Known: {', '.join(machines)}; or give a measured.json.")
+        raise ValueError(f"unknown machine {shown(name)}.{near} Known: {', '.join(machines)}; or give a measured.json.")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it holds no object")
-        return MachineRates.from_dict(values)
-    except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} holds no machine rates: {error}") from None
+        return MachineRates.from_dict(read_plain_object(path, 2**22))
+    except ValueError as error:
+        raise ValueError(f"{quoted(str(path))} holds no machine rates: {error}") from None

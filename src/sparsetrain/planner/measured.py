@@ -26,7 +26,7 @@ def measured_speedup(recipe: Recipe, hidden_size: int | None, question: Question
     }
     rows = question.rates.methods.get("+".join(config["method"] for config in configs), [])
     same = [row for row in rows if all(row.get(key) == value for key, value in asked.items())]
-    near = [row for row in same if 0.5 <= row["tokens"] / question.tokens <= 2 and row["step_speedup"]]
+    near = [row for row in same if 0.5 <= row["tokens"] / question.tokens <= 2 and row.get("step_speedup")]
     if not near or any(config.begins_dense for config in recipe.configs):
         return None
     best = min(near, key=lambda row: abs(row["tokens"] - question.tokens))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsetrain.core.files import sweep, write_whole
+from sparsetrain.core.plain_files import read_plain_object
 from sparsetrain.planner.memory import Layout, PeakBytes, StaticBytes, fit, peak_bytes, total_work
 from sparsetrain.planner.traced_step import Segment, StepTrace, Work
 
@@ -82,20 +83,25 @@ def _segment(values: dict[str, Any]) -> Segment:
 
 
 def load_outline(path: Path) -> Outline | None:
-    """A stored outline; None when there is none or it cannot be read (it is then made again)."""
+    """A stored outline; None when there is none, or it is not what was stored (it is then made again)."""
     try:
-        return Outline.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError):
+        stored = read_plain_object(path)
+        text = stored["outline"]
+        return Outline.from_json(text) if stored["sha256"] == _sha256(text) else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
 def store_outline(outline: Outline, path: Path) -> None:
     """Write it whole or not at all; a folder that cannot be written costs only the time of the next trace."""
+    text = outline.to_json()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".outline")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(outline.to_json())
-        os.replace(name, path)
+        sweep(path.parent)
+        write_whole(path, json.dumps({"sha256": _sha256(text), "outline": text}))
     except OSError:
         return
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sparsetrain.core.files import scratch_file
 from sparsetrain.measure.components import COMPONENTS
 from sparsetrain.measure.plots import PARTS
 from sparsetrain.planner.memory import PeakBytes
@@ -39,7 +40,8 @@ def draw(answer: Answer, path: Path, *, title: str, limit: int | None) -> None:
     if limit is not None:
         axes.axvline(limit / GIGA, color="#a4211a", linewidth=1, linestyle="--")
     axes.legend(fontsize=8, frameon=False)
-    figure.savefig(path)
+    with scratch_file(path) as scratch:
+        figure.savefig(scratch, format=path.suffix[1:] or "png")
 
 
 def _part(peak: PeakBytes | None, name: str) -> float:

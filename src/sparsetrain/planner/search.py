@@ -133,10 +133,10 @@ def answer(
         try:
             found = outline_of(candidate)
         except ValueError as error:
-            rows.append(replace(row, refused=str(error).splitlines()[0], fits=False))
+            rows.append(replace(row, refused=_line(error), fits=False))
             continue
         except Exception as error:  # an op without a fake form: the other candidates still have their answer
-            reason = f"its step cannot be traced ({type(error).__name__}: {str(error).splitlines()[0]})"
+            reason = f"its step cannot be traced ({type(error).__name__}: {_line(error)})"
             rows.append(replace(row, refused=reason, fits=False))
             continue
         base = found if base is None else base
@@ -145,6 +145,9 @@ def answer(
             ratio, timed = measured
             predicted = replace(predicted, step_s=(rows[0].step_s or 0.0) / ratio, timed=timed)
         rows.append(predicted)
+    if rows and all(row.peak is None for row in rows):
+        why = list(dict.fromkeys(str(row.refused) for row in rows))
+        raise ValueError(f"no way to train this model can be planned: {'. '.join(why[:2])}.")
     picked, reasons = _pick(rows, question) if fit is None else _pick_largest(rows, fit)
     return Answer(
         question=question,
@@ -154,6 +157,11 @@ def answer(
         nearest=() if picked is not None else tuple(_nearest(rows, question)),
         fit=fit,
     )
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error, without the stop that the sentence around it brings."""
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
 
 
 def _predicted(row: Row, found: Outline, base: Outline, question: Question, unable: str | None) -> Row:

@@ -67,6 +67,8 @@ class LiveBytes:
         if func._overloadpacket in flop_registry:
             kind = "attention" if "attention" in name else "gemm"
             amount = float(flop_registry[func._overloadpacket](*args, **kwargs, out_val=out))
+        elif "grouped_mm" in name:  # rows by their experts: every row meets one matrix, forward and backward alike
+            kind, amount = "gemm", 2.0 * args[0].numel() * args[1].shape[-1]
         elif "attention" in name:
             kind, amount = "attention", _attention_flops(name, args)
         elif any(word in name for word in _EXPONENTIALS):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
 from sparsetrain.core.config import MethodConfig, lists_for_tuples, method_config
+from sparsetrain.core.fields import MOST, accepted, field_hints, kind_of, shown
+from sparsetrain.core.quote import quoted
 
 
 def read_methods(given: Any) -> tuple[MethodConfig, ...]:
@@ -20,14 +21,14 @@ def read_methods(given: Any) -> tuple[MethodConfig, ...]:
         ValueError: another type; an unknown method or key; a value of the wrong type or out of range.
     """
     if not isinstance(given, list | tuple):
-        raise ValueError(f"methods is {given!r}. Give a list of {{method: name, ...}}.")
+        raise ValueError(f"methods is {shown(given)}. Give a list of {{method: name, ...}}.")
     return tuple(entry if isinstance(entry, MethodConfig) else _read(entry) for entry in given)
 
 
 def _read(entry: Any) -> MethodConfig:
     values = parse_method(entry) if isinstance(entry, str) else entry
     if not isinstance(values, Mapping):
-        raise ValueError(f"methods holds {values!r}. Give {{method: name, ...}} or 'name:key=value,...'.")
+        raise ValueError(f"methods holds {shown(values)}. Give {{method: name, ...}} or 'name:key=value,...'.")
     return MethodConfig.from_dict(_typed(values))
 
 
@@ -43,7 +44,7 @@ def written_defaults(kind: type[MethodConfig]) -> str:
 
     Keys that every method has are left out, and choices that are not made (None where a word is expected).
     """
-    hints, common = get_type_hints(kind), {field.name for field in dataclasses.fields(MethodConfig)}
+    hints, common = field_hints(kind), {field.name for field in dataclasses.fields(MethodConfig)}
     values = {key: value for key, value in kind().to_dict().items() if key not in common | {"method"}}
     texts = [
         _written(key, value) for key, value in values.items() if value is not None or str not in get_args(hints[key])
@@ -61,21 +62,25 @@ def parse_method(text: str) -> dict[str, Any]:
     """'name:num_blocks=16,layers=2|4-9' -> {"method": "name", "num_blocks": "16", "layers": "2|4-9"}.
 
     Raises:
-        ValueError: an entry without `=`.
+        ValueError: an entry without `=`, or a key that is given twice.
     """
     name, _, rest = text.partition(":")
     found: dict[str, Any] = {"method": name.strip()}
     for entry in filter(None, (part.strip() for part in rest.split(","))):
-        key, equals, value = entry.partition("=")
+        key, equals, value = (part.strip() for part in entry.partition("="))
         if not equals:
-            raise ValueError(f"method {text!r}: {entry!r} has no '='. Write {name}:key=value,key=value.")
-        found[key.strip()] = value.strip()
+            raise ValueError(
+                f"method {shown(text)}: {shown(entry)} has no '='. Write {quoted(name)}:key=value,key=value."
+            )
+        if key in found:
+            raise ValueError(f"method {shown(text)}: {shown(key)} is given twice. Give it once.")
+        found[key] = value
     return found
 
 
 def _typed(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry with its strings read as what the config's fields hold; unknown keys are left for `from_dict`."""
-    hints = get_type_hints(method_config(entry.get("method")))
+    """The entry with its strings read as what the config's fields hold; the config checks all else."""
+    hints = field_hints(method_config(entry.get("method")))
     return {
         key: _value(f"{entry.get('method')}: {key}", hints[key], value) if key in hints else value
         for key, value in entry.items()
@@ -84,41 +89,37 @@ def _typed(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _value(what: str, hint: Any, value: Any) -> Any:
     """One config value of a type: int, float, bool, str, tuple[int, ...], tuple[str, ...], or one of them or None."""
-    kinds = [kind for kind in get_args(hint) or [hint] if kind is not NoneType]
-    kind = kinds[0] if get_origin(hint) is not tuple else hint
+    kind = kind_of(hint)
     if kind is str:  # "none" is a choice of some
         return value
+    if isinstance(value, str) and value.lower() in ("none", "null"):
+        value = None
     try:
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
-            if NoneType not in get_args(hint):
-                raise ValueError
-            return None
         return _of_kind(kind, value)
-    except (ValueError, KeyError, TypeError, ZeroDivisionError, OverflowError):
-        raise ValueError(f"{what}={value!r} is not of type {_name(hint)}.") from None
-
-
-def _name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+    except (ValueError, KeyError, ZeroDivisionError, OverflowError):
+        of = kind.__name__ if isinstance(kind, type) else str(kind)
+        raise ValueError(f"{what}={shown(value)} is not of type {of}. Give {accepted(hint)}.") from None
 
 
 def _of_kind(kind: Any, value: Any) -> Any:
-    if get_origin(kind) is tuple and get_args(kind)[0] is str:
-        return value.split("|") if isinstance(value, str) else [str(item) for item in value]
-    if get_origin(kind) is tuple:
-        return _indices(value) if isinstance(value, str) else [int(item) for item in value]
-    if kind is bool:
-        return value if isinstance(value, bool) else {"true": True, "false": False}[str(value).lower()]
-    if kind not in (int, float):
-        return value
-    if isinstance(value, bool):
-        raise ValueError
-    if kind is float:
-        above, slash, below = str(value).partition("/")
+    """Text and whole floats (4.0) as the kind they stand for; other values are left as they are."""
+    if get_origin(kind) is tuple and isinstance(value, list | tuple):
+        return [_of_kind(get_args(kind)[0], item) for item in value]
+    if get_origin(kind) is tuple and isinstance(value, str):
+        return value.split("|") if get_args(kind)[0] is str else _indices(value)
+    if kind is bool and isinstance(value, str):
+        return {"true": True, "false": False}[value.lower()]
+    if kind is float and isinstance(value, str):
+        above, slash, below = value.partition("/")
         return float(above) / float(below) if slash else float(above)
-    if float(value) != int(float(value)):
-        raise ValueError
-    return int(float(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, str | float):
+        number = int(value) if isinstance(value, str) and value.strip().lstrip("+-").isdigit() else float(value)
+        if number != int(number):
+            raise ValueError
+        return int(number)
+    return value
 
 
 def _indices(text: str) -> list[int]:
@@ -126,5 +127,8 @@ def _indices(text: str) -> list[int]:
     found: list[int] = []
     for part in text.split("|"):
         first, dash, last = part.partition("-")
-        found.extend(range(int(first), int(last) + 1) if dash else [int(first)])
+        begin, end = int(first), int(last if dash else first)
+        if not begin <= end < MOST:  # before a range is written out
+            raise ValueError
+        found.extend(range(begin, end + 1))
     return found

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sparsetrain.core.config import MethodConfig, registered_methods
+from sparsetrain.core.fields import shown
 from sparsetrain.recipes.entries import read_methods
 from sparsetrain.recipes.presets import DEFAULT_PRESET, PRESETS
 from sparsetrain.recipes.run import RunRecipe
@@ -24,18 +25,18 @@ class Recipe(RunRecipe):
     model: str
     """Model to fine-tune: an embedded asset (`sparsetrain models`), a local folder, or a name on the hub."""
     data: str
-    """Training data: a text file, folder or glob; JSONL (text, messages, or prompt/completion); CSV; an embedded or
-    `datasets` name."""
+    """Training data: a text file, folder or glob; JSONL or a JSON array (text, messages, prompt/completion, or
+    instruction/output); CSV; an embedded or `datasets` name."""
     output: str = "runs/finetune"
     """Folder for checkpoints, the trained adapter and the report. It must be empty or absent unless --resume."""
     task: Literal["lm", "sft", "classify"] = "lm"
     """lm: predict every token of packed text. sft: learn the completions only. classify: learn a label a text."""
     lr: float = Field(2e-4, gt=0, le=10)
     """Peak learning rate. LoRA: about 2e-4. Full fine-tuning: about 2e-5."""
-    lora_r: int = Field(16, ge=0)
+    lora_r: int = Field(16, ge=0, le=2**16)
     """Rank of the LoRA factors; 0 trains all weights instead (full fine-tuning), or what a method adds, if it says that
     it trains nothing else."""
-    lora_alpha: float = Field(16.0, gt=0)
+    lora_alpha: float = Field(16.0, gt=0, le=1e6)
     """LoRA's update is scaled by lora_alpha / lora_r."""
     lora_targets: Literal["all-linear"] | list[str] = "all-linear"
     """Linears that get LoRA: all-linear (all but the head), or endings of module names such as q_proj."""
@@ -52,11 +53,22 @@ class Recipe(RunRecipe):
     """With deploy=dense: the same at the end. Not given: 0.2, or 0."""
     train_auxiliary: bool = False
     """With deploy=dense: train what methods add (routers, codebooks) too, instead of leaving it as it was fitted."""
-    distill_steps: int = Field(0, ge=0)
+    distill_steps: int = Field(0, ge=0, le=2**31 - 1)
     """Steps of layer-wise distillation between conversion and training: each routed FFN, with its LoRA, learns the
     output of its dense FFN."""
     distill_lr: float = Field(3e-4, gt=0, le=10)
     """Learning rate of the distillation at its first step; it falls to 0."""
+
+    @field_validator("lora_targets", mode="before")
+    @classmethod
+    def _names(cls, given: Any) -> Any:
+        """As a list of names, or text with commas between them."""
+        names = [name.strip() for name in given.split(",")] if isinstance(given, str) else given
+        if names == ["all-linear"]:
+            return "all-linear"
+        if not isinstance(names, list | tuple) or not names or not all(isinstance(n, str) and n.strip() for n in names):
+            raise ValueError(f"lora_targets={shown(given)}: give all-linear, or names such as q_proj,v_proj.")
+        return list(names)
 
     @model_validator(mode="after")
     def _deploys(self) -> Self:

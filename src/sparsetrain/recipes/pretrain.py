@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, ClassVar, Literal, Self
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
-from sparsetrain.recipes.run import RunRecipe
+from sparsetrain.core.fields import shown
+from sparsetrain.recipes.reading import read_yaml
+from sparsetrain.recipes.run import MOST, RunRecipe
 
 
 class PretrainRecipe(RunRecipe):
@@ -32,11 +34,11 @@ class PretrainRecipe(RunRecipe):
     task: Literal["lm", "classify", "pairs", "image"] = "lm"
     """lm: predict every token of packed text. classify: a label a sequence. pairs: a label two sequences, read by one
     encoder. image: a label an image, read as patches."""
-    seq_len: int = Field(256, ge=8)
+    seq_len: int = Field(256, ge=8, le=MOST)
     """Tokens in a sequence; at most the positions of the config. Images bring their own length."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(16, ge=1, le=MOST)
     """Sequences in one forward and backward pass. Memory grows with it."""
-    train_rows: int | None = Field(None, ge=1)
+    train_rows: int | None = Field(None, ge=1, le=2**40)
     """Use this many labelled training rows, chosen by seed; all if not given."""
     lr: float = Field(1e-3, gt=0, le=10)
     """Peak learning rate."""
@@ -52,9 +54,9 @@ class PretrainRecipe(RunRecipe):
     """Where the cosine schedule ends, as a share of lr."""
     clip_value: float = Field(0.0, ge=0)
     """Entries of the gradient are cut to this size, after max_grad_norm; 0: not at all."""
-    calibration_tokens: int = Field(2048, ge=0)
+    calibration_tokens: int = Field(2048, ge=0, le=2**40)
     """Training tokens from which a method that needs a conversion starts, run through the random model."""
-    eval_tokens: int = Field(65536, ge=1)
+    eval_tokens: int = Field(65536, ge=1, le=2**40)
     """Tokens of held-out data for each evaluation; labelled tasks use eval_tokens / seq_len rows."""
 
     @field_validator("set", mode="before")
@@ -62,13 +64,30 @@ class PretrainRecipe(RunRecipe):
     def _pairs(cls, given: Any) -> dict[str, Any]:
         if isinstance(given, dict):
             return given
+        if not isinstance(given, list | tuple):
+            raise ValueError(f"set is {shown(given)}. Give {{key: value, ...}}.")
         found = {}
         for entry in given:
             key, equals, value = str(entry).partition("=")
-            if not equals:
-                raise ValueError(f"set holds {entry!r}, which has no '='. Write key=value.")
-            found[key.strip()] = yaml.safe_load(value)
+            key = key.strip()
+            if not equals or not key:
+                raise ValueError(f"set holds {shown(entry)}, which has no key and '='. Write key=value.")
+            if key in found:
+                raise ValueError(f"set gives {shown(key)} twice. Give it once.")
+            try:
+                found[key] = read_yaml(value)
+            except ValueError as error:
+                raise ValueError(f"set {shown(entry)}: {error}.") from None
         return found
+
+    @field_validator("set")
+    @classmethod
+    def _finite(cls, given: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(given, allow_nan=False).encode()
+        except (ValueError, TypeError):
+            raise ValueError(f"set={shown(given)} holds what is no text, finite number or list of them.") from None
+        return given
 
     @model_validator(mode="after")
     def _schedule(self) -> Self:

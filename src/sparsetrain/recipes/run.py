@@ -13,11 +13,25 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
-from sparsetrain.core.config import MethodConfig, plain_values, suggest
+from sparsetrain.core.config import MethodConfig, plain_values, suggest, unknown
+from sparsetrain.core.fields import shown
+from sparsetrain.core.files import write_whole
+from sparsetrain.core.quote import quoted
 from sparsetrain.recipes.entries import read_methods, short_entry
+from sparsetrain.recipes.reading import read_mapping
 from sparsetrain.recipes.tasks import offered
+from sparsetrain.recipes.values import check_plain, problem_of
 
 # what may differ between a run and its continuation: where and how often things are written, how progress is watched
 NOT_TRAINING = frozenset(
@@ -25,11 +39,21 @@ NOT_TRAINING = frozenset(
     | {"threads", "device", "gradient_checkpointing"}
 )
 
+MOST = 2**24
+"""Tokens in a sequence, and sequences or passes in a step, that no machine has trained with: a slip of the hand."""
+
 
 class RunRecipe(BaseModel):
     """The keys that every training run has; `Recipe` and `PretrainRecipe` add theirs."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        arbitrary_types_allowed=True,
+        allow_inf_nan=False,
+        str_min_length=1,
+    )
 
     job: ClassVar[str] = ""
     """What the command is called, and the key of its tasks in the table."""
@@ -46,23 +70,26 @@ class RunRecipe(BaseModel):
     task: str
     """What is learned."""
     text_column: str = "text"
-    """Column that holds the text, in JSONL and CSV data."""
-    seq_len: int = Field(1024, ge=8)
+    """Column that holds the text, in JSONL, JSON and CSV data."""
+    holdout: Literal["tokens", "documents"] = "tokens"
+    """What the held-out part of text is a share of. tokens: a long document among short ones is cut in two, its end
+    held out. documents: they stay whole."""
+    seq_len: int = Field(1024, ge=8, le=MOST)
     """Tokens in a sequence: windows of packed text (lm), or where longer examples are cut. At most the model's
     context length."""
-    batch_size: int = Field(1, ge=1)
+    batch_size: int = Field(1, ge=1, le=MOST)
     """Sequences in one forward and backward pass. Memory grows with it."""
-    grad_accum: int = Field(1, ge=1)
+    grad_accum: int = Field(1, ge=1, le=MOST)
     """Passes whose gradients are added before the weights move; the effective batch is batch_size x grad_accum."""
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, le=2**31 - 1)
     """Optimizer steps to train. Give this or epochs; 200 if neither is given."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0, le=1e6)
     """Passes over the training data, instead of steps."""
     lr: float = Field(gt=0, le=10)
     """Peak learning rate."""
     weight_decay: float = Field(0.0, ge=0, le=1)
     """AdamW's decoupled weight decay."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=2**31 - 1)
     """Steps in which the learning rate rises from 0 to lr."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """How the learning rate falls after the warm-up: to 0 along a line or a half cosine, or not at all."""
@@ -71,17 +98,17 @@ class RunRecipe(BaseModel):
     methods: tuple[MethodConfig, ...] = ()
     """Sparse methods, each {method: name, key: value}; on the command line name:key=value,key=value. An
     empty list: dense."""
-    calibration_tokens: int = Field(8192, ge=0)
+    calibration_tokens: int = Field(8192, ge=0, le=2**40)
     """Training tokens from which the conversion learns (clusters, router, codebooks), spread over the data."""
     compare: Literal["none", "dense"] = "none"
     """dense: also train the strongest dense baseline beside, step by step in turns, and report both."""
-    save_every: int = Field(50, ge=0)
+    save_every: int = Field(50, ge=0, le=2**31 - 1)
     """Steps between checkpoints; 0 writes only the final model."""
-    keep_checkpoints: int = Field(2, ge=2)
+    keep_checkpoints: int = Field(2, ge=2, le=2**31 - 1)
     """Newest checkpoints to keep. At least 2, so that one is whole while the next is being written."""
-    eval_every: int = Field(0, ge=0)
+    eval_every: int = Field(0, ge=0, le=2**31 - 1)
     """Steps between evaluations; 0 evaluates only before and after training."""
-    eval_tokens: int = Field(16384, ge=1)
+    eval_tokens: int = Field(16384, ge=1, le=2**40)
     """Tokens of held-out data for each evaluation (rows with one label: as many as hold them)."""
     gradient_checkpointing: Literal["none", "non-reentrant", "reentrant"] = "none"
     """Recompute activations in the backward pass: much less memory, about a third more time."""
@@ -89,7 +116,7 @@ class RunRecipe(BaseModel):
     """Number format of activations, and of frozen weights. auto: fp32 on a CPU, bf16 on a GPU that has it."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seeds new weights, the conversion and the data order. Same seed and machine: same losses."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads; all cores if not given."""
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     """auto, cpu, mps, cuda or cuda:N. auto takes a GPU if there is one."""
@@ -108,18 +135,28 @@ class RunRecipe(BaseModel):
         preset = values.pop("preset", None)
         for key in [*values, *(["preset"] if preset is not None else [])]:
             if key not in known:
-                raise ValueError(f"unknown key {key!r}.{suggest(str(key), known)} Keys: {', '.join(sorted(known))}.")
+                raise ValueError(unknown("key", key, sorted(known)))
+        for key, value in values.items():
+            check_plain(key, value, cls.model_fields[key].annotation)
         if values.get("methods") is None:
             values.pop("methods", None)
             preset = preset or cls.default_preset
         if preset is not None:
-            if preset not in cls.presets:
-                near = suggest(str(preset), cls.presets)
-                raise ValueError(f"unknown preset {preset!r}.{near} Presets: {', '.join(cls.presets)}.")
+            if not isinstance(preset, str) or preset not in cls.presets:
+                raise ValueError(unknown("preset", preset, cls.presets))
+            if not isinstance(values.get("methods") or [], list | tuple):
+                read_methods(values["methods"])
             values["methods"] = [*cls.presets[preset], *(values.get("methods") or [])]
         if values.get("steps") is None and values.get("epochs") is None:
             values["steps"] = cls.default_steps
         return values
+
+    @field_validator("data", "text_column")
+    @classmethod
+    def _named(cls, value: str, field: ValidationInfo) -> str:
+        if not value.strip():
+            raise ValueError(f"{field.field_name}={value!r} is blank. Give a name.")
+        return value
 
     @field_validator("task", mode="plain")
     @classmethod
@@ -127,7 +164,7 @@ class RunRecipe(BaseModel):
         """A task of the table, to which packages add; the literals of the field's type are those that ship."""
         if task not in (known := offered(cls.job)):
             *most, last = map(repr, known)
-            raise ValueError(f"task={task!r}: give {', '.join(most)} or {last}.{suggest(str(task), known)}")
+            raise ValueError(f"task={shown(task)}: give {', '.join(most)} or {last}.{suggest(task, known)}")
         return task
 
     @field_serializer("task")
@@ -181,7 +218,7 @@ class RunRecipe(BaseModel):
         except ValidationError as error:
             problems: dict[str, list[str]] = {}
             for entry in error.errors():
-                what, message = _problem(entry)
+                what, message = problem_of(entry)
                 problems.setdefault(what, []).append(message)
             raise ValueError("\n".join(what + " or ".join(found) for what, found in problems.items())) from None
 
@@ -196,11 +233,11 @@ class RunRecipe(BaseModel):
         """
         path = Path(path)
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"recipe {path} cannot be read: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"recipe {path} holds {type(values).__name__}, not `key: value` lines.")
+            values = read_mapping(path)
+        except ValueError as error:
+            name = quoted(str(path))
+            why = str(error).removeprefix(f"{name} ").removeprefix("cannot be read: ").rstrip(".")
+            raise ValueError(f"recipe {name} cannot be read: {why}.") from None
         for together in ({"steps", "epochs"}, {"preset", "methods"}):
             if together & set(changes or {}):
                 values = {key: value for key, value in values.items() if key not in together}
@@ -208,7 +245,7 @@ class RunRecipe(BaseModel):
         try:
             return cls.from_values(values)
         except ValueError as error:
-            raise ValueError(f"recipe {path}: {error}") from None
+            raise ValueError(f"recipe {quoted(str(path))}: {error}") from None
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """The recipe as YAML; written to `path` if given. `from_yaml` reads it back equal."""
@@ -216,7 +253,7 @@ class RunRecipe(BaseModel):
             self.model_dump(exclude_none=True, exclude={"resume"}), sort_keys=False, allow_unicode=True
         )
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write_whole(path, text)
         return text
 
     def training_values(self) -> dict[str, Any]:
@@ -248,14 +285,3 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     for i, entry in enumerate(methods):
         found |= {f"methods.{i}.{entry['method']}.{key}": value for key, value in entry.items() if key != "method"}
     return found
-
-
-def _problem(entry: Any) -> tuple[str, str]:
-    """(the key and what was found, what is allowed) for one of pydantic's errors."""
-    message = str(entry["msg"])
-    if entry["type"] == "value_error":
-        return "", message.removeprefix("Value error, ")
-    key = str(entry["loc"][0])
-    if entry["type"] == "missing":
-        return f"{key} is missing. ", f"Give it in the recipe file or as --{key.replace('_', '-')}."
-    return f"{key}={entry['input']!r}: ", f"{message[0].lower()}{message[1:]}"

@@ -15,11 +15,9 @@ from sparsetrain.measure.report import build_report
 from sparsetrain.measure.schema import Report
 from sparsetrain.measure.timing import ratio
 from sparsetrain.recipes.run import RunRecipe
-from sparsetrain.runs.checkpoints import checkpoints
-from sparsetrain.runs.layout import REPORT_VALUES, RESULT
+from sparsetrain.runs.checkpoints import own_checkpoints
+from sparsetrain.runs.layout import RESULT, SIDES
 from sparsetrain.runs.manifest import MANIFEST, read_json
-
-SIDES = ("sparse", "dense")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +38,7 @@ def leaving_nothing_useless(output: Path, new: bool) -> Iterator[None]:
         yield
     except BaseException:
         folders = [output / side for side in SIDES]
-        useful = [path / MANIFEST for folder in folders for path in checkpoints(folder)]
+        useful = [path / MANIFEST for folder in folders for path in own_checkpoints(folder)]
         useful += [folder / RESULT for folder in folders]  # a side that is done
         if new and not any(path.is_file() for path in useful):
             for folder in folders:
@@ -74,36 +72,33 @@ def comparison_report(recipe: RunRecipe, results: dict[str, dict[str, Any]], tit
 
 
 def side_recipe(recipe: RunRecipe, side: str, dense: dict[str, Any]) -> RunRecipe:
-    """One side's recipe. A side that was killed before its first whole checkpoint starts again.
+    """One side's recipe, which goes on or starts again where the comparison does.
 
     Args:
         dense: keys that the dense side has in place of the recipe's own, beside `methods`.
     """
-    output = Path(recipe.output) / side
-    changes: dict[str, Any] = {"output": str(output), "compare": "none"}
+    changes: dict[str, Any] = {"output": str(Path(recipe.output) / side), "compare": "none"}
     if side == "dense":
         changes |= {"methods": (), **dense}
-    if recipe.resume:
-        changes["resume"] = any((path / MANIFEST).is_file() for path in checkpoints(output))
-        if not changes["resume"] and not (output / RESULT).is_file():
-            shutil.rmtree(output, ignore_errors=True)
     return recipe.model_copy(update=changes)
 
 
-def check_resumable(output: Path, recipes: dict[str, RunRecipe], finished: list[str]) -> None:
-    """Raise CheckpointError if a comparison cannot go on: finished, empty, or of another recipe."""
-    if (output / REPORT_VALUES).is_file():
-        raise CheckpointError(f"{output} holds a finished comparison ({REPORT_VALUES}). Choose another output.")
-    if not finished and not any(recipe.resume for recipe in recipes.values()):
-        raise CheckpointError(
-            f"{output} holds no whole checkpoint of either side, so nothing can go on. Remove it, or choose another "
-            "output."
-        )
+def finished_sides(output: Path, recipes: dict[str, RunRecipe]) -> list[str]:
+    """The sides that are done.
+
+    Raises:
+        CheckpointError: one was finished with another recipe, or its result cannot be read.
+    """
+    finished = [side for side in SIDES if (output / side / RESULT).is_file()]
     for side in finished:
-        earlier = read_json(output / side / RESULT)["recipe"]
-        differences = recipes[side].differences(type(recipes[side])(**earlier).training_values())
-        if differences:
+        path = output / side / RESULT
+        try:
+            earlier = type(recipes[side])(**read_json(path)["recipe"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is no result of a run ({error}). Choose another output.") from None
+        if differences := recipes[side].differences(earlier.training_values()):
             raise CheckpointError(f"the {side} side was finished with another recipe ({'; '.join(differences)}).")
+    return finished
 
 
 def check_same_rows(results: dict[str, dict[str, Any]]) -> None:

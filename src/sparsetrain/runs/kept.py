@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from sparsetrain.core.errors import CheckpointError
+from sparsetrain.core.files import write_whole
 from sparsetrain.surgery.method import Weights
 
 
@@ -29,12 +29,7 @@ class KeptWeights(MutableMapping[str, Weights]):
         content = save({key: _owned(tensor) for key, tensor in weights.items()})
         digest = hashlib.sha256(content).hexdigest()
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{name}.tmp"
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._path(name, digest))
+        write_whole(self._path(name, digest), content)
         self.hashes[name] = digest
 
     def __getitem__(self, name: str) -> Weights:

@@ -7,7 +7,12 @@ from pathlib import Path
 RECIPE, RESULT, PROGRESS = "recipe.yaml", "result.json", "progress.json"
 REPORT_PAGE, REPORT_VALUES = "report.html", "report.json"
 ADAPTER, MODEL = "adapter", "model"
+OPTIMIZER = "optimizer.pt"
+RUN = "run.json"
+"""What a folder is of, written first: `run` or `comparison`, and the recipe."""
 SPARSE, DENSE = "sparse", "dense"
+SIDES = (SPARSE, DENSE)
+"""Of a comparison, each in a folder of its own."""
 KEPT, ENTERING = "kept", ".entering"
 """Weights kept for a later stage; what a stage begins with, until its first step is done."""
 SAVED_PLACES = (ADAPTER, MODEL, f"{SPARSE}/{ADAPTER}", f"{SPARSE}/{MODEL}")

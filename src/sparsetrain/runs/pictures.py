@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sparsetrain.core.config import MethodConfig, registered_methods
 from sparsetrain.core.errors import CheckpointError
+from sparsetrain.core.files import write_whole
 from sparsetrain.core.pictures import Gallery
 from sparsetrain.measure.pictures import add_pictures, draw
 from sparsetrain.runs.checkpoints import checkpoints
@@ -44,11 +45,11 @@ def draw_pictures(run: str | Path, output: str | Path | None = None) -> tuple[li
         drawn = [(picture.title, draw(picture)) for picture in gallery.pictures]
         for i, (_, png) in enumerate(drawn):
             files.append(folder / f"{gallery.item}-{i:02d}.png")
-            files[-1].write_bytes(png)
+            write_whole(files[-1], png)
         if report.is_file():
             page = report.read_text(encoding="utf-8")
             page = add_pictures(page, drawn, name=gallery.name, heading=gallery.heading)
-            report.write_text(page, encoding="utf-8")
+            write_whole(report, page)
     return galleries, [*files, *([report] if report.is_file() else [])]
 
 

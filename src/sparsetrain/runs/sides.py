@@ -2,8 +2,8 @@
 
 A side gets its job as a line of JSON on its stdin, and further lines as it asks for them. It answers with events, lines
 of JSON on a pipe; the last one is `done`, with the answer, or `failed`, with the error, which is raised again here.
-What it prints goes to a file, whose end is quoted if it dies without a word. When this process is gone, a side ends at
-its next line.
+What it prints goes to a file, whose end is quoted if it dies without a word. When this process is gone, a side ends
+within a moment.
 """
 
 from __future__ import annotations
@@ -11,21 +11,30 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Self
 
-from sparsetrain.core.errors import CheckpointError, PlanError, UnknownFamily
+from sparsetrain.core.errors import CheckpointError, InUse, NotFinite, PlanError, UnknownFamily
+from sparsetrain.core.files import to_json
 from sparsetrain.runs.events import Event, Report, silent
 
 _ERRORS: dict[str, type[Exception]] = {
-    kind.__name__: kind for kind in (ValueError, PlanError, CheckpointError, UnknownFamily, RuntimeError, MemoryError)
+    kind.__name__: kind
+    for kind in (ValueError, PlanError, CheckpointError, UnknownFamily, InUse, RuntimeError, NotFinite, MemoryError)
 }
 """The exceptions that are raised again as what they were; others become a RuntimeError that names them."""
+
+
+ORPHANED_S = 5.0
+"""A side whose parent was killed is gone after this many seconds at the latest."""
 
 
 class SideDied(RuntimeError):
@@ -56,7 +65,14 @@ class Side:
         self._events, writer = os.pipe()
         self._printed = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from sparsetrain.runs.sides import serve; serve()", self.work, str(writer)],
+            [
+                sys.executable,
+                "-c",
+                "from sparsetrain.runs.sides import serve; serve()",
+                self.work,
+                str(writer),
+                str(os.getpid()),
+            ],
             stdin=subprocess.PIPE,
             stdout=self._printed,
             stderr=self._printed,
@@ -93,7 +109,7 @@ class Side:
         """
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(value).encode() + b"\n")
+            self._process.stdin.write(to_json(value).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise self._death() from None
@@ -161,11 +177,13 @@ class Line:
 
 
 def serve() -> None:
-    """Entry of a side's process: the work and the number of the event pipe in argv."""
+    """Entry of a side's process: the work, the number of the event pipe and the parent's in argv."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leaving its folder in order
+    threading.Thread(target=_end_with, args=(int(sys.argv[3]),), daemon=True).start()
     with os.fdopen(int(sys.argv[2]), "w", encoding="utf-8") as pipe:
 
         def tell(event: Event) -> None:
-            pipe.write(json.dumps(event, default=str) + "\n")
+            pipe.write(to_json(event, default=str) + "\n")
             pipe.flush()
 
         line = Line(tell)
@@ -176,6 +194,13 @@ def serve() -> None:
             tell(_failed(error))
         else:
             tell({"event": "done", "answer": answer})
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it is gone, at whatever moment: another may go on in its folder."""
+    while os.getppid() == parent:
+        time.sleep(ORPHANED_S / 20)
+    os._exit(1)
 
 
 def _failed(error: Exception) -> Event:

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsetrain.core.anatomy import Undo, describe
+from sparsetrain.core.anatomy import Anatomy, Undo, describe, library_model
 from sparsetrain.core.config import MethodConfig
-from sparsetrain.surgery.deploy import Deploy, DeployDense, deployment
+from sparsetrain.surgery.checks import check_deploy, check_state, refuse_copies
+from sparsetrain.surgery.deploy import Deploy, DeployDense
 from sparsetrain.surgery.method import Edit, Progress, Schedule, State, method_of
 from sparsetrain.surgery.plan import Plan, plan
+from sparsetrain.surgery.record import Record, attach
 from sparsetrain.surgery.site import Site
 from sparsetrain.surgery.support import check_support, features_of
 from sparsetrain.surgery.unattended import Unattended
@@ -29,25 +31,35 @@ class Handle:
     """A converted model's way back and its controls.
 
     Attributes:
-        model: the model that was converted (the same object, changed in place).
+        model: the model that was converted (the same object, changed in place); of a `PeftModel`, the one inside.
         plan: what was planned and done.
+        anatomy: the dense model's places.
         modules_to_save: names for PEFT's `LoraConfig(modules_to_save=...)`; without them PEFT freezes what we added.
         committed: `commit` has dropped the way back.
         deploy: how the model is trained that will be used dense; None: it will be used sparse, as it is trained.
+        about: entries for the sidecar of whoever saves the model: `base_model`, `task`, ….
     """
 
     model: nn.Module
     plan: Plan
+    anatomy: Anatomy
     committed: bool = False
     deploy: DeployDense | None = None
+    about: dict[str, Any] = field(default_factory=dict)
     _undos: list[Undo] = field(default_factory=list, repr=False)
     _installed: list[tuple[Edit, Site]] = field(default_factory=list, repr=False)
     _schedules: list[Schedule] = field(default_factory=list, repr=False)
     _unattended: Unattended | None = field(default=None, repr=False)
+    _driven: bool = field(default=True, repr=False)
 
     @property
     def configs(self) -> tuple[MethodConfig, ...]:
         return self.plan.configs
+
+    @property
+    def deploys_dense(self) -> bool:
+        """Whether the product is the dense model."""
+        return self.deploy is not None
 
     @property
     def trains_auxiliary(self) -> bool:
@@ -91,6 +103,11 @@ class Handle:
         """
         if self._unattended is not None:
             self._unattended.attended()
+        for edit in self.plan.edits if self._installed else ():
+            refuse_copies(self.model, edit, self.modules_to_save)
+        if not self._driven and self.active:  # it may have been sharded since the conversion
+            check_support(self.configs, self.anatomy, features_of(self.model))
+            self._driven = True
         for edit, module in self._installed:
             if self.deploy is not None:
                 module.run_dense(self.deploy.is_dense(edit.config, step, total_steps))
@@ -205,7 +222,8 @@ def sparsify(
     """Apply a recipe to `model` in place; the model keeps its class, so Trainer, PEFT and save_pretrained work on.
 
     Args:
-        model: the model; convert it before PEFT wraps it.
+        model: the model, before PEFT wraps it or after. Wrapped before, PEFT's own files lack what we add: save such a
+            model with our `save`, or the callback's sidecar beside it.
         configs: the recipe.
         calibration: batches (keyword arguments of the model's forward) that methods with a learned start need: a few
             thousand tokens of the kind the model will be trained on.
@@ -216,15 +234,17 @@ def sparsify(
             dense: evaluation mode is the dense model, and what is saved is plain. A `DeployDense` says how.
 
     Raises:
-        PlanError, UnknownFamily, ValueError: as `plan`. The model is unchanged then.
+        PlanError, UnknownFamily, ValueError: as `plan`; or the state is of another model or recipe. The model is
+            unchanged then.
     """
+    model = library_model(model)
     planned = plan(model, *configs)
-    check_support(configs, describe(model), features_of(model))
+    check_state(state or {}, planned)
+    anatomy = describe(model)  # as it is dense: a site may not look like itself afterwards
+    check_support(configs, anatomy, features_of(model))
     batches = None if calibration is None else list(calibration)
     rng = torch.random.get_rng_state()
-    handle = Handle(model, planned, deploy=deployment(deploy))
-    if handle.deploy is not None:
-        _check_dense_stays(planned)
+    handle = Handle(model, planned, anatomy, deploy=check_deploy(deploy, planned))
     try:
         torch.manual_seed(seed)
         tensors = state if state is not None else _prepare(model, planned, batches, progress or (lambda *_: None))
@@ -242,31 +262,32 @@ def sparsify(
         raise
     finally:
         torch.random.set_rng_state(rng)
-    if handle.deploy is not None:
-        _deploys_dense(handle)
+    _deploys_dense(handle)
+    _leave_record(handle)
     handle.step(0)
+    handle._driven = False
     if handle._schedules or any(type(module).set_step is not Site.set_step for _, module in handle._installed):
         handle._unattended = Unattended(model, [config.method for config in configs])
     return handle
 
 
-def _check_dense_stays(planned: Plan) -> None:
-    """Raise ValueError if an edit takes weights out of the model that the dense one would compute with."""
-    for edit in planned.edits:
-        if edit.replaces:
-            raise ValueError(
-                f"deploy='dense' needs the dense weights, and {edit.method} replaces those of {edit.site}. Use "
-                "deploy='sparse', or leave the method out."
-            )
-
-
 def _deploys_dense(handle: Handle) -> None:
-    """Let evaluation be dense, and what was added stay as it was fitted unless it is to be trained."""
-    for edit, module in handle.installed:
+    """If it is deployed so: let evaluation be dense, and what was added stay as fitted unless it is to be trained."""
+    for edit, module in handle.installed if handle.deploys_dense else ():
         module.deploys_dense = True
         module.train(module.training)
         for name in () if handle.trains_auxiliary else method_of(edit.config).modules_to_save:
             module.get_submodule(name).requires_grad_(False)
+
+
+def _leave_record(handle: Handle) -> None:
+    """Let whoever saves or loads the model's weights find its conversion."""
+    anatomy, about = handle.anatomy, handle.about
+    prefix = f"{anatomy.model}." if anatomy.model else ""
+    record = Record(handle.configs, handle._installed, about, prefix, deploys_dense=handle.deploys_dense)
+    handle._undos.append(attach(handle.model, record))
+    if anatomy.keep_record is not None:
+        anatomy.keep_record()
 
 
 def _prepare(model: nn.Module, planned: Plan, batches: list[dict[str, Tensor]] | None, progress: Progress) -> State:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import Anatomy, AttentionSite, Undo, describe, submodule
@@ -29,9 +30,13 @@ class AttentionCall:
         q, k, v: [b, h, t, d], [b, g, s, d], [b, g, s, d].
         causal: a query sees no later key; the last query is at the last key.
         scale: of the logits.
-        segments: int [b, s], 0 = padding, equal neighbours = one sequence; None: all keys are one sequence.
+        segments: int [b, s], 0 = padding, equal ids = one sequence; None: all keys are one sequence.
         window: sliding window in tokens, or None.
         dense: gives the dense attention of this call, [b, h, t, d].
+        looks_at: int [b, t], the sequence whose keys a query sees: its own, and for padding the one beside it. None:
+            segments is None.
+        places: int [b, s], every key's place in its own sequence, given beside a cache, which may have dropped the
+            first keys; None: counted from the first key of the sequence.
     """
 
     q: Tensor
@@ -42,11 +47,28 @@ class AttentionCall:
     segments: Tensor | None
     window: int | None
     dense: Callable[[], Tensor]
+    looks_at: Tensor | None = None
+    places: Tensor | None = None
 
     def gathered(self, aligned: Any) -> AttentionCall:
         """The same call with every sequence moved to a block boundary (`ops.segments.align_segments`)."""
         q, k, v = (aligned.gather(x) for x in (self.q, self.k, self.v))
-        return replace(self, q=q, k=k, v=v, segments=aligned.segments_bw)
+        return replace(self, q=q, k=k, v=v, segments=aligned.segments_bw, looks_at=None, places=None)
+
+    def with_padding(self, out: Tensor) -> Tensor:
+        """out [b, h, t, d] of a sparse attention of whole sequences, with dense attention in padding that is read.
+
+        A classifier reads its first row and a language model predicts a token from the row before it, whatever stands
+        there, and transformers lets these rows see tokens. Padding that ends a row is read by nothing and keeps what
+        the sparse attention gave it, as padding that begins a causal row does, which sees nothing.
+        """
+        if self.segments is None or self.q.shape[2] != self.k.shape[2]:
+            return out
+        valid_bt = self.segments > 0
+        read_bt = ~valid_bt & (valid_bt.flip(1).cumsum(1).flip(1) > 0)
+        if self.causal:
+            read_bt &= valid_bt.cumsum(1) > 0
+        return torch.where(read_bt[:, None, :, None], self.dense(), out) if read_bt.any() else out
 
 
 StandIn = Callable[[AttentionCall], Tensor]

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsetrain.core.autograd import as_output
+
 
 class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, loss: Tensor, scale: float) -> Tensor:
         ctx.scale, ctx.dtype = scale, loss.dtype
-        return y.view_as(y)
+        return as_output(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -1,10 +1,13 @@
-"""Reading LoRA factors off a linear that PEFT has wrapped, without importing PEFT.
+"""Reading an adapter off a linear that PEFT has wrapped, without importing PEFT.
 
-A method that computes a linear itself (on some rows, some columns) has to add the adapter itself. PEFT keeps the
+A method that computes a linear itself (on some rows, some columns) has to add the adapter itself. Known is what LoRA
+and AdaLoRA compute; every other adapter is refused by name, since it would be left out without a word. PEFT keeps the
 original under `base_layer` and the factors in `lora_A`, `lora_B`, `scaling`, `lora_dropout`, keyed by adapter name.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,39 +15,122 @@ from torch import Tensor, nn
 from sparsetrain.core.anatomy import innermost
 from sparsetrain.ops.linear_parts import LinearParts as LinearParts
 
+_KNOWN = ("lora.Linear", "adalora.SVDLinear")
+
 
 def linear_parts(module: nn.Module, transposed: bool = False) -> LinearParts:
     """Weight [out, in], bias and active LoRA factors of a linear, wrapped by PEFT or not.
 
-    Several active adapters are stacked along the rank.
+    Several active adapters are stacked along the rank; their biases are part of the bias.
 
     Raises:
-        ValueError: an adapter that is not plain LoRA (DoRA and other variants, a bias of its own).
+        ValueError: an adapter that is neither LoRA nor AdaLoRA, or a linear of another class (`refused_adapter`).
     """
-    inner = innermost(module)
+    if reason := refused_adapter(module):
+        raise ValueError(f"a linear that a sparse method computes itself {reason}")
+    wrapped: Any = _copy_in_use(module)
+    inner = innermost(wrapped)
     weight: Tensor = inner.weight.t() if transposed else inner.weight
     bias: Tensor | None = inner.bias
-    if inner is module or getattr(module, "merged", False) or getattr(module, "disable_adapters", False):
+    if _is_bare(wrapped):
         return LinearParts(weight, bias)
-    if not hasattr(module, "lora_A"):
-        raise ValueError(
-            f"a linear is wrapped by {type(module).__name__}, whose update cannot be computed block by block. "
-            "Use LoRA on this linear, or leave it out of target_modules."
+    factors = [_factors(wrapped, name) for name in _active(wrapped)]
+    for name in _active(wrapped):
+        added = getattr(wrapped.lora_B[name], "bias", None)
+        if added is not None:
+            added = added * wrapped.scaling[name]
+            bias = added if bias is None else bias + added.to(bias.dtype)
+    if not factors:
+        return LinearParts(weight, bias)
+    a, b = zip(*factors, strict=True)
+    lora = (a[0], b[0]) if len(factors) == 1 else (torch.cat(a, 0), torch.cat(b, 1))
+    return LinearParts(weight, bias, lora, max(_dropouts(wrapped)))
+
+
+def _factors(wrapped: Any, name: str) -> tuple[Tensor, Tensor]:
+    """A [r, in] and B [out, r] with the scale, of one adapter."""
+    a, b, scale = wrapped.lora_A[name], wrapped.lora_B[name], wrapped.scaling[name]
+    if adapter_kind(wrapped) == "adalora.SVDLinear":
+        return a * wrapped.lora_E[name], b * (scale / (wrapped.ranknum[name] + 1e-5))
+    return a.weight, b.weight * scale
+
+
+def refused_adapter(module: nn.Module) -> str | None:
+    """Why `linear_parts` cannot read a linear as it is about to run ("is wrapped by …"), or None."""
+    wrapped: Any = _copy_in_use(module)
+    inner = innermost(wrapped)
+    if gives_each_sample_its_adapter(module):
+        return "is called with adapter_names, another adapter for each sample. Use one adapter for the whole batch."
+    kind = type(inner)
+    if "forward" in vars(inner) or not (kind.forward is nn.Linear.forward or kind.__name__ == "Conv1D"):
+        found = "carries a forward of its own" if "forward" in vars(inner) else f"is a {kind.__name__}"
+        return f"{found}, and nn.Linear or Conv1D is known. Leave this FFN out with `targets`."
+    if _is_bare(wrapped):
+        return None
+    found = adapter_kind(wrapped)
+    if found not in _KNOWN or wrapped.base_layer is not inner or "forward" in vars(wrapped):
+        if found in _KNOWN:
+            found += " whose forward is patched" if wrapped.base_layer is inner else " around another adapter"
+        return (
+            f"is wrapped by {found}, whose update cannot be computed block by block. Use LoRA or AdaLoRA on this "
+            "linear, or leave it out of target_modules."
         )
-    a_parts, b_parts, dropout = [], [], 0.0
-    for name in module.active_adapters:  # type: ignore[union-attr]
-        if name not in module.lora_A:  # type: ignore[operator]
-            continue
-        if name in getattr(module, "lora_variant", {}):
-            raise ValueError(
-                f"adapter {name!r} uses a LoRA variant (such as DoRA), which changes the weight as a whole. "
-                "Use plain LoRA (use_dora=False) on linears that a sparse method computes."
+    for name in _active(wrapped):
+        if variant := getattr(wrapped, "lora_variant", {}).get(name):
+            return (
+                f"has an adapter {name!r} of a LoRA variant ({type(variant).__name__}; DoRA is one), which is no "
+                "product of two factors. Use plain LoRA (use_dora=False) on it."
             )
-        a_parts.append(module.lora_A[name].weight)  # type: ignore[index]
-        b_parts.append(module.lora_B[name].weight * module.scaling[name])  # type: ignore[index]
-        drop = module.lora_dropout[name]  # type: ignore[index]
-        dropout = max(dropout, float(drop.p) if isinstance(drop, nn.Dropout) else 0.0)
-    if not a_parts:
-        return LinearParts(weight, bias)
-    lora = (a_parts[0], b_parts[0]) if len(a_parts) == 1 else (torch.cat(a_parts, 0), torch.cat(b_parts, 1))
-    return LinearParts(weight, bias, lora, dropout if module.training else 0.0)
+    if len(_active(wrapped)) > 1 and any(_dropouts(wrapped)):
+        return (
+            "has several active adapters with dropout, each with a mask of its own. Train one, or set lora_dropout=0."
+        )
+    return None
+
+
+def has_lora_bias(module: nn.Module) -> bool:
+    """Whether an active adapter of the linear adds a bias."""
+    wrapped: Any = _copy_in_use(module)
+    if _is_bare(wrapped) or not hasattr(wrapped, "lora_B"):
+        return False
+    return any(getattr(wrapped.lora_B[name], "bias", None) is not None for name in _active(wrapped))
+
+
+def adapter_kind(module: nn.Module) -> str:
+    """An adapter's layer by PEFT's package and class (`lora.Linear`, `vera.Linear`); other classes by their name."""
+    kind = type(module)
+    place = kind.__module__.split(".")
+    return f"{place[2]}.{kind.__name__}" if place[:2] == ["peft", "tuners"] else kind.__name__
+
+
+def gives_each_sample_its_adapter(module: nn.Module) -> bool:
+    """Whether PEFT is about to call a module with `adapter_names`, by a hook that only the module's own call runs."""
+    return any("adapter_names" in getattr(hook, "keywords", {}) for hook in module._forward_pre_hooks.values())
+
+
+def _copy_in_use(module: nn.Module) -> Any:
+    """Of a linear in `modules_to_save`, the copy that its call would run."""
+    copies: Any = getattr(module, "modules_to_save", None)
+    if not isinstance(copies, nn.ModuleDict):
+        return module
+    used = [] if module.disable_adapters else [name for name in module.active_adapters if name in copies]  # type: ignore[union-attr]
+    return copies[used[0]] if used else module.original_module
+
+
+def _is_bare(wrapped: Any) -> bool:
+    """Whether the innermost linear is all that counts: no adapter, or one that is merged or disabled."""
+    if not hasattr(wrapped, "base_layer"):
+        return True
+    if wrapped.disable_adapters and wrapped.merged:
+        wrapped.unmerge()  # as the adapter's own forward does
+    return bool(wrapped.disable_adapters or wrapped.merged)
+
+
+def _active(wrapped: Any) -> list[str]:
+    return [name for name in wrapped.active_adapters if name in wrapped.lora_A]
+
+
+def _dropouts(wrapped: Any) -> list[float]:
+    """The probability in force, of each active adapter."""
+    layers = [wrapped.lora_dropout[name] for name in _active(wrapped)]
+    return [float(drop.p) if isinstance(drop, nn.Dropout) and drop.training else 0.0 for drop in layers]

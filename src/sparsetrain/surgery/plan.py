@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsetrain.core.anatomy import Anatomy, describe
+from sparsetrain.core.anatomy import Anatomy, describe, library_model
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.core.errors import PlanError
 from sparsetrain.surgery.method import Edit, method_of
@@ -72,7 +72,8 @@ def plan(model: nn.Module, *configs: MethodConfig, seq_tokens: int = 2048) -> Pl
     """Say which sites each config takes and what each costs, without changing the model.
 
     Args:
-        model: a model that an anatomy adapter knows; its weights are not read, so it may live on the meta device.
+        model: a model that an anatomy adapter knows; its weights are not read, so it may live on the meta device. Sites
+            and `targets` are named as in the library's own model, also when PEFT has wrapped it.
         configs: the recipe, e.g. `PQAttention(keep_ratio=1/8), RoutedFFN(num_blocks=8, num_active=4)`.
         seq_tokens: the sequence length at which costs are printed.
 
@@ -83,6 +84,7 @@ def plan(model: nn.Module, *configs: MethodConfig, seq_tokens: int = 2048) -> Pl
     """
     if not configs:
         raise PlanError("plan() was given no config. Give at least one, e.g. RoutedFFN().")
+    model = library_model(model)
     anatomy = describe(model)
     edits: list[Edit] = []
     untouched: dict[str, int] = {}

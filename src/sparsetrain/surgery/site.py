@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -51,6 +52,22 @@ class Site(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """What must be stored beside the dense weights to rebuild this site."""
         return {}
+
+    @torch.no_grad()
+    def take(self, owner: nn.Module, tensors: dict[str, Tensor]) -> None:
+        """Become the site that `tensors()` described when the weights that are now in the model were saved.
+
+        Args:
+            owner: the module at the edit's site.
+
+        Raises:
+            KeyError, RuntimeError, ValueError: they are of another site.
+        """
+        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        if odd := sorted(tensors.keys() ^ self.tensors().keys() | tensors.keys() - own.keys()):
+            raise ValueError(f"{type(self).__name__} has no {odd[0]!r}, or does not know how to take it")
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
 
     def dense_weights(self) -> dict[str, Tensor] | None:
         """Weights that the site stands for, where the model's own are not what is computed with: by name, relative to

@@ -7,6 +7,7 @@ test here exercises: asked for, they are refused rather than hoped for.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,13 +30,32 @@ FEATURES: dict[str, str] = {
     "mlm": "masked language modelling",
     "export": "dense-layout weights and a sidecar that rebuild the model",
     "cost": "the plan's FLOPs are those a counter measures",
-    "fsdp2": "sharding over GPUs by fully_shard",
+    "fsdp2": "sharding over GPUs: FSDP, fully_shard",
+    "deepspeed": "sharding over GPUs: DeepSpeed ZeRO",
+    "tensor_parallel": "weights split over GPUs: tensor parallelism, Megatron-LM",
+    "context_parallel": "sequences split over GPUs: context and sequence parallelism",
     "four_bit": "4-bit quantised base weights (bitsandbytes)",
 }
 
 UNPROVEN: dict[str, str] = {
     "fsdp2": "sharded parameters have not been tried with any method. Train on one device",
+    "deepspeed": "sharded parameters have not been tried with any method. Train on one device",
+    "tensor_parallel": "split weights have not been tried with any method. Train on one device",
+    "context_parallel": "split sequences have not been tried with any method. Train on one device",
 }
+SWITCHES: dict[str, str] = {
+    "ACCELERATE_USE_FSDP": "fsdp2",
+    "ACCELERATE_USE_DEEPSPEED": "deepspeed",
+    "ACCELERATE_USE_MEGATRON_LM": "tensor_parallel",
+}
+SIZES: dict[str, str] = {
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "fsdp2",
+    "PARALLELISM_CONFIG_TP_SIZE": "tensor_parallel",
+    "PARALLELISM_CONFIG_CP_SIZE": "context_parallel",
+    "PARALLELISM_CONFIG_SP_SIZE": "context_parallel",
+}
+"""How accelerate is asked, by its launcher, its config file or a plugin: variables that are true, or above 1. On a CPU
+it would pass over them and train unsharded."""
 
 
 def why_not(method: str, feature: str, family_limits: Mapping[str, str] | None = None) -> str | None:
@@ -53,37 +73,59 @@ def why_not(method: str, feature: str, family_limits: Mapping[str, str] | None =
     return UNPROVEN.get(feature) or limits.get(feature) or (family_limits or {}).get(feature)
 
 
-def check_support(configs: Iterable[MethodConfig], anatomy: Anatomy, features: Iterable[str]) -> None:
+def check_support(
+    configs: Iterable[MethodConfig], anatomy: Anatomy, features: Iterable[str] | Mapping[str, str]
+) -> None:
     """Refuse what is not supported, before anything is changed or trained.
 
     Args:
         configs: the recipe.
         anatomy: of the model: its family and the family's limits.
-        features: what the run asks for, among `FEATURES`.
+        features: what the run asks for, among `FEATURES`, and by what, if that is known.
 
     Raises:
         ValueError: a method cannot do a feature on this family; the message says why.
     """
-    asked = list(features)
+    asked = features if isinstance(features, Mapping) else dict.fromkeys(features, "")
     for config in configs:
         limits = method_of(config).limits
         if reason := limits.get(anatomy.family):
             raise ValueError(f"{config.method} does not take {anatomy.family} models: {reason}.")
-        for feature in asked:
+        for feature, by in asked.items():
             if reason := why_not(config.method, feature, anatomy.limits):
                 raise ValueError(
-                    f"{config.method} on {anatomy.family} was asked for {feature} ({FEATURES[feature]}): {reason}."
+                    f"{config.method} on {anatomy.family} was asked for {feature} ({FEATURES[feature]})"
+                    f"{f' by {by}' if by else ''}: {reason}."
                 )
 
 
-def features_of(model: nn.Module) -> list[str]:
-    """The features that a loaded model itself brings: quantised weights, shards."""
-    found = []
+def features_of(model: nn.Module) -> dict[str, str]:
+    """The features that a loaded model brings, or the process that trains it: quantised weights, shards. Feature ->
+    what asks for it."""
+    found = sharding_asked(os.environ)
     kinds = {type(parameter).__name__ for parameter in model.parameters()}
+    kinds |= {type(parameter.data).__name__ for parameter in model.parameters()}
     if getattr(model, "is_loaded_in_4bit", False) or "Params4bit" in kinds:
-        found.append("four_bit")
-    if "DTensor" in kinds or any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
-        found.append("fsdp2")
+        found["four_bit"] = "its weights"
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        found["tensor_parallel"] = f"its tp_size={model._tp_size}"
+    elif "DTensor" in kinds or "FlatParameter" in kinds:
+        found["fsdp2"] = "its sharded parameters"
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        found["fsdp2"] = "FullyShardedDataParallel around its modules"
+    return found
+
+
+def sharding_asked(environment: Mapping[str, str]) -> dict[str, str]:
+    """What accelerate is asked for by environment variables: feature -> the variable."""
+    found = {}
+    for name, feature in SWITCHES.items():
+        if environment.get(name, "").strip().lower() in ("1", "true", "yes", "y", "on", "t"):
+            found[feature] = f"{name}={environment[name]}"
+    for name, feature in SIZES.items():
+        value = environment.get(name, "").strip()
+        if value not in ("", "0", "1"):
+            found[feature] = f"{name}={value}"
     return found
 
 

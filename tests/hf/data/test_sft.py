@@ -87,7 +87,7 @@ def test_sft_mistakes(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, chat_t
     assert_refused(
         r"a\.jsonl:1: messages\[1\] is .*needs 'role' and 'content'", [{"messages": [user, {"role": "assistant"}]}]
     )
-    assert_refused(r"'messages' is '\[\]', not a list", [{"messages": []}])
+    assert_refused(r"'messages' is \[\], not a list", [{"messages": []}])
     assert_refused(r"'completion' is int", [{"prompt": "q", "completion": 3}])
     assert_refused(r"has no chat template", [good], with_template=False)
     assert_refused(r"None of the 1 train rows has an assistant token", [{"messages": [user]}])

@@ -5,12 +5,13 @@ Nothing is unpickled. Held-out rows are the release's validation part, or its te
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import numpy as np
 
-from sparsetrain.data.files import decode
+from sparsetrain.core.quote import quoted
+from sparsetrain.data.files import check_regular, shown
+from sparsetrain.data.reading import read_text
 from sparsetrain.data.tasks.listops import TOKENS
 from sparsetrain.data.tasks.pixels import load_cifar
 from sparsetrain.data.tasks.rows import BYTES, Rows, TaskRows, byte_ids, chosen, task_rows
@@ -35,7 +36,9 @@ def load_listops(*, folder: Path, seq_len: int, max_rows: int | None, max_eval_r
                 ids.append([TOKENS[token] for token in row[0].split() if token not in ("(", ")")])
                 labels.append(_label(row[1], 10))
             except (KeyError, ValueError, IndexError) as error:
-                raise ValueError(f"{path} line {number} is no ListOps row ({error!r}). Fetch it again.") from None
+                raise ValueError(
+                    f"{shown(path)} line {number} is no ListOps row ({error!r}). Fetch it again."
+                ) from None
         kept = chosen(len(ids), limit, np.random.default_rng(seed))
         num_cut += sum(len(ids[i]) > seq_len for i in kept)
         sides.append(Rows([ids[i][:seq_len] for i in kept], [labels[i] for i in kept]))
@@ -61,7 +64,7 @@ def load_retrieval(
                 labels.append(_label(label, 2))
             except ValueError as error:
                 raise ValueError(
-                    f"{path} line {number} is not label, id, id, text, text ({error}). Fetch it again."
+                    f"{shown(path)} line {number} is not label, id, id, text, text ({error}). Fetch it again."
                 ) from None
             first.append(byte_ids(a, seq_len))
             second.append(byte_ids(b, seq_len))
@@ -87,7 +90,7 @@ def load_text(*, folder: Path, seq_len: int, max_rows: int | None, max_eval_rows
                 )
             files += [(path, label) for path in found]
         kept = [files[i] for i in chosen(len(files), limit, np.random.default_rng(seed))]
-        ids = [byte_ids(decode(path.read_bytes(), path), seq_len) for path, _ in kept]
+        ids = [byte_ids(read_text(path), seq_len) for path, _ in kept]
         sides.append(Rows(ids, [label for _, label in kept]))
     return task_rows("lra-text", *sides, vocab_size=BYTES, label_names=("negative", "positive"))
 
@@ -118,15 +121,14 @@ def _pathfinder_entries(folder: Path) -> list[tuple[Path, int]]:
         raise ValueError(f"{folder / 'metadata'} holds no .npy files. Give a folder such as curv_contour_length_14.")
     entries = []
     for file in files:
-        content = file.read_bytes()
-        if content.startswith(b"\x93NUMPY"):
-            raise ValueError(f"{file} is a NumPy array, which may hold pickles; the release's files are lines of text.")
-        for number, line in enumerate(decode(content, file).splitlines(), start=1):
+        for number, line in enumerate(read_text(file).splitlines(), start=1):
             words = line.split()
             try:
                 entries.append((folder / words[0] / words[1], _label(words[3], 2)))
             except (IndexError, ValueError):
-                raise ValueError(f"{file} line {number}: {line[:60]!r} is not folder, file, index, label.") from None
+                raise ValueError(
+                    f"{shown(file)} line {number}: '{quoted(line, 60)}' is not folder, file, index, label."
+                ) from None
     if len(entries) < 2:
         raise ValueError(f"{folder / 'metadata'} names {len(entries)} images. At least 2 are needed.")
     return entries
@@ -135,29 +137,26 @@ def _pathfinder_entries(folder: Path) -> list[tuple[Path, int]]:
 def _grey(path: Path, seq_len: int) -> list[int]:
     from PIL import Image
 
+    check_regular(path)
     try:
         with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L"), dtype=np.int64)
-    except OSError as error:
-        raise ValueError(f"{path} is no image that can be read: {error}") from None
-    if pixels.size != seq_len:
-        raise ValueError(f"lra-pathfinder: {path} has {pixels.size} pixels, and seq_len={seq_len}. Make them equal.")
+            size = image.width * image.height
+            pixels = np.asarray(image.convert("L") if size == seq_len else [], dtype=np.int64)
+    except Exception as error:  # Pillow's own, and Python's from broken headers
+        raise ValueError(f"{shown(path)} is no image that can be read: {quoted(str(error))}") from None
+    if size != seq_len:
+        raise ValueError(f"lra-pathfinder: {shown(path)} has {size} pixels, and seq_len={seq_len}. Make them equal.")
     return (pixels.reshape(-1) + 1).tolist()
 
 
 def _tsv(path: Path) -> list[list[str]]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist. Give the folder of the task's .tsv files.")
-    rows = [
-        row for row in csv.reader(decode(path.read_bytes(), path).splitlines(), "excel-tab", quoting=csv.QUOTE_NONE)
-    ]
-    if not rows:
-        raise ValueError(f"{path} is empty. Fetch it again.")
-    return rows
+    if not path.exists():
+        raise ValueError(f"{shown(path)} does not exist. Give the folder of the task's .tsv files.")
+    return [line.split("\t") for line in read_text(path).removesuffix("\n").split("\n")]
 
 
 def _label(text: str, classes: int) -> int:
     value = float(text)
-    if value != int(value) or not 0 <= value < classes:
+    if not 0 <= value < classes or value != int(value):
         raise ValueError(f"label {text!r} is not one of 0 to {classes - 1}")
     return int(value)

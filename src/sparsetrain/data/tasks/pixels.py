@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
+from sparsetrain.data.files import check_regular, shown
 from sparsetrain.data.images import FASHION_LABELS, read_images
 from sparsetrain.data.tasks.rows import BYTES, Embedded, Rows, TaskRows, chosen, task_rows
 
 SIDE = 28
 CIFAR_SIDE = 32
 CIFAR_RECORD = 1 + 3 * CIFAR_SIDE**2
+_MOST_RECORDS = 100_000
 GREY = np.array([0.2989, 0.587, 0.114])
 """Weights of red, green and blue (ITU-R BT.601)."""
 
@@ -67,15 +69,21 @@ def load_cifar(*, folder: Path, seq_len: int, max_rows: int | None, max_eval_row
 
 
 def _records(path: Path) -> np.ndarray:
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(
-            f"{path} does not exist. lra-image reads the binary version of CIFAR-10 (data_batch_1.bin …, "
+            f"{shown(path)} does not exist. lra-image reads the binary version of CIFAR-10 (data_batch_1.bin …, "
             "test_batch.bin); the Python version holds pickles, which are not loaded."
+        )
+    if check_regular(path).st_size > _MOST_RECORDS * CIFAR_RECORD:
+        raise ValueError(
+            f"{shown(path)} has more than {_MOST_RECORDS:,} images. CIFAR-10 has 10,000 a file; fetch it again."
         )
     content = np.frombuffer(path.read_bytes(), dtype=np.uint8)
     if not content.size or content.size % CIFAR_RECORD:
-        raise ValueError(f"{path} has {content.size} bytes, no multiple of a record's {CIFAR_RECORD}. Fetch it again.")
+        raise ValueError(
+            f"{shown(path)} has {content.size} bytes, no multiple of a record's {CIFAR_RECORD}. Fetch it again."
+        )
     records = content.reshape(-1, CIFAR_RECORD)
     if records[:, 0].max() > 9:
-        raise ValueError(f"{path} has a label {records[:, 0].max()}; CIFAR-10 has 0 to 9. Is it CIFAR-100?")
+        raise ValueError(f"{shown(path)} has a label {records[:, 0].max()}; CIFAR-10 has 0 to 9. Is it CIFAR-100?")
     return records

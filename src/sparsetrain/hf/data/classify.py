@@ -8,8 +8,8 @@ from datasets import Dataset
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from sparsetrain.data.collate import Collator, check_length
-from sparsetrain.data.files import Row
 from sparsetrain.data.labelled import check_trained, describe, divide_examples, label_names_of, read_examples
+from sparsetrain.data.rows import Row
 from sparsetrain.hf.data.bundle import DataBundle, Progress, padding_id
 from sparsetrain.hf.data.sources import EvalChoice, HubChoice, Source, load_sides, source_name
 
@@ -57,7 +57,7 @@ def load_classify(
     """
     check_length(max_length, "max_length", max_position_embeddings)
     choice = EvalChoice(source=eval_source, split=eval_split, ratio=eval_ratio)
-    rows, eval_rows = load_sides(source, HubChoice(config=dataset_config, split=split), choice)
+    rows, eval_rows, remarks = load_sides(source, HubChoice(config=dataset_config, split=split), choice)
     read = partial(read_examples, columns=(text_column, label_column), where=where or {})
     examples, num_repeated = read(rows)
     eval_examples, num_eval_repeated = (None, 0) if eval_rows is None else read(eval_rows)
@@ -72,7 +72,7 @@ def load_classify(
         train=encode("train", train),
         eval=None if held_out is None else encode("eval", held_out),
         collate_fn=Collator(padding_id(tokenizer)),
-        description=describe(name, label_names, counts),
+        description=describe(name, label_names, counts) + remarks.text(),
         counts=counts,
         label_names=label_names,
     )

@@ -1,19 +1,28 @@
 """Rows and documents of a source, whatever it is: an embedded set, local files, a saved `Dataset` or the hub."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from sparsetrain.data.documents import Documents, file_documents, row_as_text
+from sparsetrain.core.quote import quoted
+from sparsetrain.data.documents import Documents, document_of, file_documents, row_as_text, texts_as_documents
 from sparsetrain.data.embedded import EMBEDDED, stdlib_documents
-from sparsetrain.data.files import Row, field_of, find_files, read_rows, text_of
+from sparsetrain.data.files import check_regular, find_files, path_of, shown, walk_files
+from sparsetrain.data.reading import BadJson, parse_json, read_text
+from sparsetrain.data.remarks import Remarks
+from sparsetrain.data.rows import Row, read_rows
 from sparsetrain.data.split import check_ratio
 from sparsetrain.hf.assets import ASSETS, embedded_name, resolve_data
 
 Source = str | Path | Sequence[str | Path]
+_SAVED = ("state.json", "dataset_dict.json")
+"""What `save_to_disk` writes into the folder of a table, or of several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +44,10 @@ class EvalChoice:
 
 def source_name(source: Source) -> str:
     """A source as one short string for descriptions and errors."""
-    return embedded_name(source) or str(source) if isinstance(source, str | Path) else f"{len(source)} sources"
+    return embedded_name(source) or shown(source) if isinstance(source, str | Path) else f"{len(source)} sources"
 
 
-def load_rows(source: Source, choice: HubChoice) -> list[Row]:
+def load_rows(source: Source, choice: HubChoice, remarks: Remarks) -> list[Row]:
     """All rows of a source as dictionaries, each with its place, in the order of the files.
 
     Raises:
@@ -47,29 +56,58 @@ def load_rows(source: Source, choice: HubChoice) -> list[Row]:
     embedded = embedded_name(source)
     if embedded is not None:
         return _embedded_rows(embedded)
-    opened = _open(source, choice)
+    opened = _open(source, choice, remarks)
     if isinstance(opened, datasets.Dataset):
         name = source_name(source)
-        return [(cast(dict[str, Any], row), f"{name}[{i}]") for i, row in enumerate(opened)]
-    return [row for path in opened for row in read_rows(path)]
+        return [(_without_nulls(row), f"{name}[{i}]") for i, row in enumerate(_rows_of(opened, name))]
+    return [row for path in opened for row in read_rows(path, remarks)]
 
 
-def load_sides(source: Source, hub: HubChoice, choice: EvalChoice) -> tuple[list[Row], list[Row] | None]:
-    """All rows of the source, and those of a source or split of its own for evaluation (None: still to be divided).
+def _rows_of(table: datasets.Dataset, name: str) -> Iterator[dict[str, Any]]:
+    count = 0
+    try:
+        for row in table:
+            yield cast(dict[str, Any], row)
+            count += 1
+    except Exception as error:  # Arrow's errors, and those of decoders of pictures and sounds
+        raise _unreadable(f"{name}[{count}]", error) from error
+
+
+def _unreadable(place: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"{place} cannot be read: {type(error).__name__}: {quoted(str(error))}. Leave its column out, or save it again."
+    )
+
+
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table without the nested nulls: there, all rows have the keys of any (tools, arguments of a call)."""
+
+    def cleared(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cleared(inner) for key, inner in value.items() if inner is not None}
+        return [cleared(inner) for inner in value] if isinstance(value, list) else value
+
+    return {key: cleared(value) for key, value in row.items()}
+
+
+def load_sides(source: Source, hub: HubChoice, choice: EvalChoice) -> tuple[list[Row], list[Row] | None, Remarks]:
+    """All rows of the source, those of a source or split of its own for evaluation (None: still to be divided), and
+    what there is to say on their reading.
 
     Raises:
         ValueError: a source cannot be read, or the held-out share is not one.
     """
     check_ratio(choice.ratio)
-    rows = load_rows(source, hub)
+    remarks = Remarks()
+    rows = load_rows(source, hub, remarks)
     if choice.source is None and choice.split is None:
-        return rows, None
+        return rows, None, remarks
     other = source if choice.source is None else choice.source
-    return rows, load_rows(other, HubChoice(config=hub.config, split=choice.split or hub.split))
+    return rows, load_rows(other, HubChoice(config=hub.config, split=choice.split or hub.split), remarks), remarks
 
 
-def load_documents(source: Source, choice: HubChoice, text_column: str) -> Documents:
-    """The texts of a source: one a file, or one a row for JSONL, CSV, embedded and hub sets.
+def load_documents(source: Source, choice: HubChoice, text_column: str, remarks: Remarks) -> Documents:
+    """The texts of a source: one a file, or one a row for JSONL, JSON, CSV, embedded and hub sets.
 
     Raises:
         ValueError: see `load_rows`; a row without `text_column`.
@@ -78,37 +116,82 @@ def load_documents(source: Source, choice: HubChoice, text_column: str) -> Docum
     if embedded == "python-stdlib":
         return stdlib_documents(Path(resolve_data(embedded)))
     if embedded is not None:
-        texts = [row_as_text(row) for row in _embedded_rows(embedded)]
-        return Documents(count=len(texts), read=texts.__getitem__, unit="rows")
-    opened = _open(source, choice)
-    if isinstance(opened, datasets.Dataset):
-        table, name = opened, source_name(source)
-        field_of((dict.fromkeys(table.column_names, ""), name), text_column, "text_column")
-        return Documents(
-            count=len(table),
-            read=lambda i: text_of((table[i], f"{name}[{i}]"), text_column, "text_column"),
-            unit="rows",
-        )
-    return file_documents(opened, text_column)
+        return texts_as_documents([row_as_text(row) for row in _embedded_rows(embedded)], "rows")
+    opened = _open(source, choice, remarks)
+    if not isinstance(opened, datasets.Dataset):
+        return file_documents(opened, text_column, remarks)
+    name = source_name(source)
+    document_of((dict.fromkeys(opened.column_names, ""), name), text_column)
+    table = opened.select_columns([text_column])
+    sizes = _text_sizes(table, text_column)
+    return Documents(
+        count=len(table),
+        read=lambda i: document_of((table[i], f"{name}[{i}]"), text_column),
+        size=sizes.__getitem__,
+        unit="rows",
+    )
 
 
-def _open(source: Source, choice: HubChoice) -> datasets.Dataset | list[Path]:
+def _text_sizes(table: datasets.Dataset, column: str) -> list[int]:
+    """Bytes of each text, from its offsets alone; 1 for what is no text, which reading will refuse."""
+    texts = cast(Any, table.with_format("arrow")[:])[column]
+    if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
+        return [1] * len(table)
+    lengths = pc.call_function("binary_length", [texts])
+    return pc.fill_null(lengths, 0).to_pylist()
+
+
+def _open(source: Source, choice: HubChoice, remarks: Remarks) -> datasets.Dataset | list[Path]:
     """The files of a local source, or the table of a folder written by `save_to_disk` or of a hub data set."""
     if isinstance(source, str | Path):
-        folder = Path(source).expanduser()
-        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-            return _pick_split(datasets.load_from_disk(str(folder)), choice, source_name(source))
-    files = find_files(source)
+        folder = path_of(source)
+        if any(os.path.lexists(folder / name) for name in _SAVED):
+            return _pick_split(_load_saved(folder), choice, source_name(source)).with_format(None)
+    files = find_files(source, remarks)
     if files is not None:
         return files
     try:
         return cast(datasets.Dataset, datasets.load_dataset(str(source), choice.config, split=choice.split))
     except Exception as error:  # the hub client raises a dozen kinds, from offline to unknown split
         raise ValueError(
-            f"{source!r} is no local file, folder or glob, no embedded set ({', '.join(ASSETS)}), and as a data set of "
-            f"the hub (split {choice.split!r}) it cannot be loaded: {type(error).__name__}: {error}. "
-            "Correct the name, or give a local path."
+            f"'{quoted(source)}' is no local file, folder or glob, no embedded set ({', '.join(ASSETS)}), and as a "
+            f"data set of the hub (split {choice.split!r}) it cannot be loaded: {type(error).__name__}: "
+            f"{quoted(str(error))}. Correct the name, or give a local path."
         ) from error
+
+
+def _load_saved(folder: Path) -> Any:
+    """What `save_to_disk` wrote.
+
+    Raises:
+        ValueError: it is damaged, or refers to files that are not in it.
+    """
+    for path in walk_files(folder):
+        check_regular(path)
+        if path.name == "state.json":
+            _check_state(path)
+    try:
+        return datasets.load_from_disk(str(folder))
+    except Exception as error:  # Arrow's and Python's own errors, a dozen kinds
+        raise ValueError(
+            f"{shown(folder)} has a {' or '.join(_SAVED)} as `save_to_disk` writes it, and cannot be loaded: "
+            f"{type(error).__name__}: {quoted(str(error))}. Save it again, or name the files in it."
+        ) from error
+
+
+def _check_state(path: Path) -> None:
+    try:
+        state = parse_json(read_text(path))
+    except BadJson as error:
+        raise ValueError(f"{shown(path)} {error}. Save the data set again.") from error
+    entries = state.get("_data_files") if isinstance(state, dict) else None
+    if entries == []:
+        raise ValueError(f"{shown(path.parent)} is a saved data set without rows. Save one that has some.")
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries or []]
+    if entries is None or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise ValueError(
+            f"{shown(path)} does not list the files of its folder as `save_to_disk` does. Save the data set again."
+        )
 
 
 def _pick_split(loaded: Any, choice: HubChoice, name: str) -> datasets.Dataset:

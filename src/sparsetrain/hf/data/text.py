@@ -4,8 +4,11 @@ Documents (files, or rows of JSONL, CSV, embedded and hub sets) are put in a see
 the end-of-text token, joined, and cut into rows; the incomplete last row is counted, not used. Documents longer than
 65,536 characters are tokenised in pieces that end at a line break where there is one.
 
-Held out are whole documents, the first share of that order (more if they do not fill one row); a training document with
-a held-out one's text is dropped and counted. A source of one document is cut in two at a line break, its end held out.
+Held out is a share of the text, more if it does not fill one row: whole documents, the first of that order, where these
+are of about equal length; a document that alone would be too much of the text (a book among notes, or the only one) is
+cut in two at a line break, its end held out (`share_of_text`). With `holdout="documents"` it is a share of the
+documents, whatever their length. A training document with a held-out one's text is dropped and counted.
+
 Labels equal the inputs, except -100 for the first token of a row, which nothing predicts: so the number of labels is
 the number of predictions, the loss's denominator.
 """
@@ -14,7 +17,8 @@ import hashlib
 import random
 from array import array
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from itertools import chain
+from typing import Literal, get_args
 
 import numpy as np
 from datasets import Dataset
@@ -23,7 +27,8 @@ from transformers import PreTrainedTokenizerBase
 from sparsetrain.data.collate import Collator, check_length
 from sparsetrain.data.documents import Documents
 from sparsetrain.data.packing import Tokens, cut_at_line, describe, packed_rows, piece_end, take_pieces
-from sparsetrain.data.split import check_ratio
+from sparsetrain.data.remarks import Remarks
+from sparsetrain.data.split import check_ratio, num_held_out, share_of_text
 from sparsetrain.hf.data.bundle import (
     DataBundle,
     Progress,
@@ -33,6 +38,7 @@ from sparsetrain.hf.data.bundle import (
 )
 from sparsetrain.hf.data.sources import EvalChoice, HubChoice, Source, load_documents, source_name
 
+Holdout = Literal["tokens", "documents"]
 # Characters tokenised in one call: enough to keep the tokenizer busy, few enough to stop early.
 _BATCH_CHARS = 1 << 20
 
@@ -43,6 +49,7 @@ def load_text(
     seq_len: int,
     *,
     pack: Literal["concat", "documents"] = "concat",
+    holdout: Holdout = "tokens",
     eval_source: Source | None = None,
     eval_ratio: float = 0.05,
     max_tokens: int | None = None,
@@ -61,6 +68,7 @@ def load_text(
         source: a file, folder, glob, list of these, embedded name, `save_to_disk` folder or hub name.
         pack: "concat": attention runs across documents. "documents": rows also carry `position_ids` that restart
             at each document, from which attention takes the boundaries, and no label crosses one.
+        holdout: what `eval_ratio` is a share of: "tokens", or "documents", which stay whole unless there is one alone.
         eval_source, eval_split: held-out documents of their own, instead of the share `eval_ratio` (0 for none).
         max_tokens: stop tokenising training documents here (rounded down to whole rows).
         max_eval_tokens: the same for evaluation; `eval_ratio * max_tokens` when only that is given (0.05 for 0).
@@ -76,34 +84,35 @@ def load_text(
 
     Cost: the tokenizer's time for the tokens used, and no more; the texts of JSONL and CSV files in memory.
     """
-    _check_asked(pack, seq_len, eval_ratio, max_tokens, max_eval_tokens, max_position_embeddings)
+    _check_asked(pack, holdout, seq_len, eval_ratio, max_tokens, max_eval_tokens, max_position_embeddings)
     if max_tokens is not None and max_eval_tokens is None:
         max_eval_tokens = max(seq_len, int((eval_ratio or 0.05) * max_tokens))
     hub = HubChoice(config=dataset_config, split=split)
-    documents = load_documents(source, hub, text_column)
-    others = _own_eval(source, hub, EvalChoice(source=eval_source, split=eval_split, ratio=eval_ratio), text_column)
-    stream = _TokenStream(tokenizer, progress)
-    order = list(range(documents.count))
-    random.Random(seed).shuffle(order)
-    tokens_eval, texts = _hold_out(stream, documents, others, order, eval_ratio, max_eval_tokens, seq_len)
-    tokens_train = stream.encode(texts, max_tokens, "train")
-    counts = {"documents": documents.count, **documents.counts, **stream.counts}
+    documents = load_documents(source, hub, text_column, remarks := Remarks())
+    choice = EvalChoice(source=eval_source, split=eval_split, ratio=eval_ratio)
+    others = _own_eval(source, hub, choice, text_column, remarks)
+    parts, limit = _Split(tokenizer, progress, documents, seed), max_eval_tokens
+    tokens_eval, texts = parts.by_others(others, limit) if others else parts.by(holdout, eval_ratio, limit, seq_len)
+    tokens_train = parts.stream.encode(texts, max_tokens, "train")
+    counts = {"documents": documents.count, **documents.counts, **parts.stream.counts}
     train, held_out = _sides(tokens_train, tokens_eval, seq_len, pack, source_name(source), counts, seed)
     return DataBundle(
         train=train,
         eval=held_out,
         collate_fn=Collator(padding_id(tokenizer), attention_mask=False),
-        description=describe(source_name(source), documents.unit, seq_len, counts),
+        description=describe(source_name(source), documents.unit, seq_len, counts) + remarks.text(),
         counts=counts,
     )
 
 
-def _own_eval(source: Source, hub: HubChoice, choice: EvalChoice, text_column: str) -> Documents | None:
+def _own_eval(
+    source: Source, hub: HubChoice, choice: EvalChoice, text_column: str, remarks: Remarks
+) -> Documents | None:
     """Documents of a source or split of their own for evaluation; None: a share of the training documents."""
     if choice.source is None and choice.split is None:
         return None
     other = source if choice.source is None else choice.source
-    return load_documents(other, HubChoice(config=hub.config, split=choice.split or hub.split), text_column)
+    return load_documents(other, HubChoice(config=hub.config, split=choice.split or hub.split), text_column, remarks)
 
 
 class _TokenStream:
@@ -150,16 +159,19 @@ class _TokenStream:
         starts_n[[start for start in starts if start < len(ids_n)]] = True
         return Tokens(ids_n, starts_n)
 
+    def keep_out(self, text: str) -> None:
+        """Drop training documents with this text from now on."""
+        self._held_out.add(_digest(text))
+
     def _pieces(self, texts: Iterable[str], side: str) -> Iterator[tuple[str, bool, bool]]:
         """(piece, is the first of its document, is the last); blank documents and copies are counted, not given."""
         for text in texts:
             if not text.strip():
                 self.counts["documents_empty"] += 1
                 continue
-            digest = hashlib.sha256(text.strip().encode("utf-8", "surrogatepass")).digest()
             if side == "eval":
-                self._held_out.add(digest)
-            elif digest in self._held_out:
+                self.keep_out(text)
+            elif _digest(text) in self._held_out:
                 self.counts["duplicates_of_eval"] += 1
                 continue
             begin = 0
@@ -169,38 +181,66 @@ class _TokenStream:
                 begin = end
 
 
-def _hold_out(
-    stream: _TokenStream,
-    documents: Documents,
-    others: Documents | None,
-    order: list[int],
-    eval_ratio: float,
-    limit: int | None,
-    seq_len: int,
-) -> tuple[Tokens | None, Iterable[str]]:
-    """(tokens of `others` or of the held-out share, None for none; the texts that are left to train on)"""
-    if others is not None:
-        return stream.encode(map(others.read, range(others.count)), limit, "eval"), map(documents.read, order)
-    if not eval_ratio:
-        return None, map(documents.read, order)
-    if documents.count == 1:
-        head, tail = cut_at_line(documents.read(0), 1 - eval_ratio)
-        return stream.encode((tail,), limit, "eval"), (head,)
-    tokens, num_held_out = _encode_held_out(stream, documents, order, eval_ratio, limit, seq_len)
-    return tokens, map(documents.read, order[num_held_out:])
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.strip().encode("utf-8", "surrogatepass")).digest()
 
 
-def _encode_held_out(
-    stream: _TokenStream, documents: Documents, order: list[int], eval_ratio: float, limit: int | None, seq_len: int
-) -> tuple[Tokens, int]:
-    """Tokens of the first documents of `order`: the asked share, and more until they fill a row; and how many."""
-    num_held_out = min(max(1, round(eval_ratio * len(order))), len(order) - 1)
-    tokens = stream.encode(map(documents.read, order[:num_held_out]), limit, "eval")
-    while len(tokens.ids_n) < seq_len and num_held_out < len(order) - 1:
-        more = stream.encode((documents.read(order[num_held_out]),), limit, "eval")
-        tokens = Tokens(np.append(tokens.ids_n, more.ids_n), np.append(tokens.starts_n, more.starts_n))
-        num_held_out += 1
-    return tokens, num_held_out
+class _Split:
+    """Documents in their seeded order, divided in two; each way gives (tokens held out, texts left to train on)."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, progress: Progress | None, documents: Documents, seed: int
+    ) -> None:
+        self.stream = _TokenStream(tokenizer, progress)
+        self.documents = documents
+        self.order = list(range(documents.count))
+        random.Random(seed).shuffle(self.order)
+
+    def texts(self, order: Iterable[int]) -> Iterator[str]:
+        return map(self.documents.read, order)
+
+    def by_others(self, others: Documents, limit: int | None) -> tuple[Tokens, Iterable[str]]:
+        """Held out: documents that are no part of the source."""
+        return self.stream.encode(map(others.read, range(others.count)), limit, "eval"), self.texts(self.order)
+
+    def by(
+        self, holdout: Holdout, ratio: float, limit: int | None, seq_len: int
+    ) -> tuple[Tokens | None, Iterable[str]]:
+        """Held out: a share of the documents, or of their tokens; None where it is 0."""
+        if not ratio:
+            return None, self.texts(self.order)
+        if holdout == "tokens" or self.documents.count == 1:
+            return self.by_tokens(ratio, limit, seq_len)
+        return self.by_documents(ratio, limit, seq_len)
+
+    def by_documents(self, ratio: float, limit: int | None, seq_len: int) -> tuple[Tokens, Iterable[str]]:
+        """Held out: the first documents of the order, the asked share, and more until they fill a row."""
+        count = num_held_out(len(self.order), ratio)
+        tokens = self.stream.encode(self.texts(self.order[:count]), limit, "eval")
+        while len(tokens.ids_n) < seq_len and count < len(self.order) - 1:
+            more = self.stream.encode(self.texts(self.order[count : count + 1]), limit, "eval")
+            tokens = Tokens(np.append(tokens.ids_n, more.ids_n), np.append(tokens.starts_n, more.starts_n))
+            count += 1
+        return tokens, self.texts(self.order[count:])
+
+    def by_tokens(self, ratio: float, limit: int | None, seq_len: int) -> tuple[Tokens, Iterable[str]]:
+        """Held out: the asked share of the text, and more, up to half of it, until it fills a row."""
+        sizes = [self.documents.size(i) for i in self.order]
+        grown, most = 1.0, max(1.0, 0.5 / ratio)
+        while True:
+            self.stream = _TokenStream(self.stream.tokenizer, self.stream.progress)
+            count, end = share_of_text(sizes, ratio, grown)
+            held_out, rest = self.texts(self.order[:count]), self.texts(self.order[count:])
+            if end:
+                whole = self.documents.read(self.order[count])
+                head, tail = cut_at_line(whole, 1 - end)
+                self.stream.keep_out(whole)  # its copies: they hold the tail too
+                self.stream.counts["documents_cut"] = 1
+                held_out, rest = chain(held_out, [tail]), chain([head], self.texts(self.order[count + 1 :]))
+            tokens = self.stream.encode(held_out, limit, "eval")
+            if len(tokens.ids_n) >= seq_len or grown >= most:
+                return tokens, rest
+            grown = min(2 * grown, most)
 
 
 def _sides(
@@ -218,6 +258,7 @@ def _sides(
 
 def _check_asked(
     pack: str,
+    holdout: str,
     seq_len: int,
     eval_ratio: float,
     max_tokens: int | None,
@@ -226,6 +267,8 @@ def _check_asked(
 ) -> None:
     if pack not in ("concat", "documents"):
         raise ValueError(f"pack={pack!r} is unknown. Use 'concat' or 'documents'.")
+    if holdout not in get_args(Holdout):
+        raise ValueError(f"holdout={holdout!r} is unknown. Use 'tokens' or 'documents'.")
     check_length(seq_len, "seq_len", max_position_embeddings)
     check_ratio(eval_ratio)
     for name, limit in (("max_tokens", max_tokens), ("max_eval_tokens", max_eval_tokens)):

@@ -69,9 +69,16 @@ def describe_model(model: nn.Module) -> Anatomy:
         model=inside,
         convolutions=convolution_sites(model, described),
         install_attention=install_attention,
+        keep_record=_keep_record,
         axes=_axes(described, embedding, head, model),
         limits=blocks[0][2].limits,
     )
+
+
+def _keep_record() -> None:
+    from sparsetrain.hf.model.saving import keep_record  # brings PEFT, which a plan can do without
+
+    keep_record()
 
 
 def _block(name: str, block: nn.Module, row: Row, layer: int) -> Block:

@@ -11,8 +11,11 @@ from transformers import AutoConfig, PreTrainedConfig
 from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import suggest
 from sparsetrain.hf.data import DataBundle
-from sparsetrain.hf.model.model_config import config_values, context_length
+from sparsetrain.hf.model.classifier import EncoderClassifier
+from sparsetrain.hf.model.model_config import context_length
+from sparsetrain.hf.model.opening import NO_CODE, make_config, told
 from sparsetrain.hf.model.weights import new_class
+from sparsetrain.planner.config_values import check_values, config_values
 from sparsetrain.recipes.pretrain import PretrainRecipe
 from sparsetrain.recipes.tasks import task_of
 
@@ -34,10 +37,7 @@ def open_architecture(recipe: PretrainRecipe) -> PreTrainedConfig:
             beyond its positions.
     """
     values = _read(recipe.model)
-    try:
-        plain = _config(values)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"the config of {recipe.model} cannot be used: {str(error).splitlines()[0]}") from None
+    plain = make_config(values, recipe.model)
     own = {*plain.to_dict(), *plain.attribute_map, *_HEAD, *values}
     known = sorted(key for key in own - _NOT_SET if not key.startswith("_"))
     for key in recipe.set:
@@ -46,6 +46,7 @@ def open_architecture(recipe: PretrainRecipe) -> PreTrainedConfig:
                 f"set: {key!r} is no key of the config of {recipe.model} ({plain.model_type}).{suggest(key, known)} "
                 f"Keys: {', '.join(known)}."
             )
+    check_values(dict(recipe.set), "set")
     changes = {plain.attribute_map.get(key, key): value for key, value in recipe.set.items()}
     try:
         config = _config(_HEAD | values | changes)
@@ -90,10 +91,15 @@ def build_model(config: Any, task: str) -> Any:
         ValueError: transformers has no such model of this family, or it is no decoder (lm).
     """
     try:
-        return new_class(task).from_config(config, attn_implementation="sdpa")
-    except ValueError as error:
-        message = str(error).splitlines()[0]
-        raise ValueError(f"{config.model_type} cannot be trained for task={task}: {message}") from None
+        kind: Any = new_class(task)
+        options = {} if EncoderClassifier in kind.__mro__ else NO_CODE
+        return kind.from_config(config, attn_implementation="sdpa", **options)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error):
+            raise ValueError(f"{config.model_type} cannot be trained for task={task}: {told(error)}") from None
+        raise
+    except Exception as error:  # every family fails in its own way at values that do not fit each other
+        raise ValueError(f"{config.model_type} cannot be trained for task={task}: {told(error)}") from None
 
 
 def empty_model(config: Any, task: str) -> Any:
@@ -139,8 +145,6 @@ def _check_length(recipe: PretrainRecipe, config: Any) -> None:
     positions = context_length(config)
     if positions is None or task_of(recipe.task).images:
         return
-    if "roberta" in config.model_type:  # its positions begin after the padding token's id
-        positions -= (config.pad_token_id or 0) + 1
     if recipe.seq_len > positions:
         raise ValueError(
             f"seq_len={recipe.seq_len} is longer than the {positions:,} positions of {recipe.model}. Lower it, or set "

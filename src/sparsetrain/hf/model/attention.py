@@ -1,102 +1,66 @@
-"""The attention function and the mask function, registered as a pair under one name of ours.
+"""The attention function, registered with its mask function (`attention_mask.py`) as a pair under one name of ours.
 
-transformers asks the mask function for whatever the attention function wants as `attention_mask`. Ours returns
-segment ids [b, s]: 0 where a key is padding, else the number of the packed sequence it belongs to, or None when every
-key is visible but for causality. That is n numbers where the built-in masks hold n². Causality and windows come from
-the module.
+transformers asks the mask function for whatever the attention function wants as `attention_mask`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.utils import output_capturing
 
-from sparsetrain.core.anatomy import Undo
+from sparsetrain.core.anatomy import Undo, describe, submodule
 from sparsetrain.core.errors import Unsupported
+from sparsetrain.hf.model.attention_mask import is_ours, keys_of, sequences_mask, visible_mask
 from sparsetrain.surgery.attention import AttentionCall, stand_in_of
 
 NAME = "sparsetrain_attention"
+_COLLECTED = getattr(output_capturing, "_active_collector", None)
+"""Names of what the forward that runs collects of its layers, in transformers 5."""
 
 
 def install_attention(model: nn.Module) -> Undo:
-    """Let every attention of `model` call our function; modules without a stand-in stay dense."""
+    """Let every attention of `model` call our function; modules without a stand-in stay dense.
+
+    Raises:
+        ValueError: transformers cannot change the attention of this model.
+    """
     config: Any = model.config
     before = config._attn_implementation
     if before == NAME:
         return lambda: None
     AttentionInterface.register(NAME, attention_function)
-    AttentionMaskInterface.register(NAME, segments_mask)
+    AttentionMaskInterface.register(NAME, sequences_mask)
     model.set_attn_implementation(NAME)  # type: ignore[operator]
+    if config._attn_implementation != NAME:
+        raise ValueError(
+            f"{type(model).__name__} keeps its attention implementation {before!r}, so no sparse attention would run: "
+            "transformers cannot set another one on it. Leave this model's attention dense."
+        )
+    hooks = [
+        submodule(model, site.name).register_forward_pre_hook(check_implementation)
+        for site in describe(model).attentions
+    ]
 
     def undo() -> None:
+        for hook in hooks:
+            hook.remove()
         model.set_attn_implementation(before)  # type: ignore[operator]
 
     return undo
 
 
-def segments_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Any = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    **kwargs: Any,
-) -> Tensor | None:
-    """Segment ids [b, kv_length] int32 (0 = padding), or None when all keys are one unpadded segment.
-
-    A mask that segments cannot express (a custom mask function, a static cache) comes back as the 4-D boolean mask;
-    dense sites run with it and sparse sites refuse it.
-    """
-    aligned = q_offset + q_length == kv_offset + kv_length
-    starts = None
-    expressible = aligned and not use_vmap
-    if (
-        expressible
-        and q_length == kv_length
-        and mask_function not in (causal_mask_function, bidirectional_mask_function)
-    ):
-        b = torch.arange(batch_size, device=device)[:, None]
-        later = torch.arange(1, kv_length, device=device)[None] + kv_offset
-        if kv_length > 1:
-            back = mask_function(b, 0, later, later - 1).expand(batch_size, -1)
-            ahead = mask_function(b, 0, later - 1, later).expand(batch_size, -1)
-            # causal: no key ahead is visible; bidirectional: it is wherever the key behind is
-            expressible = bool((~ahead).all() or (ahead == back).all())
-            starts = ~back
-    if not expressible:
-        return sdpa_mask(
-            batch_size,
-            q_length,
-            kv_length,
-            q_offset,
-            kv_offset,
-            mask_function,
-            attention_mask,
-            allow_is_causal_skip=False,
-            allow_is_bidirectional_skip=False,
-            use_vmap=use_vmap,
-            device=device,
+def check_implementation(attention: nn.Module, _args: Any) -> None:
+    """Raise ValueError if a converted model's attention is about to call another function than ours."""
+    found = getattr(getattr(attention, "config", None), "_attn_implementation", NAME)
+    if found != NAME:
+        raise ValueError(
+            f"the attention implementation was set to {found!r} after sparsify(), so the sparse attention and the "
+            "selection of tokens would be left out. Set it before sparsify(), or call handle.restore() first."
         )
-    valid = None
-    if attention_mask is not None:
-        valid = attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
-        if valid.shape[1] < kv_length:
-            valid = nn.functional.pad(valid, (0, kv_length - valid.shape[1]))
-    if (starts is None or not starts.any()) and (valid is None or valid.all()):
-        return None
-    segments = torch.ones(batch_size, kv_length, dtype=torch.int32, device=device)
-    if starts is not None:
-        segments[:, 1:] += starts.cumsum(1, dtype=torch.int32)
-    return segments if valid is None else segments * valid
 
 
 def attention_function(
@@ -111,20 +75,32 @@ def attention_function(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: query [b, h, t, d], key and value [b, g, s, d] -> ([b, t, h, d], None)."""
+    """Attention as transformers calls it: query [b, h, t, d], key and value [b, g, s, d] -> ([b, t, h, d], None).
+
+    Raises:
+        ValueError: attention maps are asked for.
+        Unsupported: a sparse attention is asked for what it cannot do: a custom mask, dropout.
+    """
+    if _COLLECTED is not None and "attentions" in (_COLLECTED.get() or ()):
+        raise ValueError(
+            "output_attentions=True asks for attention maps, and a converted model forms none. Leave it out; for maps, "
+            "load the model unconverted with attn_implementation='eager'."
+        )
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # under autocast with fp32 weights, rotary embeddings leave q and k in fp32 beside a bf16 v
     query, key = query.to(value.dtype), key.to(value.dtype)
-    segments = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-    if attention_mask is None and query.shape[2] == key.shape[2]:
-        segments = packed_segments(query.shape[0], query.shape[2], kwargs)
-    window = sliding_window if sliding_window is not None and sliding_window < key.shape[2] else None
+    b, _, tokens, _ = query.shape
+    segments, looks_at, places, num_keys = keys_of(attention_mask, b, tokens, key.shape[2], kwargs)
+    key, value = key[:, :, :num_keys], value[:, :, :num_keys]
+    window = sliding_window if sliding_window is not None and sliding_window < num_keys else None
+
+    custom = attention_mask is not None and not is_ours(attention_mask)
 
     def dense() -> Tensor:
-        mask = attention_mask if attention_mask is not None and attention_mask.ndim == 4 else None
-        if mask is None:
-            mask = visible_mask(query.shape[2], key.shape[2], segments, causal, window, query.device)
+        mask = attention_mask
+        if not custom:
+            mask = visible_mask(tokens, num_keys, segments, looks_at, causal, window, query.device)
         out, _ = sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scale, is_causal=causal and mask is None
         )
@@ -133,56 +109,15 @@ def attention_function(
     stand_in = stand_in_of(module)
     if stand_in is None:
         return dense().transpose(1, 2).contiguous(), None
-    if attention_mask is not None and attention_mask.ndim == 4:
+    if attention_mask is not None and custom:
         raise Unsupported(
             f"sparse attention was given a custom 4-D mask of shape {tuple(attention_mask.shape)}. It takes padding "
-            "masks [batch, tokens], packed position_ids and sliding windows; use a dynamic cache for generation."
+            "masks [batch, tokens], packed position_ids and sliding windows. Give it one of these."
         )
     if dropout > 0:
         raise Unsupported(
             f"sparse attention has no attention dropout, and the model asks for {dropout}. Load the model with "
             "attention dropout 0 (attention_dropout=0.0; BERT: attention_probs_dropout_prob=0.0)."
         )
-    call = AttentionCall(query, key, value, causal, scale, segments, window, dense)
+    call = AttentionCall(query, key, value, causal, scale, segments, window, dense, looks_at, places)
     return stand_in(call).transpose(1, 2).contiguous(), None
-
-
-def packed_segments(batch: int, tokens: int, kwargs: dict[str, Any]) -> Tensor | None:
-    """Segment ids [b, t] of packed rows, from variable-length arguments, `seq_idx` or restarting `position_ids`."""
-    lengths = kwargs.get("cu_seq_lens_q")
-    if lengths is not None and batch == 1:
-        positions = torch.arange(tokens, device=lengths.device)
-        return torch.bucketize(positions, lengths[1:].to(positions.dtype), right=True)[None].to(torch.int32) + 1
-    seq_idx = kwargs.get("seq_idx")
-    if seq_idx is not None and seq_idx.shape[-1] == tokens:
-        return seq_idx.expand(batch, -1).to(torch.int32) + 1
-    positions = kwargs.get("position_ids")
-    if positions is not None and positions.ndim == 2 and positions.shape[-1] == tokens and tokens > 1:
-        starts = positions[:, 1:] != positions[:, :-1] + 1
-        if starts.any():
-            ids = nn.functional.pad(starts.cumsum(1, dtype=torch.int32), (1, 0)) + 1
-            return ids.expand(batch, -1)
-    return None
-
-
-def visible_mask(
-    queries: int, keys: int, segments: Tensor | None, causal: bool, window: int | None, device: torch.device
-) -> Tensor | None:
-    """The dense boolean mask [b or 1, 1, queries, keys], or None where the attention's own causal flag says it all."""
-    if segments is None and window is None and (not causal or queries == keys or queries == 1):
-        return None
-    j = torch.arange(keys, device=device)
-    i = torch.arange(keys - queries, keys, device=device)
-    distance = i[:, None] - j[None]
-    mask = torch.ones_like(distance, dtype=torch.bool)
-    if causal:
-        mask &= distance >= 0
-    if window is not None:
-        mask &= (distance if causal else distance.abs()) < window
-    mask = mask[None, None]
-    if segments is not None:
-        own = segments[:, None, keys - queries :, None]
-        mask = mask & (own == segments[:, None, None]) & (own > 0)
-        # a padded query sees nothing; SDPA would return NaN for it, so let it see itself
-        mask = mask | ((own == 0) & (distance == 0))
-    return mask

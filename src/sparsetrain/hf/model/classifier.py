@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
+
+from sparsetrain.hf.model.opening import NO_CODE, open_config
 
 
 class EncoderClassifier(PreTrainedModel):
@@ -29,7 +31,7 @@ class EncoderClassifier(PreTrainedModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.encoder = AutoModel.from_config(config, attn_implementation=config._attn_implementation)
+        self.encoder = AutoModel.from_config(config, attn_implementation=config._attn_implementation, **NO_CODE)
         if getattr(self.encoder, "pooler", None) is not None:
             self.encoder.pooler = None  # the mean is pooled here; its own would never have a gradient
         inputs = config.hidden_size * (4 if getattr(config, "classifier_pairs", False) else 1)
@@ -38,16 +40,17 @@ class EncoderClassifier(PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_config(cls, config: Any, *, attn_implementation: str = "sdpa") -> Any:
+    def from_config(cls, config: Any, *, attn_implementation: str = "sdpa", dtype: torch.dtype | None = None) -> Any:
         """With random weights, as transformers' auto classes make a model."""
         config._attn_implementation = attn_implementation
-        return cls(config)
+        model: Any = cls(config)
+        return model if dtype is None else model.to(dtype)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **options: Any) -> Any:
         """As any model of transformers; the encoder's family is read from the folder's config."""
         if config is None:
-            config = AutoConfig.from_pretrained(pretrained_model_name_or_path)
+            config = open_config(str(pretrained_model_name_or_path))
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **options)
 
     def forward(

@@ -7,32 +7,31 @@ permutations) and `manifest.json` (size and sha256 of every file). A folder appe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import AutoTokenizer
-from transformers.utils import logging
+from peft import PeftModel
 
 import sparsetrain.methods  # noqa: F401  (enters every method in the registry, for what a sidecar names)
-from sparsetrain.core.config import MethodConfig, method_config, plain_values, registered_methods
+from sparsetrain.core.config import MethodConfig, method_config, registered_methods
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.hf.assets import resolve_model
-from sparsetrain.hf.model.weights import class_of_adapter, known_class, load_weights, model_not_found
-from sparsetrain.runs.manifest import FORMAT, MANIFEST, atomic_folder, disk_errors, verify_manifest, write_manifest
-from sparsetrain.runs.sidecar import SIDECAR, WRITTEN, base_of, read_sidecar, read_state, write_sidecar
+from sparsetrain.hf.model.adapter import WEIGHTS, base_place, check_adapter, made_for, with_adapter
+from sparsetrain.hf.model.embedding_rows import SITE, give_vocabulary
+from sparsetrain.hf.model.foreign import own_classes, set_options
+from sparsetrain.hf.model.merge import check_merge
+from sparsetrain.hf.model.opening import open_config, open_tokenizer, quiet, told
+from sparsetrain.hf.model.saving import conversion_of, dense_state, save_alone, write_along
+from sparsetrain.hf.model.weights import class_of_adapter, known_class, load_weights
+from sparsetrain.hf.model.whole import check_finite
+from sparsetrain.runs.folders import ADAPTER, stored_shapes
+from sparsetrain.runs.manifest import MANIFEST, atomic_folder, disk_errors, verify_manifest, write_manifest
+from sparsetrain.runs.mark import ENTRY, check_mark, mark_of, refuse_lone_weights
+from sparsetrain.runs.sidecar import SIDECAR, STATE, WRITTEN, base_of, read_sidecar, read_state, write_sidecar
 from sparsetrain.surgery.apply import Handle, sparsify
 from sparsetrain.surgery.method import State, method_of
-
-_ADAPTER = "adapter_config.json"
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,27 +48,13 @@ class Loaded:
         return self.about.get("task") or known_class(type(base_of(self.model)).__name__)[0].name
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hide transformers' progress bars and load reports, which tear our bar and fill logs. Also a decorator."""
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()
-
-
 @quiet()
 def save(model: Any, handle: Handle | None, folder: str | Path, *, tokenizer: Any = None, **about: Any) -> Path:
     """Write a trained model (PEFT: its adapter; else all weights) with its sidecar; the model is unchanged.
 
     Args:
         model: a transformers model or a `PeftModel` on one.
-        handle: what `sparsify` returned; None for a dense model.
+        handle: what `sparsify` returned; None for a dense model, or where the handle is not at hand.
         folder: appears whole, replacing an earlier one.
         about: entries for the sidecar: `base_model` (name or path, needed to load an adapter), `task`, ….
 
@@ -78,16 +63,15 @@ def save(model: Any, handle: Handle | None, folder: str | Path, *, tokenizer: An
     """
     with atomic_folder(folder) as scratch, disk_errors(folder):
         if isinstance(model, PeftModel):
-            # "auto" would ask the hub whether the vocabulary grew
-            model.save_pretrained(str(scratch), save_embedding_layers=False)
+            # "auto" would ask the hub whether the vocabulary grew; its rows go into the state file
+            save_alone(model, str(scratch), save_embedding_layers=False)
         else:
-            model.save_pretrained(str(scratch), state_dict=_dense_state(model, handle))
+            converted = conversion_of(model) or handle
+            state = dense_state(model, converted.installed if converted is not None else ())
+            save_alone(model, str(scratch), state_dict=state)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(scratch))
-        if handle is not None and handle.deploy is not None:  # the model is the plain one
-            about = about | {"trained_with": [plain_values(config) for config in handle.configs]}
-            handle = None
-        write_sidecar(scratch, model, handle, **about)
+        write_along(model, scratch, handle, **about)
         write_manifest(scratch)
     return Path(folder)
 
@@ -113,19 +97,24 @@ def load(
     if (folder / MANIFEST).is_file():
         verify_manifest(folder)
     about = read_sidecar(folder)
-    adapter = (folder / _ADAPTER).is_file()
+    check_mark(folder, about.get("state"))
+    adapter = (folder / ADAPTER).is_file()
     if adapter and not about.get("base_model"):
         raise CheckpointError(f"{folder / SIDECAR} names no base_model for the adapter. Save it with base_model=….")
-    base = resolve_model(about["base_model"]) if adapter else str(folder)
-    options = about.get("model_options", {})
-    if "id2label" in options:  # JSON has made its keys text
-        options["id2label"] = {int(i): name for i, name in options["id2label"].items()}
-    model = load_weights(base, about["model_class"], dtype, **options)
-    deployed = about.get("deploy") == "dense"  # a checkpoint of a run whose model is used dense
-    configs = [] if deployed else [MethodConfig.from_dict(entry) for entry in about["configs"]]
-    handle = sparsify(model, *configs, state=read_state(folder)) if configs else None
-    if adapter:
-        model = _with_adapter(model, folder, trainable)
+    base = base_place(about["base_model"], folder) if adapter else str(folder)
+    asked = check_adapter(folder) if adapter else None
+    config = open_config(base)
+    set_options(config, about, folder / SIDECAR)
+    model, new = load_weights(base, str(about.get("model_class")), dtype, config, new_head=adapter)
+    vars(model.config).pop(ENTRY, None)  # of the weights as they were saved: it is not to be saved once more
+    deployed = about.get("deploy") == "dense"  # what it was trained with is no part of it
+    saved = read_state(folder) if about["configs"] or (folder / STATE).is_file() else {}
+    rows = saved.pop(SITE, {})
+    if adapter and SITE in about:
+        give_vocabulary(model, about[SITE], rows)
+    handle = None if deployed else _converted(model, about, folder, saved)
+    if asked is not None:
+        model = with_adapter(model, folder, asked, trainable, new)
     model = model.to(device)
     return Loaded(model=model.train(trainable), tokenizer=_tokenizer(folder, base), handle=handle, about=about)
 
@@ -164,27 +153,14 @@ def export(source: str | Path | Loaded, folder: str | Path, *, format: str = "sp
     elif handle is not None:
         state = {site: {name: value.clone() for name, value in found.items()} for site, found in handle.state().items()}
         handle.restore()
-        # the entry in config tells a reader of config.json alone that the weights were trained to run sparse
-        model.config.sparsetrain = {"format": FORMAT, "configs": [plain_values(config) for config in handle.configs]}
     with atomic_folder(folder) as scratch, disk_errors(folder):
-        model.save_pretrained(str(scratch))
+        save_alone(model, str(scratch))
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(str(scratch))
         if format == "sparse":
             write_sidecar(scratch, model, handle, state=state, **about)
         write_manifest(scratch)
     return Path(folder)
-
-
-def check_merge(model: PeftModel, handle: Handle | None) -> None:
-    """Raise ValueError if folding LoRA into the weights would change the outputs."""
-    if handle is None:
-        return
-    adapted = {name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
-    for edit in handle.plan.edits:
-        linears = sorted(adapted & edit.claims)
-        if reason := method_of(edit.config).merge_adapter_error(edit.config, linears):
-            raise ValueError(f"LoRA on {linears[0]} cannot be merged: {reason}.")
 
 
 def export_formats() -> dict[str, str | None]:
@@ -202,40 +178,48 @@ def _write_in(handle: Handle | None, format: str, method: str) -> None:
 
 def _load_plain(name: str, folder: Path, dtype: torch.dtype, device: Any, trainable: bool) -> Loaded:
     """A model or PEFT adapter that `save` did not write."""
-    if (folder / _ADAPTER).is_file():
+    if (folder / ADAPTER).is_file():
+        asked = check_adapter(folder)
         _refuse_orphan(folder)
-        config = PeftConfig.from_pretrained(str(folder))
-        base = str(config.base_model_name_or_path)
-        model = load_weights(base, class_of_adapter(config.task_type), dtype)
-        model = _with_adapter(model, folder, trainable)
+        refuse_lone_weights(folder, mark_of(folder))
+        base = base_place(asked.base_model_name_or_path, folder)
+        kind = class_of_adapter(asked.task_type) if asked.task_type else known_class(*made_for(folder))[1]
+        model, new = load_weights(base, kind, dtype, new_head=True)
+        model = with_adapter(model, folder, asked, trainable, new)
         return Loaded(
             model=model.to(device).train(trainable), tokenizer=_tokenizer(folder, base), handle=None, about={}
         )
     path = resolve_model(name)
-    try:
-        architectures = transformers.AutoConfig.from_pretrained(path).architectures or []
-    except (OSError, ValueError) as error:
-        raise ValueError(model_not_found(name, error)) from None
-    _, kind = known_class(*architectures)
-    model = load_weights(path, kind, dtype).to(device).train(trainable)
+    config = open_config(path, name)
+    refuse_lone_weights(name, getattr(config, ENTRY, None))
+    _, kind = known_class(*own_classes(config, name))
+    model, _ = load_weights(path, kind, dtype, config, name=name)
+    model = model.to(device).train(trainable)
     return Loaded(model=model, tokenizer=_tokenizer(Path(path), path), handle=None, about={})
 
 
-def _with_adapter(model: Any, folder: Path, trainable: bool) -> PeftModel:
+def _converted(model: Any, about: dict[str, Any], folder: Path, state: State) -> Handle | None:
+    """The handle of a model that was converted as its sidecar says; None for a dense one."""
+    if not about["configs"]:
+        return None
     try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"the adapter in {folder} cannot be read: {str(error).splitlines()[0]}") from None
+        configs = [MethodConfig.from_dict(entry) for entry in about["configs"]]
+        handle = sparsify(model, *configs, state=state)
+    except (TypeError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
+        if "memory" in str(error):
+            raise
+        raise CheckpointError(
+            f"{folder / SIDECAR} and {STATE} do not fit the model: {told(error)} They were changed, or are of another."
+        ) from None
+    for edit, module in handle.installed:  # a record of what happened may hold NaN for what was not yet known
+        check_finite(module.named_parameters(), f"{folder / STATE}, {edit.key}")
+    return handle
 
 
 def _refuse_orphan(folder: Path) -> None:
     """An adapter with a router or codebook and no sidecar would load on the plain model, and lose them silently."""
     ours = {name for kind in registered_methods().values() for name in method_of(kind).modules_to_save}
-    try:
-        with safe_open(str(folder / _ADAPTER_WEIGHTS), framework="pt") as file:
-            found = sorted({part for key in file.keys() for part in key.split(".") if part in ours})  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / _ADAPTER_WEIGHTS} cannot be read: {error}.") from None
+    found = sorted({part for key in stored_shapes(folder / WEIGHTS) for part in key.split(".") if part in ours})
     if found:
         raise CheckpointError(
             f"{folder} holds trained parameters of a sparse method ({', '.join(found)}) and no {SIDECAR}, so it would "
@@ -257,23 +241,10 @@ def _final_folder(path: Path) -> Path:
     return path
 
 
-def _dense_state(model: nn.Module, handle: Handle | None) -> dict[str, Any]:
-    """The state dict that plain transformers expects: without what methods added, with the weights they stand for."""
-    state = model.state_dict()
-    if handle is None:
-        return state
-    ours = {id(module) for _, module in handle.installed}
-    prefixes = tuple(f"{name}." for name, module in model.named_modules() if id(module) in ours)
-    dense = {key: value for key, value in state.items() if not key.startswith(prefixes)}
-    for edit, module in handle.installed:
-        dense |= {f"{edit.site}.{name}": value for name, value in (module.dense_weights() or {}).items()}
-    return dense
-
-
 def _tokenizer(*places: str | Path) -> Any:
     for place in places:
         try:
-            return AutoTokenizer.from_pretrained(str(place))
-        except (OSError, ValueError):
+            return open_tokenizer(place)
+        except FileNotFoundError:
             continue
     return None

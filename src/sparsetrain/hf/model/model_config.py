@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.core.config import suggest
-from sparsetrain.planner.model_config import ModelConfig
+from sparsetrain.planner.config_values import config_values
+from sparsetrain.planner.model_config import ModelConfig, usable_positions
 
 CONFIGS = Path(__file__).parents[1] / "assets" / "configs"
 
@@ -38,11 +39,13 @@ def read_config(name: str, say: Callable[[str], None] = lambda _line: None) -> M
     if name in ASSETS:
         folder = resolve_model(name, progress=say)
         return ModelConfig(name=name, values=config_values(Path(folder) / "config.json"), folder=folder)
-    from transformers import AutoConfig
+    from sparsetrain.hf.model.opening import open_config
 
     try:
-        return ModelConfig(name=name, values=AutoConfig.from_pretrained(name).to_dict())
-    except (OSError, ValueError) as error:
+        return ModelConfig(name=name, values=open_config(name).to_dict())
+    except ValueError as error:
+        if "code" in str(error) or path.is_dir():
+            raise
         near = suggest(name.lower(), [*known, *ASSETS])
         names = ", ".join([*known, *ASSETS])
         raise ValueError(
@@ -51,25 +54,13 @@ def read_config(name: str, say: Callable[[str], None] = lambda _line: None) -> M
         ) from None
 
 
-def config_values(path: Path) -> dict[str, Any]:
-    """What a config.json holds.
-
-    Raises:
-        ValueError: it cannot be read, or is no model's config.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"{path} is no model config: {error}") from None
-    if not isinstance(values, dict) or "model_type" not in values:
-        raise ValueError(f"{path} is no model config: it has no model_type.")
-    return values
-
-
 def context_length(config: Any) -> int | None:
     """The most tokens a model takes, or None if its config sets no limit."""
-    for name in ("max_position_embeddings", "n_positions"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
+    return usable_positions(config.get_text_config().to_dict())
+
+
+def check_context(seq_len: int, config: Any, name: str) -> None:
+    """Raise ValueError if rows of `seq_len` tokens are longer than a model takes."""
+    context = context_length(config)
+    if context is not None and seq_len > context:
+        raise ValueError(f"seq_len={seq_len} is longer than the context of {name}, {context:,} tokens. Lower it.")

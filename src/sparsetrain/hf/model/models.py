@@ -9,15 +9,15 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
 
 from sparsetrain.core.anatomy import describe
-from sparsetrain.core.config import MethodConfig
-from sparsetrain.hf.model.weights import auto_class
+from sparsetrain.core.config import MethodConfig, suggest
+from sparsetrain.core.fields import shown
+from sparsetrain.hf.model.weights import auto_class, empty_of, fitting_class
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.tasks import task_of
 from sparsetrain.surgery.apply import Handle
@@ -51,10 +51,28 @@ def attention_is_taken(empty: Callable[[], Any], configs: tuple[MethodConfig, ..
 
 
 def empty_model(config: Any, task: str) -> Any:
-    """The model on the meta device in fp32: its modules and shapes without its weights."""
-    with torch.device("meta"):
-        # a config names the dtype that its weights were stored in, which is not the one they are trained in
-        return auto_class(task).from_config(config, dtype=torch.float32)
+    """The model on the meta device in fp32: its modules and shapes without its weights.
+
+    Raises:
+        ValueError: none can be built of this config, or it is no model of the task.
+    """
+    name = str(getattr(config, "name_or_path", "") or config.model_type)
+    return empty_of(fitting_class(auto_class(task).__name__, config, name), config, name)
+
+
+def check_lora_targets(recipe: Recipe, config: Any) -> None:
+    """Raise ValueError if a name among the LoRA targets is the ending of no linear's name; reads no weights."""
+    if recipe.lora_r == 0 or recipe.lora_targets == "all-linear":
+        return
+    kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, Conv1D)
+    names = [n for n, module in empty_model(config, recipe.task).named_modules() if isinstance(module, kinds)]
+    for target in recipe.lora_targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            endings = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+            raise ValueError(
+                f"lora_targets (--lora-targets): {shown(target)} matches no linear of {recipe.model}."
+                f"{suggest(target, endings)} Their names end in {', '.join(endings[:20])}. Or give all-linear."
+            )
 
 
 def add_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: list[str]) -> Any:

@@ -20,6 +20,7 @@ from torch import nn
 from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import MethodConfig, plain_values, registered_methods
 from sparsetrain.core.errors import PlanError, Unsupported
+from sparsetrain.core.fields import shown
 from sparsetrain.core.units import seconds_text
 from sparsetrain.hf.study.bench_checks import CHECK_LAYERS, distances
 from sparsetrain.hf.study.bench_cut import cut_head, cut_layers, first_layers
@@ -54,7 +55,7 @@ def candidates(names: str, own: tuple[MethodConfig, ...] = ()) -> dict[str, tupl
     known |= {name: configs for name, configs in PRESETS.items() if configs and configs not in known.values()}
     chosen = list(known) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
     if unknown := [name for name in chosen if name not in known]:
-        raise ValueError(f"--methods {names}: {unknown[0]!r} is unknown. Use all, or some of {', '.join(known)}.")
+        raise ValueError(f"--methods: {shown(unknown[0])} is unknown. Use all, or some of {', '.join(known)}.")
     return {name: known[name] for name in chosen} | ({"yours": own} if own else {})
 
 
@@ -80,6 +81,8 @@ def bench(
     """
     if rounds < 3:
         raise ValueError(f"rounds={rounds} gives no quartiles. Use at least 3.")
+    if not chosen:
+        raise ValueError("no method is given, so there is nothing to time. Name at least one.")
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     notes: list[str] = []
@@ -134,7 +137,7 @@ def _open_dense(parts: Parts, layers: int | None, notes: list[str]) -> _Dense:
     cut = layers is not None and layers < model_layers
     if layers is not None and cut:
         cut_layers(parts.config, layers)
-    base, new_modules = assemble.load_model(parts)
+    base, new_modules = assemble.load_model(parts, cut=cut)
     if layers is not None and cut:
         parts, note = cut_head(base, parts, layers, model_layers)
         notes.append(note)

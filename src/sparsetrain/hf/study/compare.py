@@ -11,25 +11,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sparsetrain.core.files import write_whole
 from sparsetrain.hf.study.turns import WORK
 from sparsetrain.hf.train.jobs import JOBS, job_of
 from sparsetrain.measure.report import write_report
 from sparsetrain.recipes.run import RunRecipe
-from sparsetrain.runs.checkpoints import check_output
+from sparsetrain.runs.claim import claimed, finish
 from sparsetrain.runs.comparison import (
-    SIDES,
     Comparison,
-    check_resumable,
     check_same_rows,
     comparison_report,
+    finished_sides,
     leaving_nothing_useless,
     side_recipe,
 )
 from sparsetrain.runs.events import Report as Tell
 from sparsetrain.runs.events import silent
-from sparsetrain.runs.layout import RESULT
-from sparsetrain.runs.manifest import read_json
+from sparsetrain.runs.layout import RECIPE, RESULT, SIDES
+from sparsetrain.runs.lock import LOCK, wait_released
+from sparsetrain.runs.manifest import disk_errors, read_json
 from sparsetrain.runs.pictures import illustrate
+from sparsetrain.runs.sides import ORPHANED_S
 from sparsetrain.runs.turns import train_in_turns
 
 
@@ -50,14 +52,20 @@ def compare(recipe: RunRecipe, *, report: Tell = silent) -> Comparison:
     if not recipe.methods:
         raise ValueError("compare=dense needs something to compare with dense: give --method or --preset.")
     output = Path(recipe.output)
-    check_output(output, resume=recipe.resume)
+    with claimed(output, recipe, "comparison"), disk_errors(output):
+        made = _compared(recipe, output, report)
+        finish(output, recipe, "comparison")
+    return made
+
+
+def _compared(recipe: RunRecipe, output: Path, report: Tell) -> Comparison:
     kind = JOBS[job_of(recipe)]
     recipes = {side: side_recipe(recipe, side, kind.dense) for side in SIDES}
-    finished = [side for side in SIDES if recipe.resume and (output / side / RESULT).is_file()]
-    if recipe.resume:
-        check_resumable(output, recipes, finished)
+    finished = finished_sides(output, recipes) if recipe.resume else []
     like = {"job": job_of(recipe), "like": recipe.model_dump(mode="json")}
     jobs = {side: {**like, "recipe": recipes[side].model_dump(mode="json")} for side in SIDES if side not in finished}
+    for side in SIDES:  # those of a killed comparison end when they see that it is gone
+        wait_released(output / side / LOCK, ORPHANED_S)
     with leaving_nothing_useless(output, new=not recipe.resume):
         train_in_turns(WORK, jobs, report)
     results = {side: read_json(Path(recipes[side].output) / RESULT) for side in SIDES}
@@ -65,5 +73,5 @@ def compare(recipe: RunRecipe, *, report: Tell = silent) -> Comparison:
     made = comparison_report(recipe, results, kind.title(recipe))
     write_report(made, output)
     illustrate(output, recipe.configs)
-    recipe.to_yaml(output / "recipe.yaml")
+    write_whole(output / RECIPE, recipe.to_yaml())
     return Comparison(sparse=results["sparse"], dense=results["dense"], report=made, output=output)

@@ -21,15 +21,16 @@ def predictor_of(
     """A predictor that traces on the empty model; arguments as of `Predictor`."""
 
     def one(recipe: Recipe) -> Outline:
-        from transformers import AutoConfig
-
+        from sparsetrain.hf.model.opening import make_config
         from sparsetrain.hf.study.recipe_trace import outline
 
-        return outline(recipe, AutoConfig.for_model(**model.values), bf16=bf16, gpu=gpu)
+        return outline(recipe, make_config(model.values, model.name), bf16=bf16, gpu=gpu)
 
     def several(recipes: list[Recipe]) -> Iterator[tuple[int, Found]]:
+        from sparsetrain.hf.model.opening import make_config
         from sparsetrain.hf.study.trace_pool import trace_all
 
-        return trace_all(recipes, model.values, bf16=bf16, gpu=gpu)
+        make_config(model.values, model.name)  # a model that cannot be made is an error, and no refusal of a recipe
+        return trace_all(recipes, model, bf16=bf16, gpu=gpu)
 
     return Predictor(model, base, Tracer(one=one, several=several), bf16=bf16, cache=cache, gpu=gpu)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from sparsetrain.hf.assets import ASSETS, asset_status
@@ -12,7 +13,8 @@ from sparsetrain.hf.train.parts import Parts
 from sparsetrain.measure.schema import StageRecord
 from sparsetrain.planner.preview import Preview
 from sparsetrain.recipes.run import RunRecipe
-from sparsetrain.runs.checkpoints import check_output, find_resumable
+from sparsetrain.runs.checkpoints import find_resumable
+from sparsetrain.runs.claim import check_claim
 from sparsetrain.runs.events import Event, Report, silent
 from sparsetrain.runs.spans import spans, total_steps
 from sparsetrain.surgery.grow import growth_method
@@ -33,7 +35,7 @@ def preview(recipe: RunRecipe, *, report: Report = silent) -> Preview:
             notes.append(event["text"])
         report(event)
 
-    check_output(recipe.output, resume=recipe.resume)
+    check_claim(Path(recipe.output), recipe, "run" if recipe.compare == "none" else "comparison")
     for name in (recipe.model, recipe.data):
         if name in ASSETS and asset_status(name).state == "absent":
             raise ValueError(f"{name} is not fetched yet. Run: sparsetrain models fetch {name}")

@@ -7,10 +7,11 @@ on hollow tensors (`planner.hollow`) through the very code that trains: conversi
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def outline(
         ValueError, PlanError, UnknownFamily: the recipe does not fit the model.
     """
     without_dropout(config, recipe)
-    with watch_ops() as ops, warnings.catch_warnings(), planning_for("cuda") if gpu else nullcontext():
+    with watch_ops() as ops, warnings.catch_warnings(), planning_for("cuda") if gpu else nullcontext(), _no_logs():
         warnings.simplefilter("ignore")
         built = _Built(recipe, config, bf16, gpu)
         if lengths is None:
@@ -80,6 +81,18 @@ def outline(
         parameters=built.parameters,
         trained=trained,
     )
+
+
+@contextmanager
+def _no_logs() -> Iterator[None]:
+    """torch logs the traceback of every operation that has no shape for these sizes; the error says it in a line."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def without_dropout(config: Any, recipe: Recipe) -> None:

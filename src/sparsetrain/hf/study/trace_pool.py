@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from typing import Any
 
 import torch
-from transformers import AutoConfig
 
+from sparsetrain.hf.model.opening import make_config
 from sparsetrain.hf.study.recipe_trace import outline
+from sparsetrain.planner.model_config import ModelConfig
 from sparsetrain.planner.outline import Outline
 from sparsetrain.planner.predictor import Found
 from sparsetrain.recipes.finetune import Recipe
@@ -21,14 +22,14 @@ from sparsetrain.recipes.finetune import Recipe
 MOST_PROCESSES = 4
 
 
-def trace_all(recipes: list[Recipe], values: dict[str, Any], *, bf16: bool, gpu: bool) -> Iterator[tuple[int, Found]]:
+def trace_all(recipes: list[Recipe], model: ModelConfig, *, bf16: bool, gpu: bool) -> Iterator[tuple[int, Found]]:
     """(index of the recipe, its outline or why it does not fit the model), as they get ready.
 
     What fails in another way is left out: tracing it again here shows the error.
 
     Args:
         recipes: of one model.
-        values: the model's config.
+        model: its config.
         bf16, gpu: as `outline`.
     """
     workers = min(MOST_PROCESSES, _cores(), len(recipes))
@@ -37,7 +38,7 @@ def trace_all(recipes: list[Recipe], values: dict[str, Any], *, bf16: bool, gpu:
     dearest_first = sorted(range(len(recipes)), key=lambda i: -len(recipes[i].configs))
     # a forked process has the libraries already; importing them anew takes longer than a trace
     with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_begin) as pool:
-        jobs = {pool.submit(_trace, recipes[i], values, bf16, gpu): i for i in dearest_first}
+        jobs = {pool.submit(_trace, recipes[i], model, bf16, gpu): i for i in dearest_first}
         for job in as_completed(jobs):
             try:
                 found = job.result()
@@ -48,12 +49,13 @@ def trace_all(recipes: list[Recipe], values: dict[str, Any], *, bf16: bool, gpu:
 
 
 def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent answers it
     torch.set_num_threads(1)  # the parent's threads are not here
 
 
-def _trace(recipe: Recipe, values: dict[str, Any], bf16: bool, gpu: bool) -> str | ValueError | None:
+def _trace(recipe: Recipe, model: ModelConfig, bf16: bool, gpu: bool) -> str | ValueError | None:
     try:
-        return outline(recipe, AutoConfig.for_model(**values), bf16=bf16, gpu=gpu).to_json()
+        return outline(recipe, make_config(model.values, model.name), bf16=bf16, gpu=gpu).to_json()
     except ValueError as error:
         return ValueError(str(error))
     except Exception:

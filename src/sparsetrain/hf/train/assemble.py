@@ -5,23 +5,21 @@ Cheap checks come first: a context that is too short or a size that does not div
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import TrainingArguments, set_seed
 
 from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.hf.assets import resolve_model
-from sparsetrain.hf.model import models
+from sparsetrain.hf.model import models, opening
 from sparsetrain.hf.model.checkpointing import checkpointing_arguments
-from sparsetrain.hf.model.model_config import context_length
-from sparsetrain.hf.model.weights import auto_class, model_not_found
+from sparsetrain.hf.model.model_config import check_context
+from sparsetrain.hf.model.vocabulary import check_vocabulary
+from sparsetrain.hf.model.weights import auto_class, load_weights
+from sparsetrain.hf.model.whole import check_causal
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import first_batch, load_rows, refuse_rows
 from sparsetrain.recipes.finetune import Recipe
@@ -30,7 +28,7 @@ from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.events import Report
 from sparsetrain.surgery.method import edits_of, growth_of
 from sparsetrain.surgery.plan import Plan, plan
-from sparsetrain.surgery.support import check_support
+from sparsetrain.surgery.support import FEATURES, check_support, sharding_asked
 
 
 def open_parts(recipe: Recipe, report: Report, like: Recipe | None = None) -> Parts[Recipe]:
@@ -50,7 +48,7 @@ def open_parts(recipe: Recipe, report: Report, like: Recipe | None = None) -> Pa
     device = pick_device(recipe)
     path, config = open_config(recipe, report, (like or recipe).configs)
     planned = check_and_plan(recipe, config, device)
-    tokenizer = open_tokenizer(path)
+    tokenizer = open_tokenizer(path, config)
     refuse_rows(recipe)
     bundle = load_rows(recipe, tokenizer, config, report)
     refuse_rows(recipe, bundle)
@@ -63,9 +61,12 @@ def check_and_plan(recipe: Recipe, config: Any, device: torch.device) -> Plan | 
     """The recipe's plan on the empty model, after what it asks for was found supported; None for a dense recipe.
 
     Raises:
-        ValueError, PlanError: a method cannot do what the recipe asks for, or does not fit the model.
+        ValueError, PlanError: a method cannot do what the recipe asks for, or does not fit the model; or that is
+            no model of the task.
     """
-    return plan_on(models.empty_model(config, recipe.task), recipe, device, recipe.seq_len) if recipe.methods else None
+    model = models.empty_model(config, recipe.task)
+    check_causal(model, recipe.model)
+    return plan_on(model, recipe, device, recipe.seq_len) if recipe.methods else None
 
 
 def plan_on(model: Any, recipe: RunRecipe, device: torch.device, seq_tokens: int) -> Plan | None:
@@ -104,69 +105,55 @@ def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...
         ValueError: no such model, or `seq_len` is longer than its context.
     """
     path = resolve_model(recipe.model, progress=lambda line: report({"event": "note", "text": line}))
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(model_not_found(recipe.model, error)) from None
-    context = context_length(config)
-    if context is not None and recipe.seq_len > context:
-        raise ValueError(
-            f"seq_len={recipe.seq_len} is longer than the context of {recipe.model}, {context} tokens. Lower it."
-        )
+    config = opening.open_config(path, recipe.model)
+    check_context(recipe.seq_len, config, recipe.model)
+    models.check_lora_targets(recipe, config)
     models.drop_attention_dropout(config, lambda: models.empty_model(config, recipe.task), configs, report)
     return path, config
 
 
-def open_tokenizer(path: str) -> Any:
-    """The tokenizer of a model's folder.
+def open_tokenizer(path: str, config: Any = None) -> Any:
+    """The tokenizer of a model's folder, checked against the model's config.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, it is damaged, or it has more tokens than the model.
     """
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the tokenizer of {path} cannot be read: {str(error).splitlines()[0]}") from None
+        tokenizer = opening.open_tokenizer(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"the tokenizer of {path} cannot be read: {error}") from None
+    if config is not None:
+        check_vocabulary(tokenizer, config, path)
+    return tokenizer
 
 
-def load_model(parts: Parts) -> tuple[Any, list[str]]:
+def load_model(parts: Parts, *, cut: bool = False) -> tuple[Any, list[str]]:
     """The pretrained model on its device with SDPA attention, and the names of modules it had no weights for.
+
+    Args:
+        cut: the config was cut to fewer layers than the files hold.
 
     Raises:
         ValueError: weights that are missing or damaged; a language model without a trained head.
     """
     recipe, config, bundle = parts.recipe, parts.config, parts.bundle
     labelled = task_of(recipe.task).labelled
-    options: dict[str, Any] = {}
     if labelled:
         config.num_labels = bundle.num_labels
         config.id2label = dict(enumerate(bundle.label_names))
         config.label2id = {name: i for i, name in enumerate(bundle.label_names)}
         if config.pad_token_id is None:
             config.pad_token_id = bundle.collate_fn.pad_token_id  # type: ignore[attr-defined]
-        options["ignore_mismatched_sizes"] = True
-    kind = auto_class(recipe.task)
     set_seed(recipe.seed)  # a new head is drawn here
-    try:
-        model, info = kind.from_pretrained(
-            parts.path,
-            config=config,
-            dtype=pick_dtype(recipe, parts.device),
-            attn_implementation="sdpa",
-            output_loading_info=True,
-            **options,
-        )
-    except Exception as error:  # the safetensors reader has its own exception for a truncated file
-        if type(error).__name__ not in ("OSError", "SafetensorError", "RuntimeError"):
-            raise
-        raise ValueError(model_not_found(parts.path, error)) from None
-    mismatched = [key if isinstance(key, str) else key[0] for key in info.get("mismatched_keys", ())]
-    new = sorted({key.rpartition(".")[0] for key in [*info["missing_keys"], *mismatched]})
-    if new and not labelled:
-        raise ValueError(
-            f"{recipe.model} has no weights for {', '.join(new[:3])}, so it is no trained language model. "
-            "Use a causal language model, or task=classify."
-        )
+    model, new = load_weights(
+        parts.path,
+        auto_class(recipe.task).__name__,
+        pick_dtype(recipe, parts.device),
+        config,
+        name=recipe.model,
+        new_head=labelled,
+        cut=cut,
+    )
     return model.to(parts.device), new
 
 
@@ -174,8 +161,12 @@ def pick_device(recipe: RunRecipe) -> torch.device:
     """The device that the recipe asks for.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: it is not there, or accelerate is asked to share the work among several.
     """
+    for feature, by in sharding_asked(os.environ).items():
+        raise ValueError(
+            f"{by} asks for {FEATURES[feature]}, and a run is trained on one device. Unset {by.split('=')[0]}."
+        )
     name = recipe.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

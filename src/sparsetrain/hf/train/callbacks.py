@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sparsetrain.core.anatomy import describe, submodule
+from sparsetrain.core.anatomy import submodule
 from sparsetrain.core.units import bytes_text
+from sparsetrain.hf.train.continued import continued, note_where_states_are_read, taken_from
 from sparsetrain.measure.memory import peak_memory, reset_peak
 from sparsetrain.runs.events import Report, log_note, silent
 from sparsetrain.runs.layout import checkpoint_folder
-from sparsetrain.runs.sidecar import write_sidecar
+from sparsetrain.runs.sidecar import SIDECAR, write_sidecar
 from sparsetrain.surgery.apply import Handle
-from sparsetrain.surgery.support import check_support
+from sparsetrain.surgery.support import check_support, features_of
 
 
 class SparsityCallback(TrainerCallback):
     """Drives a converted model's schedules and keeps its sidecar with every checkpoint.
 
     The schedule is a function of `state.global_step` alone, so a resumed run continues it. Pass the callback to the
-    Trainer: `Trainer(model, callbacks=[SparsityCallback(handle)], ...)`. `trainer.save_model()` calls no callback; the
-    sidecar for it is written into `output_dir` when training ends.
+    Trainer: `Trainer(model, callbacks=[SparsityCallback(handle)], ...)`. A run that goes on from a checkpoint, or ends
+    with its best one, goes on with the patterns, permutations and masks of that checkpoint.
 
     Args:
         handle: what `sparsify` returned.
-        at_end: write the sidecar into `output_dir` at the end of training.
+        at_end: write the sidecar into `output_dir` at the end of training, where no saved model has brought its own.
         report: told, as notes (by default they are logged), what the methods say at the start, what one changed for
             good (patterns cut, say), and the peak of memory before and after it: a peak counts from the last change,
             since a dense phase would hide what follows.
@@ -48,7 +49,9 @@ class SparsityCallback(TrainerCallback):
         before_reset: Callable[[], None] = lambda: None,
         **about: Any,
     ) -> None:
-        self.handle, self.at_end, self.about = handle, at_end, about
+        self.handle, self.at_end = handle, at_end
+        note_where_states_are_read()
+        handle.about.update(about)  # whoever saves the model writes them
         self.report, self.before_reset = report, before_reset
         self._restarted: int | None = None
         self._peak_before: int | None = None
@@ -56,16 +59,19 @@ class SparsityCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        asked = asked_of_trainer(args) | features_of(kwargs.get("model") or self.handle.model)
+        check_support(self.handle.configs, self.handle.anatomy, asked)
         check_forwards(self.handle)
         check_trainable(self.handle)
         check_arguments(self.handle, args)
-        if getattr(args, "fsdp", None):
-            check_support(self.handle.configs, describe(self.handle.model), ["fsdp2"])
         if args.fp16 and not args.max_grad_norm and self.handle.adjusts_gradients:
             raise ValueError(
                 "fp16 without clipping leaves the gradients scaled until the optimizer step, and a method adds a decay "
                 "to them. Set max_grad_norm, train in bf16, or set the method's decay to 0."
             )
+        if state.global_step > 0:
+            for note in continued(self.handle, args, state):
+                self.report({"event": "note", "text": note})
         self._restarted = None  # a Trainer makes its schedule anew for each run
         self._step(args, state, kwargs)
         for note in self.handle.notes():
@@ -83,7 +89,11 @@ class SparsityCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = checkpoint_folder(args.output_dir, state.global_step)
-        write_sidecar(folder, kwargs.get("model", self.handle.model), self.handle, **self.about)
+        model = kwargs.get("model", self.handle.model)
+        written = hasattr(model, "save_pretrained") and (folder / SIDECAR).is_file()
+        # a checkpoint of a model that is deployed dense holds what it goes on with, too
+        if self.handle.deploys_dense or not written:
+            write_sidecar(folder, model, self.handle, **self.handle.about)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -92,10 +102,14 @@ class SparsityCallback(TrainerCallback):
         if self._peak_before is not None and after is not None:
             text = f"Peak memory: {bytes_text(self._peak_before)} before the change, {bytes_text(after)} after it."
             self.report({"event": "note", "text": text})
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best is not None and Path(best).is_dir():
+            for note in taken_from(self.handle, Path(best)):  # the Trainer has loaded its weights
+                self.report({"event": "note", "text": note})
         self.handle.settle()
-        if self.at_end and args.output_dir:
+        if self.at_end and args.output_dir and not (Path(args.output_dir) / SIDECAR).is_file():
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            write_sidecar(args.output_dir, kwargs.get("model", self.handle.model), self.handle, **self.about)
+            write_sidecar(args.output_dir, kwargs.get("model", self.handle.model), self.handle, **self.handle.about)
 
     def _step(self, args: TrainingArguments, state: TrainerState, given: dict[str, Any]) -> None:
         scheduler, scale = given.get("lr_scheduler"), gradient_scale(given.get("optimizer"))
@@ -110,6 +124,26 @@ class SparsityCallback(TrainerCallback):
         if at is not None and at != self._restarted:
             restart_schedule(scheduler, at, state.global_step)
             self._restarted = at
+
+
+def asked_of_trainer(args: TrainingArguments) -> dict[str, str]:
+    """What the Trainer's arguments, or the accelerate that it made, ask for: feature -> what asks."""
+    found = {
+        feature: f"TrainingArguments({name}=…)"
+        for name, feature in (("fsdp", "fsdp2"), ("deepspeed", "deepspeed"))
+        if getattr(args, name, None)
+    }
+    made = getattr(args, "parallelism_config", None), AcceleratorState._shared_state.get("parallelism_config")
+    for config in filter(None, made):
+        for name, feature in (
+            ("dp_shard_size", "fsdp2"),
+            ("tp_size", "tensor_parallel"),
+            ("cp_size", "context_parallel"),
+            ("sp_size", "context_parallel"),
+        ):
+            if (getattr(config, name, None) or 1) > 1:
+                found[feature] = f"ParallelismConfig({name}={getattr(config, name)})"
+    return found
 
 
 def gradient_scale(optimizer: Any) -> float:
@@ -233,11 +267,6 @@ class StepRecorder(TrainerCallback):
         }
         self.records.append(record)
         self.report({"event": "step", "steps": state.max_steps, **record})
-        if not math.isfinite(record["loss"]):
-            raise RuntimeError(
-                f"the loss is {record['loss']} after step {state.global_step}: training has diverged. Lower --lr, add "
-                "--warmup-steps, or keep more (keep_ratio, num_active). The last checkpoint is from before."
-            )
 
 
 def _now(device: torch.device) -> float:

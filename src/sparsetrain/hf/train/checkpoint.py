@@ -1,21 +1,48 @@
 """Completing transformers' own checkpoints.
 
-The Trainer writes `checkpoint-N` (weights, optimizer, scheduler, random states). After it, our callback adds the run's
-records and, last, the manifest (`runs.checkpoints` says what that means).
+The Trainer writes `checkpoint-N` (weights, optimizer, scheduler, random states). Before it, our callback marks the
+folder as ours; after it, it adds the run's records and, last, the manifest (`runs.checkpoints` says what that means).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sparsetrain.core.errors import CheckpointError
+from sparsetrain.core.plain_files import regular_file
+from sparsetrain.core.quote import quoted
 from sparsetrain.recipes.run import RunRecipe
-from sparsetrain.runs.checkpoints import rotate
+from sparsetrain.runs.checkpoints import about_recipe, begin_checkpoint, complete_checkpoint, rotate
 from sparsetrain.runs.events import Report, silent
 from sparsetrain.runs.layout import PROGRESS, checkpoint_folder
-from sparsetrain.runs.manifest import write_json, write_manifest
+from sparsetrain.runs.manifest import write_json
+
+
+@contextmanager
+def plain_states(checkpoint: Path | None) -> Iterator[None]:
+    """Turn the refusal of a pickle (the Trainer reads its states as plain tensors alone) into one line.
+
+    Raises:
+        CheckpointError: a file of the checkpoint holds something else, which would run code, or is none of a run's.
+    """
+    for path in sorted(checkpoint.iterdir()) if checkpoint is not None else ():
+        if path.suffix in (".pt", ".pth", ".bin", ".pkl") and not path.match("rng_state*.pth"):
+            if path.name not in ("optimizer.pt", "scheduler.pt", "training_args.bin"):
+                raise CheckpointError(f"{checkpoint} holds {quoted(path.name)}, which no run writes. Remove that file.")
+            regular_file(path)
+    try:
+        yield
+    except UnpicklingError:
+        raise CheckpointError(
+            f"{checkpoint} holds a file that is no plain state of an optimizer, schedule or random generator. Pickled "
+            "code is never run; resume from a checkpoint that was written here."
+        ) from None
 
 
 class CheckpointCallback(TrainerCallback):
@@ -26,7 +53,7 @@ class CheckpointCallback(TrainerCallback):
     Args:
         recipe: whose fingerprint a continuation must have.
         data: `data_fingerprint` of the training rows.
-        progress: called for what the run has recorded so far.
+        progress: (model, optimizer) -> what the run has recorded so far.
         place: step -> further entries of manifest and progress that say where in the run it is.
     """
 
@@ -34,23 +61,20 @@ class CheckpointCallback(TrainerCallback):
         self,
         recipe: RunRecipe,
         data: str,
-        progress: Callable[[], dict[str, Any]],
+        progress: Callable[[Any, Any], dict[str, Any]],
         report: Report = silent,
         place: Callable[[int], dict[str, Any]] = lambda _step: {},
     ) -> None:
         self.recipe, self.data, self.progress, self.report, self.place = recipe, data, progress, report, place
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save:  # now, before the Trainer writes
+            begin_checkpoint(checkpoint_folder(args.output_dir, state.global_step), self.recipe)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = checkpoint_folder(args.output_dir, state.global_step)
         place = self.place(state.global_step)
-        write_json(folder / PROGRESS, self.progress() | place)
-        write_manifest(
-            folder,
-            step=state.global_step,
-            fingerprint=self.recipe.fingerprint(),
-            training_values=self.recipe.training_values(),
-            data=self.data,
-            **place,
-        )
+        write_json(folder / PROGRESS, self.progress(kwargs["model"], kwargs["optimizer"]) | place)
+        complete_checkpoint(folder, state.global_step, **about_recipe(self.recipe), data=self.data, **place)
         rotate(folder.parent, self.recipe.keep_checkpoints)
         self.report({"event": "saved", "path": str(folder)})

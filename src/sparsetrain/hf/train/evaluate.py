@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from sparsetrain.core.errors import NotFinite
 from sparsetrain.core.modes import evaluating
 from sparsetrain.data.collate import Collate
 from sparsetrain.hf.train.tasks import Scores
@@ -38,6 +40,7 @@ def evaluate(
 
     Raises:
         ValueError: no such task, no rows, or no target among them.
+        NotFinite: the loss is infinite or not a number.
     """
     row = task_of(task)
     scores: Callable[[Any, dict[str, Tensor]], Scores] = named(row.scores)
@@ -50,9 +53,15 @@ def evaluate(
         for batch in _batches(rows, collate_fn, batch_size, max_tokens):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             found = scores(model, batch)
+            size = len(next(iter(batch.values())))
+            if not math.isfinite(found.loss):
+                raise NotFinite(
+                    f"the held-out loss is {found.loss} in rows {num_rows + 1} to {num_rows + size}: the model's "
+                    "weights or what it computes from them are not finite."
+                )
             total, targets = total + found.loss, targets + found.count
             sums = {name: sums.get(name, 0.0) + value for name, value in found.sums.items()}
-            num_rows += len(next(iter(batch.values())))
+            num_rows += size
             tokens += _num_tokens(batch)
             if progress is not None:
                 progress(min(1.0, max(num_rows / len(rows), tokens / max_tokens if max_tokens else 0.0)))

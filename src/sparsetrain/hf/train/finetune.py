@@ -13,11 +13,13 @@ from transformers import TrainerCallback
 
 from sparsetrain.hf.model import models
 from sparsetrain.hf.model.io import quiet
+from sparsetrain.hf.model.saving import model_options
 from sparsetrain.hf.train import assemble
+from sparsetrain.hf.train.held_out import KnownQuality, dense_start, measure_quality
 from sparsetrain.hf.train.journal import Journal
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import calibration_batches, drawn_batches
-from sparsetrain.hf.train.run import Job, KnownQuality, Result, dense_start, measure_quality, run
+from sparsetrain.hf.train.run import Job, Result, run
 from sparsetrain.hf.train.run import run_report as run_report
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.tasks import task_of
@@ -113,14 +115,10 @@ def _build(
 
 def _about(parts: Parts) -> dict[str, Any]:
     """Entries of the sidecar that let `load` rebuild the model around an adapter."""
-    recipe, config = parts.recipe, parts.config
-    options: dict[str, Any] = {name: 0.0 for name in models.ATTENTION_DROPOUT if getattr(config, name, None) == 0.0}
-    if task_of(recipe.task).labelled:
-        options |= {"id2label": config.id2label, "label2id": config.label2id}
-        options |= {"pad_token_id": config.pad_token_id, "ignore_mismatched_sizes": True}
+    recipe = parts.recipe
     return {
         "base_model": recipe.model,
         "task": recipe.task,
-        "model_options": options,
+        "model_options": model_options(parts.config, task_of(recipe.task)),
         "fingerprint": recipe.fingerprint(),
     }

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparsetrain.hf.train.callbacks import StepRecorder
+from sparsetrain.hf.train.finite import auxiliary_losses
 from sparsetrain.hf.train.tasks import training_loss
-from sparsetrain.measure.memory import peak_memory, saved_activations
+from sparsetrain.measure.memory import peak_memory, saved_activations, static_memory
 from sparsetrain.measure.schema import Run, StageRecord
 from sparsetrain.runs.checkpoints import Checkpoint
 from sparsetrain.runs.events import Event, Report
@@ -33,6 +34,7 @@ class Journal:
         self._report = report
         self.run: Run = progress.get("run", {"steps": [], "evals": []})
         self.notes: list[str] = progress.get("notes", [])
+        self.auxiliary: dict[str, dict[str, float]] = progress.get("auxiliary", {})
         self.recorder = StepRecorder(report, self.run["steps"])  # type: ignore[arg-type]
         self.run["steps"] = self.recorder.records  # type: ignore[typeddict-item]
 
@@ -76,21 +78,37 @@ class Journal:
             if found is not None:
                 self.run[key] = max(found, before or 0)  # type: ignore[literal-required]
 
-    def progress(self) -> dict[str, Any]:
-        """What a checkpoint stores, for `resumed` of a later run."""
-        return {"run": dict(self.run), "notes": list(self.notes)}
+    def between_steps(self, model: Any, optimizer: Any, handle: Handle | None) -> None:
+        """Record what training holds between two steps, and the auxiliary losses of the last one, by site."""
+        self.run["static_bytes"] = static_memory(model, optimizer).to_dict()
+        self.auxiliary = auxiliary_losses(handle)
+
+    def progress(self, model: Any, optimizer: Any, handle: Handle | None) -> dict[str, Any]:
+        """What a checkpoint stores, for `resumed` of a later run; all of the run's records after the last step."""
+        self.between_steps(model, optimizer, handle)
+        self.peaks(next(model.parameters()).device)
+        return {"run": dict(self.run), "notes": list(self.notes), "auxiliary": self.auxiliary}
+
+    def sparsity(self, handle: Handle | None) -> dict[str, Any]:
+        """The report of a converted model, with the auxiliary losses of its last step."""
+        if handle is None:
+            return {}
+        found = handle.report()
+        for site, losses in self.auxiliary.items():
+            found["stats"][site] = found["stats"].get(site, {}) | losses
+        return found
 
 
 class EvalCallback(TrainerCallback):
     """Evaluates every `every` steps (0: never), outside the timed part of a step."""
 
-    def __init__(self, evaluate_now: Callable[[], Quality], every: int, journal: Journal) -> None:
+    def __init__(self, evaluate_now: Callable[[int], Quality], every: int, journal: Journal) -> None:
         self.evaluate_now, self.every, self.journal = evaluate_now, every, journal
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         due = self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps
         if due and "loss" in (kwargs.get("logs") or {}):
-            quality = self.evaluate_now()
+            quality = self.evaluate_now(state.global_step)
             self.journal.point(quality, state.global_step)
             event = {"stage": f"step {state.global_step}", "metric": quality.metric, "value": quality.value}
             self.journal.report({"event": "quality", **event})

@@ -25,11 +25,12 @@ from sparsetrain.hf.model.architectures import (
 )
 from sparsetrain.hf.model.io import quiet
 from sparsetrain.hf.train import assemble
+from sparsetrain.hf.train.held_out import KnownQuality, dense_start
 from sparsetrain.hf.train.journal import Journal
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.pretrain_data import load_rows, open_tokenizer
 from sparsetrain.hf.train.rows import calibration_batches, reads_longest, refuse_rows
-from sparsetrain.hf.train.run import Job, KnownQuality, Result, dense_start, run
+from sparsetrain.hf.train.run import Job, Result, run
 from sparsetrain.hf.train.stages import kept_weights
 from sparsetrain.recipes.pretrain import PretrainRecipe as PretrainRecipe
 from sparsetrain.recipes.tasks import task_of

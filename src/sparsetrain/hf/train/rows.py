@@ -10,9 +10,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from sparsetrain.data.ids import CheckedIds
 from sparsetrain.hf.assets import resolve_data
 from sparsetrain.hf.data import DataBundle
 from sparsetrain.hf.model.model_config import context_length
+from sparsetrain.hf.model.vocabulary import vocabulary_rows
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.tasks import RowsAsked, load_asked
 from sparsetrain.recipes.finetune import Recipe
@@ -36,7 +38,9 @@ def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> Da
     # calibration rows are spread over eight times as many: on 8,192 tokens from 4 places a conversion cost 1.47 times
     # the perplexity of other files, from 8 places 1.16
     calibration_rows = 8 * -(-recipe.calibration_tokens // recipe.seq_len)
-    return load_asked(
+    return _with_ids_checked(
+        recipe,
+        config,
         RowsAsked(
             recipe=recipe,
             source=resolve_data(recipe.data, progress=say),
@@ -45,13 +49,15 @@ def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> Da
             step_tokens=None if rows is None else max(rows, calibration_rows, 1) * recipe.seq_len,
             context=context_length(config),
             progress=say,
-        )
+        ),
     )
 
 
 def all_rows(recipe: RunRecipe, tokenizer: Any, config: Any, report: Report) -> DataBundle:
     """Every row of the recipe's data as training rows, text up to `eval_tokens`: for data that was not trained on."""
-    return load_asked(
+    return _with_ids_checked(
+        recipe,
+        config,
         RowsAsked(
             recipe=recipe,
             source=recipe.data,
@@ -60,8 +66,16 @@ def all_rows(recipe: RunRecipe, tokenizer: Any, config: Any, report: Report) -> 
             context=context_length(config),
             eval_ratio=0.0,
             progress=lambda line: report({"event": "note", "text": line}),
-        )
+        ),
     )
+
+
+def _with_ids_checked(recipe: RunRecipe, config: Any, asked: RowsAsked) -> DataBundle:
+    """The rows asked for, whose batches name a token that the model has no row for."""
+    bundle, known = load_asked(asked), vocabulary_rows(config)
+    if known is None:
+        return bundle
+    return replace(bundle, collate_fn=CheckedIds(bundle.collate_fn, known, recipe.model))
 
 
 def step_rows(recipe: RunRecipe) -> int | None:

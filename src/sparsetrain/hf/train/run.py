@@ -15,13 +15,15 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from sparsetrain.core.files import write_whole
 from sparsetrain.data.digest import OrderedCollator, data_fingerprint
 from sparsetrain.hf.model import models
 from sparsetrain.hf.model.io import save
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.callbacks import SparsityCallback
-from sparsetrain.hf.train.checkpoint import CheckpointCallback
-from sparsetrain.hf.train.evaluate import evaluate, held_out_tokens
+from sparsetrain.hf.train.checkpoint import CheckpointCallback, plain_states
+from sparsetrain.hf.train.finite import FiniteCallback
+from sparsetrain.hf.train.held_out import KnownQuality, measure_quality
 from sparsetrain.hf.train.journal import EvalCallback, Journal, SavedCallback
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import first_batch
@@ -34,23 +36,20 @@ from sparsetrain.hf.train.stages import (
 )
 from sparsetrain.hf.train.tasks import use_task_loss
 from sparsetrain.measure.machine import describe_machine
-from sparsetrain.measure.memory import reset_peak, static_memory
+from sparsetrain.measure.memory import reset_peak
 from sparsetrain.measure.report import write_report
 from sparsetrain.recipes.run import RunRecipe
-from sparsetrain.runs.checkpoints import Checkpoint, check_data, check_output, clear_interrupted, find_resumable
+from sparsetrain.runs.checkpoints import Checkpoint, check_data, clear_interrupted, find_resumable
+from sparsetrain.runs.claim import claimed
 from sparsetrain.runs.events import Report
-from sparsetrain.runs.layout import RESULT, checkpoint_folder
+from sparsetrain.runs.layout import RECIPE, RESULT, checkpoint_folder
 from sparsetrain.runs.manifest import disk_errors, write_json
 from sparsetrain.runs.pictures import illustrate
-from sparsetrain.runs.quality import Quality
 from sparsetrain.runs.result import Result as Result
 from sparsetrain.runs.result import run_report as run_report
 from sparsetrain.runs.spans import ONE_STAGE, Span, spans
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.method import Stage
-
-KnownQuality = Quality | Callable[[], Quality | None] | None
-"""The dense model's quality where another run has measured it; a function is asked when it is needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,19 +116,19 @@ def run(
     write: bool = True,
 ) -> Result:
     """Train a recipe and write its output folder; arguments and errors as of `finetune`."""
-    course = _open(recipe, job, report, tuple(callbacks))
-    model, handle, trainer = _train(course, dense_quality)
-    result = _record(course, model, handle, trainer)
-    if write:
-        write_report(run_report(result), course.output)
-        illustrate(course.output, recipe.configs)
-    write_json(course.output / RESULT, result.to_dict())  # last: it marks the run as finished
+    with claimed(recipe.output, recipe), disk_errors(recipe.output):
+        course = _open(recipe, job, report, tuple(callbacks))
+        model, handle, trainer = _train(course, dense_quality)
+        result = _record(course, model, handle, trainer)
+        if write:
+            write_report(run_report(result), course.output)
+            illustrate(course.output, recipe.configs)
+        write_json(course.output / RESULT, result.to_dict())  # last: it marks the run as finished
     return result
 
 
 def _open(recipe: RunRecipe, job: Job, report: Report, callbacks: tuple[TrainerCallback, ...]) -> Course:
     """Everything but the weights; nothing is written."""
-    check_output(recipe.output, resume=recipe.resume)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     resumed = find_resumable(recipe.output, recipe, report) if recipe.resume else None
@@ -152,11 +151,16 @@ def _open(recipe: RunRecipe, job: Job, report: Report, callbacks: tuple[TrainerC
     )
 
 
-def _train(course: Course, dense_quality: KnownQuality) -> tuple[Any, Handle | None, Trainer]:
-    """Train each stage that is left, from what the one before has left: (model, its handle, its Trainer)."""
+def _train(course: Course, dense_quality: KnownQuality) -> tuple[Any, Handle | None, Trainer | None]:
+    """Train each stage that is left, from what the one before has left: (model, its handle, its Trainer).
+
+    Where the last checkpoint is of the last step, nothing is left to train, and there is no Trainer.
+    """
     resumed, trainer = course.resumed, None
     model, handle = course.job.build(course.parts, course.journal, resumed, dense_quality)
     left = None if resumed is None else resumed.path
+    clear_interrupted(course.output)
+    write_whole(course.output / RECIPE, course.recipe.to_yaml())
     for span in course.spans[course.start :]:
         if span.index > course.start:
             assert course.job.enter is not None and left is not None
@@ -164,21 +168,35 @@ def _train(course: Course, dense_quality: KnownQuality) -> tuple[Any, Handle | N
             model, handle, left = enter_stage(
                 course.job.enter, span, course.parts, course.journal, model, handle, left, course.arguments()
             )
-        elif resumed is not None and resumed.step == span.last < span.total:
+        elif resumed is not None and resumed.step >= span.last:
             load_weights(model, resumed.path)
+            if span.last == span.total:
+                leave_entry(course.output)
+                _as_trained(course, handle)
             continue
         course.journal.stage(span.index, span.record(models.num_parameters(model)[0]), span.of)
         trainer = _trainer(course, span, model, handle)
         _train_stage(course, trainer, left)
         left = checkpoint_folder(course.output, span.last)
-    assert trainer is not None
     return model, handle, trainer
+
+
+def _as_trained(course: Course, handle: Handle | None) -> None:
+    """Leave the methods' schedules where the last step of the whole run does."""
+    if handle is not None:
+        total = course.spans[-1].total
+        for line in handle.step(total - 1, total):
+            course.journal.report({"event": "note", "text": line})
 
 
 def _trainer(course: Course, span: Span, model: Any, handle: Handle | None) -> Trainer:
     parts, journal = course.parts, course.journal
     about = course.job.about(parts)
     begins = course.resumed is None or span.index > course.start
+
+    def progress(model: Any, optimizer: Any) -> dict[str, Any]:
+        return journal.progress(model, optimizer, handle)
+
     trainer = Trainer(
         model=model,
         args=course.arguments(),
@@ -188,13 +206,16 @@ def _trainer(course: Course, span: Span, model: Any, handle: Handle | None) -> T
         callbacks=[
             *course.callbacks,
             *course.job.callbacks,
+            FiniteCallback(handle),
             journal.recorder,
-            EvalCallback(lambda: measure_quality(model, handle, parts), course.recipe.eval_every, journal),
+            EvalCallback(
+                lambda step: measure_quality(model, handle, parts, step=step), course.recipe.eval_every, journal
+            ),
             *([SavedCallback(handle, first_batch(parts), journal, course.recipe.task)] if begins else []),
             *([StageCallback(span)] if span.of > 1 else []),
             *([_sparsity(handle, parts, journal, about)] if handle is not None else []),
             # completes what others wrote
-            CheckpointCallback(course.recipe, course.rows, journal.progress, journal.report, span.place),
+            CheckpointCallback(course.recipe, course.rows, progress, journal.report, span.place),
         ],
     )
     trainer.remove_callback(PrinterCallback)
@@ -204,28 +225,26 @@ def _trainer(course: Course, span: Span, model: Any, handle: Handle | None) -> T
 
 def _train_stage(course: Course, trainer: Trainer, left: Path | None) -> None:
     """Train from a checkpoint, or from the start."""
-    output = course.output
-    with disk_errors(output):
-        clear_interrupted(output)
-        course.recipe.to_yaml(output / "recipe.yaml")
-        set_seed(course.recipe.seed)
-        reset_peak(course.parts.device)
-        try:
+    set_seed(course.recipe.seed)
+    reset_peak(course.parts.device)
+    try:
+        with plain_states(left):
             trainer.train(resume_from_checkpoint=None if left is None else str(left))
-        except BaseException:
-            clear_interrupted(output)
-            leave_entry(output)
-            raise
+    except BaseException:
+        clear_interrupted(course.output)
+        leave_entry(course.output)
+        raise
     course.journal.peaks(course.parts.device)
 
 
-def _record(course: Course, model: Any, handle: Handle | None, trainer: Trainer) -> Result:
+def _record(course: Course, model: Any, handle: Handle | None, trainer: Trainer | None) -> Result:
     """Measure and save what was trained."""
     parts, journal, job = course.parts, course.journal, course.job
-    optimizer: Any = trainer.optimizer
-    journal.run["static_bytes"] = static_memory(model, optimizer).to_dict()
-    trained = measure_quality(model, handle, parts, journal, "evaluating the trained model")
-    journal.quality("after_training", trained, step=trainer.state.global_step)
+    if trainer is not None:
+        journal.between_steps(model, trainer.optimizer, handle)
+    last = course.spans[-1].total
+    trained = measure_quality(model, handle, parts, journal, "evaluating the trained model", step=last)
+    journal.quality("after_training", trained, step=last)
     saved = course.output / job.saved
     save(model, handle, saved, tokenizer=parts.tokenizer, **job.about(parts))
     total, trainable = models.num_parameters(model)
@@ -236,7 +255,7 @@ def _record(course: Course, model: Any, handle: Handle | None, trainer: Trainer)
         run=journal.run,
         data=parts.bundle.description,
         plan=parts.plan.rows() if parts.plan is not None else [],
-        sparsity=handle.report() if handle is not None else {},
+        sparsity=journal.sparsity(handle),
         notes=journal.notes,
         parameters=total,
         trainable_parameters=trainable,
@@ -252,26 +271,3 @@ def _sparsity(handle: Handle, parts: Parts, journal: Journal, about: dict[str, A
         journal.peaks(parts.device)
 
     return SparsityCallback(handle, at_end=False, report=journal.report, before_reset=keep_peaks, **about)
-
-
-def dense_start(known: KnownQuality, model: Any, parts: Parts, journal: Journal, name: str) -> Quality:
-    """The dense model's quality: as known, or measured."""
-    return (known() if callable(known) else known) or measure_quality(model, None, parts, journal, name)
-
-
-def measure_quality(
-    model: Any, handle: Handle | None, parts: Parts, journal: Journal | None = None, name: str = ""
-) -> Quality:
-    """The held-out quality; with a journal, its progress is told under `name`."""
-    if handle is not None:
-        handle.settle()  # past any warm-up: the quality is that of the sparse model; training sets its own step
-    assert parts.bundle.eval is not None
-    return evaluate(
-        model,
-        parts.bundle.eval,
-        parts.bundle.collate_fn,
-        task=parts.recipe.task,
-        batch_size=parts.recipe.batch_size,
-        max_tokens=held_out_tokens(parts.recipe),
-        progress=None if journal is None else lambda share: journal.phase(name, share),
-    )

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
 from sparsetrain.hf.train.callbacks import restart_schedule
+from sparsetrain.hf.train.checkpoint import plain_states
 from sparsetrain.hf.train.journal import Journal
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.runs.kept import KeptWeights
@@ -80,7 +82,7 @@ def enter_stage(
         arguments: of the Trainer.
     """
     output = Path(parts.recipe.output)
-    with disk_errors(output):
+    with disk_errors(output), plain_states(left):
         old_names = _optimizer_names(Trainer(model=model, args=arguments))
         moved = _restored(model, handle)
         grown, handle = enter(parts, journal, span.index, model, kept_weights(parts, journal))
@@ -112,11 +114,14 @@ def leave_entry(output: Path) -> None:
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Read a checkpoint's weights into its model.
+    """Read a checkpoint's weights into its model, or into the adapter on it.
 
     Raises:
         ValueError: it lacks a parameter.
     """
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(checkpoint), model.active_adapters[0], is_trainable=True)
+        return
     found: Weights = {}
     for path in sorted(checkpoint.glob("model*.safetensors")):
         found |= load_file(str(path))

@@ -72,6 +72,7 @@ def text_rows(asked: RowsAsked) -> DataBundle:
         asked.tokenizer,
         recipe.seq_len,
         text_column=recipe.text_column,
+        holdout=recipe.holdout,
         max_tokens=asked.step_tokens,
         max_eval_tokens=max(recipe.eval_tokens, recipe.seq_len),
         **asked.of_text,

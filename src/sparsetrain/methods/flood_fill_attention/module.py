@@ -8,7 +8,7 @@ Legend: b batch, h query heads, g key/value heads, t queries, s keys, d head wid
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsetrain.core.anatomy import AttentionSite
@@ -18,7 +18,7 @@ from sparsetrain.ops.attention_patterns.maps import MapSums
 from sparsetrain.ops.block_sparse_attention import block_sparse_attention
 from sparsetrain.ops.block_sparse_attention.phantom import add_phantom_zeros
 from sparsetrain.ops.block_sparse_attention.reference import masked_attention
-from sparsetrain.ops.segments import align_segments
+from sparsetrain.ops.segments import align_segments, has_gaps, places_in_segments
 from sparsetrain.surgery.attention import AttentionCall, SparseAttention
 
 STATE = ("mask", "mean_map", "filtered_map", "seen", "reference_map", "history", "switched")
@@ -56,6 +56,13 @@ class FloodFillSparseAttention(SparseAttention):
     def tensors(self) -> dict[str, Tensor]:
         found = {name: value for name in STATE if (value := getattr(self, name)) is not None}
         return found | (self.probe_rows if self.mask is None else {})
+
+    def take(self, owner: nn.Module, tensors: dict[str, Tensor]) -> None:
+        device = next(owner.parameters()).device
+        for name in STATE:
+            setattr(self, name, tensors[name].to(device) if name in tensors else None)
+        self.probe_rows = {name: value for name, value in tensors.items() if name.startswith(PROBE)}
+        self._lists.clear()
 
     def stats(self) -> dict[str, float]:
         if self.mask is None or self.seen is None or self.switched is None:
@@ -119,7 +126,12 @@ class FloodFillSparseAttention(SparseAttention):
         if self.mask is None or self.runs_dense:
             return call.dense()
         if call.q.shape[2] != call.k.shape[2]:
-            return self._decode(call)
+            return self._by_mask(call)
+        # a window counts padding inside a sequence, which has no place in a block
+        gaps = call.window is not None and call.segments is not None and has_gaps(call.segments)
+        return call.with_padding(self._by_mask(call) if gaps else self._by_block(call))
+
+    def _by_block(self, call: AttentionCall) -> Tensor:
         config, block, aligned = self.config, self.config.block_tokens, None
         if call.segments is not None and not _starts_at_blocks(call.segments, block):
             aligned = align_segments(call.segments, block)
@@ -152,15 +164,15 @@ class FloodFillSparseAttention(SparseAttention):
             self._lists[key] = block_lists(fit_pattern(self.mask, num_blocks, self.config.extend))
         return self._lists[key]
 
-    def _decode(self, call: AttentionCall) -> Tensor:
-        """A few queries at the end of cached keys: the same pattern, as an explicit mask of t * s pairs."""
+    def _by_mask(self, call: AttentionCall) -> Tensor:
+        """The same pattern as an explicit mask of t * s pairs, for a few queries at the end of cached keys."""
         assert self.mask is not None
         q, k, segments_bs = call.q, call.k, call.segments
         t, s = q.shape[2], k.shape[2]
         position = torch.arange(s, device=q.device)
         ids = torch.ones(1, s, dtype=torch.int32, device=q.device) if segments_bs is None else segments_bs
-        begins = F.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
-        block = (position - torch.where(begins, position, 0).cummax(1).values) // self.config.block_tokens
+        place = places_in_segments(ids)[0] if call.places is None else call.places
+        block = place.clamp(min=0) // self.config.block_tokens
         mask = fit_pattern(self.mask, int(block[ids > 0].max()) + 1, self.config.extend)
         distance = position[s - t :, None] - position
         visible = (ids[:, s - t :, None] == ids[:, None]) & (ids[:, s - t :, None] > 0)
@@ -176,10 +188,10 @@ class FloodFillSparseAttention(SparseAttention):
 
 
 def _starts_at_blocks(segments_bs: Tensor, block: int) -> bool:
-    """Does every sequence begin at a block boundary? Rows padded on the right do, and need not be moved."""
-    begins = F.pad(segments_bs[:, 1:] != segments_bs[:, :-1], (1, 0), value=True) & (segments_bs > 0)
-    begins[:, ::block] = False
-    return not bool(begins.any())
+    """Does every sequence begin at a block boundary, without padding inside? Rows padded on the right need no move."""
+    starts = places_in_segments(segments_bs)[1]
+    starts[:, ::block] = False
+    return not bool(starts.any()) and not has_gaps(segments_bs)
 
 
 def _sequence_blocks(

@@ -15,10 +15,11 @@ from sparsetrain.methods.pq_attention.config import SUBSPACE, PQAttention
 from sparsetrain.ops.block_sparse_attention import block_sparse_attention
 from sparsetrain.ops.key_selection import Visibility, select_blocks, select_keys
 from sparsetrain.ops.product_quantization import codebook_loss
-from sparsetrain.ops.segments import align_segments
+from sparsetrain.ops.segments import align_segments, has_gaps, places_in_segments
 from sparsetrain.ops.token_sparse_attention import token_sparse_attention
 from sparsetrain.surgery.attention import AttentionCall, SparseAttention
 from sparsetrain.surgery.auxiliary import attach_loss
+from sparsetrain.surgery.idle import attach_zeros, note
 
 
 class Codebook(nn.Module):
@@ -62,6 +63,11 @@ class PQSparseAttention(SparseAttention):
         codewords: Tensor = trained_copy(self.codebook).weight
         return {"codebook": codewords.detach(), "fitted": torch.tensor(self.fitted)}
 
+    @torch.no_grad()
+    def take(self, owner: nn.Module, tensors: dict[str, Tensor]) -> None:
+        trained_copy(self.codebook).weight.copy_(tensors["codebook"])
+        self.fitted = bool(tensors["fitted"])
+
     def stats(self) -> dict[str, float]:
         return {name: float(value) for name, value in self.last.items()}
 
@@ -73,15 +79,15 @@ class PQSparseAttention(SparseAttention):
     def forward(self, call: AttentionCall) -> Tensor:
         """[b, h, t, d]."""
         if self.runs_dense:
-            return call.dense()
+            return self._with_zeros(call.dense(), idle=True)
         num_keys = call.k.shape[2]
-        everything = self.config.kept_keys(num_keys) >= num_keys or num_keys < self.config.dense_below
+        longest = num_keys if call.places is None else int(call.places.max()) + 1  # with what a cache has dropped
+        everything = self._kept(longest) >= longest
         by_block = self.config.granularity == "block"
-        decoding = by_block and call.q.shape[2] != num_keys
-        if self.warming_up or decoding or (everything and self.config.logit_clamp is None):
+        if self.warming_up or (by_block and _needs_dense(call)) or (everything and self.config.logit_clamp is None):
             out = call.dense()
         else:
-            out = self._by_block(call) if by_block else self._by_token(call)
+            out = call.with_padding(self._by_block(call) if by_block else self._by_token(call))
         return self.with_auxiliary_loss(out, call)
 
     def _by_block(self, call: AttentionCall) -> Tensor:
@@ -125,7 +131,7 @@ class PQSparseAttention(SparseAttention):
             call.k,
             self.codebook(call.q),
             self._kept_keys(call)[:, call.k.shape[2] - call.q.shape[2] :],
-            Visibility(call.causal, call.segments, call.window),
+            Visibility(call.causal, call.segments, call.window, call.places),
             score=config.score,
             selection=config.selection,
             distance=config.distance,
@@ -134,25 +140,33 @@ class PQSparseAttention(SparseAttention):
         )
         return token_sparse_attention(call.q, call.k, call.v, keys, scale=call.scale, logit_clamp=config.logit_clamp)
 
+    def _kept(self, length: int) -> int:
+        """L of a sequence of `length` keys."""
+        return length if length < self.config.dense_below else self.config.kept_keys(length)
+
     def _kept_keys(self, call: AttentionCall) -> Tensor:
         """L of every token, [b, s], from the length of its own sequence."""
         (b, _, s, _), device, segments_bs = call.k.shape, call.k.device, call.segments
         if segments_bs is None:
-            return torch.full((b, s), self.config.kept_keys(s), device=device)
-        highest = int(segments_bs.max())
-        lengths = torch.zeros(b, highest + 1, dtype=torch.int64, device=device)
-        lengths.scatter_add_(1, segments_bs.long(), torch.ones_like(segments_bs, dtype=torch.int64))
-        kept = torch.tensor([self.config.kept_keys(n) for n in range(s + 1)], device=device)
-        return kept[lengths].gather(1, segments_bs.long())
+            return torch.full((b, s), self._kept(s), device=device)
+        place_bs = places_in_segments(segments_bs)[0] if call.places is None else call.places
+        length_bi = torch.zeros(b, int(segments_bs.max()) + 1, dtype=torch.int64, device=device)
+        length_bi.scatter_reduce_(1, segments_bs.long(), place_bs.long() + 1, "amax")
+        kept = torch.tensor([self._kept(n) for n in range(int(length_bi.max()) + 1)], device=device)
+        return kept[length_bi].gather(1, segments_bs.long())
 
     def with_auxiliary_loss(self, out: Tensor, call: AttentionCall) -> Tensor:
         """out, with the codebook's loss on the queries and keys of the call attached in training."""
         weight, q, k = self.config.codebook_weight, call.q, call.k
-        if not (self.training and self.learning and torch.is_grad_enabled() and weight and q.shape[2] > 1):
+        if not (self.training and torch.is_grad_enabled()):
             return out
+        learns = self.learning and weight > 0
+        if not learns or q.shape[2] == 1:
+            return self._with_zeros(out, idle=not learns)
         codewords = self.codebook(q)
-        if not (codewords.requires_grad and out.requires_grad):
+        if not codewords.requires_grad:
             return out
+        note([trained_copy(self.codebook).weight], idle=False)
         if self.config.detach_qk:
             q, k = q.detach(), k.detach()
         valid = None if call.segments is None else call.segments > 0
@@ -161,3 +175,14 @@ class PQSparseAttention(SparseAttention):
         loss = loss + codebook_loss(k, codewords, self.config.distance, valid)
         self.last["codebook_loss"] = loss.detach()
         return attach_loss(out, loss, weight * self.loss_scale)
+
+    def _with_zeros(self, out: Tensor, *, idle: bool) -> Tensor:
+        """out; in a run of several ranks, with gradients of zeros for a codebook that gets none from this call."""
+        return attach_zeros(out, [trained_copy(self.codebook).weight], idle=idle) if self.training else out
+
+
+def _needs_dense(call: AttentionCall) -> bool:
+    """Queries at the end of cached keys, or a window that counts padding inside a sequence, which has no block."""
+    if call.q.shape[2] != call.k.shape[2]:
+        return True
+    return call.window is not None and call.segments is not None and has_gaps(call.segments)

@@ -13,10 +13,12 @@ from torch.nn import functional as F
 
 from sparsetrain.core.anatomy import FFNSite, trained_copy
 from sparsetrain.methods.routed_ffn.config import RoutedFFN
+from sparsetrain.methods.routed_ffn.permute import reorder
 from sparsetrain.ops.routed_ffn import routed_ffn
 from sparsetrain.ops.routing import balance_loss, choose_blocks, load_stats
 from sparsetrain.surgery.auxiliary import attach_loss
-from sparsetrain.surgery.lora import linear_parts
+from sparsetrain.surgery.idle import attach_zeros
+from sparsetrain.surgery.lora import has_lora_bias, linear_parts, refused_adapter
 from sparsetrain.surgery.reclass import View, dense_forward, pass_through
 from sparsetrain.surgery.site import Site
 
@@ -50,6 +52,7 @@ class Routing(Site):
     """State and schedule of one routed FFN; lives in the owner as its child `routed`."""
 
     valid_bt: Tensor | None = None
+    order: Tensor | None
 
     def __init__(self, config: RoutedFFN, site: FFNSite, router: Router, order: Tensor | None) -> None:
         super().__init__()
@@ -72,6 +75,18 @@ class Routing(Site):
         if self.order is not None:
             found["order"] = self.order
         return found
+
+    @torch.no_grad()
+    def take(self, owner: nn.Module, tensors: dict[str, Tensor]) -> None:
+        if tensors.keys() != self.tensors().keys():
+            raise ValueError("it was saved by another kind of conversion")
+        if self.order is not None and not torch.equal(tensors["order"].to(self.order.device), self.order):
+            # the weights lie in the order of this conversion; the optimizer's state of a checkpoint, in that of its own
+            reorder(owner, self.site, torch.argsort(self.order))
+            self.order.copy_(tensors["order"])
+            reorder(owner, self.site, self.order)
+        for name, parameter in trained_copy(self.router).named_parameters():
+            parameter.copy_(tensors[f"router.{name}"])
 
     def stats(self) -> dict[str, float]:
         return {name: float(value) for name, value in self.last.items()}
@@ -117,6 +132,14 @@ class Routing(Site):
             y_td = y_td + skip_td
         return self._with_balance_loss(y_td, logits_tg, choice_tk, valid_t).view(x.shape)
 
+    def idle_parameters(self) -> list[nn.Parameter]:
+        """What gets no gradient in the present phase: all of it while the FFN is dense, in the warm-up what stands in
+        for dropped blocks, for none is dropped."""
+        if not (self.dense or self.warming_up):
+            return []
+        used = () if self.dense else ("weight", "bias")
+        return [p for name, p in trained_copy(self.router).named_parameters() if name not in used]
+
     def gates(self, logits_tg: Tensor) -> Tensor:
         """c [t, G]: 2σ(logit), as a value and gradient (`output`, `spt`) or as a gradient only (`ste`)."""
         c = 2 * torch.sigmoid(logits_tg)
@@ -138,6 +161,21 @@ class Routing(Site):
         valid = self.valid_bt
         return valid.reshape(-1) if valid is not None and valid.numel() == num_tokens else None
 
+    def check_adapters(self, owner: nn.Module) -> None:
+        """Raise ValueError if a linear carries an adapter that routing would compute wrongly, whatever runs now."""
+        if self.config.num_active == self.config.num_blocks and self.order is None:
+            return  # dense in the dense order: the linears are called as they are
+        for name in (self.site.up, self.site.gate, self.site.down):
+            if name is None:
+                continue
+            if reason := refused_adapter(owner.get_submodule(name)):
+                raise ValueError(f"routed_ffn: {self.site.name}.{name} {reason}")
+            if self.config.gated_by == "spt" and has_lora_bias(owner.get_submodule(name)):
+                raise ValueError(
+                    f"routed_ffn: {self.site.name}.{name} has LoRA with lora_bias=True, and with gate='spt' LoRA goes "
+                    "around the gate that biases go through. Set lora_bias=False, or use gate='output' or 'ste'."
+                )
+
     def _parts(self, owner: nn.Module, name: str) -> Any:
         return linear_parts(owner.get_submodule(name), self.site.transposed)
 
@@ -156,6 +194,12 @@ class Routed:
     routed: Routing
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        routed = self.routed
+        routed.check_adapters(self)  # type: ignore[arg-type]
+        out = self._in_phase(*args, **kwargs)
+        return attach_zeros(out, routed.idle_parameters()) if routed.training else out
+
+    def _in_phase(self, *args: Any, **kwargs: Any) -> Any:
         site, routed = self.routed.site, self.routed
         if routed.dense:
             return dense_forward(Routed, self, *args, **kwargs)
@@ -213,6 +257,8 @@ def valid_tokens(mask: Any) -> Tensor | None:
         return None
     if mask.ndim == 2:
         return mask > 0
+    if mask.ndim == 4 and mask.dtype == torch.int32:  # beside a sparse attention: of each key its sequence and place
+        return mask[:, :, 0, 1] >= 0
     if mask.ndim == 4 and mask.shape[2] == mask.shape[3]:
         diagonal = mask[:, 0].diagonal(dim1=1, dim2=2)
         return diagonal if diagonal.dtype == torch.bool else diagonal == 0

@@ -7,6 +7,7 @@ adapters and exports hold the dense order, and load into plain models.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,28 +33,34 @@ def hidden_dim(site: FFNSite, name: str) -> int | None:
     return None
 
 
-def permute_units(owner: nn.Module, site: FFNSite, order: Tensor) -> Undo:
+def permute_units(owner: nn.Module, site: FFNSite, order_of: Callable[[Any], Tensor]) -> Undo:
     """Move hidden unit `order[i]` to place i, in place; returns the exact inverse.
 
     Args:
         owner: the module that `site.name` names.
-        order: a permutation of the hidden units, int64 [f].
+        order_of: owner -> a permutation of the hidden units, int64 [f], whenever it is asked: `reorder` may change it.
     """
-    inverse = torch.argsort(order)
-    _reorder(owner, site, order)
-    out = owner.register_state_dict_post_hook(lambda m, d, prefix, meta: _translate(d, prefix, site, inverse))
-    into = owner.register_load_state_dict_pre_hook(lambda m, d, prefix, *_: _translate(d, prefix, site, order))
+    reorder(owner, site, order_of(owner))
+
+    def out(module: nn.Module, state: dict[str, Any], prefix: str, _meta: Any) -> None:
+        _translate(state, prefix, site, torch.argsort(order_of(module)))
+
+    def into(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        _translate(state, prefix, site, order_of(module))
+
+    hooks = owner.register_state_dict_post_hook(out), owner.register_load_state_dict_pre_hook(into)
 
     def undo() -> None:
-        out.remove()
-        into.remove()
-        _reorder(owner, site, inverse)
+        for hook in hooks:
+            hook.remove()
+        reorder(owner, site, torch.argsort(order_of(owner)))
 
     return undo
 
 
 @torch.no_grad()
-def _reorder(owner: nn.Module, site: FFNSite, order: Tensor) -> None:
+def reorder(owner: nn.Module, site: FFNSite, order: Tensor) -> None:
+    """Move hidden unit `order[i]` to place i, an adapter's factors with it."""
     for name, parameter in owner.named_parameters():
         dim = hidden_dim(site, name)
         if dim is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsetrain.core.anatomy import Anatomy, FFNSite, Undo, dense_weight, submodule
+from sparsetrain.core.anatomy import Anatomy, FFNSite, Undo, dense_weight, innermost, submodule
 from sparsetrain.core.cost import Cost, ffn_cost
 from sparsetrain.methods.routed_ffn.calibrate import convert_sites
 from sparsetrain.methods.routed_ffn.config import RoutedFFN
@@ -18,6 +18,7 @@ from sparsetrain.methods.routed_ffn.module import NotesPadding, Routed, Router, 
 from sparsetrain.methods.routed_ffn.permute import permute_units
 from sparsetrain.ops.routed_ffn import ACTIVATIONS
 from sparsetrain.surgery.edits import edits_at
+from sparsetrain.surgery.lora import refused_adapter
 from sparsetrain.surgery.method import Edit, Method, Progress, State, register_method
 from sparsetrain.surgery.reclass import declass, reclass
 from sparsetrain.surgery.site import Site
@@ -35,7 +36,7 @@ def edits(config: RoutedFFN, anatomy: Anatomy, model: nn.Module) -> list[Edit]:
         anatomy,
         anatomy.ffns,
         lambda m, t, _config, site: install(m, t, config, site, blocks[site.name]),
-        check=lambda site: _check(config, site),
+        check=lambda site: _check(config, site, model),
         cost=lambda site, _tokens: costs(config, site),
         claims=_claims,
         blank=(lambda site: blank(config, site)) if config.needs_calibration else None,
@@ -43,7 +44,7 @@ def edits(config: RoutedFFN, anatomy: Anatomy, model: nn.Module) -> list[Edit]:
     )
 
 
-def _check(config: RoutedFFN, site: FFNSite) -> None:
+def _check(config: RoutedFFN, site: FFNSite, model: nn.Module) -> None:
     if site.refused:
         raise ValueError(f"routed_ffn cannot take {site.name}: {site.refused}. Leave it out with `targets`.")
     if not site.bypass:
@@ -56,6 +57,10 @@ def _check(config: RoutedFFN, site: FFNSite) -> None:
             f"routed_ffn cannot take {site.name}: activation {site.activation!r} is not one of {sorted(ACTIVATIONS)}."
         )
     config.split(site.ffn_size)
+    for name in _claims(site):
+        linear = submodule(model, name)
+        if innermost(linear) is not linear and (reason := refused_adapter(linear)):
+            raise ValueError(f"routed_ffn cannot take {site.name}: {name} {reason}")
 
 
 def _claims(site: FFNSite) -> list[str]:
@@ -123,7 +128,7 @@ def install(
     vars(block)["attention_mask_place"] = arguments.index("attention_mask") if "attention_mask" in arguments else None
     reclass(owner, Routed)
     owner.routed = routing
-    undo_order = permute_units(owner, site, order) if order is not None else None
+    undo_order = permute_units(owner, site, lambda m: m.routed.order) if order is not None else None
 
     def undo() -> None:
         if undo_order is not None:

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsetrain.methods.semi_structured.config import SemiStructured
 from sparsetrain.ops.nm_mask import flip_rate, nm_mask, transposable_mask
@@ -20,12 +21,22 @@ from sparsetrain.ops.sparse24_linear import Packed, pack, sparse24_linear
 from sparsetrain.surgery.reclass import declass, dense_forward, reclass
 
 BUFFERS = ("mask", "beta", "flip_rate")
-_ATTRIBUTES = ("config24", "transposed", "dense", "kernel", "packed", "generator")
+_ATTRIBUTES = ("config24", "transposed", "dense", "kernel", "packed", "generator", "awaited", "seen", "called")
+
+_SAMPLE = 4096
+"""Entries of a weight by which a merged adapter is noticed: its update is dense, so it changes them all."""
 
 
 class Sparse24:
     """The 2:4 part of a linear. Buffers, none of them in the state dict: mask (bool, laid out as the weight), β and
-    flip rate (fp32 scalars)."""
+    flip rate (fp32 scalars).
+
+    Attributes:
+        awaited: on the meta device, what mask and β are made from when the weight comes (`begin`); else None.
+        seen: the weight's id and version when it was packed, and a sample of its entries. An optimizer and `copy_`
+            raise the version; an adapter that is merged through `.data` changes entries alone.
+        called: whether the forward has run since `Schedule24` asked.
+    """
 
     weight: nn.Parameter
     bias: Tensor | None
@@ -38,8 +49,17 @@ class Sparse24:
     kernel: str
     packed: Packed | None
     generator: torch.Generator | None
+    awaited: dict[str, Tensor] | None
+    seen: tuple[int, int, Tensor] | None
+    called: bool
 
     def forward(self, x: Tensor) -> Tensor:
+        vars(self)["called"] = True
+        if self.awaited is not None and not self.weight.is_meta:
+            raise ValueError(
+                f"semi_structured: a weight {tuple(self.weight.shape)} left the meta device without load_state_dict, "
+                "so it has no mask. Fill the weights, then call handle.settle()."
+            )
         if self.packed is None:
             return dense_forward(Sparse24, self, x)
         wgrad = self.config24.wgrad
@@ -49,6 +69,25 @@ class Sparse24:
     def groups_dim(self) -> int:
         """The dimension of the weight that runs along the inputs."""
         return 0 if self.transposed else 1
+
+    def begin(self, tensors: dict[str, Tensor]) -> None:
+        """Make the buffers: mask and β come from `tensors`, or from the weight as it is; on the meta device, later."""
+        weight = self.weight.detach()
+        module: Any = self
+        module.register_buffer("mask", torch.zeros_like(weight, dtype=torch.bool), persistent=False)
+        for name in ("beta", "flip_rate"):
+            module.register_buffer(name, torch.zeros((), device=weight.device), persistent=False)
+        self.beta.fill_(1.0)
+        self.awaited = tensors if weight.is_meta else None
+        if weight.is_meta:
+            return
+        if tensors:
+            for name in BUFFERS:
+                getattr(self, name).copy_(tensors[name])
+            return
+        if self.config24.mask_mode == "soft":
+            self.beta.copy_(soft_scale24(weight, soft_threshold24(weight, self.groups_dim)))
+        self.refresh(first=True)
 
     def find_mask(self) -> Tensor:
         """The mask that the present weights would have."""
@@ -78,6 +117,8 @@ class Sparse24:
 
     def repack(self) -> None:
         """Make W̃ of the present weights; in the dense phase there is none."""
+        if self.awaited is not None and not self.weight.is_meta:
+            self.begin(self.awaited)
         if self.dense:
             self.packed = None
             return
@@ -86,6 +127,32 @@ class Sparse24:
             pruned = pruned.to(torch.bfloat16)  # sparse tensor cores take no fp32; the master weight stays fp32
         transposable = self.config24.transposable
         self.packed = pack(pruned, transposed=self.transposed, transposable=transposable, backend=self.kernel)
+        has_values = not self.weight.is_meta and not isinstance(self.weight, FakeTensor)
+        self.seen = (id(self.weight), self.weight._version, self._sample()) if has_values else None
+
+    def _sample(self) -> Tensor:
+        entries = self.weight.detach().reshape(-1)
+        return entries[:: max(1, entries.numel() // _SAMPLE)].clone()
+
+    def check_unchanged(self, *, repacks: bool) -> None:
+        """Raise ValueError if the weight is another than it was packed from.
+
+        Args:
+            repacks: it is about to be packed anew, so only a change that nothing owns up to is an error: one through
+                `.data`. In training too, where an optimizer may have gone on without `handle.step`.
+        """
+        # of a weight that is trained nothing is known: a fused optimizer moves it without counting that as a change
+        if self.seen is None or self.weight.is_meta or self.weight.requires_grad:
+            return
+        owned_up = self.seen[:2] != (id(self.weight), self.weight._version)
+        if owned_up and (repacks or self.training):  # type: ignore[attr-defined]
+            return
+        if not torch.allclose(self._sample(), self.seen[2], rtol=0, atol=0, equal_nan=True):
+            raise ValueError(
+                f"semi_structured: a weight {tuple(self.weight.shape)} was changed after it was packed as 2:4. An "
+                "adapter merged into it (merge_adapter, merge_and_unload) is dense, so outputs would differ: unmerge, "
+                "and use the adapter folder as it is. If the change is meant, call handle.settle()."
+            )
 
     def reseed(self, seed: int) -> None:
         """Start the stream of MVUE draws that this step's backward passes take from."""
@@ -113,20 +180,28 @@ class Sparse24:
 
     def train(self, mode: bool = True) -> Self:
         if self.training and not mode:  # type: ignore[has-type]
+            if self.packed is not None:
+                self.check_unchanged(repacks=True)
             self.repack()  # the optimizer has moved the weights since the step's packing
         return super().train(mode)  # type: ignore[misc]
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        kept = {name: getattr(self, name) for name in ("beta", "flip_rate")}
+        if self.packed is not None:
+            self.check_unchanged(repacks=True)
+        kept = {} if self.awaited is not None else {name: getattr(self, name) for name in ("beta", "flip_rate")}
         super()._apply(fn, recurse)  # type: ignore[misc]
+        if self.awaited is not None:
+            return self  # to_empty: the weight holds nothing yet
         for name, value in kept.items():  # half precision would round β, which stays frozen
             setattr(self, name, value.to(self.weight.device))
+        self.seen = None
         if self.weight.device.type != "meta":
             self.repack()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+        self.seen = None
         self.repack()
 
 
@@ -134,22 +209,10 @@ def make_sparse(linear: nn.Module, config: SemiStructured, transposed: bool, ten
     """Turn a linear into a 2:4 one in place; mask and β come from `tensors`, or from the weights as they are."""
     reclass(linear, Sparse24)
     made: Any = linear
-    weight = made.weight.detach()
-    vars(made).update(zip(_ATTRIBUTES, (config, transposed, False, "emulate", None, None)))
-    made.register_buffer("mask", torch.zeros_like(weight, dtype=torch.bool), persistent=False)
-    for name in ("beta", "flip_rate"):
-        made.register_buffer(name, torch.zeros((), device=weight.device), persistent=False)
+    kernel = config.backend if config.backend not in ("auto", "emulate") else "emulate"
+    vars(made).update(zip(_ATTRIBUTES, (config, transposed, False, kernel, None, None, None, None, False), strict=True))
     try:
-        if config.backend not in ("auto", "emulate"):
-            made.kernel = config.backend
-        made.beta.fill_(1.0)
-        if tensors:
-            for name in BUFFERS:
-                getattr(made, name).copy_(tensors[name])
-        else:
-            if config.mask_mode == "soft":
-                made.beta.copy_(soft_scale24(weight, soft_threshold24(weight, made.groups_dim)))
-            made.refresh(first=True)
+        made.begin(tensors)
     except BaseException:
         make_dense(made)
         raise
@@ -159,7 +222,8 @@ def make_sparse(linear: nn.Module, config: SemiStructured, transposed: bool, ten
 def make_dense(linear: Any) -> None:
     """Undo `make_sparse`."""
     for name in BUFFERS:
-        delattr(linear, name)
+        linear._buffers.pop(name, None)
+        linear._non_persistent_buffers_set.discard(name)
     for name in _ATTRIBUTES:
         del vars(linear)[name]
     declass(linear)

@@ -6,13 +6,14 @@ from functools import cache
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsetrain.core import ranks
 from sparsetrain.methods.semi_structured.config import SemiStructured
 from sparsetrain.methods.semi_structured.flips import check_ranks_agree
 from sparsetrain.methods.semi_structured.module import BUFFERS
 from sparsetrain.ops.sparse24_linear.gain import Gain, measure_gain
+from sparsetrain.surgery.lora import adapter_kind
 from sparsetrain.surgery.site import Site
 
 measured_gain = cache(measure_gain)
@@ -35,6 +36,9 @@ class Schedule24(Site):
         self.config, self.layer = config, layer
         # plain attributes: the linears are children of the owner, and must not be ours too
         vars(self)["linears"] = linears
+        self._seen: list[tuple[int, bool]] | None = None
+        self._next: list[tuple[int, bool]] | None = None
+        self._looking = False
         progress = tensors.get("progress", torch.tensor([0, config.tail_in_force == 1]))
         self.last_refresh, self.dense = int(progress[0]), bool(progress[1])
         history = tensors.get("history", torch.zeros(1, 1 + len(linears)))
@@ -74,6 +78,8 @@ class Schedule24(Site):
 
     def run_dense(self, dense: bool) -> None:
         super().run_dense(dense)
+        for linear in () if dense or self.dense else self.linears.values():
+            linear.check_unchanged(repacks=True)  # merged into while it ran dense
         self._enter_phase()
 
     def train(self, mode: bool = True) -> Self:
@@ -81,6 +87,41 @@ class Schedule24(Site):
         if self.deploys_dense:  # evaluation runs the dense weights
             self._enter_phase()
         return self
+
+    def before_forward(self, owner: nn.Module) -> None:
+        """Look at what stands on the linears now (PEFT may have wrapped, merged or unwrapped them meanwhile).
+
+        Raises:
+            ValueError: an adapter is merged into a 2:4 weight, or changes it from outside.
+        """
+        found = {name: owner.get_submodule(name) for name in self.linears}
+        standing = [(id(module), bool(getattr(module, "merged", False))) for module in found.values()]
+        if standing == self._seen or torch.compiler.is_compiling():
+            return
+        for name, module in found.items():
+            linear = self.linears[name]
+            if linear.packed is None:
+                continue
+            if getattr(module, "merged", False) or adapter_kind(module) == "lora.ParamWrapper":
+                raise ValueError(
+                    f"semi_structured: {adapter_kind(module)} on {name} changes a weight that runs 2:4 by a dense "
+                    "update, so outputs would differ. Unmerge it, and use LoRA on modules, not on parameters."
+                )
+            linear.check_unchanged(repacks=False)
+            vars(linear)["called"] = False
+        self._looking, self._next = True, standing
+
+    def after_forward(self) -> None:
+        """Raise ValueError if what stands on a linear computed with its dense weight, past the 2:4 one."""
+        if not self._looking or torch.compiler.is_compiling():
+            return
+        for name, linear in self.linears.items():
+            if linear.packed is not None and not linear.called:
+                raise ValueError(
+                    f"semi_structured: what stands on {name} (an adapter that reads the weight itself, or a copy in "
+                    "modules_to_save) does not call the linear, so it would run dense. Use LoRA on it, or leave it out."
+                )
+        self._looking, self._seen = False, self._next
 
     def adjust_gradients(self) -> None:
         """Masked decay; off in the dense tail."""
@@ -94,6 +135,15 @@ class Schedule24(Site):
         found["progress"] = torch.tensor([self.last_refresh, int(self.dense)])
         found["history"] = torch.tensor(self.history, dtype=torch.float64).view(-1, 1 + len(self.linears))
         return found
+
+    @torch.no_grad()
+    def take(self, owner: nn.Module, tensors: dict[str, Tensor]) -> None:
+        for name, linear in self.linears.items():
+            for key in BUFFERS:
+                getattr(linear, key).copy_(tensors[f"{name}.{key}"])
+        self.last_refresh, self.dense = int(tensors["progress"][0]), bool(tensors["progress"][1])
+        self.history = tensors["history"].double().tolist()
+        self._enter_phase()
 
     def stats(self) -> dict[str, float]:
         flips = sum(float(linear.flip_rate) for linear in self.linears.values()) / len(self.linears)

@@ -84,8 +84,11 @@ def install(
     """Turn the linears 2:4 and give the owner their schedule."""
     owner: Any = submodule(model, site.name)
     done: dict[str, Any] = {}
+    hooks = [owner.register_forward_pre_hook(_before), owner.register_forward_hook(_after)]
 
     def undo() -> None:
+        for hook in hooks:
+            hook.remove()
         if "semi_structured" in owner._modules:
             del owner.semi_structured
         while done:
@@ -100,6 +103,14 @@ def install(
         undo()
         raise
     return undo, owner.semi_structured
+
+
+def _before(owner: Any, _args: Any) -> None:
+    owner.semi_structured.before_forward(owner)
+
+
+def _after(owner: Any, _args: Any, _out: Any) -> None:
+    owner.semi_structured.after_forward()
 
 
 def _note(config: SemiStructured, model: nn.Module, site: FFNSite, left: list[str]) -> str:

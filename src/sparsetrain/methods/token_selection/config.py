@@ -21,7 +21,7 @@ class TokenSelection(MethodConfig, method="token_selection"):
     Args:
         keep_ratio: |S| = round(keep_ratio·n), between 1 and n, tokens that are always kept included. 0.3 when neither
             this nor `num_tokens` is given. 1 is dense training.
-        num_tokens: |S| as a number.
+        num_tokens: |S| as a number; all tokens of a shorter sample.
         pool: where tokens are drawn from: `all` (published); `targets`, positions that predict a token with a loss,
             before others; `scored`, the scores that come with the batch as `token_scores`.
         policy: how they are drawn: `random` (published), uniform without replacement; `prefix`, the first ones; `loss`
@@ -31,7 +31,7 @@ class TokenSelection(MethodConfig, method="token_selection"):
         extra: the always-kept tokens come on top of |S| = floor(keep_ratio·(n - 2)) or num_tokens (published).
         ensure_target: if no selected token has a target, one that has takes the place of one that has not.
         unbiased: weigh the loss of each selected target by 1 / its probability of selection (policy `random`).
-        seed: with the step and the sample's token ids, the whole state of the draw.
+        seed: with the step and the sample's own token ids, the whole state of the draw.
     """
 
     about: ClassVar[str] = (
@@ -54,8 +54,6 @@ class TokenSelection(MethodConfig, method="token_selection"):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        value = (self.always_keep,) if isinstance(self.always_keep, str) else tuple(self.always_keep)
-        object.__setattr__(self, "always_keep", value)
         if self.keep_ratio is None and self.num_tokens is None:
             object.__setattr__(self, "keep_ratio", 0.3)
         super().__post_init__()
@@ -83,13 +81,7 @@ class TokenSelection(MethodConfig, method="token_selection"):
         return self.pool == "scored" or self.policy in ("loss", "gradient_norm")
 
     def count(self, num_tokens: int) -> int:
-        """|S| of a sample of that many tokens.
-
-        Raises:
-            ValueError: the sample is shorter than `num_tokens`.
-        """
-        if reason := self.too_short(num_tokens):
-            raise ValueError(f"token_selection: {reason}.")
+        """|S| of a sample of that many tokens."""
         if self.num_tokens is not None:
             wanted = self.num_tokens + (2 if self.extra else 0)
         elif self.extra:
@@ -98,22 +90,9 @@ class TokenSelection(MethodConfig, method="token_selection"):
             wanted = round(self.keep_ratio * num_tokens)  # type: ignore[operator]
         return min(max(wanted, 1), num_tokens)
 
-    def too_short(self, num_tokens: int) -> str | None:
-        """Why a sample of that many tokens is too short, or None."""
-        if self.num_tokens is None or self.num_tokens <= num_tokens:
-            return None
-        return (
-            f"num_tokens={self.num_tokens} of a sample with {num_tokens} tokens. Use keep_ratio, lower num_tokens, or "
-            "drop or pack short samples"
-        )
-
     def ratio(self, num_tokens: int) -> float:
         """ρ = |S| / n."""
-        return (
-            min(1.0, self.count(num_tokens) / num_tokens)
-            if self.num_tokens is None
-            else min(1.0, self.num_tokens / num_tokens)
-        )
+        return self.count(num_tokens) / num_tokens
 
     def check(self) -> None:
         super().check()

@@ -1,25 +1,29 @@
 """The loss of selected targets: which labels are left, the head on selected rows, and outputs of a loss head that sums.
 
-A trainer counts the targets of an accumulated step before anything is selected, so that count is scaled by the share
-that is selected; a loss that is only divided later (TRL's) is scaled the other way.
+A trainer divides by the targets that it counted before anything was selected; `step.StepMean` makes that those that
+are selected.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsetrain.methods.token_selection.policies import IGNORED
+from sparsetrain.methods.token_selection.logits import LogitsOnDemand
+from sparsetrain.methods.token_selection.policies import IGNORED, SHIFTED, predicted
 from sparsetrain.methods.token_selection.selector import Head, Selector
 from sparsetrain.ops.selected_loss import selected_loss
 from sparsetrain.ops.selected_rows import Rows, take_rows
 from sparsetrain.surgery.reclass import dense_forward
 
 _SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-_PER_TOKEN = ("log_probs", "entropy", "is_top1")
+_PER_TOKEN = ("entropy", "is_top1")
+Finish = Callable[..., Tensor]
+"""Makes a micro-batch's loss its share of the step's mean."""
 
 
 class HeadOnRows:
@@ -44,15 +48,41 @@ def takes_rows(model: Any) -> bool:
     return head_of(model) is not None and all(getattr(config, name, None) is None for name in _SCALES)
 
 
-def selected_labels(labels: Tensor, rows: Rows, causal: bool) -> tuple[Tensor, Tensor, float]:
-    """(labels without those that no selected position predicts, which were targets [b, t], share that is left)."""
-    predicts = rows.selected_bt.to(labels.device)
-    had = labels != IGNORED
-    if causal:  # position p predicts label p + 1; nothing predicts the first
-        predicts = F.pad(predicts[:, :-1], (1, 0), value=False)
-        had = had & (torch.arange(labels.shape[1], device=labels.device) > 0)
-    left = had & predicts
-    return torch.where(left, labels, IGNORED), had, float(left.sum()) / max(1.0, float(had.sum()))
+def has_usual_loss(model: Any, own: Any) -> bool:
+    """Is the model's loss function the cross-entropy of causal models, and nobody's own?"""
+    return "_loss_function" not in vars(model) and getattr(own, "__name__", "") == "ForCausalLMLoss"
+
+
+class Targets(NamedTuple):
+    """The targets of a batch, bool [b, t] by the position that predicts them, and those that are selected."""
+
+    had_bt: Tensor
+    left_bt: Tensor
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """(selected, all)."""
+        return int(self.left_bt.sum()), int(self.had_bt.sum())
+
+
+def targets_of(given: dict[str, Any], rows: Rows, causal: bool) -> Targets | None:
+    """Which targets a forward with these arguments has; None without a label a token."""
+    target_bt = predicted(given, causal)
+    if target_bt is None or target_bt.shape != (len(rows.counts), rows.num_tokens):
+        return None
+    had_bt = target_bt != IGNORED
+    return Targets(had_bt, had_bt & rows.selected_bt.to(had_bt.device))
+
+
+def only_selected(given: dict[str, Any], targets: Targets, causal: bool) -> dict[str, Any]:
+    """The arguments with the labels of selected targets alone."""
+    changed: dict[str, Any] = {}
+    if given.get(SHIFTED) is not None:
+        changed[SHIFTED] = given[SHIFTED].where(targets.left_bt, IGNORED)
+    if given.get("labels") is not None:
+        left_bt = F.pad(targets.left_bt[:, :-1], (1, 0), value=False) if causal else targets.left_bt
+        changed["labels"] = given["labels"].where(left_bt, IGNORED)
+    return given | changed
 
 
 def only_used(target_bk: Tensor, rows: Rows) -> Tensor:
@@ -60,15 +90,11 @@ def only_used(target_bk: Tensor, rows: Rows) -> Tensor:
     return target_bk if used is None else torch.where(used, target_bk, IGNORED)
 
 
-def shifted(labels: Tensor, causal: bool) -> Tensor:
-    """What each position predicts."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if causal else labels
-
-
-def rows_head(linear: nn.Linear, rows: Rows, causal: bool) -> Head:
+def rows_head(linear: nn.Linear, rows: Rows, causal: bool, logits: LogitsOnDemand) -> Head:
     """The head on selected rows; a causal model's hands them on to the loss function, which is ours."""
 
     def head(hidden_btd: Tensor) -> Tensor:
+        logits.hidden_btd = hidden_btd
         hidden_bkd = take_rows(hidden_btd, rows.to(hidden_btd.device))
         return hidden_bkd if causal else F.linear(hidden_bkd, linear.weight, linear.bias)
 
@@ -82,44 +108,67 @@ class RowsLoss:
         ran: it has been called; a trainer may compute its loss elsewhere.
     """
 
-    def __init__(self, linear: nn.Linear, rows: Rows) -> None:
-        self.linear, self.rows, self.ran = linear, rows, False
+    weighs = True
+
+    def __init__(self, linear: nn.Linear, rows: Rows, finish: Finish) -> None:
+        self.linear, self.rows, self.finish, self.ran = linear, rows, finish, False
 
     def __call__(
-        self, logits: Tensor, labels: Tensor, vocab_size: int | None = None, num_items_in_batch: Any = None, **_: Any
+        self, logits: Tensor, labels: Tensor, vocab_size: int | None = None, num_items_in_batch: Any = None, **more: Any
     ) -> Tensor:
         self.ran = True
         rows = self.rows.to(logits.device)
-        target_bk = only_used(rows.gather(shifted(labels, causal=True)), rows)
-        weight = None if rows.weight_bk is None else _normal(rows.weight_bk, target_bk).flatten()
-        return selected_loss(
+        target_bt = predicted({"labels": labels, SHIFTED: more.get(SHIFTED)}, causal=True)
+        assert target_bt is not None
+        target_bk = only_used(rows.gather(target_bt), rows)
+        weight, normaliser = None, num_items_in_batch
+        if rows.weight_bk is not None:  # the mean is then a weighted one
+            weight = (rows.weight_bk * (target_bk != IGNORED)).flatten()
+            normaliser = weight.sum().clamp(min=1e-6) if normaliser is None else normaliser
+        loss = selected_loss(
             logits.flatten(0, 1),
             self.linear.weight,
             target_bk.flatten(),
             bias_v=self.linear.bias,
             row_weight_n=weight,
-            normaliser=num_items_in_batch,
+            normaliser=normaliser,
         )
+        return self.finish(loss, weight=weight)
 
 
-def _normal(weight_bk: Tensor, target_bk: Tensor) -> Tensor:
-    """Importance weights that sum to the number of selected targets."""
-    counted = weight_bk * (target_bk != IGNORED)
-    return counted * ((target_bk != IGNORED).sum() / counted.sum().clamp(min=1e-6))
+class OwnLoss:
+    """A model's own loss function, on labels of selected targets alone; zero where there are none."""
+
+    weighs = False
+
+    def __init__(self, own: Callable[..., Tensor], empty: bool, finish: Finish) -> None:
+        self.own, self.empty, self.finish, self.ran = own, empty, finish, False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.ran = True
+        logits = args[0] if args else kwargs["logits"]
+        return self.finish(logits.float().sum() * 0.0 if self.empty else self.own(*args, **kwargs))
 
 
-def as_if_all(out: Any, had_bt: Tensor, share: float) -> Any:
+def as_if_all(out: Any, targets: Targets, finish: Finish | None) -> Any:
     """The output of a loss head that gives each token's log-probability and a mask (TRL's), for a caller who sums.
 
     He divides by the number of all targets, his own or the mask's. So the mask is that of all of them, and every
     selected token counts for 1 / share: the quotient is the mean over selected targets.
+
+    Args:
+        finish: for log-probabilities that are summed over a whole step; None: over this micro-batch.
     """
-    mask = getattr(out, "label_mask", None)
-    if mask is None or getattr(out, "log_probs", None) is None:
-        return out
+    mask = out.label_mask
+    had_bt = targets.had_bt[:, : mask.shape[1]].to(mask.device)
+    selected, all_of_them = targets.counts
     for name in _PER_TOKEN:
         value = getattr(out, name, None)
-        if value is not None and share > 0:
-            setattr(out, name, value / share)
-    out.label_mask = had_bt[:, -mask.shape[1] :].to(mask.device)
+        if value is not None and selected:
+            setattr(out, name, value * (all_of_them / selected))
+    if finish is not None:
+        out.log_probs = finish(out.log_probs, spread=had_bt)
+    elif selected:
+        out.log_probs = out.log_probs * (all_of_them / selected)
+    out.label_mask = had_bt
     return out

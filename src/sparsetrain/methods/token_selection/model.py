@@ -1,8 +1,7 @@
 """Token selection as the model's own forward: it sees the labels, so whoever calls the model trains on selected tokens.
 
-In training, with gradients enabled, the forward draws the selection, sets the labels of other tokens aside, scales the
-number of targets that a trainer has counted, and runs the dense forward, whose blocks and head ask the selector for the
-rows. Otherwise it is the dense forward.
+In training, with gradients enabled, the forward draws the selection, sets the labels of other tokens aside and runs the
+dense forward, whose blocks, head and loss ask the selector. Otherwise it is the dense forward.
 """
 
 from __future__ import annotations
@@ -16,18 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import Anatomy, Undo, submodule
+from sparsetrain.methods.token_selection.logits import LogitsOnDemand, cut_rows
 from sparsetrain.methods.token_selection.loss import (
+    Finish,
     HeadOnRows,
+    OwnLoss,
     RowsLoss,
+    Targets,
     as_if_all,
+    has_usual_loss,
     head_of,
+    only_selected,
     only_used,
     rows_head,
-    selected_labels,
     takes_rows,
+    targets_of,
 )
 from sparsetrain.methods.token_selection.scores import token_scores
 from sparsetrain.methods.token_selection.selector import Head, Selector
+from sparsetrain.methods.token_selection.step import leaves_of
 from sparsetrain.surgery.outermost import declass_model, reclass_model
 from sparsetrain.surgery.reclass import declass, reclass
 
@@ -35,13 +41,13 @@ _INPUTS = ("input_ids", "pixel_values")
 
 
 class Chosen(NamedTuple):
-    """What a training forward runs on: its arguments, what the head and the loss are, which labels were targets."""
+    """What a training forward runs on: its arguments and targets, and what stands for its head, loss and logits."""
 
     given: dict[str, Any]
+    targets: Targets | None = None
     head: Head | None = None
-    loss: RowsLoss | None = None
-    had_bt: Tensor | None = None
-    share: float = 1.0
+    loss: RowsLoss | OwnLoss | None = None
+    logits: LogitsOnDemand | None = None
 
 
 class SelectsInTraining:
@@ -62,14 +68,18 @@ class SelectsInTraining:
         chosen: Chosen = draw(self, dict(zip(names, args, strict=False)) | kwargs, token_scores)
         with selector.selecting(chosen.head, chosen.loss):
             out = forward(**chosen.given)
-        weighed = chosen.loss is not None and chosen.loss.ran
-        if not weighed and selector.rows is not None and selector.rows.weight_bk is not None:
+        loss = chosen.loss
+        if (
+            not (loss is not None and loss.ran and loss.weighs)
+            and selector.rows is not None
+            and selector.rows.weight_bk is not None
+        ):
             raise ValueError(
                 "token_selection: unbiased=True weighs the loss of each selected target, and the loss of "
                 f"{type(self).__name__} with this trainer is not computed where it can be weighed. Use "
                 "unbiased=False, or train a causal language model with transformers' Trainer."
             )
-        return out if chosen.had_bt is None else as_if_all(out, chosen.had_bt, chosen.share)
+        return handed_on(self, out, chosen)
 
     @property
     def loss_function(self) -> Any:
@@ -90,25 +100,116 @@ class SelectsInTraining:
 @torch.compiler.disable()  # what it does is on the CPU, with bytes and generators
 def choose(model: Any, given: dict[str, Any], scores: Tensor | None) -> Chosen:
     """Draw the selection of a forward with these arguments, and make them those of selected tokens."""
-    selector, labels = model.selector, given.get("labels")
-    policy = selector.config.policy
+    selector: Selector = model.selector
+    causal, policy = selector.causal, selector.config.policy
     if scores is None and policy in ("loss", "gradient_norm"):
         scores = token_scores(model, given, policy)
-    rows = selector.choose(given | {"token_scores": scores})
-    if rows is None or labels is None or labels.shape != (len(rows.counts), rows.num_tokens):
+    rows = selector.choose(given | {"token_scores": scores}, _pad_token(model))
+    if rows is not None and not rows.everything:
+        _refuse_trained_cache(given)
+    targets = None if rows is None else targets_of(given, rows, causal)
+    if rows is None or targets is None:
+        _refuse_loss_elsewhere(selector, given)
         return Chosen(given)
-    kept, had_bt, share = selected_labels(labels, rows, selector.causal)
-    given = given | {"labels": kept}
-    if given.get("num_items_in_batch") is not None:
-        given["num_items_in_batch"] = given["num_items_in_batch"] * share
+    given = only_selected(given, targets, causal)
+    finish = _finish(model, given, targets, whole_step=given.get("num_items_in_batch") is not None)
     linear = head_of(model)
-    if linear is None or not takes_rows(model):
-        return Chosen(given, None, None, had_bt, share)
-    if selector.causal:
-        return Chosen(given, rows_head(linear, rows, causal=True), RowsLoss(linear, rows), had_bt, share)
-    # the losses of masked language models are written into their forwards: they are given fewer rows of both
-    given["labels"] = only_used(rows.to(labels.device).gather(kept), rows)
-    return Chosen(given, rows_head(linear, rows, causal=False), None, had_bt, share)
+    own: Any = getattr(super(SelectsInTraining, model), "loss_function", None)
+    if linear is None or not takes_rows(model) or (causal and not has_usual_loss(model, own)):
+        return Chosen(given, targets, None, OwnLoss(own, not targets.counts[0], finish))
+    logits = LogitsOnDemand(linear, rows)
+    head = rows_head(linear, rows, causal, logits)
+    if causal:
+        return Chosen(given, targets, head, RowsLoss(linear, rows, finish), logits)
+    # the losses of masked language models may be written into their forwards: they are given fewer rows of both
+    given["labels"] = only_used(rows.to(given["labels"].device).gather(given["labels"]), rows)
+    return Chosen(given, targets, head, OwnLoss(own, not targets.counts[0], finish), logits)
+
+
+def handed_on(model: Any, out: Any, chosen: Chosen) -> Any:
+    """A training forward's output as its caller expects it: his loss, and logits of all rows."""
+    targets, rows = chosen.targets, model.selector.rows
+    if targets is None:
+        logits = _entry(out, "logits", 0)
+        one_a_token = isinstance(logits, Tensor) and logits.ndim == 3
+        if rows is None or not one_a_token or logits.shape[:2] != (len(rows.counts), rows.num_tokens):
+            return out
+        return _with_entry(out, "logits", 0, cut_rows(logits, rows))
+    whole_step = chosen.given.get("num_items_in_batch") is not None
+    if getattr(out, "label_mask", None) is not None and getattr(out, "log_probs", None) is not None:
+        # a trainer that knows its model to mean over a micro-batch means over micro-batches
+        summed = whole_step or getattr(model, "accepts_loss_kwargs", True)
+        return as_if_all(out, targets, _finish(model, chosen.given, targets, whole_step=True) if summed else None)
+    loss = _entry(out, "loss", 0)
+    if chosen.loss is not None and not chosen.loss.ran and isinstance(loss, Tensor):
+        selected = targets.counts[0]
+        if not selected:
+            loss = _entry(out, "logits", 1).float().sum() * 0.0
+        elif whole_step:
+            loss = loss * (selected / chosen.given["num_items_in_batch"])
+        out = _with_entry(out, "loss", 0, _finish(model, chosen.given, targets, whole_step)(loss))
+    if chosen.logits is not None and chosen.logits.hidden_btd is not None:
+        out = _with_entry(out, "logits", 1, chosen.logits)
+    return out
+
+
+@torch.compiler.disable()
+def _finish(model: Any, given: dict[str, Any], targets: Targets, whole_step: bool) -> Finish:
+    """Makes the loss of selected targets over all targets of the step that over the selected ones."""
+    mean, (selected, all_of_them) = model.selector.mean, targets.counts
+    outside = leaves_of(given.get("inputs_embeds")) if whole_step else []
+    if whole_step:
+        mean.begin_if_fresh([*model.parameters(), *outside])
+
+    def finish(loss: Tensor, weight: Tensor | None = None, spread: Tensor | None = None) -> Tensor:
+        if not whole_step:
+            return loss
+        counted = float(selected if weight is None else weight.sum())
+        return mean.add(loss, counted, all_of_them, lambda: {*model.parameters(), *outside}, spread)
+
+    return finish
+
+
+def _refuse_loss_elsewhere(selector: Selector, given: dict[str, Any]) -> None:
+    """A trainer that counts targets and keeps the labels to itself divides a loss of all tokens by all of them."""
+    labelled = given.get("labels") is not None
+    if given.get("num_items_in_batch") is None or labelled or selector.config.keep_ratio == 1:
+        return
+    raise ValueError(
+        "token_selection: the trainer keeps the labels from the model and computes the loss itself, of all tokens "
+        "(compute_loss_func or label_smoothing_factor), so neither the selected ones nor their number are known. "
+        "Let the model compute its loss, or override compute_loss, where outputs.logits has all rows and gradient "
+        "flows through selected ones."
+    )
+
+
+def _refuse_trained_cache(given: dict[str, Any]) -> None:
+    for layer in getattr(given.get("past_key_values"), "layers", ()):
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, Tensor) and keys.requires_grad:
+            raise ValueError(
+                "token_selection: past_key_values hold keys that are trained (prefix tuning), and keys of tokens that "
+                "are not selected get no gradient. Use LoRA or prompt tuning, or keep_ratio=1."
+            )
+
+
+def _pad_token(model: Any) -> int | None:
+    config = getattr(model, "config", None)
+    return None if config is None else getattr(config.get_text_config(), "pad_token_id", None)
+
+
+def _entry(out: Any, name: str, place: int) -> Any:
+    if isinstance(out, tuple):
+        return out[place] if place < len(out) else None
+    return getattr(out, name, None)
+
+
+def _with_entry(out: Any, name: str, place: int, value: Any) -> Any:
+    if isinstance(out, tuple):
+        return (*out[:place], value, *out[place + 1 :])
+    if getattr(out, name, None) is not None:
+        out[name] = value
+    return out
 
 
 @cache

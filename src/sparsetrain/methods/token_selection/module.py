@@ -36,7 +36,7 @@ class SelectedBlock(Site):
         self.last: dict[str, float] = {}
 
     def set_step(self, step: int, total_steps: int | None, loss_scale: float) -> None:
-        self.selector.step = step
+        self.selector.begin_step(step)
 
     def run_dense(self, dense: bool) -> None:
         super().run_dense(dense)
@@ -116,7 +116,6 @@ def _in_two_passes(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
     own_args, own_kwargs = _on_rows(args, kwargs, rows)
     with SelectedRows(notes), standing_in(attention, AttentionOfSelectedRows(notes)):
         selected = dense_forward(SelectsTokens, block, *own_args, **own_kwargs)
-    notes.check_all_taken()
     state.note(rows, notes.everything)
     y, y_selected = _first(out), _first(selected)
     if recomputing:
@@ -146,7 +145,8 @@ def _by_definition(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
 
     def attend(call: AttentionCall) -> Tensor:
         form = {"causal": call.causal, "scale": call.scale, "window": call.window}
-        out = selected_attention_reference(call.q, call.k, call.v, selected_bt, segments_bt=call.segments, **form)
+        form |= {"segments_bt": call.segments, "looks_at_bt": call.looks_at}
+        out = selected_attention_reference(call.q, call.k, call.v, selected_bt, **form)
         if sparse is None:
             return out
         with torch.no_grad():

@@ -28,10 +28,11 @@ _KINDS: dict[Any, str] = {F.linear: "linear", torch.addmm: "addmm", F.dropout: "
 
 
 class Note(NamedTuple):
-    """What one call said: its kind, its selected rows, and for a dropout the mask of what it kept."""
+    """What one call said: its kind, its selected rows, its weight, and for a dropout the mask of what it kept."""
 
     kind: str
     known: Tensor
+    weight: Tensor | None = None
     keep_mask: Tensor | None = None
 
 
@@ -61,22 +62,21 @@ class Notes:
         self.ends_at_attention = False
         self.paused = False  # inside a sparse attention, whose own products are no calls of the block
 
-    def take(self, kind: str) -> Note | None:
-        """The note of the next call; None after the end of a first pass that ended at the attention."""
-        if self.next == len(self.said) and self.ends_at_attention:
-            return None
-        note = self.said[self.next] if self.next < len(self.said) else None
-        assert note is not None and note.kind == kind, (
-            f"call {self.next} of the block's second pass is {kind}, and of its first {note and note.kind}"
-        )
-        self.said[self.next] = None  # autograd alone decides how long it lives
-        self.next += 1
-        return note
+    def take(self, kind: str, x: Tensor, weight: Tensor | None = None) -> Note | None:
+        """The note of the next call of this kind on `x` with this weight.
 
-    def check_all_taken(self) -> None:
-        assert self.next == len(self.said), (
-            f"the block's second pass made {self.next} of the {len(self.said)} calls of its first pass"
-        )
+        None where the first pass has none: it ended at the attention, or the weight is made for each call anew. A
+        product of weights alone (DoRA's) that looked like rows in the first pass is skipped.
+        """
+        for place in range(self.next, len(self.said)):
+            note = self.said[place]
+            assert note is not None
+            if note.kind == kind and note.weight is weight and note.known.shape[:-1] == x.shape[:-1]:
+                for i in range(self.next, place + 1):
+                    self.said[i] = None  # autograd alone decides how long it lives
+                self.next = place + 1
+                return note
+        return None
 
 
 def _stream(x: Any, first: tuple[int, int]) -> bool:
@@ -102,7 +102,8 @@ class AllRows(TorchFunctionMode):
         if kind == "dropout":
             return self._dropout(*args, **kwargs)
         out = func(*args, **kwargs)
-        self.notes.said.append(Note(kind, self.notes.rows.gather(out)))
+        weight = args[2] if kind == "addmm" else args[1] if len(args) > 1 else kwargs["weight"]
+        self.notes.said.append(Note(kind, self.notes.rows.gather(out), weight))
         return out
 
     def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -110,7 +111,7 @@ class AllRows(TorchFunctionMode):
             return x
         out, mask = torch.native_dropout(x, p, True)
         gather = self.notes.rows.gather
-        self.notes.said.append(Note("dropout", gather(out), gather(mask)))
+        self.notes.said.append(Note("dropout", gather(out), keep_mask=gather(mask)))
         return out
 
 
@@ -130,15 +131,15 @@ class SelectedRows(TorchFunctionMode):
         return getattr(self, f"_{kind}")(func, *args, **kwargs)
 
     def _linear(self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        known = self._known("linear", func, input, weight, bias)
+        known = self._known("linear", input, weight, func, input, weight, bias)
         return selected_linear(input, weight, bias, known=known)
 
     def _addmm(self, func: Any, input: Tensor, mat1: Tensor, mat2: Tensor) -> Tensor:
-        known = self._known("addmm", func, input, mat1, mat2)
+        known = self._known("addmm", mat1, mat2, func, input, mat1, mat2)
         return selected_linear(mat1, mat2, input, known=known, transposed=True)
 
-    def _known(self, kind: str, func: Any, *args: Any) -> Tensor:
-        note = self.notes.take(kind)
+    def _known(self, kind: str, x: Tensor, weight: Tensor, func: Any, *args: Any) -> Tensor:
+        note = self.notes.take(kind, x, weight)
         if note is not None and not self.notes.diverged:
             return note.known
         with torch.no_grad():
@@ -148,7 +149,8 @@ class SelectedRows(TorchFunctionMode):
         if not training or p == 0:
             return x
         scale = 1 / (1 - p) if p < 1 else 0.0
-        note = self.notes.take("dropout")
+        note = self.notes.take("dropout", x)
+        assert note is not None or self.notes.ends_at_attention, "a dropout that the block's first pass has not had"
         mask = self._mask(x, p) if note is None else note.keep_mask
         assert mask is not None
         known = x.detach() * mask * scale if note is None or self.notes.diverged else note.known
@@ -170,7 +172,7 @@ class AttentionOfAllRows:
     def __call__(self, call: AttentionCall) -> Tensor:
         notes = self.notes
         notes.everything = KeyValues(
-            _compact(call.k), _compact(call.v), call.causal, call.scale, call.segments, call.window
+            _compact(call.k), _compact(call.v), call.causal, call.scale, call.segments, call.window, call.looks_at
         )
         notes.with_loss = attaches_loss(self.sparse, call)
         if notes.ends_at_attention:

@@ -1,6 +1,7 @@
 """How tokens are chosen: a score for every token, the highest are selected. Small pure functions on the CPU.
 
-A draw is a function of (seed, step, token ids of the sample), so resuming, loader workers and ranks change nothing.
+A draw is a function of (seed, step, token ids of the document), without padding and whatever else a row or batch holds:
+resuming, loader workers, ranks, batch sizes and packing change nothing.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from sparsetrain.methods.token_selection.config import TokenSelection
 from sparsetrain.ops.selected_rows import Rows
 
 IGNORED = -100
+SHIFTED = "shift_labels"
+"""What collators call labels that stand at the position that predicts them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,43 +27,51 @@ class Batch:
     """What a draw may look at; all on the CPU.
 
     Attributes:
-        num_tokens: t.
-        ids: a number that names each sample.
         segments_bt: int [b, t], 0 = padding, equal neighbours = one document.
+        content: what names a sample: one entry a token, [b, t, ...], of which a document's own count; or whatever
+            stands for a whole row, [b, ...], where `by_row`.
         targets_bt: bool [b, t], positions whose prediction has a loss; None = not known.
         scores_bt: a score of every token; None = none given.
     """
 
-    num_tokens: int
-    ids: tuple[int, ...]
     segments_bt: Tensor
+    content: Tensor
     targets_bt: Tensor | None = None
     scores_bt: Tensor | None = None
+    by_row: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return self.segments_bt.shape[1]
 
     @classmethod
-    def of(cls, batch: dict[str, Tensor], *, causal: bool) -> Batch:
+    def of(cls, batch: dict[str, Tensor], *, causal: bool, pad: int | None = None) -> Batch:
         """From the arguments of a model's forward.
 
-        Without token ids the embedded tokens name the samples.
+        Without token ids the embedded tokens name the samples. Without a mask, padding is what begins or ends a row
+        with the token `pad` and no label.
 
         Raises:
             ValueError: `token_scores` of the wrong shape or with NaN.
         """
         ids = batch.get("input_ids")
-        names = batch["inputs_embeds"][:, :, :4] if ids is None else ids
-        shape = (names.shape[0], names.shape[1])
+        content = (batch["inputs_embeds"][:, :, :4].float() if ids is None else ids.long()).detach().cpu()
+        shape = (content.shape[0], content.shape[1])
         segments = segments_of(batch.get("attention_mask"), shape)
-        if batch.get("position_ids") is not None:
-            positions = batch["position_ids"].cpu()
+        labels, targets = batch.get("labels"), predicted(batch, causal)
+        unmasked = batch.get("attention_mask") is None and ids is not None and pad is not None
+        if unmasked and labels is not None and labels.shape == shape:
+            segments = segments * ~_runs_at_ends((content == pad) & (labels.cpu() == IGNORED))
+        positions = batch.get("position_ids")
+        if positions is not None and positions.ndim == 2:
+            positions = positions.cpu()
             starts = positions[:, 1:] != positions[:, :-1] + 1
             segments = segments * (1 + torch.nn.functional.pad(starts.cumsum(1), (1, 0)).to(torch.int32))
-        labels, targets = batch.get("labels"), None
-        if labels is not None and labels.shape == shape:
-            targets = labels.cpu() != IGNORED
-            if causal:  # position p predicts label p + 1
-                targets = torch.nn.functional.pad(targets[:, 1:], (0, 1), value=False)
-                same = torch.nn.functional.pad(segments[:, 1:] == segments[:, :-1], (0, 1), value=False)
-                targets = targets & same
+        if targets is not None:
+            targets = None if targets.shape != shape else targets.cpu() != IGNORED
+        if targets is not None and causal:  # the last token of a document predicts none of it
+            same = torch.nn.functional.pad(segments[:, 1:] == segments[:, :-1], (0, 1), value=True)
+            targets = targets & same & (segments > 0)
         scores = batch.get("token_scores")
         if scores is not None:
             if scores.shape != shape or scores.isnan().any():
@@ -68,7 +80,28 @@ class Batch:
                     f"{tuple(scores.shape)} and {int(scores.isnan().sum())} NaN."
                 )
             scores = scores.to("cpu", torch.float32)
-        return cls(shape[1], fingerprints(names), segments, targets, scores)
+        return cls(segments, content, targets, scores)
+
+    def name(self, row: int, positions: Tensor) -> int:
+        """A number that names a document by its content, wherever it stands and whatever stands beside it."""
+        content = self.content[row] if self.by_row else self.content[row, positions]
+        return zlib.crc32(content.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def predicted(given: dict[str, Any], causal: bool) -> Tensor | None:
+    """The label that each position predicts, [b, t]; labels of another shape, and None, as they are."""
+    if given.get(SHIFTED) is not None:
+        return given[SHIFTED]
+    labels = given.get("labels")
+    if labels is None or not causal or labels.ndim != 2:
+        return labels
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def _runs_at_ends(is_pad_bt: Tensor) -> Tensor:
+    """bool [b, t]: tokens of the run that begins a row, and of the one that ends it."""
+    pad = is_pad_bt.to(torch.int32)
+    return (pad.cumprod(1) + pad.flip(1).cumprod(1).flip(1)) > 0
 
 
 def segments_of(mask: object, shape: tuple[int, int]) -> Tensor:
@@ -80,12 +113,6 @@ def segments_of(mask: object, shape: tuple[int, int]) -> Tensor:
         mask = diagonal if diagonal.dtype == torch.bool else diagonal == 0
     # a mask that is longer begins with what a cache holds
     return mask[:, -shape[1] :].expand(shape).to("cpu", torch.int32)
-
-
-def fingerprints(inputs: Tensor) -> tuple[int, ...]:
-    """One number for the content of every row of a batch."""
-    rows = inputs.detach().cpu().contiguous()
-    return tuple(zlib.crc32(row.contiguous().view(torch.uint8).numpy().tobytes()) for row in rows)
 
 
 def random(positions: Tensor, scores: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -119,7 +146,7 @@ def draw(config: TokenSelection, batch: Batch, *, step: int) -> Rows:
     """The selected rows of a batch.
 
     Raises:
-        ValueError: the config needs labels or scores that the batch has not, or a sample is too short.
+        ValueError: the config needs labels or scores that the batch has not.
     """
     if config.pool == "targets" and batch.targets_bt is None:
         raise ValueError(
@@ -131,12 +158,15 @@ def draw(config: TokenSelection, batch: Batch, *, step: int) -> Rows:
             f"token_selection: pool={config.pool!r}, policy={config.policy!r} need `token_scores` with every batch, "
             "and there are none. Let the collator add them to the batch, or use policy='random'."
         )
+    if config.keep_ratio == 1:  # padding too: the row before a first token may predict it, and a first row be read
+        return Rows.of([torch.arange(batch.num_tokens)] * len(batch.segments_bt), batch.num_tokens)
     chosen, weights = [], []
-    for row, name in enumerate(batch.ids):
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed} {step} {name}".encode()))
-        found = [
-            _draw_document(config, batch, row, positions, generator) for positions in _documents(batch.segments_bt[row])
-        ]
+    for row, segments_t in enumerate(batch.segments_bt):
+        found = []
+        for positions in _documents(segments_t):
+            state = f"{config.seed} {step} {batch.name(row, positions)}"
+            generator = torch.Generator().manual_seed(zlib.crc32(state.encode()))
+            found.append(_draw_document(config, batch, row, positions, generator))
         chosen.append(torch.cat([p for p, _ in found]) if found else torch.empty(0, dtype=torch.int64))
         weights.append(torch.cat([w for _, w in found]) if found else torch.empty(0))
     rows = Rows.of(chosen, batch.num_tokens)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sparsetrain.core.modes import evaluating
-from sparsetrain.methods.token_selection.loss import head_of, shifted
-from sparsetrain.methods.token_selection.policies import IGNORED
+from sparsetrain.methods.token_selection.loss import head_of
+from sparsetrain.methods.token_selection.policies import IGNORED, SHIFTED, predicted
 from sparsetrain.methods.token_selection.selector import Selector
 from sparsetrain.ops.selected_loss import row_scores
 
@@ -32,19 +32,18 @@ def token_scores(model: Any, given: dict[str, Any], policy: str) -> Tensor:
     Raises:
         ValueError: the batch has no label a token, or the model no linear head.
     """
-    labels, tokens = given.get("labels"), given.get("input_ids")
+    selector: Selector = model.selector
+    target_bt, tokens = predicted(given, selector.causal), given.get("input_ids")
     if tokens is None:
         tokens = given.get("inputs_embeds")
     head = head_of(model)
-    if labels is None or tokens is None or labels.shape != tokens.shape[:2] or head is None:
+    if target_bt is None or tokens is None or target_bt.shape != tokens.shape[:2] or head is None:
         raise ValueError(
             f"token_selection: policy={policy!r} scores the tokens of a language model by their labels, and "
-            f"{type(model).__name__} was given {'no label' if labels is None else 'one label a row'}. "
+            f"{type(model).__name__} was given {'no label' if target_bt is None else 'one label a row'}. "
             "Use policy=random or prefix."
         )
-    selector: Selector = model.selector
-    hidden_btd = _head_input(model, {name: value for name, value in given.items() if name != "labels"})
-    target_bt = shifted(labels, selector.causal)
+    hidden_btd = _head_input(model, {name: value for name, value in given.items() if name not in ("labels", SHIFTED)})
     has_target = target_bt != IGNORED
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     loss_n, norm_n = row_scores(

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from sparsetrain.methods.token_selection.config import TokenSelection
-from sparsetrain.methods.token_selection.policies import Batch, draw, fingerprints, segments_of
+from sparsetrain.methods.token_selection.policies import Batch, draw, segments_of
+from sparsetrain.methods.token_selection.step import StepMean
 from sparsetrain.ops.selected_rows import Rows
 
 Head = Callable[[Tensor], Tensor]
@@ -29,6 +30,7 @@ class Selector:
         dense: every token trains, as without selection.
         head: answers for the output head now; None: it computes its linear.
         loss: is the model's loss function now; None: it has its own.
+        mean: the optimizer step that is being accumulated.
     """
 
     def __init__(self, config: TokenSelection, causal: bool, keep_last: bool) -> None:
@@ -41,8 +43,15 @@ class Selector:
         self.running = self.dense = False
         self.head: Head | None = None
         self.loss: Callable[..., Tensor] | None = None
+        self.mean = StepMean()
         self._forced: Rows | None = None
         self._draw: Callable[[int], Rows] | None = None
+
+    def begin_step(self, step: int) -> None:
+        """Optimizer step `step` is next; saying so again changes nothing."""
+        if step != self.step:
+            self.mean.begin()
+        self.step = step
 
     @contextmanager
     def using(self, rows: Rows) -> Iterator[None]:
@@ -53,25 +62,30 @@ class Selector:
         finally:
             self._forced = None
 
-    def choose(self, given: dict[str, Any]) -> Rows | None:
+    def choose(self, given: dict[str, Any], pad: int | None = None) -> Rows | None:
         """Select for a forward; None when its input tells no number of tokens (images): the first block selects then.
 
         Args:
             given: arguments of the model's forward, among them `input_ids` [b, t] or `inputs_embeds` [b, t, d] and, as
                 far as there, `attention_mask`, `labels`, `position_ids`; and `token_scores`.
+            pad: the model's token for padding.
 
         Raises:
-            ValueError: the policy needs labels or scores that are not there; a sample is shorter than `num_tokens`.
+            ValueError: the policy needs labels or scores that are not there.
         """
         self.rows, self._draw = self._forced, None
         if self.rows is not None:
             return self.rows
         if given.get("input_ids") is not None or given.get("inputs_embeds") is not None:
-            self.rows = draw(self.config, Batch.of(given, causal=self.causal), step=self.step)
+            self.rows = draw(self.config, Batch.of(given, causal=self.causal, pad=pad), step=self.step)
             return self.rows
-        ids = fingerprints(next(value for value in given.values() if isinstance(value, Tensor)))
+        images = next(value for value in given.values() if isinstance(value, Tensor)).detach().cpu()
         mask = given.get("attention_mask")
-        self._draw = lambda t: draw(self.config, Batch(t, ids, segments_of(mask, (len(ids), t))), step=self.step)
+
+        def on_images(t: int) -> Rows:
+            return draw(self.config, Batch(segments_of(mask, (len(images), t)), images, by_row=True), step=self.step)
+
+        self._draw = on_images
         return None
 
     @contextmanager

@@ -116,7 +116,7 @@ def install(model: nn.Module, anatomy: Anatomy, block: Block, selector: Selector
 
 
 def refuse(config: TokenSelection, facts: RowFacts) -> str | None:
-    """Why rows cannot be trained on: no tokens to choose among, no scores, no label a token, or too few tokens."""
+    """Why rows cannot be trained on: no tokens to choose among, no scores, no label a token, or none left out."""
     if not facts.one_sequence:
         return f"it trains on some tokens of a text, and task={facts.task} has none to choose among. Use it " + (
             "with task=lm or classify"
@@ -131,10 +131,12 @@ def refuse(config: TokenSelection, facts: RowFacts) -> str | None:
             f"pool={config.pool!r}, policy={config.policy!r} need a label a token, and task={facts.task} has one a "
             "text. Use pool=all with policy=random or prefix"
         )
-    if config.num_tokens is None:
-        return None
-    shortest = facts.seq_len if facts.lengths is None else min(facts.lengths())
-    return config.too_short(shortest)
+    if config.num_tokens is not None and config.num_tokens > facts.seq_len:
+        return (
+            f"num_tokens={config.num_tokens} of rows with at most {facts.seq_len} tokens selects all of them. Lower "
+            "num_tokens, or use keep_ratio"
+        )
+    return None
 
 
 def site_names(anatomy: Anatomy) -> list[str]:

@@ -14,7 +14,7 @@ from sparsetrain.core.backend import choose
 from sparsetrain.ops.key_selection import blocks, keys, reference
 from sparsetrain.ops.key_selection.visibility import Visibility as Visibility
 from sparsetrain.ops.key_selection.visibility import sequences
-from sparsetrain.ops.product_quantization import decode, encode
+from sparsetrain.ops.product_quantization import encode
 from sparsetrain.ops.qkv import check_heads, check_segments
 
 KEY_SCORES = ("match_count", "table", "attention")
@@ -47,8 +47,8 @@ def select_keys(
         from the highest bucket down, oldest first.
 
     Forced keys come first in either order; where L does not hold them all, the order decides among them.
-    Ties are broken by position alone, so a later token, whatever it holds, changes no earlier list. What we do
-    differently: no unused slot counts as key 0, and no bucket overflows into another's slots.
+    A score is a function of its query and its key alone, to the last bit, and ties are broken by position alone: a
+    query has the same list in any company. Unlike the published code, no unused slot counts as key 0.
 
     Args:
         q_bhtd, k_bgsd: queries and keys as attention uses them.
@@ -71,18 +71,18 @@ def select_keys(
     _check_selection(score, selection, codebook_gmew)
     _check(q_bhtd, k_bgsd, codebook_gmew, score, visibility)
     _check_limits(num_keys_bt, q_bhtd)
-    left, right, num_levels = q_bhtd, k_bgsd, None
-    if score == "table":
+    compared = keys.Compared(q_bhtd, k_bgsd)
+    if score != "attention":
         assert codebook_gmew is not None
-        right = decode(encode(k_bgsd, codebook_gmew, distance), codebook_gmew)
-    elif score == "match_count":
-        assert codebook_gmew is not None
-        left, right = encode(q_bhtd, codebook_gmew, distance), encode(k_bgsd, codebook_gmew, distance)
-        num_levels = 4 if selection == "bucket4" else codebook_gmew.shape[1] + 1
+        codes_bgsm = encode(k_bgsd, codebook_gmew, distance)
+        compared = keys.Compared(q_bhtd, codes_bgsm, None, codebook_gmew)
+        if score == "match_count":
+            num_levels = 4 if selection == "bucket4" else codebook_gmew.shape[1] + 1
+            compared = keys.Compared(encode(q_bhtd, codebook_gmew, distance), codes_bgsm, num_levels)
     rule = keys.Rule(visibility, selection, local_tokens, keep_first)
     run = _RUN[choose("key_selection", backend, {"torch": None, "reference": None})]
-    seq = sequences(visibility.segments_bs, len(k_bgsd), k_bgsd.shape[2], k_bgsd.device)
-    return run(left, right, num_keys_bt, num_levels, rule, seq)
+    seq = sequences(visibility, len(k_bgsd), k_bgsd.shape[2], k_bgsd.device)
+    return run(compared, num_keys_bt, rule, seq)
 
 
 @torch.no_grad()
@@ -138,7 +138,8 @@ def select_blocks(
     if min(block_q, block_k, num_probes) < 1:
         raise ValueError(f"block_q={block_q}, block_k={block_k}, num_probes={num_probes}: give at least 1 of each.")
     rule = blocks.BlockRule(visibility, block_q, block_k, scale, score, distance, local_tokens, keep_first, num_probes)
-    return blocks.select(q_bhtd, k_bgsd, codebook_gmew, num_slots_bi, rule)
+    with torch.autocast(q_bhtd.device.type, enabled=False):  # it would rank blocks by bf16 scores
+        return blocks.select(q_bhtd, k_bgsd, codebook_gmew, num_slots_bi, rule)
 
 
 def _check_selection(score: str, selection: str, codebook: Tensor | None) -> None:
@@ -164,3 +165,4 @@ def _check(q: Tensor, k: Tensor, codebook: Tensor | None, score: str, visibility
     if codebook is None and score in ("match_count", "table"):
         raise ValueError(f"score={score!r} compares codes. Pass a codebook [{k.shape[1]} or 1, m, e, w].")
     check_segments(visibility.segments_bs, k)
+    check_segments(visibility.places_bs, k)

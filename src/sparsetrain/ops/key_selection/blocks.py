@@ -120,7 +120,7 @@ def _scores(grid: Grid, q: Tensor, k: Tensor, codebook: Tensor | None, rule: Blo
         own = grid.segments_q[:, :, None]
         valid_bir = valid_bir & (segments[:, place_ir.clamp(min=0)] == own) & (own > 0)
     if rule.score in ("attention", "mean"):
-        seq = sequences(segments, b, t, q.device)
+        seq = sequences(grid.visibility, b, t, q.device)
         if rule.score == "mean":
             return mean_products(q, k, place_ir, valid_bir, grid.block_k, seq)
         return attention_mass(q, k, place_ir, valid_bir, grid.block_k, rule.scale, grid.visibility, seq)

@@ -8,10 +8,12 @@ levels replaces `torch.topk`, which needs 120 microseconds for a row of 4,096 ke
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sparsetrain.ops.key_selection.scores import products, query_tables, table_scores
 from sparsetrain.ops.key_selection.visibility import Sequences, Visibility
 
 TILE_ELEMENTS = 2**20
@@ -39,13 +41,19 @@ class Rule:
         return near | (first_r[:, None] == place_n) if self.keep_first else near
 
 
-def select(
-    q_bhtx: Tensor, k_bgsx: Tensor, num_keys_bt: Tensor, num_levels: int | None, rule: Rule, seq: Sequences
-) -> Tensor:
-    """keys_bhtl int32, ascending in a row, then -1.
+class Compared(NamedTuple):
+    """What is compared: codes [b, h, t, m] and [b, g, s, m] (uint8) with `num_levels` levels of agreement; vectors
+    [b, h, t, d] with such codes by the tables of a codebook [g, m, e, w]; or vectors with vectors."""
 
-    q and k are codes (uint8) with `num_levels` levels of agreement, or vectors whose products are the scores (None).
-    """
+    q_bhtx: Tensor
+    k_bgsx: Tensor
+    num_levels: int | None = None
+    codebook_gmew: Tensor | None = None
+
+
+def select(compared: Compared, num_keys_bt: Tensor, rule: Rule, seq: Sequences) -> Tensor:
+    """keys_bhtl int32, ascending in a row, then -1."""
+    q_bhtx, k_bgsx, num_levels, _ = compared
     b, h, t, _ = q_bhtx.shape
     g, s = k_bgsx.shape[1:3]
     causal = rule.visibility.causal
@@ -62,19 +70,28 @@ def select(
             most_r = num_keys_bt[row, rows]
             for group in range(g):
                 heads = slice(group * (h // g), (group + 1) * (h // g))
-                level = _levels(
-                    q_bhtx[row, heads, rows], k_bgsx[row, group, : len(place_n)], num_levels, rule.selection
-                )
+                q_prx, k_nx = q_bhtx[row, heads, rows], k_bgsx[row, group, : len(place_n)]
+                if num_levels is None:
+                    level = _scores(q_prx, k_nx, compared.codebook_gmew, group)
+                else:
+                    level = _levels(q_prx, k_nx, rule.selection)
                 kept = _best(level, num_levels, seen, forced, most_r, place_r, rule.selection)
                 keys[row, group, :, rows] = _compact(kept, width)
     return keys.flatten(1, 2)
 
 
-def _levels(q_prx: Tensor, k_nx: Tensor, num_levels: int | None, selection: str) -> Tensor:
-    """[h / g, r, n]: levels from 1 (uint8), or products in fp32."""
-    if num_levels is None:
-        work = torch.promote_types(q_prx.dtype, torch.float32)
-        return q_prx.to(work) @ k_nx.to(work).mT
+def _scores(q_prd: Tensor, k_nx: Tensor, codebook_gmew: Tensor | None, group: int) -> Tensor:
+    """[h / g, r, n]: q against the quantised keys, or against the keys."""
+    q_rd = q_prd.flatten(0, 1)
+    if codebook_gmew is None:
+        score_rn = products(q_rd, k_nx)
+    else:
+        score_rn = table_scores(query_tables(q_rd, codebook_gmew[group % len(codebook_gmew)]), k_nx)
+    return score_rn.unflatten(0, q_prd.shape[:2])
+
+
+def _levels(q_prx: Tensor, k_nx: Tensor, selection: str) -> Tensor:
+    """[h / g, r, n]: levels from 1 (uint8)."""
     level = torch.zeros(*q_prx.shape[:2], len(k_nx), dtype=torch.uint8, device=q_prx.device)
     equal = torch.empty_like(level, dtype=torch.bool)
     for m, code_n in enumerate(k_nx.T.contiguous()):

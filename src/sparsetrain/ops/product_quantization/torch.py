@@ -1,7 +1,7 @@
 """Codes in tiles for a CPU: a head and some rows at a time, laid out [e, m, rows] so that every step is a long vector.
 
-l2: argmin_e |x - C_e|^2 = argmin_e (|C_e|^2 - 2 x C_e), one product with a block-diagonal codebook [e m, d].
-l1: |x - C_e| is added up channel by channel.
+A distance is added up channel by channel. For l2, a product with a block-diagonal codebook took 5 / 6 of the time, and
+rounded a distance by where its vector stood among the others.
 
 The index of the smallest is found without `argmin`: amin, compare, and the largest of (e - 1 - index) among the equal
 ones, i.e. the lowest index. That takes 3.5 ms of processor time for 4,096 tokens of 8 heads of 64; a tournament of
@@ -22,44 +22,27 @@ def encode(x_bhtd: Tensor, codebook_gmew: Tensor, distance: str) -> Tensor:
     b, h, t, _ = x_bhtd.shape
     groups, m, e, _ = codebook_gmew.shape
     work = torch.promote_types(x_bhtd.dtype, torch.float32)
-    measure = _l1 if distance == "l1" else _l2
-    tables = [_table(codebook.to(work), distance) for codebook in codebook_gmew]
+    channels = codebook_gmew.to(work).permute(0, 3, 2, 1)[..., None].contiguous()  # [g, w, e, m, 1]
     codes_bhmt = torch.empty(b, h, m, t, dtype=torch.uint8)
     step = max(1, TILE_ELEMENTS // (m * e))
     for row in range(b):
         for head in range(h):
-            table = tables[head * groups // h]
             for start in range(0, t, step):
                 x_nd = x_bhtd[row, head, start : start + step].to(work)
-                distances_emn = measure(x_nd, *table).view(e, m, -1)
+                distances_emn = _distances(x_nd, channels[head * groups // h], distance)
                 codes_bhmt[row, head, :, start : start + step] = _lowest_argmin(distances_emn)
     return codes_bhmt.transpose(2, 3).contiguous()
 
 
-def _table(codebook_mew: Tensor, distance: str) -> tuple[Tensor, Tensor]:
-    """(operand, constant) of the measure: l1 [w, e, m, 1] and nothing; l2 [e m, d] of -2 C and |C|^2 [e m, 1]."""
-    m, e, w = codebook_mew.shape
-    if distance == "l1":
-        return codebook_mew.permute(2, 1, 0)[..., None].contiguous(), codebook_mew.new_empty(0)
-    diagonal = codebook_mew.new_zeros(e, m, m, w)
-    subspace = torch.arange(m)
-    diagonal[:, subspace, subspace] = -2 * codebook_mew.transpose(0, 1)
-    return diagonal.view(e * m, m * w), codebook_mew.square().sum(-1).T.reshape(e * m, 1)
-
-
-def _l2(x_nd: Tensor, diagonal: Tensor, squares: Tensor) -> Tensor:
-    """[e m, n], up to |x|^2, which does not depend on e."""
-    return torch.addmm(squares, diagonal, x_nd.T)
-
-
-def _l1(x_nd: Tensor, channels: Tensor, _unused: Tensor) -> Tensor:
-    """[e, m, n]."""
-    w, _, m, _ = channels.shape
+def _distances(x_nd: Tensor, channels_wem1: Tensor, distance: str) -> Tensor:
+    """[e, m, n], added up channel by channel: a code depends on its vector alone, whatever stands beside it."""
+    w, _, m, _ = channels_wem1.shape
     x_wmn = x_nd.T.reshape(m, w, -1).transpose(0, 1).contiguous()
-    total = (x_wmn[0] - channels[0]).abs_()
+    length_ = torch.abs_ if distance == "l1" else torch.square_
+    total = length_(x_wmn[0] - channels_wem1[0])
     term = torch.empty_like(total)
     for channel in range(1, w):
-        total += torch.sub(x_wmn[channel], channels[channel], out=term).abs_()
+        total += length_(torch.sub(x_wmn[channel], channels_wem1[channel], out=term))
     return total
 
 

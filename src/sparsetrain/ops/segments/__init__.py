@@ -35,27 +35,47 @@ class Aligned(NamedTuple):
         return F.pad(y_bhwd, (0, 0, 0, 1)).gather(2, index)
 
 
+def places_in_segments(segments_bs: Tensor) -> tuple[Tensor, Tensor]:
+    """(place of each token in its own segment, padding left out; whether it is the first of its segment), [b, s].
+
+    Padding inside a segment does not end it and takes no place; the place of padding itself means nothing.
+
+    Args:
+        segments_bs: int [b, s], 0 = padding, equal ids = one segment; other ids do not come between.
+    """
+    valid = segments_bs > 0
+    index = torch.arange(segments_bs.shape[1], device=segments_bs.device).expand_as(segments_bs)
+    before = F.pad(torch.where(valid, index, -1).cummax(1).values[:, :-1], (1, 0), value=-1)  # the last token before
+    starts = valid & ((before < 0) | (segments_bs.gather(1, before.clamp(min=0)) != segments_bs))
+    rank = valid.cumsum(1) - 1
+    return rank - torch.where(starts, rank, 0).cummax(1).values, starts
+
+
+def has_gaps(segments_bs: Tensor) -> bool:
+    """Is there padding inside a segment?"""
+    place, _ = places_in_segments(segments_bs)
+    after_padding = F.pad(segments_bs[:, :-1] == 0, (1, 0)) & (segments_bs > 0)
+    return bool((after_padding & (place > 0)).any())
+
+
 def align_segments(segments_bs: Tensor, multiple: int) -> Aligned:
     """Give every segment a place that starts at a multiple of `multiple`.
 
     Args:
-        segments_bs: int [b, s], 0 = padding, equal neighbours = one segment.
+        segments_bs: int [b, s], 0 = padding, equal ids = one segment; padding inside a segment is taken out.
         multiple: tokens of a block; every segment takes a whole number of blocks.
     """
     b, s = segments_bs.shape
     device = segments_bs.device
     valid = segments_bs > 0
-    changed = F.pad(segments_bs[:, 1:] != segments_bs[:, :-1], (1, 0), value=True)
-    starts = valid & changed
-    run = starts.cumsum(1) - 1  # -1 before the first segment
-    run = run.clamp(min=0)
+    place_in_run, starts = places_in_segments(segments_bs)
+    run = (starts.cumsum(1) - 1).clamp(min=0)  # -1 before the first segment
     position = torch.arange(s, device=device).expand(b, -1)
-    first = torch.where(starts, position, 0).cummax(1).values
     length = torch.zeros(b, s + 1, dtype=torch.int64, device=device).scatter_add_(1, run, valid.to(torch.int64))
     blocks = -(-length // multiple) * multiple
     offset = blocks.cumsum(1) - blocks
     width = max(int(blocks.sum(1).max()), multiple)
-    place = torch.where(valid, offset.gather(1, run) + position - first, width)
+    place = torch.where(valid, offset.gather(1, run) + place_in_run, width)
     source = torch.zeros(b, width + 1, dtype=torch.int64, device=device).scatter_(1, place, position)[:, :width]
     aligned = torch.zeros(b, width + 1, dtype=segments_bs.dtype, device=device).scatter_(1, place, segments_bs)
     return Aligned(source, aligned[:, :width].contiguous(), place)

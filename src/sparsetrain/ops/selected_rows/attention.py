@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparsetrain.core.autograd import as_output
 from sparsetrain.core.backend import tuned_for
 from sparsetrain.ops.selected_rows.rows import Rows
 
@@ -35,6 +36,8 @@ class KeyValues:
         scale: factor on the scores.
         segments_bs: int [b, s], 0 = padding, equal = one sequence; None = one sequence without padding.
         window: sliding window in tokens, or None.
+        looks_at_bt: int [b, t], the sequence that each token sees as a query: its own, or of padding the one beside it;
+            None = its own, and padding sees nothing. A query that sees nothing gives 0.
     """
 
     k_bgsd: Tensor
@@ -43,6 +46,7 @@ class KeyValues:
     scale: float
     segments_bs: Tensor | None = None
     window: int | None = None
+    looks_at_bt: Tensor | None = None
 
 
 def selected_attention(
@@ -73,7 +77,7 @@ def selected_attention(
     if known is None:
         known = _forward(q_bhkd.detach(), everything, rows)
     return _Attention.apply(
-        q_bhkd, k_bgkd, v_bgkd, known, keys, values, e.segments_bs, rows, (e.causal, e.scale, e.window)
+        q_bhkd, k_bgkd, v_bgkd, known, keys, values, e.segments_bs, e.looks_at_bt, rows, (e.causal, e.scale, e.window)
     )  # type: ignore[return-value]
 
 
@@ -90,7 +94,8 @@ class _Tile:
         # the selected keys in that range are a stretch of the sorted positions
         self.k_from = bisect_left(positions, self.s_from - offset)
         self.k_to = bisect_left(positions, self.s_to - offset)
-        self._exact = not e.causal and e.window is None and e.segments_bs is None
+        self.segmented = e.segments_bs is not None
+        self._exact = not e.causal and e.window is None and not self.segmented
         self._e, self._sample, self.offset, self._first = e, sample, offset, first
 
     def hidden(self, index_k: Tensor) -> tuple[slice, Tensor] | None:
@@ -107,7 +112,9 @@ class _Tile:
             hidden = hidden | ((i - j) >= e.window) | ((j - i) >= e.window)
         if e.segments_bs is not None:
             segments = e.segments_bs[self._sample]
-            hidden = hidden | (segments[i] != segments[None, start : self.s_to])
+            looks_at = segments[self.offset :] if e.looks_at_bt is None else e.looks_at_bt[self._sample]
+            of_keys = segments[None, start : self.s_to]
+            hidden = hidden | (looks_at[i - self.offset] != of_keys) | (of_keys == 0)
         return slice(start - self.s_from, self.s_to - self.s_from), hidden
 
 
@@ -128,11 +135,15 @@ def _probabilities(q_gnd: Tensor, k_gsd: Tensor, tile: _Tile, index_k: Tensor) -
     """[g, rep·queries, keys] in fp32 or better; q holds the scale."""
     scores = torch.bmm(q_gnd, k_gsd[:, tile.s_from : tile.s_to].transpose(1, 2))
     masked = tile.hidden(index_k)
-    if masked is not None:
-        keys, hidden = masked
-        heads = scores.unflatten(1, (-1, tile.q_to - tile.q_from))
-        heads[..., keys].masked_fill_(hidden, float("-inf"))
-    return torch.softmax(scores, dim=-1, dtype=_accurate(scores.dtype))
+    if masked is None:
+        return torch.softmax(scores, dim=-1, dtype=_accurate(scores.dtype))
+    keys, hidden = masked
+    queries = (-1, tile.q_to - tile.q_from)
+    scores.unflatten(1, queries)[..., keys].masked_fill_(hidden, float("-inf"))
+    p = torch.softmax(scores, dim=-1, dtype=_accurate(scores.dtype))
+    if tile.segmented:  # only then can a query see nothing; its softmax is NaN
+        p.unflatten(1, queries).masked_fill_(hidden.all(-1, keepdim=True), 0)
+    return p
 
 
 def _accurate(dtype: torch.dtype) -> torch.dtype:
@@ -172,18 +183,18 @@ def _forward(q_bhkd: Tensor, e: KeyValues, rows: Rows) -> Tensor:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, known: Tensor, *rest: Any) -> Tensor:
-        keys, values, segments, rows, form = rest
-        ctx.save_for_backward(q, keys, values, segments)
+        keys, values, segments, looks_at, rows, form = rest
+        ctx.save_for_backward(q, keys, values, segments, looks_at)
         ctx.rows, ctx.form = rows, form
-        return known.view_as(known)
+        return as_output(known)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (do,) = grads
-        q, keys, values, segments = ctx.saved_tensors
+        q, keys, values, segments, looks_at = ctx.saved_tensors
         rows, (causal, scale, window) = ctx.rows, ctx.form
-        e = KeyValues(keys, values, causal, scale, segments, window)
+        e = KeyValues(keys, values, causal, scale, segments, window, looks_at)
         b, groups = keys.shape[:2]
         dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
         dk, dv = (x.new_zeros(b, groups, q.shape[2], x.shape[3], dtype=_accurate(x.dtype)) for x in (keys, values))
@@ -194,7 +205,7 @@ class _Attention(torch.autograd.Function):
                 _backward_tile(
                     tile, index_k, q_s, do_s, keys[sample], values[sample], dq_s, dk[sample], dv[sample], scale
                 )
-        return dq, dk.to(keys.dtype), dv.to(values.dtype), *(None,) * 6
+        return dq, dk.to(keys.dtype), dv.to(values.dtype), *(None,) * 7
 
 
 def _backward_tile(

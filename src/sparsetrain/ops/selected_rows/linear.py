@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparsetrain.core.autograd import as_output
+
 
 def selected_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, known: Tensor, transposed: bool = False
@@ -31,7 +33,7 @@ class _Linear(torch.autograd.Function):
         # under autocast the product was formed in a lower dtype than x and W have
         ctx.save_for_backward(x.to(known.dtype) if need_weight else None, weight)
         ctx.transposed, ctx.dtypes = transposed, (x.dtype, None if bias is None else bias.dtype)
-        return known.view_as(known)
+        return as_output(known)
 
     @staticmethod
     @once_differentiable
@@ -62,7 +64,7 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, keep_mask: Tensor, scale: float, known: Tensor) -> Tensor:
         ctx.save_for_backward(keep_mask)
         ctx.scale = scale
-        return known.view_as(known)
+        return as_output(known)
 
     @staticmethod
     @once_differentiable

@@ -26,9 +26,13 @@ def selected_attention_reference(
     causal: bool,
     scale: float,
     segments_bt: Tensor | None = None,
+    looks_at_bt: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Attention of all rows [b, h, t, d] in which K and V carry gradient for the selected rows alone."""
+    """Attention of all rows [b, h, t, d] in which K and V carry gradient for the selected rows alone.
+
+    segments_bt, looks_at_bt: as in `KeyValues`.
+    """
     t, rep = q_bhtd.shape[2], q_bhtd.shape[1] // k_bgtd.shape[1]
     k, v = (keep(x.transpose(1, 2), selected_bt).transpose(1, 2).repeat_interleave(rep, 1) for x in (k_bgtd, v_bgtd))
     distance = torch.arange(t)[:, None] - torch.arange(t)[None]
@@ -37,10 +41,10 @@ def selected_attention_reference(
         visible = visible & ((distance if causal else distance.abs()) < window)
     visible = visible[None]
     if segments_bt is not None:
-        same = segments_bt[:, :, None] == segments_bt[:, None]
-        visible = (
-            visible & same & (segments_bt > 0)[:, :, None]
-            | torch.eye(t, dtype=torch.bool) & (segments_bt == 0)[:, :, None]
-        )
+        looks_at_bt = segments_bt if looks_at_bt is None else looks_at_bt
+        visible = visible & (looks_at_bt[:, :, None] == segments_bt[:, None]) & (segments_bt > 0)[:, None]
+    visible = visible[:, None]
     scores = (q_bhtd @ k.transpose(2, 3)) * scale
-    return F.softmax(scores.masked_fill(~visible[:, None], float("-inf")), dim=-1) @ v
+    # a query that sees nothing gives 0, and its softmax must not be NaN on the way
+    p = F.softmax(scores.masked_fill(~visible, torch.finfo(scores.dtype).min), dim=-1)
+    return p.masked_fill(~visible, 0) @ v

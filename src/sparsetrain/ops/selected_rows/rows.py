@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparsetrain.core.autograd import as_output
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -148,7 +150,7 @@ class _ReplaceRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, selected: Tensor, x: Tensor, rows: Rows) -> Tensor:
         ctx.rows = rows
-        return x.view_as(x)
+        return as_output(x)
 
     @staticmethod
     @once_differentiable

@@ -27,15 +27,19 @@ CLAMPED_ROWS = 128
 def attend_clamped(
     q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, keys_bhtl: Tensor, scale: float, clamp: float
 ) -> Tensor:
-    """out_bhtd with scores clamped to ±`clamp`, tiles of query rows recomputed in the backward; any device."""
+    """out_bhtd with scores clamped to ±`clamp`, tiles of query rows recomputed in the backward; any device.
+
+    Scores and sums are fp32 (fp64 for fp64).
+    """
+    work = torch.promote_types(q_bhtd.dtype, torch.float32)
     per_group = q_bhtd.shape[1] // k_bgsd.shape[1]
-    k, v = (x.repeat_interleave(per_group, 1) for x in (k_bgsd, v_bgsd))
+    k, v = (x.to(work).repeat_interleave(per_group, 1) for x in (k_bgsd, v_bgsd))
 
     def tile(q: Tensor, keys: Tensor) -> Tensor:
         kept = kept_pairs(keys, k.shape[2])
-        scores = (scale * (q @ k.mT)).float().clamp(-clamp, clamp).masked_fill(~kept, -torch.inf)
+        scores = (scale * (q.to(work) @ k.mT)).clamp(-clamp, clamp).masked_fill(~kept, -torch.inf)
         # a row that keeps nothing is all -inf, and its softmax NaN
-        return scores.softmax(-1).masked_fill(~kept, 0).to(v.dtype) @ v
+        return (scores.softmax(-1).masked_fill(~kept, 0) @ v).to(q.dtype)
 
     rows = [slice(start, start + CLAMPED_ROWS) for start in range(0, q_bhtd.shape[2], CLAMPED_ROWS)]
     tiles = [checkpoint(tile, q_bhtd[:, :, r], keys_bhtl[:, :, r], use_reentrant=False) for r in rows]

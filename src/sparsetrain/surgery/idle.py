@@ -1,0 +1,81 @@
+"""Gradients of zeros for parameters of ours that a step leaves alone, where ranks reduce their gradients together.
+
+DDP without `find_unused_parameters` waits for a gradient of every parameter, and a codebook between its updates or a
+router while everything runs dense has none. So the backward gives it zeros. They are taken away again before the
+optimizer's step, which would decay the parameter and move it by its momentum: with and without ranks, an optimizer
+sees the same gradients. The zeros are written, not multiplied, so that a NaN elsewhere stays elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_IDLE: Any = WeakTensorKeyDictionary()
+"""Parameter -> whether it was idle in every forward since the optimizer's last step."""
+
+
+class _AttachZeros(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.likes = [(tuple(p.shape), p.dtype, p.device) for p in parameters]
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return (*grads, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.likes))
+
+
+def attach_zeros(out: Any, parameters: Iterable[nn.Parameter], *, idle: bool = True) -> Any:
+    """`out` (a tensor, or a tuple that begins with one), whose backward gives the parameters gradients of zeros.
+
+    Itself outside of training, and where no process group runs.
+
+    Args:
+        idle: no rank gives them another gradient in this step, so the optimizer is to see none. False: another rank,
+            or another part of the batch, may.
+    """
+    found = [p for p in parameters if p.requires_grad]
+    if not (found and torch.is_grad_enabled() and _ranks_run()):
+        return out
+    note(found, idle=idle)
+    first = out[0] if isinstance(out, (tuple, list)) else out
+    with_zeros: Any = _AttachZeros.apply(first, *found)
+    return type(out)((with_zeros, *out[1:])) if isinstance(out, (tuple, list)) else with_zeros
+
+
+def _note(parameters: Iterable[nn.Parameter], *, idle: bool) -> None:
+    """Say whether parameters are idle in the present forward."""
+    if _ranks_run():
+        _begin()
+        for parameter in parameters:
+            _IDLE[parameter] = idle and _IDLE.get(parameter, True)
+
+
+note: Any = torch.compiler.disable(_note)
+
+
+def _ranks_run() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+@cache
+def _begin() -> None:
+    """Register with torch, once a process."""
+
+    def before_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        if not _IDLE:
+            return
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if _IDLE.pop(parameter, False):
+                    parameter.grad = None
+
+    register_optimizer_step_pre_hook(before_step)
