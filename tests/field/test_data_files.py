@@ -163,7 +163,7 @@ def test_files_with_a_mark_are_decoded(encoding: str, tmp_path: Path, tokenizer:
         ("café".encode("latin-1"), ["is not UTF-8 text: byte 3", "Convert it"]),
         ("a line".encode("utf-16-le"), ["is binary: byte 1 is NUL", "UTF-16 needs its mark"]),
         (b"\xff\xfea", ["is not UTF-16 text"]),
-        (gzip.compress(b"text"), ["compressed by gzip. Unpack it"]),
+        (gzip.compress(b"text", mtime=0), ["compressed by gzip. Unpack it"]),
         (b"PK\x03\x04rest", ["zip archive"]),
         (b"PAR1rest", ["Parquet table. Save it as JSONL"]),
     ],

@@ -136,7 +136,7 @@ def test_ten_steps_without_sparsity_equal_a_dense_linear(config: SemiStructured)
     model, handle = net(dataclasses.replace(config, dense_tail_ratio=1.0))
     torch.manual_seed(0)
     dense = Net()
-    plain = sparsetrain.Handle(dense, handle.plan)
+    plain = sparsetrain.Handle(dense, handle.plan, handle.anatomy)
     assert train(model, handle, 10, 10) == train(dense, plain, 10, 10)
     for name, value in dense.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
@@ -277,7 +277,7 @@ def test_the_dense_tail_begins_on_time_and_is_dense_training() -> None:
     twin.load_state_dict(model.state_dict())
     other = torch.optim.AdamW(twin.parameters(), lr=3e-3)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    dense = train(twin, sparsetrain.Handle(twin, handle.plan), 2, 12, first=10, optimizer=other)
+    dense = train(twin, sparsetrain.Handle(twin, handle.plan, handle.anatomy), 2, 12, first=10, optimizer=other)
     assert train(model, handle, 2, 12, first=10, optimizer=optimizer) == dense
     assert model.up.packed is None and handle.report()["stats"][":semi_structured"]["dense_phase"] == 1
     assert [step for step, _ in flip_curve(handle)["mean"]] == [0, 2, 4, 6, 8]

@@ -37,7 +37,7 @@ class SparsityCallback(TrainerCallback):
             good (patterns cut, say), and the peak of memory before and after it: a peak counts from the last change,
             since a dense phase would hide what follows.
         before_reset: called at a change, before the peak starts anew.
-        about: entries for the sidecar, as in `hf.io.save`.
+        about: entries for the sidecar, as in `hf.model.io.save`.
     """
 
     def __init__(

@@ -61,7 +61,7 @@ def pretrain(
 
     Args:
         recipe: what to do; its `compare` is for `hf.compare`.
-        report: told what happens, as it happens (events: see `hf.trainer`).
+        report: told what happens, as it happens (events: see `runs.events`).
         callbacks: further callbacks of the Trainer, called before ours.
         like: a sparse recipe that this dense run is compared with; attention dropout is as there.
         dense_quality: of the untrained dense model, where another run has measured it on the same rows; a function is
