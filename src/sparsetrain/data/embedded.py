@@ -54,6 +54,11 @@ def _chitchat_messages(turns: list[list[dict[str, str]]]) -> list[dict[str, str]
 
 
 EMBEDDED: Mapping[str, Callable[[Path], list[Row]]] = MappingProxyType(
-    {"movie-reviews": movie_rows, "gsm8k": _gsm8k_rows, "chitchat": _chitchat_rows}
+    {
+        "movie-reviews": movie_rows,
+        "gsm8k": _gsm8k_rows,
+        "chitchat": _chitchat_rows,
+        "python-docstrings": lambda folder: read_rows(folder / "rows.jsonl"),
+    }
 )
 """Name of an embedded data set -> its rows, from the folder that it lies in."""

@@ -2,7 +2,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from sparsetrain.data.docstrings import ASKED, docstring_rows
+from sparsetrain.data.embedded import EMBEDDED
+from sparsetrain.hf.assets import store
 
 SOURCE = '''import math
 
@@ -49,3 +53,17 @@ def test_functions_become_prompts_and_docstrings_completions(tmp_path: Path) -> 
     assert area.endswith("@property\ndef area(self):\n    r = self.radius\n    return math.pi * r * r")
     assert "The area of the circle" not in area
     assert rows[0]["completion"].endswith("\n\nIt is tried again, up to three times, when the connection breaks.")
+
+
+def test_the_data_set_is_made_once_and_read_as_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSETRAIN_CACHE", str(tmp_path / "cache"))
+    sources = tmp_path / "lib"
+    sources.mkdir()
+    (sources / "shapes.py").write_text(SOURCE)
+    monkeypatch.setattr(store.sysconfig, "get_paths", lambda: {"stdlib": str(sources)})
+    folder = Path(store.resolve_data("python-docstrings", progress=lambda _line: None))
+    rows = EMBEDDED["python-docstrings"](folder)
+    assert [set(row) for row, _ in rows] == [{"prompt", "completion"}] * 2
+    (sources / "shapes.py").unlink()
+    assert store.resolve_data("python-docstrings") == str(folder)  # as it was made
+    assert store.asset_status("python-docstrings", deep=True).state == "ready"

@@ -1,13 +1,15 @@
 """The list of embedded assets: what each is, which pinned package carries it, and under which licence."""
 
 import os
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-Source = Literal["pypi", "debian", "python"]
+Source = Literal["pypi", "debian", "python", "made"]
+"""Where an asset comes from: a package, the running Python, or made here out of its sources."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,12 +156,29 @@ _PYTHON_STDLIB = Asset(
     description="the sources of the running Python's own standard library (some 30 MB): always there",
 )
 
-ASSETS: Mapping[str, Asset] = MappingProxyType(
-    {
-        asset.name: asset
-        for asset in (_SMOLLM2, _MINILM, _MOVIE_REVIEWS, _CHITCHAT, _GSM8K, _FASHION_MNIST, _PYTHON_STDLIB)
-    }
+_PYTHON_DOCSTRINGS = Asset(
+    name="python-docstrings",
+    kind="data",
+    source="made",
+    package=f"python=={platform.python_version()}",
+    sha256="",
+    licence="PSF-2.0",
+    files=MappingProxyType({}),
+    download_bytes=0,
+    description="some 3,800 prompts with completions: a function of the standard library, and its docstring",
 )
+
+_ALL = (
+    _SMOLLM2,
+    _MINILM,
+    _MOVIE_REVIEWS,
+    _CHITCHAT,
+    _GSM8K,
+    _FASHION_MNIST,
+    _PYTHON_STDLIB,
+    _PYTHON_DOCSTRINGS,
+)
+ASSETS: Mapping[str, Asset] = MappingProxyType({asset.name: asset for asset in _ALL})
 
 
 def list_assets(kind: Literal["model", "data"] | None = None) -> tuple[Asset, ...]:

