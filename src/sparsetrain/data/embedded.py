@@ -58,7 +58,7 @@ EMBEDDED: Mapping[str, Callable[[Path], list[Row]]] = MappingProxyType(
         "movie-reviews": movie_rows,
         "gsm8k": _gsm8k_rows,
         "chitchat": _chitchat_rows,
-        "python-docstrings": lambda folder: read_rows(folder / "rows.jsonl"),
+        "python-docstrings": lambda folder: list(read_rows(folder / "rows.jsonl")),
     }
 )
 """Name of an embedded data set -> its rows, from the folder that it lies in."""
