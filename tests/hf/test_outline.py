@@ -71,7 +71,8 @@ def real(asked: Recipe, config: Any) -> tuple[nn.Module, Any]:
     model: Any = (AutoModelForSequenceClassification if classify else AutoModelForCausalLM).from_config(config)
     handle = None
     if asked.methods:
-        handle = sparsify(model, *asked.configs, state=blank_state(plan(model, *asked.configs).edits))
+        state = blank_state(plan(model, *asked.configs).edits)
+        handle = sparsify(model, *asked.configs, state=state, deploy=asked.deployment)
     heads = [name for name, _ in model.named_children() if name in ("classifier", "pre_classifier")]
     model = add_lora(model, asked, handle, heads if classify else [])
     model.train()

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import MethodConfig, suggest
 from sparsetrain.core.fields import shown
+from sparsetrain.hf.model.chunked_loss import use_chunked_loss
 from sparsetrain.hf.model.weights import auto_class, empty_of, fitting_class
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.tasks import task_of
@@ -77,7 +78,8 @@ def check_lora_targets(recipe: Recipe, config: Any) -> None:
 
 def add_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: list[str]) -> Any:
     """The model as it is trained: inside PEFT with LoRA and with everything new trainable; the model itself if `lora_r`
-    is 0, with its own weights frozen where the recipe's methods train nothing but what they add.
+    is 0, with its own weights frozen where the recipe's methods train nothing but what they add. A language model's
+    loss is computed in chunks.
 
     Raises:
         ValueError: `lora_targets` matches nothing.
@@ -92,6 +94,8 @@ def add_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: lis
         for edit, module in handle.installed if handle is not None else ():
             if edit.config.trains_own:
                 module.requires_grad_(True)
+    if task_of(recipe.task).causal:
+        use_chunked_loss(model)
     return model
 
 

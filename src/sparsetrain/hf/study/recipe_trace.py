@@ -123,8 +123,8 @@ class _Built:
         self.in_blocks, self.outside = trained_parameters(model)
         self.hollow = Hollow(seed=recipe.seed)
         fill(model, self.hollow)
+        model.train()  # before anything is packed: a model that is deployed dense runs dense until then
         settle(model, self.hollow)
-        model.train()
         if gpu:
             drop_as_on_a_gpu(model, recipe)
         if recipe.gradient_checkpointing != "none":
