@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ def test_a_third_interrupt_ends_the_process() -> None:
     with subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         for _ in range(2):
+            time.sleep(0.3)  # until it sleeps: an interrupt between two of its lines would end it
             process.send_signal(signal.SIGINT)
             assert process.stdout.readline() == "caught\n"
         process.send_signal(signal.SIGINT)

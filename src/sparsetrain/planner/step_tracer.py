@@ -64,9 +64,10 @@ class LiveBytes:
         given = tensors_in((args, kwargs))
         moved = float(sum(x.numel() * x.element_size() for x in [*given, *results]))
         kind, amount = "copy", 0.0
-        if func._overloadpacket in flop_registry:
+        counted = torch.ops.aten.addmm if name == "addmm_" else func._overloadpacket  # in place it is no other product
+        if counted in flop_registry:
             kind = "attention" if "attention" in name else "gemm"
-            amount = float(flop_registry[func._overloadpacket](*args, **kwargs, out_val=out))
+            amount = float(flop_registry[counted](*args, **kwargs, out_val=out))
         elif "grouped_mm" in name:  # rows by their experts: every row meets one matrix, forward and backward alike
             kind, amount = "gemm", 2.0 * args[0].numel() * args[1].shape[-1]
         elif "attention" in name:

@@ -94,7 +94,8 @@ def add_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: lis
         for edit, module in handle.installed if handle is not None else ():
             if edit.config.trains_own:
                 module.requires_grad_(True)
-    if task_of(recipe.task).causal:
+    task = task_of(recipe.task)
+    if task.causal and task.loss is None:
         use_chunked_loss(model)
     return model
 
