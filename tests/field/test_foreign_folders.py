@@ -11,7 +11,7 @@ import pytest
 
 from sparsetrain.core.errors import CheckpointError, InUse
 from sparsetrain.recipes.run import RunRecipe
-from sparsetrain.runs.checkpoints import begin_checkpoint, clear_interrupted, mark_of, rotate
+from sparsetrain.runs.checkpoints import begin_checkpoint, clear_interrupted, foreign_checkpoints, mark_of, rotate
 from sparsetrain.runs.claim import check_claim, claimed, finish, replacing, writing_into
 from sparsetrain.runs.layout import RUN
 from sparsetrain.runs.lock import LOCK
@@ -183,3 +183,13 @@ def test_saving_replaces_one_of_ours_through_a_link_and_keeps_the_link(tmp_path:
         write_manifest(scratch)
     assert (tmp_path / "model").is_symlink() and (tmp_path / "model" / "weights").read_text() == "newest"
     assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["model"]
+
+
+def test_a_checkpoint_s_folder_without_its_mark_is_begun_anew(tmp_path: Path) -> None:
+    """Where a kill came between making the folder and marking it; one that holds anything is someone's."""
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-6").mkdir()
+    (tmp_path / "checkpoint-6" / "notes.txt").write_text("mine")
+    assert foreign_checkpoints(tmp_path) == [tmp_path / "checkpoint-6"]
+    clear_interrupted(tmp_path)
+    assert not (tmp_path / "checkpoint-4").exists() and (tmp_path / "checkpoint-6" / "notes.txt").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import subprocess
@@ -119,6 +120,17 @@ def test_what_was_added_stays_as_it_was_fitted(tmp_path: Path) -> None:
     for site, tensors in early.items():
         for name, value in tensors.items():
             assert torch.equal(value, late[site][name]), (site, name)
+
+
+def test_all_weights_trained_to_the_end_are_evaluated_and_saved_on_resume(tmp_path: Path) -> None:
+    whole = trained(tmp_path, lora_r=0, lr=1e-3, save_every=10)
+    for name in ("result.json", "report.json", "report.html"):
+        (tmp_path / "out" / name).unlink()
+    run = tmp_path / "out" / "run.json"
+    run.write_text(json.dumps({key: value for key, value in json.loads(run.read_text()).items() if key != "finished"}))
+    shutil.rmtree(tmp_path / "out" / "model")
+    again = trained(tmp_path, lora_r=0, lr=1e-3, save_every=10, resume=True)
+    assert again.resumed_from == 10 and perplexity(again) == perplexity(whole)
 
 
 def test_all_weights_are_saved_plain(tmp_path: Path) -> None:

@@ -103,8 +103,8 @@ def rotate(output: str | Path, keep: int) -> None:
 
 def clear_interrupted(output: str | Path) -> None:
     """Remove checkpoints that were never finished, before a continued run writes into the same folders."""
-    for path in own_checkpoints(output):
-        if not (path / MANIFEST).is_file():
+    for path in checkpoints(output):
+        if _is_bare(path) or (mark_of(path) is not None and not (path / MANIFEST).is_file()):
             shutil.rmtree(path)
 
 
@@ -120,7 +120,12 @@ def own_checkpoints(output: str | Path) -> list[Path]:
 
 def foreign_checkpoints(output: str | Path) -> list[Path]:
     """What has a checkpoint's name and is not of a run of ours, oldest first."""
-    return sorted((path for path in _named(output) if mark_of(path) is None), key=_step_of)
+    return sorted((path for path in _named(output) if mark_of(path) is None and not _is_bare(path)), key=_step_of)
+
+
+def _is_bare(path: Path) -> bool:
+    """Is it a folder that a run was stopped in before its mark stood there? Nobody loses anything with it."""
+    return path.is_dir() and not path.is_symlink() and all(is_scratch(held.name) for held in path.iterdir())
 
 
 def mark_of(path: Path) -> dict[str, Any] | None:

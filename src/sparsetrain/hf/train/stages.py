@@ -31,6 +31,7 @@ from sparsetrain.runs.spans import Span
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.grow import carried_state
 from sparsetrain.surgery.method import Grown, Weights
+from sparsetrain.surgery.site import Site
 
 Enter = Callable[[Parts, Journal, int, Any, MutableMapping[str, Weights]], tuple[Grown, Handle | None]]
 """(parts, journal, index of a stage, dense model of the stage before, kept weights) -> the stage's model, converted."""
@@ -128,7 +129,12 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
     model.load_state_dict(found, strict=False)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     there = {id(parameters[name]) for name in found if name in parameters}  # of tied ones, one is saved
-    if lacking := [name for name, parameter in parameters.items() if id(parameter) not in there]:
+    # what was added to a model that is deployed dense is in no weights: it came with the checkpoint's state
+    fixed = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, Site) and module.deploys_dense
+    )
+    lacking = [name for name, p in parameters.items() if id(p) not in there and not name.startswith(fixed)]
+    if lacking:
         raise ValueError(f"{checkpoint} has no weights for {lacking[0]}, so it is of another model.")
 
 
