@@ -38,7 +38,7 @@ def read(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., An
     return run
 
 
-def refused(*words: str) -> Any:
+def raises_with(*words: str) -> Any:
     return pytest.raises(ValueError, match="(?s)" + ".*".join(words))
 
 
@@ -80,12 +80,12 @@ def test_a_json_file_of_rows_is_read_as_rows(content: Any, read: Callable[..., A
     ],
 )
 def test_a_json_file_of_something_else_is_refused(content: Any, words: list[str], read: Callable[..., Any]):
-    with refused(*words):
+    with raises_with(*words):
         read("a.json", json.dumps(content))
 
 
 def test_a_broken_json_file_is_named_with_its_place(read: Callable[..., Any]):
-    with refused(r"a\.json is not JSON: .* at line 2, column 1"):
+    with raises_with(r"a\.json is not JSON: .* at line 2, column 1"):
         read("a.json", '[{"text": "a"},\n')
 
 
@@ -95,7 +95,7 @@ def test_json_among_texts_is_a_text_and_said(tmp_path: Path, tokenizer: PreTrain
     bundle = load_text(folder, tokenizer, 16, eval_ratio=0)
     assert bundle.counts["documents"] == 4 and "1 JSON files without rows read as texts" in bundle.description
     (folder / "rows.json").write_text(json.dumps([{"instruction": "a", "output": "b"}]))
-    with refused(r"rows\.json\[0\]", "task=sft"):
+    with raises_with(r"rows\.json\[0\]", "task=sft"):
         load_text(folder, tokenizer, 16, eval_ratio=0)
 
 
@@ -116,7 +116,7 @@ DEEP = '{"text": ' + "[" * 200 + "]" * 200 + "}"
     ],
 )
 def test_a_broken_row_is_named_in_a_short_message(line: str, words: list[str], read: Callable[..., Any]):
-    with refused(*words) as error:
+    with raises_with(*words) as error:
         read("a.jsonl", f'{{"text": "a"}}\n{line}\n')
     message = str(error.value)
     assert len(message) < 500 and message.isprintable()
@@ -172,18 +172,20 @@ def test_files_with_a_mark_are_decoded(encoding: str, tmp_path: Path, tokenizer:
 def test_what_is_no_text_is_refused_with_advice(
     name: str, content: bytes, words: list[str], read: Callable[..., Any], tmp_path: Path
 ):
-    with refused(*words) if name == "a.txt" else pytest.raises(ValueError, match=r"a\.\w+(:1)? is (not|bin|comp|a )"):
+    with (
+        raises_with(*words) if name == "a.txt" else pytest.raises(ValueError, match=r"a\.\w+(:1)? is (not|bin|comp|a )")
+    ):
         read(name, content)
 
 
 def test_latin_1_deep_in_a_table_is_named_with_its_line(read: Callable[..., Any]):
-    with refused(r"a\.csv:3 is not UTF-8 text: byte 3 of the line"):
+    with raises_with(r"a\.csv:3 is not UTF-8 text: byte 3 of the line"):
         read("a.csv", b"text,n\nab,1\ncaf\xe9,2\n")
 
 
 def test_a_csv_with_other_separators_is_refused_with_advice(read: Callable[..., Any]):
     for mark in (";", "\t", "|"):
-        with refused("a.csv:1 has the one column", "seem to be separated by", "commas in a .csv"):
+        with raises_with("a.csv:1 has the one column", "seem to be separated by", "commas in a .csv"):
             read("a.csv", f"text{mark}label\na{mark}1\n")
     assert read("a.csv", "\ntext\n" + "a line of one column\n" * 3).counts["documents"] == 3
 
@@ -202,13 +204,13 @@ def test_what_never_ends_is_refused_by_name(tmp_path: Path, tokenizer: PreTraine
     folder = write_texts(tmp_path / "data", 2)
     os.mkfifo(folder / "pipe.jsonl")
     for source in (folder, folder / "pipe.jsonl", str(folder / "*"), [folder / "00.txt", folder / "pipe.jsonl"]):
-        with refused(r"pipe\.jsonl is a named pipe, not a regular file"):
+        with raises_with(r"pipe\.jsonl is a named pipe, not a regular file"):
             load_text(source, tokenizer, 16)
     (folder / "pipe.jsonl").unlink()
     (folder / "link.txt").symlink_to("/dev/zero")
-    with refused(r"link\.txt is a device"):
+    with raises_with(r"link\.txt is a device"):
         load_text(folder, tokenizer, 16)
-    with refused("is a device"):
+    with raises_with("is a device"):
         load_sft("/dev/zero", tokenizer, 16)
     (folder / "link.txt").unlink()
     with socket.socket(socket.AF_UNIX) as listening:
@@ -216,36 +218,36 @@ def test_what_never_ends_is_refused_by_name(tmp_path: Path, tokenizer: PreTraine
         os.chdir(folder)  # the names of sockets are short
         listening.bind("socket.csv")
         os.chdir(here)
-        with refused(r"socket\.csv is a socket"):
+        with raises_with(r"socket\.csv is a socket"):
             load_classify(folder, tokenizer, 16)
 
 
 @pytest.mark.skipif(not os.path.ismount("/proc"), reason="no /proc here")
 def test_files_of_the_kernel_are_refused(tokenizer: PreTrainedTokenizerFast):
     for source in ("/proc/self/status", "/proc/self", "/proc/self/*s"):
-        with refused("kernel"):
+        with raises_with("kernel"):
             load_text(source, tokenizer, 16)
 
 
 def test_pipes_among_images_and_saved_tables_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
     os.mkfifo(tmp_path / "train-images-idx3-ubyte.gz")
-    with refused("named pipe"):
+    with raises_with("named pipe"):
         load_images(str(tmp_path))
     saved = tmp_path / "saved"
     datasets.Dataset.from_dict({"text": ["a text of some length"] * 3}).save_to_disk(str(saved))
     arrow = next(saved.glob("*.arrow"))
     arrow.unlink()
     os.mkfifo(arrow)
-    with refused(r"\.arrow is a named pipe"):
+    with raises_with(r"\.arrow is a named pipe"):
         load_text(str(saved), tokenizer, 8)
     state = json.loads((saved / "state.json").read_text())
     arrow.unlink()
     (saved / "state.json").write_text(json.dumps(state | {"_data_files": [{"filename": "/dev/zero"}]}))
-    with refused("does not list the files of its folder"):
+    with raises_with("does not list the files of its folder"):
         load_text(str(saved), tokenizer, 8)
     for content in ("{", "[]", json.dumps(state), json.dumps(state | {"_data_files": []})):
         (saved / "state.json").write_text(content)
-        with refused("saved"):
+        with raises_with("saved"):
             load_text(str(saved), tokenizer, 8)
 
 
@@ -261,11 +263,11 @@ def test_links_in_circles_end(tmp_path: Path, tokenizer: PreTrainedTokenizerFast
         assert bundle.counts["documents"] == 8
         assert "3 links to a folder above not followed" in bundle.description
     (folder / "self.txt").symlink_to("self.txt")
-    with refused(r"self\.txt"):
+    with raises_with(r"self\.txt"):
         load_text(folder / "self.txt", tokenizer, 16)
     (folder / "self.txt").unlink()
     (folder / "gone.txt").symlink_to("nowhere.txt")
-    with refused(r"gone\.txt is a link to nowhere\.txt, which does not exist"):
+    with raises_with(r"gone\.txt is a link to nowhere\.txt, which does not exist"):
         load_text(folder, tokenizer, 16)
 
 
@@ -291,7 +293,7 @@ def test_patterns_say_what_they_leave_out(tmp_path: Path, tokenizer: PreTrainedT
     for pattern in ("**", "**/*.txt", "**/[0-9]*"):
         bundle = load_text(str(folder / pattern), tokenizer, 16, eval_ratio=0)
         assert bundle.counts["documents"] == 5 and "not read" not in bundle.description
-    with refused("No file matches", "found nothing but folders"):
+    with raises_with("No file matches", "found nothing but folders"):
         load_text(str(folder / "bel*"), tokenizer, 16)
 
 
@@ -309,7 +311,7 @@ def test_a_folder_that_cannot_be_read_is_an_error(
         return real(path)
 
     monkeypatch.setattr(files.os, "scandir", scandir)
-    with refused("cannot be read: Permission denied"):
+    with raises_with("cannot be read: Permission denied"):
         load_text(str(folder / pattern), tokenizer, 16)
 
 
@@ -325,7 +327,7 @@ def test_a_file_that_cannot_be_read_or_vanishes_is_an_error(
         return listed
 
     monkeypatch.setattr("sparsetrain.hf.data.sources.find_files", found)
-    with refused(r"01\.txt is gone"):
+    with raises_with(r"01\.txt is gone"):
         load_text(folder, tokenizer, 16)
     monkeypatch.undo()
 
@@ -333,7 +335,7 @@ def test_a_file_that_cannot_be_read_or_vanishes_is_an_error(
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "open", denied)
-    with refused(r"00\.txt cannot be read: Permission denied"):
+    with raises_with(r"00\.txt cannot be read: Permission denied"):
         load_text(folder / "00.txt", tokenizer, 16)
 
 
@@ -344,18 +346,18 @@ def test_what_is_too_large_is_refused_before_it_is_read(
     with path.open("wb") as file:
         file.write(b"text")
         file.truncate(reading.MOST_BYTES + 1)  # sparse: it takes no space
-    with refused(r"a\.txt has 4\.3 GB; .* at most 4\.3 GB", "Divide it"):
+    with raises_with(r"a\.txt has 4\.3 GB; .* at most 4\.3 GB", "Divide it"):
         load_text(path, tokenizer, 16)
     os.truncate(path, 1 << 30)
-    with refused(r"a\.txt is binary: byte 4 is NUL"):
+    with raises_with(r"a\.txt is binary: byte 4 is NUL"):
         load_text(path, tokenizer, 16)
     monkeypatch.setattr("sparsetrain.data.rows.MOST_JSON_BYTES", 100)
     monkeypatch.setattr(reading, "MOST_LINE_BYTES", 100)
     (tmp_path / "a.json").write_text(json.dumps(TEXTS))
-    with refused(r"a\.json has .* a row a line, as \.jsonl"):
+    with raises_with(r"a\.json has .* a row a line, as \.jsonl"):
         load_text(tmp_path / "a.json", tokenizer, 16)
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + json.dumps({"text": "a" * 200}))
-    with refused(r"a\.jsonl:2 is a line of more than"):
+    with raises_with(r"a\.jsonl:2 is a line of more than"):
         load_text(tmp_path / "a.jsonl", tokenizer, 16)
 
 
@@ -376,5 +378,5 @@ def test_names_with_control_characters_are_shown_escaped(tmp_path: Path, tokeniz
     deep = tmp_path.joinpath(*["long name of a folder"] * 20)
     deep.mkdir(parents=True)
     (deep / "b.txt").write_text("")
-    with refused("…", r"b\.txt is empty"):
+    with raises_with("…", r"b\.txt is empty"):
         load_text(deep / "b.txt", tokenizer, 16)

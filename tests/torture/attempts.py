@@ -94,8 +94,8 @@ def kills(root: Path, seed: int, share: float, only: str | None) -> Iterator[Don
 
 
 def disks(root: Path, seed: int, share: float, only: str | None) -> Iterator[Done]:
-    """A disk that is full after some kilobytes: the run says so, leaves nothing half-written, and once there is room it
-    goes on to the result of an undisturbed run."""
+    """A disk that is full after some kilobytes: the run ends without a fault of `judge`. What it had written is gone
+    with the disk, so whether it would go on once there is room is not asked here."""
     names = ["both", "full", "pretrained", "compared"]
     whole = {name: _undisturbed(root, name) for name in names}
     for number in range(max(1, round(NUM_DISKS * share))):
