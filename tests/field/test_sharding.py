@@ -100,6 +100,8 @@ def test_sharded_after_the_conversion() -> None:
 
 
 def test_an_ordinary_model_steps_on() -> None:
-    handle = sparsify(llama(), RoutedFFN())
+    handle = sparsify(llama(), RoutedFFN(warmup_ratio=0.1))
     handle.step(0, 10)
+    assert all(site.warming_up for site in handle.sites("routed_ffn").values())
     handle.step(1, 10)
+    assert not any(site.warming_up for site in handle.sites("routed_ffn").values())
