@@ -7,6 +7,8 @@ original under `base_layer` and the factors in `lora_A`, `lora_B`, `scaling`, `l
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,8 +36,8 @@ def linear_parts(module: nn.Module, transposed: bool = False) -> LinearParts:
     bias: Tensor | None = inner.bias
     if _is_bare(wrapped):
         return LinearParts(weight, bias)
-    factors = [_factors(wrapped, name) for name in _active(wrapped)]
-    for name in _active(wrapped):
+    factors = [_factors(wrapped, name) for name in active_adapters(wrapped)]
+    for name in active_adapters(wrapped):
         added = getattr(wrapped.lora_B[name], "bias", None)
         if added is not None:
             added = added * wrapped.scaling[name]
@@ -68,24 +70,63 @@ def refused_adapter(module: nn.Module) -> str | None:
     if _is_bare(wrapped):
         return None
     found = adapter_kind(wrapped)
-    if found not in _KNOWN or wrapped.base_layer is not inner or "forward" in vars(wrapped):
+    if found not in _KNOWN or wrapped.base_layer is not inner or _is_patched(wrapped):
         if found in _KNOWN:
             found += " whose forward is patched" if wrapped.base_layer is inner else " around another adapter"
         return (
             f"is wrapped by {found}, whose update cannot be computed block by block. Use LoRA or AdaLoRA on this "
             "linear, or leave it out of target_modules."
         )
-    for name in _active(wrapped):
+    for name in active_adapters(wrapped):
         if variant := getattr(wrapped, "lora_variant", {}).get(name):
             return (
                 f"has an adapter {name!r} of a LoRA variant ({type(variant).__name__}; DoRA is one), which is no "
                 "product of two factors. Use plain LoRA (use_dora=False) on it."
             )
-    if len(_active(wrapped)) > 1 and any(_dropouts(wrapped)):
+    if len(active_adapters(wrapped)) > 1 and any(_dropouts(wrapped)):
         return (
             "has several active adapters with dropout, each with a mask of its own. Train one, or set lora_dropout=0."
         )
     return None
+
+
+def plain_lora(block: nn.Module) -> list[Any]:
+    """The linears of a block that run with LoRA and nothing else: no dropout, bias, variant, or patched forward."""
+    return [
+        module
+        for module in block.modules()
+        if adapter_kind(module) == "lora.Linear"
+        and refused_adapter(module) is None
+        and not _is_bare(module)
+        and not has_lora_bias(module)
+        and not any(_dropouts(module))
+    ]
+
+
+class _RunsAs:
+    """A forward that stands in for a linear's own; what reads the linear may go on as if it were not there."""
+
+    def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
+        self.forward = forward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.forward(x)
+
+
+def _is_patched(module: nn.Module) -> bool:
+    return not isinstance(vars(module).get("forward"), _RunsAs | None)
+
+
+@contextmanager
+def runs_as(forwards: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Inside, each linear computes what its entry says."""
+    for module, forward in forwards.items():
+        vars(module)["forward"] = _RunsAs(forward)
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del vars(module)["forward"]
 
 
 def has_lora_bias(module: nn.Module) -> bool:
@@ -93,7 +134,7 @@ def has_lora_bias(module: nn.Module) -> bool:
     wrapped: Any = _copy_in_use(module)
     if _is_bare(wrapped) or not hasattr(wrapped, "lora_B"):
         return False
-    return any(getattr(wrapped.lora_B[name], "bias", None) is not None for name in _active(wrapped))
+    return any(getattr(wrapped.lora_B[name], "bias", None) is not None for name in active_adapters(wrapped))
 
 
 def adapter_kind(module: nn.Module) -> str:
@@ -126,11 +167,12 @@ def _is_bare(wrapped: Any) -> bool:
     return bool(wrapped.disable_adapters or wrapped.merged)
 
 
-def _active(wrapped: Any) -> list[str]:
+def active_adapters(wrapped: Any) -> list[str]:
+    """Names of the adapters that a wrapped linear adds."""
     return [name for name in wrapped.active_adapters if name in wrapped.lora_A]
 
 
 def _dropouts(wrapped: Any) -> list[float]:
     """The probability in force, of each active adapter."""
-    layers = [wrapped.lora_dropout[name] for name in _active(wrapped)]
+    layers = [wrapped.lora_dropout[name] for name in active_adapters(wrapped)]
     return [float(drop.p) if isinstance(drop, nn.Dropout) and drop.training else 0.0 for drop in layers]

@@ -18,6 +18,7 @@ from sparsetrain.methods.token_selection.passes import (
     FoundKeys,
     Notes,
     SelectedRows,
+    adapters_in_place,
     attaches_loss,
 )
 from sparsetrain.methods.token_selection.selector import Selector
@@ -108,7 +109,8 @@ def _in_two_passes(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
     x = args[0] if args else kwargs["hidden_states"]
     notes.ends_at_attention = recomputing = getattr(block, "gradient_checkpointing", False) and in_backward()
     sparse = stand_in_of(attention)
-    with torch.no_grad(), AllRows(notes), standing_in(attention, AttentionOfAllRows(notes, sparse)):
+    attends = AttentionOfAllRows(notes, sparse)
+    with torch.no_grad(), AllRows(notes), standing_in(attention, attends), adapters_in_place(block, notes):
         try:
             out = dense_forward(SelectsTokens, block, *args, **kwargs)
         except FoundKeys:  # a block that is recomputed for its backward needs no more of the other rows

