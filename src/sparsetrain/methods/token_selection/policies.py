@@ -32,6 +32,7 @@ class Batch:
             stands for a whole row, [b, ...], where `by_row`.
         targets_bt: bool [b, t], positions whose prediction has a loss; None = not known.
         scores_bt: a score of every token; None = none given.
+        causal: a token is seen by later ones alone.
     """
 
     segments_bt: Tensor
@@ -39,6 +40,7 @@ class Batch:
     targets_bt: Tensor | None = None
     scores_bt: Tensor | None = None
     by_row: bool = False
+    causal: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -80,7 +82,7 @@ class Batch:
                     f"{tuple(scores.shape)} and {int(scores.isnan().sum())} NaN."
                 )
             scores = scores.to("cpu", torch.float32)
-        return cls(segments, content, targets, scores)
+        return cls(segments, content, targets, scores, causal=causal)
 
     def name(self, row: int, positions: Tensor) -> int:
         """A number that names a document by its content, wherever it stands and whatever stands beside it."""
@@ -132,6 +134,18 @@ def scored(positions: Tensor, scores: Tensor | None, generator: torch.Generator)
     rank = torch.empty(len(positions))
     rank[order[scores[order].argsort(stable=True)]] = torch.arange(len(positions)) / max(1, len(positions))
     return rank
+
+
+def near(is_target: Tensor, causal: bool) -> Tensor:
+    """1 at a target, less with the distance to the next target that sees the token, 0 where none does.
+
+    A causal model's tokens after the last target are seen by none: no gradient of the loss reaches them.
+    """
+    n = len(is_target)
+    places = torch.arange(n)
+    after = torch.where(is_target, places, 2 * n).flip(0).cummin(0).values.flip(0) - places
+    before = places - torch.where(is_target, places, -n).cummax(0).values
+    return 1 - (after if causal else torch.minimum(after, before)).clamp(max=n) / n
 
 
 POLICIES: dict[str, Callable[[Tensor, Tensor | None, torch.Generator], Tensor]] = {
@@ -199,10 +213,15 @@ def _draw_document(
     policy = scored if config.pool == "scored" else POLICIES[config.policy]
     score = policy(positions, scores, generator)
     if config.pool == "targets" and targets is not None:
+        if config.context == "near":
+            score = torch.where(targets, score, near(targets, batch.causal))
         score = score + targets  # every target comes before every other token
     forced = [i for i, name in ((0, "first"), (n - 1, "last")) if name in config.always_keep]
     score[forced] = 4.0
-    count = max(count, len(set(forced)))
+    sure = score == 4
+    if config.keep_all_targets and targets is not None:
+        sure = sure | targets
+    count = max(count, int(sure.sum()))
     order = score.argsort(descending=True, stable=True)
     chosen = order[:count]
     if config.ensure_target and targets is not None and targets.any() and not targets[chosen].any():
