@@ -18,7 +18,7 @@ from transformers import BertForMaskedLM, DistilBertForMaskedLM, LlamaConfig, Ll
 import sparsetrain
 from sparsetrain import TokenSelection
 from sparsetrain.hf.train.finetune import Result, finetune
-from sparsetrain.methods.token_selection.scores import token_scores
+from sparsetrain.methods.token_selection.ahead import look_ahead
 from tests.families import FAMILIES
 from tests.hf import runs
 from tests.hf.test_checkpoint import StopAt
@@ -175,7 +175,10 @@ def test_scores_are_the_losses_and_the_gradient_norms_of_the_head(family: str) -
     head = model.get_output_embeddings()
     full = batch | {"labels": labels}
     handle = sparsetrain.sparsify(model, TokenSelection())
-    scores = {policy: token_scores(model, full, policy) for policy in ("loss", "gradient_norm")}
+    scores = {
+        policy: look_ahead(model, full, policy=policy, attended=False)["token_scores"]
+        for policy in ("loss", "gradient_norm")
+    }
     handle.restore()
     assert model.training and "forward" not in vars(head)
     weight = head.weight.detach().clone().requires_grad_()

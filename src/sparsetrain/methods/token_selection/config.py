@@ -10,7 +10,7 @@ from sparsetrain.core.config import MethodConfig, in_range, one_of
 POOLS = ("all", "targets", "scored")
 POLICIES = ("random", "prefix", "loss", "gradient_norm")
 ALWAYS = ("first", "last")
-CONTEXTS = ("random", "near")
+CONTEXTS = ("random", "near", "attended")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +26,12 @@ class TokenSelection(MethodConfig, method="token_selection"):
         pool: where tokens are drawn from: `all` (published); `targets`, positions that predict a token with a loss,
             before others; `scored`, the scores that come with the batch as `token_scores`.
         policy: how they are drawn: `random` (published), uniform without replacement; `prefix`, the first ones; `loss`
-            and `gradient_norm`, the largest loss or gradient norm at the head, in `token_scores` from a forward without
-            gradients.
+            and `gradient_norm`, the largest loss or gradient norm at the head, in `token_scores` or from a look.
         keep_all_targets: every target is selected, and context takes what is left of |S|; where nothing is left, |S|
             grows to the targets and the always-kept tokens. The loss is then the dense loss. Needs pool=targets.
         context: which tokens fill |S| up after the targets (pool=targets): `random`, as `policy` draws them; `near`,
-            the closest to a target that sees them: in a causal model, those before one.
+            the closest to a target that sees them: in a causal model, those before one; `attended`, those that receive
+            most attention from the targets, over all heads and layers, from a look at all rows before any is selected.
         always_keep: positions of every sample that are always selected: `first`, `last`.
         extra: the always-kept tokens come on top of |S| = floor(keep_ratio·(n - 2)) or num_tokens (published).
         ensure_target: if no selected token has a target, one that has takes the place of one that has not.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import Anatomy, Undo, submodule
+from sparsetrain.methods.token_selection.ahead import look_ahead
 from sparsetrain.methods.token_selection.logits import LogitsOnDemand, cut_rows
 from sparsetrain.methods.token_selection.loss import (
     Finish,
@@ -31,7 +32,6 @@ from sparsetrain.methods.token_selection.loss import (
     takes_rows,
     targets_of,
 )
-from sparsetrain.methods.token_selection.scores import token_scores
 from sparsetrain.methods.token_selection.selector import Head, Selector
 from sparsetrain.methods.token_selection.step import leaves_of
 from sparsetrain.surgery.outermost import declass_model, reclass_model
@@ -101,10 +101,13 @@ class SelectsInTraining:
 def choose(model: Any, given: dict[str, Any], scores: Tensor | None) -> Chosen:
     """Draw the selection of a forward with these arguments, and make them those of selected tokens."""
     selector: Selector = model.selector
-    causal, policy = selector.causal, selector.config.policy
-    if scores is None and policy in ("loss", "gradient_norm"):
-        scores = token_scores(model, given, policy)
-    rows = selector.choose(given | {"token_scores": scores}, _pad_token(model))
+    causal, config = selector.causal, selector.config
+    policy = config.policy if scores is None and config.policy in ("loss", "gradient_norm") else None
+    known = {"token_scores": scores}
+    selector.kept = {}
+    if policy or config.context == "attended":
+        known |= look_ahead(model, given, policy=policy, attended=config.context == "attended")
+    rows = selector.choose(given | known, _pad_token(model))
     if rows is not None and not rows.everything:
         _refuse_trained_cache(given)
     targets = None if rows is None else targets_of(given, rows, causal)

@@ -171,9 +171,7 @@ class AttentionOfAllRows:
 
     def __call__(self, call: AttentionCall) -> Tensor:
         notes = self.notes
-        notes.everything = KeyValues(
-            _compact(call.k), _compact(call.v), call.causal, call.scale, call.segments, call.window, call.looks_at
-        )
+        notes.everything = key_values(call)
         notes.with_loss = attaches_loss(self.sparse, call)
         if notes.ends_at_attention:
             raise FoundKeys
@@ -212,6 +210,12 @@ def attaches_loss(sparse: StandIn | None, call: AttentionCall) -> Callable[[Tens
     if not isinstance(sparse, SparseAttention):
         return None
     return partial(sparse.with_auxiliary_loss, call=replace(call, q=call.q.detach(), k=call.k.detach()))
+
+
+def key_values(call: AttentionCall) -> KeyValues:
+    """Keys and values of all rows of a call, and who may see them."""
+    k, v = _compact(call.k), _compact(call.v)
+    return KeyValues(k, v, call.causal, call.scale, call.segments, call.window, call.looks_at)
 
 
 def _compact(x: Tensor) -> Tensor:

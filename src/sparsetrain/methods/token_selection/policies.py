@@ -32,6 +32,7 @@ class Batch:
             stands for a whole row, [b, ...], where `by_row`.
         targets_bt: bool [b, t], positions whose prediction has a loss; None = not known.
         scores_bt: a score of every token; None = none given.
+        attended_bt: the attention that every token receives from targets; None = not known.
         causal: a token is seen by later ones alone.
     """
 
@@ -41,6 +42,7 @@ class Batch:
     scores_bt: Tensor | None = None
     by_row: bool = False
     causal: bool = False
+    attended_bt: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -82,7 +84,7 @@ class Batch:
                     f"{tuple(scores.shape)} and {int(scores.isnan().sum())} NaN."
                 )
             scores = scores.to("cpu", torch.float32)
-        return cls(segments, content, targets, scores, causal=causal)
+        return cls(segments, content, targets, scores, causal=causal, attended_bt=batch.get("token_attention"))
 
     def name(self, row: int, positions: Tensor) -> int:
         """A number that names a document by its content, wherever it stands and whatever stands beside it."""
@@ -213,8 +215,7 @@ def _draw_document(
     policy = scored if config.pool == "scored" else POLICIES[config.policy]
     score = policy(positions, scores, generator)
     if config.pool == "targets" and targets is not None:
-        if config.context == "near":
-            score = torch.where(targets, score, near(targets, batch.causal))
+        score = torch.where(targets, score, _context(config, batch, row, positions, targets, score, generator))
         score = score + targets  # every target comes before every other token
     forced = [i for i, name in ((0, "first"), (n - 1, "last")) if name in config.always_keep]
     score[forced] = 4.0
@@ -228,6 +229,18 @@ def _draw_document(
         best = order[targets[order]][0]
         chosen = torch.cat([chosen[: count - 1], best[None]])
     return positions[chosen], _weights(config, chosen, forced, targets, n, count)
+
+
+def _context(
+    config: TokenSelection, batch: Batch, row: int, positions: Tensor, targets: Tensor, score: Tensor, generator: Any
+) -> Tensor:
+    """In [0, 1]: which tokens without a target come first."""
+    if config.context == "near":
+        return near(targets, batch.causal)
+    if config.context == "attended":
+        assert batch.attended_bt is not None, "the model looks before it draws"
+        return scored(positions, batch.attended_bt[row, positions], generator)
+    return score
 
 
 def _weights(

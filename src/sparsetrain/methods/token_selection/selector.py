@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from sparsetrain.methods.token_selection.config import TokenSelection
 from sparsetrain.methods.token_selection.policies import Batch, draw, segments_of
 from sparsetrain.methods.token_selection.step import StepMean
-from sparsetrain.ops.selected_rows import Rows
+from sparsetrain.ops.selected_rows import KeyValues, Rows
 
 Head = Callable[[Tensor], Tensor]
+
+
+class Kept(NamedTuple):
+    """What a block said on all rows before anything was selected: its output, keys and values."""
+
+    out: Any
+    everything: KeyValues
 
 
 class Selector:
@@ -30,6 +37,7 @@ class Selector:
         dense: every token trains, as without selection.
         head: answers for the output head now; None: it computes its linear.
         loss: is the model's loss function now; None: it has its own.
+        kept: what blocks have said already of the batch that trains, by their state, call by call.
         mean: the optimizer step that is being accumulated.
     """
 
@@ -43,6 +51,7 @@ class Selector:
         self.running = self.dense = False
         self.head: Head | None = None
         self.loss: Callable[..., Tensor] | None = None
+        self.kept: dict[Any, list[Kept]] = {}
         self.mean = StepMean()
         self._forced: Rows | None = None
         self._draw: Callable[[int], Rows] | None = None
@@ -96,7 +105,7 @@ class Selector:
             with self.head_is(head):
                 yield
         finally:
-            self.running, self.loss, self._draw = False, None, None
+            self.running, self.loss, self._draw, self.kept = False, None, None, {}
 
     @contextmanager
     def head_is(self, head: Head | None) -> Iterator[None]:
@@ -106,6 +115,11 @@ class Selector:
             yield
         finally:
             self.head = None
+
+    def take_kept(self, state: Any) -> Kept | None:
+        """What the block with this state said in its next call, if it is known. It is given once, to be freed."""
+        calls = self.kept.get(state)
+        return calls.pop(0) if calls else None
 
     def rows_for(self, x_btd: Tensor) -> Rows | None:
         """The selection of the forward that runs, for a block's input; None when none runs."""
