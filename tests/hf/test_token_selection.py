@@ -89,6 +89,19 @@ def test_a_resumed_run_selects_the_same_tokens(checkpointing: str, tmp_path: Pat
     assert again.resumed_from == 4 and losses(again) == losses(whole)
 
 
+def test_a_dense_beginning_and_finish_train_on_all_tokens_and_resume(tmp_path: Path) -> None:
+    phases: dict[str, Any] = {"deploy": "dense", "dense_first": 0.34, "dense_last": 0.34}
+    dense = finetune(runs.recipe(tmp_path, output=str(tmp_path / "a"), deploy="dense"), write=False)
+    changes = {"methods": [TOKENS], **phases}
+    whole = finetune(runs.recipe(tmp_path, output=str(tmp_path / "b"), **changes), write=False)
+    assert losses(whole)[:2] == pytest.approx(losses(dense)[:2], rel=1e-5)
+    assert losses(whole)[2:] != pytest.approx(losses(dense)[2:], rel=1e-3)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(runs.recipe(tmp_path, **changes), callbacks=[StopAt(5)], write=False)
+    again = finetune(runs.recipe(tmp_path, **changes, resume=True), write=False)
+    assert again.resumed_from == 4 and losses(again) == losses(whole)
+
+
 def test_sparse_context_and_selected_tokens_train_together(tmp_path: Path) -> None:
     methods = [runs.CLUSTERED, runs.PQ, TOKENS]
     result = finetune(runs.recipe(tmp_path, methods=methods, steps=20), write=False)

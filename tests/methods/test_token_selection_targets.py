@@ -154,6 +154,32 @@ def test_ragged_micro_batches_accumulate_to_the_dense_loss_when_all_targets_are_
     torch.testing.assert_close(total.detach(), dense, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("options", [{}, {"policy": "loss"}, {"unbiased": True}, {"pool": "targets"}], ids=str)
+def test_steps_of_a_dense_phase_train_on_all_tokens_without_whole_logits(options: dict[str, Any]) -> None:
+    case = FAMILIES["llama"]
+    model, batch = doubled(case)
+    labels = batch["input_ids"].clone()
+    labels[0, :40] = -100
+    target = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    dense = F.cross_entropy(model(**batch).logits.flatten(0, 1), target)
+    dense.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    phases = sparsetrain.DeployDense(dense_first=0.2, dense_last=0.3)
+    handle = sparsetrain.sparsify(model, TokenSelection(**options), deploy=phases)
+    everything = []
+    for step in range(10):
+        handle.step(step, 10)
+        model.zero_grad()
+        out = model(**batch, labels=labels, num_items_in_batch=torch.tensor(int((target != -100).sum())))
+        out.loss.backward()
+        everything.append(selector_of(model).rows.everything)
+        if everything[-1]:
+            torch.testing.assert_close(out.loss.detach(), dense.detach(), rtol=1e-12, atol=0)
+            assert_same({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected)
+            assert not isinstance(out["logits"], torch.Tensor)  # computed if somebody reads them
+    assert everything == [True] * 2 + [False] * 5 + [True] * 3
+
+
 def test_what_tells_targets_from_context_needs_the_pool_of_targets() -> None:
     for wrong in ({"keep_all_targets": True}, {"context": "near"}, {"context": "near", "pool": "scored"}):
         with pytest.raises(ValueError, match="pool='targets'"):

@@ -158,6 +158,11 @@ POLICIES: dict[str, Callable[[Tensor, Tensor | None, torch.Generator], Tensor]] 
 }
 
 
+def everything(batch: Batch) -> Rows:
+    """Every row of a batch."""
+    return Rows.of([torch.arange(batch.num_tokens)] * len(batch.segments_bt), batch.num_tokens)
+
+
 def draw(config: TokenSelection, batch: Batch, *, step: int) -> Rows:
     """The selected rows of a batch.
 
@@ -175,7 +180,7 @@ def draw(config: TokenSelection, batch: Batch, *, step: int) -> Rows:
             "and there are none. Let the collator add them to the batch, or use policy='random'."
         )
     if config.keep_ratio == 1:  # padding too: the row before a first token may predict it, and a first row be read
-        return Rows.of([torch.arange(batch.num_tokens)] * len(batch.segments_bt), batch.num_tokens)
+        return everything(batch)
     chosen, weights = [], []
     for row, segments_t in enumerate(batch.segments_bt):
         found = []

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from sparsetrain.methods.token_selection.config import TokenSelection
-from sparsetrain.methods.token_selection.policies import Batch, draw, segments_of
+from sparsetrain.methods.token_selection.policies import Batch, draw, everything, segments_of
 from sparsetrain.methods.token_selection.step import StepMean
 from sparsetrain.ops.selected_rows import KeyValues, Rows
 
@@ -34,7 +34,7 @@ class Selector:
     Attributes:
         rows: the selection of the forward that runs or ran last; None before a training forward.
         running: a training forward runs now.
-        dense: every token trains, as without selection.
+        dense: every token trains now; the loss head runs in chunks, as it does beside selection.
         head: answers for the output head now; None: it computes its linear.
         loss: is the model's loss function now; None: it has its own.
         kept: what blocks have said already of the batch that trains, by their state, call by call.
@@ -86,16 +86,19 @@ class Selector:
         if self.rows is not None:
             return self.rows
         if given.get("input_ids") is not None or given.get("inputs_embeds") is not None:
-            self.rows = draw(self.config, Batch.of(given, causal=self.causal, pad=pad), step=self.step)
+            self.rows = self._drawn(Batch.of(given, causal=self.causal, pad=pad))
             return self.rows
         images = next(value for value in given.values() if isinstance(value, Tensor)).detach().cpu()
         mask = given.get("attention_mask")
 
         def on_images(t: int) -> Rows:
-            return draw(self.config, Batch(segments_of(mask, (len(images), t)), images, by_row=True), step=self.step)
+            return self._drawn(Batch(segments_of(mask, (len(images), t)), images, by_row=True))
 
         self._draw = on_images
         return None
+
+    def _drawn(self, batch: Batch) -> Rows:
+        return everything(batch) if self.dense else draw(self.config, batch, step=self.step)
 
     @contextmanager
     def selecting(self, head: Head | None, loss: Callable[..., Tensor] | None) -> Iterator[None]:
