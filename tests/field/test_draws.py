@@ -17,6 +17,7 @@ from tests.methods.test_token_selection import selector_of
 CHOICES = [
     TokenSelection(keep_ratio=0.4),
     TokenSelection(pool="targets", keep_ratio=0.4),
+    TokenSelection(pool="targets", keep_ratio=0.8, keep_all_targets=True, context="near"),
     TokenSelection.paper(keep_ratio=0.3),
     TokenSelection(num_tokens=16),
 ]

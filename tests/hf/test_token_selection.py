@@ -18,7 +18,7 @@ from transformers import BertForMaskedLM, DistilBertForMaskedLM, LlamaConfig, Ll
 import sparsetrain
 from sparsetrain import TokenSelection
 from sparsetrain.hf.train.finetune import Result, finetune
-from sparsetrain.methods.token_selection.scores import token_scores
+from sparsetrain.methods.token_selection.ahead import look_ahead
 from tests.families import FAMILIES
 from tests.hf import runs
 from tests.hf.test_checkpoint import StopAt
@@ -83,6 +83,19 @@ def test_a_classifier_with_attention_dropout_is_learned(tmp_path: Path) -> None:
 def test_a_resumed_run_selects_the_same_tokens(checkpointing: str, tmp_path: Path) -> None:
     changes = {"methods": [TOKENS], "gradient_checkpointing": checkpointing}
     whole = finetune(runs.recipe(tmp_path, output=str(tmp_path / "a"), **changes), write=False)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(runs.recipe(tmp_path, **changes), callbacks=[StopAt(5)], write=False)
+    again = finetune(runs.recipe(tmp_path, **changes, resume=True), write=False)
+    assert again.resumed_from == 4 and losses(again) == losses(whole)
+
+
+def test_a_dense_beginning_and_finish_train_on_all_tokens_and_resume(tmp_path: Path) -> None:
+    phases: dict[str, Any] = {"deploy": "dense", "dense_first": 0.34, "dense_last": 0.34}
+    dense = finetune(runs.recipe(tmp_path, output=str(tmp_path / "a"), deploy="dense"), write=False)
+    changes = {"methods": [TOKENS], **phases}
+    whole = finetune(runs.recipe(tmp_path, output=str(tmp_path / "b"), **changes), write=False)
+    assert losses(whole)[:2] == pytest.approx(losses(dense)[:2], rel=1e-5)
+    assert losses(whole)[2:] != pytest.approx(losses(dense)[2:], rel=1e-3)
     with pytest.raises(KeyboardInterrupt):
         finetune(runs.recipe(tmp_path, **changes), callbacks=[StopAt(5)], write=False)
     again = finetune(runs.recipe(tmp_path, **changes, resume=True), write=False)
@@ -175,7 +188,10 @@ def test_scores_are_the_losses_and_the_gradient_norms_of_the_head(family: str) -
     head = model.get_output_embeddings()
     full = batch | {"labels": labels}
     handle = sparsetrain.sparsify(model, TokenSelection())
-    scores = {policy: token_scores(model, full, policy) for policy in ("loss", "gradient_norm")}
+    scores = {
+        policy: look_ahead(model, full, policy=policy, attended=False)["token_scores"]
+        for policy in ("loss", "gradient_norm")
+    }
     handle.restore()
     assert model.training and "forward" not in vars(head)
     weight = head.weight.detach().clone().requires_grad_()

@@ -20,6 +20,7 @@ from sparsetrain.ops.selected_rows import (
     take_rows,
 )
 from sparsetrain.ops.selected_rows.cases import TINY, TOLERANCE, Case
+from sparsetrain.ops.selected_rows.received import received_mass
 
 
 def rows_of(counts: tuple[int, ...], tokens: int, seed: int = 0) -> Rows:
@@ -129,6 +130,26 @@ def test_attention_equals_the_detach_definition(case: Case, known: bool, monkeyp
     found = torch.autograd.grad((used(out, rows) * weight[rows.selected_bt]).sum(), (q, k, v))
     for a, e in zip(found, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=near, atol=near)
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+def test_received_mass_is_the_sum_of_the_selected_queries_probabilities(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsetrain.ops.selected_rows.attention.TILE_ROWS", 6 * case.heads // case.kv_heads)
+    b, t, d = 2, case.tokens, case.head_dim
+    rows, segments = rows_of(case.counts, t), case.segment_ids()
+    torch.manual_seed(1)
+    q, k = (torch.randn(b, n, t, d, dtype=torch.float64) for n in (case.heads, case.kv_heads))
+    everything = KeyValues(k, k, case.causal, 0.4, segments, case.window)
+    found = received_mass(rows.gather(q.transpose(1, 2)).transpose(1, 2), everything, rows)
+    # the attention of one-hot values is the map itself
+    one_hot = torch.eye(t, dtype=torch.float64).expand(b, case.kv_heads, t, t)
+    maps = selected_attention_reference(
+        q, k, one_hot, rows.selected_bt, scale=0.4, segments_bt=segments, causal=case.causal, window=case.window
+    )
+    expected = (maps * rows.selected_bt[:, None, :, None]).sum((1, 2))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_attention_in_the_tiles_of_a_gpu_is_the_same() -> None:

@@ -10,6 +10,7 @@ from sparsetrain.core.config import MethodConfig, in_range, one_of
 POOLS = ("all", "targets", "scored")
 POLICIES = ("random", "prefix", "loss", "gradient_norm")
 ALWAYS = ("first", "last")
+CONTEXTS = ("random", "near", "attended")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,12 @@ class TokenSelection(MethodConfig, method="token_selection"):
         pool: where tokens are drawn from: `all` (published); `targets`, positions that predict a token with a loss,
             before others; `scored`, the scores that come with the batch as `token_scores`.
         policy: how they are drawn: `random` (published), uniform without replacement; `prefix`, the first ones; `loss`
-            and `gradient_norm`, the largest loss or gradient norm at the head, in `token_scores` from a forward without
-            gradients.
+            and `gradient_norm`, the largest loss or gradient norm at the head, in `token_scores` or from a look.
+        keep_all_targets: every target is selected, and context takes what is left of |S|; where nothing is left, |S|
+            grows to the targets and the always-kept tokens. The loss is then the dense loss. Needs pool=targets.
+        context: which tokens fill |S| up after the targets (pool=targets): `random`, as `policy` draws them; `near`,
+            the closest to a target that sees them: in a causal model, those before one; `attended`, those that receive
+            most attention from the targets, over all heads and layers, from a look at all rows before any is selected.
         always_keep: positions of every sample that are always selected: `first`, `last`.
         extra: the always-kept tokens come on top of |S| = floor(keep_ratio·(n - 2)) or num_tokens (published).
         ensure_target: if no selected token has a target, one that has takes the place of one that has not.
@@ -47,6 +52,8 @@ class TokenSelection(MethodConfig, method="token_selection"):
     num_tokens: int | None = None
     pool: str = "all"
     policy: str = "random"
+    keep_all_targets: bool = False
+    context: str = "random"
     always_keep: tuple[str, ...] = ("first",)
     extra: bool = False
     ensure_target: bool = True
@@ -81,7 +88,7 @@ class TokenSelection(MethodConfig, method="token_selection"):
         return self.pool == "scored" or self.policy in ("loss", "gradient_norm")
 
     def count(self, num_tokens: int) -> int:
-        """|S| of a sample of that many tokens."""
+        """|S| of a sample of that many tokens, before `keep_all_targets`."""
         if self.num_tokens is not None:
             wanted = self.num_tokens + (2 if self.extra else 0)
         elif self.extra:
@@ -107,10 +114,24 @@ class TokenSelection(MethodConfig, method="token_selection"):
             raise ValueError(f"token_selection: num_tokens={self.num_tokens}; it must be at least 1.")
         one_of("token_selection", "pool", self.pool, POOLS)
         one_of("token_selection", "policy", self.policy, POLICIES)
+        one_of("token_selection", "context", self.context, CONTEXTS)
         for name in self.always_keep:
             one_of("token_selection", "always_keep", name, ALWAYS)
+        self._check_targets()
         if self.unbiased and (self.policy != "random" or self.pool == "scored"):
             raise ValueError(
                 f"token_selection: unbiased=True needs known probabilities of selection, and policy={self.policy!r} "
                 f"with pool={self.pool!r} has none. Use policy='random' with pool='all' or 'targets'."
+            )
+
+    def _check_targets(self) -> None:
+        if self.pool != "targets" and (self.keep_all_targets or self.context != "random"):
+            raise ValueError(
+                f"token_selection: keep_all_targets={self.keep_all_targets} and context={self.context!r} tell targets "
+                f"from context, and pool={self.pool!r} draws both alike. Use pool='targets'."
+            )
+        if self.keep_all_targets and self.policy in ("loss", "gradient_norm"):
+            raise ValueError(
+                f"token_selection: policy={self.policy!r} ranks targets, and keep_all_targets=True keeps them all. Use "
+                "policy='random', or keep_all_targets=False."
             )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import Anatomy, Undo, submodule
+from sparsetrain.methods.token_selection.ahead import look_ahead
 from sparsetrain.methods.token_selection.logits import LogitsOnDemand, cut_rows
 from sparsetrain.methods.token_selection.loss import (
     Finish,
@@ -31,7 +32,6 @@ from sparsetrain.methods.token_selection.loss import (
     takes_rows,
     targets_of,
 )
-from sparsetrain.methods.token_selection.scores import token_scores
 from sparsetrain.methods.token_selection.selector import Head, Selector
 from sparsetrain.methods.token_selection.step import leaves_of
 from sparsetrain.surgery.outermost import declass_model, reclass_model
@@ -60,9 +60,7 @@ class SelectsInTraining:
         """Run `forward`; see `surgery.outermost`."""
         selector, names = self.selector, self.argument_names()
         trains = self.training and torch.is_grad_enabled()  # type: ignore[attr-defined]
-        if (
-            selector.running or selector.dense or not trains or len(args) > len(names)
-        ):  # too many: the dense one says so
+        if selector.running or not trains or len(args) > len(names):  # too many: the dense one says so
             return forward(*args, **kwargs)
         draw: Any = choose  # its decorator hides its signature
         chosen: Chosen = draw(self, dict(zip(names, args, strict=False)) | kwargs, token_scores)
@@ -101,10 +99,13 @@ class SelectsInTraining:
 def choose(model: Any, given: dict[str, Any], scores: Tensor | None) -> Chosen:
     """Draw the selection of a forward with these arguments, and make them those of selected tokens."""
     selector: Selector = model.selector
-    causal, policy = selector.causal, selector.config.policy
-    if scores is None and policy in ("loss", "gradient_norm"):
-        scores = token_scores(model, given, policy)
-    rows = selector.choose(given | {"token_scores": scores}, _pad_token(model))
+    causal, config = selector.causal, selector.config
+    policy = config.policy if scores is None and config.policy in ("loss", "gradient_norm") else None
+    known = {"token_scores": scores}
+    selector.kept = {}
+    if not selector.dense and (policy or config.context == "attended"):
+        known |= look_ahead(model, given, policy=policy, attended=config.context == "attended")
+    rows = selector.choose(given | known, _pad_token(model))
     if rows is not None and not rows.everything:
         _refuse_trained_cache(given)
     targets = None if rows is None else targets_of(given, rows, causal)
@@ -173,7 +174,8 @@ def _finish(model: Any, given: dict[str, Any], targets: Targets, whole_step: boo
 def _refuse_loss_elsewhere(selector: Selector, given: dict[str, Any]) -> None:
     """A trainer that counts targets and keeps the labels to itself divides a loss of all tokens by all of them."""
     labelled = given.get("labels") is not None
-    if given.get("num_items_in_batch") is None or labelled or selector.config.keep_ratio == 1:
+    everything = selector.dense or selector.config.keep_ratio == 1
+    if given.get("num_items_in_batch") is None or labelled or everything:
         return
     raise ValueError(
         "token_selection: the trainer keeps the labels from the model and computes the loss itself, of all tokens "

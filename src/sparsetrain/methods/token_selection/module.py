@@ -108,13 +108,11 @@ def _in_two_passes(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
     notes = Notes(rows)
     x = args[0] if args else kwargs["hidden_states"]
     notes.ends_at_attention = recomputing = getattr(block, "gradient_checkpointing", False) and in_backward()
-    sparse = stand_in_of(attention)
-    attends = AttentionOfAllRows(notes, sparse)
-    with torch.no_grad(), AllRows(notes), standing_in(attention, attends), adapters_in_place(block, notes):
-        try:
-            out = dense_forward(SelectsTokens, block, *args, **kwargs)
-        except FoundKeys:  # a block that is recomputed for its backward needs no more of the other rows
-            out = x
+    kept = state.selector.take_kept(state)
+    if kept is not None:  # all rows have run already, when tokens were scored
+        out, notes.everything = kept
+    else:
+        out = _on_all_rows(block, attention, notes, x, args, kwargs)
     own_args, own_kwargs = _on_rows(args, kwargs, rows)
     with SelectedRows(notes), standing_in(attention, AttentionOfSelectedRows(notes)):
         selected = dense_forward(SelectsTokens, block, *own_args, **own_kwargs)
@@ -123,9 +121,20 @@ def _in_two_passes(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
     if recomputing:
         # Checkpointing one block asks for no value of the recomputed output. What did ask would read NaN.
         y, out = torch.full_like(x, float("nan")), selected
-    if notes.diverged:
+    if notes.diverged and kept is None:
         y = _written_over(y, y_selected.detach(), rows)
     return _with_first(out, replace_rows(y, y_selected, rows))
+
+
+def _on_all_rows(block: Any, attention: Any, notes: Notes, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The first pass: what the block says, noted."""
+    sparse = stand_in_of(attention)
+    attends = AttentionOfAllRows(notes, sparse)
+    with torch.no_grad(), AllRows(notes), standing_in(attention, attends), adapters_in_place(block, notes):
+        try:
+            return dense_forward(SelectsTokens, block, *args, **kwargs)
+        except FoundKeys:  # a block that is recomputed for its backward needs no more of the other rows
+            return x
 
 
 def _written_over(y: Tensor, y_selected: Tensor, rows: Rows) -> Tensor:

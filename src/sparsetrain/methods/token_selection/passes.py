@@ -125,21 +125,27 @@ class AllRows(TorchFunctionMode):
 
 
 @contextmanager
-def adapters_in_place(block: nn.Module, notes: Notes) -> Iterator[None]:
+def adapters_in_place(block: nn.Module, notes: Notes | None) -> Iterator[None]:
     """Inside, LoRA's update is added to the product that it belongs to, in that product's dtype and memory.
 
-    PEFT forms the update in the factors' dtype, scales it and adds it: where the model is bf16 and the factors are fp32,
+    PEFT forms the update in the factors' dtype, scales it and adds it: where the model is bf16 and the factors fp32,
     five passes over [b, t, out] in fp32. Without gradient one product does it (SmolLM2's up projection, 1,024 tokens:
     34 ms -> 8). In one dtype that gains nothing, and the arithmetic stays PEFT's to the last bit.
     """
-    mixed = (m for m in plain_lora(block) if any(m.lora_A[n].weight.dtype != m.weight.dtype for n in active_adapters(m)))
+    mixed = (
+        m for m in plain_lora(block) if any(m.lora_A[n].weight.dtype != m.weight.dtype for n in active_adapters(m))
+    )
     with runs_as({module: partial(_adapted, module, notes) for module in mixed}):
         yield
 
 
-def _adapted(module: Any, notes: Notes, x: Tensor) -> Tensor:
+def _in_two_dtypes(module: Any) -> bool:
+    return any(module.lora_A[name].weight.dtype != module.weight.dtype for name in active_adapters(module))
+
+
+def _adapted(module: Any, notes: Notes | None, x: Tensor) -> Tensor:
     out = module.base_layer(x)
-    if notes.paused or not _stream(x, (notes.rows.shape[0], notes.rows.num_tokens)):
+    if notes is None or notes.paused or not _stream(x, (notes.rows.shape[0], notes.rows.num_tokens)):
         return _with_update(module, x, out, None)
     notes.paused = True
     try:
@@ -215,9 +221,7 @@ class AttentionOfAllRows:
 
     def __call__(self, call: AttentionCall) -> Tensor:
         notes = self.notes
-        notes.everything = KeyValues(
-            _compact(call.k), _compact(call.v), call.causal, call.scale, call.segments, call.window, call.looks_at
-        )
+        notes.everything = key_values(call)
         notes.with_loss = attaches_loss(self.sparse, call)
         if notes.ends_at_attention:
             raise FoundKeys
@@ -227,11 +231,15 @@ class AttentionOfAllRows:
                 return self.sparse(call)
             finally:
                 notes.paused = False
-        out = attention_of_all(call.q, notes.everything)
-        if out is None:
-            out = call.dense()
+        out = attend_to_all(call, notes.everything)
         notes.attended = notes.rows.gather(out.transpose(1, 2)).transpose(1, 2)
         return out
+
+
+def attend_to_all(call: AttentionCall, everything: KeyValues) -> Tensor:
+    """The dense attention of all rows, without gradient, by whoever is faster."""
+    out = attention_of_all(call.q, everything)
+    return call.dense() if out is None else out
 
 
 class AttentionOfSelectedRows:
@@ -258,6 +266,12 @@ def attaches_loss(sparse: StandIn | None, call: AttentionCall) -> Callable[[Tens
     if not isinstance(sparse, SparseAttention):
         return None
     return partial(sparse.with_auxiliary_loss, call=replace(call, q=call.q.detach(), k=call.k.detach()))
+
+
+def key_values(call: AttentionCall) -> KeyValues:
+    """Keys and values of all rows of a call, and who may see them."""
+    k, v = _compact(call.k), _compact(call.v)
+    return KeyValues(k, v, call.causal, call.scale, call.segments, call.window, call.looks_at)
 
 
 def _compact(x: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ class Batch:
             stands for a whole row, [b, ...], where `by_row`.
         targets_bt: bool [b, t], positions whose prediction has a loss; None = not known.
         scores_bt: a score of every token; None = none given.
+        attended_bt: the attention that every token receives from targets; None = not known.
+        causal: a token is seen by later ones alone.
     """
 
     segments_bt: Tensor
@@ -39,6 +41,8 @@ class Batch:
     targets_bt: Tensor | None = None
     scores_bt: Tensor | None = None
     by_row: bool = False
+    causal: bool = False
+    attended_bt: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -80,7 +84,7 @@ class Batch:
                     f"{tuple(scores.shape)} and {int(scores.isnan().sum())} NaN."
                 )
             scores = scores.to("cpu", torch.float32)
-        return cls(segments, content, targets, scores)
+        return cls(segments, content, targets, scores, causal=causal, attended_bt=batch.get("token_attention"))
 
     def name(self, row: int, positions: Tensor) -> int:
         """A number that names a document by its content, wherever it stands and whatever stands beside it."""
@@ -134,12 +138,29 @@ def scored(positions: Tensor, scores: Tensor | None, generator: torch.Generator)
     return rank
 
 
+def near(is_target: Tensor, causal: bool) -> Tensor:
+    """1 at a target, less with the distance to the next target that sees the token, 0 where none does.
+
+    A causal model's tokens after the last target are seen by none: no gradient of the loss reaches them.
+    """
+    n = len(is_target)
+    places = torch.arange(n)
+    after = torch.where(is_target, places, 2 * n).flip(0).cummin(0).values.flip(0) - places
+    before = places - torch.where(is_target, places, -n).cummax(0).values
+    return 1 - (after if causal else torch.minimum(after, before)).clamp(max=n) / n
+
+
 POLICIES: dict[str, Callable[[Tensor, Tensor | None, torch.Generator], Tensor]] = {
     "random": random,
     "prefix": prefix,
     "loss": scored,
     "gradient_norm": scored,
 }
+
+
+def everything(batch: Batch) -> Rows:
+    """Every row of a batch."""
+    return Rows.of([torch.arange(batch.num_tokens)] * len(batch.segments_bt), batch.num_tokens)
 
 
 def draw(config: TokenSelection, batch: Batch, *, step: int) -> Rows:
@@ -159,7 +180,7 @@ def draw(config: TokenSelection, batch: Batch, *, step: int) -> Rows:
             "and there are none. Let the collator add them to the batch, or use policy='random'."
         )
     if config.keep_ratio == 1:  # padding too: the row before a first token may predict it, and a first row be read
-        return Rows.of([torch.arange(batch.num_tokens)] * len(batch.segments_bt), batch.num_tokens)
+        return everything(batch)
     chosen, weights = [], []
     for row, segments_t in enumerate(batch.segments_bt):
         found = []
@@ -199,16 +220,32 @@ def _draw_document(
     policy = scored if config.pool == "scored" else POLICIES[config.policy]
     score = policy(positions, scores, generator)
     if config.pool == "targets" and targets is not None:
+        score = torch.where(targets, score, _context(config, batch, row, positions, targets, score, generator))
         score = score + targets  # every target comes before every other token
     forced = [i for i, name in ((0, "first"), (n - 1, "last")) if name in config.always_keep]
     score[forced] = 4.0
-    count = max(count, len(set(forced)))
+    sure = score == 4
+    if config.keep_all_targets and targets is not None:
+        sure = sure | targets
+    count = max(count, int(sure.sum()))
     order = score.argsort(descending=True, stable=True)
     chosen = order[:count]
     if config.ensure_target and targets is not None and targets.any() and not targets[chosen].any():
         best = order[targets[order]][0]
         chosen = torch.cat([chosen[: count - 1], best[None]])
     return positions[chosen], _weights(config, chosen, forced, targets, n, count)
+
+
+def _context(
+    config: TokenSelection, batch: Batch, row: int, positions: Tensor, targets: Tensor, score: Tensor, generator: Any
+) -> Tensor:
+    """In [0, 1]: which tokens without a target come first."""
+    if config.context == "near":
+        return near(targets, batch.causal)
+    if config.context == "attended":
+        assert batch.attended_bt is not None, "the model looks before it draws"
+        return scored(positions, batch.attended_bt[row, positions], generator)
+    return score
 
 
 def _weights(

@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from sparsetrain.methods.token_selection.config import TokenSelection
-from sparsetrain.methods.token_selection.policies import Batch, draw, segments_of
+from sparsetrain.methods.token_selection.policies import Batch, draw, everything, segments_of
 from sparsetrain.methods.token_selection.step import StepMean
-from sparsetrain.ops.selected_rows import Rows
+from sparsetrain.ops.selected_rows import KeyValues, Rows
 
 Head = Callable[[Tensor], Tensor]
+
+
+class Kept(NamedTuple):
+    """What a block said on all rows before anything was selected: its output, keys and values."""
+
+    out: Any
+    everything: KeyValues
 
 
 class Selector:
@@ -27,9 +34,10 @@ class Selector:
     Attributes:
         rows: the selection of the forward that runs or ran last; None before a training forward.
         running: a training forward runs now.
-        dense: every token trains, as without selection.
+        dense: every token trains now; the loss head runs in chunks, as it does beside selection.
         head: answers for the output head now; None: it computes its linear.
         loss: is the model's loss function now; None: it has its own.
+        kept: what blocks have said already of the batch that trains, by their state, call by call.
         mean: the optimizer step that is being accumulated.
     """
 
@@ -43,6 +51,7 @@ class Selector:
         self.running = self.dense = False
         self.head: Head | None = None
         self.loss: Callable[..., Tensor] | None = None
+        self.kept: dict[Any, list[Kept]] = {}
         self.mean = StepMean()
         self._forced: Rows | None = None
         self._draw: Callable[[int], Rows] | None = None
@@ -77,16 +86,19 @@ class Selector:
         if self.rows is not None:
             return self.rows
         if given.get("input_ids") is not None or given.get("inputs_embeds") is not None:
-            self.rows = draw(self.config, Batch.of(given, causal=self.causal, pad=pad), step=self.step)
+            self.rows = self._drawn(Batch.of(given, causal=self.causal, pad=pad))
             return self.rows
         images = next(value for value in given.values() if isinstance(value, Tensor)).detach().cpu()
         mask = given.get("attention_mask")
 
         def on_images(t: int) -> Rows:
-            return draw(self.config, Batch(segments_of(mask, (len(images), t)), images, by_row=True), step=self.step)
+            return self._drawn(Batch(segments_of(mask, (len(images), t)), images, by_row=True))
 
         self._draw = on_images
         return None
+
+    def _drawn(self, batch: Batch) -> Rows:
+        return everything(batch) if self.dense else draw(self.config, batch, step=self.step)
 
     @contextmanager
     def selecting(self, head: Head | None, loss: Callable[..., Tensor] | None) -> Iterator[None]:
@@ -96,7 +108,7 @@ class Selector:
             with self.head_is(head):
                 yield
         finally:
-            self.running, self.loss, self._draw = False, None, None
+            self.running, self.loss, self._draw, self.kept = False, None, None, {}
 
     @contextmanager
     def head_is(self, head: Head | None) -> Iterator[None]:
@@ -106,6 +118,11 @@ class Selector:
             yield
         finally:
             self.head = None
+
+    def take_kept(self, state: Any) -> Kept | None:
+        """What the block with this state said in its next call, if it is known. It is given once, to be freed."""
+        calls = self.kept.get(state)
+        return calls.pop(0) if calls else None
 
     def rows_for(self, x_btd: Tensor) -> Rows | None:
         """The selection of the forward that runs, for a block's input; None when none runs."""

@@ -68,7 +68,8 @@ def _check(block: Block, anatomy: Anatomy) -> None:
 
 def _note(config: TokenSelection) -> str:
     kept = f"{config.num_tokens} tokens" if config.num_tokens is not None else f"{config.keep_ratio:.3g} of the tokens"
-    return f"gradient through {kept}, {config.policy} of {config.pool}"
+    more = ", and through every target" if config.keep_all_targets else ""
+    return f"gradient through {kept}, {config.policy} of {config.pool}{more}"
 
 
 def costs(config: TokenSelection, block: Block, num_tokens: int) -> tuple[Cost, Cost]:
