@@ -148,8 +148,8 @@ def _training_step(values: dict[str, Any], count: int, threads: int) -> Any:
     recipe = Recipe.from_values({**values, "steps": count, "output": "unwritten"})
     parts = open_measured_parts(recipe)
     made, size, held = build_step(parts), recipe.batch_size, parts.bundle.train
-    starts = range(0, len(held) - size + 1, size)
-    made.batches = [parts.bundle.collate_fn([held[i] for i in range(at, at + size)]) for at in starts][:count]
+    starts = range(0, len(held) - size + 1, size)[:count]
+    made.batches = [parts.bundle.collate_fn([held[i] for i in range(at, at + size)]) for at in starts]
     return made
 
 
