@@ -1,0 +1,224 @@
+"""The tables of `bench deploy`, and what they say of each method: the entries `deployed` of its evidence.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bench.methods.deploy import DATA, TIMES_STEPS, Arm, arms
+from bench.tables.format import listed
+
+ROOT = Path(__file__).parents[2]
+PAGE = "docs/results/deploy.md"
+TOLERANCE = 0.01
+"""Perplexity within 1 % is a tie for one seed, whose spread is not known."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm on one data set, as far as it is measured."""
+
+    results: dict[str, Any]
+    data: str
+    name: str
+    arm: Arm
+
+    @cached_property
+    def step(self) -> dict[str, Any]:
+        return self.results.get(f"{self.data} {self.arm.timed_as or self.name} step", {})
+
+    @cached_property
+    def dense(self) -> dict[str, Any]:
+        return self.results.get(f"{self.data} dense step", {})
+
+    def pairs(self, kind: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """(the arm's run, the dense one) of every seed that both have."""
+        found = []
+        for key, own in self.results.items():
+            name, _, seed = key.rpartition(" ")
+            dense = self.results.get(f"{self.data} dense steps {seed}")
+            if name == f"{self.data} {self.name} {kind}" and dense is not None:
+                found.append((own, dense))
+        return found
+
+    def differences(self, kind: str) -> list[float]:
+        """Relative differences of perplexity to dense LoRA; of exp(loss) where rows are labelled."""
+        return [math.exp(own["loss"] - dense["loss"]) - 1 for own, dense in self.pairs(kind)]
+
+    def share(self, key: str) -> float | None:
+        """Bytes, ours / dense."""
+        return self.step[key] / self.dense[key] if key in self.step and key in self.dense else None
+
+
+def rows_of(results: dict[str, Any]) -> dict[str, list[Row]]:
+    """Data -> the arms of which at least a pair of runs is there."""
+    found = {
+        data: [row for name, arm in arms(data).items() if (row := Row(results, data, name, arm)).pairs("steps")]
+        for data in DATA
+    }
+    return {data: rows for data, rows in found.items() if rows}
+
+
+def deploy(results: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for data, rows in rows_of(results["results"]).items():
+        lines += [*([""] if lines else []), _setting(data, results), ""]
+        lines.append(
+            "| arm | step, dense / ours | peak, ours / dense | saved, ours / dense | tokens selected | seeds "
+            "| perplexity at equal steps | at equal time | steps in it | set-up, s | at equal time |"
+        )
+        lines.append("|" + " --- |" * 11)
+        lines += [_line(row) for row in rows]
+    return lines or ["No run is measured yet: `python -m bench run deploy`."]
+
+
+def _setting(data: str, results: dict[str, Any]) -> str:
+    recipe, steps = DATA[data], results["settings"]["steps"] * TIMES_STEPS.get(data, 1)
+    found, cells = results["results"].get(f"{data} rows", {}), results["results"]
+    dense = [cells[key] for key in cells if key.startswith(f"{data} dense steps ")]
+    share = found.get("target_share")
+    quality = f"loss {_mean(dense, 'loss'):.3f}"
+    if dense[0].get("accuracy") is not None:
+        quality += f", accuracy {_mean(dense, 'accuracy'):.3f}"
+    return (
+        f"**{data}** ({recipe['task']}; {recipe['model']}): {steps} steps of {recipe['batch_size']} × up to "
+        f"{recipe['seq_len']:,} tokens" + ("" if share is None else f", {100 * share:.0f} % of them targets") + ". "
+        f"Dense LoRA: {quality} (before: {_mean([run['start'] for run in dense], 'loss'):.3f})."
+    )
+
+
+def _mean(runs: list[dict[str, Any]], key: str) -> float:
+    return statistics.mean(run[key] for run in runs)
+
+
+def _line(row: Row) -> str:
+    of_time = [own for own, _ in row.pairs("time")]
+    ratio, selected = row.step.get("ratio"), row.step.get("selected_share")
+    cells = [
+        row.name,
+        "–" if ratio is None else f"{ratio['median']:.2f} ({ratio['q1']:.2f}–{ratio['q3']:.2f})",
+        *("–" if share is None else f"{share:.2f}" for share in (row.share("peak_bytes"), row.share("saved_bytes"))),
+        "all" if not selected else f"{selected:.2f}",
+        str(len(row.pairs("steps"))),
+        percent(row.differences("steps")),
+        percent(row.differences("time")),
+        str(of_time[0]["steps"]) if of_time else "–",
+        f"{statistics.median(own['setup_s'] for own, _ in row.pairs('steps')):.0f}",
+        verdict(row.differences("time")),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def percent(differences: list[float]) -> str:
+    """ "+0.6 ± 0.3 %": the mean and its standard error."""
+    if not differences:
+        return "–"
+    spread = f" ± {100 * _error(differences):.1f}" if len(differences) > 1 else ""
+    return f"{100 * statistics.mean(differences):+.1f}{spread} %"
+
+
+def _error(values: list[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def verdict(differences: list[float]) -> str:
+    """Less is better: a tie is within twice the standard error of the seeds, or `TOLERANCE` for one."""
+    if not differences:
+        return "–"
+    margin = 2 * _error(differences) if len(differences) > 1 else TOLERANCE
+    mean = statistics.mean(differences)
+    return "tie" if abs(mean) <= margin else "win" if mean < 0 else "loss"
+
+
+def conclude_deploy(found: dict[str, Any]) -> str:
+    if "deploy" not in found or not (rows := rows_of(found["deploy"]["results"])):
+        return "Not measured yet: `python -m bench run deploy`."
+    parts = []
+    for data, own in rows.items():
+        verdicts = {row.name: verdict(row.differences("time")) for row in own if row.pairs("time")}
+        named = {word: [name for name, is_ in verdicts.items() if is_ == word] for word in ("win", "tie", "loss")}
+        said = [f"{listed(names)} ({word})" for word, names in named.items() if names]
+        parts += [f"{data}: {'; '.join(said)}"] if said else []
+    return f"**The deployed dense model at equal time, beside dense LoRA's perplexity.** {'. '.join(parts)}."
+
+
+def evidence(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Method -> an entry for each of its settings that was trained alone, with the usual dense phases, on one data."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for data, rows in rows_of(results["results"]).items():
+        for row in rows:
+            measured = "ratio" in row.step and row.pairs("time")
+            if len(row.arm.methods) == 1 and not row.arm.recipe and measured:
+                entry = _entry(row, results["results"].get(f"{data} rows", {}))
+                found.setdefault(row.arm.methods[0]["method"], []).append(entry)
+    return found
+
+
+def _entry(row: Row, rows: dict[str, Any]) -> dict[str, Any]:
+    recipe = DATA[row.data]
+    steps, times, ratio = row.differences("steps"), row.differences("time"), row.step["ratio"]["median"]
+    peak, share = row.share("peak_bytes"), rows.get("target_share")
+    setting = {key: value for key, value in row.arm.methods[0].items() if key != "method"}
+    seeds = {1: "one seed"}.get(len(steps), f"{len(steps)} seeds")
+    of_targets = "" if share is None else f", {100 * share:.0f} % of them targets"
+    return {
+        "setting": setting,
+        "deployed": {
+            "model": recipe["model"],
+            "data": row.data,
+            "task": [recipe["task"]],
+            "target_share": target_shares(recipe["task"], rows, row.step.get("selected_share")),
+            "seq_len": [int(rows["tokens"][0]) if rows else recipe["seq_len"], recipe["seq_len"]],
+            "equal_steps": round(statistics.mean(steps), 4),
+            "equal_time": round(statistics.mean(times), 4),
+            "step_ratio": round(ratio, 3),
+            "peak_ratio": None if peak is None else round(peak, 3),
+            "seeds": len(steps),
+        },
+        "text": (
+            f"deployed dense, perplexity {percent(steps)} at equal steps and {percent(times)} at equal time beside "
+            f"dense LoRA; a step is {ratio:.2f} times as fast ({recipe['model']} on {row.data}, up to "
+            f"{recipe['seq_len']:,} tokens{of_targets}, {row.pairs('steps')[0][1]['steps']} steps, {seeds})"
+        ),
+        "from": f"{PAGE}, Deployed dense",
+    }
+
+
+def target_shares(task: str, rows: dict[str, Any], selected: float | None) -> list[float]:
+    """The shares of targets that a result speaks for: those of eight rows in ten.
+
+    From 0 where so many tokens are selected that nine rows in ten keep every target: fewer targets are kept, too. Of
+    plain text every token is a target; of labelled rows there is nothing to count.
+    """
+    if task == "lm":
+        return [0.95, 1.0]
+    if rows.get("target_shares") is None:
+        return [0.0, 1.0]
+    low, high = rows["target_shares"]
+    return [0.0 if selected is not None and selected >= high else low, high]
+
+
+def evidence_files(found: dict[str, Any]) -> dict[Path, str]:
+    """Every method's evidence.json: the entries written by hand, then those of the grid."""
+    own = evidence(found["deploy"]) if "deploy" in found else {}
+    files = {}
+    for path in sorted((ROOT / "src" / "sparsetrain" / "methods").glob("*/evidence.json")):
+        by_hand = [entry for entry in json.loads(path.read_text()) if "deployed" not in entry]
+        files[path] = written([*by_hand, *own.get(path.parent.name, [])])
+    return files
+
+
+def written(entries: list[dict[str, Any]]) -> str:
+    """An entry a paragraph: what it is of, what was measured, in words, and where."""
+    texts = []
+    for entry in entries:
+        lines, first = [], {key: value for key, value in entry.items() if key not in ("deployed", "text", "from")}
+        for part in (first, *({key: entry[key]} for key in ("deployed", "text", "from") if key in entry)):
+            lines.append(json.dumps(part, ensure_ascii=False)[1:-1])
+        texts.append("  {" + ",\n   ".join(lines) + "}")
+    return "[\n" + ",\n".join(texts) + "\n]\n"
