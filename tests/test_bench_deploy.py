@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from bench.methods import deploy
 from bench.runner import asked_of
+from bench.tables import deploy as tables
 from tests.cli.conftest import save_llama
 
 SETTINGS = {"steps": 4, "rounds": 3, "evals": 2, "eval_tokens": 64, "dtype": "fp32"}
@@ -82,3 +84,73 @@ def test_every_arm_is_a_recipe_and_what_a_cell_uses_stands_before_it() -> None:
         assert set(cell.uses) <= before, cell.key
         before.add(cell.key)
     assert "gsm8k tokens-0.3 time 2" in before and "gsm8k spt time 0" in before and "gsm8k spt time 1" not in before
+
+
+def recorded(loss: float, steps: int = 80, setup: float = 0.0) -> dict[str, Any]:
+    return {"loss": loss, "accuracy": None, "steps": steps, "setup_s": setup, "start": {"loss": 3.0}}
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    """Token selection with two seeds, ln 1.01 and ln 1.03 above dense at equal steps; attention with one."""
+    up = {percent: math.log(1 + percent / 100) for percent in (1, 3, -10, -8, 5)}
+    timed = {"ratio": {"median": 1.9, "q1": 1.8, "q3": 2.0}, "dense_phase_ratio": None}
+    cells = {
+        "python-docstrings rows": {"tokens": [635, 1024], "target_share": 0.054, "target_shares": [0.016, 0.125]},
+        "python-docstrings dense step": {"peak_bytes": 2000, "saved_bytes": 1000},
+        "python-docstrings dense steps 0": recorded(2.0),
+        "python-docstrings dense steps 1": recorded(2.5),
+        "python-docstrings tokens-0.15 step": {**timed, "peak_bytes": 1200, "saved_bytes": 150, "selected_share": 0.15},
+        "python-docstrings tokens-0.15 steps 0": recorded(2.0 + up[1]),
+        "python-docstrings tokens-0.15 steps 1": recorded(2.5 + up[3]),
+        "python-docstrings tokens-0.15 time 0": recorded(2.0 + up[-10], 152),
+        "python-docstrings tokens-0.15 time 1": recorded(2.5 + up[-8], 152),
+        "python-docstrings attention step": {**timed, "peak_bytes": 2100, "saved_bytes": 900, "selected_share": None},
+        "python-docstrings attention steps 0": recorded(2.0 + up[5], setup=3.0),
+        "python-docstrings attention time 0": recorded(2.0 + up[5], 130),
+        "python-docstrings spt steps 1": recorded(2.5),  # its step is not timed yet
+    }
+    return {"settings": deploy.BENCHMARKS[0].settings, "results": cells}
+
+
+def test_the_table_says_who_won_at_equal_time(results: dict[str, Any]) -> None:
+    lines = tables.deploy(results)
+    assert "5 % of them targets" in lines[0] and "loss 2.250 (before: 3.000)" in lines[0]
+    tokens, attention, spt = lines[4:]
+    assert tokens == (
+        "| tokens-0.15 | 1.90 (1.80–2.00) | 0.60 | 0.15 | 0.15 | 2 | +2.0 ± 1.0 % | -9.0 ± 1.0 % | 152 | 0 | win |"
+    )
+    assert attention.split(" | ")[-3:] == ["130", "3", "loss |"] and "+5.0 %" in attention
+    assert spt.split(" | ")[1] == "–" and spt.endswith("| – | 0 | – |")
+    said = tables.conclude_deploy({"deploy": results})
+    assert said.endswith("python-docstrings: tokens-0.15 (win); attention (loss).")
+    assert "Not measured" in tables.conclude_deploy({}) and "Not measured" not in lines[0]
+
+
+def test_the_verdict_of_seeds() -> None:
+    assert [tables.verdict(found) for found in ([0.009], [-0.011], [0.011])] == ["tie", "win", "loss"]
+    assert tables.verdict([0.008, 0.03]) == "tie"  # 0.019 ± 0.011
+    assert tables.verdict([0.019, 0.021]) == "loss" and tables.verdict([]) == "–"
+
+
+def test_the_evidence_is_of_methods_alone(results: dict[str, Any]) -> None:
+    found = tables.evidence(results)
+    assert list(found) == ["token_selection", "pq_attention"]  # spt is two methods, and half measured
+    (entry,) = found["token_selection"]
+    assert entry["setting"] == {"keep_ratio": 0.15, "pool": "targets"}
+    deployed = entry["deployed"]
+    assert deployed["target_share"] == [0.0, 0.125]  # nine rows in ten have fewer targets than are selected
+    assert found["pq_attention"][0]["deployed"]["target_share"] == [0.016, 0.125]
+    assert deployed["equal_steps"] == pytest.approx(0.02) and deployed["equal_time"] == pytest.approx(-0.09)
+    assert (deployed["step_ratio"], deployed["peak_ratio"], deployed["seeds"]) == (1.9, 0.6, 2)
+    assert deployed["task"] == ["sft"] and deployed["seq_len"] == [635, 1024]
+    assert "+2.0 ± 1.0 % at equal steps" in entry["text"] and "2 seeds" in entry["text"]
+
+
+def test_evidence_written_by_hand_stays_and_the_grid_s_is_replaced(results: dict[str, Any]) -> None:
+    files = {path.parent.name: text for path, text in tables.evidence_files({"deploy": results}).items()}
+    entries = json.loads(files["token_selection"])
+    assert [("deployed" in entry) for entry in entries].count(True) == 1 and "deployed" in entries[-1]
+    assert all(json.loads(text) for text in files.values())
+    with_own = [*entries[:-1], {**entries[-1], "text": "an earlier run's"}]
+    assert json.loads(tables.written(with_own)) == with_own
