@@ -31,7 +31,8 @@ def values(tmp_path: Path) -> dict[str, Any]:
 
 def test_the_rows_of_a_run(values: dict[str, Any]) -> None:
     found = deploy.rows(values, 4)
-    assert found["rows"] == 4 and found["tokens"] == [56, 56]  # 48 + 7 letters, and the end
+    assert (found["rows"], found["tokens"], found["row_of_a_token"]) == (4, 224, 56)  # 48 + 7 letters, and the end
+    assert 10_000 < found["parameters"] < 1_000_000
     assert found["target_share"] == pytest.approx(8 / 56) and found["target_shares"] == [0.1429, 0.1429]
 
 
@@ -58,6 +59,7 @@ def test_a_run_has_the_quality_of_the_dense_model_along_its_way(values: dict[str
     [
         (2.0, None, {}, 160),
         (0.5, None, {}, 40),
+        (2.0, None, {"deploy": "sparse"}, 160),
         # a quarter of them dense: 128 steps cost 96 / 2 + 32 = 80
         (2.0, 1.0, {"dense_first": 0.0, "dense_last": 0.25}, 128),
         # their dense phase costs twice as much as dense training's: 96 / 2 + 32 * 2 = 112
@@ -78,7 +80,7 @@ def test_every_arm_is_a_recipe_and_what_a_cell_uses_stands_before_it() -> None:
     settings = deploy.BENCHMARKS[0].settings
     for data in deploy.DATA:
         for arm in deploy.arms(data).values():
-            assert Recipe.from_values(deploy.recipe_of(data, arm, settings)).deploy == "dense"
+            assert Recipe.from_values(deploy.recipe_of(data, arm, settings)).task == deploy.DATA[data]["task"]
     before: set[str] = set()
     for cell in deploy.cells(asked_of(deploy.BENCHMARKS[0])):
         assert set(cell.uses) <= before, cell.key
@@ -96,7 +98,8 @@ def results() -> dict[str, Any]:
     up = {percent: math.log(1 + percent / 100) for percent in (1, 3, -10, -8, 5)}
     timed = {"ratio": {"median": 1.9, "q1": 1.8, "q3": 2.0}, "dense_phase_ratio": None}
     cells = {
-        "python-docstrings rows": {"tokens": [635, 1024], "target_share": 0.054, "target_shares": [0.016, 0.125]},
+        "python-docstrings rows": {"row_of_a_token": 880.0, "parameters": 1000}
+        | {"target_share": 0.054, "target_shares": [0.016, 0.125]},
         "python-docstrings dense step": {"peak_bytes": 2000, "saved_bytes": 1000},
         "python-docstrings dense steps 0": recorded(2.0),
         "python-docstrings dense steps 1": recorded(2.5),
@@ -133,24 +136,37 @@ def test_the_verdict_of_seeds() -> None:
     assert tables.verdict([0.019, 0.021]) == "loss" and tables.verdict([]) == "–"
 
 
-def test_the_evidence_is_of_methods_alone(results: dict[str, Any]) -> None:
+def test_the_evidence_says_where_it_holds(results: dict[str, Any]) -> None:
     found = tables.evidence(results)
-    assert list(found) == ["token_selection", "pq_attention"]  # spt is two methods, and half measured
+    assert list(found) == ["token_selection", "pq_attention"]  # spt is half measured
     (entry,) = found["token_selection"]
-    assert entry["setting"] == {"keep_ratio": 0.15, "pool": "targets"}
-    deployed = entry["deployed"]
-    assert deployed["target_share"] == [0.0, 0.125]  # nine rows in ten have fewer targets than are selected
+    assert entry["setting"] == {"keep_ratio": 0.15, "pool": "targets"} and "with" not in entry
+    where = {"task": ["sft"], "trained": ["lora"], "parameters": [250, 4000], "seq_len": [440, 1760]}
+    where |= {"target_share": [0.0, 0.125]}  # nine rows in ten have fewer targets than are selected
+    beside = {"equal_steps": 0.02, "equal_time": -0.09, "speedup": 1.9, "peak": 0.6, "seeds": 2}
+    assert entry["deployed"] == where | beside
     assert found["pq_attention"][0]["deployed"]["target_share"] == [0.016, 0.125]
-    assert deployed["equal_steps"] == pytest.approx(0.02) and deployed["equal_time"] == pytest.approx(-0.09)
-    assert (deployed["step_ratio"], deployed["peak_ratio"], deployed["seeds"]) == (1.9, 0.6, 2)
-    assert deployed["task"] == ["sft"] and deployed["seq_len"] == [635, 1024]
     assert "+2.0 ± 1.0 % at equal steps" in entry["text"] and "2 seeds" in entry["text"]
+
+
+def test_several_methods_are_one_entry_and_labels_have_an_error_rate(results: dict[str, Any]) -> None:
+    cells, timed = results["results"], results["results"]["python-docstrings attention step"]
+    cells["python-docstrings spt step"] = timed
+    cells["python-docstrings spt time 1"] = recorded(2.4)
+    (spt,) = [entry for entry in tables.evidence(results)["pq_attention"] if "with" in entry]
+    assert [other["method"] for other in spt["with"]] == ["routed_ffn"] and spt["setting"]["keep_ratio"] == 0.25
+    facts = {"row_of_a_token": 200.0, "parameters": 1000, "target_share": None, "target_shares": None}
+    cells |= {"movie-reviews rows": facts, "movie-reviews dense steps 0": {**recorded(0.5), "accuracy": 0.8}}
+    cells |= {"movie-reviews tokens-0.3 step": timed, "movie-reviews dense step": timed}
+    cells |= {f"movie-reviews tokens-0.3 {kind} 0": {**recorded(0.5), "accuracy": 0.75} for kind in ("steps", "time")}
+    entry = tables.evidence(results)["token_selection"][-1]
+    assert entry["deployed"]["equal_steps"] == 0.25 and "target_share" not in entry["deployed"]
+    assert "| error rate against dense at equal steps |" in "\n".join(tables.deploy(results))
 
 
 def test_evidence_written_by_hand_stays_and_the_grid_s_is_replaced(results: dict[str, Any]) -> None:
     files = {path.parent.name: text for path, text in tables.evidence_files({"deploy": results}).items()}
+    assert set(files) == {"token_selection", "pq_attention"} and tables.evidence_files({}) == {}
     entries = json.loads(files["token_selection"])
-    assert [("deployed" in entry) for entry in entries].count(True) == 1 and "deployed" in entries[-1]
-    assert all(json.loads(text) for text in files.values())
-    with_own = [*entries[:-1], {**entries[-1], "text": "an earlier run's"}]
-    assert json.loads(tables.written(with_own)) == with_own
+    assert ["deployed" in entry for entry in entries] == [False] * (len(entries) - 1) + [True]
+    assert json.loads(tables.written(entries)) == entries

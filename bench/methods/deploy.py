@@ -88,6 +88,7 @@ def arms(data: str) -> dict[str, Arm]:
                 phases = {"dense_first": first, "dense_last": last}
                 found[f"{name} dense={first}+{last}"] = Arm(methods, phases, timed_as=name)
             found[f"{name} auxiliary=trained"] = Arm(methods, {"train_auxiliary": True})
+        found["spt deploy=sparse"] = Arm((PQ, demo), {"deploy": "sparse"})
         found["tokens dense=0.0+0.2"] = Arm((middle,), {"dense_first": 0.0, "dense_last": 0.2})
     if data == "movie-reviews":
         for lr in (5e-4, 2e-3):
@@ -105,12 +106,15 @@ def recipe_of(data: str, arm: Arm | None, settings: dict[str, Any]) -> dict[str,
 
 
 def rows(values: dict[str, Any], steps: int) -> dict[str, Any]:
-    """What the training rows of a run are: their number, tenths of their lengths, and of their shares of targets."""
+    """What the training rows of a run are: their number, the length of the row that the average token is in, the share
+    of targets and its lowest and highest tenth among the rows; and the model's size."""
+    from sparsetrain.hf.model.models import empty_model
     from sparsetrain.hf.train.assemble import open_parts
     from sparsetrain.recipes.finetune import Recipe
     from sparsetrain.runs.events import silent
 
-    bundle = open_parts(Recipe.from_values({**values, "steps": steps}), silent).bundle
+    parts = open_parts(Recipe.from_values({**values, "steps": steps}), silent)
+    bundle = parts.bundle
     lengths = [len(ids) for ids in bundle.train["input_ids"]]
     labels = bundle.train["labels"]
     whole = isinstance(labels[0], int)  # a label a row
@@ -118,14 +122,16 @@ def rows(values: dict[str, Any], steps: int) -> dict[str, Any]:
     shares = [count / length for count, length in zip(targets, lengths, strict=True)]
     return {
         "rows": len(lengths),
-        "tokens": _tenths(lengths),
+        "tokens": sum(lengths),
+        "row_of_a_token": sum(length**2 for length in lengths) / sum(lengths),
+        "parameters": sum(weight.numel() for weight in empty_model(parts.config, values["task"]).parameters()),
         "target_share": None if whole else sum(targets) / sum(lengths),
         "target_shares": None if whole else _tenths(shares),
     }
 
 
 def _tenths(values: Sequence[float]) -> list[float]:
-    """The lowest tenth's upper bound, and the highest tenth's lower one."""
+    """Where the lowest tenth ends, and where the highest begins."""
     found = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else [*values, *values]
     return [round(found[0], 4), round(found[-1], 4)]
 
@@ -202,7 +208,8 @@ def dense_steps(values: dict[str, Any], steps: int) -> int:
 
     recipe = Recipe.from_values({**values, "steps": steps})
     deploy, configs = deployment(recipe.deployment), recipe.configs
-    assert deploy is not None
+    if deploy is None:
+        return 0
     return sum(any(deploy.is_dense(config, at, steps) for config in configs) for at in range(steps))
 
 

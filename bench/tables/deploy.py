@@ -47,8 +47,13 @@ class Row:
         return found
 
     def differences(self, kind: str) -> list[float]:
-        """Relative differences of perplexity to dense LoRA; of exp(loss) where rows are labelled."""
-        return [math.exp(own["loss"] - dense["loss"]) - 1 for own, dense in self.pairs(kind)]
+        """Perplexity over dense LoRA's, less 1; the same of the error rate where rows have a label."""
+        return [
+            math.exp(own["loss"] - dense["loss"]) - 1
+            if own["accuracy"] is None
+            else (1 - own["accuracy"]) / (1 - dense["accuracy"]) - 1
+            for own, dense in self.pairs(kind)
+        ]
 
     def share(self, key: str) -> float | None:
         """Bytes, ours / dense."""
@@ -68,9 +73,10 @@ def deploy(results: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     for data, rows in rows_of(results["results"]).items():
         lines += [*([""] if lines else []), _setting(data, results), ""]
+        what = "error rate" if rows[0].pairs("steps")[0][0]["accuracy"] is not None else "perplexity"
         lines.append(
             "| arm | step, dense / ours | peak, ours / dense | saved, ours / dense | tokens selected | seeds "
-            "| perplexity at equal steps | at equal time | steps in it | set-up, s | at equal time |"
+            f"| {what} against dense at equal steps | at equal time | steps in it | set-up, s | at equal time |"
         )
         lines.append("|" + " --- |" * 11)
         lines += [_line(row) for row in rows]
@@ -148,68 +154,75 @@ def conclude_deploy(found: dict[str, Any]) -> str:
 
 
 def evidence(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Method -> an entry for each of its settings that was trained alone, with the usual dense phases, on one data."""
+    """Method -> an entry for each of its settings, alone or first of several, on one data; with the usual dense phases.
+
+    As `planner.quality` reads them: facts say where a result holds, the rest is beside dense LoRA.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
     for data, rows in rows_of(results["results"]).items():
+        facts = results["results"].get(f"{data} rows")
         for row in rows:
-            measured = "ratio" in row.step and row.pairs("time")
-            if len(row.arm.methods) == 1 and not row.arm.recipe and measured:
-                entry = _entry(row, results["results"].get(f"{data} rows", {}))
-                found.setdefault(row.arm.methods[0]["method"], []).append(entry)
+            if facts and row.arm.methods and not row.arm.recipe and "ratio" in row.step and row.pairs("time"):
+                found.setdefault(row.arm.methods[0]["method"], []).append(_entry(row, facts))
     return found
 
 
-def _entry(row: Row, rows: dict[str, Any]) -> dict[str, Any]:
-    recipe = DATA[row.data]
+def _entry(row: Row, facts: dict[str, Any]) -> dict[str, Any]:
+    recipe, (first, *others) = DATA[row.data], row.arm.methods
     steps, times, ratio = row.differences("steps"), row.differences("time"), row.step["ratio"]["median"]
-    peak, share = row.share("peak_bytes"), rows.get("target_share")
-    setting = {key: value for key, value in row.arm.methods[0].items() if key != "method"}
-    seeds = {1: "one seed"}.get(len(steps), f"{len(steps)} seeds")
+    peak, share = row.share("peak_bytes"), facts["target_share"]
     of_targets = "" if share is None else f", {100 * share:.0f} % of them targets"
+    seeds = "one seed" if len(steps) == 1 else f"{len(steps)} seeds"
+    what = "perplexity" if share is not None else "error rate"
     return {
-        "setting": setting,
+        "setting": {key: value for key, value in first.items() if key != "method"},
+        **({"with": others} if others else {}),
         "deployed": {
-            "model": recipe["model"],
-            "data": row.data,
-            "task": [recipe["task"]],
-            "target_share": target_shares(recipe["task"], rows, row.step.get("selected_share")),
-            "seq_len": [int(rows["tokens"][0]) if rows else recipe["seq_len"], recipe["seq_len"]],
+            **reach(recipe["task"], facts, row.step.get("selected_share")),
             "equal_steps": round(statistics.mean(steps), 4),
             "equal_time": round(statistics.mean(times), 4),
-            "step_ratio": round(ratio, 3),
-            "peak_ratio": None if peak is None else round(peak, 3),
+            "speedup": round(ratio, 3),
+            "peak": None if peak is None else round(peak, 3),
             "seeds": len(steps),
         },
         "text": (
-            f"deployed dense, perplexity {percent(steps)} at equal steps and {percent(times)} at equal time beside "
-            f"dense LoRA; a step is {ratio:.2f} times as fast ({recipe['model']} on {row.data}, up to "
-            f"{recipe['seq_len']:,} tokens{of_targets}, {row.pairs('steps')[0][1]['steps']} steps, {seeds})"
+            f"{what} {percent(steps)} at equal steps and {percent(times)} at equal time beside dense LoRA; a step is "
+            f"{ratio:.2f} times as fast ({recipe['model']} on {row.data}, up to {recipe['seq_len']:,} tokens"
+            f"{of_targets}, {row.pairs('steps')[0][1]['steps']} steps, {seeds})"
         ),
         "from": f"{PAGE}, Deployed dense",
     }
 
 
-def target_shares(task: str, rows: dict[str, Any], selected: float | None) -> list[float]:
-    """The shares of targets that a result speaks for: those of eight rows in ten.
+def reach(task: str, facts: dict[str, Any], selected: float | None) -> dict[str, list[Any]]:
+    """Where a result holds: a judgement, of which this is the only place.
 
-    From 0 where so many tokens are selected that nine rows in ten keep every target: fewer targets are kept, too. Of
-    plain text every token is a target; of labelled rows there is nothing to count.
+    Models of a quarter to four times the size; rows of half to twice the length; as many targets as eight rows in ten
+    had, and fewer, too, where so many tokens are selected that nine rows in ten kept every target. Of plain text every
+    token is a target; of labelled rows there are none to count.
     """
+    found: dict[str, list[Any]] = {
+        "task": [task],
+        "trained": ["lora"],
+        "parameters": [facts["parameters"] // 4, 4 * facts["parameters"]],
+        "seq_len": [round(facts["row_of_a_token"] / 2), round(2 * facts["row_of_a_token"])],
+    }
     if task == "lm":
-        return [0.95, 1.0]
-    if rows.get("target_shares") is None:
-        return [0.0, 1.0]
-    low, high = rows["target_shares"]
-    return [0.0 if selected is not None and selected >= high else low, high]
+        found["target_share"] = [0.9, 1.0]
+    elif facts["target_shares"] is not None:
+        low, high = facts["target_shares"]
+        found["target_share"] = [0.0 if selected is not None and selected >= high else low, high]
+    return found
 
 
 def evidence_files(found: dict[str, Any]) -> dict[Path, str]:
-    """Every method's evidence.json: the entries written by hand, then those of the grid."""
+    """The evidence.json of every method that the grid speaks of: its other entries as they are, and the grid's."""
     own = evidence(found["deploy"]) if "deploy" in found else {}
     files = {}
-    for path in sorted((ROOT / "src" / "sparsetrain" / "methods").glob("*/evidence.json")):
-        by_hand = [entry for entry in json.loads(path.read_text()) if "deployed" not in entry]
-        files[path] = written([*by_hand, *own.get(path.parent.name, [])])
+    for method, entries in own.items():
+        path = ROOT / "src" / "sparsetrain" / "methods" / method / "evidence.json"
+        others = [entry for entry in json.loads(path.read_text()) if "deployed" not in entry]
+        files[path] = written([*others, *entries])
     return files
 
 
@@ -217,8 +230,8 @@ def written(entries: list[dict[str, Any]]) -> str:
     """An entry a paragraph: what it is of, what was measured, in words, and where."""
     texts = []
     for entry in entries:
-        lines, first = [], {key: value for key, value in entry.items() if key not in ("deployed", "text", "from")}
-        for part in (first, *({key: entry[key]} for key in ("deployed", "text", "from") if key in entry)):
-            lines.append(json.dumps(part, ensure_ascii=False)[1:-1])
+        later = [key for key in ("with", "deployed", "text", "from") if key in entry]
+        first = {key: value for key, value in entry.items() if key not in later}
+        lines = [json.dumps(part, ensure_ascii=False)[1:-1] for part in (first, *({key: entry[key]} for key in later))]
         texts.append("  {" + ",\n   ".join(lines) + "}")
     return "[\n" + ",\n".join(texts) + "\n]\n"
