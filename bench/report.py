@@ -14,7 +14,7 @@ from typing import Any
 
 from bench.runner import RESULTS, ROOT
 from bench.tables import CONCLUSIONS, TABLES
-from bench.tables.deploy import evidence_files
+from bench.tables.deploy import evidence_files, of_spt
 from bench.tables.machines import machines
 from bench.tables.picture import COLOURS, picture
 from bench.tables.steps import methods, registered
@@ -22,6 +22,7 @@ from bench.tables.support import support
 
 REPO = ROOT.parent
 PAGES = REPO / "docs" / "results"
+NOTHING: dict[str, Any] = {"results": {}}
 
 
 def write_all() -> None:
@@ -42,7 +43,7 @@ def pages() -> dict[Path, str]:
         own = dict(tables)
         if path.stem in CONCLUSIONS:
             own["conclusion"] = [CONCLUSIONS[path.stem](found)]
-        own["pages"], own["machines"] = index(found), machines(found)
+        own["pages"], own["machines"], own["spt"] = index(found), machines(found), of_spt(found.get("deploy", NOTHING))
         written[path], names = fill(path.read_text(), own, path.name)
         placed |= names
     if missing := sorted(set(TABLES) - placed):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -70,17 +71,28 @@ def rows_of(results: dict[str, Any]) -> dict[str, list[Row]]:
 
 
 def deploy(results: dict[str, Any]) -> list[str]:
+    """A table for every data set."""
+    return _tables(results, lambda name: True)
+
+
+def of_spt(results: dict[str, Any]) -> list[str]:
+    """The same of SPT's two modules, each alone and together."""
+    return _tables(results, lambda name: name.partition(" ")[0] in ("attention", "ffn-demo", "spt"))
+
+
+def _tables(results: dict[str, Any], shown: Callable[[str], bool]) -> list[str]:
     lines: list[str] = []
     for data, rows in rows_of(results["results"]).items():
-        lines += [*([""] if lines else []), _setting(data, results), ""]
+        if not (of := [row for row in rows if shown(row.name)]):
+            continue
         what = "error rate" if rows[0].pairs("steps")[0][0]["accuracy"] is not None else "perplexity"
+        lines += [*([""] if lines else []), _setting(data, results), ""]
         lines.append(
             "| arm | step, dense / ours | peak, ours / dense | saved, ours / dense | tokens selected | seeds "
             f"| {what} against dense at equal steps | at equal time | steps in it | set-up, s | at equal time |"
         )
-        lines.append("|" + " --- |" * 11)
-        lines += [_line(row) for row in rows]
-    return lines or ["No run is measured yet: `python -m bench run deploy`."]
+        lines += ["|" + " --- |" * 11, *map(_line, of)]
+    return lines or ["Not measured yet: `python -m bench run deploy`."]
 
 
 def _setting(data: str, results: dict[str, Any]) -> str:
