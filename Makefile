@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY     := $(VENV)/bin/python
 RUN    := $(VENV)/bin/sparsetrain
 
-.PHONY: help setup assets demo test test-slow torture test-gpu check bench bench-gpu docs clean
+.PHONY: help setup assets demo demo-spt test test-slow torture test-gpu check bench bench-gpu docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,9 +20,13 @@ setup: $(VENV)/.installed ## create the environment and install the package (onc
 assets: setup ## fetch the embedded models and data sets into the cache (once)
 	$(RUN) models fetch
 
-demo: assets ## fine-tune SmolLM2-135M with SPT + LoRA beside dense LoRA, and write a report
+demo: assets ## SmolLM2-135M learns to write docstrings, on selected tokens beside dense LoRA; and a report
 	rm -rf runs/demo
 	$(RUN) finetune --recipe examples/demo.yaml --output runs/demo
+
+demo-spt: assets ## the same comparison with SPT's sparse attention and routed FFN, on Python source
+	rm -rf runs/spt
+	$(RUN) finetune --recipe examples/spt.yaml --output runs/spt
 
 test: assets ## all tests that run without a GPU; says which ten took longest
 	$(PY) -m pytest -n auto --durations=10 -m "not gpu and not slow"

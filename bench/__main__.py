@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -46,7 +47,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--output", type=Path, metavar="DIR", help="folder of the result files; bench/results if not given"
     )
-    run.add_argument("--only", default="", metavar="TEXT", help="cells whose key contains it")
+    run.add_argument(
+        "--cells",
+        "--only",
+        dest="only",
+        default="",
+        metavar="TEXT",
+        help="cells whose key contains it, or matches it as a pattern (*, ?), and what these use",
+    )
+    run.add_argument("--minutes", type=float, default=math.inf, metavar="N", help="begin no cell after so long")
     run.add_argument("--again", action="store_true", help="measure cells that the file holds, too")
     run.add_argument("--quick", action="store_true", help="fewer cells and rounds, for a trial")
     run.add_argument("--list", action="store_true", help="the cells, measuring nothing")
@@ -69,7 +78,7 @@ def _list() -> None:
 
 
 def _cells(benchmark: runner.Benchmark, asked: runner.Asked, output: Path | None) -> tuple[Any, runner.ResultFile]:
-    cells = [cell for cell in benchmark.cells(asked) if asked.only in cell.key]
+    cells = runner.cells_of(benchmark, asked)
     return cells, runner.ResultFile(benchmark, cells, output, asked.settings)
 
 
@@ -104,7 +113,14 @@ def _run_one(name: str, asked: argparse.Namespace) -> None:
         for cell in cells:
             print(f"{cell.key}{'  is there' if file.holds(cell) else ''}")
         return
-    runner.run(known[name], settled, output=output, again=asked.again, say=lambda line: print(line, flush=True))
+    runner.run(
+        known[name],
+        settled,
+        output=output,
+        again=asked.again,
+        minutes=asked.minutes,
+        say=lambda line: print(line, flush=True),
+    )
 
 
 def _value(text: str) -> Any:

@@ -1,5 +1,7 @@
 """Write the docs from the result files: tables, conclusions, the README's table and picture, docs/support.md.
 
+Also the entries `deployed` of the methods' evidence.json, from which plans and the choice of a preset are made.
+
 What stands between `<!-- name -->` and `<!-- /name -->` is generated; the prose around it is written by hand.
 """
 
@@ -12,6 +14,7 @@ from typing import Any
 
 from bench.runner import RESULTS, ROOT
 from bench.tables import CONCLUSIONS, TABLES
+from bench.tables.deploy import evidence_files, of_spt
 from bench.tables.machines import machines
 from bench.tables.picture import COLOURS, picture
 from bench.tables.steps import methods, registered
@@ -19,6 +22,7 @@ from bench.tables.support import support
 
 REPO = ROOT.parent
 PAGES = REPO / "docs" / "results"
+NOTHING: dict[str, Any] = {"results": {}}
 
 
 def write_all() -> None:
@@ -32,14 +36,14 @@ def write_all() -> None:
 def pages() -> dict[Path, str]:
     """Every generated file as it should be."""
     found = {file.stem: json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))}
-    tables = {name: with_origin(table(found[name]), found[name]) for name, table in TABLES.items() if name in found}
+    tables = {name: _table(name, found) for name in TABLES}
     written: dict[Path, str] = {}
     placed: set[str] = set()
     for path in sorted(PAGES.glob("*.md")):
         own = dict(tables)
         if path.stem in CONCLUSIONS:
             own["conclusion"] = [CONCLUSIONS[path.stem](found)]
-        own["pages"], own["machines"] = index(found), machines(found)
+        own["pages"], own["machines"], own["spt"] = index(found), machines(found), of_spt(found.get("deploy", NOTHING))
         written[path], names = fill(path.read_text(), own, path.name)
         placed |= names
     if missing := sorted(set(TABLES) - placed):
@@ -49,7 +53,13 @@ def pages() -> dict[Path, str]:
     for theme in COLOURS:
         written[REPO / "docs" / "pictures" / f"steps-{theme}.svg"] = picture(found["steps"], theme)
     written[REPO / "docs" / "support.md"] = support()
-    return written
+    return written | evidence_files(found)
+
+
+def _table(name: str, found: dict[str, Any]) -> list[str]:
+    if name not in found:
+        return [f"Not measured yet: `python -m bench run {name}`."]
+    return with_origin(TABLES[name](found[name]), found[name])
 
 
 def fill(text: str, tables: dict[str, list[str]], page: str) -> tuple[str, set[str]]:
@@ -57,7 +67,7 @@ def fill(text: str, tables: dict[str, list[str]], page: str) -> tuple[str, set[s
     names = re.findall(r"^<!-- (\w+) -->$", text, flags=re.M)
     for name in names:
         if name not in tables:
-            raise SystemExit(f"{page} has a place for {name!r}, and no table of that name is known or measured.")
+            raise SystemExit(f"{page} has a place for {name!r}, and no table of that name is known.")
         marked = "\n".join([f"<!-- {name} -->", *tables[name], f"<!-- /{name} -->"])
         text, count = re.subn(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, m=marked: m, text, flags=re.S)
         assert count == 1, f"{page}: {name} is marked {count} times"

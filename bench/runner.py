@@ -2,13 +2,14 @@
 
 A benchmark is a `Benchmark` at the top of a module under `bench/`; it is found there, no list has to be edited. Its
 cells are measured one by one and saved at once, so a run that is stopped goes on where it was. `--again` measures
-cells that the file holds already.
+cells that the file holds already, and `--minutes` begins no further cell after so long.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import pkgutil
 import subprocess
@@ -16,6 +17,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,8 @@ class Asked:
     settings: the declared ones, changed by `--quick` and `--set`.
     seeds: of benchmarks that train.
     threads: torch's, also of processes that a cell starts.
-    only: part of a cell's key; a benchmark may read it to prepare no more than is needed.
+    only: part of a cell's key, or a pattern (`*`, `?`) of all of it; a benchmark may read it to prepare no more than
+        is needed.
     """
 
     settings: dict[str, Any]
@@ -42,14 +46,22 @@ class Asked:
     device: str = "cpu"
     only: str = ""
 
+    def asks_for(self, key: str) -> bool:
+        return fnmatchcase(key, self.only if set("*?") & set(self.only) else f"*{escape(self.only)}*")
+
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: its key in the file, the function that makes it, and its place if that is not the key."""
+    """One measurement.
+
+    key: in the file. measure: makes it, from what the cells that it `uses` have found. path: its place if that is not
+    the key. uses: keys of cells before it.
+    """
 
     key: str
-    measure: Callable[[], Any]
+    measure: Callable[..., Any]
     path: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,15 +118,19 @@ class ResultFile:
         self.data["settings"] = settings
         self.data.setdefault(benchmark.under, {} if benchmark.key_of is None else [])
 
-    def holds(self, cell: Cell) -> bool:
+    def found(self, cell: Cell) -> Any:
+        """What was measured for a cell; None if nothing was."""
         place = self.data[self.benchmark.under]
         if self.benchmark.whole:
-            return bool(place)
+            return place
         if (key_of := self.benchmark.key_of) is not None:
-            return any(key_of(row) == cell.key for row in place)
+            return next((row for row in place if key_of(row) == cell.key), None)
         for name in cell.path or (cell.key,):
             place = (place or {}).get(name)
-        return bool(place)
+        return place
+
+    def holds(self, cell: Cell) -> bool:
+        return bool(self.found(cell))
 
     def put(self, cell: Cell, found: Any, about: dict[str, Any]) -> None:
         """Store a cell, and write the file."""
@@ -177,30 +193,46 @@ def run(
     *,
     output: Path | None = RESULTS,
     again: bool = False,
+    minutes: float = math.inf,
     say: Say = print,
 ) -> dict[str, Any]:
     """Measure the cells that are not there yet, saving each; returns what the file holds.
 
     Args:
         output: folder of the result file; None stores nothing.
-        again: measure what is there, too.
+        again: measure what is asked for and there, too.
+        minutes: begin no cell after so long.
     """
     import torch
 
     os.environ.update({name: os.environ.get(name, value) for name, value in benchmark.environment.items()})
     torch.set_num_threads(asked.threads)
-    cells = [cell for cell in benchmark.cells(asked) if asked.only in cell.key]
-    file = ResultFile(benchmark, cells, output, asked.settings)
+    cells = cells_of(benchmark, asked)
+    file, started = ResultFile(benchmark, cells, output, asked.settings), time.perf_counter()
+    known = {cell.key: cell for cell in cells}
     for number, cell in enumerate(cells, 1):
         start = f"[{number}/{len(cells)}] {benchmark.name}: {cell.key}"
-        if file.holds(cell) and not again:
+        if file.holds(cell) and not (again and asked.asks_for(cell.key)):
             say(f"{start}  is there")
             continue
         began = time.perf_counter()
-        found = cell.measure()
+        if began - started > 60 * minutes:
+            say(f"{start}  is left for the next run: {minutes:g} minutes are over")
+            break
+        found = cell.measure(*(file.found(known[key]) for key in cell.uses))
         file.put(cell, found, benchmark.about(asked))
         say(f"{start}  {_shown(found, benchmark.shows)} ({time.perf_counter() - began:.1f} s)")
     return file.data
+
+
+def cells_of(benchmark: Benchmark, asked: Asked) -> list[Cell]:
+    """The cells that are asked for, and those that they use, in the benchmark's order."""
+    cells = benchmark.cells(asked)
+    wanted: set[str] = set()
+    for cell in reversed(cells):  # what is used stands before
+        if asked.asks_for(cell.key) or cell.key in wanted:
+            wanted |= {cell.key, *cell.uses}
+    return [cell for cell in cells if cell.key in wanted]
 
 
 def _shown(found: Any, names: tuple[str, ...]) -> str:

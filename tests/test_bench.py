@@ -81,3 +81,45 @@ def test_every_benchmark_is_found_with_its_cells() -> None:
         for quick in (False, True):
             keys = [cell.key for cell in benchmark.cells(asked_of(benchmark, quick=quick))]
             assert keys and len(keys) == len(set(keys)), benchmark.name
+
+
+def test_a_cell_is_given_what_the_cells_before_it_found(tmp_path: Path) -> None:
+    """Also when those are of an earlier run, or are measured because it needs them."""
+    measured: list[str] = []
+
+    def cells(asked: Asked) -> list[Cell]:
+        def single(name: str, value: int) -> Cell:
+            return Cell(name, lambda: measured.append(name) or {"value": value})
+
+        def both(left: dict[str, int], right: dict[str, int]) -> dict[str, int]:
+            measured.append("both")
+            return {"value": left["value"] - right["value"]}
+
+        return [single("left", 7), single("other", 0), single("right", 2), Cell("both", both, uses=("left", "right"))]
+
+    benchmark = Benchmark(name="uses", measures="nothing", cells=cells)
+
+    def results(**options: Any) -> dict[str, Any]:
+        again = options.pop("again", False)
+        asked = asked_of(benchmark, **options)
+        return run(benchmark, asked, output=tmp_path, again=again, say=lambda _: None)["results"]
+
+    results(only="left")
+    assert results(only="both")["both"] == {"value": 5} and measured == ["left", "right", "both"]
+    results(only="bo?h", again=True)  # what it uses is not asked for
+    assert measured == ["left", "right", "both", "both"]
+    assert "other" in results()
+
+
+def test_a_pattern_is_of_the_whole_key_and_a_text_of_a_part() -> None:
+    assert Asked(settings={}, only="[a").asks_for("x [a b")  # a text, though it reads like a pattern
+    assert Asked(settings={}, only="a*c").asks_for("abc") and not Asked(settings={}, only="a*c").asks_for("abcd")
+
+
+def test_no_cell_begins_when_the_minutes_are_over(tmp_path: Path) -> None:
+    counted, said = Counted(), list[str]()
+    asked = asked_of(counted.benchmark)
+    run(counted.benchmark, asked, output=tmp_path, minutes=0, say=said.append)
+    assert counted.measured == [] and "left for the next run" in said[0] and len(said) == 1
+    run(counted.benchmark, asked, output=tmp_path, minutes=1, say=said.append)
+    assert counted.measured == ["a", "b", "c"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bench.tables import attention, ffn, planner, semi_structured, steps, tokens
+from bench.tables import attention, deploy, ffn, planner, semi_structured, steps, tokens
 
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "selected_attention": attention.attention,
@@ -25,10 +25,12 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "planner_accuracy_gpu": planner.accuracy_gpu,
     "planner_steps": planner.step_times,
     "steps": steps.steps,
+    "deploy": deploy.deploy,
 }
 """Result file -> its table."""
 
 CONCLUSIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "deploy": deploy.conclude_deploy,
     "steps": steps.conclude_steps,
     "pq_attention": attention.conclude_pq_attention,
     "flood_fill_attention": attention.conclude_flood_fill_attention,

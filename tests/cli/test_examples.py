@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
+from bench.methods import deploy
+from sparsetrain import TokenSelection
 from sparsetrain.hf.model.architectures import check_task, open_architecture
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.pretrain import PretrainRecipe
@@ -33,14 +35,27 @@ def test_the_python_example(llama: Path, text: Path, tmp_path: Path) -> None:
     assert len(values) == 4 and values[2] == pytest.approx(values[3], rel=1e-2)  # the saved adapter is the trained one
 
 
-def test_the_demo_s_recipe(call: Call, text: Path, tmp_path: Path) -> None:
-    llama = save_llama(tmp_path / "model", num_hidden_layers=30)  # the recipe names layers
-    values = yaml.safe_load((EXAMPLES / "demo.yaml").read_text())
+def test_the_demo_is_a_job_with_prompts_and_completions(call: Call, tmp_path: Path) -> None:
     recipe = Recipe.from_yaml(EXAMPLES / "demo.yaml")
-    assert recipe.compare == "dense" and recipe.seq_len >= 1024 and recipe.methods
-    assert values["model"] == "smollm2-135m" and values["data"] == "python-stdlib"
-    tiny = ("--model", llama, "--data", text, "--seq-len", 64, "--output", tmp_path / "run")
+    assert (recipe.model, recipe.data, recipe.task) == ("smollm2-135m", "python-docstrings", "sft")
+    assert recipe.compare == "dense" and recipe.deploy == "dense" and recipe.seq_len >= 1024
+    (method,) = recipe.methods
+    assert isinstance(method, TokenSelection) and method.pool == "targets"
+    rows = [{"prompt": f"{number} and {number}", "completion": str(2 * number)} for number in range(40)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny = ("--model", save_llama(tmp_path / "model"), "--data", data, "--seq-len", 64, "--output", tmp_path / "run")
     assert call("finetune", "--recipe", EXAMPLES / "demo.yaml", *tiny, "--dry-run").code == 0
+
+
+def test_the_recipe_of_spt(call: Call, text: Path, tmp_path: Path) -> None:
+    llama = save_llama(tmp_path / "model", num_hidden_layers=30)  # the recipe names layers
+    recipe = Recipe.from_yaml(EXAMPLES / "spt.yaml")
+    assert recipe.compare == "dense" and (recipe.model, recipe.data) == ("smollm2-135m", "python-stdlib")
+    assert [config.method for config in recipe.methods] == ["pq_attention", "routed_ffn"]
+    assert recipe.methods[1].layers == deploy.DEMO  # the layers that the results are of
+    tiny = ("--model", llama, "--data", text, "--seq-len", 64, "--output", tmp_path / "run")
+    assert call("finetune", "--recipe", EXAMPLES / "spt.yaml", *tiny, "--dry-run").code == 0
 
 
 PUBLISHED = {  # layers, block, quantile, batch, lr, warm-up, steps, probe: the authors' code, by task

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,33 @@ def test_the_data_set_is_made_once_and_read_as_rows(tmp_path: Path, monkeypatch:
     (sources / "shapes.py").unlink()
     assert store.resolve_data("python-docstrings") == str(folder)  # as it was made
     assert store.asset_status("python-docstrings", deep=True).state == "ready"
+
+
+def test_another_python_makes_its_own_rows_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSETRAIN_CACHE", str(tmp_path / "cache"))
+    sources = tmp_path / "lib"
+    sources.mkdir()
+    (sources / "shapes.py").write_text(SOURCE)
+    monkeypatch.setattr(store.sysconfig, "get_paths", lambda: {"stdlib": str(sources)})
+    said: list[str] = []
+    folder = Path(store.resolve_data("python-docstrings", progress=said.append))
+    assert any(f"python=={platform.python_version()}; other versions have other rows" in line for line in said)
+    manifest = folder / store.MANIFEST
+    manifest.write_text(manifest.read_text().replace(platform.python_version(), "3.9.1"))
+    status = store.asset_status("python-docstrings")
+    assert status.state == "damaged" and "rows are those of python==3.9.1" in status.problem
+    (sources / "shapes.py").write_text(SOURCE.replace("up to three times", "up to four times"))
+    said.clear()
+    rows = EMBEDDED["python-docstrings"](Path(store.resolve_data("python-docstrings", progress=said.append)))
+    assert (
+        any("up to four times" in row["completion"] for row, _ in rows)
+        and "whose library has others; fetching" in said[0]
+    )
+
+
+def test_a_python_without_its_sources_makes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSETRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(store.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    with pytest.raises(RuntimeError, match=r"Use a Python installation that keeps its \.py files"):
+        store.resolve_data("python-docstrings", progress=lambda _line: None)
+    assert store.asset_status("python-docstrings").state == "absent"

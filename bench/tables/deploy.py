@@ -1,0 +1,249 @@
+"""The tables of `bench deploy`, and what they say of each method: the entries `deployed` of its evidence.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bench.methods.deploy import DATA, TIMES_STEPS, Arm, arms
+from bench.tables.format import listed
+
+ROOT = Path(__file__).parents[2]
+PAGE = "docs/results/deploy.md"
+TOLERANCE = 0.01
+"""Perplexity within 1 % is a tie for one seed, whose spread is not known."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm on one data set, as far as it is measured."""
+
+    results: dict[str, Any]
+    data: str
+    name: str
+    arm: Arm
+
+    @cached_property
+    def step(self) -> dict[str, Any]:
+        return self.results.get(f"{self.data} {self.arm.timed_as or self.name} step", {})
+
+    @cached_property
+    def dense(self) -> dict[str, Any]:
+        return self.results.get(f"{self.data} dense step", {})
+
+    def pairs(self, kind: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """(the arm's run, the dense one) of every seed that both have."""
+        found = []
+        for key, own in self.results.items():
+            name, _, seed = key.rpartition(" ")
+            dense = self.results.get(f"{self.data} dense steps {seed}")
+            if name == f"{self.data} {self.name} {kind}" and dense is not None:
+                found.append((own, dense))
+        return found
+
+    def differences(self, kind: str) -> list[float]:
+        """Perplexity over dense LoRA's, less 1; the same of the error rate where rows have a label."""
+        return [
+            math.exp(own["loss"] - dense["loss"]) - 1
+            if own["accuracy"] is None
+            else (1 - own["accuracy"]) / (1 - dense["accuracy"]) - 1
+            for own, dense in self.pairs(kind)
+        ]
+
+    def share(self, key: str) -> float | None:
+        """Bytes, ours / dense."""
+        return self.step[key] / self.dense[key] if key in self.step and key in self.dense else None
+
+
+def rows_of(results: dict[str, Any]) -> dict[str, list[Row]]:
+    """Data -> the arms of which at least a pair of runs is there."""
+    found = {
+        data: [row for name, arm in arms(data).items() if (row := Row(results, data, name, arm)).pairs("steps")]
+        for data in DATA
+    }
+    return {data: rows for data, rows in found.items() if rows}
+
+
+def deploy(results: dict[str, Any]) -> list[str]:
+    """A table for every data set."""
+    return _tables(results, lambda name: True)
+
+
+def of_spt(results: dict[str, Any]) -> list[str]:
+    """The same of SPT's two modules, each alone and together."""
+    return _tables(results, lambda name: name.partition(" ")[0] in ("attention", "ffn-demo", "spt"))
+
+
+def _tables(results: dict[str, Any], shown: Callable[[str], bool]) -> list[str]:
+    lines: list[str] = []
+    for data, rows in rows_of(results["results"]).items():
+        if not (of := [row for row in rows if shown(row.name)]):
+            continue
+        what = "error rate" if rows[0].pairs("steps")[0][0]["accuracy"] is not None else "perplexity"
+        lines += [*([""] if lines else []), _setting(data, results), ""]
+        lines.append(
+            "| arm | step, dense / ours | peak, ours / dense | saved, ours / dense | tokens selected | seeds "
+            f"| {what} against dense at equal steps | at equal time | steps in it | set-up, s | at equal time |"
+        )
+        lines += ["|" + " --- |" * 11, *map(_line, of)]
+    return lines or ["Not measured yet: `python -m bench run deploy`."]
+
+
+def _setting(data: str, results: dict[str, Any]) -> str:
+    recipe, steps = DATA[data], results["settings"]["steps"] * TIMES_STEPS.get(data, 1)
+    found, cells = results["results"].get(f"{data} rows", {}), results["results"]
+    dense = [cells[key] for key in cells if key.startswith(f"{data} dense steps ")]
+    share = found.get("target_share")
+    quality = f"loss {_mean(dense, 'loss'):.3f}"
+    if dense[0].get("accuracy") is not None:
+        quality += f", accuracy {_mean(dense, 'accuracy'):.3f}"
+    return (
+        f"**{data}** ({recipe['task']}; {recipe['model']}): {steps} steps of {recipe['batch_size']} × up to "
+        f"{recipe['seq_len']:,} tokens" + ("" if share is None else f", {100 * share:.0f} % of them targets") + ". "
+        f"Dense LoRA: {quality} (before: {_mean([run['start'] for run in dense], 'loss'):.3f})."
+    )
+
+
+def _mean(runs: list[dict[str, Any]], key: str) -> float:
+    return statistics.mean(run[key] for run in runs)
+
+
+def _line(row: Row) -> str:
+    of_time = [own for own, _ in row.pairs("time")]
+    ratio, selected = row.step.get("ratio"), row.step.get("selected_share")
+    cells = [
+        row.name,
+        "–" if ratio is None else f"{ratio['median']:.2f} ({ratio['q1']:.2f}–{ratio['q3']:.2f})",
+        *("–" if share is None else f"{share:.2f}" for share in (row.share("peak_bytes"), row.share("saved_bytes"))),
+        "all" if not selected else f"{selected:.2f}",
+        str(len(row.pairs("steps"))),
+        percent(row.differences("steps")),
+        percent(row.differences("time")),
+        str(of_time[0]["steps"]) if of_time else "–",
+        f"{statistics.median(own['setup_s'] for own, _ in row.pairs('steps')):.0f}",
+        verdict(row.differences("time")),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def percent(differences: list[float]) -> str:
+    """ "+0.6 ± 0.3 %": the mean and its standard error."""
+    if not differences:
+        return "–"
+    spread = f" ± {100 * _error(differences):.1f}" if len(differences) > 1 else ""
+    return f"{100 * statistics.mean(differences):+.1f}{spread} %"
+
+
+def _error(values: list[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def verdict(differences: list[float]) -> str:
+    """Less is better: a tie is within twice the standard error of the seeds, or `TOLERANCE` for one."""
+    if not differences:
+        return "–"
+    margin = 2 * _error(differences) if len(differences) > 1 else TOLERANCE
+    mean = statistics.mean(differences)
+    return "tie" if abs(mean) <= margin else "win" if mean < 0 else "loss"
+
+
+def conclude_deploy(found: dict[str, Any]) -> str:
+    if "deploy" not in found or not (rows := rows_of(found["deploy"]["results"])):
+        return "Not measured yet: `python -m bench run deploy`."
+    parts = []
+    for data, own in rows.items():
+        verdicts = {row.name: verdict(row.differences("time")) for row in own if row.pairs("time")}
+        named = {word: [name for name, is_ in verdicts.items() if is_ == word] for word in ("win", "tie", "loss")}
+        said = [f"{listed(names)} ({word})" for word, names in named.items() if names]
+        parts += [f"{data}: {'; '.join(said)}"] if said else []
+    return f"**The deployed dense model at equal time, beside dense LoRA's perplexity.** {'. '.join(parts)}."
+
+
+def evidence(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Method -> an entry for each of its settings, alone or first of several, on one data; with the usual dense phases.
+
+    As `planner.quality` reads them: facts say where a result holds, the rest is beside dense LoRA.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for data, rows in rows_of(results["results"]).items():
+        facts = results["results"].get(f"{data} rows")
+        for row in rows:
+            if facts and row.arm.methods and not row.arm.recipe and "ratio" in row.step and row.pairs("time"):
+                found.setdefault(row.arm.methods[0]["method"], []).append(_entry(row, facts))
+    return found
+
+
+def _entry(row: Row, facts: dict[str, Any]) -> dict[str, Any]:
+    recipe, (first, *others) = DATA[row.data], row.arm.methods
+    steps, times, ratio = row.differences("steps"), row.differences("time"), row.step["ratio"]["median"]
+    peak, share = row.share("peak_bytes"), facts["target_share"]
+    of_targets = "" if share is None else f", {100 * share:.0f} % of them targets"
+    seeds = "one seed" if len(steps) == 1 else f"{len(steps)} seeds"
+    what = "perplexity" if share is not None else "error rate"
+    return {
+        "setting": {key: value for key, value in first.items() if key != "method"},
+        **({"with": others} if others else {}),
+        "deployed": {
+            **reach(recipe["task"], facts, row.step.get("selected_share")),
+            "equal_steps": round(statistics.mean(steps), 4),
+            "equal_time": round(statistics.mean(times), 4),
+            "speedup": round(ratio, 3),
+            "peak": None if peak is None else round(peak, 3),
+            "seeds": len(steps),
+        },
+        "text": (
+            f"{what} {percent(steps)} at equal steps and {percent(times)} at equal time beside dense LoRA; a step is "
+            f"{ratio:.2f} times as fast ({recipe['model']} on {row.data}, up to {recipe['seq_len']:,} tokens"
+            f"{of_targets}, {row.pairs('steps')[0][1]['steps']} steps, {seeds})"
+        ),
+        "from": f"{PAGE}, Deployed dense",
+    }
+
+
+def reach(task: str, facts: dict[str, Any], selected: float | None) -> dict[str, list[Any]]:
+    """Where a result holds: a judgement, of which this is the only place.
+
+    Models of a quarter to four times the size; rows of half to twice the length; as many targets as eight rows in ten
+    had, and fewer, too, where so many tokens are selected that nine rows in ten kept every target. Of plain text every
+    token is a target; of labelled rows there are none to count.
+    """
+    found: dict[str, list[Any]] = {
+        "task": [task],
+        "trained": ["lora"],
+        "parameters": [facts["parameters"] // 4, 4 * facts["parameters"]],
+        "seq_len": [round(facts["row_of_a_token"] / 2), round(2 * facts["row_of_a_token"])],
+    }
+    if task == "lm":
+        found["target_share"] = [0.9, 1.0]
+    elif facts["target_shares"] is not None:
+        low, high = facts["target_shares"]
+        found["target_share"] = [0.0 if selected is not None and selected >= high else low, high]
+    return found
+
+
+def evidence_files(found: dict[str, Any]) -> dict[Path, str]:
+    """The evidence.json of every method that the grid speaks of: its other entries as they are, and the grid's."""
+    own = evidence(found["deploy"]) if "deploy" in found else {}
+    files = {}
+    for method, entries in own.items():
+        path = ROOT / "src" / "sparsetrain" / "methods" / method / "evidence.json"
+        others = [entry for entry in json.loads(path.read_text()) if "deployed" not in entry]
+        files[path] = written([*others, *entries])
+    return files
+
+
+def written(entries: list[dict[str, Any]]) -> str:
+    """An entry a paragraph: what it is of, what was measured, in words, and where."""
+    texts = []
+    for entry in entries:
+        later = [key for key in ("with", "deployed", "text", "from") if key in entry]
+        first = {key: value for key, value in entry.items() if key not in later}
+        lines = [json.dumps(part, ensure_ascii=False)[1:-1] for part in (first, *({key: entry[key]} for key in later))]
+        texts.append("  {" + ",\n   ".join(lines) + "}")
+    return "[\n" + ",\n".join(texts) + "\n]\n"
