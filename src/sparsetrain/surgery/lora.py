@@ -91,16 +91,20 @@ def refused_adapter(module: nn.Module) -> str | None:
 
 
 def plain_lora(block: nn.Module) -> list[Any]:
-    """The linears of a block that run with LoRA and nothing else: no dropout, bias, variant, or patched forward."""
-    return [
-        module
-        for module in block.modules()
-        if adapter_kind(module) == "lora.Linear"
-        and refused_adapter(module) is None
-        and not _is_bare(module)
-        and not has_lora_bias(module)
-        and not any(_dropouts(module))
-    ]
+    """The linears of a block that run with LoRA and nothing else: frozen, no dropout, bias, variant or own forward."""
+    return [module for module in block.modules() if adapter_kind(module) == "lora.Linear" and _is_plain(module)]
+
+
+def _is_plain(module: Any) -> bool:
+    if refused_adapter(module) is not None or _is_bare(module) or not active_adapters(module):
+        return False
+    frozen = not any(parameter.requires_grad for parameter in innermost(module).parameters())
+    return frozen and not has_lora_bias(module) and not any(_dropouts(module))
+
+
+def lora_parts(module: nn.Module) -> LinearParts:
+    """`linear_parts` of an `nn.Linear` or Conv1D, whichever way its weight lies."""
+    return linear_parts(module, transposed=type(innermost(module)).__name__ == "Conv1D")
 
 
 class _RunsAs:

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from sparsetrain.core.modes import evaluating
 from sparsetrain.methods.token_selection.loss import head_of
 from sparsetrain.methods.token_selection.module import SelectedBlock
-from sparsetrain.methods.token_selection.passes import adapters_in_place, attend_to_all, key_values
+from sparsetrain.methods.token_selection.passes import adapters_on_all_rows, attend_to_all, key_values
 from sparsetrain.methods.token_selection.policies import IGNORED, SHIFTED, predicted
 from sparsetrain.methods.token_selection.scores import scores_at_head
 from sparsetrain.methods.token_selection.selector import Kept, Selector
@@ -143,7 +143,7 @@ class Look(TorchFunctionMode):
             self.kept[state].append(Kept(out, key_values(calls.pop())))
 
         stack.enter_context(standing_in(attention, attend))
-        stack.enter_context(adapters_in_place(block, None))
+        stack.enter_context(adapters_on_all_rows(block, None))
         stack.callback(block.register_forward_hook(ran).remove)
 
     def _add_mass(self, call: AttentionCall) -> None:

@@ -18,7 +18,8 @@ from sparsetrain.methods.token_selection.passes import (
     FoundKeys,
     Notes,
     SelectedRows,
-    adapters_in_place,
+    adapters_on_all_rows,
+    adapters_on_selected_rows,
     attaches_loss,
 )
 from sparsetrain.methods.token_selection.selector import Selector
@@ -114,7 +115,8 @@ def _in_two_passes(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
     else:
         out = _on_all_rows(block, attention, notes, x, args, kwargs)
     own_args, own_kwargs = _on_rows(args, kwargs, rows)
-    with SelectedRows(notes), standing_in(attention, AttentionOfSelectedRows(notes)):
+    attends = AttentionOfSelectedRows(notes)
+    with SelectedRows(notes), standing_in(attention, attends), adapters_on_selected_rows(block, notes):
         selected = dense_forward(SelectsTokens, block, *own_args, **own_kwargs)
     state.note(rows, notes.everything)
     y, y_selected = _first(out), _first(selected)
@@ -130,7 +132,7 @@ def _on_all_rows(block: Any, attention: Any, notes: Notes, x: Tensor, args: tupl
     """The first pass: what the block says, noted."""
     sparse = stand_in_of(attention)
     attends = AttentionOfAllRows(notes, sparse)
-    with torch.no_grad(), AllRows(notes), standing_in(attention, attends), adapters_in_place(block, notes):
+    with torch.no_grad(), AllRows(notes), standing_in(attention, attends), adapters_on_all_rows(block, notes):
         try:
             return dense_forward(SelectsTokens, block, *args, **kwargs)
         except FoundKeys:  # a block that is recomputed for its backward needs no more of the other rows

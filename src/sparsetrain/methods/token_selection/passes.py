@@ -25,13 +25,15 @@ from torch.overrides import TorchFunctionMode
 from sparsetrain.ops.selected_rows import (
     KeyValues,
     Rows,
+    adapted_linear,
+    adapted_product,
     attention_of_all,
     selected_attention,
     selected_dropout,
     selected_linear,
 )
 from sparsetrain.surgery.attention import AttentionCall, SparseAttention, StandIn
-from sparsetrain.surgery.lora import active_adapters, plain_lora, runs_as
+from sparsetrain.surgery.lora import active_adapters, lora_parts, plain_lora, runs_as
 
 _KINDS: dict[Any, str] = {F.linear: "linear", torch.addmm: "addmm", F.dropout: "dropout"}
 
@@ -125,44 +127,47 @@ class AllRows(TorchFunctionMode):
 
 
 @contextmanager
-def adapters_in_place(block: nn.Module, notes: Notes | None) -> Iterator[None]:
-    """Inside, LoRA's update is added to the product that it belongs to, in that product's dtype and memory.
+def adapters_on_all_rows(block: nn.Module, notes: Notes | None) -> Iterator[None]:
+    """Inside, a linear and its LoRA are noted as one product; without notes they are only run as fast.
 
     PEFT forms the update in the factors' dtype, scales it and adds it: where the model is bf16 and the factors fp32,
     five passes over [b, t, out] in fp32. Without gradient one product does it (SmolLM2's up projection, 1,024 tokens:
     34 ms -> 8). In one dtype that gains nothing, and the arithmetic stays PEFT's to the last bit.
     """
-    mixed = (
-        m for m in plain_lora(block) if any(m.lora_A[n].weight.dtype != m.weight.dtype for n in active_adapters(m))
-    )
-    with runs_as({module: partial(_adapted, module, notes) for module in mixed}):
+    with runs_as({module: partial(_adapted, module, notes) for module in plain_lora(block)}):
         yield
 
 
-def _in_two_dtypes(module: Any) -> bool:
-    return any(module.lora_A[name].weight.dtype != module.weight.dtype for name in active_adapters(module))
-
-
 def _adapted(module: Any, notes: Notes | None, x: Tensor) -> Tensor:
-    out = module.base_layer(x)
-    if notes is None or notes.paused or not _stream(x, (notes.rows.shape[0], notes.rows.num_tokens)):
-        return _with_update(module, x, out, None)
-    notes.paused = True
+    mixed = any(module.lora_A[name].weight.dtype != module.weight.dtype for name in active_adapters(module))
+    noted = notes is not None and not notes.paused and _stream(x, (notes.rows.shape[0], notes.rows.num_tokens))
+    paused = notes is not None and notes.paused
+    if notes is not None:
+        notes.paused = True
     try:
-        return _with_update(module, x, out, notes)
+        out = adapted_product(x, lora_parts(module)) if mixed else type(module).forward(module, x)
     finally:
-        notes.paused = False
-
-
-def _with_update(module: Any, x: Tensor, out: Tensor, notes: Notes | None) -> Tensor:
-    rows_nf = out.view(-1, out.shape[-1])
-    for name in active_adapters(module):
-        a, b = module.lora_A[name].weight, module.lora_B[name].weight
-        x_a = F.linear(x.to(out.dtype), a.to(out.dtype))
-        rows_nf.addmm_(x_a.view(-1, a.shape[0]), b.to(out.dtype).t(), alpha=module.scaling[name])
         if notes is not None:
-            notes.said.append(Note("linear", notes.rows.gather(x_a).to(a.dtype), a))
+            notes.paused = paused
+    if noted:
+        assert notes is not None
+        notes.said.append(Note("adapted", notes.rows.gather(out), module.weight))
     return out
+
+
+@contextmanager
+def adapters_on_selected_rows(block: nn.Module, notes: Notes) -> Iterator[None]:
+    """Inside, a linear and its LoRA take their value from the notes and are one node of the backward.
+
+    It keeps x once, in the model's dtype; PEFT keeps a copy in fp32 for every linear beside a bf16 model.
+    """
+    with runs_as({module: partial(_adapted_rows, module, notes) for module in plain_lora(block)}):
+        yield
+
+
+def _adapted_rows(module: Any, notes: Notes, x: Tensor) -> Tensor:
+    note = notes.take("adapted", x, module.weight) if _stream(x, notes.rows.shape) else None
+    return adapted_linear(x, lora_parts(module), known=None if note is None or notes.diverged else note.known)
 
 
 class SelectedRows(TorchFunctionMode):

@@ -12,6 +12,8 @@ Legend: b samples, t tokens, k selected tokens, h heads, g key/value heads, s ke
 from sparsetrain.ops.selected_rows.attention import KeyValues as KeyValues
 from sparsetrain.ops.selected_rows.attention import attention_of_all as attention_of_all
 from sparsetrain.ops.selected_rows.attention import selected_attention as selected_attention
+from sparsetrain.ops.selected_rows.linear import adapted_linear as adapted_linear
+from sparsetrain.ops.selected_rows.linear import adapted_product as adapted_product
 from sparsetrain.ops.selected_rows.linear import selected_dropout as selected_dropout
 from sparsetrain.ops.selected_rows.linear import selected_linear as selected_linear
 from sparsetrain.ops.selected_rows.reference import keep as keep

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsetrain.core.autograd import as_output
+from sparsetrain.ops.linear_parts import LinearParts
 
 
 def selected_linear(
@@ -52,6 +53,60 @@ class _Linear(torch.autograd.Function):
         if bias_dtype is not None and ctx.needs_input_grad[2]:
             db = dy_n.sum(0, dtype=bias_dtype)
         return dx, dw, db, None, None
+
+
+def adapted_product(x: Tensor, parts: LinearParts) -> Tensor:
+    """x Wᵀ + bias + (x aᵀ) bᵀ without gradient, in the dtype of x Wᵀ: the update is added in that product's memory.
+
+    Args:
+        x: [..., in].
+        parts: a linear with LoRA; no dropout.
+    """
+    assert parts.lora is not None
+    with torch.no_grad():
+        out = torch.nn.functional.linear(x, parts.weight, parts.bias)
+        a, b = (factor.to(out.dtype) for factor in parts.lora)
+        x_a = torch.nn.functional.linear(x.to(out.dtype), a)
+        out.view(-1, out.shape[-1]).addmm_(x_a.view(-1, a.shape[0]), b.t())
+        return out
+
+
+def adapted_linear(x: Tensor, parts: LinearParts, *, known: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias + (x aᵀ) bᵀ as one node: gradient to x, a and b; W and the bias are constants.
+
+    Args:
+        x: selected rows [..., in]; saved in the dtype of the result.
+        parts: a linear with LoRA; no dropout.
+        known: the result where it was computed already.
+    """
+    assert parts.lora is not None
+    known = adapted_product(x, parts) if known is None else known
+    return _Adapted.apply(x, parts.weight, *parts.lora, known)  # type: ignore[return-value]
+
+
+class _Adapted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, known: Tensor) -> Tensor:
+        ctx.save_for_backward(x.to(known.dtype), weight, a, b)
+        ctx.x_dtype = x.dtype
+        return as_output(known)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (dy,) = grads
+        x, weight, a, b = ctx.saved_tensors
+        dy_n, x_n = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        a_c, b_c = a.to(dy.dtype), b.to(dy.dtype)
+        dy_b = torch.mm(dy_n, b_c)
+        dx = da = db = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.mm(dy_n, weight.to(dy.dtype)).addmm_(dy_b, a_c).view(x.shape).to(ctx.x_dtype)
+        if ctx.needs_input_grad[2]:
+            da = torch.mm(dy_b.t(), x_n).to(a.dtype)
+        if ctx.needs_input_grad[3]:
+            db = torch.mm(dy_n.t(), torch.mm(x_n, a_c.t())).to(b.dtype)
+        return dx, None, da, db, None
 
 
 def selected_dropout(x: Tensor, keep_mask: Tensor, scale: float, *, known: Tensor) -> Tensor:
