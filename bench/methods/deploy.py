@@ -258,6 +258,7 @@ def train(
         "steps": steps,
         "loss": evals[-1]["loss"],
         "accuracy": evals[-1].get("accuracy"),
+        "by_row": run["evals"][-1].get("by_row"),
         "evals": evals,
         "start": begun,
         "train_loss": statistics.mean(step["loss"] for step in run["steps"][-10:]),
