@@ -39,7 +39,7 @@ def test_the_rows_of_a_run(values: dict[str, Any]) -> None:
 def test_a_step_and_its_memory(values: dict[str, Any]) -> None:
     sparse = {**values, "methods": [TOKENS, ATTENTION]}
     timed = deploy.ratio(sparse, 3, 1)
-    assert timed["ratio"]["median"] > 0 and len(timed["ratio"]["candidate_s"]) == 3
+    assert timed["ratio"]["median"] > 0 and len(timed["ratio"]["candidate_s"]) >= 3
     assert timed["dense_phase_ratio"] > 0  # attention ends dense
     dense, ours = deploy.memory(values, 1), deploy.memory(sparse, 1)
     assert dense["selected_share"] is None and ours["selected_share"] == pytest.approx(0.25, abs=0.01)
