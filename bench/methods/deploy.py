@@ -82,6 +82,13 @@ def arms(data: str) -> dict[str, Arm]:
     found = {f"tokens-{share}": Arm((tokens(data, share),), chosen=True) for share in shares}
     found |= {"attention": Arm((PQ,)), "ffn-light": Arm((light,)), "ffn-demo": Arm((demo,)), "spt": Arm((PQ, demo))}
     found |= {"tokens+attention": Arm((middle, PQ)), "tokens+spt": Arm((middle, PQ, demo))}
+    if DATA[data]["task"] == "sft":
+        for context in ("random", "near", "attended"):
+            kept = tokens(data, shares[1], keep_all_targets=True, context=context)
+            found[f"tokens-{shares[1]}-all-{context}"] = Arm((kept,), chosen=True)
+        few = {"dense_tokens": "targets"}
+        found |= {"attention-context": Arm(({**PQ, **few},)), "ffn-light-context": Arm(({**light, **few},))}
+        found["tokens+attention-context"] = Arm((middle, {**PQ, **few}))
     if data in ("python-docstrings", "python-stdlib"):
         for name, methods in {"ffn-light": (light,), "spt": (PQ, demo)}.items():
             for first, last in ((0.0, 0.0), (0.0, 0.2), (0.05, 0.4)):
@@ -258,6 +265,7 @@ def train(
         "steps": steps,
         "loss": evals[-1]["loss"],
         "accuracy": evals[-1].get("accuracy"),
+        "by_row": run["evals"][-1].get("by_row"),
         "evals": evals,
         "start": begun,
         "train_loss": statistics.mean(step["loss"] for step in run["steps"][-10:]),

@@ -17,7 +17,35 @@ from bench.tables.format import listed
 ROOT = Path(__file__).parents[2]
 PAGE = "docs/results/deploy.md"
 TOLERANCE = 0.01
-"""Perplexity within 1 % is a tie for one seed, whose spread is not known."""
+"""Within 1 % is a tie for one seed where neither its spread nor that of its rows is known."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Relative differences to dense LoRA, one a seed, and the standard error of their mean: of the seeds, of the
+    held-out rows where there is one seed, or None."""
+
+    values: list[float]
+    error: float | None
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.values)
+
+    @property
+    def text(self) -> str:
+        """ "+0.6 ± 0.3 %"."""
+        if not self.values:
+            return "–"
+        return f"{100 * self.mean:+.1f}{'' if self.error is None else f' ± {100 * self.error:.1f}'} %"
+
+    @property
+    def verdict(self) -> str:
+        """Less is better; a tie is within twice the standard error."""
+        if not self.values:
+            return "–"
+        margin = TOLERANCE if self.error is None else 2 * self.error
+        return "tie" if abs(self.mean) <= margin else "win" if self.mean < 0 else "loss"
 
 
 @dataclass(frozen=True)
@@ -47,18 +75,38 @@ class Row:
                 found.append((own, dense))
         return found
 
-    def differences(self, kind: str) -> list[float]:
-        """Perplexity over dense LoRA's, less 1; the same of the error rate where rows have a label."""
-        return [
-            math.exp(own["loss"] - dense["loss"]) - 1
-            if own["accuracy"] is None
-            else (1 - own["accuracy"]) / (1 - dense["accuracy"]) - 1
-            for own, dense in self.pairs(kind)
-        ]
+    def difference(self, kind: str) -> Difference:
+        """Of perplexity; of the error rate where rows have a label."""
+        pairs = self.pairs(kind)
+        values = [_relative(own, dense) for own, dense in pairs]
+        if len(values) > 1:
+            return Difference(values, statistics.stdev(values) / math.sqrt(len(values)))
+        return Difference(values, _error_of_rows(*pairs[0]) if pairs else None)
 
     def share(self, key: str) -> float | None:
         """Bytes, ours / dense."""
         return self.step[key] / self.dense[key] if key in self.step and key in self.dense else None
+
+
+def _relative(own: dict[str, Any], dense: dict[str, Any]) -> float:
+    if own["accuracy"] is None:
+        return math.exp(own["loss"] - dense["loss"]) - 1
+    return (1 - own["accuracy"]) / (1 - dense["accuracy"]) - 1
+
+
+def _error_of_rows(own: dict[str, Any], dense: dict[str, Any]) -> float | None:
+    """Standard error of the relative difference, from the same held-out rows on both sides; None if they are not kept.
+
+    Of a quotient of sums (Σ d_i / Σ c_i): residuals d_i - mean · c_i, where c counts a row's targets.
+    """
+    if not (own.get("by_row") and dense.get("by_row")):
+        return None
+    labelled, counts = own["accuracy"] is not None, own["by_row"]["count"]
+    key, scale = ("accuracy", 1 - dense["accuracy"]) if labelled else ("loss", 1.0)
+    differences = [a - b for a, b in zip(own["by_row"][key], dense["by_row"][key], strict=True)]
+    mean, n = sum(differences) / sum(counts), len(counts)
+    rest = sum((d - mean * c) ** 2 for d, c in zip(differences, counts, strict=True))
+    return math.sqrt(rest * n / (n - 1)) / sum(counts) / scale if n > 1 else None
 
 
 def rows_of(results: dict[str, Any]) -> dict[str, list[Row]]:
@@ -123,34 +171,13 @@ def _line(row: Row) -> str:
         *("–" if share is None else f"{share:.2f}" for share in (row.share("peak_bytes"), row.share("saved_bytes"))),
         "all" if not selected else f"{selected:.2f}",
         str(len(row.pairs("steps"))),
-        percent(row.differences("steps")),
-        percent(row.differences("time")),
+        row.difference("steps").text,
+        row.difference("time").text,
         str(of_time[0]["steps"]) if of_time else "–",
         f"{statistics.median(own['setup_s'] for own, _ in row.pairs('steps')):.0f}",
-        verdict(row.differences("time")),
+        row.difference("time").verdict,
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def percent(differences: list[float]) -> str:
-    """ "+0.6 ± 0.3 %": the mean and its standard error."""
-    if not differences:
-        return "–"
-    spread = f" ± {100 * _error(differences):.1f}" if len(differences) > 1 else ""
-    return f"{100 * statistics.mean(differences):+.1f}{spread} %"
-
-
-def _error(values: list[float]) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values))
-
-
-def verdict(differences: list[float]) -> str:
-    """Less is better: a tie is within twice the standard error of the seeds, or `TOLERANCE` for one."""
-    if not differences:
-        return "–"
-    margin = 2 * _error(differences) if len(differences) > 1 else TOLERANCE
-    mean = statistics.mean(differences)
-    return "tie" if abs(mean) <= margin else "win" if mean < 0 else "loss"
 
 
 def conclude_deploy(found: dict[str, Any]) -> str:
@@ -158,7 +185,7 @@ def conclude_deploy(found: dict[str, Any]) -> str:
         return "Not measured yet: `python -m bench run deploy`."
     parts = []
     for data, own in rows.items():
-        verdicts = {row.name: verdict(row.differences("time")) for row in own if row.pairs("time")}
+        verdicts = {row.name: row.difference("time").verdict for row in own if row.pairs("time")}
         named = {word: [name for name, is_ in verdicts.items() if is_ == word] for word in ("win", "tie", "loss")}
         said = [f"{listed(names)} ({word})" for word, names in named.items() if names]
         parts += [f"{data}: {'; '.join(said)}"] if said else []
@@ -181,24 +208,24 @@ def evidence(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def _entry(row: Row, facts: dict[str, Any]) -> dict[str, Any]:
     recipe, (first, *others) = DATA[row.data], row.arm.methods
-    steps, times, ratio = row.differences("steps"), row.differences("time"), row.step["ratio"]["median"]
+    steps, times, ratio = row.difference("steps"), row.difference("time"), row.step["ratio"]["median"]
     peak, share = row.share("peak_bytes"), facts["target_share"]
     of_targets = "" if share is None else f", {100 * share:.0f} % of them targets"
-    seeds = "one seed" if len(steps) == 1 else f"{len(steps)} seeds"
+    seeds = "one seed" if len(steps.values) == 1 else f"{len(steps.values)} seeds"
     what = "perplexity" if share is not None else "error rate"
     return {
         "setting": {key: value for key, value in first.items() if key != "method"},
         **({"with": others} if others else {}),
         "deployed": {
             **reach(recipe["task"], facts, row.step.get("selected_share")),
-            "equal_steps": round(statistics.mean(steps), 4),
-            "equal_time": round(statistics.mean(times), 4),
+            "equal_steps": round(steps.mean, 4),
+            "equal_time": round(times.mean, 4),
             "speedup": round(ratio, 3),
             "peak": None if peak is None else round(peak, 3),
-            "seeds": len(steps),
+            "seeds": len(steps.values),
         },
         "text": (
-            f"{what} {percent(steps)} at equal steps and {percent(times)} at equal time beside dense LoRA; a step is "
+            f"{what} {steps.text} at equal steps and {times.text} at equal time beside dense LoRA; a step is "
             f"{ratio:.2f} times as fast ({recipe['model']} on {row.data}, up to {recipe['seq_len']:,} tokens"
             f"{of_targets}, {row.pairs('steps')[0][1]['steps']} steps, {seeds})"
         ),
