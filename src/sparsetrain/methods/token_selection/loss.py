@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsetrain.methods.token_selection.logits import LogitsOnDemand
-from sparsetrain.methods.token_selection.policies import IGNORED, SHIFTED, predicted
+from sparsetrain.surgery.targets import IGNORED, SHIFTED, predicted
 from sparsetrain.methods.token_selection.selector import Head, Selector
 from sparsetrain.ops.selected_loss import selected_loss
 from sparsetrain.ops.selected_rows import Rows, take_rows

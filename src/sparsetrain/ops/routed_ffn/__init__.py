@@ -33,6 +33,7 @@ def routed_ffn(
     gate_mode: str = "output",
     block_shift_gd: Tensor | None = None,
     valid_t: Tensor | None = None,
+    dense_t: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """y = b + FFN_shared(x) + Σ_{g in S} c_g FFN_g(x) + Σ_{g not in S} shift_g.
@@ -48,6 +49,7 @@ def routed_ffn(
         gate_tk: c of those blocks [t, k], or None for 1. k = G with None is the plain dense FFN, without sorting.
         block_shift_gd: what stands in for a block that is not chosen [G, d].
         valid_t: bool [t]; a token that is False uses no block.
+        dense_t: bool [t]; a token that is True goes through the dense FFN, whatever is said of it besides.
         backend: auto, torch or reference.
 
     Returns:
@@ -72,6 +74,7 @@ def routed_ffn(
                 choice_tk=None if dense else choice_tk,
                 gate_tk=_gates(gate_tk if gate_tk is None else gate_tk.to(work), gate_mode),
                 valid_t=valid_t,
+                dense_t=None if dense else dense_t,
                 num_shared=up.weight.shape[0] if dense else num_shared,
                 num_blocks=num_blocks,
                 width=(up.weight.shape[0] - num_shared) // num_blocks,
