@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers.pytorch_utils import Conv1D
 
 import sparsetrain
@@ -42,16 +44,16 @@ def model_of(family: str) -> Any:
 
 def batch_of(family: str, form: str = "plain") -> tuple[dict[str, Tensor], Tensor]:
     """(arguments with labels, bool [b, t]: the rows that predict a label); other targets in every row."""
-    batch = FAMILIES[family].batch(3, 60)
+    batch = FAMILIES[family].batch(3, 75 if form == "packed" else 60)
     ids, labels = batch["input_ids"], torch.full_like(batch["input_ids"], IGNORED)
-    for row, (start, stop) in enumerate([(40, 60), (7, 13), (50, 52)]):
+    for row, (start, stop) in enumerate([(-20, None), (7, 13), (50, 52)]):
         labels[row, start:stop] = ids[row, start:stop]
     labels[1, 31] = ids[1, 31]
     if form == "padded":
         batch["attention_mask"][0, :9] = 0
         batch["attention_mask"][2, 55:] = 0
     if form == "packed":
-        batch = {"input_ids": ids, "position_ids": torch.cat([torch.arange(23), torch.arange(37)]).expand(3, -1)}
+        batch = {"input_ids": ids, "position_ids": torch.cat([torch.arange(23), torch.arange(52)]).expand(3, -1)}
     target = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED) if FAMILIES[family].causal else labels
     return batch | {"labels": labels}, target != IGNORED
 
@@ -236,8 +238,7 @@ def test_with_token_selection_dense_rows_are_targets_and_selected_ones(methods: 
         model.train()
         model.zero_grad()
         with model.selector.using(rows), sparsetrain.use_backend(backend if backend == "reference" else "auto"):
-            loss = model(**batch).loss
-        loss.backward()
+            model(**batch).loss.backward()
         hook.remove()
         valid = batch["attention_mask"] > 0
         values = model.lm_head(model.model.norm(hidden[0])).detach()
@@ -269,7 +270,6 @@ def test_evaluation_knows_no_targets(methods: str) -> None:
     deployed = convert(model, "llama", *targets(METHODS[methods]), deploy="dense")
     torch.testing.assert_close(model.eval()(**batch).loss, dense.eval()(**batch).loss)
     with deployed.dense():
-        assert_alike(passed(model, batch), passed(dense, batch)) if methods != "routed_ffn" else None
         torch.testing.assert_close(passed(model, batch)[0], passed(dense, batch)[0])
 
 
@@ -314,7 +314,8 @@ def test_what_has_no_targets_is_refused() -> None:
         config = dataclasses.replace(config, dense_tokens="targets")
         assert "no label a token" in str(refuse(config, RowFacts(task="classify", seq_len=128, labelled=True)))
         assert refuse(config, RowFacts(task="sft", seq_len=128)) is None
-        assert refuse(dataclasses.replace(config, dense_tokens="none"), RowFacts("", 1, labelled=True)) is None  # type: ignore[call-arg,misc]
+        plain = dataclasses.replace(config, dense_tokens="none")
+        assert refuse(plain, RowFacts(task="classify", seq_len=128, labelled=True)) is None
     backbone: Any = model_of("llama").model
     with pytest.raises(ValueError, match="LlamaModel takes none"):
         convert(backbone, "llama", RoutedFFN(dense_tokens="targets"))
@@ -342,18 +343,23 @@ def test_handles_are_restored_in_any_order(first: int) -> None:
     assert_alike(passed(model, batch), expected, 0.0)
 
 
+@pytest.mark.slow  # traces three blocks with their graph breaks
 def test_compiled_it_computes_the_same() -> None:
     batch, _ = batch_of("llama")
     model = model_of("llama")
     convert(model, "llama", *targets(METHODS["both"]))
     expected = passed(model, batch)
     torch._dynamo.reset()
-    compiled: Any = torch.compile(model, backend="eager")
-    model.zero_grad()
-    compiled(**batch).loss.backward()
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            torch.testing.assert_close(parameter.grad, expected[1][name], msg=name)
+    counters.clear()
+    try:
+        with warnings.catch_warnings():  # dynamo warns of what it leaves to eager
+            warnings.simplefilter("ignore")
+            found = passed(torch.compile(model, backend="eager"), batch)
+        assert counters["stats"]["unique_graphs"] > 0, "nothing was traced"
+    finally:
+        torch._dynamo.reset()
+    found = found[0], {name.removeprefix("_orig_mod."): grad for name, grad in found[1].items()}
+    assert_alike(found, expected)
 
 
 def test_the_plan_says_what_it_costs_at_most() -> None:

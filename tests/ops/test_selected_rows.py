@@ -13,6 +13,7 @@ from sparsetrain.ops.selected_rows import (
     Rows,
     attention_of_queries,
     keep,
+    queries,
     replace_rows,
     selected_attention,
     selected_attention_reference,
@@ -20,7 +21,6 @@ from sparsetrain.ops.selected_rows import (
     selected_linear,
     take_rows,
 )
-from sparsetrain.ops.selected_rows import queries
 from sparsetrain.ops.selected_rows.cases import TINY, TOLERANCE, Case
 
 
@@ -239,7 +239,8 @@ def test_attention_of_queries_equals_rows_of_the_dense_one(
     torch.testing.assert_close(found, expected)
     weight = torch.randn(found.shape, dtype=torch.float64, generator=generator)
     for one, other in zip(
-        torch.autograd.grad((found * weight).sum(), (q, k, v)), torch.autograd.grad((expected * weight).sum(), (q, k, v))
+        torch.autograd.grad((found * weight).sum(), (q, k, v)),
+        torch.autograd.grad((expected * weight).sum(), (q, k, v)),
     ):
         torch.testing.assert_close(one, other)
 

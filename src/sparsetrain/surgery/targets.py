@@ -30,6 +30,7 @@ IGNORED = -100
 SHIFTED = "shift_labels"
 """What collators call labels that stand at the position that predicts them."""
 _CELL = "dense_row_cell"
+_Change = Callable[[Any, Any], None]
 _OUTSIDE = (
     "dense_tokens='targets': a block is called while gradients are computed, outside of its model's forward, so its "
     "targets are not known. Call the model; for gradient checkpointing, turn it on with the model's "
@@ -206,7 +207,9 @@ def see_targets(model: nn.Module, anatomy: Anatomy, name: str, site: Any, undo: 
     return undo_all
 
 
-def _join(module: nn.Module, cell: DenseRows, mixin: type, enter: Callable[..., None], leave: Callable[..., None]) -> Undo:
+def _join(
+    module: nn.Module, cell: DenseRows, mixin: type, enter: Callable[..., None], leave: Callable[..., None]
+) -> Undo:
     """Mix in what gives a module the cell, if nobody has; the last one to leave takes it out."""
     own = vars(module)
     if not isinstance(module, mixin):

@@ -37,9 +37,8 @@ class PQAttention(MethodConfig, method="pq_attention"):
         dense_below: sequences of fewer keys run dense, where sparse attention does not pay.
         warmup_ratio: share of the run with dense attention, in which codebooks learn. None: 0 with fitted codebooks,
             0.05 with random ones.
-        dense_tokens: `targets`: in training, tokens that predict a label attend to every key; the others
-            attend sparsely (SparseLoRA, arXiv 2506.16500). Worth it where few tokens are targets. `none`: all
-            tokens are treated alike.
+        dense_tokens: `targets`: in training, tokens that predict a label attend to every key, the others sparsely
+            (SparseLoRA, arXiv 2506.16500). For rows of which few tokens are targets. `none`: all attend sparsely.
     """
 
     about: ClassVar[str] = (

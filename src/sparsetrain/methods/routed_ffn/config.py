@@ -29,9 +29,9 @@ class RoutedFFN(MethodConfig, method="routed_ffn"):
         rescale: multiply the routed part by G / G'.
         warmup_ratio: share of the run in which all blocks run, gated, so that the router learns first. None: 0 for a
             router that calibration has fitted, 0.05 for a random one.
-        dense_tokens: `targets`: in training, tokens that predict a label go through the dense FFN; the others
-            are routed, and alone count for the router (SparseLoRA, arXiv 2506.16500). Worth it where few tokens are targets. `none`: all
-            tokens are treated alike.
+        dense_tokens: `targets`: in training, tokens that predict a label go through the dense FFN; the others are
+            routed, and count for the router alone (SparseLoRA, arXiv 2506.16500). For rows of which few tokens are
+            targets. `none`: all tokens are routed.
     """
 
     about: ClassVar[str] = (

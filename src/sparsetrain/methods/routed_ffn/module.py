@@ -220,7 +220,9 @@ class Routed:
         routed.check_adapters(self)  # type: ignore[arg-type]
         if routed.dense_rows is not None and routed.dense_rows.everywhere and not routed.dense:
             out = dense_forward(Routed, self, *args, **kwargs)
-            return attach_zeros(out, trained_copy(routed.router).parameters(), idle=False)  # another rank has other rows
+            return attach_zeros(
+                out, trained_copy(routed.router).parameters(), idle=False
+            )  # another rank has other rows
         out = self._in_phase(*args, **kwargs)
         return attach_zeros(out, routed.idle_parameters()) if routed.training else out
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from sparsetrain.core.modes import evaluating
 from sparsetrain.methods.token_selection.loss import head_of
-from sparsetrain.surgery.targets import IGNORED, SHIFTED, predicted
 from sparsetrain.methods.token_selection.selector import Selector
 from sparsetrain.ops.selected_loss import row_scores
+from sparsetrain.surgery.targets import IGNORED, SHIFTED, predicted
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ Other queries attend in another way, so unlike `selected_attention` no key is a 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -35,8 +37,8 @@ def attention_of_queries(q_bhtd: Tensor, everything: KeyValues, selected_bt: Ten
             if not len(index_n):
                 continue
             keys, seen_nk = _seen(e, sample, index_n, q_bhtd.shape[2])
-            one = (x[None] for x in (q.index_select(1, index_n), k[:, keys], v[:, keys]))
-            form = {"attn_mask": seen_nk[None, None], "scale": e.scale, "enable_gqa": gqa}
+            one: Any = (x[None] for x in (q.index_select(1, index_n), k[:, keys], v[:, keys]))
+            form: Any = {"attn_mask": seen_nk[None, None], "scale": e.scale, "enable_gqa": gqa}
             found.append(F.scaled_dot_product_attention(*one, **form)[0].transpose(0, 1))
     return torch.cat(found) if found else q_bhtd.new_zeros(0, q_bhtd.shape[1], q_bhtd.shape[3])
 
