@@ -205,3 +205,37 @@ def test_errors_say_what_to_do() -> None:
     for changes in ({"num_blocks": 5}, {"activation": "tanhshrink"}, {"gate_mode": "soft"}, {"lora_dropout": 1.0}):
         with pytest.raises(ValueError, match="routed_ffn"):
             call(leaves, options, **changes)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("mode", ["output", "ste", "spt"])
+def test_dense_tokens_go_through_the_dense_ffn(mode: str, width: int) -> None:
+    leaves, options = make(width=width, shift=True)
+    dense, valid = torch.rand(37) > 0.7, torch.rand(37) > 0.3
+    y = assert_agree(leaves, options, gate_mode=mode, dense_t=dense)
+    assert_agree(leaves, options, gate_mode=mode, dense_t=dense, valid_t=valid)
+    assert_agree(leaves, options, gate_mode=mode, dense_t=torch.ones(37, dtype=torch.bool))
+    # the rows are those of two calls: all blocks without gates or stand-ins, and the routed one
+    plain = {name: leaf for name, leaf in leaves.items() if name not in ("c", "shift")}
+    every = torch.arange(options["num_blocks"]).expand(37, -1)
+    torch.testing.assert_close(y[dense], call(plain, options | {"choice": every})[dense])
+    torch.testing.assert_close(y[~dense], call(leaves, options, gate_mode=mode)[~dense])
+
+
+def test_dense_tokens_pass_gradcheck() -> None:
+    leaves, options = make(tokens=5, hidden=3, width=2, shift=True)
+    names, dense = list(leaves), torch.tensor([True, False, False, True, False])
+
+    def run(*values: Tensor) -> Tensor:
+        return call(dict(zip(names, values)), options, activation="gelu", backend="torch", dense_t=dense)
+
+    assert torch.autograd.gradcheck(run, tuple(leaves.values()))
+
+
+def test_dense_tokens_send_no_gradient_to_gates_and_stand_ins() -> None:
+    leaves, options = make(shift=True)
+    dense = torch.arange(37) % 3 == 0
+    y = call(leaves, options, dense_t=dense)
+    gate, shift = torch.autograd.grad(y[dense].square().sum(), (leaves["c"], leaves["shift"]), retain_graph=True)
+    assert not gate.any() and shift.abs().max() < 1e-12  # what was added and taken away again
+    assert torch.autograd.grad(y[~dense].sum(), leaves["c"])[0][~dense].any()

@@ -11,7 +11,9 @@ from sparsetrain.core.backend import planning_for
 from sparsetrain.ops.selected_rows import (
     KeyValues,
     Rows,
+    attention_of_queries,
     keep,
+    queries,
     replace_rows,
     selected_attention,
     selected_attention_reference,
@@ -226,3 +228,45 @@ def test_padding_that_is_selected_sees_the_sequence_beside_it(causal: bool) -> N
     grad = torch.randn(found.shape, generator=draw, dtype=torch.float64)
     for a, b in zip(torch.autograd.grad(found, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad)):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 4), (False, 4)])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("chunk", [3, 512])
+def test_attention_of_queries_equals_rows_of_the_dense_one(
+    causal: bool, window: int | None, packed: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values, and gradients to every key; a cache's keys before the queries; a sample without queries."""
+    monkeypatch.setattr(queries, "CHUNK", chunk)
+    generator = torch.Generator().manual_seed(3)
+    b, h, g, t, s, d = 3, 4, 2, 11, 13 if not packed else 11, 5
+    q, k, v = (
+        torch.randn(b, heads, n, d, dtype=torch.float64, generator=generator, requires_grad=True)
+        for heads, n in ((h, t), (g, s), (g, s))
+    )
+    selected = torch.rand(b, t, generator=generator) > 0.5
+    selected[1] = False
+    segments = torch.tensor([[1] * 4 + [2] * 5 + [0] * 2, [1] * 11, [0] * 3 + [1] * 8]) if packed else None
+    e = KeyValues(k, v, causal, 0.3, segments, window)
+    found = attention_of_queries(q, e, selected)
+    distance = torch.arange(s - t, s)[:, None] - torch.arange(s)[None]
+    seen = (distance >= 0 if causal else distance == distance) & ((distance.abs() < window) if window else True)
+    seen = seen[None].expand(b, -1, -1)
+    if segments is not None:
+        seen = seen & (segments[:, :, None] == segments[:, None]) & (segments[:, None] > 0)
+    scores = (q @ k.repeat_interleave(2, 1).mT) * 0.3
+    p = scores.masked_fill(~seen[:, None], -1e30).softmax(-1).masked_fill(~seen[:, None], 0)
+    expected = (p @ v.repeat_interleave(2, 1)).transpose(1, 2)[selected]
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn(found.shape, dtype=torch.float64, generator=generator)
+    for one, other in zip(
+        torch.autograd.grad((found * weight).sum(), (q, k, v)),
+        torch.autograd.grad((expected * weight).sum(), (q, k, v)),
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_attention_of_no_queries() -> None:
+    q, k = torch.randn(2, 4, 5, 3, requires_grad=True), torch.randn(2, 2, 5, 3)
+    found = attention_of_queries(q, KeyValues(k, k, True, 1.0), torch.zeros(2, 5, dtype=torch.bool))
+    assert found.shape == (0, 4, 3)

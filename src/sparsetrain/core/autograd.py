@@ -1,4 +1,4 @@
-"""Autograd functions that hand an input on as their output."""
+"""What autograd is asked: to hand an input on as an output, and whether its backward runs."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ def as_output(x: Tensor) -> Tensor:
     lost without a word: so there it is a copy.
     """
     return x.clone() if torch.compiler.is_compiling() else x.detach()
+
+
+def in_backward() -> bool:
+    """Does autograd's backward run at this moment?"""
+    return torch._C._current_graph_task_id() != -1

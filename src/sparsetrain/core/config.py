@@ -14,6 +14,9 @@ from typing import Any, ClassVar, Self
 
 from sparsetrain.core.fields import checked, field_hints, kind_of, shown
 
+DENSE_TOKENS = ("none", "targets")
+"""What `dense_tokens` of a method that approximates the forward may say: which tokens of a training row run dense."""
+
 _REGISTRY: dict[str, type[MethodConfig]] = {}
 
 

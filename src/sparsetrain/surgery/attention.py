@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import Anatomy, AttentionSite, Undo, describe, submodule
+from sparsetrain.ops.selected_rows import KeyValues, attention_of_queries
 from sparsetrain.surgery.site import Site
 
 CHILD = "sparse_attention"
@@ -68,7 +68,18 @@ class AttentionCall:
         read_bt = ~valid_bt & (valid_bt.flip(1).cumsum(1).flip(1) > 0)
         if self.causal:
             read_bt &= valid_bt.cumsum(1) > 0
-        return torch.where(read_bt[:, None, :, None], self.dense(), out) if read_bt.any() else out
+        return self.with_dense_rows(out, read_bt) if read_bt.any() else out
+
+    def with_dense_rows(self, out: Tensor, rows_bt: Tensor) -> Tensor:
+        """out [b, h, t, d], with dense attention in the rows where bool [b, t] is True.
+
+        Equals: where(rows, dense(), out), in values and gradients.
+        """
+        e = KeyValues(self.k, self.v, self.causal, self.scale, self.segments, self.window, self.looks_at)
+        dense_nhd = attention_of_queries(self.q, e, rows_bt)
+        out_bthd = out.transpose(1, 2)
+        index_n = rows_bt.flatten().nonzero().flatten()
+        return out_bthd.flatten(0, 1).index_copy(0, index_n, dense_nhd.to(out.dtype)).view_as(out_bthd).transpose(1, 2)
 
 
 StandIn = Callable[[AttentionCall], Tensor]

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsetrain.surgery.reclass import dense_forward
+from sparsetrain.surgery.reclass import with_mixin, without_mixin
 
 INNER = "inner_forward"
 """Where a model keeps what was assigned to its `forward`."""
@@ -32,13 +32,16 @@ class OutermostForward:
     Args:
         mixin: has `around(self, forward, *args, **kwargs)`, which calls `forward` in its place, and may have
             `extra_arguments`, names of keyword arguments that the dense forward has not.
-        dense: the class that it is mixed into.
+        dense: the class that it is mixed into, which may have such a mixin of its own: what is assigned runs inside of
+            both.
     """
 
     def __init__(self, mixin: Any, dense: Any) -> None:
         self.mixin, self.dense = mixin, dense
-        signature = inspect.signature(dense.forward)
-        more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in mixin.extra_arguments]
+        below = vars(dense).get("forward")
+        self.below = below if isinstance(below, OutermostForward) else None
+        signature, names = inspect.signature(dense.forward), getattr(mixin, "extra_arguments", ())
+        more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
         own = list(signature.parameters.values())
         place = len(own) - (own[-1].kind is inspect.Parameter.VAR_KEYWORD)
         self.of_class = signature.replace(parameters=[*own[:place], *more, *own[place:]])
@@ -81,12 +84,14 @@ class BoundForward:
     inner: Callable[..., Any] | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        mixin = self.of.mixin
+        mixin, forward = self.of.mixin, self.inner
+        if self.of.below is not None:
+            forward = BoundForward(self.of.below, self.model, self.inner)
+        elif forward is None:
+            forward = partial(self.of.dense.forward, self.model)
         if not isinstance(self.model, mixin):  # restored, and somebody still holds what was read before
-            forward = partial(self.of.dense.forward, self.model) if self.inner is None else self.inner
             return forward(*args, **kwargs)
-        forward = partial(dense_forward, mixin, self.model) if self.inner is None else self.inner
-        return self.model.around(forward, *args, **kwargs)
+        return mixin.around(self.model, forward, *args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -118,14 +123,14 @@ def reclass_model(model: nn.Module, mixin: type) -> None:
     if isinstance(model, mixin):
         raise ValueError(f"{type(model).__name__} is converted already. Call handle.restore() first.")
     assigned = vars(model).pop("forward", None)
-    model.__class__ = _subclass(mixin, type(model))
+    model.__class__ = with_mixin(type(model), mixin, _subclass)
     if assigned is not None:
         model.forward = assigned
 
 
-def declass_model(model: nn.Module) -> None:
+def declass_model(model: nn.Module, mixin: type) -> None:
     """Undo `reclass_model`; what was assigned as `forward` meanwhile stays assigned."""
     assigned = vars(model).pop(INNER, None)
-    model.__class__ = type(model).dense_class  # type: ignore[attr-defined]
+    model.__class__ = without_mixin(type(model), mixin, _subclass)
     if assigned is not None:
         model.forward = assigned

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache, wraps
+from collections.abc import Callable
+from functools import cache, reduce, wraps
 from types import MethodType
 from typing import Any
 
@@ -26,6 +27,8 @@ def _subclass(mixin: Any, dense: Any) -> type:
 def reclass(module: nn.Module, mixin: type) -> None:
     """Make `module` an instance of `mixin` and of its own class.
 
+    Its forward runs around those of mixins that came before, unless the mixins' `height` says otherwise.
+
     Raises:
         ValueError: the module carries a patched forward or an offload hook, which would go on running the old code.
     """
@@ -37,12 +40,41 @@ def reclass(module: nn.Module, mixin: type) -> None:
         )
     if isinstance(module, mixin):
         raise ValueError(f"{type(module).__name__} is converted already. Call handle.restore() first.")
-    module.__class__ = _subclass(mixin, type(module))
+    module.__class__ = with_mixin(type(module), mixin, _subclass)
 
 
-def declass(module: nn.Module) -> None:
-    """Undo `reclass`."""
-    module.__class__ = type(module).dense_class  # type: ignore[attr-defined]
+def declass(module: nn.Module, mixin: type | None = None) -> None:
+    """Undo `reclass`: take out `mixin`, wherever it lies, or the last one."""
+    module.__class__ = without_mixin(type(module), mixin or type(module).mixin, _subclass)  # type: ignore[attr-defined]
+
+
+def with_mixin(kind: type, mixin: Any, build: Callable[[Any, Any], type]) -> type:
+    """A class with one more mixin, above those of its `height` (0 for a mixin that has none) and below higher ones.
+
+    Args:
+        build: (mixin, class) -> the class with the mixin on top.
+    """
+    dense, mixins = _taken_apart(kind)
+    return reduce(lambda below, each: build(each, below), sorted([*mixins, mixin], key=_height), dense)
+
+
+def without_mixin(kind: type, mixin: Any, build: Callable[[Any, Any], type]) -> type:
+    """Undo `with_mixin`."""
+    dense, mixins = _taken_apart(kind)
+    return reduce(lambda below, each: build(each, below), (each for each in mixins if each is not mixin), dense)
+
+
+def _height(mixin: Any) -> int:
+    return getattr(mixin, "height", 0)
+
+
+def _taken_apart(kind: Any) -> tuple[type, list[Any]]:
+    """(a class without our mixins, these from the lowest to the highest)."""
+    mixins = []
+    while "dense_class" in vars(kind):
+        mixins.insert(0, vars(kind)["mixin"])
+        kind = vars(kind)["dense_class"]
+    return kind, mixins
 
 
 def dense_forward(mixin: type, module: Any, *args: Any, **kwargs: Any) -> Any:

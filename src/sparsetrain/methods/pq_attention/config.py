@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from sparsetrain.core.config import MethodConfig, in_range, one_of
+from sparsetrain.core.config import DENSE_TOKENS, MethodConfig, in_range, one_of
 
 SUBSPACE = 8
 """Width of one sub-space of the product quantiser (read in the official code)."""
@@ -37,6 +37,8 @@ class PQAttention(MethodConfig, method="pq_attention"):
         dense_below: sequences of fewer keys run dense, where sparse attention does not pay.
         warmup_ratio: share of the run with dense attention, in which codebooks learn. None: 0 with fitted codebooks,
             0.05 with random ones.
+        dense_tokens: `targets`: in training, tokens that predict a label attend to every key, the others sparsely
+            (SparseLoRA, arXiv 2506.16500). For rows of which few tokens are targets. `none`: all attend sparsely.
     """
 
     about: ClassVar[str] = (
@@ -71,6 +73,7 @@ class PQAttention(MethodConfig, method="pq_attention"):
     logit_clamp: float | None = None
     dense_below: int = 0
     warmup_ratio: float | None = None
+    dense_tokens: str = "none"
 
     @classmethod
     def paper(cls, **changes: object) -> Self:
@@ -130,6 +133,7 @@ class PQAttention(MethodConfig, method="pq_attention"):
         one_of(name, "distance", self.distance, ("l1", "l2"))
         one_of(name, "codebook_scope", self.codebook_scope, ("head", "layer"))
         one_of(name, "codebook_init", self.codebook_init, ("kmeans", "normal"))
+        one_of(name, "dense_tokens", self.dense_tokens, DENSE_TOKENS)
         in_range(name, "num_codewords", self.num_codewords, 2, 256)
         in_range(name, "codebook_every", self.codebook_every, 1, 10**9)
         in_range(name, "codebook_weight", self.codebook_weight, 0, 1e6)

@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparsetrain.core.anatomy import AttentionSite, trained_copy
 from sparsetrain.methods.pq_attention.config import SUBSPACE, PQAttention
@@ -20,6 +21,7 @@ from sparsetrain.ops.token_sparse_attention import token_sparse_attention
 from sparsetrain.surgery.attention import AttentionCall, SparseAttention
 from sparsetrain.surgery.auxiliary import attach_loss
 from sparsetrain.surgery.idle import attach_zeros, note
+from sparsetrain.surgery.targets import DenseRows
 
 
 class Codebook(nn.Module):
@@ -38,7 +40,13 @@ class Codebook(nn.Module):
 
 
 class PQSparseAttention(SparseAttention):
-    """What answers for a converted attention."""
+    """What answers for a converted attention.
+
+    Attributes:
+        dense_rows: knows the queries that attend densely; None: none ever does.
+    """
+
+    dense_rows: DenseRows | None = None
 
     def __init__(self, config: PQAttention, site: AttentionSite, codewords: Tensor | None, fitted: bool = True) -> None:
         super().__init__()
@@ -69,7 +77,8 @@ class PQSparseAttention(SparseAttention):
         self.fitted = bool(tensors["fitted"])
 
     def stats(self) -> dict[str, float]:
-        return {name: float(value) for name, value in self.last.items()}
+        known = {} if self.dense_rows is None else {"dense_rows": self.dense_rows.share}
+        return {name: float(value) for name, value in (self.last | known).items()}
 
     def merge_error(self) -> str | None:
         if self.config.keep_ratio == 1 and self.config.num_keys is None:
@@ -84,17 +93,21 @@ class PQSparseAttention(SparseAttention):
         longest = num_keys if call.places is None else int(call.places.max()) + 1  # with what a cache has dropped
         everything = self._kept(longest) >= longest
         by_block = self.config.granularity == "block"
-        if self.warming_up or (by_block and _needs_dense(call)) or (everything and self.config.logit_clamp is None):
-            out = call.dense()
-        else:
-            out = call.with_padding(self._by_block(call) if by_block else self._by_token(call))
-        return self.with_auxiliary_loss(out, call)
+        dense_phase = self.warming_up or (self.dense_rows is not None and self.dense_rows.everywhere)
+        if dense_phase or (by_block and _needs_dense(call)) or (everything and self.config.logit_clamp is None):
+            return self.with_auxiliary_loss(call.dense(), call)
+        rows_bt = None if self.dense_rows is None else self.dense_rows.of(call.q.shape[0] * call.q.shape[2])
+        out = call.with_padding(self._by_block(call, rows_bt) if by_block else self._by_token(call))
+        return self.with_auxiliary_loss(out if rows_bt is None else call.with_dense_rows(out, rows_bt), call)
 
-    def _by_block(self, call: AttentionCall) -> Tensor:
+    def _by_block(self, call: AttentionCall, unread_bt: Tensor | None) -> Tensor:
+        """[b, h, t, d]; rows of `unread_bt`, bool [b, t], hold anything."""
         config, aligned = self.config, None
         if call.segments is not None:
             aligned = align_segments(call.segments, math.lcm(config.block_q, config.block_k))
             call = call.gathered(aligned)
+            if unread_bt is not None:
+                unread_bt = unread_bt.gather(1, aligned.source_bw) | (aligned.segments_bw == 0)
         kept_bs = self._kept_keys(call)
         lists = select_blocks(
             call.q,
@@ -110,6 +123,9 @@ class PQSparseAttention(SparseAttention):
             block_q=config.block_q,
             block_k=config.block_k,
         )
+        if unread_bt is not None:  # a block of queries that nobody reads keeps no keys, and costs nothing
+            blocks_bi = F.pad(unread_bt, (0, -unread_bt.shape[1] % config.block_q), value=True)
+            lists = lists.masked_fill(blocks_bi.unflatten(1, (-1, config.block_q)).all(-1)[:, None, :, None], -1)
         out = block_sparse_attention(
             call.q,
             call.k,

@@ -26,6 +26,7 @@ from sparsetrain.surgery.calibration import blocks_only
 from sparsetrain.surgery.edits import edits_at
 from sparsetrain.surgery.method import Edit, Method, State, register_method
 from sparsetrain.surgery.site import Site
+from sparsetrain.surgery.targets import at_most_dense, refuse_rows, see_targets
 
 CALIBRATION_TOKENS = 4096
 """Tokens a codebook is fitted on: 16 codewords of width 8 are known well from a few thousand."""
@@ -57,7 +58,7 @@ def edits(config: PQAttention, anatomy: Anatomy, model: nn.Module) -> list[Edit]
 def _note(config: PQAttention) -> str:
     kept = f"{config.num_keys} keys" if config.num_keys is not None else f"{config.keep_ratio:.3g} of the keys"
     unit = f"{config.block_q}×{config.block_k} blocks" if config.granularity == "block" else "single keys"
-    return f"{kept}, {unit}"
+    return f"{kept}, {unit}" + ("" if config.dense_tokens == "none" else "; targets dense, at most this")
 
 
 def costs(config: PQAttention, site: AttentionSite, num_tokens: int) -> tuple[Cost, Cost]:
@@ -75,7 +76,8 @@ def costs(config: PQAttention, site: AttentionSite, num_tokens: int) -> tuple[Co
         return dense, dense + Cost(num_params=codewords)
     encode = 2.0 * (site.num_heads + site.num_kv_heads) * site.head_dim * config.num_codewords
     sparse = attention_cost(*shape, kept)
-    return dense, Cost(num_params=codewords, flops=sparse.flops + encode, saved_elements=sparse.saved_elements)
+    sparse = Cost(num_params=codewords, flops=sparse.flops + encode, saved_elements=sparse.saved_elements)
+    return dense, at_most_dense(config, dense, sparse, encode)
 
 
 def install(
@@ -84,7 +86,10 @@ def install(
     """Give the attention its codebook, and let the model call our attention function."""
     # codewords are compared in fp32 whatever the model's dtype, so that all backends agree on codes
     sparse = PQSparseAttention(config, site, tensors.get("codebook"), bool(tensors.get("fitted", True)))
-    return install_attention(model, site, sparse), sparse
+    undo = install_attention(model, site, sparse)
+    if config.dense_tokens == "targets":
+        undo = see_targets(model, describe(model), site.name, sparse, undo)
+    return undo, sparse
 
 
 class _Capture:
@@ -161,6 +166,7 @@ register_method(
         site_names=attention_names,
         prepare=prepare,
         modules_to_save=("codebook",),
+        refuse=refuse_rows,
         limits={"four_bit": "it has not been tried on quantised models. Load the model in bf16 or fp32"},
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from sparsetrain.core.config import MethodConfig, in_range, one_of
+from sparsetrain.core.config import DENSE_TOKENS, MethodConfig, in_range, one_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,9 @@ class RoutedFFN(MethodConfig, method="routed_ffn"):
         rescale: multiply the routed part by G / G'.
         warmup_ratio: share of the run in which all blocks run, gated, so that the router learns first. None: 0 for a
             router that calibration has fitted, 0.05 for a random one.
+        dense_tokens: `targets`: in training, tokens that predict a label go through the dense FFN; the others are
+            routed, and count for the router alone (SparseLoRA, arXiv 2506.16500). For rows of which few tokens are
+            targets. `none`: all tokens are routed.
     """
 
     about: ClassVar[str] = (
@@ -48,6 +51,7 @@ class RoutedFFN(MethodConfig, method="routed_ffn"):
     balance_weight: float = 1e-2
     rescale: bool = False
     warmup_ratio: float | None = None
+    dense_tokens: str = "none"
 
     @classmethod
     def paper(cls, **changes: object) -> Self:
@@ -138,6 +142,7 @@ class RoutedFFN(MethodConfig, method="routed_ffn"):
         one_of("routed_ffn", "partition", self.partition, ("contiguous", "clustered"))
         one_of("routed_ffn", "compensation", self.compensated_by, ("none", "mean", "lowrank"))
         one_of("routed_ffn", "gate", self.gated_by, ("output", "ste", "spt"))
+        one_of("routed_ffn", "dense_tokens", self.dense_tokens, DENSE_TOKENS)
         if self.compensated_by != "none" and self.partition != "clustered":
             raise ValueError(
                 f"routed_ffn: compensation={self.compensation!r} is fitted on calibration data, and "

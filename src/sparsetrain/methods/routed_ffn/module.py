@@ -21,6 +21,7 @@ from sparsetrain.surgery.idle import attach_zeros
 from sparsetrain.surgery.lora import has_lora_bias, linear_parts, refused_adapter
 from sparsetrain.surgery.reclass import View, dense_forward, pass_through
 from sparsetrain.surgery.site import Site
+from sparsetrain.surgery.targets import DenseRows
 
 
 class Router(nn.Module):
@@ -49,8 +50,13 @@ class Router(nn.Module):
 
 
 class Routing(Site):
-    """State and schedule of one routed FFN; lives in the owner as its child `routed`."""
+    """State and schedule of one routed FFN; lives in the owner as its child `routed`.
 
+    Attributes:
+        dense_rows: knows the rows that go through the dense FFN; None: none ever does.
+    """
+
+    dense_rows: DenseRows | None = None
     valid_bt: Tensor | None = None
     order: Tensor | None
 
@@ -89,7 +95,8 @@ class Routing(Site):
             parameter.copy_(tensors[f"router.{name}"])
 
     def stats(self) -> dict[str, float]:
-        return {name: float(value) for name, value in self.last.items()}
+        known = {} if self.dense_rows is None else {"dense_rows": self.dense_rows.share}
+        return {name: float(value) for name, value in (self.last | known).items()}
 
     def merge_error(self) -> str | None:
         if self.config.num_active == self.config.num_blocks:
@@ -109,7 +116,7 @@ class Routing(Site):
         """x [..., d] -> y [..., d], dropout and residual left to the owner."""
         config, site = self.config, self.site
         x_td = x.reshape(-1, x.shape[-1])
-        valid_t = self._valid(x_td.shape[0])
+        valid_t, dense_t = self._valid(x_td.shape[0]), self._dense(x_td.shape[0])
         logits_tg, shift_gd, skip_td = self.router(x_td)
         choice_tk = choose_blocks(logits_tg, config.num_active)
         gate_tk = self.gates(logits_tg).gather(1, choice_tk.long())
@@ -127,10 +134,11 @@ class Routing(Site):
             gate_mode="output" if config.gated_by == "ste" and config.rescale else config.gated_by,
             block_shift_gd=shift_gd,
             valid_t=valid_t,
+            dense_t=dense_t,
         )
         if skip_td is not None:
-            y_td = y_td + skip_td
-        return self._with_balance_loss(y_td, logits_tg, choice_tk, valid_t).view(x.shape)
+            y_td = y_td + (skip_td if dense_t is None else skip_td.masked_fill(dense_t[:, None], 0))
+        return self._with_balance_loss(y_td, logits_tg, choice_tk, _context(valid_t, dense_t)).view(x.shape)
 
     def idle_parameters(self) -> list[nn.Parameter]:
         """What gets no gradient in the present phase: all of it while the FFN is dense, in the warm-up what stands in
@@ -154,12 +162,19 @@ class Routing(Site):
         gates = self.gates(logits_tg).to(x.dtype).repeat_interleave(self.block_width, dim=1)
         gates = F.pad(gates, (self.num_shared, 0), value=1.0)
         choice_tk = choose_blocks(logits_tg, self.config.num_active)
-        gates = self._with_balance_loss(gates, logits_tg, choice_tk, self._valid(x_td.shape[0]))
+        valid_t, dense_t = self._valid(x_td.shape[0]), self._dense(x_td.shape[0])
+        if dense_t is not None:
+            gates = gates.masked_fill(dense_t[:, None], 1.0)
+        gates = self._with_balance_loss(gates, logits_tg, choice_tk, _context(valid_t, dense_t))
         return gates.view(*x.shape[:-1], -1)
 
     def _valid(self, num_tokens: int) -> Tensor | None:
         valid = self.valid_bt
         return valid.reshape(-1) if valid is not None and valid.numel() == num_tokens else None
+
+    def _dense(self, num_tokens: int) -> Tensor | None:
+        rows_bt = None if self.dense_rows is None else self.dense_rows.of(num_tokens)
+        return None if rows_bt is None else rows_bt.reshape(-1)
 
     def check_adapters(self, owner: nn.Module) -> None:
         """Raise ValueError if a linear carries an adapter that routing would compute wrongly, whatever runs now."""
@@ -188,6 +203,13 @@ class Routing(Site):
         return attach_loss(y, loss, self.config.balance_weight * self.loss_scale)
 
 
+def _context(valid_t: Tensor | None, dense_t: Tensor | None) -> Tensor | None:
+    """bool [t]: the tokens that are routed, which alone count for the router."""
+    if dense_t is None:
+        return valid_t
+    return ~dense_t if valid_t is None else valid_t & ~dense_t
+
+
 class Routed:
     """Mixed into an FFN's owner: its forward, with the FFN routed."""
 
@@ -196,6 +218,11 @@ class Routed:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         routed = self.routed
         routed.check_adapters(self)  # type: ignore[arg-type]
+        if routed.dense_rows is not None and routed.dense_rows.everywhere and not routed.dense:
+            out = dense_forward(Routed, self, *args, **kwargs)
+            return attach_zeros(
+                out, trained_copy(routed.router).parameters(), idle=False
+            )  # another rank has other rows
         out = self._in_phase(*args, **kwargs)
         return attach_zeros(out, routed.idle_parameters()) if routed.training else out
 

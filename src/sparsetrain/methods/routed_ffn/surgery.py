@@ -22,6 +22,7 @@ from sparsetrain.surgery.lora import refused_adapter
 from sparsetrain.surgery.method import Edit, Method, Progress, State, register_method
 from sparsetrain.surgery.reclass import declass, reclass
 from sparsetrain.surgery.site import Site
+from sparsetrain.surgery.targets import at_most_dense, refuse_rows, see_targets
 
 
 def edits(config: RoutedFFN, anatomy: Anatomy, model: nn.Module) -> list[Edit]:
@@ -35,13 +36,18 @@ def edits(config: RoutedFFN, anatomy: Anatomy, model: nn.Module) -> list[Edit]:
         config,
         anatomy,
         anatomy.ffns,
-        lambda m, t, _config, site: install(m, t, config, site, blocks[site.name]),
+        lambda m, t, _config, site: install(m, t, config, site, blocks[site.name], anatomy),
         check=lambda site: _check(config, site, model),
         cost=lambda site, _tokens: costs(config, site),
         claims=_claims,
         blank=(lambda site: blank(config, site)) if config.needs_calibration else None,
-        note=lambda _site: f"{config.num_active} of {config.num_blocks} blocks, β={config.active_ratio:.2f}",
+        note=lambda _site: _note(config),
     )
+
+
+def _note(config: RoutedFFN) -> str:
+    active = f"{config.num_active} of {config.num_blocks} blocks, β={config.active_ratio:.2f}"
+    return active + ("" if config.dense_tokens == "none" else "; targets dense, at most this")
 
 
 def _check(config: RoutedFFN, site: FFNSite, model: nn.Module) -> None:
@@ -77,14 +83,16 @@ def costs(config: RoutedFFN, site: FFNSite) -> tuple[Cost, Cost]:
     shared, width = config.split(site.ffn_size)
     units = shared + width * config.num_active
     router = config.num_blocks * (site.hidden_size + 1)
-    flops = 2.0 * matrices * site.hidden_size * units + 2.0 * site.hidden_size * config.num_blocks
+    choosing = 2.0 * site.hidden_size * config.num_blocks
     if config.compensated_by != "none":
         router += config.num_blocks * site.hidden_size
-        flops += 2.0 * config.num_blocks * site.hidden_size
+        choosing += 2.0 * config.num_blocks * site.hidden_size
     router += 2 * config.rank(site.hidden_size) * site.hidden_size
-    flops += 4.0 * config.rank(site.hidden_size) * site.hidden_size
+    choosing += 4.0 * config.rank(site.hidden_size) * site.hidden_size
+    flops = 2.0 * matrices * site.hidden_size * units + choosing
     saved = site.hidden_size + (2 if site.gate else 1) * units + 3 * config.num_active
-    return dense, Cost(num_params=dense.num_params + router, flops=flops, saved_elements=saved)
+    routed = Cost(num_params=dense.num_params + router, flops=flops, saved_elements=saved)
+    return dense, at_most_dense(config, dense, routed, choosing)
 
 
 def _router(config: RoutedFFN, site: FFNSite) -> Router:
@@ -103,7 +111,7 @@ def blank(config: RoutedFFN, site: FFNSite) -> dict[str, Tensor]:
 
 
 def install(
-    model: nn.Module, tensors: dict[str, Tensor], config: RoutedFFN, site: FFNSite, block_name: str
+    model: nn.Module, tensors: dict[str, Tensor], config: RoutedFFN, site: FFNSite, block_name: str, anatomy: Anatomy
 ) -> tuple[Undo, Site]:
     """Reorder the units, add the router, and give the owner its new forward."""
     owner, block = submodule(model, site.name), submodule(model, block_name)
@@ -134,10 +142,12 @@ def install(
         if undo_order is not None:
             undo_order()
         del owner.routed
-        declass(owner)
+        declass(owner, Routed)
         del vars(block)["notes_padding_to"], vars(block)["attention_mask_place"]
-        declass(block)
+        declass(block, NotesPadding)
 
+    if config.dense_tokens == "targets":
+        return see_targets(model, anatomy, site.name, routing, undo), routing
     return undo, routing
 
 
@@ -175,6 +185,7 @@ register_method(
         site_names=lambda anatomy: [site.name for site in anatomy.ffns if site.refused is None],
         prepare=prepare,
         modules_to_save=("router",),
+        refuse=refuse_rows,
         after_adapter=after_adapter,
         merge_adapter_error=merge_adapter_error,
         limits={"four_bit": "its quantised linears would be read as plain weights. Load the model in bf16 or fp32"},

@@ -25,13 +25,13 @@ from sparsetrain.core.modes import evaluating
 from sparsetrain.methods.token_selection.loss import head_of
 from sparsetrain.methods.token_selection.module import SelectedBlock
 from sparsetrain.methods.token_selection.passes import adapters_on_all_rows, attend_to_all, key_values
-from sparsetrain.methods.token_selection.policies import IGNORED, SHIFTED, predicted
 from sparsetrain.methods.token_selection.scores import scores_at_head
 from sparsetrain.methods.token_selection.selector import Kept, Selector
 from sparsetrain.ops.selected_rows import Rows
 from sparsetrain.ops.selected_rows.received import received_mass
 from sparsetrain.surgery.attention import AttentionCall, stand_in_of, standing_in
 from sparsetrain.surgery.site import Site
+from sparsetrain.surgery.targets import IGNORED, SHIFTED, predicted
 
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout)
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsetrain.methods.token_selection.logits import LogitsOnDemand
-from sparsetrain.methods.token_selection.policies import IGNORED, SHIFTED, predicted
 from sparsetrain.methods.token_selection.selector import Head, Selector
 from sparsetrain.ops.selected_loss import selected_loss
 from sparsetrain.ops.selected_rows import Rows, take_rows
 from sparsetrain.surgery.reclass import dense_forward
+from sparsetrain.surgery.targets import IGNORED, SHIFTED, predicted
 
 _SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 _PER_TOKEN = ("entropy", "is_top1")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsetrain.core.autograd import in_backward
 from sparsetrain.core.backend import choose
 from sparsetrain.methods.token_selection.passes import (
     AllRows,
@@ -27,6 +28,7 @@ from sparsetrain.ops.selected_rows import Rows, keep, replace_rows, selected_att
 from sparsetrain.surgery.attention import AttentionCall, stand_in_of, standing_in
 from sparsetrain.surgery.reclass import dense_forward
 from sparsetrain.surgery.site import Site
+from sparsetrain.surgery.targets import ROWS as DENSE
 
 
 class SelectedBlock(Site):
@@ -94,6 +96,8 @@ class SelectsTokens:
     def forward(self, *args: Any, selected_rows: Rows | None = None, **kwargs: Any) -> Any:
         if selected_rows is None or selected_rows.everything:
             return dense_forward(SelectsTokens, self, *args, **kwargs)
+        if kwargs.get(DENSE) is not None:  # beside rows that run dense for their own sake, selected ones do
+            kwargs[DENSE] = kwargs[DENSE] | selected_rows.selected_bt
         attention = self.get_submodule(self.selected.attention)  # type: ignore[attr-defined]
         if not torch.is_grad_enabled() and stand_in_of(attention) is None:
             # the values that a checkpointed block is first run for; beside sparse ones they need the second pass
@@ -106,15 +110,19 @@ class SelectsTokens:
 def _in_two_passes(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) -> Any:
     state: SelectedBlock = block.selected
     attention = block.get_submodule(state.attention)
-    notes = Notes(rows)
+    dense_bt = kwargs.get(DENSE)
+    notes = Notes(rows, diverges=dense_bt is not None)
+    first = kwargs if dense_bt is None else kwargs | {DENSE: dense_bt & ~rows.selected_bt}
     x = args[0] if args else kwargs["hidden_states"]
     notes.ends_at_attention = recomputing = getattr(block, "gradient_checkpointing", False) and in_backward()
     kept = state.selector.take_kept(state)
     if kept is not None:  # all rows have run already, when tokens were scored
         out, notes.everything = kept
     else:
-        out = _on_all_rows(block, attention, notes, x, args, kwargs)
+        out = _on_all_rows(block, attention, notes, x, args, first)
     own_args, own_kwargs = _on_rows(args, kwargs, rows)
+    if dense_bt is not None:
+        own_kwargs[DENSE] = torch.ones_like(rows.index_bk, dtype=torch.bool)
     attends = AttentionOfSelectedRows(notes)
     with SelectedRows(notes), standing_in(attention, attends), adapters_on_selected_rows(block, notes):
         selected = dense_forward(SelectsTokens, block, *own_args, **own_kwargs)
@@ -177,14 +185,9 @@ def _by_definition(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
     return _with_first(out, keep(_first(out), selected_bt))
 
 
-def in_backward() -> bool:
-    """Does autograd's backward run at this moment?"""
-    return torch._C._current_graph_task_id() != -1
-
-
 def _on_rows(args: tuple, kwargs: dict[str, Any], rows: Rows) -> tuple[tuple, dict[str, Any]]:
     """A block's arguments with the selected rows of every tensor that has one row a token."""
-    kwargs = {name: _rows_of(value, rows) for name, value in kwargs.items()}
+    kwargs = {name: _rows_of(value, rows) for name, value in kwargs.items() if name != DENSE}
     if not args:
         kwargs["hidden_states"] = take_rows(kwargs["hidden_states"], rows)
         return args, kwargs

@@ -57,13 +57,14 @@ class Notes:
     Attributes:
         everything: keys and values of all rows.
         with_loss: attaches the auxiliary loss of a sparse attention, on the queries and keys of all rows.
+        diverges: it will, at the latest behind the attention: selected rows run dense where others do not.
         diverged: the second pass has other values than the first from here on: it attends to every key where the first
             attended sparsely, or the first pass ended at the attention. What was noted of linears is then not used;
             masks of dropouts are.
     """
 
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
+    def __init__(self, rows: Rows, diverges: bool = False) -> None:
+        self.rows, self.diverges = rows, diverges
         self.said: list[Note | None] = []
         self.next = 0
         self.everything: KeyValues | None = None
@@ -257,7 +258,7 @@ class AttentionOfSelectedRows:
         notes = self.notes
         assert notes.everything is not None, "the second pass attends where the first did not"
         known, notes.attended = notes.attended, None
-        notes.diverged = notes.diverged or known is None
+        notes.diverged = notes.diverged or notes.diverges or known is None
         out = selected_attention(call.q, call.k, call.v, notes.everything, notes.rows, known=known)
         with_loss, notes.with_loss = notes.with_loss, None
         return out if with_loss is None else with_loss(out)

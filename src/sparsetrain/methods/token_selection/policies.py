@@ -9,17 +9,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsetrain.methods.token_selection.config import TokenSelection
 from sparsetrain.ops.selected_rows import Rows
-
-IGNORED = -100
-SHIFTED = "shift_labels"
-"""What collators call labels that stand at the position that predicts them."""
+from sparsetrain.surgery.targets import IGNORED, predicted
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,16 +86,6 @@ class Batch:
         """A number that names a document by its content, wherever it stands and whatever stands beside it."""
         content = self.content[row] if self.by_row else self.content[row, positions]
         return zlib.crc32(content.contiguous().view(torch.uint8).numpy().tobytes())
-
-
-def predicted(given: dict[str, Any], causal: bool) -> Tensor | None:
-    """The label that each position predicts, [b, t]; labels of another shape, and None, as they are."""
-    if given.get(SHIFTED) is not None:
-        return given[SHIFTED]
-    labels = given.get("labels")
-    if labels is None or not causal or labels.ndim != 2:
-        return labels
-    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 def _runs_at_ends(is_pad_bt: Tensor) -> Tensor:

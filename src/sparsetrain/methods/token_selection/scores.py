@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sparsetrain.methods.token_selection.loss import head_of
-from sparsetrain.methods.token_selection.policies import IGNORED
 from sparsetrain.ops.selected_loss import row_scores
+from sparsetrain.surgery.targets import IGNORED
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ def routed_ffn(
     gate_mode: str = "output",
     block_shift_gd: Tensor | None = None,
     valid_t: Tensor | None = None,
+    dense_t: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """y = b + FFN_shared(x) + Σ_{g in S} c_g FFN_g(x) + Σ_{g not in S} shift_g.
@@ -47,24 +48,22 @@ def routed_ffn(
         choice_tk: distinct blocks of each token [t, k], integer.
         gate_tk: c of those blocks [t, k], or None for 1. k = G with None is the plain dense FFN, without sorting.
         block_shift_gd: what stands in for a block that is not chosen [G, d].
-        valid_t: bool [t]; a token that is False uses no block.
+        valid_t: bool [t]; a token that is False uses no block. dense_t: one that is True uses the dense FFN instead.
         backend: auto, torch or reference.
 
-    Returns:
-        y_td: [t, d] in the dtype of x (of autocast, where it is on).
+    Returns: y_td [t, d] in the dtype of x (of autocast, where it is on).
 
     Raises:
         ValueError: sizes that do not fit, an unknown activation or gate mode. Unsupported: `backend="triton"`.
     """
     _check_linears(x_td, up, down, gate, num_shared, num_blocks)
     _check_routes(len(x_td), choice_tk, gate_tk, num_blocks, activation, gate_mode)
-    run = _RUN[choose("routed_ffn", backend, _AVAILABLE)]
     work = _dtype(x_td)
     x_td, up, down = x_td.to(work).contiguous(), up.to(work), down.to(work)
     dense = gate_tk is None and choice_tk.shape[1] == num_blocks
     shift_gd = None if dense or block_shift_gd is None else block_shift_gd.to(work)
     with autocast(x_td.device.type, enabled=False):
-        return run(
+        return _RUN[choose("routed_ffn", backend, _AVAILABLE)](
             Problem(
                 **linear_operands(x_td, up, down, gate.to(work) if gate else None),
                 start_d=_start(down.bias, shift_gd),
@@ -72,6 +71,7 @@ def routed_ffn(
                 choice_tk=None if dense else choice_tk,
                 gate_tk=_gates(gate_tk if gate_tk is None else gate_tk.to(work), gate_mode),
                 valid_t=valid_t,
+                dense_t=None if dense else dense_t,
                 num_shared=up.weight.shape[0] if dense else num_shared,
                 num_blocks=num_blocks,
                 width=(up.weight.shape[0] - num_shared) // num_blocks,

@@ -19,7 +19,7 @@ class Problem(NamedTuple):
     down_df, lora_a_rf, lora_b_dr: the down projection and its LoRA. start_d: added to every token, or None.
     shift_gd: a block's stand-in where it is not chosen; its total is already in `start_d`.
     choice_tk: chosen blocks, or None if all units are always on. gate_tk: their gates c, or None for 1.
-    gates_base: gate_mode "spt".
+    dense_t: tokens that go through the dense FFN; None without choice. gates_base: gate_mode "spt".
     """
 
     x_td: Tensor
@@ -36,6 +36,7 @@ class Problem(NamedTuple):
     choice_tk: Tensor | None
     gate_tk: Tensor | None
     valid_t: Tensor | None
+    dense_t: Tensor | None
     num_shared: int
     num_blocks: int
     width: int
@@ -71,3 +72,24 @@ def _low(x_td: Tensor, factors: list[tuple[Tensor, float]]) -> Tensor | None:
     if not any(dropout for _, dropout in factors):
         return F.linear(x_td, torch.cat([a for a, _ in factors]))
     return torch.cat([F.linear(F.dropout(x_td, dropout) if dropout else x_td, a) for a, dropout in factors], 1)
+
+
+def with_dense_tokens(p: Problem) -> Problem:
+    """The same problem without `dense_t`: a dense token is one that chooses every block with c = 1.
+
+    The stand-ins that it started with cancel. So it shares the tiles of the others: no second pass over the weights,
+    and nothing is computed that is not used.
+    """
+    if p.dense_t is None or p.choice_tk is None:
+        return p
+    dense_t1, blocks_g = p.dense_t[:, None], torch.arange(p.num_blocks, device=p.x_td.device)
+    chosen = p.choice_tk.shape[1]
+    more = (0, p.num_blocks - chosen)
+    used_tg = blocks_g < chosen
+    used_tg = used_tg if p.valid_t is None else used_tg & p.valid_t[:, None]
+    return p._replace(
+        choice_tk=torch.where(dense_t1, blocks_g, F.pad(p.choice_tk.long(), more)),
+        gate_tk=None if p.gate_tk is None else torch.where(dense_t1, 1, F.pad(p.gate_tk, more)),
+        valid_t=used_tg | dense_t1,
+        dense_t=None,
+    )

@@ -15,7 +15,13 @@ def reference_ffn(p: Problem) -> Tensor:
     """y = start + FFN_shared(x) + Σ_g [g in S] (c_g FFN_g(x) - shift_g), differentiable, fp32 accumulation.
 
     With `gates_base`, FFN_g has c on every base product and none on LoRA (SPT, arXiv 2312.10365, official code).
+    Where `dense_t`, y is that of all blocks with c = 1.
     """
+    if p.dense_t is not None:
+        bias_d = p.start_d if p.shift_gd is None or p.start_d is None else p.start_d - p.shift_gd.sum(0)
+        plain = {"start_d": bias_d, "shift_gd": None, "choice_tk": None, "gate_tk": None, "dense_t": None}
+        dense_td = reference_ffn(p._replace(**plain, num_shared=len(p.weights[0])))
+        return torch.where(p.dense_t[:, None], dense_td, reference_ffn(p._replace(dense_t=None)))
     up = lambda t: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t  # noqa: E731
     x_td = up(p.x_td)
     y_td = torch.zeros_like(x_td) if p.start_d is None else up(p.start_d).expand_as(x_td)

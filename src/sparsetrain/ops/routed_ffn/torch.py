@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sparsetrain.ops.routed_ffn.activations import ACTIVATIONS, Forward
-from sparsetrain.ops.routed_ffn.problem import Problem
+from sparsetrain.ops.routed_ffn.problem import Problem, with_dense_tokens
 from sparsetrain.ops.routed_ffn.products import Matrices, Products, accumulate, product
 from sparsetrain.ops.routed_ffn.rows import Source, Total
 from sparsetrain.ops.routed_ffn.tiles import Layout, Tile, lay_out, pad_pairs
@@ -42,6 +42,7 @@ class Form(NamedTuple):
 @torch.compiler.disable
 def grouped_ffn(p: Problem) -> Tensor:
     """y [t, d]; the equation is that of `reference.py`. Reads the loads on the host once."""
+    p = with_dense_tokens(p)
     groups = None if p.choice_tk is None else group_by_block(p.choice_tk, p.num_blocks, p.valid_t)
     loads = [] if groups is None else groups.offsets.diff().tolist()
     layout = lay_out(p.x_td.shape[0], p.num_shared, p.width, len(p.weights), loads)

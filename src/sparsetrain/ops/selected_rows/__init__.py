@@ -16,6 +16,7 @@ from sparsetrain.ops.selected_rows.linear import adapted_linear as adapted_linea
 from sparsetrain.ops.selected_rows.linear import adapted_product as adapted_product
 from sparsetrain.ops.selected_rows.linear import selected_dropout as selected_dropout
 from sparsetrain.ops.selected_rows.linear import selected_linear as selected_linear
+from sparsetrain.ops.selected_rows.queries import attention_of_queries as attention_of_queries
 from sparsetrain.ops.selected_rows.reference import keep as keep
 from sparsetrain.ops.selected_rows.reference import selected_attention_reference as selected_attention_reference
 from sparsetrain.ops.selected_rows.rows import Rows as Rows
