@@ -30,7 +30,7 @@ SEEDS = (0, 1, 2)
 RATES = {"lr": 3e-4, "lr_schedule": "cosine", "lora_r": 16, "calibration_tokens": 16384, "save_every": 0}
 SFT = {"model": "smollm2-135m", "task": "sft", **RATES}
 DATA: dict[str, dict[str, Any]] = {
-    "python-docstrings": {**SFT, "seq_len": 1024, "batch_size": 1, "eval_tokens": 49152},
+    "python-docstrings": {**SFT, "seq_len": 1024, "batch_size": 1, "eval_tokens": 24576},
     "gsm8k": {**SFT, "seq_len": 512, "batch_size": 4, "eval_tokens": 16384},
     "chitchat": {**SFT, "seq_len": 1024, "batch_size": 2, "eval_tokens": 24576},
     "python-stdlib": {**SFT, "task": "lm", "seq_len": 1024, "batch_size": 1, "eval_tokens": 16384},
@@ -328,7 +328,7 @@ BENCHMARKS = [
         name="deploy",
         measures="what every way of training leaves in the plain model, beside dense LoRA, at equal steps and time",
         cells=cells,
-        settings={"steps": 80, "rounds": 8, "evals": 2, "eval_tokens": None, "dtype": "bf16"},
+        settings={"steps": 60, "rounds": 8, "evals": 2, "eval_tokens": None, "dtype": "bf16"},
         quick={"steps": 3, "rounds": 3, "eval_tokens": 1024},
         seeds=SEEDS,
         threads=2,
