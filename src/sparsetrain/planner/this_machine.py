@@ -15,6 +15,7 @@ BUILT_IN_CORES = 2
 
 def this_machine(folder: Path) -> MachineRates:
     """The rates of the GPU if there is one, measured in a second; else of the CPU, whose matrix products were timed.
+    An Apple GPU has no rates yet: the CPU beside it stands in.
 
     What is remembered is taken without waiting for torch.
 
@@ -22,12 +23,15 @@ def this_machine(folder: Path) -> MachineRates:
         folder: where the timed formats are remembered.
     """
     formats = recall_formats(folder, "auto")
-    if formats is None or formats.device == "cuda":
+    if formats is None or formats.device != "cpu":
         from sparsetrain.measure.rates import formats_of, measure_rates
 
         formats = formats_of("auto", folder)
         if formats.device == "cuda":
             return MachineRates.from_dict(measure_rates("cuda", seconds=0.1).to_dict())
+        if formats.device == "mps":
+            beside = formats_of("cpu", folder)
+            formats = replace(beside, gemm_flops={"fp32": beside.gemm_flops["fp32"]})  # as a run computes there
     return of_cpu(formats)
 
 
@@ -38,16 +42,13 @@ def of_cpu(formats: Formats) -> MachineRates:
     """
     like = known_machines()["cpu"]
     assert like.exp_per_s is not None
-    threads = formats.threads if formats.device == "cpu" else BUILT_IN_CORES
-    cores = threads / BUILT_IN_CORES
-    timed = {name: rate / 1e9 for name, rate in formats.gemm_flops.items()}
+    threads, cores = formats.threads, formats.threads / BUILT_IN_CORES
+    timed = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in formats.gemm_flops.items())
     return replace(
         like,
         machine=f"this CPU, {threads} threads",
         gemm_flops={name: OF_A_SQUARE * threads * rate for name, rate in formats.gemm_flops.items()},
         attention_flops=like.attention_flops * cores,
         exp_per_s=like.exp_per_s * cores,
-        source="products timed here ("
-        + ", ".join(f"{name} {rate:,.0f}" for name, rate in timed.items())
-        + f" GFLOP/s a thread); copies, attention and exponentials as on {like.machine}",
+        source=f"products timed here ({timed} GFLOP/s a thread); the rest as of {like.machine}",
     )
