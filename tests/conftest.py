@@ -1,9 +1,11 @@
-"""One thread: the models are tiny, and two threads make sums depend on the split."""
+"""One thread: the models are tiny, and two threads make sums depend on the split. Full precision, also in the processes
+that tests start: what `dtype: auto` takes depends on the machine."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("SPARSETRAIN_DTYPE", "fp32")
 
 import torch
 

@@ -54,12 +54,21 @@ def test_versions_are_compared_as_numbers(version: str, numbers: tuple[int, ...]
     assert module.numbers("5.9") < module.numbers("5.17")
 
 
-def test_a_format_that_is_slow_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("bf16", "taken"), [(5e9, "fp32: bf16 is 0.1x as fast"), (9e10, "bf16: 1.8x faster")])
+def test_the_format_that_auto_takes_is_named(
+    bf16: float, taken: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import torch
 
-    monkeypatch.setattr(module, "gemm_gflops", lambda device, dtype: 50.0 if dtype == torch.float32 else 5.0)
+    from sparsetrain.core.formats import recall_formats
+    from sparsetrain.measure import rates
+
+    monkeypatch.setenv("SPARSETRAIN_CACHE", str(tmp_path))
+    speeds = {torch.float32: 5e10, torch.bfloat16: bf16}
+    monkeypatch.setattr(rates, "gemm_flops", lambda device, dtype, **_: speeds[dtype])
     check = module.formats("cpu")
-    assert check.state == "note" and "--dtype fp32 is faster" in check.advice
+    assert taken in check.advice
+    assert (kept := recall_formats(tmp_path / "machine", "cpu")) and kept.gemm_flops == {"fp32": 5e10, "bf16": bf16}
 
 
 def test_a_known_clash_is_noted_in_its_versions_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,7 @@ def test_an_impossible_goal_ends_with_1_and_says_the_nearest(call: Call, config_
         "plan", "--model", config_file, "--lora-r", 4, "--seq-len", 128, "--preset", "dense", "--memory", "450.1MB"
     )
     assert told.code == 1 and "Nearest possible" in told.out and "GB for what was asked" in told.out
+    assert "with --dtype bf16: " in told.out  # before a smaller model
 
 
 @pytest.mark.parametrize(
@@ -66,3 +67,34 @@ def test_an_impossible_goal_ends_with_1_and_says_the_nearest(call: Call, config_
 def test_wrong_goals_are_explained(call: Call, config_file: Path, flags: tuple[str, ...], message: str) -> None:  # noqa: F811
     told = call("plan", "--model", config_file, *flags)
     assert told.code == 2 and message in told.err
+
+
+@pytest.mark.slow  # traces five ways to train a model of eight billion parameters
+def test_the_plan_of_the_readme_is_of_the_machine_that_it_names_and_has_an_answer(call: Call) -> None:
+    lines = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in lines if line.startswith("sparsetrain plan "))
+    told = call(*line.partition("#")[0].split()[1:])
+    assert told.code == 0, told.err
+    assert "bf16, NVIDIA RTX 4090" in told.out and "Take: " in told.out
+
+
+def test_a_plan_of_no_named_machine_is_of_this_one(
+    call: Call,
+    config_file: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the format that a run takes here; the machine that is named counts where one is."""
+    from sparsetrain.core.formats import Formats, remember_formats
+    from sparsetrain.hf.assets import cache_folder
+
+    fast = Formats(device="cpu", gemm_flops={"fp32": 1e11, "bf16": 4e11}, threads=4)
+    remember_formats(cache_folder() / "machine", "auto", fast)
+    flags = ("plan", "--model", config_file, "--lora-r", 4, "--seq", 128, "--preset", "dense", "--memory", "1GB")
+    assert call(*flags, "--json").json["question"]["dtype"] == "fp32"  # as the environment of the tests says
+    assert call(*flags, "--gpu", "4090", "--json").json["question"]["dtype"] == "bf16"
+    monkeypatch.delenv("SPARSETRAIN_DTYPE")
+    here = call(*flags, "--json").json["question"]
+    assert here["dtype"] == "bf16" and here["rates"]["machine"] == "this CPU, 4 threads"
+    assert here["rates"]["gemm_flops"] == {"fp32": pytest.approx(3.2e11), "bf16": pytest.approx(12.8e11)}
+    assert call(*flags, "--dtype", "fp32", "--json").json["question"]["dtype"] == "fp32"
+    assert call(*flags, "--gpu", "cpu", "--json").json["question"]["dtype"] == "fp32"

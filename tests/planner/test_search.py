@@ -7,9 +7,10 @@ import pytest
 
 from sparsetrain.planner.machines import MachineRates, known_machines, machine_rates
 from sparsetrain.planner.memory import Layout
+from sparsetrain.planner.nearest import nearest, nearest_in_bf16
 from sparsetrain.planner.outline import Outline
 from sparsetrain.planner.quality import risk_of
-from sparsetrain.planner.roofline import break_even, work_seconds
+from sparsetrain.planner.roofline import faster_at, work_seconds
 from sparsetrain.planner.search import Answer, Candidate, Question, answer, most
 from tests.planner.test_memory import static, step
 
@@ -67,9 +68,18 @@ def test_what_cannot_be_planned_is_refused_with_its_reason() -> None:
 def test_an_impossible_goal_names_the_nearest_possible_one() -> None:
     found = ask(4000)
     assert found.picked is None
-    text = " ".join(found.nearest)
+    text = " ".join(nearest(found.rows, found.question))
     assert "tokens at batch 1" in text and "GB for what was asked" in text
-    assert "no length" in ask(900).nearest[0]
+    tight = ask(900)
+    assert "no length" in nearest(tight.rows, tight.question)[0]
+
+
+def test_bf16_comes_before_a_smaller_model() -> None:
+    (line,) = nearest_in_bf16(ask(100_000))
+    assert line == "--dtype bf16: LoRA fits, in 0.0 GB."
+    tight = ask(900)
+    lines = nearest_in_bf16(replace(tight, nearest=nearest(tight.rows, tight.question)))
+    assert lines[0].startswith("with --dtype bf16: no length") and len(lines) == 2
 
 
 def test_the_longest_sequence_and_largest_batch_fit_and_the_next_do_not() -> None:
@@ -87,10 +97,32 @@ def test_roofline_takes_the_longer_of_arithmetic_and_bytes() -> None:
     assert work_seconds(work, replace(RATES, call_s=1.0), "fp32") == pytest.approx(8)
 
 
-def test_break_even_is_where_sparse_stays_faster() -> None:
+def test_where_sparse_is_faster() -> None:
     times = {256: 2.0, 512: 0.9, 1024: 1.1, 2048: 0.8, 4096: 0.7}
-    assert break_even(times.__getitem__, lambda _: 1.0, tuple(times)) == 2048
-    assert break_even(lambda _: 1.0, lambda _: 1.0, tuple(times)) is None
+    assert faster_at(times.__getitem__, lambda _: 1.0, tuple(times)) == ((512, 512), (2048, 4096))
+    assert faster_at(lambda n: 0.9 if n < 4096 else 1.0, lambda _: 1.0, tuple(times)) == ((256, 2048),)
+    assert faster_at(lambda _: 0.98, lambda _: 1.0, tuple(times)) == ()  # a tie
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 2.0])
+def test_the_table_and_the_lengths_agree(ratio: float) -> None:
+    """A way is faster than dense at the asked length if and only if that length is in one of its stretches; measured
+    speed-ups, which hold near their own length alone, count in both."""
+    found = {"LoRA": outline(), "token_selection": outline(1.0)}
+    for tokens in (300, 1000, 5000):
+        answered = answer(
+            Question(tokens=tokens, rates=RATES),
+            [DENSE, TOKENS],
+            lambda candidate: found[candidate.label],
+            lambda candidate: candidate.values["methods"],
+            lambda _outline: None,
+            speedup=lambda _candidate, n: (ratio, "measured") if 500 <= n <= 2000 else None,
+        )
+        dense, sparse = answered.rows
+        assert dense.step_s and sparse.step_s and dense.timed == ""
+        inside = any(first <= tokens <= last for first, last in sparse.faster_at)
+        assert inside == (sparse.step_s < 0.97 * dense.step_s) == (ratio > 1 and tokens == 1000)
+        assert sparse.faster_at == (((512, 1024),) if ratio > 1 else ())
 
 
 def test_risks_are_recorded_results_and_multiply() -> None:

@@ -158,29 +158,22 @@ def _machine() -> list[Check]:
 
 
 def formats(device: str) -> Check:
-    """Time one matrix product in each number format: a format can be supported and still be slow."""
-    from sparsetrain.measure.rates import FORMATS
-
-    gflops = {name: found for name, kind in FORMATS.items() if (found := gemm_gflops(device, kind)) is not None}
-    shares = {name: "" if name == "fp32" else f" ({rate / gflops['fp32']:.1f}x)" for name, rate in gflops.items()}
-    text = (
-        ", ".join(f"{name} {rate:,.{0 if rate >= 10 else 1}f}{shares[name]}" for name, rate in gflops.items())
-        + " GFLOP/s"
-    )
-    ratio = gflops.get("bf16", 0.0) / gflops["fp32"]
-    if ratio < 1:
-        return Check(f"formats on {device}", "note", text, "bf16 saves memory here, not time: --dtype fp32 is faster.")
-    return Check(f"formats on {device}", "ok", text, "--dtype bf16 is faster." if ratio > 1.2 else "")
-
-
-def gemm_gflops(device: str, dtype: Any) -> float | None:
-    """Best speed of a square matrix product, or None if the device has none in that format."""
-    from sparsetrain.measure.rates import gemm_flops
+    """Time one matrix product in each number format that is trained in, anew, and leave what was found to later runs:
+    a format can be supported and still be slow."""
+    from sparsetrain.measure.rates import formats_of
 
     try:
-        return gemm_flops(device, dtype, seconds=0.3) / 1e9
-    except RuntimeError:
-        return None
+        from sparsetrain.hf.assets import cache_folder
+
+        folder = cache_folder() / "machine"
+    except ImportError:  # told by the line of what is missing
+        folder = None
+    found = formats_of(device, folder, anew=True)
+    gflops = {name: rate / 1e9 for name, rate in found.gemm_flops.items()}
+    shares = {name: "" if name == "fp32" else f" ({rate / gflops['fp32']:.1f}x)" for name, rate in gflops.items()}
+    text = ", ".join(f"{name} {rate:,.{0 if rate >= 10 else 1}f}{shares[name]}" for name, rate in gflops.items())
+    each = " GFLOP/s a thread" if found.device == "cpu" else " GFLOP/s"
+    return Check(f"formats on {device}", "ok", text + each, f"--dtype auto takes {found.why}.")
 
 
 def _tools() -> list[Check]:

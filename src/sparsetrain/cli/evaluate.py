@@ -49,6 +49,7 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
 
     from sparsetrain.hf.model.io import load
     from sparsetrain.hf.train.assemble import pick_device, pick_dtype
+    from sparsetrain.hf.train.dtype import with_dtype
     from sparsetrain.hf.train.evaluate import evaluate as evaluate_rows
     from sparsetrain.hf.train.evaluate import held_out_tokens
 
@@ -57,6 +58,7 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
         torch.set_num_threads(recipe.threads)
     device = pick_device(recipe)
     with telling() as tell:
+        recipe = with_dtype(recipe, tell)
         loaded = load(model, dtype=pick_dtype(recipe, device), device=device)
         recipe = recipe.model_copy(update={"task": flags["task"] or loaded.task})
         rows, bundle = _rows(recipe, loaded, all, tell)

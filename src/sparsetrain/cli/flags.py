@@ -121,7 +121,8 @@ FLAGS: dict[str, Flag] = {
         Flag("eval_tokens", INT, "16384", KEEP, "Held-out tokens an evaluation."),
         Flag("resume", "", "no", KEEP, "Go on from the newest whole checkpoint in --output.", bool),
         Flag("seed", INT, "0", MACHINE, "Same seed, same machine: same losses."),
-        Flag("dtype", "auto|fp32|bf16", "auto", MACHINE, "auto is fp32 on a CPU, bf16 on a GPU that has it."),
+        Flag("dtype", "auto|fp32|bf16", "auto", MACHINE, "auto is bf16 where this machine multiplies it 1.3x faster, "
+             "else fp32; SPARSETRAIN_DTYPE says what auto takes instead."),
         Flag("gradient_checkpointing", "none|non-reentrant|reentrant", "none", MACHINE, CHECKPOINTING),
         Flag("device", "auto|cpu|mps|cuda|cuda:N", "auto", MACHINE, "auto takes a GPU if there is one."),
         Flag("threads", INT, "all cores", MACHINE, "CPU threads."),

@@ -42,7 +42,8 @@ Gpu = Annotated[
         metavar="NAME|FILE.json",
         rich_help_panel=_PREDICT,
         help="h200, h100, a100, 4090 or cpu; or "
-        "the rates that `sparsetrain bench` measured. Its memory is the limit unless --memory says another.",
+        "the rates that `sparsetrain bench` measured; this machine if not given. Its memory is the limit "
+        "unless --memory says another.",
     ),
 ]
 Fit = Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,20 +62,23 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     from sparsetrain.hf.study.predict import predictor_of
     from sparsetrain.planner.candidates import dense_and, recipe_yaml
     from sparsetrain.planner.machines import machine_rates
+    from sparsetrain.planner.nearest import nearest_in_bf16
     from sparsetrain.planner.predictor import predict
     from sparsetrain.planner.search import Question
+    from sparsetrain.planner.this_machine import this_machine
 
     _check(goal)
-    rates = machine_rates("cpu" if goal.gpu is None else goal.gpu)
+    rates = this_machine(cache_folder() / "machine") if goal.gpu is None else machine_rates(goal.gpu)
     memory = rates.memory_bytes if goal.memory is None else parse_bytes(goal.memory)
     if goal.fit and memory is None:
         raise ValueError(f"--fit {goal.fit} needs --memory: how much may training use, for example --memory 24GB?")
     recipe = _recipe(asked)
-    bf16 = recipe.dtype == "bf16" or (recipe.dtype == "auto" and not rates.is_cpu)
+    bf16 = _dtype(recipe, rates, named=goal.gpu is not None) == "bf16"
     model = read_config(recipe.model, to_stderr_line)
     base = {key: getattr(recipe, key) for key in ("task", "lora_r", "lora_alpha", "lora_targets", "seed", "dtype")}
     base |= {"seq_len": recipe.seq_len, "batch_size": recipe.batch_size, "grad_accum": recipe.grad_accum}
-    predictor = predictor_of(model, base, bf16=bf16, cache=cache_folder() / "outlines", gpu=not rates.is_cpu)
+    known = {"cache": cache_folder() / "outlines", "gpu": not rates.is_cpu}
+    predictor = predictor_of(model, base, bf16=bf16, **known)
     question = Question(
         tokens=recipe.seq_len,
         batch=recipe.batch_size,
@@ -88,6 +91,10 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     )
     only = dense_and(recipe, base) if given_methods else None
     found = predict(predictor, question, only, fit=goal.fit)
+    if found.picked is None and not bf16:
+        halved = predictor_of(model, base | {"dtype": "bf16"}, bf16=True, **known)
+        other = predict(halved, replace(question, dtype="bf16"), only, fit=goal.fit)
+        found = replace(found, nearest=nearest_in_bf16(other))
     picked = found.picked
     yaml = None if picked is None else recipe_yaml(found, predictor.recipe(picked.candidate), goal.data)
     for place in (goal.write, goal.plot):
@@ -100,6 +107,15 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
 
         draw(found, goal.plot, title=f"{model.name}, {question.tokens:,} tokens, batch {question.batch}", limit=memory)
     return _shown(found, predictor, goal, memory, yaml)
+
+
+def _dtype(recipe: Any, rates: Any, *, named: bool) -> str:
+    """The format that a run of the recipe takes on the machine."""
+    from sparsetrain.core.formats import asked_of_all, fastest
+
+    if recipe.dtype != "auto":
+        return recipe.dtype
+    return (None if named else asked_of_all()) or fastest(rates.gemm_flops)
 
 
 def _check(goal: Goal) -> None:
@@ -149,16 +165,11 @@ def _shown(found: Any, predictor: Any, goal: Goal, memory: int | None, yaml: str
 
 
 def _about_rows(rows: Any, predictor: Any) -> list[str]:
-    """What the table has no column for: refusals, break-even lengths, what a step's time and memory stand for."""
+    """What the table has no column for: refusals, where a way is faster, what a step's time and memory stand for."""
     shown = [row for row in rows if row.peak is not None]
     refused = [f"Refused: {row.candidate.label}: {row.refused}." for row in rows if row.refused]
-    evens = [
-        f"Break-even of {row.candidate.label}: "
-        + (
-            f"faster than dense LoRA from {row.break_even:,} tokens."
-            if row.break_even
-            else "never faster up to 131,072 tokens."
-        )
+    faster = [
+        f"{row.candidate.label}: {_where_faster(row.faster_at, shown[0].candidate.label)}"
         for row in shown
         if row.candidate.values.get("methods") and not row.refused
     ]
@@ -168,7 +179,17 @@ def _about_rows(rows: Any, predictor: Any) -> list[str]:
         for row in shown
         if any(config.begins_dense for config in predictor.recipe(row.candidate).configs)
     ]
-    return [*refused, *evens, *timed, *begins]
+    return [*refused, *faster, *timed, *begins]
+
+
+def _where_faster(stretches: Any, than: str) -> str:
+    from sparsetrain.planner.roofline import LENGTHS, WINS
+
+    longest = LENGTHS[-1]
+    if not stretches:
+        return f"at no length up to {longest:,} tokens more than {1 - WINS:.0%} faster than {than}."
+    parts = [f"from {first:,}" + (f" to {last:,}" if last < longest else "") for first, last in stretches]
+    return f"faster than {than} {' and '.join(parts)} tokens."
 
 
 def _notes(found: Any, memory: int | None) -> list[str]:

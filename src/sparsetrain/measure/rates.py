@@ -7,14 +7,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from sparsetrain.core.formats import Formats, recall_formats, remember_formats
 from sparsetrain.measure.machine import describe_machine
 
-FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What is trained in; fp16 overflows, and no CPU is fast in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +52,7 @@ def measure_rates(device: torch.device | str, *, seconds: float = 0.5) -> Rates:
     gpu = machine.gpus[device.index or 0] if device.type == "cuda" else None
     return Rates(
         machine=gpu["name"] if gpu else f"{machine.cpu}, {machine.threads} threads",
-        # formats that the planner knows; fp16 is doctor's to show
-        gemm_flops={name: gemm_flops(device, FORMATS[name], seconds=seconds) for name in ("fp32", "bf16")},
+        gemm_flops={name: gemm_flops(device, kind, seconds=seconds) for name, kind in FORMATS.items()},
         copy_bytes_per_s=copy_bytes_per_s(device, seconds=seconds),
         attention_flops=attention_flops(device, seconds=seconds),
         exp_per_s=None if gpu else exp_per_s(device, seconds=seconds),
@@ -59,13 +61,61 @@ def measure_rates(device: torch.device | str, *, seconds: float = 0.5) -> Rates:
     )
 
 
-def gemm_flops(device: torch.device | str, dtype: torch.dtype, *, seconds: float = 0.5) -> float:
-    """FLOP/s of a square product of random numbers: 1,024 wide on a CPU, 8,192 on a GPU.
+def formats_of(asked: str, folder: Path | None, *, anew: bool = False) -> Formats:
+    """The formats of a device, as remembered since the machine started or timed now, in some 0.2 s.
+
+    Args:
+        asked: cpu, mps, cuda, cuda:N, or auto: a GPU if there is one.
+        folder: where it is remembered; None: nowhere.
+        anew: time them, whatever is remembered.
+    """
+    if folder is not None and not anew and (known := recall_formats(folder, asked)) is not None:
+        return known
+    device, threads = device_of(asked), torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # where others compute too, threads wait for each other, and not for the products
+    try:
+        rates = _gemm_rates(device)
+    finally:
+        torch.set_num_threads(threads)
+    found = Formats(device=device.type, gemm_flops=rates, threads=threads)
+    if folder is not None:
+        remember_formats(folder, asked, found)
+    return found
+
+
+def device_of(asked: str) -> torch.device:
+    """The device that a name stands for; auto takes a GPU if there is one."""
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(asked)
+
+
+def _gemm_rates(device: torch.device) -> dict[str, float]:
+    """Format -> FLOP/s, of products small enough that a slow format is timed in little time too; in turns, so that
+    both meet the same state of a busy machine."""
+    size = 4096 if device.type == "cuda" else 512
+    rates: dict[str, float] = {}
+    kinds = FORMATS if device.type != "mps" else {"fp32": torch.float32}  # bf16 has not been tried on an Apple GPU
+    for _ in range(3):
+        for name, kind in kinds.items():
+            try:
+                found = gemm_flops(device, kind, seconds=0.02, size=size)
+            except RuntimeError:  # the device has no product in that format
+                continue
+            rates[name] = max(found, rates.get(name, 0.0))
+    return rates
+
+
+def gemm_flops(
+    device: torch.device | str, dtype: torch.dtype, *, seconds: float = 0.5, size: int | None = None
+) -> float:
+    """FLOP/s of a square product of random numbers: by default 1,024 wide on a CPU, 8,192 on a GPU.
 
     Raises:
         RuntimeError: the device has no product in that format.
     """
-    size = 8192 if torch.device(device).type == "cuda" else 1024
+    size = size or (8192 if torch.device(device).type == "cuda" else 1024)
     a_mk = torch.randn(size, size, device=device).to(dtype)
     return 2 * size**3 / best_seconds(lambda: a_mk @ a_mk, device, seconds)
 

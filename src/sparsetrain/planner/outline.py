@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsetrain.core.files import sweep, write_whole
-from sparsetrain.core.plain_files import read_plain_object
+from sparsetrain.core.remembered import recall, remember
 from sparsetrain.planner.memory import Layout, PeakBytes, StaticBytes, fit, peak_bytes, total_work
 from sparsetrain.planner.traced_step import Segment, StepTrace, Work
 
@@ -84,24 +82,13 @@ def _segment(values: dict[str, Any]) -> Segment:
 
 def load_outline(path: Path) -> Outline | None:
     """A stored outline; None when there is none, or it is not what was stored (it is then made again)."""
+    text = recall(path)
     try:
-        stored = read_plain_object(path)
-        text = stored["outline"]
-        return Outline.from_json(text) if stored["sha256"] == _sha256(text) else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None if text is None else Outline.from_json(text)
+    except (ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
 def store_outline(outline: Outline, path: Path) -> None:
     """Write it whole or not at all; a folder that cannot be written costs only the time of the next trace."""
-    text = outline.to_json()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent)
-        write_whole(path, json.dumps({"sha256": _sha256(text), "outline": text}))
-    except OSError:
-        return
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    remember(path, outline.to_json())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +16,7 @@ from sparsetrain.planner.candidates import candidates
 from sparsetrain.planner.kernels import ops_of, unable
 from sparsetrain.planner.measured import measured_speedup
 from sparsetrain.planner.model_config import ModelConfig
+from sparsetrain.planner.nearest import nearest
 from sparsetrain.planner.outline import Outline, load_outline, store_outline
 from sparsetrain.planner.search import Answer, Candidate, Question, answer
 from sparsetrain.recipes.finetune import Recipe
@@ -144,12 +145,17 @@ def predict(
     """
     asked = only or candidates(predictor.base)
     predictor.prepare(asked)
-    return answer(
+    found = answer(
         question,
         asked,
         predictor.outline,
         predictor.methods,
         lambda outline: unable(outline.ops, gpu=predictor.gpu),
         fit=fit,
-        speedup=lambda candidate: measured_speedup(predictor.recipe(candidate), predictor.model.hidden_size, question),
+        speedup=lambda candidate, tokens: (
+            measured_speedup(predictor.recipe(candidate), predictor.model.hidden_size, replace(question, tokens=tokens))
+            if question.rates.methods
+            else None
+        ),
     )
+    return found if found.picked is not None else replace(found, nearest=nearest(found.rows, question))

@@ -7,6 +7,7 @@ The rates are those that such operations reach; the sum says which of two recipe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 from sparsetrain.planner.machines import MachineRates
 from sparsetrain.planner.outline import Outline
@@ -16,7 +17,7 @@ ADAMW_MOVES = 7
 """AdamW reads parameter, gradient and two moments and writes three of them: 28 bytes for 4 (performance page, 2.8)."""
 
 LENGTHS = tuple(2**power for power in range(8, 18))
-"""Where break-even is looked for: 256 to 131,072 tokens."""
+"""The lengths at which two recipes are compared: 256 to 131,072 tokens."""
 
 WINS = 0.97
 """Faster means less than 0.97 of the dense time; within 3 % is a tie, as in `measure.timing`."""
@@ -28,11 +29,13 @@ def work_seconds(work: Work, rates: MachineRates, dtype: str) -> float:
     Args:
         work: kind -> (amount, bytes, calls).
         rates: of the machine.
-        dtype: of the matrix products, `fp32` or `bf16`.
+        dtype: of the matrix products, `fp32` or `bf16`; those of kind `gemm fp32` are in fp32 whatever it is.
     """
     total = 0.0
+    flops = {"gemm": rates.gemm(dtype), "gemm fp32": rates.gemm("fp32")}
+    flops |= {"attention": rates.attention_flops, "exp": rates.exp_per_s}
     for kind, (amount, moved, calls) in work.items():
-        rate = {"gemm": rates.gemm(dtype), "attention": rates.attention_flops, "exp": rates.exp_per_s}.get(kind)
+        rate = flops.get(kind)
         arithmetic = amount / rate if rate else 0.0
         # a fused attention reads its keys once a tile: its registered bytes are those of its arguments
         total += max(arithmetic, moved / rates.copy_bytes_per_s) + calls * rates.call_s
@@ -49,20 +52,15 @@ def step_seconds(
     return grad_accum * work_seconds(work, rates, dtype) + moved / rates.copy_bytes_per_s
 
 
-def break_even(
+def faster_at(
     sparse: Callable[[int], float], dense: Callable[[int], float], lengths: Sequence[int] = LENGTHS
-) -> int | None:
-    """The first length from which the sparse step stays faster than the dense one; None if it never does.
+) -> tuple[tuple[int, int], ...]:
+    """Where the sparse step is faster than the dense one: (first, last) length of each stretch.
 
     Args:
         sparse, dense: tokens -> seconds of a step.
-        lengths: rising.
+        lengths: those that are tried, rising.
     """
-    found = None
-    for tokens in lengths:
-        wins = sparse(tokens) < WINS * dense(tokens)
-        if wins and found is None:
-            found = tokens
-        if not wins:
-            found = None
-    return found
+    tried = [(tokens, sparse(tokens) < WINS * dense(tokens)) for tokens in lengths]
+    stretches = [[tokens for tokens, _ in group] for wins, group in groupby(tried, lambda each: each[1]) if wins]
+    return tuple((stretch[0], stretch[-1]) for stretch in stretches)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from sparsetrain.planner.machines import MachineRates
 from sparsetrain.planner.memory import PeakBytes
 from sparsetrain.planner.outline import Outline
 from sparsetrain.planner.quality import Risk, risk_of
-from sparsetrain.planner.roofline import WINS, break_even, step_seconds
+from sparsetrain.planner.roofline import LENGTHS, WINS, faster_at, step_seconds
 
 GOALS = ("fit", "speed", "memory")
 BASELINE = "LoRA"
@@ -48,8 +49,8 @@ class Row:
     """A candidate's prediction. refused: why it is not to be taken, or None. fits: within the memory limit.
 
     longest, largest: the longest sequence at the asked batch and the largest batch at the asked length that fit (0:
-    none); None without a limit. break_even: the length from which its step is faster than dense LoRA's.
-    timed: the measurement that step_s follows from; empty where it is the roofline alone.
+    none); None without a limit. faster_at: where its step is faster than that of the first candidate, as (first, last)
+    length of each stretch. timed: the measurement that step_s follows from; empty where it is the roofline alone.
     """
 
     candidate: Candidate
@@ -62,7 +63,7 @@ class Row:
     fits: bool = True
     longest: int | None = None
     largest: int | None = None
-    break_even: int | None = None
+    faster_at: tuple[tuple[int, int], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -72,7 +73,8 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """rows: every candidate. picked: the recipe to take, or None. reasons: why; `nearest` when nothing fits.
+    """rows: every candidate. picked: the recipe to take, or None. reasons: why. nearest: what is possible where nothing
+    fits.
 
     fit: `seq` or `batch` where the longest sequence or largest batch was asked for.
     """
@@ -113,18 +115,19 @@ def answer(
     methods_of: Callable[[Candidate], list[dict[str, Any]]],
     unable: Callable[[Outline], str | None],
     fit: str | None = None,
-    speedup: Callable[[Candidate], tuple[float, str] | None] = lambda _candidate: None,
+    speedup: Callable[[Candidate, int], tuple[float, str] | None] = lambda _candidate, _tokens: None,
 ) -> Answer:
     """Predict every candidate and pick one.
 
     Args:
         question: the goal and its limits.
-        candidates: the first is dense LoRA (or full fine-tuning), which break-even compares with.
+        candidates: the first is dense LoRA (or full fine-tuning), which the others are compared with.
         outline_of: traces a candidate; its ValueError is the reason of a refusal.
         methods_of: a candidate's methods, with defaults filled in.
         unable: why an outline's operations cannot run well on the machine, or None.
         fit: `seq` or `batch`: pick for the longest sequence or largest batch instead of the goal.
-        speedup: dense time / a candidate's time as measured on the machine, and where; None where it was not.
+        speedup: (candidate, tokens) -> dense time / its time as measured on the machine, and where; None where it was
+            not.
     """
     rows = []
     base: Outline | None = None
@@ -139,12 +142,9 @@ def answer(
             reason = f"its step cannot be traced ({type(error).__name__}: {_line(error)})"
             rows.append(replace(row, refused=reason, fits=False))
             continue
+        measured = partial(speedup, candidate) if base is not None else lambda _tokens: None
         base = found if base is None else base
-        predicted = _predicted(row, found, base, question, unable(found))
-        if (measured := speedup(candidate)) is not None and rows:
-            ratio, timed = measured
-            predicted = replace(predicted, step_s=(rows[0].step_s or 0.0) / ratio, timed=timed)
-        rows.append(predicted)
+        rows.append(_predicted(row, found, base, question, unable(found), measured))
     if rows and all(row.peak is None for row in rows):
         why = list(dict.fromkeys(str(row.refused) for row in rows))
         raise ValueError(f"no way to train this model can be planned: {'. '.join(why[:2])}.")
@@ -154,7 +154,6 @@ def answer(
         rows=tuple(rows),
         picked=picked,
         reasons=tuple(reasons),
-        nearest=() if picked is not None else tuple(_nearest(rows, question)),
         fit=fit,
     )
 
@@ -164,32 +163,46 @@ def _line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
 
 
-def _predicted(row: Row, found: Outline, base: Outline, question: Question, unable: str | None) -> Row:
-    rates, tokens, batch = question.rates, question.tokens, question.batch
+def _predicted(
+    row: Row,
+    found: Outline,
+    base: Outline,
+    question: Question,
+    unable: str | None,
+    measured: Callable[[int], tuple[float, str] | None],
+) -> Row:
+    tokens, batch = question.tokens, question.batch
     accumulates = question.grad_accum > 1
-    dtype = question.dtype
 
-    def seconds(outline: Outline, length: int) -> float:
-        return step_seconds(outline, rates, tokens=length, batch=batch, grad_accum=question.grad_accum, dtype=dtype)
+    def roofline(outline: Outline, length: int) -> float:
+        shape = {"tokens": length, "batch": batch, "grad_accum": question.grad_accum}
+        return step_seconds(outline, question.rates, dtype=question.dtype, **shape)
+
+    def seconds(length: int) -> float:
+        """Of a step of this row: what the table says at the asked length is what it is compared by."""
+        timed = measured(length)
+        return roofline(found, length) if timed is None else roofline(base, length) / timed[0]
 
     def total(length: int, rows: int) -> float:
         return found.peak(length, rows, accumulates=accumulates).total
 
     peak = found.peak(tokens, batch, accumulates=accumulates)
     limit = question.memory_bytes
-    even = None
+    faster: tuple[tuple[int, int], ...] = ()
     if row.candidate.values.get("methods") and unable is None:
-        even = break_even(lambda n: seconds(found, n), lambda n: seconds(base, n))
+        faster = faster_at(seconds, lambda n: roofline(base, n), sorted({*LENGTHS, tokens}))
+    timed = measured(tokens)
     return replace(
         row,
         peak=peak,
-        step_s=seconds(found, tokens),
+        step_s=seconds(tokens),
         how=found.how(tokens, batch),
+        timed="" if timed is None else timed[1],
         refused=unable,
         fits=limit is None or peak.total <= limit,
         longest=None if limit is None else most(lambda n: total(n, batch), limit, unit=64, ceiling=question.context),
         largest=None if limit is None else most(lambda n: total(tokens, n), limit, unit=1, ceiling=None),
-        break_even=even,
+        faster_at=faster,
     )
 
 
@@ -211,7 +224,7 @@ def _pick(rows: list[Row], question: Question) -> tuple[Row | None, list[str]]:
     if not fitting:
         return None, []
     if question.goal == "memory":
-        best = min(fitting, key=lambda row: _peak(row))
+        best = min(fitting, key=lambda row: peak_bytes_of(row))
         return best, [f"{best.candidate.label} needs the least memory of {len(fitting)} that fit."]
     if question.goal == "speed":
         exact = [row for row in fitting if row.risk.exact]
@@ -227,7 +240,8 @@ def _pick(rows: list[Row], question: Question) -> tuple[Row | None, list[str]]:
         row for row in able if not row.fits and (row.risk.order, _seconds(row)) < (best.risk.order, _seconds(best))
     ]
     reasons += [
-        f"{row.candidate.label} would be safer or faster, but needs {_peak(row) / 1e9:.1f} GB." for row in dropped
+        f"{row.candidate.label} would be safer or faster, but needs {peak_bytes_of(row) / 1e9:.1f} GB."
+        for row in dropped
     ]
     return best, reasons
 
@@ -251,41 +265,8 @@ def _pick_largest(rows: list[Row], fit: str) -> tuple[Row | None, list[str]]:
     return best, reasons
 
 
-def _nearest(rows: list[Row], question: Question) -> list[str]:
-    """What comes closest to an impossible goal: a shorter sequence, a smaller batch, more memory."""
-    able = [row for row in rows if row.refused is None and row.candidate.pickable and row.peak is not None]
-    if not able:
-        return ["No recipe can run on this model."]
-    limit = question.memory_bytes or 0
-    lines = []
-    longest = max(able, key=lambda row: (row.longest or 0, -_order(row)))
-    exact = [row for row in able if row.risk.exact and row.longest]
-    if longest.longest:
-        lines.append(f"{longest.longest:,} tokens at batch {question.batch}, with {longest.candidate.label}.")
-        if exact and not longest.risk.exact:
-            safe = max(exact, key=lambda row: row.longest or 0)
-            lines.append(f"{safe.longest:,} tokens without loss of quality, with {safe.candidate.label}.")
-    else:
-        least = min(able, key=lambda row: row.peak.parameters + row.peak.optimizer if row.peak else 0)
-        assert least.peak is not None
-        lines.append(
-            f"no length: the weights alone take {least.peak.parameters / 1e9:.1f} GB of {limit / 1e9:.1f}. "
-            "Take a smaller model or more memory."
-        )
-    larger = max(able, key=lambda row: row.largest or 0)
-    if larger.largest:
-        lines.append(f"batch {larger.largest} at {question.tokens:,} tokens, with {larger.candidate.label}.")
-    lean = min(able, key=_peak)
-    lines.append(f"{_peak(lean) / 1e9:.1f} GB for what was asked, with {lean.candidate.label}.")
-    return lines
-
-
-def _order(row: Row) -> float:
-    kind, ratio, count = row.risk.order
-    return 100 * kind + ratio + count / 1000
-
-
-def _peak(row: Row) -> float:
+def peak_bytes_of(row: Row) -> float:
+    """Peak memory of a row; infinite where there is none."""
     return row.peak.total if row.peak is not None else float("inf")
 
 

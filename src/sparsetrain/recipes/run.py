@@ -113,7 +113,8 @@ class RunRecipe(BaseModel):
     gradient_checkpointing: Literal["none", "non-reentrant", "reentrant"] = "none"
     """Recompute activations in the backward pass: much less memory, about a third more time."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Number format of activations, and of frozen weights. auto: fp32 on a CPU, bf16 on a GPU that has it."""
+    """Number format of activations, and of frozen weights. auto: bf16 where the device multiplies it 1.3 times as fast
+    as fp32, else fp32; a run's own recipe.yaml says which."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seeds new weights, the conversion and the data order. Same seed and machine: same losses."""
     threads: int | None = Field(None, ge=1, le=1024)

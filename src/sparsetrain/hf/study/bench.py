@@ -26,6 +26,7 @@ from sparsetrain.hf.study.bench_checks import CHECK_LAYERS, distances
 from sparsetrain.hf.study.bench_cut import cut_head, cut_layers, first_layers
 from sparsetrain.hf.study.training_step import TrainingStep, convert_step, dense_twin, open_measured_parts
 from sparsetrain.hf.train import assemble
+from sparsetrain.hf.train.dtype import with_dtype
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.measure.components import Place
 from sparsetrain.measure.follow import following
@@ -91,6 +92,7 @@ def bench(
     def tell(text: str) -> None:
         report({"event": "note", "text": text})
 
+    recipe = with_dtype(recipe, lambda event: tell(event["text"]))
     tell("timing the machine")
     rates = measure_rates(assemble.pick_device(recipe), seconds=0.3)
     # attention dropout is off on both sides, as in a comparison: a candidate may make attention sparse

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sparsetrain.core.files import write_whole
 from sparsetrain.hf.study.turns import WORK
+from sparsetrain.hf.train.dtype import with_dtype
 from sparsetrain.hf.train.jobs import JOBS, job_of
 from sparsetrain.measure.report import write_report
 from sparsetrain.recipes.run import RunRecipe
@@ -51,6 +52,7 @@ def compare(recipe: RunRecipe, *, report: Tell = silent) -> Comparison:
     """
     if not recipe.methods:
         raise ValueError("compare=dense needs something to compare with dense: give --method or --preset.")
+    recipe = with_dtype(recipe, report)
     output = Path(recipe.output)
     with claimed(output, recipe, "comparison"), disk_errors(output):
         made = _compared(recipe, output, report)

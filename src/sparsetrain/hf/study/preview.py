@@ -8,6 +8,7 @@ from typing import Any
 from sparsetrain.hf.assets import ASSETS, asset_status
 from sparsetrain.hf.model import models
 from sparsetrain.hf.train import assemble
+from sparsetrain.hf.train.dtype import with_dtype
 from sparsetrain.hf.train.jobs import JOBS, job_of
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.measure.schema import StageRecord
@@ -35,6 +36,7 @@ def preview(recipe: RunRecipe, *, report: Report = silent) -> Preview:
             notes.append(event["text"])
         report(event)
 
+    recipe = with_dtype(recipe, note)
     check_claim(Path(recipe.output), recipe, "run" if recipe.compare == "none" else "comparison")
     for name in (recipe.model, recipe.data):
         if name in ASSETS and asset_status(name).state == "absent":

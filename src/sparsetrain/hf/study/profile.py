@@ -14,6 +14,7 @@ import torch
 
 from sparsetrain.hf.data.random_tokens import RANDOM
 from sparsetrain.hf.study.training_step import build_step, dense_twin, open_measured_parts
+from sparsetrain.hf.train.dtype import with_dtype
 from sparsetrain.measure.machine import describe_machine
 from sparsetrain.measure.memory import peak_memory, release_free_pages
 from sparsetrain.measure.step_profile import Profile, profile
@@ -56,6 +57,7 @@ def profile_recipe(recipe: Recipe, *, steps: int = 1, compare: bool = False, rep
         MemoryError: a side ran out of memory.
         RuntimeError: a side died otherwise; its last words are in the message.
     """
+    recipe = with_dtype(recipe, report)
     wanted = {"sparse" if recipe.methods else "dense": recipe}
     if compare and not recipe.methods:
         raise ValueError("compare=dense needs something to compare with dense: give --method or --preset.")

@@ -9,6 +9,7 @@ from typing import Any
 
 from sparsetrain.core.config import plain_values
 from sparsetrain.hf.train import assemble
+from sparsetrain.hf.train.dtype import with_dtype
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import calibration_batches
 from sparsetrain.hf.train.tasks import training_loss
@@ -52,6 +53,7 @@ def sensitivity(recipe: Recipe, *, budget: float | None = None, report: Report =
         raise ValueError(f"budget={budget} allows no loss. Give a multiple of the dense perplexity above 1, e.g. 1.25.")
     if not recipe.configs:
         raise ValueError("the recipe has no method, so there is no layer to try. Give --method or --preset.")
+    recipe = with_dtype(recipe, report)
     parts = assemble.open_parts(recipe, report)
     model, _ = assemble.load_model(parts)
     held_out = _held_out(parts)

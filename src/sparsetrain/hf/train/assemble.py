@@ -22,6 +22,7 @@ from sparsetrain.hf.model.weights import auto_class, load_weights
 from sparsetrain.hf.model.whole import check_causal
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import first_batch, load_rows, refuse_rows
+from sparsetrain.measure.rates import device_of
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.recipes.tasks import task_of
@@ -167,10 +168,7 @@ def pick_device(recipe: RunRecipe) -> torch.device:
         raise ValueError(
             f"{by} asks for {FEATURES[feature]}, and a run is trained on one device. Unset {by.split('=')[0]}."
         )
-    name = recipe.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
+    device = device_of(recipe.device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device={recipe.device}: this machine has {torch.cuda.device_count()} GPUs. Use device=cpu.")
     if device.type == "cuda" and device.index:
@@ -188,6 +186,7 @@ def pick_dtype(recipe: RunRecipe, device: torch.device) -> torch.dtype:
 
 
 def computes_bf16(recipe: RunRecipe, device: torch.device) -> bool:
+    """Is it computed in bf16? An auto that is left (see `dtype.with_dtype`) is that of before it was measured."""
     able = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return recipe.dtype == "bf16" or (recipe.dtype == "auto" and able)
 

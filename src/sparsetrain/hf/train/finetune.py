@@ -15,6 +15,7 @@ from sparsetrain.hf.model import models
 from sparsetrain.hf.model.io import quiet
 from sparsetrain.hf.model.saving import model_options
 from sparsetrain.hf.train import assemble
+from sparsetrain.hf.train.dtype import with_dtype
 from sparsetrain.hf.train.held_out import KnownQuality, dense_start, measure_quality
 from sparsetrain.hf.train.journal import Journal
 from sparsetrain.hf.train.parts import Parts
@@ -60,6 +61,7 @@ def finetune(
         OSError: the disk is full; the last checkpoint is whole.
         RuntimeError: training diverged.
     """
+    recipe = with_dtype(recipe, report)
     job = Job(
         open_parts=lambda tell: assemble.open_parts(recipe, tell, like),
         build=lambda *given: _build(recipe, *given),

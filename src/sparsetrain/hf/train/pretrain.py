@@ -25,6 +25,7 @@ from sparsetrain.hf.model.architectures import (
 )
 from sparsetrain.hf.model.io import quiet
 from sparsetrain.hf.train import assemble
+from sparsetrain.hf.train.dtype import with_dtype
 from sparsetrain.hf.train.held_out import KnownQuality, dense_start
 from sparsetrain.hf.train.journal import Journal
 from sparsetrain.hf.train.parts import Parts
@@ -74,7 +75,7 @@ def pretrain(
         OSError: the disk is full; the last checkpoint is whole.
         RuntimeError: training diverged.
     """
-    growth = growth_of(recipe.configs)
+    recipe, growth = with_dtype(recipe, report), growth_of(recipe.configs)
     job = Job(
         open_parts=lambda tell: open_parts(recipe, tell, like),
         build=_build,
