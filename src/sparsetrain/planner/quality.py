@@ -127,10 +127,15 @@ class Deployed:
             words = isinstance(allowed[0], str)
             if not final if value is None else value in allowed if words else allowed[0] <= value <= allowed[1]:
                 continue
-            says = " or ".join(allowed) if words else f"{allowed[0]:,g} to {allowed[1]:,g}"
-            shown = "unknown" if value is None else value if words else f"{value:,.3g}"
-            found.append(f"{name.replace('_', ' ')} {shown} (on record: {says})")
+            says = (" or " if words else " to ").join(map(_shown, allowed))
+            found.append(f"{name.replace('_', ' ')} {_shown(value)} (on record: {says})")
         return found
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or "unknown"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
 @cache

@@ -104,6 +104,7 @@ def nothing_fits(weighed: Weighed, asked: Asked) -> str:
         f"no way to train fits in {bytes_text(forecast.usable_bytes)} {said}: the leanest, {lean.label}, needs "
         f"{bytes_text(lean.peak_bytes)} for {forecast.batch} x {forecast.tokens:,} tokens."
     )
+    lower = "lower batch_size, " if forecast.batch > 1 else ""
     if longest := forecast.longest(lean):
-        return f"{text} Nearest: seq_len={longest} fits with it. Or lower batch_size, or take a smaller model."
-    return f"{text} No length fits: take a smaller model, a batch_size of 1, or more memory."
+        return f"{text} Nearest: seq_len={longest} fits with it. Or {lower}take a smaller model or more memory."
+    return f"{text} No length fits: {lower}take a smaller model or more memory."

@@ -85,6 +85,8 @@ class TimedWays:
                 self.failed[label] = f"it failed here: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
                 continue
             steps[label] = step
+        if len(steps) < 2:
+            return {label: [] for label in steps}
 
         def more(times: dict[str, list[float]]) -> bool:
             rounds = len(next(iter(times.values())))
