@@ -55,7 +55,7 @@ def choose(
     usable: float = 8000 * MB,
     **asked: Any,
 ) -> tuple[Option | None, list[Option]]:
-    """As `weigh` and `with_speeds` do, with given peaks and speeds; what has none is half as fast with checkpointing."""
+    """As `weigh` and `with_speeds` do, with given peaks and speeds; a way without is as fast as dense."""
     question = Asked(**asked)
     sizes = {"dense LoRA": 1500.0, "dense LoRA + checkpointing": 700.0} | (peaks or {})
 

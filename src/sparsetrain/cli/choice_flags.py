@@ -45,7 +45,7 @@ Seconds = Annotated[
         "--choose-seconds",
         metavar="SECONDS",
         rich_help_panel=_CHOICE,
-        show_default="45",
+        show_default="30",
         help="Most of the time that timing takes; a twentieth of the expected run if that is less.",
     ),
 ]

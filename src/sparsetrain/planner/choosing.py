@@ -40,7 +40,7 @@ class Asked:
     memory_bytes: int | None = None
     tolerance: float = 0.01
     goal: str = "time"
-    seconds: float = 45.0
+    seconds: float = 30.0
     again: bool = False
 
 

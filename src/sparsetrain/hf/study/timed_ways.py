@@ -24,9 +24,9 @@ from sparsetrain.runs.events import Report
 from sparsetrain.runs.spans import total_steps
 
 SHARE = 0.05
-"""Most of the run's expected time that timing takes."""
+"""Most of the run's expected time that timing takes; loading the weights is part of it."""
 ROUNDS = 3
-"""Rounds of which timing must expect the time, to begin; and from which on it may end as decided."""
+"""Rounds from which on timing may end as decided, and its result is kept for later runs."""
 BATCHES = 8
 """Different batches of the training rows that are timed, spread over them."""
 
@@ -53,7 +53,7 @@ class TimedWays:
         kept = {} if self.asked.again else load_speeds(place)
         if self.recipes.keys() <= kept.keys():
             return {label: kept[label] for label in self.recipes}, {}
-        if not timed or self._budget(self._predicted()) < ROUNDS * sum(self._predicted().values()):
+        if not timed or SHARE * self.steps < len(self.recipes) or not self.asked.seconds:
             return {}, {}
         self.report({"event": "note", "text": f"timing {len(self.recipes)} ways to train on the data's own rows"})
         try:
@@ -68,43 +68,48 @@ class TimedWays:
         return found, self.failed
 
     def _times(self) -> dict[str, list[float]]:
+        """Seconds of the steps of each way, in rounds; of the first alone where the run is too short to try others."""
         began = time.perf_counter()
         model, new_modules = assemble.load_model(self.parts)
-        steps: dict[str, TrainingStep] = {}
-        batches = self._batches()
-        for label, recipe in self.recipes.items():
-            # all of them train factors of their own, beside weights that are there once
-            own = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+        base, *others = self.recipes
+        steps = {base: self._step(model, new_modules, self.recipes[base])}
+        spent = time.perf_counter() - began
+        if 2 * spent > self.asked.seconds:  # on a machine this slow, or this busy, another step takes as long
+            return {base: []}
+        steps[base]()
+        dense_s = time.perf_counter() - began - spent
+        least = dense_s * (1 + 2 * len(others))  # a first step and a timed one of each, hardly slower than dense
+        if spent + dense_s + least > self._budget(dense_s):
+            return {base: []}
+        for label in others:
             try:
-                step = convert_step(own, new_modules, replace(self.parts, recipe=recipe), self.report)
-                step.batches = batches
-                step()  # allocates, and makes the optimizer's state
+                steps[label] = self._step(model, new_modules, self.recipes[label])
             except Exception as error:  # one way's failure, out of memory too, costs the others nothing
-                if not recipe.methods:
-                    raise
                 self.failed[label] = f"it failed here: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-                continue
-            steps[label] = step
         if len(steps) < 2:
-            return {label: [] for label in steps}
+            return {base: []}
+        batches = self._batches()
+        for step in steps.values():  # every round is of the same batch
+            step.begin_with(batches)
 
         def more(times: dict[str, list[float]]) -> bool:
-            rounds = len(next(iter(times.values())))
-            last = sum(seconds[-1] for seconds in times.values())
-            if rounds >= ROUNDS and settled(_speeds(next(iter(times)), times)):
+            if len(times[base]) >= ROUNDS and settled(_speeds(base, times)):
                 return False
-            budget = self._budget({label: min(seconds) for label, seconds in times.items()})
-            return time.perf_counter() - began + last <= budget
+            spent, last = time.perf_counter() - began, sum(seconds[-1] for seconds in times.values())
+            return spent + last <= self._budget(min(times[base]))
 
         return time_in_turns(steps, more, device=self.parts.device)
 
-    def _budget(self, step_s: dict[str, float]) -> float:
-        """Seconds that timing may take, by what a dense step takes."""
-        return min(self.asked.seconds, SHARE * self.steps * next(iter(step_s.values()), 0.0))
+    def _step(self, model: Any, new_modules: list[str], recipe: Recipe) -> TrainingStep:
+        """The step of one way, beside weights that all of them share, after a first one that allocates."""
+        own = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+        step = convert_step(own, new_modules, replace(self.parts, recipe=recipe), self.report)
+        step()
+        return step
 
-    def _predicted(self) -> dict[str, float]:
-        ways = {way.label: way for way in self.weighed.ways}
-        return {label: self.weighed.forecast.seconds(ways[label]) or 0.0 for label in self.recipes}
+    def _budget(self, dense_s: float) -> float:
+        """Seconds that timing may take, where a dense step takes `dense_s`."""
+        return min(self.asked.seconds, SHARE * self.steps * dense_s)
 
     def _batches(self) -> list[dict[str, Any]]:
         rows, size = self.parts.bundle.train, self.parts.recipe.batch_size
