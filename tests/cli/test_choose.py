@@ -19,7 +19,7 @@ from sparsetrain.hf.study import timed_ways
 from sparsetrain.hf.study.choose import choose
 from sparsetrain.hf.train.finetune import finetune
 from sparsetrain.planner.choosing import Asked
-from sparsetrain.planner.quality import Deployed
+from sparsetrain.planner.quality import Deployed, Facts
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.runs.choice import recorded_choice
 from tests.cli.conftest import Call
@@ -212,3 +212,21 @@ def test_an_output_that_is_taken_is_refused_before_anything_is_timed(llama: Path
     (tmp_path / "run" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty"):
         choose(Recipe(**values(llama, talks, tmp_path / "run")))
+
+
+@pytest.mark.slow  # loads a real model and trains some ten steps of it
+@pytest.mark.assets
+def test_docstrings_are_timed_on_a_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timed_ways, "SHARE", 1e6)  # however slow the machine
+    given = {"model": "smollm2-135m", "data": "python-docstrings", "task": "sft", "dtype": "bf16", "steps": 100}
+    found = choose(Recipe(**given, output=str(tmp_path / "run")), Asked(seconds=1e6))
+    speeds = {way["label"]: way["speedup"] for way in found.values["options"] if way["speedup"]}
+    (label, speed), *_ = ((label, speed) for label, speed in speeds.items() if speed["how"] != "baseline")
+    assert speed["how"] == "measured" and speed["low"] > 1, speeds
+    needed = [0.9 * r.speedup for r in choosing.deployed_records() if r.speedup and not r.outside(facts(found))]
+    assert found.values["taken"] == (label if speed["median"] >= max(needed) else "dense LoRA")
+    assert found.opened is not None and found.recipe.preset is None
+
+
+def facts(found: Any) -> Facts:
+    return Facts(**found.values["facts"])
