@@ -11,9 +11,10 @@ import pytest
 import typer
 
 from sparsetrain.cli.app import app
-from sparsetrain.cli.flags import FLAGS
+from sparsetrain.cli.flags import FLAGS, STUDY_FLAGS
 from sparsetrain.cli.pretrain_flags import PRETRAIN_FLAGS
 from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.recipes.presets import PRESETS, STUDIED_PRESET
 from sparsetrain.recipes.pretrain import PretrainRecipe
 from tests.cli.conftest import Call
 
@@ -34,7 +35,8 @@ PRETRAIN = RECIPE - DEPLOY - ADAPTER | {
     "--clip-value",
 }  # fmt: skip
 SURFACE = {
-    "finetune": ALWAYS | RECIPE | {"--recipe", "--dry-run"},
+    "finetune": ALWAYS | RECIPE | {"--recipe", "--dry-run"}
+    | {"--memory", "--tolerance", "--goal", "--choose-seconds", "--choose-again"},
     "pretrain": ALWAYS | PRETRAIN | {"--recipe", "--dry-run"},
     "eval": ALWAYS | {"MODEL", "--all", "--data", "--task", "--text-column", "--holdout", "--seq-len", "--batch-size"}
     | {"--eval-tokens", "--seed", "--dtype", "--device", "--threads"},
@@ -90,15 +92,16 @@ def test_flags_of_pretrain_are_its_recipes_keys_with_its_defaults() -> None:
 
 
 def test_flags_are_the_recipes_keys_with_its_defaults() -> None:
-    assert set(FLAGS) == set(Recipe.model_fields) | {"preset"}
+    assert set(FLAGS) == set(Recipe.model_fields)
     recipe = Recipe(model="m", data="d")
     for key, flag in FLAGS.items():
         if key in ("preset", "methods", "threads", "resume", "train_auxiliary") or not flag.default:
             continue
         assert flag.default == str(getattr(recipe, key)), key
-    assert [
-        config.to_dict() for config in Recipe.from_values({"model": "m", "data": "d", "preset": "spt"}).configs
-    ] == [config.to_dict() for config in recipe.configs]
+    assert recipe.preset == FLAGS["preset"].default == "auto"
+    assert set(FLAGS["preset"].metavar.split("|")) == set(PRESETS)
+    assert STUDY_FLAGS["preset"].default == STUDIED_PRESET
+    assert set(STUDY_FLAGS["preset"].metavar.split("|")) == set(PRESETS) - {"auto"}
     assert recipe.threads is None and recipe.resume is False and FLAGS["resume"].default == "no"
 
 

@@ -20,11 +20,25 @@ def make(**values: Any) -> Recipe:
     return Recipe.from_values(NEEDED | values)
 
 
-def test_without_methods_or_preset_the_preset_is_spt() -> None:
-    assert make().configs == PRESETS["spt"]
-    assert make(methods=None).configs == PRESETS["spt"]
-    assert make(methods=[]).configs == ()
-    assert make(preset="dense").configs == ()
+def test_without_methods_or_preset_the_run_chooses() -> None:
+    for open_ in (make(), make(methods=None), make(preset="auto"), make(preset="auto", methods=[])):
+        assert (open_.preset, open_.configs) == ("auto", ())
+    for given in (make(methods=[]), make(preset="dense"), make(preset="spt"), make(methods=["routed_ffn"])):
+        assert given.preset is None
+    assert make(preset="spt").configs == PRESETS["spt"]
+    assert make(methods=[]).configs == make(preset="dense").configs == ()
+
+
+def test_what_is_decided_takes_the_place_of_the_preset(tmp_path: Path) -> None:
+    open_ = make(lr=1e-3, epochs=2, lora_targets=["q_proj"])
+    made = open_.decided(PRESETS["tokens"], gradient_checkpointing="non-reentrant")
+    assert made == make(
+        preset="tokens", lr=1e-3, epochs=2, lora_targets=["q_proj"], gradient_checkpointing="non-reentrant"
+    )
+    assert Recipe.from_values(open_.model_dump(mode="json")) == open_
+    open_.to_yaml(tmp_path / "r.yaml")
+    assert Recipe.from_yaml(tmp_path / "r.yaml") == open_
+    assert Recipe.from_yaml(tmp_path / "r.yaml", {"preset": None, "methods": ["routed_ffn"]}).preset is None
 
 
 def test_the_paper_preset_holds_the_published_choices() -> None:
@@ -64,6 +78,7 @@ def test_method_values_are_read_as_the_config_holds_them() -> None:
         ({"steps": 3, "warmup_steps": 3}, "leaves nothing"),
         ({"task": "lmm"}, "'lm', 'sft' or 'classify'"),
         ({"preset": "spt_paper"}, "Did you mean 'spt-paper'"),
+        ({"preset": "auto", "methods": ["routed_ffn"]}, "preset=auto chooses the methods, and routed_ffn is given"),
         ({"lora_targets": 3}, "lora_targets=3"),
         ({"device": "gpu"}, "device='gpu'"),
         ({"methods": ["routed_fnn"]}, "Did you mean 'routed_ffn'"),
@@ -116,17 +131,17 @@ def test_changes_win_over_the_file_and_replace_paired_keys(tmp_path: Path) -> No
 
 
 def test_the_fingerprint_covers_what_changes_the_result_and_nothing_else() -> None:
-    made = make()
+    made = make(preset="spt")
     for same in (
         {"output": "x"}, {"resume": True}, {"save_every": 3}, {"keep_checkpoints": 5}, {"eval_every": 2},
         {"threads": 1}, {"compare": "dense"}, {"device": "cpu"}, {"gradient_checkpointing": "reentrant"},
     ):  # fmt: skip
-        assert make(**same).fingerprint() == made.fingerprint(), same
+        assert make(**{"preset": "spt"} | same).fingerprint() == made.fingerprint(), same
     for other in (
         {"lr": 1e-3}, {"seed": 1}, {"steps": 7}, {"preset": "dense"}, {"seq_len": 64}, {"lora_r": 0},
         {"data": "e"}, {"dtype": "bf16"}, {"calibration_tokens": 1}, {"max_grad_norm": 0},
     ):  # fmt: skip
-        assert make(**other).fingerprint() != made.fingerprint(), other
+        assert make(**{"preset": "spt"} | other).fingerprint() != made.fingerprint(), other
 
 
 def test_differences_name_the_keys() -> None:

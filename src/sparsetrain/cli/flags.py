@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +27,8 @@ MAIN, LENGTH, SPARSE, TRAIN, KEEP, MACHINE = (
 )
 
 _PRESETS = (
-    "[bold]Presets[/]  [cyan]spt[/]: attention and FFN, fitted to the model. [cyan]spt-paper[/]: the published "
+    "[bold]Presets[/]  [cyan]auto[/]: what pays for this data, model and machine, often plain LoRA. "
+    "[cyan]spt[/]: attention and FFN, fitted to the model. [cyan]spt-paper[/]: the published "
     "choices, which start far from the pretrained model. [cyan]tokens[/]: gradient through some tokens alone. "
     "[cyan]spt+tokens[/]: all of them. [cyan]dense[/]: plain LoRA, what to beat."
 )
@@ -91,7 +92,8 @@ FLAGS: dict[str, Flag] = {
         Flag("grad_accum", INT, "1", LENGTH, "Passes added up for one step. Effective batch: batch-size x grad-accum."),
         Flag("steps", INT, "200", LENGTH, "Optimizer steps."),
         Flag("epochs", FLOAT, "", LENGTH, "Passes over the data, instead of --steps."),
-        Flag("preset", "spt|spt-paper|tokens|spt+tokens|dense", "spt", SPARSE, "A ready set of methods."),
+        Flag("preset", "auto|spt|spt-paper|tokens|spt+tokens|dense", "auto", SPARSE, "A ready set of methods. auto: "
+             "whatever was seen to pay for such data, and is fastest here."),
         Flag("methods", "NAME:KEY=VALUE,...", "", SPARSE, "A sparse method; repeat for several. Given without "
              "--preset, it replaces the default one.", list[str], "--method"),
         Flag("calibration_tokens", INT, "8192", SPARSE, "Training tokens that the conversion is fitted on."),
@@ -137,6 +139,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result, or the err
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error. Also: SPARSETRAIN_DEBUG=1.")]
 
 
+_PRESET = replace(FLAGS["preset"], metavar="spt|spt-paper|tokens|spt+tokens|dense", default="spt")
+STUDY_FLAGS = FLAGS | {"preset": replace(_PRESET, help="A ready set of methods.")}
+"""Of the commands that look into methods: there is no run that could choose."""
+
+
 def takes(*keys: str, table: dict[str, Flag] = FLAGS) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Replace the `**flags` of a command by the flags of `keys`, in the order of the table."""
 
@@ -162,3 +169,16 @@ def changes(flags: dict[str, Any]) -> dict[str, Any]:
         if (one in given) != (other in given):
             given[other if one in given else one] = None
     return given
+
+
+def studied(recipe: Any, flags: dict[str, Any]) -> Any:
+    """The recipe of a command that looks into methods, with the preset of `STUDY_FLAGS` where none is named.
+
+    Raises:
+        ValueError: --preset auto was given.
+    """
+    from sparsetrain.recipes.presets import PRESETS, STUDIED_PRESET
+
+    if flags.get("preset") == "auto":
+        raise ValueError("--preset auto chooses when finetune begins, and nothing is trained here. Give another.")
+    return recipe if recipe.preset is None else recipe.decided(PRESETS[STUDIED_PRESET])

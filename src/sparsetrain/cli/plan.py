@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsetrain.cli.answer import Answer, table
-from sparsetrain.cli.flags import Debug, Json, RecipeFile, changes, takes
+from sparsetrain.cli.flags import STUDY_FLAGS, Debug, Json, RecipeFile, changes, studied, takes
 from sparsetrain.cli.live import to_stderr
 from sparsetrain.cli.predict import Goal, predicted
 
@@ -84,6 +84,7 @@ Batch = Annotated[str | None, typer.Option("--batch", metavar="INT", help="The s
     "dtype",
     "data",
     "gradient_checkpointing",
+    table=STUDY_FLAGS,
 )
 def plan(
     recipe: RecipeFile = None,
@@ -125,7 +126,9 @@ def plan(
 
 def _predicted(recipe: Path | None, flags: dict[str, Any], goal: Goal) -> Answer:
     given = changes(flags)
-    named = bool(flags.get("preset") or flags.get("methods"))
+    if given.get("preset") == "auto":  # every way is compared, unless some are named
+        given["preset"] = None
+    named = bool(given.get("preset") or given.get("methods"))
     if recipe is not None:
         from sparsetrain.recipes.finetune import Recipe
 
@@ -140,7 +143,7 @@ def _edits(recipe: Path | None, flags: dict[str, Any]) -> Answer:
     from sparsetrain.hf.model.models import empty_model
     from sparsetrain.hf.train.assemble import open_config
 
-    asked = _recipe(recipe, changes(flags))
+    asked = studied(_recipe(recipe, changes(flags)), flags)
     if not asked.configs:
         raise ValueError(
             "The preset dense changes nothing, so there is nothing to plan. Give --method or another --preset."

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsetrain.cli.answer import Answer, table
-from sparsetrain.cli.flags import Debug, Json, RecipeFile, changes, takes
+from sparsetrain.cli.flags import STUDY_FLAGS, Debug, Json, RecipeFile, changes, studied, takes
 from sparsetrain.cli.live import to_stderr
 from sparsetrain.core.files import write_whole
 
@@ -21,7 +21,7 @@ Layers = Annotated[bool, typer.Option("--layers", help="Also print each layer.")
 @takes(
     "model", "data", "task", "text_column", "seq_len", "batch_size", "grad_accum", "steps", "preset", "methods",
     "calibration_tokens", "compare", "lora_r", "lora_alpha", "lora_targets", "seed", "dtype", "gradient_checkpointing",
-    "device", "threads",
+    "device", "threads", table=STUDY_FLAGS,
 )  # fmt: skip
 def profile(
     recipe: RecipeFile = None,
@@ -53,6 +53,7 @@ def profile(
     given = changes(flags)
     given |= {"steps": given.get("steps", 1), "epochs": None}  # a recipe file's own steps are those of its training
     asked = Recipe.from_yaml(recipe, given) if recipe else Recipe.from_values({"data": RANDOM, **given})
+    asked = studied(asked, flags)
     found = profile_recipe(asked, steps=asked.steps or 1, compare=asked.compare == "dense", report=to_stderr)
     methods = " + ".join(config.method for config in asked.configs) or "dense"
     title = f"A training step of {asked.model}: {methods}, {asked.batch_size} x {asked.seq_len:,} tokens"

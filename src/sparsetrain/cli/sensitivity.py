@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsetrain.cli.answer import Answer, table
-from sparsetrain.cli.flags import Debug, Json, RecipeFile, changes, takes
+from sparsetrain.cli.flags import STUDY_FLAGS, Debug, Json, RecipeFile, changes, studied, takes
 from sparsetrain.cli.live import telling
 
 Budget = Annotated[
@@ -26,7 +26,8 @@ Write = Annotated[
 
 
 @takes("model", "data", "task", "text_column", "holdout", "seq_len", "preset", "methods", "calibration_tokens",
-       "eval_tokens", "steps", "seed", "dtype", "device", "threads")  # fmt: skip
+       "eval_tokens", "steps", "seed", "dtype", "device", "threads",
+       table=STUDY_FLAGS)  # fmt: skip
 def sensitivity(
     recipe: RecipeFile = None,
     budget: Budget = None,
@@ -62,6 +63,7 @@ def sensitivity(
         check_file(write, "--write", (".yaml", ".yml"))
     given = changes(flags)
     asked = Recipe.from_yaml(recipe, given) if recipe else Recipe.from_values(given)
+    asked = studied(asked, flags)
     if asked.threads:
         torch.set_num_threads(asked.threads)
     with telling() as tell, quiet():

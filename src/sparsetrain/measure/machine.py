@@ -74,6 +74,33 @@ def _memory_bytes() -> int | None:
         return None
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that this process may take beside what it holds, on a device; None where the system doesn't say."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    found = [_kib("/proc/meminfo", "MemAvailable:"), _left_of_group(Path("/sys/fs/cgroup"))]
+    return min((size for size in found if size is not None), default=None)
+
+
+def _kib(file: str, field: str) -> int | None:
+    try:
+        lines = Path(file).read_text().splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), None)
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _left_of_group(group: Path) -> int | None:
+    """What a control group's limit leaves; None without a limit. Its cache of files can be dropped: free."""
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(0, limit - used + int(stat.get("inactive_file", 0)))
+    except (OSError, ValueError):  # "max" is no number: there is no limit
+        return None
+
+
 def _load_average() -> tuple[float, ...] | None:
     try:
         return tuple(round(load, 2) for load in os.getloadavg())

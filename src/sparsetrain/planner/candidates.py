@@ -9,19 +9,19 @@ import yaml
 from sparsetrain.core.config import MethodConfig, plain_values, registered_methods
 from sparsetrain.planner.search import Answer, Candidate
 from sparsetrain.recipes.finetune import Recipe
-from sparsetrain.recipes.presets import DEFAULT_PRESET, PRESETS, SAFEST, TOGETHER, Way
+from sparsetrain.recipes.presets import PRESETS, SAFEST, STUDIED_PRESET, TOGETHER, Way
 
 
 def candidates(base: dict[str, Any]) -> list[Candidate]:
     """The ways to train that are compared, safest first.
 
-    A method that the package's ways do not name alone comes as the default preset has it, or with its defaults.
+    A method that the package's ways do not name alone comes as the preset that is studied has it, or with its defaults.
 
     Args:
         base: recipe keys that hold for all of them; `methods` and `gradient_checkpointing` are what is compared.
     """
     named = {way.methods[0].method for way in SAFEST if len(way.methods) == 1}
-    recorded: dict[str, MethodConfig] = {config.method: config for config in PRESETS[DEFAULT_PRESET]}
+    recorded: dict[str, MethodConfig] = {config.method: config for config in PRESETS[STUDIED_PRESET]}
     alone = {name: recorded.get(name) or kind() for name, kind in registered_methods().items() if name not in named}
     ways = [*SAFEST, *(Way(label=name, methods=(config,)) for name, config in alone.items()), *TOGETHER]
     all_weights = base.get("lora_r") == 0

@@ -1,4 +1,14 @@
-"""What each method was seen to cost in quality, from recorded results with their source (its evidence.json)."""
+"""What each method was seen to cost in quality, from recorded results with their source (its evidence.json).
+
+A record is of one setting. One with `ratio` says what converting costs before any training. One with `deployed` says
+what training by it costs, and gains, where the product is the dense model:
+
+    {"setting": {key: value}, "with": [{"method": name, key: value}], "text": …, "from": …,
+     "deployed": {"task": ["sft"], "trained": ["lora"], "target_share": [low, high], …,
+                  "equal_steps": 0.004, "equal_time": -0.05, "speedup": 1.5, "peak": 0.5, "seeds": 3}}
+
+Keys of `deployed` that are `Facts` say where it holds: words, or a range. The rest are results beside dense LoRA.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import sparsetrain.methods  # noqa: F401  (enters every method in the registry)
-from sparsetrain.core.config import registered_methods
+from sparsetrain.core.config import MethodConfig, registered_methods
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +62,8 @@ def risk_of(methods: list[dict[str, Any]]) -> Risk:
     exact = True
     texts = []
     for method in methods:
-        found = next((r for r in _recorded(method["method"]) if _shares(method, r["setting"])), None)
+        records = [record for record in _recorded(method["method"]) if "ratio" in record]
+        found = next((r for r in records if _shares(method, r["setting"])), None)
         if found is None:
             ratio, exact = None, False
             texts.append(f"{method['method']}: no recorded result")
@@ -65,3 +76,85 @@ def risk_of(methods: list[dict[str, Any]]) -> Risk:
 
 def _shares(method: dict[str, Any], setting: dict[str, Any]) -> bool:
     return all(method.get(key) == value for key, value in setting.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of the data and the model of a run; None: not (yet).
+
+    task: as in the recipe. trained: `lora` or `all weights`. deployed: `dense` or `sparse`, how the product is used.
+    parameters: of the model. seq_len: tokens of the row that the average token is in. target_share: of targets among
+    the tokens of the training rows.
+    """
+
+    task: str
+    trained: str
+    deployed: str = "dense"
+    parameters: int | None = None
+    seq_len: float | None = None
+    target_share: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployed:
+    """A recorded training by some methods, deployed dense, beside dense LoRA.
+
+    where: fact -> words, or (lowest, highest).
+    equal_steps, equal_time: perplexity (for labels: error rate) over dense LoRA's, less 1, after as many steps, and
+        after as much time; None: not recorded.
+    speedup: dense step / its step, there. peak: its peak memory over the dense one.
+    """
+
+    methods: tuple[MethodConfig, ...]
+    where: dict[str, list[Any]]
+    text: str
+    source: str
+    equal_steps: float | None = None
+    equal_time: float | None = None
+    speedup: float | None = None
+    peak: float | None = None
+    seeds: int = 1
+
+    def outside(self, facts: Facts, final: bool = True) -> list[str]:
+        """The facts that this record doesn't reach to, in words.
+
+        Args:
+            final: a fact that isn't known is outside; else it may be learnt yet.
+        """
+        found = []
+        for name, allowed in self.where.items():
+            value = getattr(facts, name)
+            words = isinstance(allowed[0], str)
+            if not final if value is None else value in allowed if words else allowed[0] <= value <= allowed[1]:
+                continue
+            says = (" or " if words else " to ").join(map(_shown, allowed))
+            found.append(f"{name.replace('_', ' ')} {_shown(value)} (on record: {says})")
+        return found
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or "unknown"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+
+
+@cache
+def deployed_records() -> tuple[Deployed, ...]:
+    """The records of all methods that say what training by them costs where the product is dense."""
+    facts = set(Facts.__dataclass_fields__)
+    found = []
+    for name, kind in registered_methods().items():
+        for record in _recorded(name):
+            if (given := record.get("deployed")) is None:
+                continue
+            others = tuple(MethodConfig.from_dict(values) for values in record.get("with", []))
+            found.append(
+                Deployed(
+                    methods=(kind.from_dict(record["setting"]), *others),
+                    where={"deployed": ["dense"]} | {key: value for key, value in given.items() if key in facts},
+                    text=record["text"],
+                    source=record["from"],
+                    **{key: value for key, value in given.items() if key not in facts},
+                )
+            )
+    return tuple(found)

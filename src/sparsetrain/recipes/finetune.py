@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from sparsetrain.core.config import MethodConfig, registered_methods
 from sparsetrain.core.fields import shown
 from sparsetrain.recipes.entries import read_methods
-from sparsetrain.recipes.presets import DEFAULT_PRESET, PRESETS
+from sparsetrain.recipes.presets import AUTO, DEFAULT_PRESET, PRESETS
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.surgery.deploy import Deploy, DeployDense
 
@@ -40,9 +40,12 @@ class Recipe(RunRecipe):
     """LoRA's update is scaled by lora_alpha / lora_r."""
     lora_targets: Literal["all-linear"] | list[str] = "all-linear"
     """Linears that get LoRA: all-linear (all but the head), or endings of module names such as q_proj."""
+    preset: Literal["auto"] | None = None
+    """auto: the methods are chosen when the run begins (`hf.study.choose`). It is so without methods and preset. Other
+    presets stand for methods, and are replaced by them."""
     methods: tuple[MethodConfig, ...] = ()
-    """Sparse methods, each {method: name, key: value}; on the command line name:key=value,key=value. Without methods
-    and preset: the preset spt. An empty list: dense."""
+    """Sparse methods, each {method: name, key: value}; on the command line name:key=value,key=value. An empty list:
+    dense."""
     deploy: Literal["dense", "sparse"] = "dense"
     """How the trained model is used. dense: methods make training cheaper, and what is evaluated, saved and exported is
     the plain model with a plain adapter. sparse: it runs as it was trained."""
@@ -108,11 +111,20 @@ class Recipe(RunRecipe):
 
     @classmethod
     def _expanded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        preset = values.get("preset") or (cls.default_preset if values.get("methods") is None else None)
         values = super()._expanded(values)
         methods = read_methods(values.get("methods", ()))
+        if preset == AUTO and methods:
+            raise ValueError(f"preset=auto chooses the methods, and {methods[0].method} is given. Leave one out.")
+        values["preset"] = AUTO if preset == AUTO else None
         if values.get("lora_r") is None and any(config.trains_own for config in methods):
             values["lora_r"] = 0
         return values
+
+    def decided(self, methods: tuple[MethodConfig, ...], **changes: Any) -> Self:
+        """The recipe with these methods in place of the preset auto, and other keys changed."""
+        values = self.model_dump(exclude={"methods", "preset"})
+        return type(self).from_values({**values, "methods": methods, **changes})
 
     @property
     def trains_all(self) -> bool:

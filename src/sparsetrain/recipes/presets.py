@@ -14,10 +14,13 @@ PRESETS: dict[str, tuple[MethodConfig, ...]] = {
     "tokens": (TokenSelection(),),
     "spt+tokens": (*_SPT, TokenSelection()),
     "dense": (),
+    (AUTO := "auto"): (),
 }
 """Name -> methods: block-sparse attention with a fitted routed FFN; the published choices; gradient through selected
-tokens, alone and on top of the first; plain LoRA."""
-DEFAULT_PRESET = "spt"
+tokens, alone and on top of the first; plain LoRA; and `auto`, whose methods are chosen when a run begins."""
+DEFAULT_PRESET = AUTO
+STUDIED_PRESET = "spt"
+"""What commands that look into methods take when none is named."""
 
 
 @dataclass(frozen=True, kw_only=True)

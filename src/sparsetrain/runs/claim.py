@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from sparsetrain.runs.checkpoints import (
     held_in,
     own_checkpoints,
 )
-from sparsetrain.runs.layout import ADAPTER, ENTERING, KEPT, MODEL, RECIPE, REPORT_VALUES, RESULT, RUN, SIDES
+from sparsetrain.runs.layout import ADAPTER, CHOICE, ENTERING, KEPT, MODEL, RECIPE, REPORT_VALUES, RESULT, RUN, SIDES
 from sparsetrain.runs.lock import LOCK, locked
 from sparsetrain.runs.manifest import MANIFEST, json_in, refuse_foreign, write_json
 
@@ -37,13 +37,16 @@ _OF_A_TRAINER = (
 
 
 @contextmanager
-def claimed(output: str | Path, recipe: RunRecipe, kind: str = "run") -> Iterator[None]:
+def claimed(
+    output: str | Path, recipe: RunRecipe, kind: str = "run", choice: Mapping[str, Any] | None = None
+) -> Iterator[None]:
     """Hold the output folder of a run, or of a comparison, until the block ends.
 
     A run that fails before there is anything to go on from leaves nothing behind.
 
     Args:
         kind: `run` or `comparison`.
+        choice: what a new run chose before it began, to be kept there.
 
     Raises:
         ValueError: the folder is not empty, and the recipe does not resume.
@@ -61,6 +64,8 @@ def claimed(output: str | Path, recipe: RunRecipe, kind: str = "run") -> Iterato
         begun = (output / RUN).is_file() or bool(own_checkpoints(output))
         if not (output / RUN).is_file():
             write_json(output / RUN, {"kind": kind, **about_recipe(recipe)})
+            if choice is not None:
+                write_json(output / CHOICE, choice)
         try:
             yield
         except BaseException:
@@ -130,7 +135,7 @@ def _discard(output: Path) -> None:
     clear_interrupted(output)
     for name in (KEPT, ENTERING):
         shutil.rmtree(output / name, ignore_errors=True)
-    for name in (RECIPE, RUN):
+    for name in (RECIPE, RUN, CHOICE):
         (output / name).unlink(missing_ok=True)
 
 

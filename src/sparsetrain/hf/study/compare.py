@@ -9,7 +9,9 @@ The dense side has the same LoRA or start, optimizer, seed, rows and order of ro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sparsetrain.core.files import write_whole
 from sparsetrain.hf.study.turns import WORK
@@ -36,7 +38,7 @@ from sparsetrain.runs.sides import ORPHANED_S
 from sparsetrain.runs.turns import train_in_turns
 
 
-def compare(recipe: RunRecipe, *, report: Tell = silent) -> Comparison:
+def compare(recipe: RunRecipe, *, report: Tell = silent, choice: Mapping[str, Any] | None = None) -> Comparison:
     """Train `recipe` and its dense counterpart in turns; write `report.json` and `report.html` into its output.
 
     Each side's own files are in `output/sparse` and `output/dense`. With `resume`, each goes on from its own newest
@@ -45,6 +47,7 @@ def compare(recipe: RunRecipe, *, report: Tell = silent) -> Comparison:
     Args:
         recipe: a recipe with methods.
         report: told the events of both sides; each event has a `side`.
+        choice: as of `finetune`.
 
     Raises:
         ValueError: the recipe has no methods; and as `finetune`. When one side fails, the other is stopped.
@@ -54,7 +57,7 @@ def compare(recipe: RunRecipe, *, report: Tell = silent) -> Comparison:
         raise ValueError("compare=dense needs something to compare with dense: give --method or --preset.")
     recipe = with_dtype(recipe, report)
     output = Path(recipe.output)
-    with claimed(output, recipe, "comparison"), disk_errors(output):
+    with claimed(output, recipe, "comparison", choice), disk_errors(output):
         made = _compared(recipe, output, report)
         finish(output, recipe, "comparison")
     return made

@@ -38,9 +38,7 @@ def preview(recipe: RunRecipe, *, report: Report = silent) -> Preview:
 
     recipe = with_dtype(recipe, note)
     check_claim(Path(recipe.output), recipe, "run" if recipe.compare == "none" else "comparison")
-    for name in (recipe.model, recipe.data):
-        if name in ASSETS and asset_status(name).state == "absent":
-            raise ValueError(f"{name} is not fetched yet. Run: sparsetrain models fetch {name}")
+    check_fetched(recipe)
     resumed = find_resumable(recipe.output, recipe, note) if recipe.resume and recipe.compare == "none" else None
     job = JOBS[job_of(recipe)]
     parts = job.open_parts(recipe, note)
@@ -66,6 +64,13 @@ def preview(recipe: RunRecipe, *, report: Report = silent) -> Preview:
         stages=_stages(recipe, parts, stages),
         notes=notes,
     )
+
+
+def check_fetched(recipe: RunRecipe) -> None:
+    """Raise ValueError for an embedded model or data set that is not fetched yet."""
+    for name in (recipe.model, recipe.data):
+        if name in ASSETS and asset_status(name).state == "absent":
+            raise ValueError(f"{name} is not fetched yet. Run: sparsetrain models fetch {name}")
 
 
 def _stages(recipe: RunRecipe, parts: Parts[Any], stages: list[Any]) -> list[StageRecord]:

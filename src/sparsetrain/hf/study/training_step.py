@@ -63,6 +63,10 @@ class TrainingStep:
             self.handle.step(MIDDLE + self._done % (STEPS // 4), STEPS, 1 / self.recipe.grad_accum)
         return total
 
+    def begin_with(self, batches: list[dict[str, Tensor]]) -> None:
+        """Take these batches in turn, the first of them next."""
+        self.batches, self._next = batches, 0
+
     def loss(self) -> Tensor:
         """The loss of the next batch."""
         batch = self.batches[self._next % len(self.batches)]

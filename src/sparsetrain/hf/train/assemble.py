@@ -32,11 +32,14 @@ from sparsetrain.surgery.plan import Plan, plan
 from sparsetrain.surgery.support import FEATURES, check_support, sharding_asked
 
 
-def open_parts(recipe: Recipe, report: Report, like: Recipe | None = None) -> Parts[Recipe]:
+def open_parts(
+    recipe: Recipe, report: Report, like: Recipe | None = None, opened: Parts[Recipe] | None = None
+) -> Parts[Recipe]:
     """Everything but the weights, in the order of what fails fastest.
 
     Args:
         like: a sparse recipe that this dense run is compared with; attention dropout is as there.
+        opened: of a recipe that differs in its methods alone: its rows are taken.
 
     Raises:
         ValueError, PlanError: the recipe does not fit the machine, the model or the data.
@@ -49,9 +52,9 @@ def open_parts(recipe: Recipe, report: Report, like: Recipe | None = None) -> Pa
     device = pick_device(recipe)
     path, config = open_config(recipe, report, (like or recipe).configs)
     planned = check_and_plan(recipe, config, device)
-    tokenizer = open_tokenizer(path, config)
+    tokenizer = open_tokenizer(path, config) if opened is None else opened.tokenizer
     refuse_rows(recipe)
-    bundle = load_rows(recipe, tokenizer, config, report)
+    bundle = load_rows(recipe, tokenizer, config, report) if opened is None else opened.bundle
     refuse_rows(recipe, bundle)
     return Parts(
         recipe=recipe, device=device, path=path, config=config, plan=planned, tokenizer=tokenizer, bundle=bundle

@@ -6,7 +6,7 @@ load → dense quality → calibrate and convert → quality → LoRA → (disti
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import TrainerCallback
@@ -40,6 +40,8 @@ def finetune(
     like: Recipe | None = None,
     dense_quality: KnownQuality = None,
     write: bool = True,
+    choice: Mapping[str, Any] | None = None,
+    opened: Parts[Recipe] | None = None,
 ) -> Result:
     """Train a recipe and write its output folder.
 
@@ -54,22 +56,29 @@ def finetune(
         dense_quality: of the pretrained model, where another run has measured it on the same rows; a function is
             asked when it is needed.
         write: write the report.
+        choice: what `choose` weighed for this recipe; `choice.json` is written from it.
+        opened: parts of a recipe that differs in its methods alone, whose rows are taken.
 
     Raises:
-        ValueError, PlanError: the recipe does not fit the model or the data; nothing was written.
+        ValueError, PlanError: preset=auto, and nothing is chosen yet; or the recipe does not fit the model or the
+            data. Nothing was written.
         CheckpointError: `resume` without a checkpoint that can be continued.
         OSError: the disk is full; the last checkpoint is whole.
         RuntimeError: training diverged.
     """
+    if recipe.preset is not None:
+        raise ValueError(
+            "preset=auto is chosen before training. Take `hf.study.choose.choose(recipe).recipe`, or give methods."
+        )
     recipe = with_dtype(recipe, report)
     job = Job(
-        open_parts=lambda tell: assemble.open_parts(recipe, tell, like),
+        open_parts=lambda tell: assemble.open_parts(recipe, tell, like, opened),
         build=lambda *given: _build(recipe, *given),
         about=_about,
         title=title(recipe),
         saved="adapter" if recipe.lora_r > 0 else "model",
     )
-    return run(recipe, job, report=report, callbacks=callbacks, dense_quality=dense_quality, write=write)
+    return run(recipe, job, report=report, callbacks=callbacks, dense_quality=dense_quality, write=write, choice=choice)
 
 
 def title(recipe: Recipe) -> str:

@@ -95,13 +95,13 @@ def refuse_rows(recipe: RunRecipe, bundle: DataBundle | None = None) -> None:
     if bundle is not None and "input_ids" in bundle.train.column_names:
         facts = replace(
             facts,
-            lengths=lambda: _lengths(bundle.train, "input_ids"),
+            lengths=lambda: lengths_of(bundle.train, "input_ids"),
             eval_lengths=lambda: [
                 length
                 for part in (bundle.train, bundle.eval)
                 for name in ("input_ids", "input_ids_b")
                 if part is not None and name in part.column_names
-                for length in _lengths(part, name)
+                for length in lengths_of(part, name)
             ],
         )
     for config in recipe.configs:
@@ -109,7 +109,8 @@ def refuse_rows(recipe: RunRecipe, bundle: DataBundle | None = None) -> None:
             raise ValueError(f"{config.method}: {reason}.")
 
 
-def _lengths(rows: Dataset, column: str) -> list[int]:
+def lengths_of(rows: Dataset, column: str) -> list[int]:
+    """Tokens of each row."""
     return list(map(len, rows[column]))
 
 
@@ -124,7 +125,7 @@ def calibration_batches(parts: Parts) -> list[dict[str, Tensor]] | None:
     wanted = min(len(rows), -(-recipe.calibration_tokens // recipe.seq_len))
     places = [i * len(rows) // wanted for i in range(wanted)]
     if places and reads_longest(recipe):
-        lengths = _lengths(rows, "input_ids")
+        lengths = lengths_of(rows, "input_ids")
         places[-1] = lengths.index(max(lengths))
     batches: list[dict[str, Tensor]] = []
     for start in range(0, wanted, recipe.batch_size):

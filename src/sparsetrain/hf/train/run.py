@@ -6,7 +6,7 @@ interruption and `resume`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,9 +114,10 @@ def run(
     callbacks: Iterable[TrainerCallback] = (),
     dense_quality: KnownQuality = None,
     write: bool = True,
+    choice: Mapping[str, Any] | None = None,
 ) -> Result:
     """Train a recipe and write its output folder; arguments and errors as of `finetune`."""
-    with claimed(recipe.output, recipe), disk_errors(recipe.output):
+    with claimed(recipe.output, recipe, choice=choice), disk_errors(recipe.output):
         course = _open(recipe, job, report, tuple(callbacks))
         model, handle, trainer = _train(course, dense_quality)
         result = _record(course, model, handle, trainer)
