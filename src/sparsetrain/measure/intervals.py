@@ -23,8 +23,9 @@ def signed_rank_interval(differences: Sequence[float], level: float) -> tuple[fl
 
     Its ends are order statistics of the averages (d_i + d_j) / 2, i <= j, whose median is the Hodges-Lehmann estimate.
     It supposes that differences lie symmetrically about the centre, as those of two times that meet the same noise
-    do, and nothing of the noise's kind: among twenty pairs, one that is far off changes no verdict. Source: Hollander, Wolfe and Chicken,
-    Nonparametric Statistical Methods, 3rd edition, sections 3.1 to 3.3; Hodges and Lehmann, Ann. Math. Stat. 34 (1963).
+    do, and nothing of the noise's kind: among twenty pairs, one that is far off changes no verdict. Source: Hollander,
+    Wolfe and Chicken, Nonparametric Statistical Methods, 3rd edition, sections 3.1 to 3.3; Hodges and Lehmann, Annals
+    of Mathematical Statistics 34 (1963).
 
     Args:
         differences: one a pair; of more than 1,000, as many that are evenly spaced are used.

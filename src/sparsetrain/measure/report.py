@@ -12,10 +12,11 @@ from typing import Any, cast
 from sparsetrain.core.files import plain, to_json, write_whole
 from sparsetrain.core.metrics import METRICS
 from sparsetrain.core.units import bytes_text, number_text, seconds_text
+from sparsetrain.measure.advice import advice, headline
 from sparsetrain.measure.curves import loss_curves, step_seconds, tokens_per_second
-from sparsetrain.measure.judge import advice, headline, judge
+from sparsetrain.measure.judge import judge
 from sparsetrain.measure.page import render_page
-from sparsetrain.measure.schema import RUNS, SCHEMA, STAGES, Report, Run
+from sparsetrain.measure.schema import RUNS, SCHEMA, STAGES, Checkpointing, Report, Run
 
 _MARKS = {"sparse": "+", "dense": "-", "tie": "=", "unknown": "?"}
 
@@ -28,6 +29,7 @@ def build_report(
     machine: dict[str, Any] | None = None,
     plan: Iterable[dict[str, Any]] | None = None,
     timing: dict[str, Any] | None = None,
+    checkpointing: Checkpointing | None = None,
     notes: Iterable[str] = (),
 ) -> Report:
     """Put the parts together and judge who won.
@@ -39,6 +41,7 @@ def build_report(
         machine: `describe_machine().to_dict()`.
         plan: `Plan.rows()`.
         timing: `Ratio.to_dict()` of dense and sparse steps timed alternately, if that was done.
+        checkpointing: what dense with gradient checkpointing takes, if that was measured.
         notes: sentences to print with the results (what stood down, what was skipped).
 
     Raises:
@@ -46,7 +49,7 @@ def build_report(
     """
     if not runs or not set(runs) <= set(RUNS):
         raise ValueError(f"runs are named {sorted(runs)}. Give one or both of {', '.join(map(repr, RUNS))}.")
-    judgements = judge(runs, timing)
+    judgements = judge(runs, timing, checkpointing)
     report: Report = {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -59,6 +62,7 @@ def build_report(
         "machine": machine or {},
         "plan": list(plan or ()),
         "timing": timing,
+        "checkpointing": checkpointing,
         "notes": list(notes),
     }
     return report
