@@ -10,10 +10,7 @@ from sparsetrain.measure.schema import Judgement
 
 def headline(judgements: list[Judgement]) -> str:
     """One or two sentences: what sparse wins, what dense wins, what is a tie."""
-    won = {
-        side: [LABELS[j["quantity"]].lower() for j in judgements if j["winner"] == side]
-        for side in ("sparse", "dense", "tie")
-    }
+    won = {side: [_label(j) for j in judgements if j["winner"] == side] for side in ("sparse", "dense", "tie")}
     decided = sum(map(len, won.values()))
     for side in ("sparse", "dense"):
         if decided > 1 and len(won[side]) == decided:
@@ -31,7 +28,7 @@ def advice(judgements: list[Judgement]) -> str:
         return ""
     leaner = won.get("peak_memory", won.get("saved_activations")) == "sparse"
     faster = won.get("time_per_step") == "sparse"
-    learns = won.get("loss_at_equal_time", won.get("loss_at_equal_steps"))
+    learns = won.get("loss_at_equal_time")
     recomputing = _recomputing(judgements)
     if not faster and not leaner:
         return f"Sparsity does not pay here: it is neither faster nor lower in peak memory.{recomputing} Train dense."
@@ -47,12 +44,21 @@ def advice(judgements: list[Judgement]) -> str:
     return f"Sparsity pays here.{recomputing}"
 
 
+def by_checkpointing(judgement: Judgement) -> bool:
+    """Dense wins this, and only with gradient checkpointing: it is memory, of which dense alone takes more."""
+    found, dense = judgement.get("checkpointing"), judgement["dense"]
+    memory = judgement["quantity"] == "peak_memory" and judgement["winner"] == "dense"
+    return bool(memory and found and dense and found < dense)
+
+
+def _label(judgement: Judgement) -> str:
+    label = LABELS[judgement["quantity"]].lower()
+    return f"{label} (with checkpointing)" if by_checkpointing(judgement) else label
+
+
 def _recomputing(judgements: list[Judgement]) -> str:
-    """That dense with checkpointing needs less memory than sparse, where it does."""
-    for j in judgements:
-        found, sparse = j.get("checkpointing"), j["sparse"]
-        if j["quantity"] == "peak_memory" and found and sparse and j["winner"] == "dense" and found < sparse:
-            return " For memory alone, dense with gradient checkpointing needs less than sparse."
+    if any(map(by_checkpointing, judgements)):
+        return " For memory alone, dense with gradient checkpointing needs less than sparse."
     return ""
 
 

@@ -97,7 +97,7 @@ def load_report(path: str | os.PathLike[str]) -> Report:
 
 
 def render_text(report: Report) -> list[str]:
-    """The console's summary: a headline, one line a quantity (+ sparse won, - dense won, = tie), the runs."""
+    """The console's summary: a headline, one line a quantity (+ sparse won, - dense won, = tie), the runs, a sample."""
     lines = [report["headline"]]
     if report["advice"]:
         lines.append(report["advice"])
@@ -105,7 +105,26 @@ def render_text(report: Report) -> list[str]:
     for name in RUNS:
         if name in report["runs"]:
             lines += _run_lines(name, report["runs"][name])
-    return lines
+    return lines + _sample_lines(report["runs"])
+
+
+def _sample_lines(runs: dict[str, Run]) -> list[str]:
+    """The first held-out prompt and what each side answers, a line each; the page has them in full."""
+    asked = {name: found[0] for name in RUNS if name in runs and (found := runs[name].get("samples"))}
+    if not asked:
+        return []
+    first = next(iter(asked.values()))
+    said = {"a held-out prompt": "… " + _short(first["prompt"], end=True), "the data say": _short(first["reference"])}
+    said |= {f"{name} says": _short(sample["completion"]) for name, sample in asked.items()}
+    return [f"  {who}: {words or '(nothing)'}" for who, words in said.items()]
+
+
+def _short(text: str, most: int = 72, *, end: bool = False) -> str:
+    """A line of text, cut where it is longer; printable, since a model may say anything to a terminal."""
+    line = "".join(c for c in " ".join(text.split()) if c.isprintable())
+    if len(line) <= most:
+        return line
+    return line[-most:] if end else line[:most] + " …"
 
 
 def _run_lines(name: str, run: Run) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import selectors
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,12 +120,13 @@ class _Trained:
         self.report({"side": self.side.name, **event})
 
     def spent_after(self, steps: int) -> float:
-        """Seconds, set-up included, when so many steps will be done, at the pace so far."""
-        return self.setup_s + (self.wall_s / self.step * steps if self.step else 0.0)
+        """Seconds, set-up included, when so many steps will be done, at the pace so far; the first step is slow."""
+        return self.setup_s + self.wall_s + (steps - self.step) * statistics.median(self.seconds[1:])
 
     def reaches(self, other: _Trained) -> bool:
         """The next step is the one in which this side, the slower one, has spent what the other will in all."""
-        if not (self.step and other.step) or self.measured or self.step + 1 >= self.steps:
+        known = len(self.seconds) > 1 and len(other.seconds) > 1
+        if not known or self.measured or self.step + 1 >= self.steps:
             return False
         end = other.spent_after(other.steps)
         return self.spent_after(self.step + 1) >= end and self.spent_after(self.steps) > end
