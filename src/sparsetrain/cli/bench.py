@@ -49,9 +49,9 @@ def bench(
     """Time every method on your model, length and machine against the strongest dense step, correctness first.
 
     A candidate whose dense limit is not the dense model, or whose fast path is not the reference, is refused and gets
-    no number. The others get a verdict on whole training steps, timed in turns: a win or a loss where the interval of
-    the ratio leaves no room for less than 2 %, else a tie. measured.json holds what this machine reaches, for
-    [cyan]sparsetrain plan[/]. Without --data, rows of random tokens are used.
+    no number. The others get a verdict on whole steps, timed in turns: a win where the interval of the ratio begins
+    above 1.02, else a tie or a loss. Without --data, rows of random tokens are used. measured.json holds what this
+    machine reaches, for [cyan]sparsetrain plan[/].
 
     \b
     Examples:

@@ -103,8 +103,9 @@ def timed_recipe(recipe: RunRecipe, name: str, dense: dict[str, Any], folder: Pa
     changes |= {"steps": LOOKS * LOOK, "epochs": None, "warmup_steps": 0}
     if name == SPARSE:
         changes["methods"] = tuple(config.sparse_at_once() for config in recipe.configs)
-        known = type(recipe).model_fields
-        changes |= {key: 0 for key in ("dense_first", "dense_last", "distill_steps") if key in known}
+        keys = ["distill_steps"] if "distill_steps" in type(recipe).model_fields else []
+        keys += ["dense_first", "dense_last"] if getattr(recipe, "deployment", "sparse") != "sparse" else []
+        changes |= dict.fromkeys(keys, 0)
     else:
         changes |= {"methods": (), **dense}
     if name == CHECKPOINTING:
