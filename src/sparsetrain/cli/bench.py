@@ -50,8 +50,7 @@ def bench(
 
     A candidate whose dense limit is not the dense model, or whose fast path is not the reference, is refused and gets
     no number. The others get a verdict on whole steps, timed in turns: a win where the interval of the ratio begins
-    above 1.02, else a tie or a loss. Without --data, rows of random tokens are used. measured.json holds what this
-    machine reaches, for [cyan]sparsetrain plan[/].
+    above 1.02, else a tie or a loss. measured.json is for [cyan]sparsetrain plan[/]. No --data: random tokens.
 
     \b
     Examples:

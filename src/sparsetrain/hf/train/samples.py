@@ -15,7 +15,7 @@ from sparsetrain.measure.schema import Sample
 
 COUNT, TOKENS, SECONDS = 3, 48, 20.0
 """Prompts, the most new tokens of each, and when to stop."""
-SHOWN = 1200
+SHOWN = 400
 """Characters of a prompt that are kept: its end, which the answer follows."""
 
 
