@@ -31,6 +31,7 @@ def report(steps: int = 20, setup: float = 5.0, samples: bool = True) -> Any:
     if samples:
         runs["dense"]["samples"], runs["sparse"]["samples"] = [SAMPLE, SAMPLE], [SAMPLE]
     beside: Any = {"time_ratio": 1.5, "num_pairs": 3, "peak_rss_bytes": 450 * MIB, "peak_gpu_bytes": None}
+    beside |= {"dense_rss_bytes": 900 * MIB, "dense_gpu_bytes": None}
     timing = ratio([1.0] * 9, [0.5] * 9).to_dict()
     return build_report(title="t", runs=runs, timing=timing, checkpointing=beside)
 

@@ -32,7 +32,12 @@ def answers(dense: float, sparse: float, recomputed: float, told: list[Any] | No
         while going := wanted(seconds):
             for name in going:
                 seconds[name].append(pace[name])
-        return {name: {"seconds": each, "peak_rss_bytes": 7, "peak_gpu_bytes": None} for name, each in seconds.items()}
+
+        def peaks(name: str) -> list[Any]:  # each step a little more; checkpointing half of dense
+            grows = [(i + 1) * (5 if name == CHECKPOINTING else 10) for i in range(len(seconds[name]))]
+            return [{"peak_rss_bytes": peak, "peak_gpu_bytes": None} for peak in grows]
+
+        return {name: {"seconds": each, "peaks": peaks(name)} for name, each in seconds.items()}
 
     return time_in_turns
 
@@ -47,12 +52,14 @@ def test_a_decided_run_is_asked_about_checkpointing_alone(monkeypatch: pytest.Mo
     found = extra(([1.0] * 10, [0.5] * 10))
     assert list(told[0]) == [CHECKPOINTING, "dense"] and found.pairs == ([], [])
     assert found.checkpointing is not None and found.checkpointing["time_ratio"] == pytest.approx(1.3)
-    assert (found.checkpointing["num_pairs"], found.checkpointing["peak_rss_bytes"]) == (3, 7)
+    assert (found.checkpointing["num_pairs"], found.checkpointing["peak_rss_bytes"]) == (3, 15)
 
 
 def test_an_undecided_run_gets_more_pairs_until_it_is_decided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "time_in_turns", answers(1.0, 0.5, 1.3))
-    assert extra(([1.0] * 5, [0.5] * 5)).pairs == ([1.0] * 6, [0.5] * 6)
+    found = extra(([1.0] * 5, [0.5] * 5))
+    assert found.pairs == ([1.0] * 6, [0.5] * 6)
+    assert found.checkpointing is not None and found.checkpointing["dense_rss_bytes"] == 30  # in the same three steps
     wild = ([1.0, 2.0] * 5, [1.9, 1.0] * 5)
     monkeypatch.setattr(module, "time_in_turns", answers(1.0, 1.04, 1.3))
     assert len(extra(wild).pairs[0]) == 12  # and no more

@@ -77,7 +77,9 @@ def _memory(judgements: dict[str, Judgement]) -> str:
         "sparse": judgement["sparse"],
     }
     rows = [
-        Bar(RECOMPUTED if name == "checkpointing" else name, {name: value}, bytes_text(value))
+        Bar(RECOMPUTED, {name: value}, f"about {bytes_text(value)}")
+        if name == "checkpointing" and value is not None
+        else Bar(name, {name: value or 0.0}, bytes_text(value))
         for name, value in found.items()
         if value is not None
     ]

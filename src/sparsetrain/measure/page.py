@@ -230,7 +230,8 @@ def _how(report: Report) -> str:
         "evaluated then in the middle of its schedule: one that is planned for that time lowers its learning rate "
         "sooner, and may do better.",
         f"Bytes: a difference of at most {TIE_BYTES:.0%} is a tie. Peak memory is compared with the leaner of dense "
-        "and dense with gradient checkpointing (non-reentrant), which ran a few steps in a process of its own.",
+        "and dense with gradient checkpointing (non-reentrant). That one ran a few steps beside dense, in a process of "
+        "its own; its share of dense's peak there, and its pace, are applied to the whole run.",
         "Time in the runs is that of the steps; evaluation and saving are not in it. Calibration, conversion and "
         "distillation are, as set-up.",
         "Saved activations count each storage that the backward pass keeps, once and in full, without parameters "

@@ -87,13 +87,18 @@ class Run(TypedDict):
 
 
 class Checkpointing(TypedDict):
-    """Dense with gradient checkpointing: `time_ratio` of its step to a dense step beside it, and what it holds at most,
-    in a process of its own."""
+    """Dense with gradient checkpointing, in a few steps beside dense.
+
+    `time_ratio` is of its step to a dense step. Peaks are of both by then, each in a process of its own: a whole run
+    meets longer rows and holds more, so these two beside each other say how much leaner it is.
+    """
 
     time_ratio: float
     num_pairs: int
     peak_rss_bytes: int | None
     peak_gpu_bytes: int | None
+    dense_rss_bytes: int | None
+    dense_gpu_bytes: int | None
 
 
 class Judgement(TypedDict):

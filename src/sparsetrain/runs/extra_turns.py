@@ -139,9 +139,13 @@ def _checkpointing(found: dict[str, dict[str, Any]]) -> Checkpointing | None:
     slower = [c / max(d, 1e-12) for d, c in zip(dense, own["seconds"])]
     if not slower:
         return None
+    last = len(slower) - 1  # dense may have gone on, beside sparse
+    peaks, dense_peaks = own["peaks"][last], found[DENSE]["peaks"][last]
     return {
         "time_ratio": statistics.median(slower),
         "num_pairs": len(slower),
-        "peak_rss_bytes": own.get("peak_rss_bytes"),
-        "peak_gpu_bytes": own.get("peak_gpu_bytes"),
+        "peak_rss_bytes": peaks["peak_rss_bytes"],
+        "peak_gpu_bytes": peaks["peak_gpu_bytes"],
+        "dense_rss_bytes": dense_peaks["peak_rss_bytes"],
+        "dense_gpu_bytes": dense_peaks["peak_gpu_bytes"],
     }

@@ -49,7 +49,7 @@ def train_in_turns(work: str, jobs: dict[str, dict[str, Any]], report: Report) -
 def time_in_turns(
     work: str, jobs: dict[str, dict[str, Any]], report: Report, wanted: Callable[[dict[str, list[float]]], set[str]]
 ) -> dict[str, dict[str, Any]]:
-    """Time steps of sides whose training nobody keeps: side -> {seconds: of its steps, and the last of their `peaks`}.
+    """Time steps of sides whose training nobody keeps: side -> {seconds: of its steps, peaks: after each of them}.
 
     Args:
         wanted: (side -> seconds of its steps) -> the sides to go on with, asked after each round; the others wait, and
@@ -64,7 +64,7 @@ def time_in_turns(
             going = wanted(seconds)
             running = [each for each in order if each.side.name in going and not each.side.done]
             if not running:
-                return {each.side.name: {"seconds": each.seconds[1:], **each.peaks} for each in sides}
+                return {each.side.name: {"seconds": each.seconds[1:], "peaks": each.peaks[2:]} for each in sides}
             for each in running:
                 _turn(sides, each)
             order.reverse()
@@ -88,7 +88,7 @@ class _Trained:
     """A side that is trained. waiting: for its turn. asks: for the dense model's quality, and not for a turn.
 
     wall_s: its set-up and its steps so far, `step` of `steps`; seconds: of the steps of this process.
-    peaks: what the process has held at most, as it said when it asked for its turn.
+    peaks: what the process has held at most, as it says when it asks for a turn.
     """
 
     side: Side
@@ -102,13 +102,13 @@ class _Trained:
     steps: int = 0
     measured: bool = False
     seconds: list[float] = field(default_factory=list)
-    peaks: dict[str, Any] = field(default_factory=dict)
+    peaks: list[dict[str, Any]] = field(default_factory=list)
 
     def take(self, event: Event) -> None:
         kind = event["event"]
         if kind in (TURN, ASKS):
             self.waiting, self.asks = True, kind == ASKS
-            self.peaks = event.get("peaks", self.peaks)
+            self.peaks += [event["peaks"]] if kind == TURN else []
             return
         if kind == "quality" and event["stage"] in ("dense", "untrained"):
             self.dense_quality = event["quality"]
