@@ -80,6 +80,16 @@ def test_the_run_s_quality_is_that_of_the_plain_model(kind: str, tmp_path: Path)
     assert names and all("lora_" in name for name in names)
 
 
+def test_a_curve_s_points_are_of_the_plain_model_with_the_adapter_of_that_moment(tmp_path: Path) -> None:
+    """Two runs at equal time are compared by such points, in the midst of the sparse phase."""
+    result = trained(tmp_path, save_every=5, eval_every=5)
+    point = result.run["evals"][1]  # type: ignore[typeddict-item]
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    then = PeftModel.from_pretrained(base, tmp_path / "out" / "checkpoint-5").eval()
+    assert point["step"] == 5 and held_out_loss(then, tmp_path) == pytest.approx(point["loss"], rel=1e-5)
+    assert point["loss"] != pytest.approx(result.run["evals"][2]["loss"], rel=1e-3)  # type: ignore[typeddict-item]
+
+
 def test_plain_peft_loads_it_in_a_process_without_us(tmp_path: Path) -> None:
     """Slow for its own process, which is the point of it."""
     trained(tmp_path)

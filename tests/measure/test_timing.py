@@ -32,10 +32,10 @@ class Clock:
 def test_compare_flips_the_order_and_takes_the_median_of_round_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     # the machine slows down fourfold after the warm-up and the first round, for both alike
-    found = compare(clock.takes("b", 2, 2, 8), clock.takes("c", 1, 1, 4), rounds=4)
-    assert clock.calls == ["b", "c", "b", "c", "c", "b", "b", "c", "c", "b"]
-    assert found.baseline_s == (2, 8, 8, 8) and found.candidate_s == (1, 4, 4, 4)
-    assert (found.q1, found.median, found.q3) == (2, 2, 2)
+    found = compare(clock.takes("b", 2, 2, 8), clock.takes("c", 1, 1, 4), rounds=7)
+    assert clock.calls == ["b", "c", "b", "c", *("c", "b", "b", "c") * 3]
+    assert found.baseline_s == (2, *[8] * 6) and found.candidate_s == (1, *[4] * 6)
+    assert (found.q1, found.median, found.q3, found.low, found.high) == pytest.approx((2, 2, 2, 2, 2))
     assert found.verdict == "win" and found.clock == "known"
     assert found.to_dict()["median"] == 2
 
@@ -45,12 +45,30 @@ def test_a_loss_is_called_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compare(clock.takes("b", 1), clock.takes("c", 1.25)).verdict == "loss"
 
 
-def test_verdicts_need_the_quartiles_on_one_side_and_three_percent() -> None:
-    assert verdict(1.2, 1.1, 1.3) == "win"
-    assert verdict(1.2, 0.9, 1.3) == "tie"
-    assert verdict(1.02, 1.01, 1.03) == "tie"
-    assert verdict(0.8, 0.7, 0.9) == "loss"
-    assert verdict(0.8, 0.7, 1.1) == "tie"
+def test_a_verdict_needs_an_interval_that_excludes_a_tie() -> None:
+    assert verdict(1.03, 1.3) == "win"
+    assert verdict(1.01, 1.3) == "tie"  # it may be 1 % faster
+    assert verdict(0.7, 0.97) == "loss"
+    assert verdict(0.7, 0.99) == "tie"
+    assert verdict(0.99, 1.01) == "tie"
+    assert verdict(None, None) == "tie"
+
+
+def test_five_pairs_are_no_win_and_noise_is_a_tie() -> None:
+    assert ratio([1.05] * 5, [1.0] * 5).verdict == "tie"
+    assert ratio([1.05] * 7, [1.0] * 7).verdict == "win"
+    noisy = ratio([1.3, 0.9, 1.2, 1.1, 0.95, 1.25, 1.0, 1.05], [1.0] * 8)
+    assert noisy.median > 1.05 and noisy.verdict == "tie" and not noisy.decided
+
+
+def test_more_pairs_are_taken_while_it_is_undecided(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    few = compare(clock.takes("b", 1.5), clock.takes("c", 1), rounds=3)
+    assert len(few.baseline_s) == 9 and few.verdict == "win"  # 3 and 6 pairs give no interval
+    same = compare(clock.takes("b", 1), clock.takes("c", 1), rounds=7)
+    assert len(same.baseline_s) == 7 and same.verdict == "tie" and same.decided
+    wild = compare(clock.takes("b", *[1, 2] * 50), clock.takes("c", 1.4), rounds=7)
+    assert len(wild.baseline_s) == 21 and wild.verdict == "tie" and not wild.decided
 
 
 def test_quartiles_are_of_the_round_ratios() -> None:

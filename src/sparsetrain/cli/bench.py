@@ -11,6 +11,7 @@ from sparsetrain.cli.answer import Answer, table, to_json
 from sparsetrain.cli.flags import Debug, Json, RecipeFile, changes, takes
 from sparsetrain.cli.live import to_stderr
 from sparsetrain.core.files import write_whole
+from sparsetrain.core.units import interval_text
 
 Names = Annotated[
     str | None,
@@ -21,9 +22,12 @@ Names = Annotated[
         show_default="all, or none beside --method",
     ),
 ]
-Rounds = Annotated[int | None, typer.Option("--rounds", help="Timed pairs of steps.", show_default="5; 3 with --quick")]
+Rounds = Annotated[
+    int,
+    typer.Option("--rounds", help="Timed pairs of steps; up to three times as many while the verdict is undecided."),
+]
 LayerCount = Annotated[int | None, typer.Option("--layers", help="Run only the first N layers.", show_default="all")]
-Quick = Annotated[bool, typer.Option("--quick", help="4 layers, the vocabulary cut in proportion, and 3 rounds.")]
+Quick = Annotated[bool, typer.Option("--quick", help="4 layers, and the vocabulary cut in proportion.")]
 Output = Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder for bench.json and measured.json.")]
 
 
@@ -34,7 +38,7 @@ Output = Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder fo
 def bench(
     recipe: RecipeFile = None,
     names: Names = None,
-    rounds: Rounds = None,
+    rounds: Rounds = 7,
     layers: LayerCount = None,
     quick: Quick = False,
     output: Output = Path("runs/bench"),
@@ -45,8 +49,8 @@ def bench(
     """Time every method on your model, length and machine against the strongest dense step, correctness first.
 
     A candidate whose dense limit is not the dense model, or whose fast path is not the reference, is refused and gets
-    no number. The others get a verdict on whole training steps, timed in turns: win, tie or loss. measured.json holds
-    what this machine reaches, for [cyan]sparsetrain plan[/]. Without --data, rows of random tokens are used.
+    no number. The others get a verdict on whole steps, timed in turns: a win where the interval of the ratio begins
+    above 1.02, else a tie or a loss. measured.json is for [cyan]sparsetrain plan[/]. No --data: random tokens.
 
     \b
     Examples:
@@ -71,7 +75,7 @@ def bench(
         found = measure(
             asked,
             chosen,
-            rounds=(3 if quick else 5) if rounds is None else rounds,
+            rounds=rounds,
             layers=(QUICK_LAYERS if quick else None) if layers is None else layers,
             report=to_stderr,
         )
@@ -79,7 +83,7 @@ def bench(
         write_whole(output / "bench.json", to_json(data) + "\n")
         write_whole(output / "measured.json", to_json(found.rates.to_dict()) + "\n")
     size = f"{asked.batch_size} x {asked.seq_len:,} tokens, {found.layers} of {found.model_layers} layers"
-    columns = ["candidate", "verdict", "step, dense / ours", "quartiles", "part", "saved bytes"]
+    columns = ["candidate", "verdict", "step, dense / ours", "interval", "part", "saved bytes"]
     written = f"Written: {output / 'bench.json'}, and {output / 'measured.json'} for sparsetrain plan."
     return Answer(
         data=data,
@@ -93,10 +97,10 @@ def bench(
     )
 
 
-def _check(names: str | None, rounds: int | None, layers: int | None) -> None:
+def _check(names: str | None, rounds: int, layers: int | None) -> None:
     if names is not None and not names.strip(", "):
         raise ValueError("--methods is empty. Give all, or names with commas (`sparsetrain methods` lists them).")
-    if rounds is not None and not 3 <= rounds <= 10_000:
+    if not 3 <= rounds <= 10_000:
         raise ValueError(f"--rounds {rounds}: fewer than 3 give no quartiles, and 10,000 are plenty. Give at least 3.")
     if layers is not None and layers < 1:
         raise ValueError(f"--layers {layers} runs no layer. Give at least 1.")
@@ -106,12 +110,11 @@ def _row(outcome: Any) -> list[str]:
     if outcome.step is None:
         return [outcome.name, outcome.verdict, "", "", "", ""]
     step, saved = outcome.step, outcome.saved_bytes / outcome.dense_saved_bytes
-    quartiles = f"{step.q1:.2f} to {step.q3:.2f}"
     return [
         outcome.name,
         outcome.verdict,
         f"{step.median:.2f}",
-        quartiles,
+        interval_text(step.low, step.high),
         f"{outcome.part.median:.2f}",
         f"{saved:.2f}x",
     ]

@@ -40,6 +40,11 @@ def number_text(value: float | None, digits: int = 4) -> str:
     return f"{value:,.{max(0, digits - len(str(int(abs(value)))))}f}"
 
 
+def interval_text(low: float | None, high: float | None, form: str = ".2f") -> str:
+    """1.46 to 1.55; "too few pairs" where there is no interval."""
+    return "too few pairs" if low is None or high is None else f"{low:{form}} to {high:{form}}"
+
+
 def joined(words: list[str]) -> str:
     """a, b and c."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

@@ -38,11 +38,55 @@ def setup_seconds(run: Run) -> float:
     return float(run.get("setup_s") or 0.0)
 
 
+def run_seconds(run: Run) -> float:
+    """Set-up and training: what a run has taken in all."""
+    return setup_seconds(run) + (run["steps"][-1]["wall_s"] if run["steps"] else 0.0)
+
+
 def eval_curve(run: Run, by: str) -> Curve:
     """Held-out loss by "step", or by "wall_s" with the set-up included."""
     offset = setup_seconds(run) if by == "wall_s" else 0.0
     points = run.get("evals") or []
     return Curve([point[by] + offset for point in points], [number(point["loss"]) for point in points])
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A held-out loss at `x`, a step or seconds. by_row: as of `EvalPoint`. at_end: of a run that was over then."""
+
+    x: float
+    loss: float
+    by_row: dict[str, list[float]]
+    at_end: bool
+    step: int
+
+
+def held_out_at(run: Run, by: str, x: float) -> HeldOut | None:
+    """The held-out loss of a run at `x`: of the first evaluation after it, where that is near; else on the line between
+    two that are near. None where the run was evaluated at neither time: a straight line over half a run would make the
+    loss of a run that learns fast at first look worse than it was.
+
+    Near: within a twentieth of `x` or one and a half steps after it, a tenth before it, or two fifths between the two.
+    """
+    points, curve = run.get("evals") or [], eval_curve(run, by)
+    after = bisect_left(curve.x, x)
+    if after == len(points):
+        return None
+    last = run["steps"][-1]["step"] if run["steps"] else 0
+    gap = curve.x[after] - x
+    # an evaluation that is due at a time falls behind the step in which it passes
+    a_step = 1.0 if by == "step" else step_seconds(run) or 0.0
+    if gap <= max(0.05 * x, 1.5 * a_step) or curve.x[after] == x:
+        point = points[after]
+        return HeldOut(curve.x[after], curve.y[after], point.get("by_row") or {}, point["step"] >= last, point["step"])
+    if after == 0 or not (x - curve.x[after - 1] <= 0.1 * x or curve.x[after] - curve.x[after - 1] <= 0.4 * x):
+        return None
+    share = (x - curve.x[after - 1]) / (curve.x[after] - curve.x[after - 1])
+    left, right = (points[i].get("by_row") or {} for i in (after - 1, after))
+    rows = {name: [a + share * (b - a) for a, b in zip(left[name], right[name])] for name in left.keys() & right.keys()}
+    loss = curve.at(x)
+    assert loss is not None
+    return HeldOut(x, loss, rows, False, points[after - 1]["step"])
 
 
 def train_curve(run: Run, by: str, window: int = 1) -> Curve:

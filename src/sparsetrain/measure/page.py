@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import base64
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
-from sparsetrain.core.metrics import METRICS, TIE_ACCURACY, TIE_LOSS
-from sparsetrain.core.units import bytes_text, seconds_text
+from sparsetrain.core.metrics import METRICS
+from sparsetrain.core.units import bytes_text, number_text, seconds_text
 from sparsetrain.measure import plots
+from sparsetrain.measure.bars import MEMORY_PARTS, legend, memory_parts, memory_row, saved_by_component
+from sparsetrain.measure.colours import part_name
 from sparsetrain.measure.components import COMPONENTS
 from sparsetrain.measure.curves import setup_seconds, step_seconds, tokens_per_second
-from sparsetrain.measure.judge import LABELS, TIE_BYTES, TIE_TIME
+from sparsetrain.measure.first_screen import samples, verdict
+from sparsetrain.measure.judge import TIE_BYTES
+from sparsetrain.measure.markup import figure, section, table
 from sparsetrain.measure.schema import RUNS, STAGES, Report, Run
 from sparsetrain.measure.style import STYLE
+from sparsetrain.measure.timing import LEVEL, MARGIN
 
-_WON = {"sparse": "sparse wins", "dense": "dense wins", "tie": "tie", "unknown": "unknown"}
 _STAGE_NAMES = {
     "dense": "Dense model, before anything",
     "untrained": "Random weights",
@@ -31,7 +34,8 @@ def render_page(report: Report) -> str:
     """The whole page as text."""
     runs = report["runs"]
     sections = [
-        _verdict(report),
+        verdict(report),
+        samples(runs),
         _curves(runs),
         _memory(runs),
         _quality(runs),
@@ -43,44 +47,39 @@ def render_page(report: Report) -> str:
     title = escape(report["title"])
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style>\n</head>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="color-scheme" content="light dark">\n<style>{STYLE}</style>\n</head>\n'
         f"<body>\n<header><h1>{title}</h1><p>sparsetrain report, {escape(report['created'])}</p></header>\n<main>\n"
         + "\n".join(section for section in sections if section)
         + "\n</main>\n</body>\n</html>\n"
     )
 
 
-def _verdict(report: Report) -> str:
-    rows = [
-        (
-            escape(LABELS[j["quantity"]]),
-            f'<span class="won {j["winner"]}">{_WON[j["winner"]]}</span>',
-            escape(j["text"]),
-        )
-        for j in report["judgements"]
-    ]
-    parts = [f'<p class="headline">{escape(report["headline"])}</p>']
-    if report["advice"]:
-        parts.append(f'<p class="advice">{escape(report["advice"])}</p>')
-    if rows:
-        parts.append(_table(("Quantity", "Result", "Numbers"), rows, kind="judgements"))
-    parts += [f'<p class="note">{escape(note)}</p>' for note in report["notes"]]
-    return _section("Verdict", "verdict", *parts)
-
-
 def _curves(runs: dict[str, Run]) -> str:
     if not any(run["steps"] for run in runs.values()):
         return ""
-    held_out = all(len(run.get("evals") or []) >= 2 for run in runs.values())
-    lines = "Dots: held-out loss. Faint: training loss, smoothed." if held_out else "Training loss; faint: every step."
+    few = all(len(run["steps"]) < plots.FEW for run in runs.values())
+    training = "training loss" if few else "training loss, smoothed"
+    lines = "Training loss" + ("." if few else "; faint: every step.")
+    if plots.has_held_out(runs):
+        lines = f"Strong: held-out loss of the model as it is saved. Faint: {training}, of the model as it trains."
     setup = " The time before the first step is set-up." if any(setup_seconds(run) for run in runs.values()) else ""
+    ends = {name: f"{name} {number_text(_last_loss(runs[name]))}" for name in RUNS if name in runs}
+    paces = {name: f"{name} {seconds_text(step_seconds(runs[name]))}" for name in RUNS if name in runs}
     figures = [
-        _figure(plots.loss_by_step, runs, "Loss by step", lines),
-        _figure(plots.loss_by_time, runs, "Loss by time", lines + setup),
-        _figure(plots.step_times, runs, "Time per step", "Thin: every step. Thick: the median."),
+        figure("Loss by step", plots.loss_by_step(runs), lines, legend(ends)),
+        figure("Loss by time", plots.loss_by_time(runs), lines + setup, legend(ends)),
+        figure("Time per step", plots.step_times(runs), "Faint: every step. Strong: the median.", legend(paces)),
         f"<div><h3>Run by run</h3>{_runs_table(runs)}</div>",
     ]
-    return _section("Loss and time", "curves", f'<div class="figures">{"".join(figures)}</div>')
+    return section("Loss and time", "curves", f'<div class="figures">{"".join(figures)}</div>')
+
+
+def _last_loss(run: Run) -> float | None:
+    """Held-out after training where it was measured, else of the last step."""
+    points = run.get("evals") or []
+    last = points[-1] if len(points) > 1 else (run["steps"] or [{"loss": None}])[-1]
+    return last["loss"]
 
 
 def _runs_table(runs: dict[str, Run]) -> str:
@@ -94,31 +93,25 @@ def _runs_table(runs: dict[str, Run]) -> str:
         "training": lambda run: seconds_text(run["steps"][-1]["wall_s"]) if run["steps"] else "–",
     }
     rows = [[escape(fact), *(escape(show(run)) for run in present.values())] for fact, show in facts.items()]
-    return _table(("", *present), rows, kind="numbers")
+    return table(("", *present), rows, kind="numbers")
 
 
 def _memory(runs: dict[str, Run]) -> str:
     saved = {name: value for name in RUNS if name in runs and (value := runs[name].get("saved_activation_bytes"))}
-    parts = {name: value for name in RUNS if name in runs and (value := plots.memory_row(runs[name]))}
+    parts = {name: value for name in RUNS if name in runs and (value := memory_row(runs[name]))}
     figures, tables = [], []
     if saved:
-        figures.append(
-            _figure(
-                plots.saved_by_component,
-                runs,
-                "Saved activations by component",
-                "What one step's forward keeps for its backward; each storage once, weights excluded.",
-            )
-        )
+        caption = "What one step's forward keeps for its backward; each storage once, weights excluded."
+        figures.append(figure("Saved activations by component", saved_by_component(runs), caption))
         times = {name: value for name in saved if (value := runs[name].get("forward_time_s"))}
         tables.append(_component_table(saved, times))
     if parts:
-        caption = "Known parts; the bar's end mark is the measured peak, the rest is what the parts do not explain."
-        figures.append(_figure(plots.memory_parts, runs, "Peak memory", caption))
+        caption = "Known parts; the rest is what they do not explain of the measured peak."
+        figures.append(figure("Peak memory", memory_parts(runs), caption))
         tables.append(_parts_table(parts))
     if not figures:
         return ""
-    return _section("Memory", "memory", f'<div class="figures">{"".join(figures)}</div>', *tables)
+    return section("Memory", "memory", f'<div class="figures">{"".join(figures)}</div>', *tables)
 
 
 def _component_table(saved: dict[str, dict[str, int]], times: dict[str, dict[str, float]]) -> str:
@@ -128,23 +121,23 @@ def _component_table(saved: dict[str, dict[str, int]], times: dict[str, dict[str
     rows = []
     for name in [*names, "total"]:
         values = [sum(row.values()) if name == "total" else row.get(name, 0) for row in saved.values()]
-        cells = [plots.part_name(name), *map(bytes_text, values), *([_change(*values)] if len(values) == 2 else [])]
+        cells = [part_name(name), *map(bytes_text, values), *([_change(*values)] if len(values) == 2 else [])]
         for row in times.values():
             cells.append(seconds_text(sum(row.values()) if name == "total" else row.get(name, 0.0)))
         rows.append([escape(cell) for cell in cells])
-    return _table(head, rows, kind="numbers totals")
+    return table(head, rows, kind="numbers totals")
 
 
 def _parts_table(parts: dict[str, dict[str, int]]) -> str:
     head = ["Part", *parts, *(["change"] if len(parts) == 2 else [])]
     rows = []
-    for name in (*plots.MEMORY_PARTS, "peak"):
+    for name in (*MEMORY_PARTS, "peak"):
         values = [row.get(name) for row in parts.values()]
         if any(value is not None for value in values):
             both = [value or 0 for value in values]
             cells = [name, *map(bytes_text, values), *([_change(*both)] if len(both) == 2 else [])]
             rows.append([escape(cell) for cell in cells])
-    return _table(head, rows, kind="numbers" + (" totals" if rows and rows[-1][0] == "peak" else ""))
+    return table(head, rows, kind="numbers" + (" totals" if rows and rows[-1][0] == "peak" else ""))
 
 
 def _quality(runs: dict[str, Run]) -> str:
@@ -158,8 +151,8 @@ def _quality(runs: dict[str, Run]) -> str:
             [escape(_STAGE_NAMES[stage]), *(_cell(row, stage, metric.text) for row in stages.values())]
             for stage in used
         ]
-        tables.append(_table((metric.title, *stages), rows, kind="numbers"))
-    return _section("Quality at every stage", "quality", *tables) if tables else ""
+        tables.append(table((metric.title, *stages), rows, kind="numbers"))
+    return section("Quality at every stage", "quality", *tables) if tables else ""
 
 
 def _cell(row: dict[str, Any], stage: str, show: Callable[[Any], str]) -> str:
@@ -176,11 +169,11 @@ def _plan(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         groups.setdefault(json.dumps({k: v for k, v in row.items() if k != "site"}, default=str), []).append(row)
     head = ("Sites", "Method", "MFLOP per token", "Saved numbers per token", "Added parameters", "Note")
-    table = _table(head, [_plan_row(group) for group in groups.values()])
+    drawn = table(head, [_plan_row(group) for group in groups.values()])
     if len(groups) < len(rows):
-        every = _table(head, [_plan_row([row]) for row in rows])
-        table += f"<details><summary>All {len(rows)} sites</summary>{every}</details>"
-    return _section("Plan", "plan", table)
+        every = table(head, [_plan_row([row]) for row in rows])
+        drawn += f"<details><summary>All {len(rows)} sites</summary>{every}</details>"
+    return section("Plan", "plan", drawn)
 
 
 def _plan_row(group: list[dict[str, Any]]) -> list[str]:
@@ -205,7 +198,7 @@ def _settings(title: str, name: str, values: dict[str, Any]) -> str:
     rows = [
         (escape(key), _value(bytes_text(value) if key.endswith("_bytes") else value)) for key, value in values.items()
     ]
-    return _section(title, name, _table((), rows, kind="settings"))
+    return section(title, name, table((), rows, kind="settings"))
 
 
 def _value(value: Any) -> str:
@@ -227,40 +220,27 @@ def _inline(value: Any) -> str:
 
 def _how(report: Report) -> str:
     lines = [
-        f"A tie is a difference of at most {TIE_TIME:.0%} in time (3 % where steps were timed alternately), "
-        f"{TIE_BYTES:.0%} in bytes, {TIE_LOSS} nats in loss (1 % of perplexity), {TIE_ACCURACY:.1%} of accuracy.",
-        "Time per step is the median over the run, its first step left out; evaluation and saving are not in it.",
-        "Loss at equal time interpolates each curve at the shorter run's end. The time of calibration, conversion "
-        "and distillation counts as training time.",
+        f"Time per step: a side wins where the {LEVEL:.0%} interval of the speed-up (Wilcoxon's signed-rank interval "
+        f"of steps that were timed in turns) lies beyond {MARGIN:.0%}; else it is a tie. While that was undecided, up "
+        "to 12 more pairs were timed after the runs. Steps in which the sparse side trains dense are left out.",
+        "Loss and quality: of the model as it is saved and used. A side wins where the 95 % interval of the mean "
+        "difference, over the same held-out rows, does not hold 0. It counts the rows, not the seeds: another seed may "
+        "differ by more.",
+        "Loss at equal time is that of the two models when the shorter run ends, set-up counted. The longer run was "
+        "evaluated then in the middle of its schedule: one that is planned for that time lowers its learning rate "
+        "sooner, and may do better.",
+        f"Bytes: a difference of at most {TIE_BYTES:.0%} is a tie. Peak memory is compared with the leaner of dense "
+        "and dense with gradient checkpointing (non-reentrant). That one ran a few steps beside dense, in a process of "
+        "its own; its share of dense's peak there, and its pace, are applied to the whole run.",
+        "Time in the runs is that of the steps; evaluation and saving are not in it. Calibration, conversion and "
+        "distillation are, as set-up.",
         "Saved activations count each storage that the backward pass keeps, once and in full, without parameters "
         "and buffers. A storage that two components keep is counted where it was kept first.",
     ]
-    if len(report["runs"]) == 2:
-        lines.append("One seed: a small difference in loss or quality may be chance.")
-        if report["timing"] is None:
-            lines.append("The two runs were timed apart: other load on the machine may have changed one of them.")
+    if len(report["runs"]) == 2 and report["timing"] is None:
+        lines.append("Too few steps were timed in turns: other load on the machine may have changed one of them.")
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return _section("How this was measured", "how", f"<ul>{items}</ul>")
-
-
-def _section(title: str, name: str, *parts: str) -> str:
-    return f'<section id="{name}"><h2>{escape(title)}</h2>{"".join(parts)}</section>'
-
-
-def _figure(draw: Callable[[dict[str, Run]], bytes], runs: dict[str, Run], title: str, caption: str) -> str:
-    picture = base64.b64encode(draw(runs)).decode("ascii")
-    return (
-        f'<figure><h3>{escape(title)}</h3><img alt="{escape(title)}" src="data:image/png;base64,{picture}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "") -> str:
-    """Cells are HTML already; the head is text."""
-    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    top = f"<thead><tr>{titles}</tr></thead>" if titles else ""
-    return f'<div class="table"><table class="{kind}">{top}<tbody>{body}</tbody></table></div>'
+    return section("How this was measured", "how", f"<ul>{items}</ul>")
 
 
 def _change(before: float, after: float) -> str:

@@ -9,10 +9,9 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from sparsetrain.core.units import bytes_text, seconds_text
+from sparsetrain.measure.colours import FAINT, INK, light, part_name
 from sparsetrain.measure.components import COMPONENTS
 from sparsetrain.measure.live import PARTS
-from sparsetrain.measure.plots import _FAINT, _INK, COLOURS, part_name
-from sparsetrain.measure.plots import PARTS as PART_COLOURS
 from sparsetrain.measure.style import STYLE
 
 if TYPE_CHECKING:
@@ -20,13 +19,6 @@ if TYPE_CHECKING:
 
 Sides = dict[str, dict[str, Any]]
 Table = tuple[str, list[str], list[list[str]]]
-_PART_COLOURS = {
-    "weights": PART_COLOURS["weights"],
-    "optimizer": PART_COLOURS["optimizer"],
-    "gradients": PART_COLOURS["gradients"],
-    "saved": PART_COLOURS["saved activations"],
-    "temporary": PART_COLOURS["rest"],
-}
 
 
 def tables(sides: Sides, layers: bool = False) -> list[Table]:
@@ -127,9 +119,9 @@ def picture(sides: Sides) -> bytes:
         for name, side in sides.items()
         for phase in ("forward", "backward")
     }
-    _bars(grid[0][0], "Tensors at the peak", at_peak, PARTS, _PART_COLOURS, bytes_text, 2**20, "MiB")
-    _bars(grid[0][1], "Saved for the backward", saved, COMPONENTS, PART_COLOURS, bytes_text, 2**20, "MiB")
-    _bars(grid[1][0], "Time of a step", times, COMPONENTS, PART_COLOURS, seconds_text, 1.0, "seconds")
+    _bars(grid[0][0], "Tensors at the peak", at_peak, PARTS, bytes_text, 2**20, "MiB")
+    _bars(grid[0][1], "Saved for the backward", saved, COMPONENTS, bytes_text, 2**20, "MiB")
+    _bars(grid[1][0], "Time of a step", times, COMPONENTS, seconds_text, 1.0, "seconds")
     _timeline(grid[1][1], sides)
     figure.subplots_adjust(left=0.09, right=0.98, top=0.86, bottom=0.08, hspace=0.62, wspace=0.24)
     made = io.BytesIO()
@@ -142,7 +134,6 @@ def _bars(
     title: str,
     rows: dict[str, dict[str, Any]],
     parts: Iterable[str],
-    colours: dict[str, str],
     text: Any,
     unit: float,
     unit_name: str,
@@ -153,16 +144,27 @@ def _bars(
         left = 0.0
         for part in shown:
             width = row.get(part, 0)
-            axes.barh(y, width / unit, left=left / unit, height=0.62, color=colours[part], edgecolor="white")
+            axes.barh(
+                y,
+                width / unit,
+                left=left / unit,
+                height=0.62,
+                color=_colour(part),
+                edgecolor="white",
+            )
             left += width
-        axes.text((left + 0.01 * longest) / unit, y, text(left), va="center", fontsize=8.5, color=_INK)
+        axes.text((left + 0.01 * longest) / unit, y, text(left), va="center", fontsize=8.5, color=INK)
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8.5)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.2 * longest / unit)
-    handles: list[Any] = [axes.barh(0, 0, color=colours[part]) for part in shown]
+    handles: list[Any] = [axes.barh(0, 0, color=_colour(part)) for part in shown]
     names = [part_name(part) for part in shown]
     axes.legend(handles, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=8)
     _dress(axes, title, unit_name, 1.28 if len(shown) > 4 else 1.19)
+
+
+def _colour(part: str) -> str:
+    return light({"saved": "saved activations", "temporary": "rest"}.get(part, part))
 
 
 def _timeline(axes: Axes, sides: Sides) -> None:
@@ -171,7 +173,7 @@ def _timeline(axes: Axes, sides: Sides) -> None:
         history = side["history"]
         moments = side["live"]["moments"]
         points = history or [(m["at_s"], sum(m["bytes_by_part"].values())) for m in moments]
-        colour = COLOURS[name]
+        colour = light(name)
         axes.plot([s for s, _ in points], [held / 2**20 for _, held in points], color=colour, linewidth=1.4, label=name)
         begins = next((m["at_s"] for m in moments if m["phase"] == "backward"), None)
         if begins is not None and not history:
@@ -185,11 +187,11 @@ def _timeline(axes: Axes, sides: Sides) -> None:
 def _dress(axes: Axes, title: str, xlabel: str, height: float) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.text(0, height, title, transform=axes.transAxes, fontsize=10.5, fontweight="bold", color=_INK)
+    axes.text(0, height, title, transform=axes.transAxes, fontsize=10.5, fontweight="bold", color=INK)
     axes.set_axisbelow(True)
-    axes.grid(axis="x", color=_FAINT)
-    axes.tick_params(colors=_INK, labelsize=8.5, length=0)
-    axes.set_xlabel(xlabel, fontsize=9, color=_INK)
+    axes.grid(axis="x", color=FAINT)
+    axes.tick_params(colors=INK, labelsize=8.5, length=0)
+    axes.set_xlabel(xlabel, fontsize=9, color=INK)
 
 
 def page(title: str, sides: Sides, notes: list[str]) -> str:

@@ -12,10 +12,11 @@ from typing import Any, cast
 from sparsetrain.core.files import plain, to_json, write_whole
 from sparsetrain.core.metrics import METRICS
 from sparsetrain.core.units import bytes_text, number_text, seconds_text
+from sparsetrain.measure.advice import advice, headline
 from sparsetrain.measure.curves import loss_curves, step_seconds, tokens_per_second
-from sparsetrain.measure.judge import advice, headline, judge
+from sparsetrain.measure.judge import judge
 from sparsetrain.measure.page import render_page
-from sparsetrain.measure.schema import RUNS, SCHEMA, STAGES, Report, Run
+from sparsetrain.measure.schema import RUNS, SCHEMA, STAGES, Checkpointing, Report, Run
 
 _MARKS = {"sparse": "+", "dense": "-", "tie": "=", "unknown": "?"}
 
@@ -28,6 +29,7 @@ def build_report(
     machine: dict[str, Any] | None = None,
     plan: Iterable[dict[str, Any]] | None = None,
     timing: dict[str, Any] | None = None,
+    checkpointing: Checkpointing | None = None,
     notes: Iterable[str] = (),
 ) -> Report:
     """Put the parts together and judge who won.
@@ -39,6 +41,7 @@ def build_report(
         machine: `describe_machine().to_dict()`.
         plan: `Plan.rows()`.
         timing: `Ratio.to_dict()` of dense and sparse steps timed alternately, if that was done.
+        checkpointing: what dense with gradient checkpointing takes, if that was measured.
         notes: sentences to print with the results (what stood down, what was skipped).
 
     Raises:
@@ -46,7 +49,7 @@ def build_report(
     """
     if not runs or not set(runs) <= set(RUNS):
         raise ValueError(f"runs are named {sorted(runs)}. Give one or both of {', '.join(map(repr, RUNS))}.")
-    judgements = judge(runs, timing)
+    judgements = judge(runs, timing, checkpointing)
     report: Report = {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -59,6 +62,7 @@ def build_report(
         "machine": machine or {},
         "plan": list(plan or ()),
         "timing": timing,
+        "checkpointing": checkpointing,
         "notes": list(notes),
     }
     return report
@@ -93,7 +97,7 @@ def load_report(path: str | os.PathLike[str]) -> Report:
 
 
 def render_text(report: Report) -> list[str]:
-    """The console's summary: a headline, one line a quantity (+ sparse won, - dense won, = tie), the runs."""
+    """The console's summary: a headline, one line a quantity (+ sparse won, - dense won, = tie), the runs, a sample."""
     lines = [report["headline"]]
     if report["advice"]:
         lines.append(report["advice"])
@@ -101,7 +105,26 @@ def render_text(report: Report) -> list[str]:
     for name in RUNS:
         if name in report["runs"]:
             lines += _run_lines(name, report["runs"][name])
-    return lines
+    return lines + _sample_lines(report["runs"])
+
+
+def _sample_lines(runs: dict[str, Run]) -> list[str]:
+    """The first held-out prompt and what each side answers, a line each; the page has them in full."""
+    asked = {name: found[0] for name in RUNS if name in runs and (found := runs[name].get("samples"))}
+    if not asked:
+        return []
+    first = next(iter(asked.values()))
+    said = {"a held-out prompt": "… " + _short(first["prompt"], end=True), "the data say": _short(first["reference"])}
+    said |= {f"{name} says": _short(sample["completion"]) for name, sample in asked.items()}
+    return [f"  {who}: {words or '(nothing)'}" for who, words in said.items()]
+
+
+def _short(text: str, most: int = 72, *, end: bool = False) -> str:
+    """A line of text, cut where it is longer; printable, since a model may say anything to a terminal."""
+    line = "".join(c for c in " ".join(text.split()) if c.isprintable())
+    if len(line) <= most:
+        return line
+    return line[-most:] if end else line[:most] + " …"
 
 
 def _run_lines(name: str, run: Run) -> list[str]:

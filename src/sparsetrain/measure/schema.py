@@ -25,7 +25,7 @@ class StepRecord(TypedDict):
 class EvalPoint(TypedDict):
     """The held-out loss after `step` steps and `wall_s` seconds of training; step 0 is before the first one.
 
-    Beside it, the value of each metric under its name.
+    Beside it, the value of each metric under its name. `by_row`: `count`, `loss` and counted metrics -> each row's sum.
     """
 
     step: int
@@ -33,6 +33,15 @@ class EvalPoint(TypedDict):
     loss: float | None
     perplexity: NotRequired[float | None]
     accuracy: NotRequired[float | None]
+    by_row: NotRequired[dict[str, list[float]]]
+
+
+class Sample(TypedDict):
+    """What a trained model answers to a held-out prompt, beside what the data say; the prompt's end if it is long."""
+
+    prompt: str
+    reference: str
+    completion: str
 
 
 class StageRecord(TypedDict):
@@ -57,6 +66,7 @@ class Run(TypedDict):
     peak_rss_bytes: of a process that ran this run alone.
     stages: where a run has more than one.
     kept: name -> sha256 of weights that one stage kept for a later one.
+    samples: of a language model in a comparison: the same prompts on both sides.
     """
 
     steps: list[StepRecord]
@@ -73,10 +83,30 @@ class Run(TypedDict):
     peak_gpu_bytes: NotRequired[int | None]
     stages: NotRequired[list[StageRecord]]
     kept: NotRequired[dict[str, str]]
+    samples: NotRequired[list[Sample]]
+
+
+class Checkpointing(TypedDict):
+    """Dense with gradient checkpointing, in a few steps beside dense.
+
+    `time_ratio` is of its step to a dense step. Peaks are of both by then, each in a process of its own: a whole run
+    meets longer rows and holds more, so these two beside each other say how much leaner it is.
+    """
+
+    time_ratio: float
+    num_pairs: int
+    peak_rss_bytes: int | None
+    peak_gpu_bytes: int | None
+    dense_rss_bytes: int | None
+    dense_gpu_bytes: int | None
 
 
 class Judgement(TypedDict):
-    """Who won one quantity. `ratio` is sparse / dense; text is a full sentence with the numbers."""
+    """Who won one quantity. `ratio` is sparse / dense; text is a full sentence with the numbers.
+
+    low, high: the interval that decided, where there is one: of the speed-up for time, else of sparse - dense.
+    checkpointing: the value of dense with checkpointing, where that was measured; the better of both is compared with.
+    """
 
     quantity: str
     unit: str
@@ -85,6 +115,9 @@ class Judgement(TypedDict):
     ratio: float | None
     winner: Literal["sparse", "dense", "tie", "unknown"]
     text: str
+    low: NotRequired[float | None]
+    high: NotRequired[float | None]
+    checkpointing: NotRequired[float | None]
 
 
 class Report(TypedDict):
@@ -101,4 +134,5 @@ class Report(TypedDict):
     machine: dict[str, Any]
     plan: list[dict[str, Any]]
     timing: dict[str, Any] | None
+    checkpointing: NotRequired[Checkpointing | None]
     notes: list[str]

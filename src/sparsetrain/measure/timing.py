@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -12,9 +13,14 @@ import torch
 from torch import nn
 
 from sparsetrain.measure.components import COMPONENTS, running
+from sparsetrain.measure.intervals import signed_rank_interval
 
-TIE = 0.03
-"""A ratio within 3 % of 1 is a tie: a 5 ms function timed against itself, machine loaded, then tied 19 times of 20."""
+MARGIN = 0.02
+"""A ratio within 2 % of 1 is a tie, however surely it is known: nobody changes a method for less."""
+LOOKS = 3
+"""How often the interval is looked at before more pairs are taken or it stays undecided."""
+LEVEL = 1 - 0.05 / LOOKS
+"""Of the interval at each look, so that all looks together err in at most 5 % (Bonferroni); it takes 7 pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,15 +28,27 @@ class Ratio:
     """How much faster the candidate is: baseline time / candidate time, above 1 when the candidate wins.
 
     median, q1, q3 are over the per-round ratios; times are seconds in the order of the rounds.
+    low, high: the interval of the ratio, of `LEVEL`: Wilcoxon's signed-rank interval of the logarithms of the rounds'
+        ratios (`measure.intervals`); None for fewer than 7 pairs.
+    verdict: win if the whole interval is above 1 + `MARGIN`, loss if it is below 1 / (1 + `MARGIN`), else tie.
     """
 
     median: float
     q1: float
     q3: float
+    low: float | None
+    high: float | None
     verdict: str
     clock: str
     baseline_s: tuple[float, ...]
     candidate_s: tuple[float, ...]
+
+    @property
+    def decided(self) -> bool:
+        """The interval lies in one piece: outside the margin, or inside. More pairs would narrow it, and no more."""
+        if self.low is None or self.high is None:
+            return False
+        return self.verdict != "tie" or (self.low >= 1 / (1 + MARGIN) and self.high <= 1 + MARGIN)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,15 +78,15 @@ def compare(
 ) -> Ratio:
     """Time two functions in one loop, baseline then candidate, the order flipped each round.
 
-    Verdict: win when the lower quartile is above 1 and the median above 1 + `TIE`; loss when the upper quartile is
-    below 1 and the median below 1 - `TIE`; else tie. The clock is CPU time of the process with one thread, wall time
-    otherwise, and wall time around a synchronised device on CUDA. Everything a user pays for belongs inside the
-    functions (selection and its bookkeeping too); rotating inputs is theirs to do.
+    After `rounds` pairs the interval of their ratio is looked at (`Ratio`); while it is undecided, as many pairs again
+    are taken, up to `LOOKS` times. The clock is CPU time of the process with one thread, wall time otherwise, and wall
+    time around a synchronised device on CUDA. Everything a user pays for belongs inside the functions (selection and
+    its bookkeeping too); rotating inputs is theirs to do.
 
     Args:
         baseline: the strongest thing a user could pick instead.
         candidate: what is judged.
-        rounds: timed rounds, at least 3.
+        rounds: timed pairs of the first look, at least 3; up to `LOOKS` times as many are taken.
         warmup: calls of each before timing.
         device: where the functions compute.
 
@@ -83,11 +101,13 @@ def compare(
         candidate()
     times: dict[str, list[float]] = {"baseline": [], "candidate": []}
     pair = [("baseline", baseline), ("candidate", candidate)]
-    for i in range(rounds):
+    for i in range(LOOKS * rounds):
         for side, function in pair if i % 2 == 0 else reversed(pair):
             start = now()
             function()
             times[side].append(now() - start)
+        if (i + 1) % rounds == 0 and ratio(times["baseline"], times["candidate"]).decided:
+            break
     return ratio(times["baseline"], times["candidate"], clock=name)
 
 
@@ -100,24 +120,28 @@ def ratio(baseline_s: list[float], candidate_s: list[float], *, clock: str = "wa
     if len(baseline_s) != len(candidate_s) or len(baseline_s) < 3:
         raise ValueError(f"{len(baseline_s)} and {len(candidate_s)} times do not pair. Give at least 3 of each.")
     # a coarse clock can read 0 for a very short call
-    ratios = [b / max(c, 1e-12) for b, c in zip(baseline_s, candidate_s, strict=True)]
+    ratios = [max(b, 1e-12) / max(c, 1e-12) for b, c in zip(baseline_s, candidate_s, strict=True)]
     q1, median, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
+    logarithms = signed_rank_interval([math.log(each) for each in ratios], LEVEL)
+    low, high = (None, None) if logarithms is None else map(math.exp, logarithms)
     return Ratio(
         median=median,
         q1=q1,
         q3=q3,
-        verdict=verdict(median, q1, q3),
+        low=low,
+        high=high,
+        verdict=verdict(low, high),
         clock=clock,
         baseline_s=tuple(baseline_s),
         candidate_s=tuple(candidate_s),
     )
 
 
-def verdict(median: float, q1: float, q3: float) -> str:
-    """win, tie or loss, by the rule of `compare`."""
-    if q1 > 1 and median > 1 + TIE:
+def verdict(low: float | None, high: float | None) -> str:
+    """win, tie or loss, by the rule of `Ratio`."""
+    if low is not None and low > 1 + MARGIN:
         return "win"
-    if q3 < 1 and median < 1 - TIE:
+    if high is not None and high < 1 / (1 + MARGIN):
         return "loss"
     return "tie"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparsetrain.core.files import scratch_file
+from sparsetrain.measure.colours import COLOURS, light
 from sparsetrain.measure.components import COMPONENTS
-from sparsetrain.measure.plots import PARTS
 from sparsetrain.planner.memory import PeakBytes
 from sparsetrain.planner.search import Answer
 
@@ -29,7 +29,7 @@ def draw(answer: Answer, path: Path, *, title: str, limit: int | None) -> None:
         sizes = [_part(row.peak, name) / GIGA for row in rows]
         if max(sizes, default=0.0) > 0:
             label = name if name in ("weights", "optimizer", "gradients", "temporary") else f"saved: {name}"
-            axes.barh(range(len(rows)), sizes, left=left, color=PARTS.get(name, PARTS["rest"]), label=label)
+            axes.barh(range(len(rows)), sizes, left=left, color=light(name if name in COLOURS else "rest"), label=label)
             left = [a + b for a, b in zip(left, sizes, strict=True)]
     picked = answer.picked
     names = [f"{row.candidate.label}{'  (take)' if row is picked else ''}" for row in rows]

@@ -16,8 +16,10 @@ from sparsetrain.measure.schema import Report
 from sparsetrain.measure.timing import ratio
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.checkpoints import own_checkpoints
+from sparsetrain.runs.extra_turns import Extra, Pairs
 from sparsetrain.runs.layout import RESULT, SIDES
 from sparsetrain.runs.manifest import MANIFEST, read_json
+from sparsetrain.surgery.deploy import deployment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +51,32 @@ def leaving_nothing_useless(output: Path, new: bool) -> Iterator[None]:
         raise
 
 
-def comparison_report(recipe: RunRecipe, results: dict[str, dict[str, Any]], title: str) -> Report:
-    """The measure report of two results."""
+def paired_steps(recipe: RunRecipe, results: dict[str, dict[str, Any]]) -> Pairs:
+    """Seconds of the steps that both sides took in turns, but for the first, which allocates.
+
+    Where the sparse side trains dense at the beginning and the end, these steps are left out: a step of the method is
+    what is timed, and the time of the whole run is told beside it.
+    """
     times = {side: {row["step"]: row["step_time_s"] for row in results[side]["run"]["steps"]} for side in SIDES}
-    both = sorted(times["sparse"].keys() & times["dense"].keys())[1:]  # the first step allocates
-    timing = None
-    if len(both) >= 3:
-        timing = ratio([times["dense"][step] for step in both], [times["sparse"][step] for step in both]).to_dict()
+    both = sorted(times["sparse"].keys() & times["dense"].keys())[1:]
+    deployed = deployment(getattr(recipe, "deployment", "sparse"))
+    total = max(times["sparse"], default=0)
+    if deployed is not None:
+        sparse = [s for s in both if not any(deployed.is_dense(config, s - 1, total) for config in recipe.configs)]
+        both = sparse or both
+    return [times["dense"][step] for step in both], [times["sparse"][step] for step in both]
+
+
+def comparison_report(
+    recipe: RunRecipe, results: dict[str, dict[str, Any]], title: str, extra: Extra | None = None
+) -> Report:
+    """The measure report of two results, and of what was timed after them."""
+    extra = extra or Extra()
+    pairs = [run + more for run, more in zip(paired_steps(recipe, results), extra.pairs, strict=True)]
+    timing = ratio(*pairs).to_dict() if len(pairs[0]) >= 3 else None
     notes = [results["sparse"]["data"]]
     notes += [f"{side}: {note}" for side in SIDES for note in results[side]["notes"]]
+    notes += extra.notes
     if results["sparse"]["data_order"]:
         notes.append(f"Both sides saw the same rows in the same order (hash {results['sparse']['data_order']}).")
     return build_report(
@@ -67,6 +86,7 @@ def comparison_report(recipe: RunRecipe, results: dict[str, dict[str, Any]], tit
         machine=describe_machine().to_dict() | {"threads": results["sparse"]["machine"]["threads"]},
         plan=results["sparse"]["plan"],
         timing=timing,
+        checkpointing=extra.checkpointing,
         notes=notes,
     )
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from sparsetrain.core.metrics import METRICS
@@ -17,6 +17,8 @@ class Quality:
     loss: mean over targets (tokens or rows), in nats for a cross-entropy.
     metrics: name -> value, of `core.metrics`. metric: the one of them that the task is judged by.
     tokens: input tokens, padding not counted; for images, numbers.
+    by_row: `count`, `loss` and metrics that are counted -> the sums of each row, in order; empty where a task's scores
+        do not say them.
     """
 
     loss: float
@@ -24,6 +26,7 @@ class Quality:
     metric: str
     tokens: int
     rows: int
+    by_row: Mapping[str, list[float]] = field(default_factory=dict)
 
     @property
     def value(self) -> float:
@@ -52,8 +55,22 @@ class Quality:
         }
         metric = values.get("metric") or next(iter(metrics))
         return cls(
-            loss=values["loss"], metrics=dict(metrics), metric=metric, tokens=values["tokens"], rows=values["rows"]
+            loss=values["loss"],
+            metrics=dict(metrics),
+            metric=metric,
+            tokens=values["tokens"],
+            rows=values["rows"],
+            by_row=values.get("by_row") or {},
         )
+
+
+def columns_of(batches: Sequence[Mapping[str, list[float]] | None]) -> dict[str, list[float]]:
+    """The rows of all batches, column by column; none if a batch has none."""
+    known = [batch for batch in batches if batch is not None]
+    if len(known) < len(batches):
+        return {}
+    # six decimals of a summed loss are more than its rounding leaves
+    return {name: [round(x, 6) for batch in known for x in batch[name]] for name in (known[0] if known else {})}
 
 
 def metrics_of(task: Task, loss: float, means: dict[str, float]) -> dict[str, float]:

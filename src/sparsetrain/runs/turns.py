@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import selectors
-from dataclasses import dataclass
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from sparsetrain.runs.events import Event, Report
@@ -16,10 +18,15 @@ from sparsetrain.runs.sides import Side
 
 TURN, ASKS = "turn", "asks"
 """Events of a side that waits: for its turn, or to be told the dense model's quality."""
+GO, MEASURE = "go", "measure"
+"""What a side is told: to train a step, or to train one and evaluate the model after it."""
 
 
 def train_in_turns(work: str, jobs: dict[str, dict[str, Any]], report: Report) -> None:
     """Train one side for each job, until all are done.
+
+    The side that takes longer is evaluated once when the other has spent all its time, so that the two are known at
+    equal time, set-up included.
 
     Args:
         work: `module:function` that trains a side, as `runs.sides.Side` takes it. It tells `TURN` at the start of each
@@ -31,6 +38,40 @@ def train_in_turns(work: str, jobs: dict[str, dict[str, Any]], report: Report) -
     Raises:
         as `runs.sides.Side.read`: when one side fails, the others are stopped.
     """
+    with _waiting_sides(work, jobs, report) as sides:
+        order = sides[::-1]
+        while running := [each for each in order if not each.side.done]:
+            for each in running:
+                _turn(sides, each)
+            order.reverse()
+
+
+def time_in_turns(
+    work: str, jobs: dict[str, dict[str, Any]], report: Report, wanted: Callable[[dict[str, list[float]]], set[str]]
+) -> dict[str, dict[str, Any]]:
+    """Time steps of sides whose training nobody keeps: side -> {seconds: of its steps, peaks: after each of them}.
+
+    Args:
+        wanted: (side -> seconds of its steps) -> the sides to go on with, asked after each round; the others wait, and
+            all are stopped when none is wanted. Each side's first step, which allocates, is left out.
+    """
+    with _waiting_sides(work, jobs, report) as sides:
+        order = sides[::-1]
+        for each in sides:
+            each.measured = True  # nothing of these is evaluated
+        while True:
+            seconds = {each.side.name: each.seconds[1:] for each in sides}
+            going = wanted(seconds)
+            running = [each for each in order if each.side.name in going and not each.side.done]
+            if not running:
+                return {each.side.name: {"seconds": each.seconds[1:], "peaks": each.peaks[2:]} for each in sides}
+            for each in running:
+                _turn(sides, each)
+            order.reverse()
+
+
+@contextlib.contextmanager
+def _waiting_sides(work: str, jobs: dict[str, dict[str, Any]], report: Report) -> Iterator[list[_Trained]]:
     with contextlib.ExitStack() as stack:
         sides = []
         for name in jobs:
@@ -39,39 +80,68 @@ def train_in_turns(work: str, jobs: dict[str, dict[str, Any]], report: Report) -
         for each in sides:  # the sparse one first: it checks its recipe, and then asks how good the dense model is
             each.side.send(jobs[each.side.name])
             _until_waiting(sides, each)
-        order = sides[::-1]
-        while running := [each for each in order if not each.side.done]:
-            for each in running:
-                _turn(sides, each)
-            order.reverse()
+        yield sides
 
 
 @dataclass
 class _Trained:
-    """A side that is trained. waiting: for its turn. asks: for the dense model's quality, and not for a turn."""
+    """A side that is trained. waiting: for its turn. asks: for the dense model's quality, and not for a turn.
+
+    wall_s: its set-up and its steps so far, `step` of `steps`; seconds: of the steps of this process.
+    peaks: what the process has held at most, as it says when it asks for a turn.
+    """
 
     side: Side
     report: Report
     waiting: bool = False
     asks: bool = False
     dense_quality: dict[str, Any] | None = None
+    setup_s: float = 0.0
+    wall_s: float = 0.0
+    step: int = 0
+    steps: int = 0
+    measured: bool = False
+    seconds: list[float] = field(default_factory=list)
+    peaks: list[dict[str, Any]] = field(default_factory=list)
 
     def take(self, event: Event) -> None:
-        if event["event"] in (TURN, ASKS):
-            self.waiting, self.asks = True, event["event"] == ASKS
+        kind = event["event"]
+        if kind in (TURN, ASKS):
+            self.waiting, self.asks = True, kind == ASKS
+            self.peaks += [event["peaks"]] if kind == TURN else []
             return
-        if event["event"] == "quality" and event["stage"] in ("dense", "untrained"):
+        if kind == "quality" and event["stage"] in ("dense", "untrained"):
             self.dense_quality = event["quality"]
+        elif kind == "setup":
+            self.setup_s = event["seconds"]
+        elif kind == "step":
+            self.seconds.append(event["step_time_s"])
+            self.wall_s, self.step, self.steps = event["wall_s"], event["step"], event["steps"]
         self.report({"side": self.side.name, **event})
+
+    def spent_after(self, steps: int) -> float:
+        """Seconds, set-up included, when so many steps will be done, at the pace so far; the first step is slow."""
+        return self.setup_s + self.wall_s + (steps - self.step) * statistics.median(self.seconds[1:])
+
+    def reaches(self, other: _Trained) -> bool:
+        """The next step is the one in which this side, the slower one, has spent what the other will in all."""
+        known = len(self.seconds) > 1 and len(other.seconds) > 1
+        if not known or self.measured or self.step + 1 >= self.steps:
+            return False
+        end = other.spent_after(other.steps)
+        return self.spent_after(self.step + 1) >= end and self.spent_after(self.steps) > end
 
 
 def _turn(sides: list[_Trained], active: _Trained) -> None:
     """One step of a side; its first turn also tells it the dense quality that another side has measured."""
+    others = [other for other in sides if other is not active]
     if active.asks:
         active.asks = False
-        active.side.send(next((other.dense_quality for other in sides if other is not active), None))
+        active.side.send(next((other.dense_quality for other in others), None))
         _until_waiting(sides, active)
-    active.side.send("go")
+    reaches = len(others) == 1 and active.reaches(others[0])
+    active.measured = active.measured or reaches
+    active.side.send(MEASURE if reaches else GO)
     _until_waiting(sides, active)
 
 

@@ -64,7 +64,7 @@ def bench(
     recipe: Recipe,
     chosen: dict[str, tuple[MethodConfig, ...]],
     *,
-    rounds: int = 5,
+    rounds: int = 7,
     layers: int | None = None,
     report: Report = silent,
 ) -> Bench:
@@ -73,7 +73,7 @@ def bench(
     Args:
         recipe: model, length, batch, LoRA; its methods are left out.
         chosen: as `candidates` gives them.
-        rounds: timed pairs of steps for each, at least 3.
+        rounds: timed pairs of steps for each, at least 3; more are taken while a verdict is undecided.
         layers: use only the first so many layers; with random tokens, the vocabulary is cut in the same proportion.
         report: told what is being done.
 
@@ -81,7 +81,7 @@ def bench(
         ValueError: the recipe does not fit the machine, the model or the data; fewer than 3 rounds.
     """
     if rounds < 3:
-        raise ValueError(f"rounds={rounds} gives no quartiles. Use at least 3.")
+        raise ValueError(f"rounds={rounds} gives no quartiles. Use at least 3; 7 is the default.")
     if not chosen:
         raise ValueError("no method is given, so there is nothing to time. Name at least one.")
     if recipe.threads is not None:
@@ -102,7 +102,7 @@ def bench(
     dense = _open_dense(parts, layers, notes)
     once = _seconds(dense.step)
     estimate = seconds_text(once * (2 * (rounds + 1) + 4) * len(chosen))
-    tell(f"a dense step takes {seconds_text(once)}; {len(chosen)} candidates may take {estimate}")
+    tell(f"a dense step takes {seconds_text(once)}; {len(chosen)} candidates take {estimate} or more")
     outcomes = []
     for i, (name, configs) in enumerate(chosen.items()):
         outcomes.append(outcome := _judged(name, configs, dense, rounds))

@@ -2,7 +2,8 @@
 
 Each side is a process of its own that runs the ordinary `finetune` or `pretrain` (`hf.study.turns`), so each has its
 own peak of memory, and both meet the same state of the machine. The dense side begins, so that a first loss is seen
-while the sparse side has yet to convert its model.
+while the sparse side has yet to convert its model. When both are done, dense with gradient checkpointing is timed
+beside dense, and more pairs of steps are where those of the run do not say who is faster (`runs.extra_turns`).
 
 The dense side has the same LoRA or start, optimizer, seed, rows and order of rows, and SDPA attention.
 """
@@ -26,10 +27,12 @@ from sparsetrain.runs.comparison import (
     comparison_report,
     finished_sides,
     leaving_nothing_useless,
+    paired_steps,
     side_recipe,
 )
 from sparsetrain.runs.events import Report as Tell
 from sparsetrain.runs.events import silent
+from sparsetrain.runs.extra_turns import extra_turns
 from sparsetrain.runs.layout import RECIPE, RESULT, SIDES
 from sparsetrain.runs.lock import LOCK, wait_released
 from sparsetrain.runs.manifest import disk_errors, read_json
@@ -75,7 +78,10 @@ def _compared(recipe: RunRecipe, output: Path, report: Tell) -> Comparison:
         train_in_turns(WORK, jobs, report)
     results = {side: read_json(Path(recipes[side].output) / RESULT) for side in SIDES}
     check_same_rows(results)
-    made = comparison_report(recipe, results, kind.title(recipe))
+    trained_s = sum(results[side]["run"]["steps"][-1]["wall_s"] for side in SIDES)
+    pairs = paired_steps(recipe, results)
+    extra = extra_turns(WORK, like, recipe, kind.dense, pairs, trained_s, report)
+    made = comparison_report(recipe, results, kind.title(recipe), extra)
     write_report(made, output)
     illustrate(output, recipe.configs)
     write_whole(output / RECIPE, recipe.to_yaml())

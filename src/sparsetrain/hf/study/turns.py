@@ -10,9 +10,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparsetrain.hf.train.jobs import JOBS
+from sparsetrain.measure.memory import peak_memory
 from sparsetrain.runs.quality import Quality
 from sparsetrain.runs.sides import Line
-from sparsetrain.runs.turns import ASKS, TURN
+from sparsetrain.runs.turns import ASKS, MEASURE, TURN
 
 WORK = f"{__name__}:train_side"
 
@@ -45,9 +46,15 @@ class _TurnCallback(TrainerCallback):
 
     def __init__(self, line: Line) -> None:
         self.line = line
+        self._measure = False
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.line.tell({"event": TURN})
-        self.line.wait()
+        peak = peak_memory(args.device)
+        peaks = {"peak_rss_bytes": peak.rss_peak_bytes, "peak_gpu_bytes": peak.gpu_allocated_peak_bytes}
+        self.line.tell({"event": TURN, "peaks": peaks})
+        self._measure = self.line.wait() == MEASURE
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_evaluate = self._measure

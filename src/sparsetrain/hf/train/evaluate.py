@@ -16,7 +16,7 @@ from sparsetrain.data.collate import Collate
 from sparsetrain.hf.train.tasks import Scores
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.recipes.tasks import named, task_of
-from sparsetrain.runs.quality import Quality, metrics_of
+from sparsetrain.runs.quality import Quality, columns_of, metrics_of
 
 
 def evaluate(
@@ -47,7 +47,7 @@ def evaluate(
     if len(rows) == 0:
         raise ValueError("there are no held-out rows to evaluate on. Give more data.")
     device = next(model.parameters()).device
-    total, sums = 0.0, dict[str, float]()
+    total, sums, by_row = 0.0, dict[str, float](), list[dict[str, list[float]] | None]()
     targets = tokens = num_rows = 0
     with evaluating(model), torch.no_grad():
         for batch in _batches(rows, collate_fn, batch_size, max_tokens):
@@ -61,6 +61,7 @@ def evaluate(
                 )
             total, targets = total + found.loss, targets + found.count
             sums = {name: sums.get(name, 0.0) + value for name, value in found.sums.items()}
+            by_row.append(found.by_row)
             num_rows += size
             tokens += _num_tokens(batch)
             if progress is not None:
@@ -69,7 +70,9 @@ def evaluate(
         raise ValueError(f"none of the {num_rows} held-out rows has a target token. Use longer rows or more data.")
     loss = total / targets
     metrics = metrics_of(row, loss, {name: value / targets for name, value in sums.items()})
-    return Quality(loss=loss, metrics=metrics, metric=row.metric, tokens=tokens, rows=num_rows)
+    return Quality(
+        loss=loss, metrics=metrics, metric=row.metric, tokens=tokens, rows=num_rows, by_row=columns_of(by_row)
+    )
 
 
 def held_out_tokens(recipe: RunRecipe) -> int | None:

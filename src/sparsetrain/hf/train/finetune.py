@@ -52,7 +52,8 @@ def finetune(
         recipe: what to do; its `compare` is for `hf.compare`.
         report: told what happens, as it happens (events: see `runs.events`).
         callbacks: further callbacks of the Trainer, called before ours.
-        like: a sparse recipe that this dense run is compared with; attention dropout is as there.
+        like: the recipe of the comparison that this run is a side of: attention dropout is as there, and what the
+            trained model answers to held-out prompts is recorded.
         dense_quality: of the pretrained model, where another run has measured it on the same rows; a function is
             asked when it is needed.
         write: write the report.
@@ -77,6 +78,7 @@ def finetune(
         about=_about,
         title=title(recipe),
         saved="adapter" if recipe.lora_r > 0 else "model",
+        samples=like is not None and task_of(recipe.task).causal,
     )
     return run(recipe, job, report=report, callbacks=callbacks, dense_quality=dense_quality, write=write, choice=choice)
 

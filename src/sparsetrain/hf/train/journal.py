@@ -68,6 +68,7 @@ class Journal:
     def point(self, quality: Quality, step: int) -> None:
         """Record a point of the held-out curve."""
         point: Any = {"step": step, "wall_s": self.recorder.wall_s, "loss": quality.loss, **quality.metrics}
+        point |= {"by_row": dict(quality.by_row)} if quality.by_row else {}
         self.run.setdefault("evals", []).append(point)
 
     def peaks(self, device: torch.device) -> None:
@@ -100,14 +101,16 @@ class Journal:
 
 
 class EvalCallback(TrainerCallback):
-    """Evaluates every `every` steps (0: never), outside the timed part of a step."""
+    """Evaluates every `every` steps (0: never), and where a callback before it has asked for it, outside the timed part
+    of a step."""
 
     def __init__(self, evaluate_now: Callable[[int], Quality], every: int, journal: Journal) -> None:
         self.evaluate_now, self.every, self.journal = evaluate_now, every, journal
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        due = self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps
-        if due and "loss" in (kwargs.get("logs") or {}):
+        due = control.should_evaluate or (self.every and state.global_step % self.every == 0)
+        control.should_evaluate = False  # the Trainer has no rows of its own to evaluate on
+        if due and state.global_step < state.max_steps and "loss" in (kwargs.get("logs") or {}):
             quality = self.evaluate_now(state.global_step)
             self.journal.point(quality, state.global_step)
             event = {"stage": f"step {state.global_step}", "metric": quality.metric, "value": quality.value}

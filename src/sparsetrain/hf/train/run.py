@@ -27,6 +27,7 @@ from sparsetrain.hf.train.held_out import KnownQuality, measure_quality
 from sparsetrain.hf.train.journal import EvalCallback, Journal, SavedCallback
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import first_batch
+from sparsetrain.hf.train.samples import samples
 from sparsetrain.hf.train.stages import (
     Enter,
     StageCallback,
@@ -66,6 +67,7 @@ class Job:
     callbacks: further callbacks, called before ours.
     stages: what the run trains, one after the other.
     enter: makes the model of a later stage.
+    samples: record what the trained model answers to held-out prompts.
     """
 
     open_parts: Callable[[Report], Parts]
@@ -77,6 +79,7 @@ class Job:
     callbacks: tuple[TrainerCallback, ...] = ()
     stages: tuple[Stage, ...] = ONE_STAGE
     enter: Enter | None = None
+    samples: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +162,8 @@ def _train(course: Course, dense_quality: KnownQuality) -> tuple[Any, Handle | N
     """
     resumed, trainer = course.resumed, None
     model, handle = course.job.build(course.parts, course.journal, resumed, dense_quality)
+    if setup_s := course.journal.run.get("setup_s"):
+        course.journal.report({"event": "setup", "seconds": setup_s})
     left = None if resumed is None else resumed.path
     clear_interrupted(course.output)
     write_whole(course.output / RECIPE, course.recipe.to_yaml())
@@ -246,6 +251,7 @@ def _record(course: Course, model: Any, handle: Handle | None, trainer: Trainer 
     last = course.spans[-1].total
     trained = measure_quality(model, handle, parts, journal, "evaluating the trained model", step=last)
     journal.quality("after_training", trained, step=last)
+    _sample(course, model)
     saved = course.output / job.saved
     save(model, handle, saved, tokenizer=parts.tokenizer, **job.about(parts))
     total, trainable = models.num_parameters(model)
@@ -265,6 +271,15 @@ def _record(course: Course, model: Any, handle: Handle | None, trainer: Trainer 
         machine=describe_machine().to_dict(),
         title=job.title,
     )
+
+
+def _sample(course: Course, model: Any) -> None:
+    if course.job.samples:
+        try:
+            course.journal.run["samples"] = samples(model, course.parts)
+        except Exception as error:  # whatever a model cannot generate: its training is done, and is not lost for this
+            text = f"No sample completions: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            course.journal.report({"event": "note", "text": text})
 
 
 def _sparsity(handle: Handle, parts: Parts, journal: Journal, about: dict[str, Any]) -> SparsityCallback:

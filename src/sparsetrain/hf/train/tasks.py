@@ -104,11 +104,15 @@ def image_rows(asked: RowsAsked) -> DataBundle:
 
 
 class Scores(NamedTuple):
-    """What a held-out batch gave: the summed loss, over how many targets, and other sums over these by metric."""
+    """What a held-out batch gave: the summed loss, over how many targets, and other sums over these by metric.
+
+    by_row: `loss`, `count` and the metrics -> one number a row, from which two models are told apart; may be left out.
+    """
 
     loss: float
     count: int
     sums: dict[str, float]
+    by_row: dict[str, list[float]] | None = None
 
 
 def next_token_scores(model: Any, batch: Batch) -> Scores:
@@ -121,12 +125,14 @@ def next_token_scores(model: Any, batch: Batch) -> Scores:
         logits_bkv, target_bk = model(**inputs, logits_to_keep=asked_k).logits, target_bt[:, asked_k]
     else:
         logits_bkv, target_bk = model(**inputs).logits[:, :-1], target_bt
-    total, piece = 0.0, max(1, PIECE // logits_bkv.shape[-1])
+    piece, rows = max(1, PIECE // logits_bkv.shape[-1]), list[float]()
     for logits_kv, target_k in zip(logits_bkv, target_bk, strict=True):
+        rows.append(0.0)
         for logits_pv, target_p in zip(logits_kv.split(piece), target_k.split(piece), strict=True):
             losses = F.cross_entropy(logits_pv.float(), target_p, ignore_index=IGNORED_LABEL, reduction="sum")
-            total += losses.item()
-    return Scores(total, int((target_bt != IGNORED_LABEL).sum()), {})
+            rows[-1] += losses.item()
+    counts_b = (target_bt != IGNORED_LABEL).sum(-1)
+    return Scores(sum(rows), int(counts_b.sum()), {}, {"loss": rows, "count": counts_b.tolist()})
 
 
 def _keeps_logits(model: Any) -> bool:
@@ -141,7 +147,13 @@ def label_scores(model: Any, batch: Batch) -> Scores:
     labels_b = inputs.pop("labels")
     logits_bc = model(**inputs).logits
     loss = F.cross_entropy(logits_bc.float(), labels_b, reduction="sum").item()
-    return Scores(loss, len(labels_b), {"accuracy": (logits_bc.argmax(-1) == labels_b).sum().item()})
+    right_b = logits_bc.argmax(-1) == labels_b
+    by_row = {
+        "loss": F.cross_entropy(logits_bc.float(), labels_b, reduction="none").tolist(),
+        "count": [1.0] * len(labels_b),
+        "accuracy": right_b.float().tolist(),
+    }
+    return Scores(loss, len(labels_b), {"accuracy": right_b.sum().item()}, by_row)
 
 
 def training_loss(model: Any, batch: Batch, task: str) -> Tensor:

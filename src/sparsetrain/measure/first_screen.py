@@ -1,0 +1,122 @@
+"""What a report says first: who won, three bars (time, memory, quality), and what each side answers."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from sparsetrain.core.metrics import METRICS
+from sparsetrain.core.units import bytes_text, seconds_text
+from sparsetrain.measure.advice import by_checkpointing
+from sparsetrain.measure.bars import Bar, bars
+from sparsetrain.measure.curves import run_seconds, setup_seconds
+from sparsetrain.measure.judge import LABELS
+from sparsetrain.measure.markup import section, table
+from sparsetrain.measure.schema import RUNS, Judgement, Report, Run
+
+WON = {"sparse": "sparse wins", "dense": "dense wins", "tie": "tie", "unknown": "unknown"}
+RECOMPUTED = "dense + checkpointing"
+
+
+def verdict(report: Report) -> str:
+    """Headline, bars, and every judgement with its numbers."""
+    parts = [f'<p class="headline">{escape(report["headline"])}</p>']
+    if report["advice"]:
+        parts.append(f'<p class="advice">{escape(report["advice"])}</p>')
+    judgements = {j["quantity"]: j for j in report["judgements"]}
+    if judgements:
+        drawn = (_time(report, judgements), _memory(judgements), _quality(report["runs"], judgements))
+        parts.append(f'<div class="bars">{"".join(drawn)}</div>')
+        rows = [(escape(LABELS[q]), _chip(j), escape(j["text"])) for q, j in judgements.items()]
+        parts.append(table(("Quantity", "Result", "Numbers"), rows, kind="judgements"))
+    parts += [f'<p class="note">{escape(note)}</p>' for note in report["notes"]]
+    return section("Verdict", "verdict", *parts)
+
+
+def _chip(judgement: Judgement) -> str:
+    who, words = judgement["winner"], WON[judgement["winner"]]
+    if by_checkpointing(judgement):
+        who, words = "checkpointing", f"{RECOMPUTED} wins"
+    return f'<span class="won {who}">{words}</span>'
+
+
+def _block(title: str, judgement: Judgement | None, rows: list[Bar], words: str) -> str:
+    if judgement is None or not rows:
+        return ""
+    return f"<div><h3>{escape(title)} {_chip(judgement)}</h3>{bars(rows)}<p>{escape(words)}</p></div>"
+
+
+def _time(report: Report, judgements: dict[str, Judgement]) -> str:
+    """The whole runs where they are of the same length, set-up apart; else a step."""
+    judgement, runs = judgements.get("time_per_step"), report["runs"]
+    if judgement is None:
+        return ""
+    steps = len(runs["dense"]["steps"])
+    whole = steps == len(runs["sparse"]["steps"])
+    setup = setup_seconds(runs["sparse"]) if whole else 0.0
+    d, s = (run_seconds(runs[name]) if whole else judgement[name] or 0.0 for name in RUNS)
+    rows = [Bar("dense", {"dense": d}, seconds_text(d))]
+    if beside := report.get("checkpointing"):
+        c = d * beside["time_ratio"]
+        rows.append(Bar(RECOMPUTED, {"checkpointing": c}, f"about {seconds_text(c)}"))
+    rows.append(Bar("sparse", {"setup": setup, "sparse": s - setup}, seconds_text(s)))
+    words = [f"set-up {seconds_text(setup)}, the light part" if setup else "no set-up"]
+    if beside:
+        words.append(f"{RECOMPUTED} from {beside['num_pairs']} steps beside dense ones")
+    title = f"Time of {steps:,} steps" if whole else "Time per step"
+    return _block(title, judgement, rows, f"Less is better; {'; '.join(words)}.")
+
+
+def _memory(judgements: dict[str, Judgement]) -> str:
+    judgement = judgements.get("peak_memory")
+    if judgement is None:
+        return ""
+    found = {
+        "dense": judgement["dense"],
+        "checkpointing": judgement.get("checkpointing"),
+        "sparse": judgement["sparse"],
+    }
+    rows = [
+        Bar(RECOMPUTED, {name: value}, f"about {bytes_text(value)}")
+        if name == "checkpointing" and value is not None
+        else Bar(name, {name: value or 0.0}, bytes_text(value))
+        for name, value in found.items()
+        if value is not None
+    ]
+    return _block("Peak memory", judgement, rows, "Less is better; each side in a process of its own.")
+
+
+def _quality(runs: dict[str, Run], judgements: dict[str, Judgement]) -> str:
+    judgement = judgements.get("quality")
+    if judgement is None:
+        return ""
+    metric = METRICS[judgement["unit"]]
+    stages: dict[str, Any] = runs["dense"].get(metric.name) or {}  # type: ignore[assignment]
+    before = next((stages[stage] for stage in ("dense", "untrained") if stages.get(stage) is not None), None)
+    rows = [] if before is None else [Bar("before training", {"before": before}, metric.text(before))]
+    for name in RUNS:
+        value = judgement[name]
+        rows.append(Bar(name, {name: value or 0.0}, "not a number" if value is None else metric.text(value)))
+    words = f"{'More' if metric.more_is_better else 'Less'} is better; of the model as it is saved, on held-out rows."
+    return _block(metric.title, judgement, rows, words)
+
+
+def samples(runs: dict[str, Run]) -> str:
+    """What each side answers to the same held-out prompts."""
+    asked = {name: runs[name].get("samples") or [] for name in RUNS if name in runs}
+    count = max(map(len, asked.values()), default=0)
+    if not count:
+        return ""
+    boxes = []
+    for i in range(count):  # a side that ran out of time has fewer
+        present = {name: row[i] for name, row in asked.items() if i < len(row)}
+        first = next(iter(present.values()))
+        said = [("prompt, its end", "", "prompt", first["prompt"]), ("the data say", "", "", first["reference"])]
+        said += [(f"{name} says", name, "", each["completion"]) for name, each in present.items()]
+        body = "".join(
+            f'<h3 class="{who}">{escape(title)}</h3><pre class="{kind}">{escape(text.strip()) or "(nothing)"}</pre>'
+            for title, who, kind, text in said
+        )
+        boxes.append(f'<div class="sample">{body}</div>')
+    words = "<p>Greedy, at most 48 tokens; the prompts are evenly spaced over the held-out rows, chosen by nobody.</p>"
+    return section("What the trained models say", "samples", words, *boxes)
