@@ -15,8 +15,6 @@ from typing import Any
 
 from torch import nn
 
-from sparsetrain.surgery.reclass import dense_forward
-
 INNER = "inner_forward"
 """Where a model keeps what was assigned to its `forward`."""
 
@@ -30,15 +28,16 @@ class OutermostForward:
     assigned in between.
 
     Args:
-        mixin: has `around(self, forward, *args, **kwargs)`, which calls `forward` in its place, and may have
-            `extra_arguments`, names of keyword arguments that the dense forward has not.
-        dense: the class that it is mixed into.
+        mixins: each has `around(self, forward, *args, **kwargs)`, which calls `forward` in its place, and
+            `extra_arguments`, names of keyword arguments that the dense forward has not. The first is outermost.
+        dense: the class that they are mixed into.
     """
 
-    def __init__(self, mixin: Any, dense: Any) -> None:
-        self.mixin, self.dense = mixin, dense
+    def __init__(self, mixins: tuple[Any, ...], dense: Any) -> None:
+        self.dense = dense
         signature = inspect.signature(dense.forward)
-        more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in mixin.extra_arguments]
+        names = dict.fromkeys(name for mixin in mixins for name in mixin.extra_arguments)
+        more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
         own = list(signature.parameters.values())
         place = len(own) - (own[-1].kind is inspect.Parameter.VAR_KEYWORD)
         self.of_class = signature.replace(parameters=[*own[:place], *more, *own[place:]])
@@ -81,12 +80,11 @@ class BoundForward:
     inner: Callable[..., Any] | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        mixin = self.of.mixin
-        if not isinstance(self.model, mixin):  # restored, and somebody still holds what was read before
-            forward = partial(self.of.dense.forward, self.model) if self.inner is None else self.inner
-            return forward(*args, **kwargs)
-        forward = partial(dense_forward, mixin, self.model) if self.inner is None else self.inner
-        return self.model.around(forward, *args, **kwargs)
+        forward = partial(self.of.dense.forward, self.model) if self.inner is None else self.inner
+        # as the model is now: it may have been restored while somebody holds what was read before
+        for mixin in reversed(getattr(type(self.model), "mixins", ())):
+            forward = partial(mixin.around, self.model, forward)
+        return forward(*args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -100,15 +98,15 @@ class BoundForward:
 
 
 @cache
-def _subclass(mixin: Any, dense: Any) -> type:
+def _subclass(mixins: tuple[Any, ...], dense: Any) -> type:
     # the dense class's names: `config.architectures`, transformers' registries and trainers go by them
     names = {"__module__": dense.__module__, "__qualname__": dense.__qualname__, "__doc__": dense.__doc__}
-    forward = OutermostForward(mixin, dense)
-    return type(dense.__name__, (mixin, dense), names | {"forward": forward, "mixin": mixin, "dense_class": dense})
+    ours = {"forward": OutermostForward(mixins, dense), "mixins": mixins, "dense_class": dense}
+    return type(dense.__name__, (*mixins, dense), names | ours)
 
 
 def reclass_model(model: nn.Module, mixin: type) -> None:
-    """Make `model` an instance of `mixin` and of its own class, under its own class's name.
+    """Make `model` an instance of `mixin`, outside of those that it has, and of its own class, under its own name.
 
     A forward that is assigned on the model already goes inside.
 
@@ -117,15 +115,20 @@ def reclass_model(model: nn.Module, mixin: type) -> None:
     """
     if isinstance(model, mixin):
         raise ValueError(f"{type(model).__name__} is converted already. Call handle.restore() first.")
+    kind: Any = type(model)
     assigned = vars(model).pop("forward", None)
-    model.__class__ = _subclass(mixin, type(model))
+    model.__class__ = _subclass((mixin, *getattr(kind, "mixins", ())), getattr(kind, "dense_class", kind))
     if assigned is not None:
         model.forward = assigned
 
 
-def declass_model(model: nn.Module) -> None:
-    """Undo `reclass_model`; what was assigned as `forward` meanwhile stays assigned."""
+def declass_model(model: nn.Module, mixin: type) -> None:
+    """Undo `reclass_model`, in any order; what was assigned as `forward` meanwhile stays assigned."""
+    kind: Any = type(model)
+    if left := tuple(other for other in kind.mixins if other is not mixin):
+        model.__class__ = _subclass(left, kind.dense_class)
+        return
     assigned = vars(model).pop(INNER, None)
-    model.__class__ = type(model).dense_class  # type: ignore[attr-defined]
+    model.__class__ = kind.dense_class
     if assigned is not None:
         model.forward = assigned

@@ -112,6 +112,7 @@ class SparsityCallback(TrainerCallback):
             write_sidecar(args.output_dir, kwargs.get("model", self.handle.model), self.handle, **self.handle.about)
 
     def _step(self, args: TrainingArguments, state: TrainerState, given: dict[str, Any]) -> None:
+        # said, and not left to the gradient of the model's loss: a trainer may compute its loss from logits
         scheduler, scale = given.get("lr_scheduler"), gradient_scale(given.get("optimizer"))
         changes = self.handle.step(state.global_step, state.max_steps, scale / args.gradient_accumulation_steps)
         for line in changes:

@@ -238,7 +238,7 @@ def install_model(model: nn.Module, anatomy: Anatomy, selector: Selector) -> Und
             declass(head)
         for module in reversed(models):
             del vars(module)["selector"]
-            declass_model(module)
+            declass_model(module, SelectsInTraining)
 
     return undo
 
