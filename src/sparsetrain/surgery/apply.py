@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -198,6 +199,12 @@ class Handle:
         if self._unattended is not None:
             self._unattended.close()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        """That of a copy of the model, which has no way back: it would lead to the model that was copied."""
+        memo[id(self)] = copied = object.__new__(Handle)
+        vars(copied).update(deepcopy(vars(self) | {"_undos": []}, memo), committed=True)
+        return copied
+
     def merge(self) -> nn.Module:
         """Return to the dense class where that changes no output; refuse otherwise, changing nothing.
 
@@ -252,7 +259,7 @@ def sparsify(
     handle = Handle(model, planned, anatomy, deploy=check_deploy(deploy, planned))
     try:
         torch.manual_seed(seed)
-        tensors = state if state is not None else fitted(model, planned, batches or [], progress or _silent)
+        tensors = state if state is not None else fitted(model, planned, batches or [], progress)
         _install(handle, tensors)
     except BaseException:
         handle.restore()
@@ -284,15 +291,9 @@ def _install(handle: Handle, tensors: State) -> None:
             handle._schedules.append(schedule(handle.model, config, sites))
 
 
-def _silent(what: str, share: float) -> None:
-    """No progress is shown."""
-
-
 def _leave_record(handle: Handle) -> None:
     """Let whoever saves or loads the model's weights find its conversion."""
-    anatomy, about = handle.anatomy, handle.about
-    prefix = f"{anatomy.model}." if anatomy.model else ""
-    record = Record(handle.configs, handle._installed, about, prefix, deploys_dense=handle.deploys_dense)
+    record = Record(handle.configs, handle._installed, handle.about, handle.deploys_dense, handle)
     handle._undos.append(attach(handle.model, record))
-    if anatomy.keep_record is not None:
-        anatomy.keep_record()
+    if handle.anatomy.keep_record is not None:
+        handle.anatomy.keep_record()

@@ -41,12 +41,12 @@ def blocks_only(model: nn.Module, last: nn.Module) -> Iterator[Callable[[dict[st
         hook.remove()
 
 
-def fitted(model: nn.Module, planned: Plan, batches: list[dict[str, Tensor]], progress: Progress) -> State:
+def fitted(model: nn.Module, planned: Plan, batches: list[dict[str, Tensor]], progress: Progress | None) -> State:
     """`edit.key` -> the tensors that each method of a plan starts from."""
     found: State = {}
     for config in planned.configs:
         method = method_of(config)
         edits = [edit for edit in planned.edits if edit.config is config]
         if method.prepare is not None:
-            found.update(method.prepare(model, edits, batches, progress))
+            found.update(method.prepare(model, edits, batches, progress or (lambda *_: None)))
     return found

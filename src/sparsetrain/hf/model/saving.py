@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from sparsetrain.core.config import MethodConfig, plain_values
 from sparsetrain.core.errors import CheckpointError
+from sparsetrain.core.quote import quoted
 from sparsetrain.hf.model.embedding_rows import vocabulary_of
 from sparsetrain.hf.model.models import ATTENTION_DROPOUT
 from sparsetrain.hf.model.weights import known_class
@@ -128,8 +129,18 @@ def _configs(model: Any) -> list[MethodConfig]:
 
 def _unlike(folder: Path, theirs: list[MethodConfig], ours: list[MethodConfig]) -> str:
     one, other = (" + ".join(config.method for config in configs) or "no method" for configs in (theirs, ours))
-    settings = " of other settings" if one == other else ""
+    settings = f" of other settings ({_differing(theirs, ours)})" if one == other else ""
     return f"{folder} was trained with {one}, and this model is converted with {other}{settings}."
+
+
+def _differing(theirs: list[MethodConfig], ours: list[MethodConfig]) -> str:
+    pairs = [(plain_values(one), plain_values(other)) for one, other in zip(theirs, ours, strict=True)]
+    return ", ".join(
+        f"{name}={quoted(repr(one.get(name)))} there and {quoted(repr(other.get(name)))} here"
+        for one, other in pairs
+        for name in {**one, **other}
+        if one.get(name) != other.get(name)
+    )
 
 
 def dense_state(model: nn.Module, installed: Iterable[tuple[Edit, Site]]) -> dict[str, Any]:
