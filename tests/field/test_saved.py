@@ -205,7 +205,7 @@ def test_an_upload_in_the_middle_of_a_save_is_refused_and_a_file_is_no_folder(tm
 
 
 def test_plain_libraries_read_past_the_mark(tmp_path: Path) -> None:
-    model, _ = converted(tmp_path, [FLOOD], lora=True)
+    model, _ = converted(tmp_path, RECIPES["tokens"], lora=True)
     model.save_pretrained(tmp_path / "adapter")
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "adapter"))
     model, _ = converted(tmp_path, [FLOOD], lora=False)

@@ -30,6 +30,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "flooded": pretrain("--steps", "4", "--method", FLOOD),
 }
 """The ten recipes that are killed."""
+KEPT = ".kept"
+"""Where a run's small disk is copied to when it ends, since it goes with the process."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,8 @@ def kills(root: Path, seed: int, share: float, only: str | None) -> Iterator[Don
 
 
 def disks(root: Path, seed: int, share: float, only: str | None) -> Iterator[Done]:
-    """A disk that is full after some kilobytes: the run ends without a fault of `judge`. What it had written is gone
-    with the disk, so whether it would go on once there is room is not asked here."""
+    """A disk that is full after some kilobytes: the run ends without a fault of `judge`, leaves nothing half-written,
+    and once there is room it goes on and ends as an undisturbed run does."""
     names = ["both", "full", "pretrained", "compared"]
     whole = {name: _undisturbed(root, name) for name in names}
     for number in range(max(1, round(NUM_DISKS * share))):
@@ -109,8 +111,14 @@ def disks(root: Path, seed: int, share: float, only: str | None) -> Iterator[Don
         (folder / "out").mkdir()
         before = snapshot(folder)
         ended = run_one(Job(RUNS[name], folder, label, before=lambda room=room: _small_disk(room)))
+        if (kept := folder / KEPT).exists():  # the room is given back: what was on the small disk is on a large one
+            (folder / "out").rmdir()
+            kept.rename(folder / "out")
         found = faults_of(ended, folder, before, must_fail=False, as_json=False)
-        yield _done(label, Job(RUNS[name], folder, label), ended, found, only)
+        again = run_one(Job((*RUNS[name], "--resume"), folder, label)) if ended.code else ended
+        found += ["not resumed"] if again.code else _unequal(whole[name][0], folder / "out")
+        found += ["foreign files touched"] if touched(folder, before) else []
+        yield _done(label, Job((*RUNS[name], "--resume"), folder, label), again, found, only)
 
 
 def doubles(root: Path, seed: int, share: float, only: str | None) -> Iterator[Done]:
@@ -203,13 +211,18 @@ def _at_write(number: int, act: Callable[[], None], count: Path | None = None) -
 
     sys.addaudithook(hook)
     if count is not None:
-        original = os._exit
+        _at_the_end(lambda: count.write_text(str(seen)))
 
-        def leave(code: int) -> None:
-            count.write_text(str(seen))
-            original(code)
 
-        os._exit = leave  # type: ignore[assignment]
+def _at_the_end(act: Callable[[], Any]) -> None:
+    """Act when this child has done what it was started for."""
+    original = os._exit
+
+    def leave(code: int) -> None:
+        act()
+        original(code)
+
+    os._exit = leave  # type: ignore[assignment]
 
 
 def _end_at_once() -> None:
@@ -222,6 +235,7 @@ def _small_disk(room: int) -> None:
     if libc.unshare(0x00020000) == 0:  # CLONE_NEWNS: what is mounted is seen by this process alone
         libc.mount(b"none", b"/", None, 0x4000 | 0x40000, None)
         if libc.mount(b"tmpfs", os.path.abspath("out").encode(), b"tmpfs", 0, f"size={room}".encode()) == 0:
+            _at_the_end(lambda: shutil.copytree("out", KEPT, symlinks=True))
             return
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room // 4, room // 4))

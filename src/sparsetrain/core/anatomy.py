@@ -124,7 +124,7 @@ class Anatomy:
     install_attention: makes every attention of the model ask for a stand-in (`surgery.attention`), and be dense where
     there is none; returns its own undo. None when the adapter cannot.
     limits: feature (of `surgery.support`) -> why no method can have it on this family.
-    keep_record: lets the library's own saving and loading see to what is in no state dict (`surgery.record`).
+    keep_record: lets the library's own saving, loading and training see to what is in no state dict (`surgery.record`).
     axes: parameter name -> the axes of its dimensions, among heads, kv_heads, embed, ffn, vocab, positions.
     """
 

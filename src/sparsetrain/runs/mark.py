@@ -2,7 +2,8 @@
 
 A sidecar that was left behind, or one beside weights that were written over, would give other numbers in silence. So
 the weights say which sidecar is theirs: an adapter in the metadata of its file, a model in its `config.json`. Libraries
-read past both.
+read past both. So an adapter that would compute something else on the dense model is also of a kind of its own, which
+plain PEFT refuses to load.
 """
 
 from __future__ import annotations
@@ -20,11 +21,21 @@ from sparsetrain.runs.manifest import read_json, write_json
 
 ENTRY = "sparsetrain"
 """Name of the entry in an adapter's metadata and in a model's config."""
-_ADAPTER, _CONFIG = "adapter_model.safetensors", "config.json"
+_ADAPTER, _CONFIG, _KIND = "adapter_model.safetensors", "config.json", "adapter_config.json"
+_OURS = "SPARSETRAIN_"
 
 
-def mark_weights(folder: Path, mark: dict[str, Any]) -> bool:
-    """Write a mark into an adapter or a model; False where there is neither."""
+def plain_kind(kind: Any) -> str | None:
+    """PEFT's kind of an adapter of our kind; None for one of PEFT's own."""
+    return kind.removeprefix(_OURS) if isinstance(kind, str) and kind.startswith(_OURS) else None
+
+
+def mark_weights(folder: Path, mark: dict[str, Any], *, needs_us: bool) -> bool:
+    """Write a mark into an adapter or a model; False where there is neither.
+
+    Args:
+        needs_us: the adapter would compute something else on the dense model.
+    """
     adapter, config = folder / _ADAPTER, folder / _CONFIG
     if adapter.is_file():
         with safe_open(str(adapter), framework="pt") as file:
@@ -34,6 +45,10 @@ def mark_weights(folder: Path, mark: dict[str, Any]) -> bool:
         temporary = folder / f".{_ADAPTER}.tmp"
         save_file(tensors, str(temporary), metadata=metadata)
         os.replace(temporary, adapter)
+        if needs_us and (config := folder / _KIND).is_file():
+            values = read_json(config)
+            kind = values.get("peft_type")
+            write_json(config, values | {"peft_type": f"{_OURS}{plain_kind(kind) or kind}"})
     elif config.is_file():
         write_json(config, read_json(config) | {ENTRY: mark})
     else:
@@ -84,6 +99,6 @@ def refuse_lone_weights(source: str | Path, mark: Any) -> None:
     raise CheckpointError(
         f"{source} holds weights that were trained with {', '.join(map(str, names)) or 'a sparse method'}, and no "
         "sidecar beside them (sparsity_config.json), so they would run dense. Copy it and its state file from where "
-        "they were saved (from the hub: download the whole repository, and name the folder); to run them dense all the "
-        "same, load them with transformers or PEFT."
+        "they were saved (from the hub: download the whole repository, and name the folder). To run them dense all the "
+        f"same, load them with transformers, or with PEFT once {_OURS} is removed from {_KIND}."
     )

@@ -56,7 +56,7 @@ def write_sidecar(
             save_file(flat, str(scratch), metadata={"format": "pt"})
     if handle is not None and not handle.deploys_dense:  # plain weights are anybody's
         mark = {"format": FORMAT, "configs": entries["configs"], "state": sha256_of(folder / STATE)}
-        if mark_weights(folder, mark):
+        if mark_weights(folder, mark, needs_us=any(config.changes_outputs for config in handle.configs)):
             entries["state"] = mark["state"]
     write_json(folder / SIDECAR, entries)
 

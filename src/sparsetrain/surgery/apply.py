@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import Anatomy, Undo, describe, library_model
 from sparsetrain.core.config import MethodConfig
+from sparsetrain.surgery.auxiliary import LossScale, scale_losses
+from sparsetrain.surgery.calibration import fitted
 from sparsetrain.surgery.checks import check_deploy, check_state, refuse_copies
 from sparsetrain.surgery.deploy import Deploy, DeployDense
 from sparsetrain.surgery.method import Edit, Progress, Schedule, State, method_of
@@ -51,6 +54,7 @@ class Handle:
     _schedules: list[Schedule] = field(default_factory=list, repr=False)
     _unattended: Unattended | None = field(default=None, repr=False)
     _driven: bool = field(default=True, repr=False)
+    _loss_scale: LossScale = field(default_factory=LossScale, repr=False)
 
     @property
     def configs(self) -> tuple[MethodConfig, ...]:
@@ -92,26 +96,28 @@ class Handle:
         """The step from which a method wants the learning-rate schedule to count anew, or None."""
         return max((at for s in self._schedules if (at := s.restart_step) is not None), default=None)
 
-    def step(self, step: int, total_steps: int | None = None, loss_scale: float = 1.0) -> list[str]:
+    def step(self, step: int, total_steps: int | None = None, loss_scale: float | None = None) -> list[str]:
         """Drive every schedule: call before each optimizer step. Returns a line for each thing that changed for good.
 
         Args:
             step: optimizer steps done so far.
             total_steps: length of the run, for phases given as a share of it.
-            loss_scale: factor on auxiliary losses: 1 / gradient accumulation steps, times the scale of a gradient
-                scaler (`scaler.get_scale()`), as for the loss itself.
+            loss_scale: factor on auxiliary losses. None: the gradient that arrives at the model's loss, so that they
+                are scaled as it is, by accumulation and by a gradient scaler. A loss that is computed outside of the
+                model, of its logits, brings none: then give 1 / gradient accumulation steps, times the scaler's scale.
         """
         if self._unattended is not None:
             self._unattended.attended()
         for edit in self.plan.edits if self._installed else ():
             refuse_copies(self.model, edit, self.modules_to_save)
+        self._loss_scale.tell(loss_scale)
         if not self._driven and self.active:  # it may have been sharded since the conversion
             check_support(self.configs, self.anatomy, features_of(self.model))
             self._driven = True
         for edit, module in self._installed:
             if self.deploy is not None:
                 module.run_dense(self.deploy.is_dense(edit.config, step, total_steps))
-            module.set_step(step, total_steps, loss_scale)
+            module.set_step(step, total_steps)
         return [line for schedule in self._schedules for line in schedule.advance(step, total_steps)]
 
     def callback(self, **options: Any) -> Any:
@@ -193,6 +199,12 @@ class Handle:
         if self._unattended is not None:
             self._unattended.close()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        """That of a copy of the model, which has no way back: it would lead to the model that was copied."""
+        memo[id(self)] = copied = object.__new__(Handle)
+        vars(copied).update(deepcopy(vars(self) | {"_undos": []}, memo), committed=True)
+        return copied
+
     def merge(self) -> nn.Module:
         """Return to the dense class where that changes no output; refuse otherwise, changing nothing.
 
@@ -247,22 +259,15 @@ def sparsify(
     handle = Handle(model, planned, anatomy, deploy=check_deploy(deploy, planned))
     try:
         torch.manual_seed(seed)
-        tensors = state if state is not None else _prepare(model, planned, batches, progress or (lambda *_: None))
-        for edit in planned.edits:
-            undo, module = edit.install(model, tensors.get(edit.key, {}))
-            handle._undos.append(undo)
-            if module is not None:
-                handle._installed.append((edit, module))
-        for config in configs:
-            if (schedule := method_of(config).schedule) is not None:
-                sites = [module for edit, module in handle._installed if edit.config is config]
-                handle._schedules.append(schedule(model, config, sites))
+        tensors = state if state is not None else fitted(model, planned, batches or [], progress)
+        _install(handle, tensors)
     except BaseException:
         handle.restore()
         raise
     finally:
         torch.random.set_rng_state(rng)
-    _deploys_dense(handle)
+    if handle.deploy is not None:
+        handle.deploy.begin(handle.installed)
     _leave_record(handle)
     handle.step(0)
     handle._driven = False
@@ -271,30 +276,24 @@ def sparsify(
     return handle
 
 
-def _deploys_dense(handle: Handle) -> None:
-    """If it is deployed so: let evaluation be dense, and what was added stay as fitted unless it is to be trained."""
-    for edit, module in handle.installed if handle.deploys_dense else ():
-        module.deploys_dense = True
-        module.train(module.training)
-        for name in () if handle.trains_auxiliary else method_of(edit.config).modules_to_save:
-            module.get_submodule(name).requires_grad_(False)
+def _install(handle: Handle, tensors: State) -> None:
+    for edit in handle.plan.edits:
+        undo, module = edit.install(handle.model, tensors.get(edit.key, {}))
+        handle._undos.append(undo)
+        if module is not None:
+            handle._installed.append((edit, module))
+            module.loss_scale = handle._loss_scale
+    if any(module.adds_losses for _, module in handle._installed):
+        handle._undos.append(scale_losses(handle.model, handle._loss_scale))
+    for config in handle.configs:
+        if (schedule := method_of(config).schedule) is not None:
+            sites = [module for edit, module in handle._installed if edit.config is config]
+            handle._schedules.append(schedule(handle.model, config, sites))
 
 
 def _leave_record(handle: Handle) -> None:
     """Let whoever saves or loads the model's weights find its conversion."""
-    anatomy, about = handle.anatomy, handle.about
-    prefix = f"{anatomy.model}." if anatomy.model else ""
-    record = Record(handle.configs, handle._installed, about, prefix, deploys_dense=handle.deploys_dense)
+    record = Record(handle.configs, handle._installed, handle.about, handle.deploys_dense, handle)
     handle._undos.append(attach(handle.model, record))
-    if anatomy.keep_record is not None:
-        anatomy.keep_record()
-
-
-def _prepare(model: nn.Module, planned: Plan, batches: list[dict[str, Tensor]] | None, progress: Progress) -> State:
-    found: State = {}
-    for config in planned.configs:
-        method = method_of(config)
-        edits = [edit for edit in planned.edits if edit.config is config]
-        if method.prepare is not None:
-            found.update(method.prepare(model, edits, batches or [], progress))
-    return found
+    if handle.anatomy.keep_record is not None:
+        handle.anatomy.keep_record()

@@ -1,4 +1,4 @@
-"""Running a model for what its blocks see, and no further."""
+"""What is found out before anything is edited: methods fit what they add on batches run through the dense model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.core.modes import evaluating
+from sparsetrain.surgery.method import Progress, State, method_of
+from sparsetrain.surgery.plan import Plan
 
 
 class _Enough(Exception):
@@ -37,3 +39,14 @@ def blocks_only(model: nn.Module, last: nn.Module) -> Iterator[Callable[[dict[st
             yield run
     finally:
         hook.remove()
+
+
+def fitted(model: nn.Module, planned: Plan, batches: list[dict[str, Tensor]], progress: Progress | None) -> State:
+    """`edit.key` -> the tensors that each method of a plan starts from."""
+    found: State = {}
+    for config in planned.configs:
+        method = method_of(config)
+        edits = [edit for edit in planned.edits if edit.config is config]
+        if method.prepare is not None:
+            found.update(method.prepare(model, edits, batches, progress or (lambda *_: None)))
+    return found

@@ -7,10 +7,13 @@ not part of the product, and training it would only repair a forward that is thr
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from sparsetrain.core.config import MethodConfig
+from sparsetrain.surgery.method import Edit, method_of
+from sparsetrain.surgery.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,14 @@ class DeployDense:
                 f"dense_first={self.dense_first} and dense_last={self.dense_last} leave no step to train sparse. "
                 "Lower one, or train without the method."
             )
+
+    def begin(self, installed: Iterable[tuple[Edit, Site]]) -> None:
+        """Let evaluation be dense, and what was added stay as it was fitted unless it is to be trained."""
+        for edit, module in installed:
+            module.deploys_dense = True
+            module.train(module.training)
+            for name in () if self.train_auxiliary else method_of(edit.config).modules_to_save:
+                module.get_submodule(name).requires_grad_(False)
 
     def is_dense(self, config: MethodConfig, step: int, total_steps: int | None) -> bool:
         """Is the step after `step` steps of `total_steps` a dense one for a method? A pure function of its arguments:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsetrain.surgery.reclass import with_mixin, without_mixin
+from sparsetrain.surgery.reclass import height
 
 INNER = "inner_forward"
 """Where a model keeps what was assigned to its `forward`."""
@@ -30,17 +30,15 @@ class OutermostForward:
     assigned in between.
 
     Args:
-        mixin: has `around(self, forward, *args, **kwargs)`, which calls `forward` in its place, and may have
-            `extra_arguments`, names of keyword arguments that the dense forward has not.
-        dense: the class that it is mixed into, which may have such a mixin of its own: what is assigned runs inside of
-            both.
+        mixins: each has `around(self, forward, *args, **kwargs)`, which calls `forward` in its place, and may have
+            `extra_arguments`, names of keyword arguments that the dense forward has not. The first is outermost.
+        dense: the class that they are mixed into.
     """
 
-    def __init__(self, mixin: Any, dense: Any) -> None:
-        self.mixin, self.dense = mixin, dense
-        below = vars(dense).get("forward")
-        self.below = below if isinstance(below, OutermostForward) else None
-        signature, names = inspect.signature(dense.forward), getattr(mixin, "extra_arguments", ())
+    def __init__(self, mixins: tuple[Any, ...], dense: Any) -> None:
+        self.dense = dense
+        signature = inspect.signature(dense.forward)
+        names = dict.fromkeys(name for mixin in mixins for name in getattr(mixin, "extra_arguments", ()))
         more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
         own = list(signature.parameters.values())
         place = len(own) - (own[-1].kind is inspect.Parameter.VAR_KEYWORD)
@@ -84,14 +82,11 @@ class BoundForward:
     inner: Callable[..., Any] | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        mixin, forward = self.of.mixin, self.inner
-        if self.of.below is not None:
-            forward = BoundForward(self.of.below, self.model, self.inner)
-        elif forward is None:
-            forward = partial(self.of.dense.forward, self.model)
-        if not isinstance(self.model, mixin):  # restored, and somebody still holds what was read before
-            return forward(*args, **kwargs)
-        return mixin.around(self.model, forward, *args, **kwargs)
+        forward = partial(self.of.dense.forward, self.model) if self.inner is None else self.inner
+        # as the model is now: it may have been restored while somebody holds what was read before
+        for mixin in reversed(getattr(type(self.model), "mixins", ())):
+            forward = partial(mixin.around, self.model, forward)
+        return forward(*args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -105,15 +100,17 @@ class BoundForward:
 
 
 @cache
-def _subclass(mixin: Any, dense: Any) -> type:
+def _subclass(mixins: tuple[Any, ...], dense: Any) -> type:
     # the dense class's names: `config.architectures`, transformers' registries and trainers go by them
     names = {"__module__": dense.__module__, "__qualname__": dense.__qualname__, "__doc__": dense.__doc__}
-    forward = OutermostForward(mixin, dense)
-    return type(dense.__name__, (mixin, dense), names | {"forward": forward, "mixin": mixin, "dense_class": dense})
+    ours = {"forward": OutermostForward(mixins, dense), "mixins": mixins, "dense_class": dense}
+    return type(dense.__name__, (*mixins, dense), names | ours)
 
 
 def reclass_model(model: nn.Module, mixin: type) -> None:
-    """Make `model` an instance of `mixin` and of its own class, under its own class's name.
+    """Make `model` an instance of `mixin` and of its own class, under its own name.
+
+    The mixin lies outside of those that the model has, unless their `height` is more than its own (0 if it has none).
 
     A forward that is assigned on the model already goes inside.
 
@@ -122,15 +119,21 @@ def reclass_model(model: nn.Module, mixin: type) -> None:
     """
     if isinstance(model, mixin):
         raise ValueError(f"{type(model).__name__} is converted already. Call handle.restore() first.")
+    kind: Any = type(model)
     assigned = vars(model).pop("forward", None)
-    model.__class__ = with_mixin(type(model), mixin, _subclass)
+    mixins = sorted((mixin, *getattr(kind, "mixins", ())), key=height, reverse=True)
+    model.__class__ = _subclass(tuple(mixins), getattr(kind, "dense_class", kind))
     if assigned is not None:
         model.forward = assigned
 
 
 def declass_model(model: nn.Module, mixin: type) -> None:
-    """Undo `reclass_model`; what was assigned as `forward` meanwhile stays assigned."""
+    """Undo `reclass_model`, in any order; what was assigned as `forward` meanwhile stays assigned."""
+    kind: Any = type(model)
+    if left := tuple(other for other in kind.mixins if other is not mixin):
+        model.__class__ = _subclass(left, kind.dense_class)
+        return
     assigned = vars(model).pop(INNER, None)
-    model.__class__ = without_mixin(type(model), mixin, _subclass)
+    model.__class__ = kind.dense_class
     if assigned is not None:
         model.forward = assigned

@@ -49,13 +49,13 @@ def declass(module: nn.Module, mixin: type | None = None) -> None:
 
 
 def with_mixin(kind: type, mixin: Any, build: Callable[[Any, Any], type]) -> type:
-    """A class with one more mixin, above those of its `height` (0 for a mixin that has none) and below higher ones.
+    """A class with one more mixin, above those of its own `height` (0 for a mixin that has none) and below higher ones.
 
     Args:
         build: (mixin, class) -> the class with the mixin on top.
     """
     dense, mixins = _taken_apart(kind)
-    return reduce(lambda below, each: build(each, below), sorted([*mixins, mixin], key=_height), dense)
+    return reduce(lambda below, each: build(each, below), sorted([*mixins, mixin], key=height), dense)
 
 
 def without_mixin(kind: type, mixin: Any, build: Callable[[Any, Any], type]) -> type:
@@ -64,7 +64,8 @@ def without_mixin(kind: type, mixin: Any, build: Callable[[Any, Any], type]) -> 
     return reduce(lambda below, each: build(each, below), (each for each in mixins if each is not mixin), dense)
 
 
-def _height(mixin: Any) -> int:
+def height(mixin: Any) -> int:
+    """A mixin's place among others: higher ones run around lower ones."""
     return getattr(mixin, "height", 0)
 
 

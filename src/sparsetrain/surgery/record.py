@@ -27,19 +27,19 @@ class Record:
 
     installed: every edit with its module, as the handle has them.
     about: entries for the sidecar: `base_model`, `task`, ….
-    prefix: of the sites' names where an adapter was around the model first; a sidecar names them without.
     deploys_dense: the product is the dense model, and what was installed is no part of it.
+    handle: what `sparsify` returned, for a trainer that is given the model alone.
     """
 
     configs: tuple[MethodConfig, ...]
     installed: list[tuple[Edit, Site]]
     about: dict[str, Any] = field(default_factory=dict)
-    prefix: str = ""
     deploys_dense: bool = False
+    handle: Any = None
 
     def state(self) -> State:
-        """`handle.state()`, by the names that sites have in the model alone."""
-        return {edit.key.removeprefix(self.prefix): module.tensors() for edit, module in self.installed}
+        """`handle.state()`."""
+        return {edit.key: module.tensors() for edit, module in self.installed}
 
     def adopt(self, model: nn.Module, state: State) -> list[str]:
         """Make each site what `state` says where it differs; the keys of those.
@@ -52,14 +52,13 @@ class Record:
         """
         changed = []
         for edit, module in self.installed:
-            key = edit.key.removeprefix(self.prefix)
-            wanted = state.get(key, {})
+            wanted = state.get(edit.key, {})
             if not same_tensors(module.tensors(), wanted):
                 try:
                     module.take(submodule(model, edit.site), wanted)
                 except (KeyError, RuntimeError, ValueError) as error:
                     raise ValueError(f"{edit.key} cannot become what was saved: {error}.") from None
-                changed.append(key)
+                changed.append(edit.key)
         return changed
 
 
@@ -81,6 +80,11 @@ def records_of(model: nn.Module) -> list[tuple[nn.Module, Record]]:
     return [(root, record) for root in roots for record in vars(root).get(_NAME, ())]
 
 
+def handles_of(model: nn.Module) -> list[Any]:
+    """The handle of every conversion of a model, wherever it stands inside another."""
+    return [record.handle for module in model.modules() for record in vars(module).get(_NAME, ())]
+
+
 def joined(records: Iterable[Record]) -> Record | None:
     """All conversions of a model as one; None without any."""
     found = list(records)
@@ -89,7 +93,7 @@ def joined(records: Iterable[Record]) -> Record | None:
     about = {name: value for record in found for name, value in record.about.items()}
     configs = tuple(config for record in found for config in record.configs)
     installed = [pair for record in found for pair in record.installed]
-    return Record(configs, installed, about, found[0].prefix, all(record.deploys_dense for record in found))
+    return Record(configs, installed, about, all(record.deploys_dense for record in found))
 
 
 def same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsetrain.surgery.auxiliary import LossScale, attach_loss
+
 
 class Site(nn.Module):
     """A module of ours in a converted model; nothing happens by default.
@@ -15,29 +17,40 @@ class Site(nn.Module):
         deploys_dense: the model will be used dense, so in evaluation mode it is dense already.
         held_dense: what `run_dense` was told last.
         adjusts_gradients: whether `adjust_gradients` has something to do now.
+        adds_losses: the site calls `add_loss`.
     """
+
+    adds_losses: bool = False
 
     deploys_dense: bool = False
     adjusts_gradients: bool = False
     held_dense: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss_scale = LossScale()
+
+    def add_loss(self, y: Tensor, loss: Tensor, weight: float) -> Tensor:
+        """y, with a loss of the method's own added to the task's, scaled as that is (`surgery.auxiliary`)."""
+        assert self.adds_losses, f"{type(self).__name__}.adds_losses says that it has no loss of its own"
+        return attach_loss(y, loss, weight, self.loss_scale.factor)
 
     @property
     def runs_dense(self) -> bool:
         """Compute what the dense model computes: inside `handle.dense()`, in a dense phase, or as deployed."""
         return self.held_dense or (self.deploys_dense and not self.training)
 
-    def set_step(self, step: int, total_steps: int | None, loss_scale: float) -> None:
+    def set_step(self, step: int, total_steps: int | None) -> None:
         """Follow the training step: a pure function of its arguments.
 
         Args:
             step: optimizer steps done so far.
             total_steps: length of the run, if it is known.
-            loss_scale: factor on auxiliary losses.
         """
 
     def settle(self) -> None:
         """Make the site ready to be evaluated as it is now: past warm-ups."""
-        self.set_step(1, 1, 1.0)
+        self.set_step(1, 1)
 
     def derive(self) -> None:
         """Make anew what follows from the weights (packed copies), after they changed outside the optimizer."""

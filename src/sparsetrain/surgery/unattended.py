@@ -1,7 +1,7 @@
 """Saying once that a converted model is trained and nothing drives its schedules.
 
-Warm-ups, refreshes, switches and draws follow `handle.step`, which `handle.callback()` calls in a Trainer. Without it a
-run would go on as at step 0, and nobody would know.
+Warm-ups, refreshes, switches and draws follow `handle.step`, which a Trainer calls by itself. A loop of one's own that
+doesn't would go on as at step 0, and nobody would know.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Unattended:
         if self._steps > ALLOWED:
             logging.getLogger("sparsetrain").warning(
                 "%s: %d optimizer steps, and nothing calls handle.step: warm-ups, refreshes and draws stand still. "
-                "Give the Trainer callbacks=[handle.callback()], or call handle.step(step, total) before each step.",
+                "Call handle.step(step, total) before each step of your loop. A Trainer that is made after the "
+                "conversion calls it by itself.",
                 " + ".join(self._methods),
                 self._steps,
             )

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from sparsetrain.core.anatomy import Anatomy, Block, describe, submodule
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.core.cost import Cost
-from sparsetrain.surgery.auxiliary import attach_loss
 from sparsetrain.surgery.edits import edits_at, equip
 from sparsetrain.surgery.method import Method, register_method
 from sparsetrain.surgery.reclass import dense_forward
@@ -33,13 +32,12 @@ class ToyConcepts(MethodConfig, method="toy_concepts"):
 
 
 class Concepts(Site):
+    adds_losses = True
+
     def __init__(self, config: ToyConcepts, hidden: int, tensors: dict[str, Tensor]) -> None:
         super().__init__()
-        self.config, self.loss_scale, self.last = config, 1.0, {}
+        self.config, self.last = config, {}
         self.weight = nn.Parameter(tensors.get("weight", torch.randn(CONCEPTS, hidden) * 0.1).clone())
-
-    def set_step(self, step: int, total_steps: int | None, loss_scale: float) -> None:
-        self.loss_scale = loss_scale
 
     def tensors(self) -> dict[str, Tensor]:
         return {"weight": self.weight.detach()}
@@ -53,7 +51,7 @@ class Concepts(Site):
         active = torch.sigmoid(states @ self.weight.t())
         few, alike = active.mean(), (self.weight @ self.weight.t()).triu(1).square().mean()
         self.last = {"few": few.item(), "alike": alike.item(), "active_ratio": (active > 0.5).float().mean().item()}
-        return attach_loss(states, few + alike, self.config.weight * self.loss_scale)
+        return self.add_loss(states, few + alike, self.config.weight)
 
 
 class WithConcepts:

@@ -24,6 +24,7 @@ from sparsetrain.hf.model.opening import told
 from sparsetrain.hf.model.whole import check_finite
 from sparsetrain.planner.config_values import MOST_BYTES
 from sparsetrain.runs.folders import ADAPTER, check_folder, stored_shapes
+from sparsetrain.runs.mark import plain_kind
 
 WEIGHTS = "adapter_model.safetensors"
 _KINDS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA")
@@ -43,6 +44,7 @@ def check_adapter(folder: Path) -> PeftConfig:
     try:
         check_folder(folder)
         values = read_plain_object(folder / ADAPTER, MOST_BYTES)
+        values |= {"peft_type": plain_kind(values.get("peft_type")) or values.get("peft_type")}
         _check_values(values, str(folder / ADAPTER))
         if not (folder / WEIGHTS).exists() and any(folder.glob("adapter_model.*")):
             raise ValueError(

@@ -76,9 +76,12 @@ def describe_model(model: nn.Module) -> Anatomy:
 
 
 def _keep_record() -> None:
-    from sparsetrain.hf.model.saving import keep_record  # brings PEFT, which a plan can do without
+    # they bring PEFT and the Trainer, which a plan can do without
+    from sparsetrain.hf.model.any_trainer import take_part
+    from sparsetrain.hf.model.saving import keep_record
 
     keep_record()
+    take_part()
 
 
 def _block(name: str, block: nn.Module, row: Row, layer: int) -> Block:

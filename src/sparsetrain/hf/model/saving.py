@@ -1,5 +1,6 @@
 """Saving and loading by others: whatever calls `save_pretrained` of a converted model or its adapter writes the sidecar
-too, and an adapter that is loaded onto a converted model brings the patterns that it was trained with.
+too; an adapter that is loaded onto a converted model brings the patterns that it was trained with, and one that needs
+them is not loaded onto a dense model.
 
 Trainers, hub uploads and users call transformers' and PEFT's own methods, so these are where it is seen to.
 """
@@ -16,17 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.config import PeftConfigMixin
 from torch import nn
 from transformers import PreTrainedModel
 
 from sparsetrain.core.config import MethodConfig, plain_values
 from sparsetrain.core.errors import CheckpointError
+from sparsetrain.core.quote import quoted
 from sparsetrain.hf.model.embedding_rows import vocabulary_of
 from sparsetrain.hf.model.models import ATTENTION_DROPOUT
 from sparsetrain.hf.model.weights import known_class
 from sparsetrain.recipes.tasks import Task
 from sparsetrain.runs.manifest import drop_manifest, read_json
-from sparsetrain.runs.mark import check_mark, mark_of, refuse_lone_weights
+from sparsetrain.runs.mark import check_mark, mark_of, plain_kind, refuse_lone_weights
 from sparsetrain.runs.sidecar import SIDECAR, STATE, base_of, read_sidecar, read_state, write_sidecar
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.method import Edit
@@ -34,7 +37,12 @@ from sparsetrain.surgery.record import Record, joined, records_of
 from sparsetrain.surgery.site import Site
 
 _ADAPTER = "adapter_config.json"
+_INSTEAD = (
+    "On the dense model it would compute something else. Load it with load() of sparsetrain.hf.model.io, or convert "
+    "the base model first, with the same configs."
+)
 _ALONE: ContextVar[bool] = ContextVar("saved without a sidecar", default=False)
+_CONVERTED: ContextVar[bool] = ContextVar("loaded onto a converted model", default=False)
 
 
 @cache
@@ -42,12 +50,18 @@ def keep_record() -> None:
     """Let transformers and PEFT take a converted model's sidecar along, from now on in this process."""
     for kind in (PreTrainedModel, PeftModel):
         kind.save_pretrained = _saving(kind.save_pretrained)
-    PeftModel.load_adapter = _loading(PeftModel.load_adapter)
+        kind.load_adapter = _loading(kind.load_adapter)
+    reads: list[tuple[Any, str, Any]] = [
+        (PeftModel, "from_pretrained", _from_pretrained),
+        (PeftConfigMixin, "from_json_file", _reading),
+    ]
+    for owner, name, around in reads:
+        setattr(owner, name, classmethod(around(getattr(owner, name).__func__)))
 
 
 def save_alone(model: Any, folder: str, **options: Any) -> None:
     """`save_pretrained`, by a caller that writes the sidecar itself."""
-    with _alone():
+    with _set(_ALONE, True):
         model.save_pretrained(folder, **options)
 
 
@@ -128,8 +142,18 @@ def _configs(model: Any) -> list[MethodConfig]:
 
 def _unlike(folder: Path, theirs: list[MethodConfig], ours: list[MethodConfig]) -> str:
     one, other = (" + ".join(config.method for config in configs) or "no method" for configs in (theirs, ours))
-    settings = " of other settings" if one == other else ""
+    settings = f" of other settings ({_differing(theirs, ours)})" if one == other else ""
     return f"{folder} was trained with {one}, and this model is converted with {other}{settings}."
+
+
+def _differing(theirs: list[MethodConfig], ours: list[MethodConfig]) -> str:
+    pairs = [(plain_values(one), plain_values(other)) for one, other in zip(theirs, ours, strict=True)]
+    return ", ".join(
+        f"{name}={quoted(repr(one.get(name)))} there and {quoted(repr(other.get(name)))} here"
+        for one, other in pairs
+        for name in {**one, **other}
+        if one.get(name) != other.get(name)
+    )
 
 
 def dense_state(model: nn.Module, installed: Iterable[tuple[Edit, Site]]) -> dict[str, Any]:
@@ -144,12 +168,12 @@ def dense_state(model: nn.Module, installed: Iterable[tuple[Edit, Site]]) -> dic
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    token = _ALONE.set(True)
+def _set(variable: ContextVar[bool], value: bool) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _ALONE.reset(token)
+        variable.reset(token)
 
 
 def _saving(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -187,14 +211,22 @@ def _saving(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _loading(plain: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(plain)
+
     @wraps(plain)
-    def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        folder, ours = Path(model_id), _configs(self)
-        theirs = saved_configs(folder) if ours and folder.is_dir() else []
-        if theirs and [config.method for config in theirs] != [config.method for config in ours]:
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        place = list(signature.bind(self, *args, **kwargs).arguments.values())[1:2]
+        folder, ours = Path(place[0] if place and isinstance(place[0], (str, Path)) else ""), _configs(self)
+        theirs = saved_configs(folder) if (folder / (_ADAPTER if ours else SIDECAR)).is_file() else []
+        if not ours and _needs_us(folder, theirs):
+            raise CheckpointError(f"{_unlike(folder, theirs, ours)} {_INSTEAD}")
+        if theirs and ours and [config.method for config in theirs] != [config.method for config in ours]:
             raise CheckpointError(f"{_unlike(folder, theirs, ours)} Convert the base model with the same configs.")
-        out = plain(self, model_id, adapter_name, *args, **kwargs)
+        with _set(_CONVERTED, bool(ours)):
+            out = plain(self, *args, **kwargs)
         say = logging.getLogger("sparsetrain")
+        if not ours:
+            return out
         if theirs and theirs != ours:
             say.warning("%s The adapter runs with this conversion.", _unlike(folder, theirs, ours))
         elif theirs and len(self.peft_config) > 1:
@@ -204,3 +236,31 @@ def _loading(plain: Callable[..., Any]) -> Callable[..., Any]:
         return out
 
     return load_adapter
+
+
+def _needs_us(folder: Path, configs: list[MethodConfig]) -> bool:
+    """Would an adapter that was trained so compute something else on the dense model?"""
+    changes = any(config.changes_outputs for config in configs)
+    return changes and read_sidecar(folder).get("deploy") != "dense"
+
+
+def _from_pretrained(plain: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(plain)
+    def from_pretrained(kind: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        with _set(_CONVERTED, bool(_configs(model))):
+            return plain(kind, model, *args, **kwargs)
+
+    return from_pretrained
+
+
+def _reading(plain: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(plain)
+    def from_json_file(kind: Any, path_json_file: Any, **kwargs: Any) -> dict[str, Any]:
+        values = plain(kind, path_json_file, **kwargs)
+        if (known := plain_kind(values.get("peft_type"))) is None:
+            return values
+        if not _CONVERTED.get():
+            raise CheckpointError(f"{path_json_file} is of an adapter to a sparse model. {_INSTEAD}")
+        return values | {"peft_type": known}
+
+    return from_json_file

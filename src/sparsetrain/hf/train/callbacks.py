@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sparsetrain.core.anatomy import submodule
 from sparsetrain.core.units import bytes_text
+from sparsetrain.hf.model.any_trainer import drives
 from sparsetrain.hf.train.continued import continued, note_where_states_are_read, taken_from
 from sparsetrain.measure.memory import peak_memory, reset_peak
 from sparsetrain.runs.events import Report, log_note, silent
@@ -26,12 +27,14 @@ from sparsetrain.surgery.support import check_support, features_of
 class SparsityCallback(TrainerCallback):
     """Drives a converted model's schedules and keeps its sidecar with every checkpoint.
 
-    The schedule is a function of `state.global_step` alone, so a resumed run continues it. Pass the callback to the
-    Trainer: `Trainer(model, callbacks=[SparsityCallback(handle)], ...)`. A run that goes on from a checkpoint, or ends
-    with its best one, goes on with the patterns, permutations and masks of that checkpoint.
+    The schedule is a function of `state.global_step` alone, so a resumed run continues it. A Trainer has one by itself
+    (`hf.model.any_trainer`); with options, pass it: `Trainer(model, callbacks=[handle.callback(report=…)], ...)`. A run
+    that goes on from a checkpoint, or ends with its best one, goes on with the patterns, permutations and masks of that
+    checkpoint.
 
     Args:
         handle: what `sparsify` returned.
+        asked_for: it goes before the one that a Trainer has by itself.
         at_end: write the sidecar into `output_dir` at the end of training, where no saved model has brought its own.
         report: told, as notes (by default they are logged), what the methods say at the start, what one changed for
             good (patterns cut, say), and the peak of memory before and after it: a peak counts from the last change,
@@ -44,26 +47,35 @@ class SparsityCallback(TrainerCallback):
         self,
         handle: Handle,
         *,
+        asked_for: bool = True,
         at_end: bool = True,
         report: Report = log_note,
         before_reset: Callable[[], None] = lambda: None,
         **about: Any,
     ) -> None:
-        self.handle, self.at_end = handle, at_end
+        self.handle, self.at_end, self.asked_for = handle, at_end, asked_for
         note_where_states_are_read()
         handle.about.update(about)  # whoever saves the model writes them
         self.report, self.before_reset = report, before_reset
         self._restarted: int | None = None
         self._peak_before: int | None = None
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        drives(control, self.handle, self, asked_for=self.asked_for)
+        self._check_asked(args, kwargs)  # when the trainer is made, not after its rows were prepared
+
+    def _check_asked(self, args: TrainingArguments, given: dict[str, Any]) -> None:
+        asked = asked_of_trainer(args) | features_of(given.get("model") or self.handle.model)
+        check_support(self.handle.configs, self.handle.anatomy, asked)
+        check_arguments(self.handle, args)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        asked = asked_of_trainer(args) | features_of(kwargs.get("model") or self.handle.model)
-        check_support(self.handle.configs, self.handle.anatomy, asked)
+        drives(control, self.handle, self, asked_for=self.asked_for)
+        self._check_asked(args, kwargs)
         check_forwards(self.handle)
         check_trainable(self.handle)
-        check_arguments(self.handle, args)
         if args.fp16 and not args.max_grad_norm and self.handle.adjusts_gradients:
             raise ValueError(
                 "fp16 without clipping leaves the gradients scaled until the optimizer step, and a method adds a decay "
@@ -112,6 +124,7 @@ class SparsityCallback(TrainerCallback):
             write_sidecar(args.output_dir, kwargs.get("model", self.handle.model), self.handle, **self.handle.about)
 
     def _step(self, args: TrainingArguments, state: TrainerState, given: dict[str, Any]) -> None:
+        # said, and not left to the gradient of the model's loss: a trainer may compute its loss from logits
         scheduler, scale = given.get("lr_scheduler"), gradient_scale(given.get("optimizer"))
         changes = self.handle.step(state.global_step, state.max_steps, scale / args.gradient_accumulation_steps)
         for line in changes:

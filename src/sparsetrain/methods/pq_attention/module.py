@@ -19,7 +19,6 @@ from sparsetrain.ops.product_quantization import codebook_loss
 from sparsetrain.ops.segments import align_segments, has_gaps, places_in_segments
 from sparsetrain.ops.token_sparse_attention import token_sparse_attention
 from sparsetrain.surgery.attention import AttentionCall, SparseAttention
-from sparsetrain.surgery.auxiliary import attach_loss
 from sparsetrain.surgery.idle import attach_zeros, note
 from sparsetrain.surgery.targets import DenseRows
 
@@ -48,6 +47,8 @@ class PQSparseAttention(SparseAttention):
 
     dense_rows: DenseRows | None = None
 
+    adds_losses = True
+
     def __init__(self, config: PQAttention, site: AttentionSite, codewords: Tensor | None, fitted: bool = True) -> None:
         super().__init__()
         self.config, self.site = config, site
@@ -59,13 +60,11 @@ class PQSparseAttention(SparseAttention):
                 self.codebook.weight.copy_(codewords)
         self.warming_up = False
         self.learning = True
-        self.loss_scale = 1.0
         self.last: dict[str, Tensor] = {}
 
-    def set_step(self, step: int, total_steps: int | None, loss_scale: float) -> None:
+    def set_step(self, step: int, total_steps: int | None) -> None:
         self.warming_up = step < self.config.warmup(self.fitted) * (total_steps or 0)
         self.learning = self.warming_up or step % self.config.codebook_every == 0
-        self.loss_scale = loss_scale
 
     def tensors(self) -> dict[str, Tensor]:
         codewords: Tensor = trained_copy(self.codebook).weight
@@ -190,7 +189,7 @@ class PQSparseAttention(SparseAttention):
         loss = codebook_loss(q, codewords, self.config.distance, valid_q)
         loss = loss + codebook_loss(k, codewords, self.config.distance, valid)
         self.last["codebook_loss"] = loss.detach()
-        return attach_loss(out, loss, weight * self.loss_scale)
+        return self.add_loss(out, loss, weight)
 
     def _with_zeros(self, out: Tensor, *, idle: bool) -> Tensor:
         """out; in a run of several ranks, with gradients of zeros for a codebook that gets none from this call."""

@@ -16,7 +16,6 @@ from sparsetrain.methods.routed_ffn.config import RoutedFFN
 from sparsetrain.methods.routed_ffn.permute import reorder
 from sparsetrain.ops.routed_ffn import routed_ffn
 from sparsetrain.ops.routing import balance_loss, choose_blocks, load_stats
-from sparsetrain.surgery.auxiliary import attach_loss
 from sparsetrain.surgery.idle import attach_zeros
 from sparsetrain.surgery.lora import has_lora_bias, linear_parts, refused_adapter
 from sparsetrain.surgery.reclass import View, dense_forward, pass_through
@@ -56,6 +55,7 @@ class Routing(Site):
         dense_rows: knows the rows that go through the dense FFN; None: none ever does.
     """
 
+    adds_losses = True
     dense_rows: DenseRows | None = None
     valid_bt: Tensor | None = None
     order: Tensor | None
@@ -67,13 +67,11 @@ class Routing(Site):
         self.register_buffer("order", order, persistent=False)
         self.num_shared, self.block_width = config.split(site.ffn_size)
         self.warming_up = False
-        self.loss_scale = 1.0
         self.last: dict[str, Tensor] = {}
 
-    def set_step(self, step: int, total_steps: int | None, loss_scale: float) -> None:
+    def set_step(self, step: int, total_steps: int | None) -> None:
         warmup_steps = self.config.warmup() * (total_steps or 0)
         self.warming_up = step < warmup_steps
-        self.loss_scale = loss_scale
 
     def tensors(self) -> dict[str, Tensor]:
         trained = trained_copy(self.router)
@@ -200,7 +198,7 @@ class Routing(Site):
             return y
         loss = balance_loss(logits_tg, choice_tk, valid_t)
         self.last["balance_loss"] = loss.detach()
-        return attach_loss(y, loss, self.config.balance_weight * self.loss_scale)
+        return self.add_loss(y, loss, self.config.balance_weight)
 
 
 def _context(valid_t: Tensor | None, dense_t: Tensor | None) -> Tensor | None:

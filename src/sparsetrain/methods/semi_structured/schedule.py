@@ -47,7 +47,7 @@ class Schedule24(Site):
         self._enter_phase()
         self._reseed(0)
 
-    def set_step(self, step: int, total_steps: int | None, loss_scale: float) -> None:
+    def set_step(self, step: int, total_steps: int | None) -> None:
         config, tail = self.config, self.config.tail_in_force
         if total_steps is not None:
             self.dense = tail == 1 or (tail > 0 and step >= config.first_dense_step(total_steps))

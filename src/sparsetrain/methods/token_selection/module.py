@@ -39,7 +39,7 @@ class SelectedBlock(Site):
         self.selector, self.attention = selector, attention
         self.last: dict[str, float] = {}
 
-    def set_step(self, step: int, total_steps: int | None, loss_scale: float) -> None:
+    def set_step(self, step: int, total_steps: int | None) -> None:
         self.selector.begin_step(step)
 
     def run_dense(self, dense: bool) -> None:
