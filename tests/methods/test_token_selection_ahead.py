@@ -12,6 +12,8 @@ from torch.nn import functional as F
 import sparsetrain
 from sparsetrain import PQAttention
 from sparsetrain.methods.token_selection import TokenSelection, ahead
+from sparsetrain.methods.token_selection.policies import Batch
+from sparsetrain.methods.token_selection.previous import Previous
 from tests.families import FAMILIES
 from tests.methods.test_token_selection import assert_same, cut_by_hooks, doubled, exact, selector_of, with_lora
 
@@ -156,3 +158,73 @@ def test_a_look_needs_labels() -> None:
     sparsetrain.sparsify(model, LOOKS[2])
     with pytest.raises(ValueError, match="context='attended'"):
         model(**FAMILIES["llama"].batch())
+
+
+@pytest.mark.parametrize("policy", ["loss", "gradient_norm"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_scores_of_the_last_visit_choose_in_the_next(policy: str, family: str) -> None:
+    model, batch = doubled(FAMILIES[family])
+    given = labelled(batch)
+    config = TokenSelection(policy=policy, pool="targets", num_tokens=12, scores="previous")
+    handle = sparsetrain.sparsify(model, config)
+    selector = selector_of(model)
+
+    def chosen(step_number: int, batch: dict[str, Tensor]) -> list[list[int]]:
+        handle.step(step_number)
+        _, gradients, positions = step(model, batch)
+        assert any(x.any() for x in gradients.values()) and not selector.kept
+        return positions
+
+    expected = ahead.look_ahead(model, given, policy=policy, attended=False)["token_scores"]
+    selector.kept = {}
+    first = chosen(0, given)
+    again = chosen(1, {name: x.flip(0) for name, x in given.items()})[::-1]
+    for row in range(2):
+        targets = F.pad(given["labels"][row, 1:], (0, 1), value=-100) != -100
+        ranked = expected[row].masked_fill(~targets, -1).argsort(descending=True).tolist()
+        best = ranked[: min(11, int(targets.sum()))]
+        assert set(best) <= set(again[row]) and 0 in again[row]
+    assert first[0] != again[0] and len(selector.previous) == 2 and selector.previous.num_tokens == 190
+    handle.step(1)
+    other = model(**given | {"input_ids": given["input_ids"].flip(1)})
+    assert torch.isfinite(other.loss) and len(selector.previous) == 4
+
+
+def test_what_is_remembered_is_bounded_and_forgets_the_oldest() -> None:
+    previous = Previous(most_tokens=50)
+    batches = [Batch.of({"input_ids": torch.full((1, 20), i)}, causal=True) for i in range(4)]
+    for i, one in enumerate(batches):
+        previous.note(one, torch.full((1, 20), 1.0 + i))
+    previous.note(batches[2], torch.full((1, 20), 9.0))
+    assert previous.num_tokens == 40 and len(previous) == 2
+    assert [previous.of(one)[0, 0].item() for one in batches] == [0, 0, 9, 4]
+    long = Batch.of({"input_ids": torch.full((1, 80), 7)}, causal=True)
+    previous.note(long, torch.ones(1, 80))
+    assert len(previous) == 1 and previous.of(long).all()
+
+
+def test_a_run_repeats_its_draws_from_the_last_visit() -> None:
+    """Two runs from the start agree: what is remembered is a function of what was trained on."""
+    results = []
+    for _ in range(2):
+        model, batch = doubled(FAMILIES["llama"])
+        handle = sparsetrain.sparsify(model, TokenSelection(policy="loss", scores="previous"))
+        given = labelled(batch)
+        drawn = []
+        for number in range(3):
+            handle.step(number)
+            drawn.append(step(model, given)[2])
+        results.append(drawn)
+    assert results[0] == results[1] and results[0][0] != results[0][1]
+
+
+def test_scores_of_the_last_visit_are_refused_where_none_can_be_noted() -> None:
+    with pytest.raises(ValueError, match="scores='previous'"):
+        TokenSelection(scores="previous")
+    with pytest.raises(ValueError, match="unknown"):
+        TokenSelection(policy="loss", scores="last")
+    model, batch = doubled(FAMILIES["llama"])
+    model.config.logit_scale = 0.5
+    sparsetrain.sparsify(model, TokenSelection(policy="loss", scores="previous"))
+    with pytest.raises(ValueError, match="scores=now"):
+        model(**labelled(batch))

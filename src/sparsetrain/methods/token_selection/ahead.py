@@ -22,9 +22,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sparsetrain.core.modes import evaluating
-from sparsetrain.methods.token_selection.loss import head_of
+from sparsetrain.methods.token_selection.loss import head_of, takes_rows
 from sparsetrain.methods.token_selection.module import SelectedBlock
 from sparsetrain.methods.token_selection.passes import adapters_on_all_rows, attend_to_all, key_values
+from sparsetrain.methods.token_selection.policies import Batch
 from sparsetrain.methods.token_selection.scores import scores_at_head
 from sparsetrain.methods.token_selection.selector import Kept, Selector
 from sparsetrain.ops.selected_rows import Rows
@@ -52,21 +53,7 @@ def look_ahead(model: Any, given: dict[str, Any], *, policy: str | None, attende
         ValueError: the batch has no label a token, or the model no linear head for the policy.
     """
     selector: Selector = model.selector
-    target_bt, tokens = predicted(given, selector.causal), given.get("input_ids")
-    if tokens is None:
-        tokens = given.get("inputs_embeds")
-    if (
-        target_bt is None
-        or tokens is None
-        or target_bt.shape != tokens.shape[:2]
-        or (policy and head_of(model) is None)
-    ):
-        asks = f"policy={policy!r} scores" if policy else "context='attended' ranks"
-        raise ValueError(
-            f"token_selection: {asks} the tokens of a language model by their labels, and "
-            f"{type(model).__name__} was given {'no label' if target_bt is None else 'one label a row'}. "
-            "Use policy=random or prefix" + (", context=random." if attended else ".")
-        )
+    target_bt = _targets(model, given, policy)
     look = Look(Rows.of([row.nonzero().flatten() for row in target_bt != IGNORED], target_bt.shape[1]), attended)
     names = model.argument_names()
     inputs = {name: value for name, value in given.items() if name in names and name not in ("labels", SHIFTED)}
@@ -82,6 +69,46 @@ def look_ahead(model: Any, given: dict[str, Any], *, policy: str | None, attende
         assert look.mass_bt is not None
         found["token_attention"] = look.mass_bt
     return found
+
+
+def remembered(model: Any, given: dict[str, Any], policy: str, pad: int | None) -> tuple[Tensor, Callable]:
+    """(the scores [b, t] of the batch's last visit, what takes the hidden states before the head for the next one).
+
+    Raises:
+        ValueError: the batch has no label a token, or the model no linear head that may run on some rows.
+    """
+    selector, target_bt = model.selector, _targets(model, given, policy)
+    if not takes_rows(model):
+        raise ValueError(
+            f"token_selection: scores='previous' scores what {type(model).__name__}'s head is given in training, and "
+            "its logits are more than the head's linear. Use scores=now."
+        )
+    batch = Batch.of(given, causal=selector.causal, pad=pad)
+
+    def note(hidden_btd: Tensor) -> None:
+        selector.previous.note(batch, scores_at_head(model, hidden_btd, target_bt, policy))
+
+    return selector.previous.of(batch), note
+
+
+def _targets(model: Any, given: dict[str, Any], policy: str | None) -> Tensor:
+    """The label that each position predicts, [b, t]."""
+    target_bt, tokens = predicted(given, model.selector.causal), given.get("input_ids")
+    if tokens is None:
+        tokens = given.get("inputs_embeds")
+    if (
+        target_bt is None
+        or tokens is None
+        or target_bt.shape != tokens.shape[:2]
+        or (policy and head_of(model) is None)
+    ):
+        asks = f"policy={policy!r} scores" if policy else "context='attended' ranks"
+        raise ValueError(
+            f"token_selection: {asks} the tokens of a language model by their labels, and "
+            f"{type(model).__name__} was given {'no label' if target_bt is None else 'one label a row'}. "
+            f"Use {'policy=random or prefix' if policy else 'context=random'}."
+        )
+    return target_bt
 
 
 class Look(TorchFunctionMode):

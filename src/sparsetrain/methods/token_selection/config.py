@@ -10,6 +10,7 @@ from sparsetrain.core.config import MethodConfig, in_range, one_of
 POOLS = ("all", "targets", "scored")
 POLICIES = ("random", "prefix", "loss", "gradient_norm")
 ALWAYS = ("first", "last")
+SCORES = ("now", "previous")
 CONTEXTS = ("random", "near", "attended")
 
 
@@ -27,6 +28,8 @@ class TokenSelection(MethodConfig, method="token_selection"):
             before others; `scored`, the scores that come with the batch as `token_scores`.
         policy: how they are drawn: `random` (published), uniform without replacement; `prefix`, the first ones; `loss`
             and `gradient_norm`, the largest loss or gradient norm at the head, in `token_scores` or from a look.
+        scores: when tokens are scored for those two: `now`, in a look at all rows before any is selected; `previous`,
+            in the sample's last visit (its first draws at random; checkpoints hold no scores).
         keep_all_targets: every target is selected, and context takes what is left of |S|; where nothing is left, |S|
             grows to the targets and the always-kept tokens. The loss is then the dense loss. Needs pool=targets.
         context: which tokens fill |S| up after the targets (pool=targets): `random`, as `policy` draws them; `near`,
@@ -52,6 +55,7 @@ class TokenSelection(MethodConfig, method="token_selection"):
     num_tokens: int | None = None
     pool: str = "all"
     policy: str = "random"
+    scores: str = "now"
     keep_all_targets: bool = False
     context: str = "random"
     always_keep: tuple[str, ...] = ("first",)
@@ -115,6 +119,7 @@ class TokenSelection(MethodConfig, method="token_selection"):
         one_of("token_selection", "pool", self.pool, POOLS)
         one_of("token_selection", "policy", self.policy, POLICIES)
         one_of("token_selection", "context", self.context, CONTEXTS)
+        one_of("token_selection", "scores", self.scores, SCORES)
         for name in self.always_keep:
             one_of("token_selection", "always_keep", name, ALWAYS)
         self._check_targets()
@@ -125,6 +130,11 @@ class TokenSelection(MethodConfig, method="token_selection"):
             )
 
     def _check_targets(self) -> None:
+        if self.scores == "previous" and self.policy not in ("loss", "gradient_norm"):
+            raise ValueError(
+                f"token_selection: scores='previous' says when tokens are scored, and policy={self.policy!r} scores "
+                "none. Use policy='loss' or 'gradient_norm'."
+            )
         if self.pool != "targets" and (self.keep_all_targets or self.context != "random"):
             raise ValueError(
                 f"token_selection: keep_all_targets={self.keep_all_targets} and context={self.context!r} tell targets "

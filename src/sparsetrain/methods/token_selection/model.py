@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import Anatomy, Undo, submodule
-from sparsetrain.methods.token_selection.ahead import look_ahead
+from sparsetrain.methods.token_selection.ahead import look_ahead, remembered
 from sparsetrain.methods.token_selection.logits import LogitsOnDemand, cut_rows
 from sparsetrain.methods.token_selection.loss import (
     Finish,
@@ -48,6 +48,7 @@ class Chosen(NamedTuple):
     head: Head | None = None
     loss: RowsLoss | OwnLoss | None = None
     logits: LogitsOnDemand | None = None
+    note: Callable[[Tensor], None] | None = None  # takes what the head was given
 
 
 class SelectsInTraining:
@@ -102,7 +103,10 @@ def choose(model: Any, given: dict[str, Any], scores: Tensor | None) -> Chosen:
     causal, config = selector.causal, selector.config
     policy = config.policy if scores is None and config.policy in ("loss", "gradient_norm") else None
     known = {"token_scores": scores}
-    selector.kept = {}
+    selector.kept, note = {}, None
+    if policy and config.scores == "previous" and not selector.dense:
+        known["token_scores"], note = remembered(model, given, policy, _pad_token(model))
+        policy = None
     if not selector.dense and (policy or config.context == "attended"):
         known |= look_ahead(model, given, policy=policy, attended=config.context == "attended")
     rows = selector.choose(given | known, _pad_token(model))
@@ -121,10 +125,10 @@ def choose(model: Any, given: dict[str, Any], scores: Tensor | None) -> Chosen:
     logits = LogitsOnDemand(linear, rows)
     head = rows_head(linear, rows, causal, logits)
     if causal:
-        return Chosen(given, targets, head, RowsLoss(linear, rows, finish), logits)
+        return Chosen(given, targets, head, RowsLoss(linear, rows, finish), logits, note)
     # the losses of masked language models may be written into their forwards: they are given fewer rows of both
     given["labels"] = only_used(rows.to(given["labels"].device).gather(given["labels"]), rows)
-    return Chosen(given, targets, head, OwnLoss(own, not targets.counts[0], finish), logits)
+    return Chosen(given, targets, head, OwnLoss(own, not targets.counts[0], finish), logits, note)
 
 
 def handed_on(model: Any, out: Any, chosen: Chosen) -> Any:
@@ -150,6 +154,8 @@ def handed_on(model: Any, out: Any, chosen: Chosen) -> Any:
             loss = loss * (selected / chosen.given["num_items_in_batch"])
         out = _with_entry(out, "loss", 0, _finish(model, chosen.given, targets, whole_step)(loss))
     if chosen.logits is not None and chosen.logits.hidden_btd is not None:
+        if chosen.note is not None:
+            chosen.note(chosen.logits.hidden_btd.detach())
         out = _with_entry(out, "logits", 1, chosen.logits)
     return out
 

@@ -171,7 +171,7 @@ def draw(config: TokenSelection, batch: Batch, *, step: int) -> Rows:
     chosen, weights = [], []
     for row, segments_t in enumerate(batch.segments_bt):
         found = []
-        for positions in _documents(segments_t):
+        for positions in documents(segments_t):
             state = f"{config.seed} {step} {batch.name(row, positions)}"
             generator = torch.Generator().manual_seed(zlib.crc32(state.encode()))
             found.append(_draw_document(config, batch, row, positions, generator))
@@ -186,7 +186,7 @@ def draw(config: TokenSelection, batch: Batch, *, step: int) -> Rows:
     return rows
 
 
-def _documents(segments_t: Tensor) -> list[Tensor]:
+def documents(segments_t: Tensor) -> list[Tensor]:
     """Positions of every document of a row, padding left out."""
     positions = segments_t.nonzero().flatten()
     if not len(positions):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparsetrain.methods.token_selection.config import TokenSelection
 from sparsetrain.methods.token_selection.policies import Batch, draw, everything, segments_of
+from sparsetrain.methods.token_selection.previous import Previous
 from sparsetrain.methods.token_selection.step import StepMean
 from sparsetrain.ops.selected_rows import KeyValues, Rows
 
@@ -38,6 +39,7 @@ class Selector:
         head: answers for the output head now; None: it computes its linear.
         loss: is the model's loss function now; None: it has its own.
         kept: what blocks have said already of the batch that trains, by their state, call by call.
+        previous: scores of the samples' last visits.
         mean: the optimizer step that is being accumulated.
     """
 
@@ -52,6 +54,7 @@ class Selector:
         self.head: Head | None = None
         self.loss: Callable[..., Tensor] | None = None
         self.kept: dict[Any, list[Kept]] = {}
+        self.previous = Previous()
         self.mean = StepMean()
         self._forced: Rows | None = None
         self._draw: Callable[[int], Rows] | None = None
