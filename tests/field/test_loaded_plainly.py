@@ -115,7 +115,7 @@ def test_six_lines_on_a_real_model(tmp_path: Path) -> None:
     """Slow for SmolLM2-135M, whose reloaded loss was another than the one in memory."""
     base = resolve_model("smollm2-135m")
     generator = torch.Generator().manual_seed(0)
-    batches = [{"input_ids": torch.randint(100, 40_000, (1, 256), generator=generator)} for _ in range(8)]
+    batches = [{"input_ids": torch.randint(100, 40_000, (1, 128), generator=generator)} for _ in range(4)]
     methods = [PQAttention(keep_ratio=0.25, from_depth=0.7), RoutedFFN.converted()]
     x = batches[0]["input_ids"]
     said = loss(six_lines(base, tmp_path, methods, batches), x)
