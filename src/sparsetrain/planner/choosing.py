@@ -15,7 +15,7 @@ from typing import Any
 
 from sparsetrain.core.config import MethodConfig, plain_values
 from sparsetrain.core.units import bytes_text
-from sparsetrain.measure.timing import TIE
+from sparsetrain.measure.timing import MARGIN
 from sparsetrain.planner.quality import Deployed, Facts
 from sparsetrain.recipes.entries import short_entry
 
@@ -56,7 +56,7 @@ class Speed:
     @property
     def wins(self) -> bool:
         """Faster than the baseline beyond a tie, by the rule of `measure.timing`; where it's predicted, by far."""
-        return self.low > 1 and self.median > (1 + TIE if self.how == "measured" else ROUGH)
+        return self.low > 1 and self.median > (1 + MARGIN if self.how == "measured" else ROUGH)
 
 
 BASELINE = Speed(median=1.0, low=1.0, high=1.0, how="baseline")
@@ -202,14 +202,14 @@ def _fastest(left: list[Option]) -> Option:
     if not wins:
         return max(dense, key=_median)
     best = max(map(_median, wins))
-    return min((way for way in wins if _median(way) * (1 + TIE) >= best), key=lambda way: (way.lost, -_median(way)))
+    return min((way for way in wins if _median(way) * (1 + MARGIN) >= best), key=lambda way: (way.lost, -_median(way)))
 
 
 def _leanest(left: list[Option]) -> Option:
     quick = [way for way in left if _median(way) * SLOWEST >= max(map(_median, left))]
     least = min(map(_peak, quick))
     return max(
-        (way for way in quick if _peak(way) <= least * (1 + TIE)), key=lambda way: (not way.methods, _median(way))
+        (way for way in quick if _peak(way) <= least * (1 + MARGIN)), key=lambda way: (not way.methods, _median(way))
     )
 
 
