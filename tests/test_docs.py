@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +60,7 @@ class Tiny:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Names of the hub open tiny models, and the working directory has notes."""
+    """Names of the hub open tiny models, and the working directory has notes and pairs."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", Tiny.model)
@@ -69,6 +70,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for number in range(4):
         letters = torch.randint(97, 123, (640,), generator=torch.Generator().manual_seed(number))
         (tmp_path / "notes" / f"{number}.txt").write_text(bytes(letters.tolist()).decode())
+    pairs = [json.dumps({"prompt": "1 + 1 = 2. " * n, "completion": "And 2 + 2 = 4."}) for n in (4, 9, 20)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(pairs))
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator:UserWarning")

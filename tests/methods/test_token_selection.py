@@ -399,6 +399,34 @@ def test_lora_gradients_equal_the_detach_oracle(family: str) -> None:
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_lora_beside_a_bf16_model_is_as_near_as_pefts(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention and LoRA's sum have fast paths there; logits and gradients stay within twice bf16's own error."""
+    monkeypatch.setattr("sparsetrain.ops.selected_rows.attention._multiplies_bf16", lambda: True)
+    case = FAMILIES[family]
+
+    def run(low: bool, selects: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        model, batch = doubled(case)
+        rows = some_rows(2, tokens_of(case, batch))
+        if selects:
+            sparsetrain.sparsify(model, TokenSelection())
+        model = with_lora(model).train()
+        for name, parameter in model.named_parameters():
+            if low:
+                parameter.data = parameter.data.to(torch.float32 if "lora" in name else torch.bfloat16)
+        if selects:
+            return selected_gradients(model, batch, rows)
+        with cut_by_hooks(model.get_base_model(), rows.selected_bt):
+            return gradients(model, batch, rows)
+
+    logits, exact = run(low=False, selects=False)
+    pefts_logits, pefts = run(low=True, selects=False)
+    found_logits, found = run(low=True, selects=True)
+    assert (found_logits.double() - logits).norm() <= 2 * (pefts_logits.double() - logits).norm()
+    own, theirs = (sum((each[n].double() - exact[n]).square().sum() for n in exact) for each in (found, pefts))
+    assert own <= 4 * theirs
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_lora_dropout_survives_checkpointing(reentrant: bool) -> None:
     case = FAMILIES["llama"]

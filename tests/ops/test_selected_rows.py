@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sparsetrain.core.backend import planning_for
+from sparsetrain.ops.linear_parts import LinearParts
 from sparsetrain.ops.selected_rows import (
     KeyValues,
     Rows,
+    adapted_linear,
+    adapted_product,
+    attention_of_all,
     attention_of_queries,
     keep,
     queries,
@@ -152,6 +158,73 @@ def test_received_mass_is_the_sum_of_the_selected_queries_probabilities(
     )
     expected = (maps * rows.selected_bt[:, None, :, None]).sum((1, 2))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", [case for case in TINY if case.counts == (13, 13)], ids=lambda case: case.name)
+def test_attention_of_all_rows_in_bf16_is_as_near_as_eager(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As near to fp64 as the attention that transformers calls eager, whose scores are bf16 too."""
+    monkeypatch.setattr("sparsetrain.ops.selected_rows.attention._multiplies_bf16", lambda: True)
+    t, d, segments = case.tokens, case.head_dim, case.segment_ids()
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(2, n, t, d, dtype=torch.bfloat16) for n in (case.heads, case.kv_heads, case.kv_heads))
+    found = attention_of_all(q, KeyValues(k, v, case.causal, 0.4, segments, case.window))
+    assert found is not None
+    form = {"causal": case.causal, "scale": 0.4, "window": case.window, "segments_bt": segments}
+    everywhere = torch.ones(2, t, dtype=torch.bool)
+    exact = selected_attention_reference(q.double(), k.double(), v.double(), everywhere, **form)
+    k, v = (x.repeat_interleave(case.heads // case.kv_heads, 1) for x in (k, v))
+    scores = (q @ k.transpose(2, 3) * 0.4).masked_fill(~_visible(case), float("-inf"))
+    eager = torch.softmax(scores, dim=-1, dtype=torch.float32).bfloat16() @ v
+    sees = _visible(case).any(-1).expand(-1, case.heads, -1)
+    assert (found.double() - exact)[sees].norm() <= 1.3 * (eager.double() - exact)[sees].norm()
+    assert not found[~sees].any()
+
+
+def _visible(case: Case) -> Tensor:
+    """bool [2, 1, t, t]: which keys each query sees."""
+    distance = torch.arange(case.tokens)[:, None] - torch.arange(case.tokens)[None]
+    seen = (distance >= 0) if case.causal else torch.ones_like(distance, dtype=torch.bool)
+    if case.window is not None:
+        seen = seen & (distance.abs() < case.window)
+    segments = case.segment_ids()
+    if segments is None:
+        return seen.expand(2, 1, -1, -1)
+    return (seen & (segments[:, :, None] == segments[:, None]) & (segments > 0)[:, None])[:, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_attention_of_all_rows_is_pytorchs_elsewhere(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsetrain.ops.selected_rows.attention._multiplies_bf16", lambda: True)
+    q = torch.randn(1, 2, 5, 4, dtype=dtype)
+    assert attention_of_all(q, KeyValues(q, q, True, 0.5)) is None
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_with_lora_as_one_node_equals_its_parts(known: bool, bias: bool) -> None:
+    torch.manual_seed(4)
+    draw = {"dtype": torch.float64}
+    x, a, b = (torch.randn(shape, **draw).requires_grad_() for shape in ((2, 3, 5), (2, 5), (7, 2)))
+    parts = LinearParts(torch.randn(7, 5, **draw), torch.randn(7, **draw) if bias else None, (a, b))
+    y = F.linear(x, parts.weight, parts.bias) + F.linear(F.linear(x, a), b)
+    out = adapted_linear(x, parts, known=y.detach() if known else None)
+    torch.testing.assert_close(out, y, rtol=1e-12, atol=1e-12)
+    weight = torch.randn_like(y)
+    expected, found = (torch.autograd.grad((each * weight).sum(), (x, a, b)) for each in (y, out))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda x, a, b: adapted_linear(x, replace(parts, lora=(a, b))), (x, a, b))
+
+
+def test_a_product_with_lora_in_bf16_keeps_the_models_dtype() -> None:
+    """Beside fp32 factors: as near to fp64 as PEFT's arithmetic, which rounds the same sum once less."""
+    torch.manual_seed(5)
+    x, weight = torch.randn(1, 9, 64).bfloat16(), torch.randn(32, 64).bfloat16()
+    a, b = torch.randn(4, 64), torch.randn(32, 4)
+    out = adapted_product(x, LinearParts(weight, None, (a, b)))
+    exact = x.double() @ weight.double().t() + x.double() @ a.double().t() @ b.double().t()
+    pefts = (F.linear(x, weight) + F.linear(F.linear(x.float(), a), b)).bfloat16()
+    assert out.dtype == torch.bfloat16
+    assert (out.double() - exact).norm() <= 3 * (pefts.double() - exact).norm()
 
 
 def test_attention_in_the_tiles_of_a_gpu_is_the_same() -> None:
