@@ -22,7 +22,9 @@ from sparsetrain.surgery.apply import Handle
 from tests.cli.test_surface import SURFACE
 
 SOURCE = Path(sparsetrain.__file__).parent
-PAGES = ("measure/page.py", "measure/style.py", "measure/pictures.py", "measure/profile_report.py", "measure/report.py")
+PAGES = tuple(
+    f"measure/{name}.py" for name in "page style pictures profile_report report plots bars markup first_screen".split()
+)
 """HTML and CSS, hardly a message."""
 NAMES_OF_IDEAS = {
     "LoRA", "AdaLoRA", "DoRA", "ZeRO", "MiB", "GiB", "KiB", "NumPy", "ListOps", "SmolLM2", "MiniLM", "NaN", "ViT",

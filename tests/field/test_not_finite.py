@@ -70,7 +70,7 @@ def spoiled_moment(model: nn.Module, optimizer: Any) -> None:
 def test_a_run_stops_at_the_step_and_what_was_good_stays(
     spoil: Any, before_update: bool, said: str, tmp_path: Path
 ) -> None:
-    recipe = runs.recipe(tmp_path, save_every=1, eval_tokens=64)
+    recipe = runs.recipe(tmp_path, save_every=1, eval_tokens=64, dtype="fp32")
     events: list[dict[str, Any]] = []
     with pytest.raises(NotFinite, match=said):
         finetune(recipe, callbacks=[Break(spoil, before_update)], report=events.append)

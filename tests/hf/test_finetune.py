@@ -28,7 +28,7 @@ def losses(result: Result) -> list[float | None]:
 
 def test_a_sparse_run_is_on_record_from_dense_to_trained(tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
-    recipe = runs.recipe(tmp_path, methods=[runs.CLUSTERED], steps=30)
+    recipe = runs.recipe(tmp_path, methods=[runs.CLUSTERED], steps=30, dtype="fp32")
     result = finetune(recipe, report=events.append)
     stages = result.run["perplexity"]
     assert list(stages) == ["dense", "after_conversion", "after_training"]

@@ -91,7 +91,7 @@ class StopAt(TrainerCallback):
 
 
 def test_a_language_model_on_bytes_learns_and_is_on_record(tmp_path: Path) -> None:
-    asked = text(tmp_path, methods=[TWO_FOUR], eval_every=4, grad_accum=2, lr=1e-2)
+    asked = text(tmp_path, methods=[TWO_FOUR], eval_every=4, grad_accum=2, lr=1e-2, dtype="fp32")
     result = pretrain(asked)
     stages = result.run["perplexity"]  # type: ignore[typeddict-item]
     assert list(stages) == ["untrained", "after_training"] and 200 < stages["untrained"] < 400  # type: ignore[operator]

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from sparsetrain.core.config import MethodConfig
-from sparsetrain.surgery.method import Edit, method_of
-from sparsetrain.surgery.site import Site
+
+if TYPE_CHECKING:
+    from sparsetrain.surgery.method import Edit
+    from sparsetrain.surgery.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,8 @@ class DeployDense:
 
     def begin(self, installed: Iterable[tuple[Edit, Site]]) -> None:
         """Let evaluation be dense, and what was added stay as it was fitted unless it is to be trained."""
+        from sparsetrain.surgery.method import method_of  # imports torch, which a plan need not wait for
+
         for edit, module in installed:
             module.deploys_dense = True
             module.train(module.training)
