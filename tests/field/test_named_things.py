@@ -22,10 +22,8 @@ from sparsetrain.surgery.apply import Handle
 from tests.cli.test_surface import SURFACE
 
 SOURCE = Path(sparsetrain.__file__).parent
-PAGES = tuple(
-    f"measure/{name}.py" for name in "page style pictures profile_report report plots bars markup first_screen".split()
-)
-"""HTML and CSS, hardly a message."""
+PAGES = ("page", "style", "pictures", "profile_report", "report", "plots", "bars", "markup", "first_screen")
+"""Files of `measure/`: HTML and CSS, hardly a message."""
 NAMES_OF_IDEAS = {
     "LoRA", "AdaLoRA", "DoRA", "ZeRO", "MiB", "GiB", "KiB", "NumPy", "ListOps", "SmolLM2", "MiniLM", "NaN", "ViT",
     "PyTorch", "DeepSpeed", "GitHub", "PytorchStreamWriter", "FullyShardedDataParallel",
@@ -49,7 +47,7 @@ def messages() -> tuple[tuple[str, str], ...]:
     def found() -> Iterator[tuple[str, str]]:
         for file in sorted(SOURCE.rglob("*.py")):
             place = str(file.relative_to(SOURCE))
-            if place not in PAGES:
+            if place not in [f"measure/{name}.py" for name in PAGES]:
                 tree = ast.parse(file.read_text())
                 about = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
                 for node in ast.walk(tree):
