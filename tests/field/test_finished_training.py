@@ -113,6 +113,21 @@ def test_nothing_is_trained_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(again.run["steps"]) == 2 and again.run["evals"][-1]["step"] == 2 and again.run["static_bytes"]
 
 
+def test_all_weights_in_bf16_are_evaluated_alike_after_training_and_after_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp32 masters train under a Trainer's autocast; a model that is loaded for its evaluation has none of its own."""
+    given = {"lora_r": 0, "dtype": "bf16", "steps": 2, "save_every": 2}
+    whole = finetune(runs.recipe(tmp_path, output=str(tmp_path / "whole"), **given))
+    recipe = runs.recipe(tmp_path, **given)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run_module, "_record", lambda *_: (_ for _ in ()).throw(Killed))
+        finetune(recipe)
+    again = finetune(recipe.model_copy(update={"resume": True}))
+    for name in ("evals", "perplexity"):
+        assert stable(again.run[name]) == stable(whole.run[name])  # type: ignore[literal-required]
+
+
 def test_nothing_is_left_of_a_run_without_checkpoints_and_it_starts_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparsetrain.cli import run
+from sparsetrain.runs.checkpoints import held_in
 from sparsetrain.runs.places import check_file, check_folder
 from tests.cli.conftest import save_llama, write_text
 
@@ -65,12 +66,23 @@ def test_a_folder_that_is_read_only(tmp_path: Path) -> None:
 
 
 def test_a_parent_where_nothing_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**given: object) -> str:
-        raise PermissionError(13, "Permission denied", str(given["dir"]))
+    def refuse(path: Path, **_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("sparsetrain.runs.places.tempfile.mkdtemp", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(ValueError, match="Permission denied"):
         check_folder(tmp_path / "run", "output")
+
+
+def test_a_process_killed_while_it_asked_leaves_what_a_resume_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rmdir", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        check_folder(tmp_path, "output")
+    assert len(list(tmp_path.iterdir())) == 1 and held_in(tmp_path) == []
+    check_folder(tmp_path, "output")  # which takes it away
+    assert not list(tmp_path.iterdir())
 
 
 def test_files(tmp_path: Path) -> None:

@@ -328,7 +328,7 @@ def outputs(draw: Random, folder: Path) -> Spoilt:
 def caches(draw: Random, folder: Path) -> Spoilt:
     """What earlier commands have kept, spoilt."""
     cache = folder / ".cache" / "sparsetrain"
-    cache.mkdir(parents=True)
+    cache.mkdir(parents=True, exist_ok=True)
     names = ["measured.json", "machine.json", "minilm/asset.json", "plans/x.json", "hashes.json"]
     file = cache / draw.choice(names)
     file.parent.mkdir(exist_ok=True)

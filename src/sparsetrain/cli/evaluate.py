@@ -48,7 +48,7 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
     import torch
 
     from sparsetrain.hf.model.io import load
-    from sparsetrain.hf.train.assemble import pick_device, pick_dtype
+    from sparsetrain.hf.train.assemble import autocasts, pick_device, pick_dtype
     from sparsetrain.hf.train.dtype import with_dtype
     from sparsetrain.hf.train.evaluate import evaluate as evaluate_rows
     from sparsetrain.hf.train.evaluate import held_out_tokens
@@ -69,6 +69,7 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
             task=recipe.task,
             batch_size=recipe.batch_size,
             max_tokens=held_out_tokens(recipe),
+            autocast=autocasts(recipe, device),
             progress=lambda share: tell({"event": "phase", "name": "evaluating", "share": share}),
         )
     part = "all" if all else "held-out"

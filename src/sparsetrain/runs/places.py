@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import unicodedata
 from pathlib import Path
 
+from sparsetrain.core.files import scratch_of
 from sparsetrain.core.quote import quoted
 
 LONGEST_NAME, LONGEST_PATH = 230, 3500
@@ -31,7 +31,9 @@ def check_folder(folder: str | Path, what: str) -> None:
     if found != "folder":
         raise ValueError(f"{named} lies under {quoted(str(place))}, which is {found}. Choose a place in a folder.")
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".sparsetrain-", dir=place))
+        probe = scratch_of(place / "writable")  # known as ours, should this process be killed before the next line
+        probe.mkdir(exist_ok=True)
+        probe.rmdir()
     except OSError as error:
         raise ValueError(
             f"{named} cannot be written: {quoted(str(place))}: {error.strerror}. Choose another place."

@@ -30,7 +30,10 @@ def linear_parts(module: nn.Module, transposed: bool = False) -> LinearParts:
     """
     if reason := refused_adapter(module):
         raise ValueError(f"a linear that a sparse method computes itself {reason}")
-    wrapped: Any = _copy_in_use(module)
+    return _parts(_copy_in_use(module), transposed)
+
+
+def _parts(wrapped: Any, transposed: bool) -> LinearParts:
     inner = innermost(wrapped)
     weight: Tensor = inner.weight.t() if transposed else inner.weight
     bias: Tensor | None = inner.bias
@@ -54,7 +57,7 @@ def _factors(wrapped: Any, name: str) -> tuple[Tensor, Tensor]:
     a, b, scale = wrapped.lora_A[name], wrapped.lora_B[name], wrapped.scaling[name]
     if adapter_kind(wrapped) == "adalora.SVDLinear":
         return a * wrapped.lora_E[name], b * (scale / (wrapped.ranknum[name] + 1e-5))
-    return a.weight, b.weight * scale
+    return a.weight, b.weight if scale == 1 else b.weight * scale
 
 
 def refused_adapter(module: nn.Module) -> str | None:
@@ -90,21 +93,29 @@ def refused_adapter(module: nn.Module) -> str | None:
     return None
 
 
-def plain_lora(block: nn.Module) -> list[Any]:
+def plain_lora(block: nn.Module) -> dict[nn.Module, LinearParts]:
     """The linears of a block that run with LoRA and nothing else: frozen, no dropout, bias, variant or own forward."""
-    return [module for module in block.modules() if adapter_kind(module) == "lora.Linear" and _is_plain(module)]
+    return {module: _parts(module, _is_conv1d(module)) for module in _lora_linears(block) if _is_plain(module)}
+
+
+def _lora_linears(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if adapter_kind(child) == "lora.Linear":
+            yield child
+        elif not isinstance(child, nn.ModuleDict):
+            yield from _lora_linears(child)
 
 
 def _is_plain(module: Any) -> bool:
     if refused_adapter(module) is not None or _is_bare(module) or not active_adapters(module):
         return False
-    frozen = not any(parameter.requires_grad for parameter in innermost(module).parameters())
+    inner = innermost(module)
+    frozen = not inner.weight.requires_grad and (inner.bias is None or not inner.bias.requires_grad)
     return frozen and not has_lora_bias(module) and not any(_dropouts(module))
 
 
-def lora_parts(module: nn.Module) -> LinearParts:
-    """`linear_parts` of an `nn.Linear` or Conv1D, whichever way its weight lies."""
-    return linear_parts(module, transposed=type(innermost(module)).__name__ == "Conv1D")
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(innermost(module)).__name__ == "Conv1D"
 
 
 class _RunsAs:

@@ -146,7 +146,7 @@ def convert_step(model: Any, new_modules: list[str], parts: Parts, report: Repor
             fused=True,
         ),
         batches=_batches(parts),
-        autocast=assemble.computes_bf16(recipe, parts.device) and recipe.trains_all,
+        autocast=assemble.autocasts(recipe, parts.device),
     )
 
 

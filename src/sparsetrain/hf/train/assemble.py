@@ -97,7 +97,7 @@ def asked_features(recipe: RunRecipe, device: torch.device) -> list[str]:
         found.append("padding")
     if task_of(recipe.task).labelled:
         found.append("classify")
-    if computes_bf16(recipe, device) and recipe.trains_all:
+    if autocasts(recipe, device):
         found.append("autocast")
     return found
 
@@ -194,6 +194,11 @@ def computes_bf16(recipe: RunRecipe, device: torch.device) -> bool:
     return recipe.dtype == "bf16" or (recipe.dtype == "auto" and able)
 
 
+def autocasts(recipe: RunRecipe, device: torch.device) -> bool:
+    """Frozen bf16 weights compute in bf16 by themselves; do fp32 masters, under autocast?"""
+    return computes_bf16(recipe, device) and recipe.trains_all
+
+
 def training_arguments(parts: Parts, **changes: Any) -> TrainingArguments:
     """The Trainer's arguments; what the checkpoint protocol and the records need is fixed here.
 
@@ -222,8 +227,7 @@ def training_arguments(parts: Parts, **changes: Any) -> TrainingArguments:
         seed=recipe.seed,
         data_seed=recipe.seed,
         use_cpu=device.type == "cpu",
-        # frozen bf16 weights compute in bf16 by themselves; fp32 masters need autocast
-        bf16=computes_bf16(recipe, device) and recipe.trains_all,
+        bf16=autocasts(recipe, device),
         dataloader_pin_memory=device.type == "cuda",
         remove_unused_columns=False,
         include_num_input_tokens_seen="non_padding" if "attention_mask" in first_batch(parts) else "all",

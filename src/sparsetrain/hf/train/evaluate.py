@@ -27,6 +27,7 @@ def evaluate(
     task: str = "lm",
     batch_size: int = 1,
     max_tokens: int | None = None,
+    autocast: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> Quality:
     """Run `model` in evaluation mode on the first rows; each module is left in the mode it was in.
@@ -36,6 +37,8 @@ def evaluate(
             accuracy.
         batch_size: rows in a forward; it changes the result by rounding only.
         max_tokens: stop after this many input tokens, padding not counted; at least one row is used.
+        autocast: compute in bf16, as a run whose fp32 weights train so (`assemble.autocasts`). A Trainer leaves its
+            autocast on a model that it trained, and a model that was loaded has none.
         progress: called with the share done.
 
     Raises:
@@ -49,7 +52,7 @@ def evaluate(
     device = next(model.parameters()).device
     total, sums, by_row = 0.0, dict[str, float](), list[dict[str, list[float]] | None]()
     targets = tokens = num_rows = 0
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         for batch in _batches(rows, collate_fn, batch_size, max_tokens):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             found = scores(model, batch)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sparsetrain.core.errors import NotFinite
+from sparsetrain.hf.train.assemble import autocasts
 from sparsetrain.hf.train.evaluate import evaluate, held_out_tokens
 from sparsetrain.hf.train.journal import Journal
 from sparsetrain.hf.train.parts import Parts
@@ -46,6 +47,7 @@ def measure_quality(
             task=parts.recipe.task,
             batch_size=parts.recipe.batch_size,
             max_tokens=held_out_tokens(parts.recipe),
+            autocast=autocasts(parts.recipe, parts.device),
             progress=None if journal is None else lambda share: journal.phase(name, share),
         )
     except NotFinite as error:

@@ -31,6 +31,7 @@ from sparsetrain.methods.token_selection.selector import Kept, Selector
 from sparsetrain.ops.selected_rows import Rows
 from sparsetrain.ops.selected_rows.received import received_mass
 from sparsetrain.surgery.attention import AttentionCall, stand_in_of, standing_in
+from sparsetrain.surgery.lora import plain_lora
 from sparsetrain.surgery.site import Site
 from sparsetrain.surgery.targets import IGNORED, SHIFTED, predicted
 
@@ -170,7 +171,7 @@ class Look(TorchFunctionMode):
             self.kept[state].append(Kept(out, key_values(calls.pop())))
 
         stack.enter_context(standing_in(attention, attend))
-        stack.enter_context(adapters_on_all_rows(block, None))
+        stack.enter_context(adapters_on_all_rows(plain_lora(block), None))
         stack.callback(block.register_forward_hook(ran).remove)
 
     def _add_mass(self, call: AttentionCall) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from sparsetrain.core.autograd import in_backward
 from sparsetrain.core.backend import choose
 from sparsetrain.methods.token_selection.passes import (
+    Adapters,
     AllRows,
     AttentionOfAllRows,
     AttentionOfSelectedRows,
@@ -26,6 +27,7 @@ from sparsetrain.methods.token_selection.passes import (
 from sparsetrain.methods.token_selection.selector import Selector
 from sparsetrain.ops.selected_rows import Rows, keep, replace_rows, selected_attention_reference, take_rows
 from sparsetrain.surgery.attention import AttentionCall, stand_in_of, standing_in
+from sparsetrain.surgery.lora import plain_lora
 from sparsetrain.surgery.reclass import dense_forward
 from sparsetrain.surgery.site import Site
 from sparsetrain.surgery.targets import ROWS as DENSE
@@ -111,7 +113,7 @@ def _in_two_passes(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
     state: SelectedBlock = block.selected
     attention = block.get_submodule(state.attention)
     dense_bt = kwargs.get(DENSE)
-    notes = Notes(rows, diverges=dense_bt is not None)
+    notes, adapters = Notes(rows, diverges=dense_bt is not None), plain_lora(block)
     first = kwargs if dense_bt is None else kwargs | {DENSE: dense_bt & ~rows.selected_bt}
     x = args[0] if args else kwargs["hidden_states"]
     notes.ends_at_attention = recomputing = getattr(block, "gradient_checkpointing", False) and in_backward()
@@ -119,12 +121,12 @@ def _in_two_passes(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
     if kept is not None:  # all rows have run already, when tokens were scored
         out, notes.everything = kept
     else:
-        out = _on_all_rows(block, attention, notes, x, args, first)
+        out = _on_all_rows(block, attention, notes, adapters, x, args, first)
     own_args, own_kwargs = _on_rows(args, kwargs, rows)
     if dense_bt is not None:
         own_kwargs[DENSE] = torch.ones_like(rows.index_bk, dtype=torch.bool)
     attends = AttentionOfSelectedRows(notes)
-    with SelectedRows(notes), standing_in(attention, attends), adapters_on_selected_rows(block, notes):
+    with SelectedRows(notes), standing_in(attention, attends), adapters_on_selected_rows(adapters, notes):
         selected = dense_forward(SelectsTokens, block, *own_args, **own_kwargs)
     state.note(rows, notes.everything)
     y, y_selected = _first(out), _first(selected)
@@ -136,11 +138,13 @@ def _in_two_passes(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
     return _with_first(out, replace_rows(y, y_selected, rows))
 
 
-def _on_all_rows(block: Any, attention: Any, notes: Notes, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _on_all_rows(
+    block: Any, attention: Any, notes: Notes, adapters: Adapters, x: Tensor, args: tuple, kwargs: dict[str, Any]
+) -> Any:
     """The first pass: what the block says, noted."""
     sparse = stand_in_of(attention)
     attends = AttentionOfAllRows(notes, sparse)
-    with torch.no_grad(), AllRows(notes), standing_in(attention, attends), adapters_on_all_rows(block, notes):
+    with torch.no_grad(), AllRows(notes), standing_in(attention, attends), adapters_on_all_rows(adapters, notes):
         try:
             return dense_forward(SelectsTokens, block, *args, **kwargs)
         except FoundKeys:  # a block that is recomputed for its backward needs no more of the other rows

@@ -11,7 +11,7 @@ which is right for whatever treats tokens one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -33,8 +33,10 @@ from sparsetrain.ops.selected_rows import (
     selected_linear,
 )
 from sparsetrain.surgery.attention import AttentionCall, SparseAttention, StandIn
-from sparsetrain.surgery.lora import active_adapters, lora_parts, plain_lora, runs_as
+from sparsetrain.surgery.lora import LinearParts, runs_as
 
+Adapters = Mapping[nn.Module, LinearParts]
+"""Linears with their LoRA, as `surgery.lora.plain_lora` finds them."""
 _KINDS: dict[Any, str] = {F.linear: "linear", torch.addmm: "addmm", F.dropout: "dropout"}
 
 
@@ -128,25 +130,25 @@ class AllRows(TorchFunctionMode):
 
 
 @contextmanager
-def adapters_on_all_rows(block: nn.Module, notes: Notes | None) -> Iterator[None]:
+def adapters_on_all_rows(adapters: Adapters, notes: Notes | None) -> Iterator[None]:
     """Inside, a linear and its LoRA are noted as one product; without notes they are only run as fast.
 
     PEFT forms the update in the factors' dtype, scales it and adds it: where the model is bf16 and the factors fp32,
     five passes over [b, t, out] in fp32. Without gradient one product does it (SmolLM2's up projection, 1,024 tokens:
     34 ms -> 8). In one dtype that gains nothing, and the arithmetic stays PEFT's to the last bit.
     """
-    with runs_as({module: partial(_adapted, module, notes) for module in plain_lora(block)}):
+    with runs_as({module: partial(_adapted, module, parts, notes) for module, parts in adapters.items()}):
         yield
 
 
-def _adapted(module: Any, notes: Notes | None, x: Tensor) -> Tensor:
-    mixed = any(module.lora_A[name].weight.dtype != module.weight.dtype for name in active_adapters(module))
+def _adapted(module: Any, parts: LinearParts, notes: Notes | None, x: Tensor) -> Tensor:
+    mixed = parts.lora is not None and parts.lora[0].dtype != parts.weight.dtype
     noted = notes is not None and not notes.paused and _stream(x, (notes.rows.shape[0], notes.rows.num_tokens))
     paused = notes is not None and notes.paused
     if notes is not None:
         notes.paused = True
     try:
-        out = adapted_product(x, lora_parts(module)) if mixed else type(module).forward(module, x)
+        out = adapted_product(x, parts) if mixed else type(module).forward(module, x)
     finally:
         if notes is not None:
             notes.paused = paused
@@ -157,18 +159,18 @@ def _adapted(module: Any, notes: Notes | None, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def adapters_on_selected_rows(block: nn.Module, notes: Notes) -> Iterator[None]:
+def adapters_on_selected_rows(adapters: Adapters, notes: Notes) -> Iterator[None]:
     """Inside, a linear and its LoRA take their value from the notes and are one node of the backward.
 
     It keeps x once, in the model's dtype; PEFT keeps a copy in fp32 for every linear beside a bf16 model.
     """
-    with runs_as({module: partial(_adapted_rows, module, notes) for module in plain_lora(block)}):
+    with runs_as({module: partial(_adapted_rows, module, parts, notes) for module, parts in adapters.items()}):
         yield
 
 
-def _adapted_rows(module: Any, notes: Notes, x: Tensor) -> Tensor:
+def _adapted_rows(module: Any, parts: LinearParts, notes: Notes, x: Tensor) -> Tensor:
     note = notes.take("adapted", x, module.weight) if _stream(x, notes.rows.shape) else None
-    return adapted_linear(x, lora_parts(module), known=None if note is None or notes.diverged else note.known)
+    return adapted_linear(x, parts, known=None if note is None or notes.diverged else note.known)
 
 
 class SelectedRows(TorchFunctionMode):
