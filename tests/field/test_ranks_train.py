@@ -63,7 +63,7 @@ def train(module: nn.Module, model: Any, handle: sparsetrain.Handle, family: str
         optimizer.zero_grad()
 
 
-def same(model: nn.Module, other: nn.Module) -> None:
+def assert_same(model: nn.Module, other: nn.Module) -> None:
     for (name, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, msg=name)
 
@@ -79,7 +79,7 @@ def test_under_ddp_a_step_is_what_it_is_without(name: str, micro: int, one_rank:
         train(plain, plain, handle, micro=micro)
     finally:
         distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    same(model, plain)
+    assert_same(model, plain)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])

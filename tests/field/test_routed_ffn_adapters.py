@@ -102,7 +102,7 @@ def wrapped(kind: str, make: Callable[..., Any], first: bool, config: Any = ROUT
     return model.eval(), batch
 
 
-def near(actual: Tensor, expected: Tensor) -> None:
+def assert_near(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-4)
 
 
@@ -118,10 +118,10 @@ def test_what_is_known_counts_as_its_merged_weights_do(name: str, kind: str, fir
         without = model(**batch).logits.detach()
     assert (outputs - without).abs().max() > 1e-2
     model.merge_adapter()
-    near(model(**batch).logits, outputs)
+    assert_near(model(**batch).logits, outputs)
     with model.disable_adapter():  # while merged: PEFT unmerges
-        near(model(**batch).logits, without)
-    near(model(**batch).logits, outputs)
+        assert_near(model(**batch).logits, without)
+    assert_near(model(**batch).logits, outputs)
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -156,7 +156,7 @@ def test_two_active_adapters_add_up(kind: str) -> None:
     assert (model(**batch).logits - outputs).abs().max() > 1e-2
     model.base_model.set_adapter(["default", "second"])
     model.merge_adapter()
-    near(model(**batch).logits, outputs)
+    assert_near(model(**batch).logits, outputs)
 
 
 def test_two_adapters_with_dropout_are_refused_in_training_alone() -> None:
@@ -206,7 +206,7 @@ def test_at_the_dense_limit_every_adapter_is_exact(name: str) -> None:
     plain = get_peft_model(CASES["llama"][0].model(), REFUSED[name][0](CASES["llama"][1], False))
     values = dict(model.named_parameters()) | dict(model.named_buffers())
     plain.load_state_dict({key: values[key] for key in plain.state_dict()})
-    near(model(**batch).logits, plain.eval()(**batch).logits)
+    assert_near(model(**batch).logits, plain.eval()(**batch).logits)
 
 
 @pytest.mark.parametrize("kind", CASES)
