@@ -248,8 +248,10 @@ def test_autocast(method: str, family: str) -> None:
     model, batch = case.model(), case.batch()
     convert(model, case, example(method))
     expected = logits(model, batch)
-    model.train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        uncached = model(**batch, **({"use_cache": False} if hasattr(model.config, "use_cache") else {})).logits
+        assert torch.equal(model(**batch).logits, uncached), "a cache joins fp32 keys and bf16 values to fp32"
+        model.train()
         out = model(**batch).logits
     out.float().square().mean().backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None]

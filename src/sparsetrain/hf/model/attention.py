@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -88,8 +89,12 @@ def attention_function(
         )
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # under autocast with fp32 weights, rotary embeddings leave q and k in fp32 beside a bf16 v
-    query, key = query.to(value.dtype), key.to(value.dtype)
+    # under autocast with fp32 weights, rotary embeddings leave q and k in fp32 beside a bf16 v, which a cache then
+    # joins to fp32; dense attention computes in autocast's dtype either way
+    dtype, device = value.dtype, value.device.type
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     b, _, tokens, _ = query.shape
     segments, looks_at, places, num_keys = keys_of(attention_mask, b, tokens, key.shape[2], kwargs)
     key, value = key[:, :, :num_keys], value[:, :, :num_keys]
