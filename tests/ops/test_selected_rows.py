@@ -130,7 +130,8 @@ def test_attention_equals_the_detach_definition(
     cut = [keep(x.transpose(1, 2), rows.selected_bt).transpose(1, 2) for x in (q, k, v)]
     dense = selected_attention_reference(
         *((cut[0], k, v) if context else cut),
-        torch.ones_like(rows.selected_bt) if context else rows.selected_bt, scale=0.4, segments_bt=segments, causal=case.causal, window=case.window,
+        torch.ones_like(rows.selected_bt) if context else rows.selected_bt,
+        scale=0.4, segments_bt=segments, causal=case.causal, window=case.window,
     ).transpose(1, 2)  # fmt: skip
     expected = torch.autograd.grad((dense * weight)[rows.selected_bt].sum(), (q, k, v))
     everything = KeyValues(k.detach(), v.detach(), case.causal, 0.4, segments, case.window)

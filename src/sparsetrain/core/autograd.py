@@ -1,6 +1,9 @@
-"""What autograd is asked: to hand an input on as an output, and whether its backward runs."""
+"""What autograd is asked: to hand an input on as an output, whether its backward runs, and to run unwatched."""
 
 from __future__ import annotations
+
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,3 +21,15 @@ def as_output(x: Tensor) -> Tensor:
 def in_backward() -> bool:
     """Does autograd's backward run at this moment?"""
     return torch._C._current_graph_task_id() != -1
+
+
+def unwatched(function: Any) -> Any:
+    """A function that no TorchFunctionMode looks into: the modes that note a block's calls would be asked for each of
+    some twenty small products a tile, 30 ms a step of 30 layers. It names the device of every tensor that it makes."""
+
+    @wraps(function)
+    def run(*args: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return function(*args)
+
+    return run

@@ -89,12 +89,7 @@ def attention_function(
         )
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # under autocast with fp32 weights, rotary embeddings leave q and k in fp32 beside a bf16 v, which a cache then
-    # joins to fp32; dense attention computes in autocast's dtype either way
-    dtype, device = value.dtype, value.device.type
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = _in_one_dtype(query, key, value)
     b, _, tokens, _ = query.shape
     segments, looks_at, places, num_keys = keys_of(attention_mask, b, tokens, key.shape[2], kwargs)
     key, value = key[:, :, :num_keys], value[:, :, :num_keys]
@@ -126,3 +121,12 @@ def attention_function(
         )
     call = AttentionCall(query, key, value, causal, scale, segments, window, dense, looks_at, places)
     return stand_in(call).transpose(1, 2).contiguous(), None
+
+
+def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast with fp32 weights, rotary embeddings leave q and k in fp32 beside a bf16 v, which a cache then
+    joins to fp32; dense attention computes in autocast's dtype either way."""
+    dtype, device = value.dtype, value.device.type
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)

@@ -12,17 +12,15 @@ from torch import Tensor
 
 from sparsetrain.core.autograd import in_backward
 from sparsetrain.core.backend import choose
+from sparsetrain.methods.token_selection.attention import AttentionOfAllRows, AttentionOfSelectedRows, attaches_loss
 from sparsetrain.methods.token_selection.passes import (
     Adapters,
     AllRows,
-    AttentionOfAllRows,
-    AttentionOfSelectedRows,
     FoundKeys,
     Notes,
     SelectedRows,
     adapters_on_all_rows,
     adapters_on_selected_rows,
-    attaches_loss,
 )
 from sparsetrain.methods.token_selection.selector import Selector
 from sparsetrain.ops.selected_rows import Rows, keep, replace_rows, selected_attention_reference, take_rows

@@ -10,14 +10,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache, wraps
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsetrain.core.autograd import as_output
+from sparsetrain.core.autograd import as_output, unwatched
 from sparsetrain.core.backend import tuned_for
 from sparsetrain.ops.selected_rows.rows import Rows
 
@@ -119,18 +119,6 @@ def _multiplies_bf16() -> bool:
 @lru_cache(maxsize=8)
 def _all_rows(b: int, t: int) -> Rows:
     return Rows.of([range(t)] * b, t)
-
-
-def unwatched(function: Any) -> Any:
-    """A function that no TorchFunctionMode looks into: the modes that note a block's calls would be asked for each of
-    some twenty small products a tile, 30 ms a step of 30 layers. It names the device of every tensor that it makes."""
-
-    @wraps(function)
-    def run(*args: Any) -> Any:
-        with torch._C.DisableTorchFunction():
-            return function(*args)
-
-    return run
 
 
 class _Tile:

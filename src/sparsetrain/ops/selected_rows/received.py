@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsetrain.core.autograd import unwatched
 from sparsetrain.ops.selected_rows.attention import (
     KeyValues,
     _accurate,
@@ -15,7 +16,6 @@ from sparsetrain.ops.selected_rows.attention import (
     _probabilities,
     _rows_of,
     _tiles,
-    unwatched,
 )
 from sparsetrain.ops.selected_rows.rows import Rows
 
