@@ -209,7 +209,9 @@ def install(
             shape = choice.shapes[f"{place.name}.{name}"]
             made[id(weight)] = Part(module, name, shape, tensors_of(name, tensors))
         parts[name] = made[id(weight)]
-    site = Entries(config, place.transposed, parts, place.owned).to(module._parameters[place.tensors[0]].device)
+    site = Entries(config, place.transposed, parts, place.owned)
+    if (device := module._parameters[place.tensors[0]].device).type != "meta":
+        site.to(device)
     site.begin(tensors)
     undo, _ = equip(module, "sara", site, TrainsEntries)
     _set_trained(module, dict.fromkeys(trained, False))
