@@ -8,6 +8,9 @@ from torch import nn
 from sparsetrain.methods.sara.config import SaRA, learning_rate
 from sparsetrain.methods.sara.module import Entries
 
+FURTHEST = 2e-3
+"""The largest θ of the paper, whose weights are a Stable Diffusion's: at 10 % of SmolLM2-135M's, θ is 0.021."""
+
 
 class Schedule:
     """All it knows is in the sites' buffers, so that a run that goes on adjusts once, at its step."""
@@ -27,9 +30,12 @@ class Schedule:
         trained, total = (sum(sizes) for sizes in zip(*((p.values.numel(), p.weight.numel()) for p in self._parts)))
         theta = float(self.sites[0].theta)
         what = "entries" if self.config.block == "entries" else f"entries, in {self.config.block},"
+        rate, far = learning_rate(theta), ""
+        if theta > FURTHEST:
+            far = f" It is published for theta up to {FURTHEST:g}, and tiny here: give lr (--lr), some 3e-4."
         return (
             f"sara: {trained:,} of {total:,} {what} are below theta = {theta:.4g} and train; the learning rate that "
-            f"follows from theta is {learning_rate(theta):.3g}."
+            f"follows from theta is {rate:.3g}.{far}"
         )
 
     def advance(self, step: int, total_steps: int | None) -> list[str]:
