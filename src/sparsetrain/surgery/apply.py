@@ -96,14 +96,6 @@ class Handle:
         """The step from which a method wants the learning-rate schedule to count anew, or None."""
         return max((at for s in self._schedules if (at := s.restart_step) is not None), default=None)
 
-    @property
-    def learning_rate(self) -> float | None:
-        """What a method says of the rate at which its own is to be trained, if one does."""
-        for config in self.configs:
-            if (says := method_of(config).learning_rate) is not None:
-                return says(config, [module for edit, module in self._installed if edit.config is config])
-        return None
-
     def step(self, step: int, total_steps: int | None = None, loss_scale: float | None = None) -> list[str]:
         """Drive every schedule: call before each optimizer step. Returns a line for each thing that changed for good.
 

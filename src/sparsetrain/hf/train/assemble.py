@@ -28,7 +28,7 @@ from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.events import Report
 from sparsetrain.surgery.apply import Handle
-from sparsetrain.surgery.method import edits_of, growth_of
+from sparsetrain.surgery.method import edits_of, growth_of, method_of
 from sparsetrain.surgery.plan import Plan, plan
 from sparsetrain.surgery.support import FEATURES, check_support, sharding_asked
 
@@ -202,8 +202,12 @@ def autocasts(recipe: RunRecipe, device: torch.device) -> bool:
 
 def learning_rate(recipe: RunRecipe, handle: Handle | None) -> float:
     """The recipe's, or what a method says of the converted model, or the default of what is dense."""
-    said = handle.learning_rate if handle is not None else None
-    return recipe.lr or said or type(recipe).model_fields["lr"].default
+    if recipe.lr is not None:
+        return recipe.lr
+    for config in handle.configs if handle is not None else ():
+        if (says := method_of(config).learning_rate) is not None:
+            return says(config, [site for edit, site in handle.installed if edit.config is config])
+    return type(recipe).model_fields["lr"].default
 
 
 def training_arguments(parts: Parts, **changes: Any) -> TrainingArguments:

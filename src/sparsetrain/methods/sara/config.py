@@ -42,7 +42,7 @@ class SaRA(MethodConfig, method="sara"):
     )
     changes_outputs: ClassVar[bool] = False
     trains_own: ClassVar[bool] = True
-    ops: ClassVar[tuple[str, ...]] = ("magnitude_threshold", "partial_weight")
+    ops: ClassVar[tuple[str, ...]] = ("partial_weight",)
 
     theta: float | None = None
     fraction: float | None = None
