@@ -204,9 +204,10 @@ def learning_rate(recipe: RunRecipe, handle: Handle | None) -> float:
     """The recipe's, or what a method says of the converted model, or the default of what is dense."""
     if recipe.lr is not None:
         return recipe.lr
-    for config in handle.configs if handle is not None else ():
-        if (says := method_of(config).learning_rate) is not None:
-            return says(config, [site for edit, site in handle.installed if edit.config is config])
+    if handle is not None:
+        for config in handle.configs:
+            if (says := method_of(config).learning_rate) is not None:
+                return says(config, [site for edit, site in handle.installed if edit.config is config])
     return type(recipe).model_fields["lr"].default
 
 
