@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from bench.methods.sara import BENCHMARKS, DATA, shira, train
 from bench.runner import asked_of, cells_of
 from sparsetrain.hf.train.finetune import finetune
 from tests.hf import runs
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # PEFT's, of its weight's sparse tensor
 def test_shira_goes_through_the_same_run(tmp_path: Path) -> None:
     with shira():
         found = finetune(runs.recipe(tmp_path, deploy="dense", lr=0.05, save_every=0), write=False)
