@@ -31,6 +31,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "token selection": {"methods": [_TOKENS]},
     "spt": {"methods": [_PQ, _FFN]},
     "all": {"methods": [_TOKENS, _PQ, _FFN], **_AGAIN},
+    "sara": {"methods": [{"method": "sara"}], "lora_r": 0},
+    "sara rows": {"methods": [{"method": "sara", "block": "rows"}], "lora_r": 0},
 }
 
 

@@ -83,3 +83,10 @@ def test_the_recipe_of_a_2_4_gpt(call: Call, text: Path, tmp_path: Path) -> None
     flags = ("--data", text, "--seq-len", 64, "--output", tmp_path / "run", "--dry-run", "--set", "n_layer=2")
     assert call("pretrain", "--recipe", EXAMPLES / "gpt-2-4.yaml", *flags).code == 0
     check_task(open_architecture(recipe := PretrainRecipe.from_yaml(EXAMPLES / "vit-2-4.yaml")), recipe)
+
+
+def test_the_recipe_of_sara(call: Call, text: Path, tmp_path: Path) -> None:
+    recipe = Recipe.from_yaml(EXAMPLES / "sara.yaml")
+    assert recipe.lora_r == 0 and recipe.weight_decay == 0.01 and not recipe.trains_all
+    tiny = ("--model", save_llama(tmp_path / "model"), "--data", text, "--seq-len", 64, "--output", tmp_path / "run")
+    assert call("finetune", "--recipe", EXAMPLES / "sara.yaml", *tiny, "--dry-run").code == 0

@@ -90,6 +90,11 @@ class MethodConfig:
         """Tokens from which on a step grows smoothly with its length: below, a floor of the method hides the growth."""
         return 0.0
 
+    def recipe_defaults(self) -> dict[str, Any]:
+        """Keys of a fine-tuning recipe that have another default with this method, and that; `lr` None: what it says
+        of the converted model (`Method.learning_rate`)."""
+        return {}
+
     @property
     def begins_dense(self) -> bool:
         """Does a run train dense first, and turn sparse later?"""

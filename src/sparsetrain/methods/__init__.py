@@ -11,6 +11,9 @@ from sparsetrain.methods.pq_attention import PQAttention as PQAttention  # keys 
 # feed-forward networks
 from sparsetrain.methods.routed_ffn import RoutedFFN as RoutedFFN  # blocks chosen by a router, arXiv 2312.10365
 
+# which entries are updated
+from sparsetrain.methods.sara import SaRA as SaRA  # the smallest ones, arXiv 2409.06633
+
 # linears
 from sparsetrain.methods.semi_structured import SemiStructured as SemiStructured  # 2:4 weights, arXiv 2404.01847
 

@@ -31,8 +31,9 @@ class Recipe(RunRecipe):
     """Folder for checkpoints, the trained adapter and the report. It must be empty or absent unless --resume."""
     task: Literal["lm", "sft", "classify"] = "lm"
     """lm: predict every token of packed text. sft: learn the completions only. classify: learn a label a text."""
-    lr: float = Field(2e-4, gt=0, le=10)
-    """Peak learning rate. LoRA: about 2e-4. Full fine-tuning: about 2e-5."""
+    lr: float | None = Field(2e-4, gt=0, le=10)
+    """Peak learning rate. LoRA: about 2e-4. Full fine-tuning: about 2e-5. A method may say another where none is
+    given."""
     lora_r: int = Field(16, ge=0, le=2**16)
     """Rank of the LoRA factors; 0 trains all weights instead (full fine-tuning), or what a method adds, if it says that
     it trains nothing else."""
@@ -79,6 +80,12 @@ class Recipe(RunRecipe):
         given += ["train_auxiliary"] if self.train_auxiliary else []
         if self.deploy == "sparse" and given:
             raise ValueError(f"{given[0]} is for deploy=dense, and deploy=sparse was given. Leave one out.")
+        if self.deploy == "dense" and self.lora_r > 0 and self.trains_own:
+            own = next(config.method for config in self.configs if config.trains_own)
+            raise ValueError(
+                f"deploy=dense with lora_r={self.lora_r} and {own}: the adapter would be saved for the plain model, "
+                f"and it stands on weights that {own} has trained. Give deploy=sparse, or lora_r=0."
+            )
         _ = self.deployment  # shares that leave no step between them
         return self
 
@@ -117,8 +124,16 @@ class Recipe(RunRecipe):
         if preset == AUTO and methods:
             raise ValueError(f"preset=auto chooses the methods, and {methods[0].method} is given. Leave one out.")
         values["preset"] = AUTO if preset == AUTO else None
-        if values.get("lora_r") is None and any(config.trains_own for config in methods):
-            values["lora_r"] = 0
+        if any(config.trains_own for config in methods):
+            if values.get("lora_r") is None:
+                values["lora_r"] = 0
+            elif values.get("deploy") is None and values["lora_r"] not in (0, "0"):
+                values["deploy"] = "sparse"  # the adapter stands on what the method has trained
+        if values.get("lr") is None:
+            values.pop("lr", None)
+        for key, value in [item for config in methods for item in config.recipe_defaults().items()]:
+            if values.get(key) is None:
+                values[key] = value
         return values
 
     def decided(self, methods: tuple[MethodConfig, ...], **changes: Any) -> Self:

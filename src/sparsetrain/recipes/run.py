@@ -85,8 +85,8 @@ class RunRecipe(BaseModel):
     """Optimizer steps to train. Give this or epochs; 200 if neither is given."""
     epochs: float | None = Field(None, gt=0, le=1e6)
     """Passes over the training data, instead of steps."""
-    lr: float = Field(gt=0, le=10)
-    """Peak learning rate."""
+    lr: float | None = Field(gt=0, le=10)
+    """Peak learning rate; None: what a method says of the converted model."""
     weight_decay: float = Field(0.0, ge=0, le=1)
     """AdamW's decoupled weight decay."""
     warmup_steps: int = Field(0, ge=0, le=2**31 - 1)

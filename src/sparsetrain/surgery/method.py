@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -191,6 +192,8 @@ class Method:
     after_adapter: (model with its adapter, batches, steps, lr, progress): a stage between conversion and training.
     exports: format -> (handle) -> the plain model with what was trained written into its weights.
     merge_adapter_error: (config, linears of one edit that carry LoRA) -> why folding it in would change outputs.
+    learning_rate: (config, its installed modules) -> what suits what they train, for a recipe that gives none.
+    leave: (handle, folder of a finished run): files that it leaves there, beside what is saved; says which.
     measure: (handle, model, batch, `measure.memory.saved_activations`) -> lines for the report, when training begins.
     pictures: the method's part of a saved state, by site -> pictures for the report; None: nothing to show (yet).
     """
@@ -207,6 +210,8 @@ class Method:
     after_adapter: Callable[[nn.Module, Iterable[Batch], int, float, Progress], None] | None = None
     exports: Mapping[str, Callable[[Any], nn.Module]] = field(default_factory=dict)
     merge_adapter_error: Callable[[Any, list[str]], str | None] = lambda _config, _linears: None
+    learning_rate: Callable[[Any, list[Any]], float] | None = None
+    leave: Callable[[Any, Path], list[str]] | None = None
     measure: Callable[[Any, nn.Module, Batch, Callable[..., Any]], list[str]] | None = None
     pictures: Callable[[State], Gallery | None] | None = None
 

@@ -89,6 +89,8 @@ def add_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: lis
     if recipe.trains_own:
         if recipe.lora_r == 0:
             model.requires_grad_(False)
+            if recipe.gradient_checkpointing == "reentrant":  # a block whose inputs need no gradient passes none on
+                model.enable_input_require_grads()
             for name in new_modules:
                 model.get_submodule(name).requires_grad_(True)
         for edit, module in handle.installed if handle is not None else ():

@@ -141,7 +141,7 @@ def convert_step(model: Any, new_modules: list[str], parts: Parts, report: Repor
         handle=handle,
         optimizer=torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad],
-            lr=recipe.lr,
+            lr=assemble.learning_rate(recipe, handle),
             weight_decay=recipe.weight_decay,
             fused=True,
         ),

@@ -27,7 +27,8 @@ from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.events import Report
-from sparsetrain.surgery.method import edits_of, growth_of
+from sparsetrain.surgery.apply import Handle
+from sparsetrain.surgery.method import edits_of, growth_of, method_of
 from sparsetrain.surgery.plan import Plan, plan
 from sparsetrain.surgery.support import FEATURES, check_support, sharding_asked
 
@@ -199,6 +200,17 @@ def autocasts(recipe: RunRecipe, device: torch.device) -> bool:
     return computes_bf16(recipe, device) and recipe.trains_all
 
 
+def learning_rate(recipe: RunRecipe, handle: Handle | None) -> float:
+    """The recipe's, or what a method says of the converted model, or the default of what is dense."""
+    if recipe.lr is not None:
+        return recipe.lr
+    if handle is not None:
+        for config in handle.configs:
+            if (says := method_of(config).learning_rate) is not None:
+                return says(config, [site for edit, site in handle.installed if edit.config is config])
+    return type(recipe).model_fields["lr"].default
+
+
 def training_arguments(parts: Parts, **changes: Any) -> TrainingArguments:
     """The Trainer's arguments; what the checkpoint protocol and the records need is fixed here.
 
@@ -213,7 +225,7 @@ def training_arguments(parts: Parts, **changes: Any) -> TrainingArguments:
         max_steps=recipe.steps or -1,
         num_train_epochs=recipe.epochs or 1.0,
         optim="adamw_torch_fused",
-        learning_rate=recipe.lr,
+        learning_rate=learning_rate(recipe, None),
         weight_decay=recipe.weight_decay,
         warmup_steps=recipe.warmup_steps,
         lr_scheduler_type="constant_with_warmup" if recipe.lr_schedule == "constant" else recipe.lr_schedule,

@@ -219,10 +219,10 @@ def check_trainable(handle: Handle) -> None:
         for name, parameter in module.named_parameters():
             # PEFT keeps a frozen original beside the copy that it trains
             if not parameter.requires_grad and "original_module" not in name.split("."):
-                raise ValueError(
-                    f"{name} of {edit.key} is frozen, so it would keep its first values. Tell PEFT about it: "
-                    f"LoraConfig(modules_to_save={handle.modules_to_save!r})."
-                )
+                told = f"Tell PEFT about it: LoraConfig(modules_to_save={handle.modules_to_save!r})."
+                if edit.config.trains_own:
+                    told = "Call requires_grad_(True) on the handle's sites, after PEFT has wrapped the model."
+                raise ValueError(f"{name} of {edit.key} is frozen, so it would keep its first values. {told}")
 
 
 def check_arguments(handle: Handle, arguments: TrainingArguments) -> None:

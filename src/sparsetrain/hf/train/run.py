@@ -50,7 +50,7 @@ from sparsetrain.runs.result import Result as Result
 from sparsetrain.runs.result import run_report as run_report
 from sparsetrain.runs.spans import ONE_STAGE, Span, spans
 from sparsetrain.surgery.apply import Handle
-from sparsetrain.surgery.method import Stage
+from sparsetrain.surgery.method import Stage, method_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +105,9 @@ class Course:
         """Index of the stage in which this run starts."""
         return 0 if self.resumed is None else self.resumed.stage
 
-    def arguments(self) -> TrainingArguments:
-        return assemble.training_arguments(self.parts, **self.job.arguments)
+    def arguments(self, handle: Handle | None = None) -> TrainingArguments:
+        lr = assemble.learning_rate(self.recipe, handle)
+        return assemble.training_arguments(self.parts, learning_rate=lr, **self.job.arguments)
 
 
 def run(
@@ -205,7 +206,7 @@ def _trainer(course: Course, span: Span, model: Any, handle: Handle | None) -> T
 
     trainer = Trainer(
         model=model,
-        args=course.arguments(),
+        args=course.arguments(handle),
         train_dataset=parts.bundle.train,
         data_collator=course.collator,
         processing_class=parts.tokenizer,
@@ -254,6 +255,9 @@ def _record(course: Course, model: Any, handle: Handle | None, trainer: Trainer 
     _sample(course, model)
     saved = course.output / job.saved
     save(model, handle, saved, tokenizer=parts.tokenizer, **job.about(parts))
+    for leave in filter(None, (method_of(config).leave for config in (handle.configs if handle is not None else ()))):
+        for text in leave(handle, course.output):
+            journal.report({"event": "note", "text": text})
     total, trainable = models.num_parameters(model)
     whole = course.resumed is None and len(course.spans) == 1
     return Result(
