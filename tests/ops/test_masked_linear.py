@@ -158,7 +158,7 @@ def test_it_keeps_its_input_and_three_numbers() -> None:
     ours = kept_bytes(lambda: masked_linear(x, weight, bias, factors, 20000), own)
     plain = kept_bytes(lambda: masked_linear(x, weight, bias, factors, 20000, recompute=False), own)
     assert x.nbytes <= ours <= x.nbytes + 64
-    assert plain > ours + 3 * weight.nbytes
+    assert plain >= x.nbytes + 3 * weight.nbytes
 
 
 def test_bad_input_is_an_error() -> None:
