@@ -48,7 +48,8 @@ class Recipe(RunRecipe):
     dense."""
     deploy: Literal["dense", "sparse"] = "dense"
     """How the trained model is used. dense: methods make training cheaper, and what is evaluated, saved and exported is
-    the plain model with a plain adapter. sparse: it runs as it was trained."""
+    the plain model with a plain adapter. sparse: it runs as it was trained; so it is not given, with methods that
+    prune."""
     dense_first: float | None = Field(None, ge=0, lt=1)
     """With deploy=dense: share of the steps that train dense at the beginning. Not given: 0.05 for methods that change
     what the forward computes, 0 for others."""
@@ -77,6 +78,8 @@ class Recipe(RunRecipe):
     def _deploys(self) -> Self:
         given = [key for key in ("dense_first", "dense_last") if getattr(self, key) is not None]
         given += ["train_auxiliary"] if self.train_auxiliary else []
+        if self.deploy == "dense" and (kept := [config.method for config in self.configs if config.stays_sparse]):
+            raise ValueError(f"deploy=dense, and {kept[0]} trains a model to be used sparse. Give deploy=sparse.")
         if self.deploy == "sparse" and given:
             raise ValueError(f"{given[0]} is for deploy=dense, and deploy=sparse was given. Leave one out.")
         _ = self.deployment  # shares that leave no step between them
@@ -119,6 +122,8 @@ class Recipe(RunRecipe):
         values["preset"] = AUTO if preset == AUTO else None
         if values.get("lora_r") is None and any(config.trains_own for config in methods):
             values["lora_r"] = 0
+        if values.get("deploy") is None and any(config.stays_sparse for config in methods):
+            values["deploy"] = "sparse"
         return values
 
     def decided(self, methods: tuple[MethodConfig, ...], **changes: Any) -> Self:
