@@ -83,3 +83,13 @@ def test_the_recipe_of_a_2_4_gpt(call: Call, text: Path, tmp_path: Path) -> None
     flags = ("--data", text, "--seq-len", 64, "--output", tmp_path / "run", "--dry-run", "--set", "n_layer=2")
     assert call("pretrain", "--recipe", EXAMPLES / "gpt-2-4.yaml", *flags).code == 0
     check_task(open_architecture(recipe := PretrainRecipe.from_yaml(EXAMPLES / "vit-2-4.yaml")), recipe)
+
+
+def test_the_recipe_of_pst(call: Call, text: Path, tmp_path: Path) -> None:
+    recipe = Recipe.from_yaml(EXAMPLES / "pst.yaml")
+    assert (recipe.lora_r, recipe.deploy) == (0, "sparse") and [config.method for config in recipe.methods] == ["pst"]
+    tiny = ("--model", save_llama(tmp_path / "model"), "--data", text, "--seq-len", 64)
+    flags = ("--recipe", EXAMPLES / "pst.yaml", *tiny, "--steps", 4, "--warmup-steps", 0, "--eval-every", 0)
+    assert call("finetune", *flags, "--output", tmp_path / "run").code == 0
+    assert call("export", tmp_path / "run", "--output", tmp_path / "pruned", "--format", "pruned").code == 0
+    assert (tmp_path / "pruned" / "model.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""PST: schedule, planted task, fused projections, scopes, patterns, export; what every method keeps is in the contract."""
+"""PST: schedule, planted task, fused projections, scopes, export; what every method keeps is in the contract."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from sparsetrain.methods.pq_attention import PQAttention as PQAttention  # keys 
 # feed-forward networks
 from sparsetrain.methods.routed_ffn import RoutedFFN as RoutedFFN  # blocks chosen by a router, arXiv 2312.10365
 
+# isort: split
 # linears
 from sparsetrain.methods.pst import PST as PST  # pruned by factors of weight and score, arXiv 2205.11005
 from sparsetrain.methods.semi_structured import SemiStructured as SemiStructured  # 2:4 weights, arXiv 2404.01847

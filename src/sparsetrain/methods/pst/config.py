@@ -40,7 +40,7 @@ class PST(MethodConfig, method="pst"):
         "the weight and of the score that masks it, and no LoRA. For a pruned model at the end, with little to train "
         "and store. Not for speed: zeros are multiplied like other numbers, and a step costs more than LoRA's."
     )
-    ops: ClassVar[tuple[str, ...]] = ("nm_mask", "topk_mask")
+    ops: ClassVar[tuple[str, ...]] = ("masked_linear", "topk_mask")
     trains_own: ClassVar[bool] = True
     stays_sparse: ClassVar[bool] = True
 

@@ -31,7 +31,9 @@ def to_pruned(handle: Handle, *, force: bool = False) -> nn.Module:
             )
     for edit, module in handle.installed:
         if edit.method != "pst" and (reason := module.merge_error()):
-            raise ValueError(f"{edit.key} cannot be merged into a plain model: {reason}. Its own method must end first.")
+            raise ValueError(
+                f"{edit.key} cannot be merged into a plain model: {reason}. Its own method must end first."
+            )
     pruned = {name: site.pruned().t() if site.transposed else site.pruned() for name, site in sites.items()}
     handle.restore()
     for name, weight in pruned.items():

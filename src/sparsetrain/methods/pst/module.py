@@ -29,7 +29,7 @@ class Part(nn.Module):
     def __init__(self, weight: Tensor, config: PST) -> None:
         super().__init__()
         wide = torch.promote_types(weight.dtype, torch.float32)
-        shapes = Factors.shapes(*weight.shape, config.weight_rank, config.score_rank)
+        shapes = Factors.shapes(weight.shape[0], weight.shape[1], config.weight_rank, config.score_rank)
         for name, shape in zip(Factors._fields, shapes, strict=True):
             # drawn on the CPU: the same factors on every device
             drawn = torch.randn(shape, dtype=wide) if name in ("u", "a") else torch.zeros(shape, dtype=wide)
@@ -59,7 +59,7 @@ class PrunedLinear(Site):
             detach_magnitude=config.detach_magnitude,
             pattern=config.pattern,
         )
-        self._linear = [linear]  # in a list, or it would be a child of its own child
+        self._linear: list[Any] = [linear]  # in a list, or it would be a child of its own child
         self._cached: Tensor | None = None
         self.names = [role for role, _ in site.parts] or [site.role]
         self.sizes = [size for _, size in site.parts] or [site.out_features]
@@ -194,10 +194,11 @@ class PrunedLinear(Site):
 class Pruned:
     """Mixed into a linear."""
 
+    bias: Tensor | None
+
     def forward(self, x: Tensor) -> Tensor:
-        linear: Any = self
-        site: PrunedLinear = getattr(linear, CHILD)
-        return dense_forward(Pruned, linear, x) if site.runs_dense else site.run(x, linear.bias)
+        site: Any = getattr(self, CHILD)
+        return dense_forward(Pruned, self, x) if site.runs_dense else site.run(x, self.bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         site: PrunedLinear = getattr(self, CHILD)

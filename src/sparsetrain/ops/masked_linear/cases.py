@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sparsetrain.ops.masked_linear.parts import Factors, Rule
+
+DEFAULT = Rule()
+SCALED = Rule(weight_scale=0.5, score_scale=2.0, line_scale=0.25)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +24,7 @@ class Case:
     rank: int = 3
     score_rank: int = 2
     keep_ratio: float = 0.5
-    rule: Rule = Rule()
+    rule: Rule = DEFAULT
     tolerance: float = 1e-12
 
     def tensors(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Factors]:
@@ -37,16 +40,15 @@ class Case:
         return normal(self.tokens, self.in_features), weight, normal(self.out_features), factors
 
 
-SCALED = {"weight_scale": 0.5, "score_scale": 2.0, "line_scale": 0.25}
 TINY = (
     Case(name="half"),
     Case(name="dense", keep_ratio=1.0),
     Case(name="tenth", keep_ratio=0.1),
     Case(name="detached", rule=Rule(detach_magnitude=True)),
-    Case(name="scaled", rule=Rule(**SCALED)),
+    Case(name="scaled", rule=SCALED),
     Case(name="odd", tokens=1, out_features=7, in_features=5, rank=1, score_rank=4, keep_ratio=0.37),
     Case(name="2:4", rule=Rule(pattern="2:4")),
-    Case(name="towards_2:4", rule=Rule(pattern="2:4", **SCALED), keep_ratio=0.7),
+    Case(name="towards_2:4", rule=replace(SCALED, pattern="2:4"), keep_ratio=0.7),
 )
 
 REAL = tuple(
