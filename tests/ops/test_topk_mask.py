@@ -33,6 +33,20 @@ def test_counts_are_exact_with_all_equal_scores(percent: int) -> None:
         assert mask.tolist() == [True] * (numel - zeros) + [False] * zeros, "the lower index is kept"
 
 
+@pytest.mark.parametrize("scale", ["none", "columns", "sorted", "few values"])
+@pytest.mark.parametrize("percent", [0.001, 10, 50, 90, 99.999])
+def test_large_matrices_are_selected_from_exactly(scale: str, percent: float) -> None:
+    scores = torch.randn(300, 576, generator=torch.Generator().manual_seed(0))
+    if scale == "columns":
+        scores = scores + torch.arange(576) % 216
+    elif scale == "sorted":  # the sample misses nothing, or is told so
+        scores = scores.flatten().sort().values.view(300, 576)
+    elif scale == "few values":
+        scores = scores.round()
+    zeros = count_zeros(scores.numel(), 1 - percent / 100)
+    assert torch.equal(topk_mask(scores, zeros), topk_mask(scores, zeros, backend="reference"))
+
+
 def test_the_layout_in_memory_does_not_change_the_mask() -> None:
     scores = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).round()
     stored = scores.t().contiguous().t()
