@@ -19,8 +19,7 @@ from sparsetrain.surgery.reclass import dense_forward
 from sparsetrain.surgery.site import Site
 
 CHILD = "pst"
-_ODD = 0x9E3779B1
-_CHUNK = 2**20
+_SAMPLE, _ODD = 4096, 0x9E3779B1
 
 
 class Part(nn.Module):
@@ -210,14 +209,13 @@ class Pruned:
 
 @torch.no_grad()
 def fingerprint(linear: Any) -> Tensor:
-    """An integer that follows from a linear's weight as bf16, in any order of summation; of the meta device, none."""
+    """An integer that follows from some 4,096 entries of a linear's weight, read as bf16; of the meta device, none.
+
+    Another base, or an adapter that was merged, changes nearly every entry; bf16, so that the format may change.
+    """
     weight: Tensor = linear.weight.detach()
     if weight.is_meta:
         return torch.zeros((), dtype=torch.int64, device="meta")
-    bits = weight.to(torch.bfloat16).reshape(-1).view(torch.int16)
-    total = torch.zeros((), dtype=torch.int64, device=weight.device)
-    for at in range(0, len(bits), _CHUNK):
-        chunk = bits[at : at + _CHUNK].to(torch.int64)
-        places = torch.arange(at + 1, at + 1 + len(chunk), device=weight.device) * _ODD
-        total += ((chunk + 32768) * places).sum()
-    return total.cpu()
+    entries = weight.reshape(-1)[:: weight.numel() // _SAMPLE | 1]
+    bits = entries.cpu().to(torch.bfloat16).view(torch.int16).to(torch.int64)
+    return ((bits + 2**15) * (torch.arange(1, 1 + len(bits)) * _ODD)).sum()
