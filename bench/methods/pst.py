@@ -94,7 +94,7 @@ def train(
         "train_loss": run["steps"][-1]["loss"],
         "zero_ratio": zeros / numel,
         "trained": result.trainable_parameters - unused,
-        "saved_bytes": (run.get("saved_activations") or {}).get("total"),
+        "saved_bytes": sum(run["saved_activation_bytes"].values()),
         "static_bytes": run.get("static_bytes"),
         "step_s": sorted(step["step_time_s"] for step in run["steps"])[len(run["steps"]) // 2],
         "run_s": took,
