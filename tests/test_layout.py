@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -81,10 +82,15 @@ def _begins_with_text(node: ast.AST) -> bool:
 
 
 def named_methods(source: str) -> list[tuple[int, str]]:
-    """Where a source names a method of ours: (line, name)."""
+    """Where a source names a method of ours: (line, name). A name begins a word: `upstream` names none."""
     kinds = [kind for kind in registered_methods().values() if kind.__module__.startswith("sparsetrain.")]
     names = [name for kind in kinds for name in (kind.method, kind.__name__)]
-    return [(line, name) for line, word in words_of_code(source) for name in names if name in word]
+    return [
+        (line, name)
+        for line, word in words_of_code(source)
+        for name in names
+        if re.search(rf"(?<![A-Za-z]){name}", word)
+    ]
 
 
 def test_no_method_is_named_above_its_floor() -> None:

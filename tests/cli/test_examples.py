@@ -90,3 +90,13 @@ def test_the_recipe_of_sara(call: Call, text: Path, tmp_path: Path) -> None:
     assert recipe.lora_r == 0 and recipe.weight_decay == 0.01 and not recipe.trains_all
     tiny = ("--model", save_llama(tmp_path / "model"), "--data", text, "--seq-len", 64, "--output", tmp_path / "run")
     assert call("finetune", "--recipe", EXAMPLES / "sara.yaml", *tiny, "--dry-run").code == 0
+
+
+def test_the_recipe_of_pst(call: Call, text: Path, tmp_path: Path) -> None:
+    recipe = Recipe.from_yaml(EXAMPLES / "pst.yaml")
+    assert (recipe.lora_r, recipe.deploy) == (0, "sparse") and [config.method for config in recipe.methods] == ["pst"]
+    tiny = ("--model", save_llama(tmp_path / "model"), "--data", text, "--seq-len", 64)
+    flags = ("--recipe", EXAMPLES / "pst.yaml", *tiny, "--steps", 4, "--warmup-steps", 0, "--eval-every", 0)
+    assert call("finetune", *flags, "--output", tmp_path / "run").code == 0
+    assert call("export", tmp_path / "run", "--output", tmp_path / "pruned", "--format", "pruned").code == 0
+    assert (tmp_path / "pruned" / "model.safetensors").is_file()

@@ -43,6 +43,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "2:4": {"lora_r": 0, "methods": [{"method": "semi_structured"}]},
     "2:4, MVUE": {"lora_r": 0, "methods": [{"method": "semi_structured", "wgrad": "mvue"}]},
     "2:4, soft, LoRA": {"lora_r": 4, "methods": [{"method": "semi_structured", "mask_mode": "soft"}]},
+    "pst": {"methods": [{"method": "pst", "train_norms": True}]},
+    "pst, 2:4, LoRA": {"lora_r": 4, "methods": [{"method": "pst", "pattern": "2:4", "keep_ratio": 0.5}]},
+    "pst, all matrices": {"methods": [{"method": "pst", "scope": "global"}], **AGAIN},
     "flood fill": {"lora_r": 4, "methods": [{"method": "flood_fill_attention"}]},
     "flood fill, full": {"lora_r": 0, "methods": [{"method": "flood_fill_attention"}]},
 }

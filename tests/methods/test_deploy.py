@@ -30,6 +30,10 @@ def deployed(model: Any, family: str, method: str, **options: Any) -> sparsetrai
 
 
 def dense_stays(method: str, family: str) -> None:
+    if KINDS[method].stays_sparse:
+        with pytest.raises(ValueError, match="to be used sparse"):
+            deployed(CASES[family].model(), family, method)
+        pytest.skip("its product is sparse, and dense is refused")
     if any(edit.replaces for edit in sparsetrain.plan(CASES[family].model(), example(method)).edits):
         with pytest.raises(ValueError, match="needs the dense weights"):
             deployed(CASES[family].model(), family, method)

@@ -16,10 +16,10 @@ Format = Annotated[
     str,
     typer.Option(
         "--format",
-        metavar="sparse|dense|24",
+        metavar="sparse|dense|24|pruned",
         help="sparse: dense weights beside sparsity_config.json; sparsetrain runs them sparse, anything else dense. "
         "dense: no sidecar; refused where the dense model would give other outputs. "
-        "24: a model trained 2:4, with its zeros written into the weights.",
+        "24, pruned: a model trained 2:4 or pruned, with its zeros written into the weights.",
     ),
 ]
 MergeLora = Annotated[

@@ -42,6 +42,8 @@ class MethodConfig:
     """Does the method draw the dropout masks of the blocks itself, in bytes, as a GPU's kernels do?"""
     trains_own: ClassVar[bool] = False
     """Is what the method adds all that a run trains? Then there is no LoRA unless it is asked for."""
+    stays_sparse: ClassVar[bool] = False
+    """Is the sparse model what a run is for? Then it is not deployed dense."""
     targets: tuple[str, ...] = ("*",)
     layers: tuple[int, ...] | None = None
     from_depth: float = 0.0

@@ -2,6 +2,8 @@
 
 from sparsetrain.core.outside import load_outside_methods
 
+# isort: off
+
 # attention
 from sparsetrain.methods.flood_fill_attention import (  # block patterns cut from attention maps, arXiv 2309.12578
     FloodFillAttention as FloodFillAttention,
@@ -11,13 +13,16 @@ from sparsetrain.methods.pq_attention import PQAttention as PQAttention  # keys 
 # feed-forward networks
 from sparsetrain.methods.routed_ffn import RoutedFFN as RoutedFFN  # blocks chosen by a router, arXiv 2312.10365
 
+# linears
+from sparsetrain.methods.pst import PST as PST  # pruned by factors of weight and score, arXiv 2205.11005
+from sparsetrain.methods.semi_structured import SemiStructured as SemiStructured  # 2:4 weights, arXiv 2404.01847
+
 # which entries are updated
 from sparsetrain.methods.sara import SaRA as SaRA  # the smallest ones, arXiv 2409.06633
 
-# linears
-from sparsetrain.methods.semi_structured import SemiStructured as SemiStructured  # 2:4 weights, arXiv 2404.01847
-
 # what flows between blocks
 from sparsetrain.methods.token_selection import TokenSelection as TokenSelection  # gradient, arXiv 2501.18824
+
+# isort: on
 
 load_outside_methods()

@@ -49,7 +49,8 @@ class Recipe(RunRecipe):
     dense."""
     deploy: Literal["dense", "sparse"] = "dense"
     """How the trained model is used. dense: methods make training cheaper, and what is evaluated, saved and exported is
-    the plain model with a plain adapter. sparse: it runs as it was trained."""
+    the plain model with a plain adapter. sparse: it runs as it was trained; so it is not given, with methods that
+    prune."""
     dense_first: float | None = Field(None, ge=0, lt=1)
     """With deploy=dense: share of the steps that train dense at the beginning. Not given: 0.05 for methods that change
     what the forward computes, 0 for others."""
@@ -78,6 +79,8 @@ class Recipe(RunRecipe):
     def _deploys(self) -> Self:
         given = [key for key in ("dense_first", "dense_last") if getattr(self, key) is not None]
         given += ["train_auxiliary"] if self.train_auxiliary else []
+        if self.deploy == "dense" and (kept := [config.method for config in self.configs if config.stays_sparse]):
+            raise ValueError(f"deploy=dense, and {kept[0]} trains a model to be used sparse. Give deploy=sparse.")
         if self.deploy == "sparse" and given:
             raise ValueError(f"{given[0]} is for deploy=dense, and deploy=sparse was given. Leave one out.")
         if self.deploy == "dense" and self.lora_r > 0 and self.trains_own:
@@ -129,6 +132,8 @@ class Recipe(RunRecipe):
                 values["lora_r"] = 0
             elif values.get("deploy") is None and values["lora_r"] not in (0, "0"):
                 values["deploy"] = "sparse"  # the adapter stands on what the method has trained
+        if values.get("deploy") is None and any(config.stays_sparse for config in methods):
+            values["deploy"] = "sparse"
         if values.get("lr") is None:
             values.pop("lr", None)
         for key, value in [item for config in methods for item in config.recipe_defaults().items()]:

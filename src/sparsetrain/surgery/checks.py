@@ -15,9 +15,13 @@ def check_deploy(deploy: Deploy, planned: Plan) -> DeployDense | None:
     """How a model is deployed dense, None for sparse.
 
     Raises:
-        ValueError: `deploy` is unknown, or an edit takes weights away that the dense model would compute with.
+        ValueError: `deploy` is unknown, a method's product is the sparse model, or an edit takes weights away that the
+            dense model would compute with.
     """
     found = deployment(deploy)
+    for config in planned.configs if found is not None else ():
+        if config.stays_sparse:
+            raise ValueError(f"deploy='dense', and {config.method} trains a model to be used sparse. Use 'sparse'.")
     for edit in planned.edits if found is not None else ():
         if edit.replaces:
             raise ValueError(

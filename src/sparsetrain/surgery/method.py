@@ -185,6 +185,8 @@ class Method:
     growth: how it makes the models of a run.
     prepare: (model, edits, calibration batches, progress) -> tensors for each site; None when nothing is to be found.
     modules_to_save: names of child modules with parameters of our own, for PEFT's list of that name.
+    trains: (config, anatomy, modules that the model had no weights for) -> modules of the model itself that train
+        beside what the method adds. Asked of a config that `trains_own`; else LoRA or all weights train.
     schedule: (model, config, its installed modules) -> what changes them together in training, if anything does.
     limits: feature (of `surgery.support`) or family -> why the method cannot; what is not named is claimed and tested.
     refuse: (config, facts of the rows) -> why it cannot train on such rows, or None. Asked before and after reading.
@@ -203,6 +205,7 @@ class Method:
     growth: Growth | None = None
     prepare: Callable[[nn.Module, list[Edit], list[Batch], Progress], State] | None = None
     modules_to_save: tuple[str, ...] = ()
+    trains: Callable[[Any, Anatomy, list[str]], list[str]] = lambda _config, _anatomy, new: new
     schedule: Callable[[nn.Module, Any, list[Any]], Schedule] | None = None
     limits: Mapping[str, str] = field(default_factory=dict)
     refuse: Callable[[Any, RowFacts], str | None] = lambda _config, _facts: None

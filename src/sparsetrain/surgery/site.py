@@ -91,6 +91,10 @@ class Site(nn.Module):
         """What is kept from step to step that is neither parameter nor buffer."""
         return []
 
+    def undecayed(self) -> list[nn.Parameter]:
+        """Parameters of the site that weight decay would spoil."""
+        return []
+
     def stats(self) -> dict[str, float]:
         """Numbers for the report (auxiliary losses, loads), from the last forward."""
         return {}

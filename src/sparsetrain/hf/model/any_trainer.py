@@ -6,9 +6,10 @@ conversion: it looks for conversions on the model that it is shown, and does not
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
+import transformers
 import transformers.trainer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -19,9 +20,23 @@ _DRIVERS = "_sparsity_drivers"
 
 @cache
 def take_part() -> None:
-    """Let every Trainer that is made from now on in this process drive the converted model that it trains."""
+    """Let every Trainer that is made from now on in this process drive the converted model that it trains, and spare
+    from weight decay what a method asks to."""
     defaults: list[Any] = transformers.trainer.DEFAULT_CALLBACKS
     defaults.append(TakesPart)
+    kind: Any = transformers.Trainer
+    kind.get_decay_parameter_names = _without_ours(kind.get_decay_parameter_names)
+
+
+def _without_ours(plain: Any) -> Any:
+    @wraps(plain)
+    def get_decay_parameter_names(self: Any, model: Any) -> list[str]:
+        sites = [site for handle in handles_of(model) for _, site in handle.installed]
+        spared = {id(parameter) for site in sites for parameter in site.undecayed()}
+        kept = {name for name, parameter in model.named_parameters() if id(parameter) in spared}
+        return [name for name in plain(self, model) if name not in kept]
+
+    return get_decay_parameter_names
 
 
 def drives(control: TrainerControl, handle: Any, callback: Any, *, asked_for: bool) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 
 import sparsetrain.methods  # noqa: F401  (enters every method in the registry, for what a sidecar names)
 from sparsetrain.core.config import MethodConfig, method_config, registered_methods
@@ -147,7 +148,7 @@ def export(source: str | Path | Loaded, folder: str | Path, *, format: str = "sp
     about = {key: value for key, value in loaded.about.items() if key not in WRITTEN | {"base_model"}}
     state: State = {}
     if (method := formats[format]) is not None:
-        _write_in(handle, format, method)
+        model = _written_in(handle, format, method)
     elif handle is not None and format == "dense":
         handle.merge()
     elif handle is not None:
@@ -169,11 +170,11 @@ def export_formats() -> dict[str, str | None]:
     return {"sparse": None, "dense": None, **own}
 
 
-def _write_in(handle: Handle | None, format: str, method: str) -> None:
-    """Write what a method trained into the weights of the model, which becomes plain."""
+def _written_in(handle: Handle | None, format: str, method: str) -> nn.Module:
+    """The plain model with what a method trained written into its weights."""
     if handle is None or not handle.sites(method):
         raise ValueError(f"export format {format!r} needs a model trained with {method}, and this one was not.")
-    method_of(method_config(method)).exports[format](handle)
+    return method_of(method_config(method)).exports[format](handle)
 
 
 def _load_plain(name: str, folder: Path, dtype: torch.dtype, device: Any, trainable: bool) -> Loaded:

@@ -84,6 +84,9 @@ def add_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: lis
     Raises:
         ValueError: `lora_targets` matches nothing.
     """
+    for config in recipe.configs:
+        if config.trains_own:
+            new_modules = method_of(config).trains(config, describe(model), new_modules)
     if recipe.lora_r > 0:
         model = _with_lora(model, recipe, handle, new_modules)
     if recipe.trains_own:

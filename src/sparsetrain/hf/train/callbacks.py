@@ -21,6 +21,7 @@ from sparsetrain.runs.events import Report, log_note, silent
 from sparsetrain.runs.layout import checkpoint_folder
 from sparsetrain.runs.sidecar import SIDECAR, write_sidecar
 from sparsetrain.surgery.apply import Handle
+from sparsetrain.surgery.method import method_of
 from sparsetrain.surgery.support import check_support, features_of
 
 
@@ -219,10 +220,10 @@ def check_trainable(handle: Handle) -> None:
         for name, parameter in module.named_parameters():
             # PEFT keeps a frozen original beside the copy that it trains
             if not parameter.requires_grad and "original_module" not in name.split("."):
-                told = f"Tell PEFT about it: LoraConfig(modules_to_save={handle.modules_to_save!r})."
-                if edit.config.trains_own:
-                    told = "Call requires_grad_(True) on the handle's sites, after PEFT has wrapped the model."
-                raise ValueError(f"{name} of {edit.key} is frozen, so it would keep its first values. {told}")
+                tell = f"Tell PEFT about it: LoraConfig(modules_to_save={handle.modules_to_save!r})."
+                if not method_of(edit.config).modules_to_save:
+                    tell = f"Call handle.sites({edit.method!r})[{edit.site!r}].requires_grad_(True), for every site."
+                raise ValueError(f"{name} of {edit.key} is frozen, so it would keep its first values. {tell}")
 
 
 def check_arguments(handle: Handle, arguments: TrainingArguments) -> None:

@@ -86,7 +86,7 @@ def finetune(
 def title(recipe: Recipe) -> str:
     """What was trained, in a line."""
     methods = " + ".join(config.method for config in recipe.configs) or "dense"
-    how = f"LoRA r={recipe.lora_r}" if recipe.lora_r else "all weights"
+    how = f"LoRA r={recipe.lora_r}" if recipe.lora_r else "all weights" if recipe.trains_all else "its own parameters"
     return f"{recipe.model} on {recipe.data}, {methods}, {how}, {recipe.seq_len} tokens"
 
 

@@ -23,21 +23,25 @@ _TRANSPOSABLE = {
 }
 
 
-def nm_mask(w: Tensor, keep: int = 2, group: int = 4, dim: int = -1, *, backend: str = "auto") -> Tensor:
+def nm_mask(
+    w: Tensor, keep: int = 2, group: int = 4, dim: int = -1, *, by: str = "magnitude", backend: str = "auto"
+) -> Tensor:
     """Keep the `keep` largest magnitudes of every `group` consecutive entries along `dim`; ties go to the lower index.
 
     Equals: sort |w| of each group in descending order, stably, and mark the first `keep`.
 
     Args:
         w: any shape; `dim` must divide into groups. Convolutions: groups along the input channels are dim=1.
+        by: `magnitude`; or `value`, for scores, of which the largest are kept and a negative one is a low one.
         backend: auto, torch (any device) or reference.
 
     Returns:
         bool mask of w's shape, exactly `keep` ones a group.
 
     Raises:
-        ValueError: keep outside 1..group, group < 2, integer weights, or a size that does not divide.
+        ValueError: keep outside 1..group, group < 2, integer weights, a size that does not divide, or an unknown `by`.
     """
+    one_of("nm_mask", "by", by, ("magnitude", "value"))
     if group < 2 or not 1 <= keep <= group:
         raise ValueError(f"nm_mask: {keep}:{group} is no pattern. Choose 1 <= keep <= group and group >= 2.")
     if not w.is_floating_point():
@@ -47,8 +51,9 @@ def nm_mask(w: Tensor, keep: int = 2, group: int = 4, dim: int = -1, *, backend:
             f"nm_mask: dimension {dim} of {tuple(w.shape)} has {w.shape[dim]} entries, which do not divide into groups "
             f"of {group}. Leave this weight dense, or choose another dimension."
         )
+    ranks = w.detach().abs() if by == "magnitude" else w.detach()
     name = choose("nm_mask", backend, {"torch": None, "reference": None, "triton": _NO_KERNEL})
-    return (ranked_nm if name == "torch" else reference_nm)(w.detach(), keep, group, dim)
+    return (ranked_nm if name == "torch" else reference_nm)(ranks, keep, group, dim)
 
 
 def transposable_mask(w_oi: Tensor, *, search: str = "exact", backend: str = "auto") -> Tensor:

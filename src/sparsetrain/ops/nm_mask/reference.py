@@ -8,9 +8,9 @@ from torch import Tensor
 from sparsetrain.ops.nm_mask.patterns import TILE, tile_patterns
 
 
-def reference_nm(w: Tensor, keep: int, group: int, dim: int) -> Tensor:
-    """Sort each group by magnitude, ties by index, and keep the first `keep`."""
-    grouped = w.abs().movedim(dim, -1).unflatten(-1, (-1, group))
+def reference_nm(ranks: Tensor, keep: int, group: int, dim: int) -> Tensor:
+    """Sort each group in descending order, ties by index, and keep the first `keep`."""
+    grouped = ranks.movedim(dim, -1).unflatten(-1, (-1, group))
     order = grouped.argsort(dim=-1, descending=True, stable=True)
     mask = torch.zeros_like(grouped, dtype=torch.bool)
     mask.scatter_(-1, order[..., :keep], True)

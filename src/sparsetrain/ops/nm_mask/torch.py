@@ -13,15 +13,15 @@ from sparsetrain.ops.nm_mask.reference import reference_nm
 _TILES_AT_ONCE = 8192  # 90 fp32 scores a tile: 3 MiB, which stays in a core's cache
 
 
-def ranked_nm(w: Tensor, keep: int, group: int, dim: int) -> Tensor:
+def ranked_nm(ranks: Tensor, keep: int, group: int, dim: int) -> Tensor:
     """Count, for each entry of a group, how many beat it: group·(group − 1)/2 comparisons and no sort.
 
     Beyond groups of 8 the sort is cheaper.
     """
     if group > 8:
-        return reference_nm(w, keep, group, dim)
-    dim = dim % w.ndim
-    places = w.abs().unflatten(dim, (-1, group)).unbind(dim + 1)
+        return reference_nm(ranks, keep, group, dim)
+    dim = dim % ranks.ndim
+    places = ranks.unflatten(dim, (-1, group)).unbind(dim + 1)
     beaten_by = [torch.zeros_like(place, dtype=torch.uint8) for place in places]
     for i, j in combinations(range(group), 2):
         later_wins = places[j] > places[i]  # a tie goes to the earlier entry
