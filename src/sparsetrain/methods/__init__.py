@@ -6,12 +6,14 @@ from sparsetrain.core.outside import load_outside_methods
 from sparsetrain.methods.flood_fill_attention import (  # block patterns cut from attention maps, arXiv 2309.12578
     FloodFillAttention as FloodFillAttention,
 )
+
+# linears
+from sparsetrain.methods.monarch import Monarch as Monarch  # block-diagonal factors, arXiv 2204.00595
+from sparsetrain.methods.monarch import MonarchThenDense as MonarchThenDense  # the same, multiplied out in mid-run
 from sparsetrain.methods.pq_attention import PQAttention as PQAttention  # keys chosen by PQ codes, arXiv 2312.10365
 
 # feed-forward networks
 from sparsetrain.methods.routed_ffn import RoutedFFN as RoutedFFN  # blocks chosen by a router, arXiv 2312.10365
-
-# linears
 from sparsetrain.methods.semi_structured import SemiStructured as SemiStructured  # 2:4 weights, arXiv 2404.01847
 
 # what flows between blocks
