@@ -43,6 +43,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "2:4": {"lora_r": 0, "methods": [{"method": "semi_structured"}]},
     "2:4, MVUE": {"lora_r": 0, "methods": [{"method": "semi_structured", "wgrad": "mvue"}]},
     "2:4, soft, LoRA": {"lora_r": 4, "methods": [{"method": "semi_structured", "mask_mode": "soft"}]},
+    "Monarch": {"lora_r": 0, "deploy": "sparse", "methods": [{"method": "monarch", "num_blocks": 2, "force": True}]},
     "flood fill": {"lora_r": 4, "methods": [{"method": "flood_fill_attention"}]},
     "flood fill, full": {"lora_r": 0, "methods": [{"method": "flood_fill_attention"}]},
 }

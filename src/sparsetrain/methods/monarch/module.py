@@ -164,18 +164,18 @@ def nearest(weight_oi: Tensor, shape: MonarchShape) -> tuple[Tensor, Tensor | No
 class MonarchSite(Site):
     """In place of a dense linear: one `MonarchLinear` for each of its parts, and the dense one's own bias.
 
-    lost [parts]: share of ‖W‖² that the projection lost; NaN where factors were drawn.
+    lost [parts]: share of ‖W‖² that the projection lost; None where factors were drawn.
     """
 
-    lost: Tensor
+    lost: Tensor | None
 
     def __init__(
-        self, dense: Any, parts: list[MonarchLinear], lost: list[float], transposed: bool, columns: bool
+        self, dense: Any, parts: list[MonarchLinear], lost: Tensor | None, transposed: bool, columns: bool
     ) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
         self.register_parameter("bias", dense.bias)
-        self.register_buffer("lost", torch.tensor(lost), persistent=False)
+        self.register_buffer("lost", lost, persistent=False)
         self.transposed, self.columns = transposed, columns and len(parts) == 1
         self._shell = (_without_values(dense),)  # in a tuple: it is no part of the model
 
@@ -208,7 +208,7 @@ class MonarchSite(Site):
 
     def tensors(self) -> dict[str, Tensor]:
         factors = {f"parts.{name}": value.detach() for name, value in self.parts.named_parameters()}
-        return {**factors, "lost": self.lost}
+        return factors if self.lost is None else {**factors, "lost": self.lost}
 
     def dense_weight(self) -> Tensor:
         """The weight that it multiplies by, laid out as the dense linear's."""
@@ -229,9 +229,10 @@ class MonarchSite(Site):
 
     def stats(self) -> dict[str, float]:
         """‖W − M‖ / ‖W‖ of each part that was projected."""
-        found = [float(lost) ** 0.5 for lost in self.lost]
-        names = ["relative_error"] if len(found) == 1 else [f"relative_error_{index}" for index in range(len(found))]
-        return {name: value for name, value in zip(names, found, strict=True) if not math.isnan(value)}
+        if self.lost is None:
+            return {}
+        names = ["relative_error"] if len(self.lost) == 1 else [f"relative_error_{i}" for i in range(len(self.lost))]
+        return dict(zip(names, self.lost.sqrt().tolist(), strict=True))
 
     def refuses(self, arguments: Any) -> str | None:
         if self._each[0].right.requires_grad:

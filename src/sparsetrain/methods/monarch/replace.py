@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import Anatomy, LinearSite, Undo, submodule
@@ -66,24 +66,25 @@ def install(
 
 def _parts(
     config: Monarch, site: LinearSite, shapes: list[MonarchShape], dense: Any, tensors: dict[str, Tensor]
-) -> tuple[list[MonarchLinear], list[float]]:
-    weight = dense.weight.detach()
+) -> tuple[list[MonarchLinear], Tensor | None]:
+    """The layers of the parts, and what projecting lost of each."""
+    weight, parts, lost = dense.weight.detach(), [], []
     slices = (weight.t() if site.transposed else weight).split([shape.out_features for shape in shapes])
-    parts, lost = [], tensors["lost"].tolist() if tensors and not tensors["lost"].is_meta else [math.nan] * len(shapes)
     for index, (shape, piece) in enumerate(zip(shapes, slices, strict=True)):
         if tensors:
             left = tensors.get(f"parts.{index}.left")
             factors = tensors[f"parts.{index}.right"].clone(), None if left is None else left.clone()
             _check_shapes(site, shape, *factors)
+            parts.append(MonarchLinear.of(shape, *factors))
         elif config.init == "project":
             *factors, gone = nearest(piece, shape)
-            lost[index] = math.nan if gone.is_meta else float(gone)
+            parts.append(MonarchLinear.of(shape, *factors))
+            lost.append(gone)
         else:
-            factors = [None if size is None else weight.new_empty(size) for size in (shape.right, shape.left)]
-        parts.append(MonarchLinear.of(shape, *factors))  # type: ignore[arg-type]
-        if not tensors and config.init != "project":
+            empty = (None if size is None else weight.new_empty(size) for size in (shape.right, shape.left))
+            parts.append(MonarchLinear.of(shape, *empty))  # type: ignore[arg-type]
             parts[-1].draw(config.init, piece.float().square().mean().sqrt().to(weight.dtype))
-    return parts, lost
+    return parts, tensors.get("lost") if tensors else torch.stack(lost).float() if lost else None
 
 
 def _check_shapes(site: LinearSite, shape: MonarchShape, right: Tensor, left: Tensor | None) -> None:

@@ -50,7 +50,7 @@ def _blank(config: Monarch, site: LinearSite, dense: Any) -> dict[str, Tensor]:
     """Factors of the right shapes, where a projection would take a minute and nobody reads its result."""
     if not config.replaces:
         return {}
-    found = {"lost": torch.full((len(site.parts) or 1,), float("nan"))}
+    found = {"lost": torch.zeros(len(site.parts) or 1)} if config.init == "project" else {}
     for index, shape in enumerate(shapes_of(config, site)):
         for name, size in (("right", shape.right), ("left", shape.left)):
             if size is not None:
