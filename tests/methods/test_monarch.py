@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import sparsetrain
 from sparsetrain import Monarch, MonarchThenDense, grow, plan, sparsify
 from sparsetrain.core.anatomy import LinearSite, describe
 from sparsetrain.methods.monarch import replace
@@ -19,6 +18,7 @@ from sparsetrain.methods.monarch.module import MonarchLinear
 from sparsetrain.methods.monarch.shape import shape_of
 from sparsetrain.methods.monarch.surgery import costs
 from sparsetrain.ops.monarch_linear.gain import Gain
+from sparsetrain.surgery.method import method_of
 from tests.families import FAMILIES
 
 
@@ -169,6 +169,7 @@ def test_bad_configs_say_what_to_do(values: dict[str, Any], message: str) -> Non
 CONFIG = Monarch(num_blocks=2, force=True)
 
 
+@torch.no_grad()
 def test_fused_and_transposed_linears_are_projected_part_by_part() -> None:
     case = FAMILIES["gpt2"]
     model = case.model()
@@ -287,7 +288,7 @@ def test_multiplied_out_it_is_a_plain_model_with_the_same_outputs() -> None:
     optimizer.step()
     with torch.no_grad():
         expected = model.eval()(**batch).logits
-        made = sparsetrain.surgery.method.method_of(Monarch).exports["multiplied"](handle)
+        made: Any = method_of(Monarch).exports["multiplied"](handle)
         assert not handle.active and type(made.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
         torch.testing.assert_close(made(**batch).logits, expected, rtol=1e-4, atol=1e-5)
 
@@ -326,7 +327,7 @@ def test_the_switch_to_dense_keeps_the_loss_and_the_state_of_what_stays(family: 
 
 
 def test_stages_say_where_the_switch_is() -> None:
-    first, last = sparsetrain.surgery.method.method_of(MonarchThenDense).growth.stages(MonarchThenDense())  # type: ignore[union-attr]
+    first, last = method_of(MonarchThenDense).growth.stages(MonarchThenDense())  # type: ignore[union-attr]
     assert (first.name, first.share, last.share) == ("monarch", 0.9, 0.1) and not last.restart_lr
     with pytest.raises(ValueError, match="matches no linear"):
         grow(FAMILIES["llama"].model(), MonarchThenDense(targets=("nowhere",)), stage=0)

@@ -168,6 +168,7 @@ class MonarchSite(Site):
     """
 
     lost: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(
         self, dense: Any, parts: list[MonarchLinear], lost: Tensor | None, transposed: bool, columns: bool

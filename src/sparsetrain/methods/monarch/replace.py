@@ -24,6 +24,12 @@ def candidates(anatomy: Anatomy, roles: tuple[str, ...] = ROLES) -> list[LinearS
     return [site for site in anatomy.linears if any(role in roles for role in site.roles)]
 
 
+def check(config: Monarch, site: LinearSite) -> None:
+    """Raise ValueError if a linear cannot be taken, as `shapes_of`."""
+    if config.replaces:
+        shapes_of(config, site)
+
+
 def shapes_of(config: Monarch, site: LinearSite) -> list[MonarchShape]:
     """The factors of each part of a linear.
 
@@ -77,8 +83,8 @@ def _parts(
             _check_shapes(site, shape, *factors)
             parts.append(MonarchLinear.of(shape, *factors))
         elif config.init == "project":
-            *factors, gone = nearest(piece, shape)
-            parts.append(MonarchLinear.of(shape, *factors))
+            right, left, gone = nearest(piece, shape)
+            parts.append(MonarchLinear.of(shape, right, left))
             lost.append(gone)
         else:
             empty = (None if size is None else weight.new_empty(size) for size in (shape.right, shape.left))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sparsetrain.core.anatomy import Anatomy, LinearSite, submodule
 from sparsetrain.core.cost import Cost
 from sparsetrain.methods.monarch.config import Monarch, MonarchThenDense
-from sparsetrain.methods.monarch.replace import candidates, install, shapes_of
+from sparsetrain.methods.monarch.replace import candidates, check, install, shapes_of
 from sparsetrain.methods.monarch.stages import GROWTH
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.edits import edits_at
@@ -27,7 +27,7 @@ def edits(config: Monarch, anatomy: Anatomy, model: nn.Module) -> list[Edit]:
         candidates(anatomy, config.roles),
         install,
         cost=lambda site, _tokens: costs(config, site),
-        check=lambda site: shapes_of(config, site) if config.replaces else None,
+        check=lambda site: check(config, site),
         replaces=lambda site: (f"{site.name}.weight",) if config.replaces else (),
         blank=lambda site: _blank(config, site, submodule(model, site.name)),
         note=lambda site: ", ".join(dict.fromkeys(map(str, shapes_of(config, site)))) if config.replaces else "dense",
