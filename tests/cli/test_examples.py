@@ -83,3 +83,10 @@ def test_the_recipe_of_a_2_4_gpt(call: Call, text: Path, tmp_path: Path) -> None
     flags = ("--data", text, "--seq-len", 64, "--output", tmp_path / "run", "--dry-run", "--set", "n_layer=2")
     assert call("pretrain", "--recipe", EXAMPLES / "gpt-2-4.yaml", *flags).code == 0
     check_task(open_architecture(recipe := PretrainRecipe.from_yaml(EXAMPLES / "vit-2-4.yaml")), recipe)
+
+
+def test_the_recipes_of_monarch(call: Call, text: Path, tmp_path: Path) -> None:
+    tiny = ("--data", text, "--seq-len", 64, "--output", tmp_path / "run", "--dry-run", "--set", "n_layer=2")
+    assert call("pretrain", "--recipe", EXAMPLES / "gpt-monarch.yaml", *tiny).code == 0
+    recipe = Recipe.from_yaml(EXAMPLES / "minilm-monarch.yaml")
+    assert recipe.trains_all and recipe.deploy == "sparse" and recipe.methods[0].method == "monarch"
