@@ -63,6 +63,7 @@ def recipe_values(task: str, arm: str, settings: dict[str, Any]) -> dict[str, An
 @functools.cache
 def _parameters(task: str, arm: str, width: int) -> int:
     """Of the model that an arm trains, at a width."""
+    import sparsetrain.methods  # noqa: F401  (enters every method in the registry)
     from sparsetrain.hf.model.architectures import empty_model, open_architecture
     from sparsetrain.recipes.pretrain import PretrainRecipe
     from sparsetrain.surgery.plan import plan
