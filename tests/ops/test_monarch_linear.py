@@ -230,7 +230,9 @@ def test_a_gain_is_timed_once_and_remembered(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("SPARSETRAIN_CACHE", str(tmp_path))
     gain._gain_here.cache_clear()
     asked = ((2, 8, 8), (2, 16, 8), 16, torch.float32, "cpu")
+    threads = torch.get_num_threads()
     first = gain.gain_here(*asked)
+    assert torch.get_num_threads() == threads
     assert (first.in_features, first.out_features, first.tokens) == (16, 32, 16)
     assert first.dense_ms > 0 and first.ratio > 0 and "16 -> 32" in str(first)
     gain._gain_here.cache_clear()
