@@ -50,6 +50,8 @@ def test_what_is_saved_loads_plainly_and_as_it_was_trained(tmp_path: Path) -> No
     with torch.no_grad():
         expected = loaded.model.eval()(input_ids=ids()).logits
         torch.testing.assert_close(plain(input_ids=ids()).logits, expected, rtol=1e-4, atol=1e-5)
+        kept = load(export(done.saved, tmp_path / "sparse"))
+        assert kept.handle is not None and torch.equal(kept.model.eval()(input_ids=ids()).logits, expected)
         out = export(done.saved, tmp_path / "plain", format="multiplied")
         assert load(out).handle is None
         written = AutoModelForCausalLM.from_pretrained(out).eval()
