@@ -100,3 +100,10 @@ def test_the_recipe_of_pst(call: Call, text: Path, tmp_path: Path) -> None:
     assert call("finetune", *flags, "--output", tmp_path / "run").code == 0
     assert call("export", tmp_path / "run", "--output", tmp_path / "pruned", "--format", "pruned").code == 0
     assert (tmp_path / "pruned" / "model.safetensors").is_file()
+
+
+def test_the_recipes_of_monarch(call: Call, text: Path, tmp_path: Path) -> None:
+    tiny = ("--data", text, "--seq-len", 64, "--output", tmp_path / "run", "--dry-run", "--set", "n_layer=2")
+    assert call("pretrain", "--recipe", EXAMPLES / "gpt-monarch.yaml", *tiny).code == 0
+    recipe = Recipe.from_yaml(EXAMPLES / "minilm-monarch.yaml")
+    assert recipe.trains_all and recipe.deploy == "sparse" and recipe.methods[0].method == "monarch"

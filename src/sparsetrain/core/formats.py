@@ -7,24 +7,19 @@ imports torch: a plan that is answered from the cache does not wait for it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 
-from sparsetrain.core.remembered import recall, remember
+from sparsetrain.core.remembered import name_here, recall, remember
 
 VARIABLE = "SPARSETRAIN_DTYPE"
 """The environment variable that says what auto takes, in place of what was timed: the same on every machine."""
 PAYS = 1.3
 """bf16 is taken from so many times fp32's rate: half the rest of a step gains nothing, and bf16 rounds 65,536 times as
 coarsely."""
-
-_SETTINGS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,20 +77,9 @@ def recall_formats(folder: Path, device: str) -> Formats | None:
         folder: where it is remembered.
         device: auto, cpu, mps, cuda or cuda:N.
     """
-    text = recall(_place(folder, device))
+    text = recall(folder / name_here("formats", device))
     return None if text is None else Formats(**json.loads(text))
 
 
 def remember_formats(folder: Path, device: str, found: Formats) -> None:
-    remember(_place(folder, device), json.dumps(asdict(found)))
-
-
-def _place(folder: Path, device: str) -> Path:
-    """A file for all that the answer depends on: another boot may be on another machine."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        boot = time.strftime("%Y-%m-%d")
-    depends = [device, boot, metadata.version("torch")]
-    depends += [os.environ.get(name, "") for name in _SETTINGS]
-    return folder / f"formats-{hashlib.sha256(repr(depends).encode()).hexdigest()[:16]}.json"
+    remember(folder / name_here("formats", device), json.dumps(asdict(found)))

@@ -4,10 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
+from importlib import metadata
 from pathlib import Path
 
 from sparsetrain.core.files import sweep, write_whole
 from sparsetrain.core.plain_files import read_plain_object
+
+_SETTINGS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+
+
+def cache_folder() -> Path:
+    """Where it is kept, assets too: $SPARSETRAIN_CACHE, else $XDG_CACHE_HOME/sparsetrain, else ~/.cache/sparsetrain."""
+    own = os.environ.get("SPARSETRAIN_CACHE")
+    if own:
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "sparsetrain"
+
+
+def name_here(what: str, *depends: object) -> str:
+    """A file's name for what was timed here, by all that it depends on: another boot may be on another machine."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = time.strftime("%Y-%m-%d")
+    known = [*depends, boot, metadata.version("torch"), *(os.environ.get(name, "") for name in _SETTINGS)]
+    return f"{what}-{hashlib.sha256(repr(known).encode()).hexdigest()[:16]}.json"
 
 
 def remember(path: Path, text: str) -> None:

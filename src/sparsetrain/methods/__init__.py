@@ -14,6 +14,8 @@ from sparsetrain.methods.pq_attention import PQAttention as PQAttention  # keys 
 from sparsetrain.methods.routed_ffn import RoutedFFN as RoutedFFN  # blocks chosen by a router, arXiv 2312.10365
 
 # linears
+from sparsetrain.methods.monarch import Monarch as Monarch  # block-diagonal factors, arXiv 2204.00595
+from sparsetrain.methods.monarch import MonarchThenDense as MonarchThenDense  # the same, multiplied out in mid-run
 from sparsetrain.methods.pst import PST as PST  # pruned by factors of weight and score, arXiv 2205.11005
 from sparsetrain.methods.semi_structured import SemiStructured as SemiStructured  # 2:4 weights, arXiv 2404.01847
 

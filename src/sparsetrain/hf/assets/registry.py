@@ -1,10 +1,8 @@
 """The list of embedded assets: what each is, which pinned package carries it, and under which licence."""
 
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
@@ -195,15 +193,6 @@ def find_asset(name: str) -> Asset:
     if name not in ASSETS:
         raise ValueError(f"No embedded asset is called {name!r}. Found: {', '.join(ASSETS)}. Pick one of these.")
     return ASSETS[name]
-
-
-def cache_folder() -> Path:
-    """Where assets are kept: $SPARSETRAIN_CACHE, else $XDG_CACHE_HOME/sparsetrain, else ~/.cache/sparsetrain."""
-    own = os.environ.get("SPARSETRAIN_CACHE")
-    if own:
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "sparsetrain"
 
 
 def requirements_text() -> str:

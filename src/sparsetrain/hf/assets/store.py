@@ -18,9 +18,10 @@ from typing import Literal
 
 from sparsetrain.core.files import scratch_of, sweep, write_whole
 from sparsetrain.core.plain_files import read_plain_object
+from sparsetrain.core.remembered import cache_folder
 from sparsetrain.data.docstrings import docstring_rows
 from sparsetrain.hf.assets.package import download, unpack
-from sparsetrain.hf.assets.registry import ASSETS, Asset, cache_folder, find_asset, list_assets
+from sparsetrain.hf.assets.registry import ASSETS, Asset, find_asset, list_assets
 
 Progress = Callable[[str], None]
 

@@ -163,6 +163,8 @@ def _train(course: Course, dense_quality: KnownQuality) -> tuple[Any, Handle | N
     """
     resumed, trainer = course.resumed, None
     model, handle = course.job.build(course.parts, course.journal, resumed, dense_quality)
+    if handle is not None and any(edit.replaces for edit in handle.plan.edits):
+        handle.commit()  # a run never goes back, and the weights that were replaced need memory
     if setup_s := course.journal.run.get("setup_s"):
         course.journal.report({"event": "setup", "seconds": setup_s})
     left = None if resumed is None else resumed.path
