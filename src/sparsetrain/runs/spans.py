@@ -64,7 +64,8 @@ def spans(stages: tuple[Stage, ...], recipe: RunRecipe, num_rows: int) -> tuple[
         for i, (stage, first, last) in enumerate(zip(stages, [0, *ends], ends, strict=False))
     )
     for span in found:
-        least = recipe.warmup_steps if span.stage.restart_lr else 0
+        own = recipe.warmup_steps if span.stage.warmup_steps is None else span.stage.warmup_steps
+        least = own if span.stage.restart_lr else 0
         if span.steps <= least:
             raise ValueError(
                 f"stage {span.stage.name!r} gets {span.steps} of steps={total} and needs more than {least} (stages: "
