@@ -6,6 +6,9 @@ from sparsetrain.core.outside import load_outside_methods
 from sparsetrain.methods.flood_fill_attention import (  # block patterns cut from attention maps, arXiv 2309.12578
     FloodFillAttention as FloodFillAttention,
 )
+
+# the model itself, in mid-run
+from sparsetrain.methods.multi_level import MultiLevel as MultiLevel  # through smaller models, arXiv 2404.07999
 from sparsetrain.methods.pq_attention import PQAttention as PQAttention  # keys chosen by PQ codes, arXiv 2312.10365
 
 # feed-forward networks
