@@ -317,11 +317,8 @@ def test_models_that_cannot_be_mapped() -> None:
     with pytest.raises(ValueError, match=r"ffn=50 does not divide into 4 units"):
         coalesce(GPT2LMHeadModel(GPT2Config(n_embd=32, n_head=4, n_layer=2, n_inner=50)), MultiLevel())
     sizes: dict[str, Any] = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    post = OPTForCausalLM(
-        OPTConfig(
-            **sizes, vocab_size=VOCAB, word_embed_proj_dim=32, do_layer_norm_before=False, _remove_final_layer_norm=True
-        )
-    )
+    sizes |= {"do_layer_norm_before": False, "_remove_final_layer_norm": True, "word_embed_proj_dim": 32}
+    post = OPTForCausalLM(OPTConfig(**sizes, vocab_size=VOCAB))
     with pytest.raises(ValueError, match="is its embedding, and no norm stands before it"):
         coalesce(post, MultiLevel())
     odd = model_of("gpt2")
@@ -338,7 +335,7 @@ def test_weights_that_do_not_belong_together() -> None:
         interpolate(grown, {n: w for n, w in saved.items() if "wte" not in n}, 0.5)
     with pytest.raises(ValueError, match=r"ln_f.bias is \(3,\) in the saved model and \(64,\)"):
         interpolate(grown, {**saved, "transformer.ln_f.bias": torch.zeros(3)}, 0.5)
-    with pytest.raises(ValueError, match="alpha=-0.1 is out of range"):
+    with pytest.raises(ValueError, match=r"alpha=-0.1 is out of range"):
         interpolate(grown, saved, -0.1)
     with pytest.raises(ValueError, match="`kept` has no weights of it"):
         sparsetrain.grow(smaller(model, MultiLevel(depth=3)), MultiLevel(depth=3), stage=2, kept={})

@@ -27,7 +27,7 @@ def resized(model: Any, sizes: Mapping[str, int], layers: Sequence[int]) -> nn.M
     if earlier is not None and earlier["sizes"] == {**sizes, "layers": len(layers)}:
         changed = earlier["values"]
     else:
-        changed = {
+        changed: dict[str, Any] = {
             names.get("hidden_size", "hidden_size"): sizes["embed"],
             names.get("num_attention_heads", "num_attention_heads"): sizes["heads"],
             names.get("num_hidden_layers", "num_hidden_layers"): len(layers),

@@ -11,6 +11,7 @@ from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.dtype import with_dtype
 from sparsetrain.hf.train.jobs import JOBS, job_of
 from sparsetrain.hf.train.parts import Parts
+from sparsetrain.measure.ledger import size_of
 from sparsetrain.measure.schema import StageRecord
 from sparsetrain.planner.preview import Preview
 from sparsetrain.recipes.run import RunRecipe
@@ -78,4 +79,5 @@ def _stages(recipe: RunRecipe, parts: Parts[Any], stages: list[Any]) -> list[Sta
     if growth is None:
         return []
     found = spans(growth_method(growth).stages(growth), recipe, len(parts.bundle.train))
-    return [span.record(models.num_parameters(model)[0]) for span, model in zip(found, stages, strict=True)]
+    tokens = JOBS[job_of(recipe)].row_tokens(parts.config, recipe)
+    return [span.record(size_of(model, tokens)) for span, model in zip(found, stages, strict=True)]

@@ -32,7 +32,7 @@ class MultiLevel(MethodConfig, method="multi_level"):
             only) merges the model as it is made.
         small_share: share of the run's steps for the levels below the first, together, after their start.
         small_lr: learning rate of these steps over the run's.
-        warmup_steps: steps of each stage after a mapping in which its learning rate rises. Optimizer state is new there.
+        warmup_steps: steps of each stage after a mapping in which its learning rate rises. Its optimizer is new.
         scaling: `norm` keeps the output of a tied head by the gain and bias of the norm before it. `official`: the
             embeddings are doubled and halved instead, as in the authors' code, which changes the function of models
             whose embeddings no norm follows.
@@ -84,9 +84,7 @@ class MultiLevel(MethodConfig, method="multi_level"):
         if self.targets != ("*",) or self.layers is not None or self.from_depth:
             raise ValueError(f"{name}: it maps the whole model. Leave out targets, layers and from_depth.")
         if self.levels < 2:
-            raise ValueError(
-                f"{name}: levels={self.levels}; two at least, one of them smaller. Without: train plainly."
-            )
+            raise ValueError(f"{name}: levels={self.levels}; two at least, one of them smaller.")
         for key, least in (("width", 1), ("depth", 1), ("warmup_steps", 0)):
             if getattr(self, key) < least:
                 raise ValueError(f"{name}: {key}={getattr(self, key)}; it must be at least {least}.")
@@ -105,7 +103,7 @@ class MultiLevel(MethodConfig, method="multi_level"):
         for key in ("width_scheme", "depth_scheme"):
             if self.levels > 2 and "+" in getattr(self, key):
                 raise ValueError(
-                    f"{name}: {key}={getattr(self, key)!r} says groups of one level, and levels={self.levels} has more. "
+                    f"{name}: {key}={getattr(self, key)!r} says groups of one level, and levels={self.levels}. "
                     "Write far or adjacent."
                 )
         if self.scaling == "official" and (self.width != 2 or "+" in self.width_scheme):

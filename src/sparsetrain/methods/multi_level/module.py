@@ -117,8 +117,8 @@ def interpolate(grown: Grown, saved: Weights, alpha: float) -> Grown:
     if new != found:
         name = min(name for name in new.keys() | found.keys() if new.get(name) != found.get(name))
         raise ValueError(
-            f"interpolate: {name} is {found.get(name, 'not there')} in the saved model and {new.get(name, 'not there')} "
-            "in the expanded one. Both must be the same model."
+            f"interpolate: {name} is {found.get(name, 'not there')} in the saved model and "
+            f"{new.get(name, 'not there')} in the expanded one. Both must be the same model."
         )
 
     def mixed(name: str, origin: Origin, *olds: Tensor) -> Tensor:
@@ -156,8 +156,8 @@ def mapped_anatomy(model: nn.Module, config: MultiLevel) -> Anatomy:
         )
     if tied(model, anatomy) and anatomy.last_norm is None and config.scaling == "norm" and config.width > 1:
         raise ValueError(
-            f"{config.method}: the head of {anatomy.model_class} is its embedding, and no norm stands before it to take "
-            "up the factor. Untie them, or take width=1 or scaling='official'."
+            f"{config.method}: the head of {anatomy.model_class} is its embedding, and no norm stands before it to "
+            "take up the factor. Untie them, or take width=1 or scaling='official'."
         )
     return anatomy
 
@@ -177,13 +177,16 @@ class _Map:
     name: str
     anatomy: Anatomy
     down: bool
-    factor: Tensor | float = 1.0
+    factor: Tensor | None = None
 
     def __call__(self, *layers: Tensor) -> Tensor:
-        new = sum(map(self._in_width, layers[1:]), self._in_width(layers[0])) / len(layers)
-        if isinstance(self.factor, float):
-            return new * self.factor if self.factor != 1 else new
-        offset = self.anatomy.norm_offset if self.name.endswith(".weight") else 0.0
+        new = self._in_width(layers[0])
+        for layer in layers[1:]:
+            new = new + self._in_width(layer)
+        new = new / len(layers) if len(layers) > 1 else new
+        if self.factor is None:
+            return new
+        offset = self.anatomy.norm_offset if self.name == f"{self.anatomy.last_norm}.weight" else 0.0
         return (new + offset) * self.factor.to(new) - offset
 
     def _in_width(self, w: Tensor) -> Tensor:
@@ -207,7 +210,7 @@ def _grown(config: MultiLevel, level: Level, new: nn.Module, *, old: Anatomy, do
             if name.startswith(f"{block.name}."):
                 of_layer = level.depth[layer] if down else above[layer]
                 sources = tuple(blocks[i] + name.removeprefix(block.name) for i in of_layer)
-        factor = _factor(config, level, name, new, old, anatomy, down)
+        factor = _factor(config, level, sources[0], new, old, anatomy, down)
         mapping = _Map(level=level, name=sources[0], anatomy=old, down=down, factor=factor)
         origins[name] = Origin(sources, map=mapping, carry=False)
     return Grown(model=new, origins=origins, optimizer="fresh")
@@ -215,20 +218,19 @@ def _grown(config: MultiLevel, level: Level, new: nn.Module, *, old: Anatomy, do
 
 def _factor(
     config: MultiLevel, level: Level, name: str, new: nn.Module, old: Anatomy, anatomy: Anatomy, down: bool
-) -> Tensor | float:
-    """What a mapped parameter is multiplied by: of a norm a value a feature, to its gain with its offset."""
-    first = old.axes.get(name, ("",))[0]
+) -> Tensor | None:
+    """What a mapped parameter is multiplied by, where it is: a number, or of a norm one a feature."""
+    axes = old.axes[name]
     if config.scaling == "official":
-        return (2.0 if down else 0.5) if first in EMBEDDINGS and name not in old.reads else 1.0
-    is_embedding = name == f"{old.embedding}.weight"
+        scaled = axes[0] in EMBEDDINGS and "embed" in axes and name not in old.reads
+        return torch.tensor(2.0 if down else 0.5) if scaled else None
     scale = old.embedding_scale / anatomy.embedding_scale
-    if is_embedding and first == "vocab":
-        return scale
+    if name == f"{old.embedding}.weight":
+        return torch.tensor(scale, dtype=torch.float64) if scale != 1 else None
     units = level.units("embed")
     if units is None or name.rpartition(".")[0] != old.last_norm or not tied(new, anatomy):
-        return 1.0
+        return None
     # the head sums over a group's copies: |g| times what one of them says
     counts = torch.tensor([float(len(group)) for group in level.width], dtype=torch.float64)
-    counts = (counts if down else 1 / counts) / scale
-    of_feature = counts.repeat_interleave(units[1])
+    of_feature = ((counts if down else 1 / counts) / scale).repeat_interleave(units[1])
     return of_feature if down else map_units(of_feature, units[0], "copy", unit=units[1])

@@ -1,4 +1,4 @@
-"""Shapes and groups of `map_units`, read by the tests. tolerance: of the largest entry, beside the reference in fp64."""
+"""Shapes and groups of `map_units`, read by the tests. TOLERANCE: of the largest entry, beside fp64."""
 
 from __future__ import annotations
 
