@@ -83,3 +83,11 @@ def test_the_recipe_of_a_2_4_gpt(call: Call, text: Path, tmp_path: Path) -> None
     flags = ("--data", text, "--seq-len", 64, "--output", tmp_path / "run", "--dry-run", "--set", "n_layer=2")
     assert call("pretrain", "--recipe", EXAMPLES / "gpt-2-4.yaml", *flags).code == 0
     check_task(open_architecture(recipe := PretrainRecipe.from_yaml(EXAMPLES / "vit-2-4.yaml")), recipe)
+
+
+def test_the_recipe_of_a_v_cycle(call: Call, text: Path, tmp_path: Path) -> None:
+    recipe = PretrainRecipe.from_yaml(EXAMPLES / "multi-level.yaml")
+    assert recipe.compare == "dense" and [config.method for config in recipe.methods] == ["multi_level"]
+    flags = ("--data", text, "--seq-len", 64, "--output", tmp_path / "run", "--dry-run")
+    told = call("pretrain", "--recipe", EXAMPLES / "multi-level.yaml", *flags)
+    assert told.code == 0 and "3, level 2: 2 layers x 64" in " ".join(told.out.split())
