@@ -23,8 +23,14 @@ from torch.overrides import TorchFunctionMode
 
 from sparsetrain.core.modes import evaluating
 from sparsetrain.methods.token_selection.loss import head_of, takes_rows
-from sparsetrain.methods.token_selection.module import SelectedBlock
-from sparsetrain.methods.token_selection.passes import adapters_on_all_rows, attend_to_all, key_values
+from sparsetrain.methods.token_selection.module import SelectedBlock, detached
+from sparsetrain.methods.token_selection.passes import (
+    Context,
+    adapters_on_all_rows,
+    attend_to_all,
+    key_values,
+    trained_keys,
+)
 from sparsetrain.methods.token_selection.policies import Batch
 from sparsetrain.methods.token_selection.scores import scores_at_head
 from sparsetrain.methods.token_selection.selector import Kept, Selector
@@ -157,22 +163,31 @@ class Look(TorchFunctionMode):
             yield
 
     def _into_block(self, stack: ExitStack, block: nn.Module, state: SelectedBlock) -> None:
-        calls: list[AttentionCall] = []
+        calls: list[tuple[AttentionCall, Context | None]] = []
         attention = block.get_submodule(state.attention)
         sparse = stand_in_of(attention)
 
+        trains_keys = state.selector.config.train_keys
+
+        def begins(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            torch.set_grad_enabled(True)  # until the attention has keys and values
+            return detached(args), detached(kwargs)
+
         def attend(call: AttentionCall) -> Tensor:
-            calls.append(call)
+            calls.append((call, trained_keys(call) if trains_keys else None))
             if self.attended:
                 self._add_mass(call)
             return attend_to_all(call, key_values(call)) if sparse is None else sparse(call)
 
         def ran(module: nn.Module, args: Any, out: Any) -> None:
-            self.kept[state].append(Kept(out, key_values(calls.pop())))
+            call, context = calls.pop()
+            self.kept[state].append(Kept(out, key_values(call), context))
 
         stack.enter_context(standing_in(attention, attend))
         stack.enter_context(adapters_on_all_rows(plain_lora(block), None))
         stack.callback(block.register_forward_hook(ran).remove)
+        if trains_keys:
+            stack.callback(block.register_forward_pre_hook(begins, with_kwargs=True).remove)
 
     def _add_mass(self, call: AttentionCall) -> None:
         rows, t = self.targets.to(call.q.device), self.targets.num_tokens

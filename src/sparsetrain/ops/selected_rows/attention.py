@@ -58,6 +58,7 @@ def selected_attention(
     rows: Rows,
     *,
     known: Tensor | None = None,
+    context: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """softmax(q Kᵀ · scale) V of the selected queries, [b, h, k, d].
 
@@ -67,6 +68,8 @@ def selected_attention(
         everything: keys and values of all rows, constants.
         rows: the positions of the selected rows.
         known: the result where it was computed already; None computes it.
+        context: keys and values of all rows once more, [b, g, s, d], through which gradient flows in the rows that are
+            not selected; None: those are constants.
 
     Returns: the attention's output on the selected rows. Unused slots of a ragged selection hold zeros when computed,
         and neither send nor receive gradient.
@@ -77,8 +80,9 @@ def selected_attention(
     q_bhkd, k_bgkd, v_bgkd, keys, values = (x.to(dtype) for x in (q_bhkd, k_bgkd, v_bgkd, e.k_bgsd, e.v_bgsd))
     if known is None:
         known = _forward(q_bhkd.detach(), everything, rows)
+    form = (e.causal, e.scale, e.window)
     return _Attention.apply(
-        q_bhkd, k_bgkd, v_bgkd, known, keys, values, e.segments_bs, e.looks_at_bt, rows, (e.causal, e.scale, e.window)
+        q_bhkd, k_bgkd, v_bgkd, *(context or (None, None)), known, keys, values, e.segments_bs, e.looks_at_bt, rows, form
     )  # type: ignore[return-value]
 
 
@@ -208,10 +212,13 @@ def _forward(q_bhkd: Tensor, e: KeyValues, rows: Rows) -> Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, known: Tensor, *rest: Any) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, k_all: Tensor | None, v_all: Tensor | None, known: Tensor, *rest: Any
+    ) -> Tensor:
         keys, values, segments, looks_at, rows, form = rest
         ctx.save_for_backward(q, keys, values, segments, looks_at)
         ctx.rows, ctx.form = rows, form
+        ctx.dtypes = None if k_all is None or v_all is None else (k_all.dtype, v_all.dtype)
         return as_output(known)
 
     @staticmethod
@@ -221,29 +228,49 @@ class _Attention(torch.autograd.Function):
         q, keys, values, segments, looks_at = ctx.saved_tensors
         rows, (causal, scale, window) = ctx.rows, ctx.form
         e = KeyValues(keys, values, causal, scale, segments, window, looks_at)
-        b, groups = keys.shape[:2]
+        b, groups, num_keys = keys.shape[:3]
+        width = q.shape[2] if ctx.dtypes is None else num_keys
         dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        dk, dv = (x.new_zeros(b, groups, q.shape[2], x.shape[3], dtype=_accurate(x.dtype)) for x in (keys, values))
+        dk, dv = (x.new_zeros(b, groups, width, x.shape[3], dtype=_accurate(x.dtype)) for x in (keys, values))
         for sample, index_k, tiles in _tiles(e, rows, q.shape[1]):
             q_s, do_s = _of_sample(q * scale, sample, groups), _of_sample(do, sample, groups)
             dq_s = _of_sample(dq, sample, groups)
             for tile in tiles:
-                _backward_tile(
-                    tile, index_k, q_s, do_s, keys[sample], values[sample], dq_s, dk[sample], dv[sample], scale
-                )
-        return dq, dk.to(keys.dtype), dv.to(values.dtype), *(None,) * 7
+                tensors = q_s, do_s, keys[sample], values[sample], dq_s, dk[sample], dv[sample]
+                _backward_tile(tile, index_k, *tensors, scale, everywhere=ctx.dtypes is not None)
+        if ctx.dtypes is None:
+            return dq, dk.to(keys.dtype), dv.to(values.dtype), *(None,) * 9
+        offset = num_keys - rows.num_tokens
+        (dk, dk_all), (dv, dv_all) = (_parted(x, rows, offset) for x in (dk, dv))
+        of_all = (x.to(dtype) for x, dtype in zip((dk_all, dv_all), ctx.dtypes, strict=True))
+        return dq, dk.to(keys.dtype), dv.to(values.dtype), *of_all, *(None,) * 7
+
+
+def _parted(dx_bgsd: Tensor, rows: Rows, offset: int) -> tuple[Tensor, Tensor]:
+    """(selected rows [b, g, k, d], zero in unused slots; all rows [b, g, s, d], zero where they are selected)."""
+    index = (rows.index_bk + offset)[:, None, :, None].expand(-1, dx_bgsd.shape[1], -1, dx_bgsd.shape[3])
+    selected = dx_bgsd.gather(2, index)
+    if rows.used_bk is not None:
+        selected = selected.masked_fill(~rows.used_bk[:, None, :, None], 0)
+    chosen_bs = torch.nn.functional.pad(rows.selected_bt, (offset, 0))
+    return selected, dx_bgsd.masked_fill_(chosen_bs[:, None, :, None], 0)
 
 
 def _backward_tile(
     tile: _Tile, index_k: Tensor, q: Tensor, do: Tensor, keys: Tensor, values: Tensor,
-    dq: Tensor, dk: Tensor, dv: Tensor, scale: float,
+    dq: Tensor, dk: Tensor, dv: Tensor, scale: float, everywhere: bool,
 ) -> None:  # fmt: skip
+    """everywhere: dk and dv are of all keys, and not of the selected ones alone."""
     q_n, do_n = _rows_of(q, tile), _rows_of(do, tile)
-    seen, chosen = slice(tile.s_from, tile.s_to), slice(tile.k_from, tile.k_to)
-    columns = index_k[chosen] + (tile.offset - tile.s_from)
+    seen = slice(tile.s_from, tile.s_to)
+    chosen = seen if everywhere else slice(tile.k_from, tile.k_to)
+
+    def columns(x: Tensor) -> Tensor:
+        return x if everywhere else x.index_select(2, index_k[chosen] + (tile.offset - tile.s_from))
+
     p = _probabilities(q_n, keys, tile, index_k)
-    _add_product(dv[:, chosen], p.index_select(2, columns).transpose(1, 2), do_n)
+    _add_product(dv[:, chosen], columns(p).transpose(1, 2), do_n)
     dp = torch.bmm(do_n, values[:, seen].transpose(1, 2)).to(p.dtype)
     ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).to(q.dtype)
-    _add_product(dk[:, chosen], ds.index_select(2, columns).transpose(1, 2), q_n)
+    _add_product(dk[:, chosen], columns(ds).transpose(1, 2), q_n)
     dq[:, :, tile.q_from : tile.q_to] = torch.bmm(ds, keys[:, seen]).mul_(scale).unflatten(1, (dq.shape[1], -1))
