@@ -13,6 +13,7 @@ from transformers import GPT2LMHeadModel
 
 from sparsetrain import MultiLevel
 from sparsetrain.core.anatomy import describe
+from sparsetrain.hf.model.io import load
 from sparsetrain.hf.study.preview import preview
 from sparsetrain.hf.train.pretrain import PretrainRecipe, pretrain
 from sparsetrain.measure.ledger import charged, ledger, size_of
@@ -21,6 +22,7 @@ from sparsetrain.runs.manifest import read_json
 from sparsetrain.surgery.grow import fill
 from tests.families import FAMILIES
 from tests.hf import runs
+from tests.hf.test_pretrain import images
 from tests.hf.test_stages import Kill, losses, named, same_weights
 
 
@@ -73,6 +75,28 @@ def test_three_levels_stopped_between_and_inside_stages(tmp_path: Path) -> None:
             pretrain(named(asked, f"stopped at {stop}"), callbacks=[Kill(stop)], write=False)
         again = pretrain(named(asked, f"stopped at {stop}", resume=True), write=False)
         assert losses(again) == losses(whole) and same_weights(again, whole)
+
+
+@pytest.mark.parametrize("kind", ["vit", "encoder"])
+def test_other_families_go_on_inside_and_between_stages(tmp_path: Path, kind: str) -> None:
+    """Five short runs: seconds, of which most go into making Trainers."""
+    method = ["multi_level:start_share=0.2,small_share=0.4"]
+    shared = {"methods": method, "steps": 5, "save_every": 1, "lr": 1e-2, "batch_size": 2, "device": "cpu"}
+    if kind == "vit":
+        sizes = {"image_size": 8, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+        asked = images(tmp_path, **{**shared, "set": {**sizes, "intermediate_size": 32}})
+    else:
+        sizes = {"hidden_size": 16, "intermediate_size": 32}
+        rows = {"data": "listops", "task": "classify", "seq_len": 60, "train_rows": 16, "eval_tokens": 240}
+        asked = recipe(tmp_path, method[0], model="sequence-encoder", **{**shared, **rows, "set": sizes})
+    whole = pretrain(named(asked, "whole", save_every=0), write=False)
+    for stop in (3, 4):  # after one step of the small model's two, and at its end
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(named(asked, f"stopped at {stop}"), callbacks=[Kill(stop)], write=False)
+        again = pretrain(named(asked, f"stopped at {stop}", resume=True), write=False)
+        assert again.resumed_from == stop and losses(again) == losses(whole)
+        tensors = [load(result.saved).model.state_dict() for result in (again, whole)]
+        assert all(torch.equal(weight, tensors[1][name]) for name, weight in tensors[0].items())
 
 
 def test_the_large_model_goes_on_from_its_own_start_and_the_small_one_alone(tmp_path: Path) -> None:
@@ -162,5 +186,20 @@ def test_what_does_not_fit_is_said_before_anything_is_written(tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"stage 'level 1, start' gets 0 of steps=10"):
         pretrain(recipe(tmp_path, "multi_level"))
     assert not (tmp_path / "out").exists()
-    stages = preview(recipe(tmp_path)).stages
-    assert [stage["name"] for stage in stages] == ["level 1, start", "level 2", "level 1"]
+
+
+def test_a_preview_says_what_each_stage_takes(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, dtype="fp32")
+    found, run = preview(asked), pretrain(asked, write=False).run
+    assert found.stages == run["stages"]  # type: ignore[typeddict-item]
+    spent = [row["flops"] for row in charged({"sparse": run})["sparse"]["steps"]]  # type: ignore
+    ends = [0.0, *(spent[stage["to_step"] - 1] for stage in found.stages)]
+    assert [cost["flops"] for cost in found.forecasts] == [b - a for a, b in pairwise(ends)]
+    for stage, cost in zip(found.stages, found.forecasts, strict=True):
+        least = 16 * stage["parameters"]  # weights, gradients, two moments
+        kept = sum(run["saved_activation_bytes"].values())  # of the largest model
+        assert least < cost["peak_bytes"] < least + 4 * kept + 100_000
+        assert cost["time_s"] == pytest.approx(cost["step_s"] * (stage["to_step"] - stage["from_step"]))
+    assert found.forecasts[1]["peak_bytes"] < found.forecasts[0]["peak_bytes"] == found.forecasts[2]["peak_bytes"]
+    text = "\n".join(found.lines())
+    assert "Stage   2 of 3, level 2: 1 layers x 8" in text and "as many steps of the last model alone" in text

@@ -82,7 +82,17 @@ def selected_attention(
         known = _forward(q_bhkd.detach(), everything, rows)
     form = (e.causal, e.scale, e.window)
     return _Attention.apply(
-        q_bhkd, k_bgkd, v_bgkd, *(context or (None, None)), known, keys, values, e.segments_bs, e.looks_at_bt, rows, form
+        q_bhkd,
+        k_bgkd,
+        v_bgkd,
+        *(context or (None, None)),
+        known,
+        keys,
+        values,
+        e.segments_bs,
+        e.looks_at_bt,
+        rows,
+        form,
     )  # type: ignore[return-value]
 
 
