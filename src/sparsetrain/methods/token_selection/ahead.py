@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sparsetrain.core.modes import evaluating
+from sparsetrain.core.modes import evaluating, flagged_evaluating, modules_of
 from sparsetrain.methods.token_selection.loss import head_of, takes_rows
 from sparsetrain.methods.token_selection.module import SelectedBlock, detached
 from sparsetrain.methods.token_selection.passes import (
@@ -64,9 +64,12 @@ def look_ahead(model: Any, given: dict[str, Any], *, policy: str | None, attende
     look = Look(Rows.of([row.nonzero().flatten() for row in target_bt != IGNORED], target_bt.shape[1]), attended)
     names = model.argument_names()
     inputs = {name: value for name, value in given.items() if name in names and name not in ("labels", SHIFTED)}
-    with evaluating(model), selector.head_is(look.note_head), look.into(model):
+    modules = modules_of(model)
+    alike = _runs_alike(modules, given)
+    evaluates = flagged_evaluating(modules) if alike else evaluating(model)
+    with evaluates, selector.head_is(look.note_head), look.into(modules):
         model.forward(**inputs)
-    if _runs_alike(model, given) and not look.drops:
+    if alike and not look.drops:
         selector.kept = look.kept
     found = {}
     if policy:
@@ -152,10 +155,10 @@ class Look(TorchFunctionMode):
         return hidden_btd
 
     @contextmanager
-    def into(self, model: nn.Module) -> Iterator[None]:
-        """Every converted block of the model is noted inside."""
+    def into(self, modules: list[nn.Module]) -> Iterator[None]:
+        """Every converted block among a model's modules is noted inside."""
         with ExitStack() as stack:
-            for block in model.modules():
+            for block in modules:
                 state = vars(block).get("_modules", {}).get("selected")
                 if isinstance(state, SelectedBlock):
                     self._into_block(stack, block, state)
@@ -196,11 +199,11 @@ class Look(TorchFunctionMode):
         self.mass_bt = mass_bt if self.mass_bt is None else self.mass_bt + mass_bt
 
 
-def _runs_alike(model: Any, given: dict[str, Any]) -> bool:
+def _runs_alike(modules: list[nn.Module], given: dict[str, Any]) -> bool:
     """Does the training forward say on all rows what a look says, dropout aside, and does nobody ask for a cache?"""
     if given.get("past_key_values") is not None or given.get("use_cache"):
         return False
     return not any(
-        getattr(m, "gradient_checkpointing", False) or (isinstance(m, Site) and not isinstance(m, SelectedBlock))
-        for m in model.modules()
+        vars(m).get("gradient_checkpointing") or (isinstance(m, Site) and not isinstance(m, SelectedBlock))
+        for m in modules
     )
