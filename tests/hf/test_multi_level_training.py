@@ -14,9 +14,11 @@ from transformers import GPT2LMHeadModel
 from sparsetrain import MultiLevel
 from sparsetrain.core.anatomy import describe
 from sparsetrain.hf.model.io import load
+from sparsetrain.hf.study.compare import compare
 from sparsetrain.hf.study.preview import preview
 from sparsetrain.hf.train.pretrain import PretrainRecipe, pretrain
-from sparsetrain.measure.ledger import charged, ledger, size_of
+from sparsetrain.measure import render_text
+from sparsetrain.measure.ledger import charged, ledger, size_of, size_text
 from sparsetrain.methods.multi_level.module import decoalesce, interpolate
 from sparsetrain.runs.manifest import read_json
 from sparsetrain.surgery.grow import fill
@@ -203,3 +205,34 @@ def test_a_preview_says_what_each_stage_takes(tmp_path: Path) -> None:
     assert found.forecasts[1]["peak_bytes"] < found.forecasts[0]["peak_bytes"] == found.forecasts[2]["peak_bytes"]
     text = "\n".join(found.lines())
     assert "Stage   2 of 3, level 2: 1 layers x 8" in text and "as many steps of the last model alone" in text
+
+
+def test_beside_the_ordinary_run_at_its_best_rate(tmp_path: Path) -> None:
+    """Two ordinary runs, then both sides in processes of their own: half a minute, which importing torch takes."""
+    asked = recipe(tmp_path, compare="dense", compare_lr=["1e-4,3e-2"], eval_every=2, save_every=0, lr=1e-2)
+    told: list[dict[str, Any]] = []
+    made = compare(asked, report=told.append)
+    assert made.dense["recipe"]["lr"] == 3e-2 and made.sparse["recipe"]["lr"] == 1e-2
+    alone = {path.name: read_json(path / "result.json") for path in (tmp_path / "out" / "dense-lr").iterdir()}
+    assert set(alone) == {"0.0001", "0.03"}
+    rates = {name: result["run"]["evals"][-1]["loss"] for name, result in alone.items()}
+    assert rates["0.03"] < rates["0.0001"]
+    again = [[row["loss"] for row in result["run"]["steps"]] for result in (alone["0.03"], made.dense)]
+    assert again[0] == pytest.approx(again[1], rel=1e-4)  # other processes may have other threads
+    assert any("it is compared at lr=0.03, the other side at 0.01" in note for note in made.report["notes"])
+    sizes = [event["size"] for event in told if event["event"] == "stage"]
+    assert sizes == [size_text(stage) for stage in made.sparse["run"]["stages"]]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(f"Loss by {what}" in page for what in ("FLOPs", "tokens", "time")) and "Stages of sparse" in page
+    assert (found := made.report.get("ledger")) is not None and found["sparse_flops"] < found["dense_flops"]
+    assert found["text"] in " ".join(render_text(made.report))
+    time = made.report["judgements"][0]
+    assert "all steps of all models and the switches" in time["text"]
+
+
+@pytest.mark.parametrize(
+    ("rates", "says"), [([0.0], r"compare_lr holds 0\.0"), (["fast"], "compare_lr"), ([11], r"compare_lr holds 11")]
+)
+def test_rates_that_are_none(tmp_path: Path, rates: list[Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        recipe(tmp_path, compare="dense", compare_lr=rates)
