@@ -107,3 +107,11 @@ def test_the_recipes_of_monarch(call: Call, text: Path, tmp_path: Path) -> None:
     assert call("pretrain", "--recipe", EXAMPLES / "gpt-monarch.yaml", *tiny).code == 0
     recipe = Recipe.from_yaml(EXAMPLES / "minilm-monarch.yaml")
     assert recipe.trains_all and recipe.deploy == "sparse" and recipe.methods[0].method == "monarch"
+
+
+def test_the_recipe_of_a_v_cycle(call: Call, text: Path, tmp_path: Path) -> None:
+    recipe = PretrainRecipe.from_yaml(EXAMPLES / "multi-level.yaml")
+    assert recipe.compare == "dense" and [config.method for config in recipe.methods] == ["multi_level"]
+    flags = ("--data", text, "--seq-len", 64, "--output", tmp_path / "run", "--dry-run")
+    told = call("pretrain", "--recipe", EXAMPLES / "multi-level.yaml", *flags)
+    assert told.code == 0 and "3, level 2: 2 layers x 64" in " ".join(told.out.split())

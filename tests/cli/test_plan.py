@@ -98,3 +98,16 @@ def test_a_plan_of_no_named_machine_is_of_this_one(
     assert here["rates"]["gemm_flops"] == {"fp32": pytest.approx(3.2e11), "bf16": pytest.approx(12.8e11)}
     assert call(*flags, "--dtype", "fp32", "--json").json["question"]["dtype"] == "fp32"
     assert call(*flags, "--gpu", "cpu", "--json").json["question"]["dtype"] == "fp32"
+
+
+def test_a_plan_of_several_models_says_each_stage(call: Call, text: Path, tmp_path: Path) -> None:
+    file = tmp_path / "grown.yaml"
+    values = {"model": "gpt2-nano", "data": str(text), "seq_len": 64, "batch_size": 2, "steps": 40, "dtype": "fp32"}
+    file.write_text(yaml.safe_dump({**values, "output": str(tmp_path / "run"), "methods": ["multi_level"]}))
+    told = call("plan", "--recipe", file)
+    lines = " ".join(told.out.split())
+    assert told.code == 0 and "3 of 3, level 1: 4 layers x 128" in lines and "peak" in lines and "FLOP" in lines
+    found = call("plan", "--recipe", file, "--json").json
+    assert [stage["name"] for stage in found["stages"]] == ["level 1, start", "level 2", "level 1"]
+    assert found["forecasts"][1]["peak_bytes"] < found["forecasts"][2]["peak_bytes"]
+    assert not (tmp_path / "run").exists()

@@ -98,15 +98,13 @@ def test_axes_name_every_weight_of_the_blocks_by_its_sizes(family: str) -> None:
     """The axes that a family's weights had when each row spelled them out."""
     model = FAMILIES[family].model()
     anatomy = describe(model)
+    assert all(name in anatomy.axes for name, _ in model.named_parameters())
     weights = {n: p for n, p in model.named_parameters() if n.startswith(tuple(f"{b.name}." for b in anatomy.blocks))}
-    left = {name for name in weights if name not in anatomy.axes}
-    assert all(name.endswith(("q_norm.weight", "k_norm.weight")) for name in left)
     attention = anatomy.attentions[0]
     heads, kv_heads = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
     sizes = {"heads": {heads, heads + 2 * kv_heads}, "kv_heads": {kv_heads}, "embed": {HIDDEN}, "ffn": {FFN}}
+    sizes["head_dim"] = {attention.head_dim}
     for name, parameter in weights.items():
-        if name in left:
-            continue
         assert len(anatomy.axes[name]) == parameter.ndim
         assert all(n in sizes[axis] for n, axis in zip(parameter.shape, anatomy.axes[name], strict=True)), name
     for linear in anatomy.linears:
@@ -240,3 +238,16 @@ def test_an_unknown_diffusion_model_is_named() -> None:
     )  # fmt: skip
     with pytest.raises(UnknownFamily, match="SD3Transformer2DModel: no block of diffusers that is known"):
         describe(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_of_other_sizes_and_back(family: str) -> None:
+    model = FAMILIES[family].model()
+    anatomy, sizes = describe(model), describe(model).sizes
+    assert anatomy.resized is not None
+    half = {name: size // 2 for name, size in sizes.items() if name != "layers"}
+    small = anatomy.resized(model, half, [2])
+    assert type(small) is type(model) and describe(small).sizes == {**half, "layers": 1}
+    back: Any = anatomy.resized(small, {name: size for name, size in sizes.items() if name != "layers"}, [0, 0, 0])
+    assert back.config.to_dict() == model.config.to_dict()
+    assert {n: p.shape for n, p in back.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}

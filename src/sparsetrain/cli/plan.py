@@ -106,7 +106,8 @@ def plan(
     checkpointing and every sparse method; what to take, what was refused and why, and the recipe with --write. Ends
     with exit code 1 when nothing fits, and says what is nearest.
 
-    Without one: which parts of the model the methods of --preset or --method change, and what each costs.
+    Without one: which parts of the model the methods of --preset or --method change, and what each costs. Of a recipe
+    whose method makes several models: the size, steps, FLOPs, time and peak of each stage.
 
     \b
     Examples:
@@ -115,13 +116,29 @@ def plan(
       sparsetrain plan --model Qwen/Qwen2.5-7B --gpu h100 --fit seq
       sparsetrain plan --model smollm2-135m --preset spt --seq-len 2048
       sparsetrain plan --model ./llama --method "routed_ffn:num_blocks=8,layers=4-9"
+      sparsetrain plan --recipe pretrain.yaml
     """
     for key, other in (("seq_len", seq), ("batch_size", batch)):
         flags[key] = other if flags[key] is None else flags[key]
     asked_for = Goal(memory=memory, goal=goal, gpu=gpu, fit=fit, write=write, plot=plot, data=flags["data"])
     if asked_for.given:
         return _predicted(recipe, flags, asked_for)
-    return _edits(recipe, flags)
+    return _stages(recipe, changes(flags)) or _edits(recipe, flags)
+
+
+def _stages(file: Path | None, given: dict[str, Any]) -> Answer | None:
+    """What each stage takes, where a method makes several models: those are pretrained."""
+    from sparsetrain.cli.finetune import previewed
+    from sparsetrain.recipes.entries import read_methods
+    from sparsetrain.recipes.pretrain import PretrainRecipe
+    from sparsetrain.recipes.reading import read_mapping
+    from sparsetrain.surgery.method import growth_of
+
+    asked = given.get("methods") or (read_mapping(file).get("methods") if file is not None and file.is_file() else None)
+    if not isinstance(asked, list | tuple) or growth_of(read_methods(asked)) is None:
+        return None
+    recipe = PretrainRecipe.from_yaml(file, given) if file is not None else PretrainRecipe.from_values(given)
+    return previewed(recipe, to_stderr)
 
 
 def _predicted(recipe: Path | None, flags: dict[str, Any], goal: Goal) -> Answer:

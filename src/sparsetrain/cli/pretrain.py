@@ -32,6 +32,9 @@ def pretrain(
       sparsetrain pretrain --model vit-nano --set hidden_size=128 --task image --data fashion-mnist
     SPION's published settings, one file a task:
       sparsetrain pretrain --recipe examples/spion-listops.yaml
+    Through a smaller model (a V-cycle), beside the ordinary run at the best of three learning rates:
+      sparsetrain pretrain --model gpt2-nano --data python-stdlib --method multi_level:levels=2 \\
+        --compare dense --compare-lr 5e-4,1e-3,2e-3
     What it would do, without training:
       sparsetrain pretrain --model my-config.json --data notes --dry-run
 
@@ -49,6 +52,8 @@ def pretrain(
 
     given = changes(flags)
     asked = PretrainRecipe.from_yaml(recipe, given) if recipe else PretrainRecipe.from_values(given)
+    if asked.compare_lr and asked.compare != "dense":
+        raise ValueError(f"compare_lr={list(asked.compare_lr)} tunes the dense side. Give --compare dense too.")
     with telling() as tell:
         if dry_run:
             return previewed(asked, tell)

@@ -28,6 +28,8 @@ _OWN = (
     Flag("calibration_tokens", INT, "2048", SPARSE, "Training tokens that a method's conversion starts from."),
     Flag("compare", "none|dense", "none", SPARSE, "dense: also train the dense twin, step by step in turns, and report "
          "the loss at equal steps and at equal time. Takes twice the time."),
+    Flag("compare_lr", "FLOAT,...", "", SPARSE, "With --compare dense: learning rates of the dense twin, which trains "
+         "at each first and is compared at the best.", list[str]),
     Flag("lr", FLOAT, "0.001", TRAIN, "Peak learning rate."),
     Flag("min_lr_ratio", FLOAT, "0.0", TRAIN, "Where cosine ends, as a share of lr."),
     Flag("weight_decay", FLOAT, "0.1", TRAIN, "AdamW's decoupled decay; norms and biases are left out."),

@@ -8,7 +8,7 @@ for it. Names are of the modules as they stand in the model: a linear that PEFT 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -125,7 +125,16 @@ class Anatomy:
     there is none; returns its own undo. None when the adapter cannot.
     limits: feature (of `surgery.support`) -> why no method can have it on this family.
     keep_record: lets the library's own saving, loading and training see to what is in no state dict (`surgery.record`).
-    axes: parameter name -> the axes of its dimensions, among heads, kv_heads, embed, ffn, vocab, positions.
+    axes: parameter name -> the axes of its dimensions: heads, kv_heads, embed, ffn, which `sizes` counts (a dimension
+        may hold several copies, one after the other: a fused q, k, v), and what no method resizes: head_dim, vocab,
+        positions, types, labels, classifier, channels, patch, one. A parameter without a rule is left out.
+    reads: name of a weight that multiplies its input -> the dimension along which it does. Tied weights count as the
+        embedding, and are not in it.
+    last_norm: the norm whose output the head reads, outside the blocks.
+    norm_offset: what the norms add to their weights (1 where weights are stored as deviations from 1).
+    embedding_scale: what the embedding multiplies its rows by; it may depend on the width.
+    resized: (model, sizes, for each new layer the old one whose own settings it has) -> a new random model of its
+        class. The sizes of the model that it was made from give that one's very config again.
     """
 
     family: str
@@ -138,6 +147,11 @@ class Anatomy:
     install_attention: Callable[[nn.Module], Undo] | None = None
     keep_record: Callable[[], None] | None = None
     axes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    reads: dict[str, int] = field(default_factory=dict)
+    last_norm: str | None = None
+    norm_offset: float = 0.0
+    embedding_scale: float = 1.0
+    resized: Callable[[nn.Module, Mapping[str, int], Sequence[int]], nn.Module] | None = None
     limits: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -152,6 +166,26 @@ class Anatomy:
     def linears(self) -> list[LinearSite]:
         """The linears of all blocks; the output head is not among them."""
         return [linear for block in self.blocks for linear in block.linears]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis -> size: heads and kv_heads (each of `head_dim` features), embed, ffn, and layers.
+
+        Raises:
+            ValueError: the blocks differ in size, or lack an attention or an FFN that a method may edit.
+        """
+        found = {
+            (a.num_heads, a.num_kv_heads, f.hidden_size, f.ffn_size)
+            for block in self.blocks
+            if (a := block.attention) is not None and (f := block.ffn) is not None and f.refused is None
+        }
+        whole = len(self.attentions) == len(self.ffns) == len(self.blocks)
+        if len(found) != 1 or not whole or any(ffn.refused for ffn in self.ffns):
+            raise ValueError(
+                f"{self.model_class}: its {len(self.blocks)} blocks have no one size (heads, kv_heads, embed, ffn: "
+                f"{sorted(found)}), so it cannot be resized. Take a model whose blocks are alike."
+            )
+        return dict(zip(("heads", "kv_heads", "embed", "ffn"), found.pop(), strict=True), layers=len(self.blocks))
 
 
 Describe = Callable[[nn.Module], Anatomy]

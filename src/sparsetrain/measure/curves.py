@@ -44,7 +44,7 @@ def run_seconds(run: Run) -> float:
 
 
 def eval_curve(run: Run, by: str) -> Curve:
-    """Held-out loss by "step", or by "wall_s" with the set-up included."""
+    """Held-out loss by "step" or another key of a point, or by "wall_s" with the set-up included."""
     offset = setup_seconds(run) if by == "wall_s" else 0.0
     points = run.get("evals") or []
     return Curve([point[by] + offset for point in points], [number(point["loss"]) for point in points])
@@ -90,7 +90,7 @@ def held_out_at(run: Run, by: str, x: float) -> HeldOut | None:
 
 
 def train_curve(run: Run, by: str, window: int = 1) -> Curve:
-    """Training loss by "step" or "wall_s", each point the mean of the last `window` steps."""
+    """Training loss by "step", "wall_s" or another key of a step, each point the mean of the last `window` steps."""
     offset = setup_seconds(run) if by == "wall_s" else 0.0
     records = run["steps"]
     losses = [number(record["loss"]) for record in records]

@@ -54,7 +54,15 @@ def _time(
     d, s = step_seconds(dense), step_seconds(sparse)
     if d is None or s is None:
         return None
-    if timing is None:
+    if sparse.get("stages"):  # no step stands for all
+        d, s = (run_seconds(run) / len(run["steps"]) for run in (dense, sparse))
+        text = (
+            f"{_speed(d / s).capitalize()}, all steps of all models and the switches between them averaged: "
+            f"{seconds_text(run_seconds(sparse))} and dense {seconds_text(run_seconds(dense))}. Up to {TIE_TIME:.0%} "
+            "is a tie."
+        )
+        found = judgement("time_per_step", "s", d, s, text, margin=TIE_TIME * d)
+    elif timing is None:
         text = (
             f"A sparse step takes {seconds_text(s)}, a dense step {seconds_text(d)}: {_speed(d / s)}. Too few steps "
             f"were timed in turns, so there is no interval, and up to {TIE_TIME:.0%} is a tie."

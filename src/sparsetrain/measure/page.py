@@ -16,6 +16,7 @@ from sparsetrain.measure.components import COMPONENTS
 from sparsetrain.measure.curves import setup_seconds, step_seconds, tokens_per_second
 from sparsetrain.measure.first_screen import samples, verdict
 from sparsetrain.measure.judge import TIE_BYTES
+from sparsetrain.measure.ledger import charged, flops_text, size_text
 from sparsetrain.measure.markup import figure, section, table
 from sparsetrain.measure.schema import RUNS, STAGES, Report, Run
 from sparsetrain.measure.style import STYLE
@@ -66,13 +67,39 @@ def _curves(runs: dict[str, Run]) -> str:
     setup = " The time before the first step is set-up." if any(setup_seconds(run) for run in runs.values()) else ""
     ends = {name: f"{name} {number_text(_last_loss(runs[name]))}" for name in RUNS if name in runs}
     paces = {name: f"{name} {seconds_text(step_seconds(runs[name]))}" for name in RUNS if name in runs}
+    costs = charged(runs)
     figures = [
         figure("Loss by step", plots.loss_by_step(runs), lines, legend(ends)),
+        *_by_cost(costs, lines, legend(ends)),
         figure("Loss by time", plots.loss_by_time(runs), lines + setup, legend(ends)),
         figure("Time per step", plots.step_times(runs), "Faint: every step. Strong: the median.", legend(paces)),
         f"<div><h3>Run by run</h3>{_runs_table(runs)}</div>",
     ]
-    return section("Loss and time", "curves", f'<div class="figures">{"".join(figures)}</div>')
+    stages = [_stages(name, run) for name, run in costs.items() if run.get("stages")]
+    return section("Loss and time", "curves", f'<div class="figures">{"".join(figures)}</div>', *stages)
+
+
+def _by_cost(costs: dict[str, Run], lines: str, ends: str) -> list[str]:
+    """Loss by FLOPs and by tokens, where the model changed on the way."""
+    if not costs:
+        return []
+    counted = " FLOPs of every stage's model are counted, embeddings and head left out."
+    return [
+        figure("Loss by FLOPs", plots.loss_by_flops(costs), lines + counted, ends),
+        figure("Loss by tokens", plots.loss_by_tokens(costs), lines, ends),
+    ]
+
+
+def _stages(name: str, run: Run) -> str:
+    """What each stage trained, and what it cost."""
+    rows = []
+    for stage in run.get("stages") or []:
+        steps = [row for row in run["steps"] if stage["from_step"] < row["step"] <= stage["to_step"]]
+        tokens, seconds = sum(row["tokens"] for row in steps), sum(row["step_time_s"] for row in steps)
+        cells = (stage["name"], size_text(stage), f"{len(steps):,}", f"{tokens:,}")
+        rows.append([*cells, flops_text(tokens * stage["flops_per_token"]), seconds_text(seconds)])
+    rows = [[escape(cell) for cell in row] for row in rows]
+    return table((f"Stages of {name}", "model", "steps", "tokens", "FLOPs", "time"), rows, kind="numbers")
 
 
 def _last_loss(run: Run) -> float | None:

@@ -40,6 +40,18 @@ def loss_by_time(runs: dict[str, Run]) -> str:
     return chart(_losses(runs, "wall_s", unit), f"time, {name}", "loss, nats", from_zero="x")
 
 
+def loss_by_flops(runs: dict[str, Run]) -> str:
+    """The same over FLOPs spent, the models of all stages charged; runs as of `ledger.charged`."""
+    end = max((run["steps"][-1]["flops"] for run in runs.values() if run["steps"]), default=0.0)  # type: ignore
+    unit, name = next((u, n) for u, n in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (0, "")) if end >= u)
+    return chart(_losses(runs, "flops", unit or 1.0), f"training FLOPs spent, {name}", "loss, nats", from_zero="x")
+
+
+def loss_by_tokens(runs: dict[str, Run]) -> str:
+    """The same over tokens."""
+    return chart(_losses(runs, "tokens_seen", 1e3), "thousand tokens", "loss, nats", from_zero="x")
+
+
 def step_times(runs: dict[str, Run]) -> str:
     """Seconds of every step, and each run's median."""
     lines, top = [], 0.0

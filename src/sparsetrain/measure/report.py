@@ -15,6 +15,7 @@ from sparsetrain.core.units import bytes_text, number_text, seconds_text
 from sparsetrain.measure.advice import advice, headline
 from sparsetrain.measure.curves import loss_curves, step_seconds, tokens_per_second
 from sparsetrain.measure.judge import judge
+from sparsetrain.measure.ledger import ledger
 from sparsetrain.measure.page import render_page
 from sparsetrain.measure.schema import RUNS, SCHEMA, STAGES, Checkpointing, Report, Run
 
@@ -65,6 +66,8 @@ def build_report(
         "checkpointing": checkpointing,
         "notes": list(notes),
     }
+    if (found := ledger(runs)) is not None:
+        report["ledger"] = found
     return report
 
 
@@ -102,6 +105,8 @@ def render_text(report: Report) -> list[str]:
     if report["advice"]:
         lines.append(report["advice"])
     lines += [f"  {_MARKS[j['winner']]} {j['text']}" for j in report["judgements"]]
+    if found := report.get("ledger"):
+        lines.append(f"  {found['text']}")
     for name in RUNS:
         if name in report["runs"]:
             lines += _run_lines(name, report["runs"][name])

@@ -44,13 +44,21 @@ class Sample(TypedDict):
     completion: str
 
 
-class StageRecord(TypedDict):
-    """One stage of a run: the steps after `from_step`, up to `to_step`, train a model of `parameters`."""
+class ModelSize(TypedDict):
+    """The size of a model; `flops_per_token` of a training step, as `measure.ledger` counts them."""
+
+    parameters: int
+    layers: int
+    width: int
+    flops_per_token: int
+
+
+class StageRecord(ModelSize):
+    """One stage of a run: the steps after `from_step`, up to `to_step`, train a model of that size."""
 
     name: str
     from_step: int
     to_step: int
-    parameters: int
 
 
 class Run(TypedDict):
@@ -65,6 +73,7 @@ class Run(TypedDict):
     forward_time_s: component -> seconds of one forward.
     peak_rss_bytes: of a process that ran this run alone.
     stages: where a run has more than one.
+    switch_s: seconds in which later stages began, of their first steps' `wall_s`.
     kept: name -> sha256 of weights that one stage kept for a later one.
     samples: of a language model in a comparison: the same prompts on both sides.
     """
@@ -82,6 +91,7 @@ class Run(TypedDict):
     peak_rss_bytes: NotRequired[int | None]
     peak_gpu_bytes: NotRequired[int | None]
     stages: NotRequired[list[StageRecord]]
+    switch_s: NotRequired[float]
     kept: NotRequired[dict[str, str]]
     samples: NotRequired[list[Sample]]
 
@@ -99,6 +109,19 @@ class Checkpointing(TypedDict):
     peak_gpu_bytes: int | None
     dense_rss_bytes: int | None
     dense_gpu_bytes: int | None
+
+
+class Ledger(TypedDict):
+    """FLOPs of two runs, all stages charged, and what the one with stages spent, over all that the dense one did, until
+    its held-out loss was dense's last: null where it never was. `switch_share`: of its time, in changing models."""
+
+    dense_flops: float
+    sparse_flops: float
+    target_loss: float | None
+    flops_ratio: float | None
+    time_ratio: float | None
+    switch_share: float
+    text: str
 
 
 class Judgement(TypedDict):
@@ -135,4 +158,5 @@ class Report(TypedDict):
     plan: list[dict[str, Any]]
     timing: dict[str, Any] | None
     checkpointing: NotRequired[Checkpointing | None]
+    ledger: NotRequired[Ledger | None]
     notes: list[str]

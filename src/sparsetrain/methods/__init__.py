@@ -25,6 +25,9 @@ from sparsetrain.methods.sara import SaRA as SaRA  # the smallest ones, arXiv 24
 # what flows between blocks
 from sparsetrain.methods.token_selection import TokenSelection as TokenSelection  # gradient, arXiv 2501.18824
 
+# the model itself, in mid-run
+from sparsetrain.methods.multi_level import MultiLevel as MultiLevel  # through smaller models, arXiv 2404.07999
+
 # isort: on
 
 load_outside_methods()

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sparsetrain.core.anatomy import describe, submodule
-from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.recipes.run import RunRecipe
 
 
-def drop_as_on_a_gpu(model: Any, recipe: Recipe) -> None:
+def drop_as_on_a_gpu(model: Any, recipe: RunRecipe) -> None:
     """Let the model's dropouts keep what they keep on a GPU."""
     if any(config.own_dropout for config in recipe.configs):
         return  # masks are of bytes already, and attention has no dropout

@@ -8,21 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.planner.hollow import Hollow
-from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.surgery.apply import Handle, sparsify
-from sparsetrain.surgery.method import blank_state
+from sparsetrain.surgery.method import blank_state, edits_of
 from sparsetrain.surgery.plan import plan
 from sparsetrain.surgery.site import Site
 
 
-def convert_empty(model: Any, recipe: Recipe, bf16: bool) -> Handle | None:
+def convert_empty(model: Any, recipe: RunRecipe, bf16: bool) -> Handle | None:
     """Convert a model on the meta device with blank states."""
     if bf16:
         model.to(torch.bfloat16)
-    if not recipe.methods:
+    configs = edits_of(recipe.configs)
+    if not configs:
         return None
-    state = blank_state(plan(model, *recipe.configs).edits)
-    handle = sparsify(model, *recipe.configs, state=state, deploy=recipe.deployment)
+    state = blank_state(plan(model, *configs).edits)
+    handle = sparsify(model, *configs, state=state, deploy=getattr(recipe, "deployment", "sparse"))
     _to_meta(model)
     return handle
 

@@ -42,6 +42,9 @@ class PretrainRecipe(RunRecipe):
     """Use this many labelled training rows, chosen by seed; all if not given."""
     lr: float = Field(1e-3, gt=0, le=10)
     """Peak learning rate."""
+    compare_lr: tuple[float, ...] = ()
+    """With compare=dense: learning rates of the dense side. It is trained alone at each first, and compared at the one
+    that ends with the lowest held-out loss."""
     weight_decay: float = Field(0.1, ge=0, le=1)
     """AdamW's decoupled weight decay; norms and biases are left out."""
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -87,6 +90,20 @@ class PretrainRecipe(RunRecipe):
             json.dumps(given, allow_nan=False).encode()
         except (ValueError, TypeError):
             raise ValueError(f"set={shown(given)} holds what is no text, finite number or list of them.") from None
+        return given
+
+    @field_validator("compare_lr", mode="before")
+    @classmethod
+    def _several(cls, given: Any) -> Any:
+        """Numbers, one alone, or as the command line gives them: each a text, or several with commas."""
+        entries = given if isinstance(given, list | tuple) else [given]
+        return [part for entry in entries for part in (entry.split(",") if isinstance(entry, str) else [entry])]
+
+    @field_validator("compare_lr")
+    @classmethod
+    def _rates(cls, given: tuple[float, ...]) -> tuple[float, ...]:
+        if wrong := [rate for rate in given if not 0 < rate <= 10]:
+            raise ValueError(f"compare_lr holds {wrong[0]}. Give learning rates in (0, 10].")
         return given
 
     @model_validator(mode="after")

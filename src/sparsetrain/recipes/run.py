@@ -35,7 +35,17 @@ from sparsetrain.recipes.values import check_plain, problem_of
 
 # what may differ between a run and its continuation: where and how often things are written, how progress is watched
 NOT_TRAINING = frozenset(
-    {"output", "resume", "save_every", "keep_checkpoints", "eval_every", "eval_tokens", "compare", "preset"}
+    {
+        "output",
+        "resume",
+        "save_every",
+        "keep_checkpoints",
+        "eval_every",
+        "eval_tokens",
+        "compare",
+        "compare_lr",
+        "preset",
+    }
     | {"threads", "device", "gradient_checkpointing"}
 )
 

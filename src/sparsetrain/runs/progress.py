@@ -60,7 +60,8 @@ class ProgressBar:
             self._show(f"{side}training", event["step"], event["steps"], figures, self._stages.get(side, ""))
         elif kind == "stage":
             self._stages[side] = f", stage {event['index'] + 1} of {event['of']}: {event['name']}"
-            self.console.print(f"{side}training{self._stages[side]}", markup=False, highlight=False)
+            size = f" ({event['size']})" if "size" in event else ""
+            self.console.print(f"{side}training{self._stages[side]}{size}", markup=False, highlight=False)
 
     def _show(self, name: str, done: float, total: float, figures: str, stage: str = "") -> None:
         if name not in self._tasks:

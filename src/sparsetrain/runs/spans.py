@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from sparsetrain.measure.schema import StageRecord
+from sparsetrain.measure.schema import ModelSize, StageRecord
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.surgery.method import Stage
 
@@ -28,14 +28,9 @@ class Span:
     def steps(self) -> int:
         return self.last - self.first
 
-    def record(self, parameters: int) -> StageRecord:
-        """For the run's records; parameters: of the model that it trains."""
-        return {
-            "name": self.stage.name,
-            "from_step": self.first,
-            "to_step": self.last,
-            "parameters": parameters,
-        }
+    def record(self, size: ModelSize) -> StageRecord:
+        """For the run's records; size: of the model that it trains."""
+        return {"name": self.stage.name, "from_step": self.first, "to_step": self.last, **size}
 
     def place(self, step: int) -> dict[str, Any]:
         """Where a checkpoint of this stage is in the run; nothing to say where there is one stage."""
@@ -64,7 +59,8 @@ def spans(stages: tuple[Stage, ...], recipe: RunRecipe, num_rows: int) -> tuple[
         for i, (stage, first, last) in enumerate(zip(stages, [0, *ends], ends, strict=False))
     )
     for span in found:
-        least = recipe.warmup_steps if span.stage.restart_lr else 0
+        own = recipe.warmup_steps if span.stage.warmup_steps is None else span.stage.warmup_steps
+        least = own if span.stage.restart_lr else 0
         if span.steps <= least:
             raise ValueError(
                 f"stage {span.stage.name!r} gets {span.steps} of steps={total} and needs more than {least} (stages: "

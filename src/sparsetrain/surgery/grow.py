@@ -89,13 +89,19 @@ def enter(
     if grown.model is model:
         same = {name: Origin(name) for name, _ in model.named_parameters()}
         return Grown(model=model, origins=same, optimizer=grown.optimizer)
+    fill(grown, model)
+    return grown
+
+
+def fill(grown: Grown, model: nn.Module) -> nn.Module:
+    """Give a new model, on the old one's device, the weights that come from the old one."""
     old = dict(model.named_parameters())
     grown.model.to(next(iter(old.values())).device)
     with torch.no_grad():
         for name, parameter in grown.model.named_parameters():
             if (origin := grown.origins.get(name)) is not None:
                 _write(parameter, origin, [old[source] for source in origin.olds], origin.fill)
-    return grown
+    return grown.model
 
 
 def models_of_stages(model: nn.Module, config: MethodConfig, seed: int | None = None) -> Iterator[nn.Module]:

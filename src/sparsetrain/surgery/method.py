@@ -128,11 +128,15 @@ class Stage:
 
     share: of the run's steps; the shares of a run add up to 1.
     restart_lr: the learning rate warms up and falls anew over this stage's steps, rather than go on with the run's.
+    warmup_steps: how long it then warms up; None: as long as the run's.
+    lr_ratio: learning rate of this stage over the run's.
     """
 
     name: str
     share: float
     restart_lr: bool = False
+    warmup_steps: int | None = None
+    lr_ratio: float = 1.0
 
 
 Weights = dict[str, Tensor]

@@ -8,7 +8,9 @@ from torch import nn
 
 from sparsetrain.core.anatomy import Anatomy, AttentionSite, Block, FFNSite, LinearSite, innermost, submodule
 from sparsetrain.core.errors import UnknownFamily
+from sparsetrain.hf.model.axes import axes_of, embedding_scale, last_norm
 from sparsetrain.hf.model.families import FAMILIES, Row, row_of
+from sparsetrain.hf.model.resized import resized
 from sparsetrain.hf.model.sites import convolution_sites, linear_site, model_inside, own_modules
 
 _ACTIVATIONS = {
@@ -21,17 +23,6 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "quick_gelu": "quick_gelu",
 }
-_AXES = {
-    "q": ("heads", "embed"),
-    "k": ("kv_heads", "embed"),
-    "v": ("kv_heads", "embed"),
-    "qkv": ("heads", "embed"),
-    "o": ("embed", "heads"),
-    "up": ("ffn", "embed"),
-    "gate": ("ffn", "embed"),
-    "down": ("embed", "ffn"),
-}
-"""Role of a linear -> axes of its weight [out, in]."""
 
 
 def describe_model(model: nn.Module) -> Anatomy:
@@ -60,6 +51,7 @@ def describe_model(model: nn.Module) -> Anatomy:
     named = dict(model.named_modules())
     embedding = _name_of(named, _call(model, "get_input_embeddings"))
     head = _name_of(named, _call(model, "get_output_embeddings"))
+    axes, reads = axes_of(described, embedding, head, model)
     return Anatomy(
         family=str(getattr(getattr(model, "config", None), "model_type", "unknown")),
         model_class=type(model).__name__,
@@ -70,7 +62,12 @@ def describe_model(model: nn.Module) -> Anatomy:
         convolutions=convolution_sites(model, described),
         install_attention=install_attention,
         keep_record=_keep_record,
-        axes=_axes(described, embedding, head, model),
+        axes=axes,
+        reads=reads,
+        last_norm=last_norm(described, axes),
+        norm_offset=blocks[0][2].norm_offset,
+        embedding_scale=embedding_scale(named.get(embedding or "")),
+        resized=resized,
         limits=blocks[0][2].limits,
     )
 
@@ -174,26 +171,6 @@ def _activation(config: Any) -> str:
         if isinstance(value, str):
             return _ACTIVATIONS.get(value, value)
     return "unknown"
-
-
-def _axes(
-    blocks: tuple[Block, ...], embedding: str | None, head: str | None, model: nn.Module
-) -> dict[str, tuple[str, ...]]:
-    """Axes of the parameters that the table names; a parameter without a rule is left out."""
-    axes: dict[str, tuple[str, ...]] = {}
-    for block in blocks:
-        for linear in block.linears:
-            out_axis, in_axis = _AXES[linear.role]
-            axes[f"{linear.name}.weight"] = (in_axis, out_axis) if linear.transposed else (out_axis, in_axis)
-            axes[f"{linear.name}.bias"] = (out_axis,)
-        for norm in block.norms:
-            axes[f"{norm}.weight"] = axes[f"{norm}.bias"] = ("embed",)
-    if embedding:
-        axes[f"{embedding}.weight"] = ("vocab", "embed")
-    if head:
-        axes[f"{head}.weight"], axes[f"{head}.bias"] = ("vocab", "embed"), ("vocab",)
-    known = {name for name, _ in model.named_parameters()}
-    return {name: value for name, value in axes.items() if name in known}
 
 
 def _has(module: nn.Module, path: str) -> bool:

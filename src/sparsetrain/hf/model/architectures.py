@@ -17,6 +17,7 @@ from sparsetrain.hf.model.opening import NO_CODE, make_config, told
 from sparsetrain.hf.model.weights import new_class
 from sparsetrain.planner.config_values import check_values, config_values
 from sparsetrain.recipes.pretrain import PretrainRecipe
+from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.recipes.tasks import task_of
 
 ARCHITECTURES = Path(__file__).parents[1] / "assets" / "architectures"
@@ -128,7 +129,7 @@ def image_size(config: Any) -> tuple[int, int]:
     return (size[0], size[1]) if isinstance(size, list | tuple) else (size, size)
 
 
-def sequence_tokens(config: Any, recipe: PretrainRecipe) -> int:
+def sequence_tokens(config: Any, recipe: RunRecipe) -> int:
     """Tokens in a row: `seq_len`, or an image's patches and the class token."""
     if not task_of(recipe.task).images:
         return recipe.seq_len

@@ -23,6 +23,7 @@ class Row:
     owner: the module whose forward runs the FFN ("" = the block itself).
     transposed: linears are stored [in, out].
     experts: the FFN is a mixture of experts, and no method's.
+    norm_offset: as of `Anatomy`.
     limits: feature -> why no method can have it on these families.
     """
 
@@ -38,6 +39,7 @@ class Row:
     norms: tuple[str, ...] = ()
     transposed: bool = False
     experts: bool = False
+    norm_offset: float = 0.0
     limits: dict[str, str] = field(default_factory=dict)
 
 
@@ -80,6 +82,7 @@ FAMILIES: tuple[Row, ...] = (
         blocks=("Gemma3DecoderLayer",),
         families=("gemma3",),
         norms=(*_LLAMA.norms, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        norm_offset=1.0,
     ),
     Row(
         blocks=("GPT2Block",),

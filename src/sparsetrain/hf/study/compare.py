@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.core.files import write_whole
+from sparsetrain.hf.study.tuned import tuned_rate
 from sparsetrain.hf.study.turns import WORK
 from sparsetrain.hf.train.dtype import with_dtype
 from sparsetrain.hf.train.jobs import JOBS, job_of
@@ -68,7 +69,9 @@ def compare(recipe: RunRecipe, *, report: Tell = silent, choice: Mapping[str, An
 
 def _compared(recipe: RunRecipe, output: Path, report: Tell) -> Comparison:
     kind = JOBS[job_of(recipe)]
-    recipes = {side: side_recipe(recipe, side, kind.dense) for side in SIDES}
+    rate, tried = tuned_rate(recipe, kind, report)
+    dense = {**kind.dense, **({} if rate is None else {"lr": rate})}
+    recipes = {side: side_recipe(recipe, side, dense) for side in SIDES}
     finished = finished_sides(output, recipes) if recipe.resume else []
     like = {"job": job_of(recipe), "like": recipe.model_dump(mode="json")}
     jobs = {side: {**like, "recipe": recipes[side].model_dump(mode="json")} for side in SIDES if side not in finished}
@@ -80,7 +83,8 @@ def _compared(recipe: RunRecipe, output: Path, report: Tell) -> Comparison:
     check_same_rows(results)
     trained_s = sum(results[side]["run"]["steps"][-1]["wall_s"] for side in SIDES)
     pairs = paired_steps(recipe, results)
-    extra = extra_turns(WORK, like, recipe, kind.dense, pairs, trained_s, report)
+    extra = extra_turns(WORK, like, recipe, dense, pairs, trained_s, report)
+    extra.notes.extend(tried)
     made = comparison_report(recipe, results, kind.title(recipe), extra)
     write_report(made, output)
     illustrate(output, recipe.configs)

@@ -7,10 +7,12 @@ from typing import Any
 
 from sparsetrain.hf.assets import ASSETS, asset_status
 from sparsetrain.hf.model import models
+from sparsetrain.hf.study.stage_trace import stage_forecasts
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.dtype import with_dtype
 from sparsetrain.hf.train.jobs import JOBS, job_of
 from sparsetrain.hf.train.parts import Parts
+from sparsetrain.measure.ledger import size_of
 from sparsetrain.measure.schema import StageRecord
 from sparsetrain.planner.preview import Preview
 from sparsetrain.recipes.run import RunRecipe
@@ -42,11 +44,12 @@ def preview(recipe: RunRecipe, *, report: Report = silent) -> Preview:
     resumed = find_resumable(recipe.output, recipe, note) if recipe.resume and recipe.compare == "none" else None
     job = JOBS[job_of(recipe)]
     parts = job.open_parts(recipe, note)
-    stages = job.empty_models(parts.config, recipe)
-    model = stages[-1]
+    made = job.empty_models(parts.config, recipe)
+    model, tokens = made[-1], job.row_tokens(parts.config, recipe)
     weights, _ = models.num_parameters(model)
     added = sum(row["added_params"] for row in parts.plan.rows()) if parts.plan is not None else 0
     total, trainable = models.num_parameters(job.adapted(model, recipe))
+    stages = _stages(recipe, parts, made, tokens)
     rows_per_step = recipe.batch_size * recipe.grad_accum
     return Preview(
         recipe=recipe,
@@ -57,11 +60,12 @@ def preview(recipe: RunRecipe, *, report: Report = silent) -> Preview:
         weight_bytes=weights * assemble.pick_dtype(recipe, parts.device).itemsize,
         optimizer_bytes=(trainable + added) * 8,
         steps=total_steps(recipe, len(parts.bundle.train)),
-        tokens_per_step=rows_per_step * job.row_tokens(parts.config, recipe),
+        tokens_per_step=rows_per_step * tokens,
         device=str(parts.device),
         counts=parts.bundle.counts,
         resume_step=None if resumed is None else resumed.step,
-        stages=_stages(recipe, parts, stages),
+        stages=stages,
+        forecasts=stage_forecasts(parts, stages, made, tokens) if stages else [],
         notes=notes,
     )
 
@@ -73,9 +77,9 @@ def check_fetched(recipe: RunRecipe) -> None:
             raise ValueError(f"{name} is not fetched yet. Run: sparsetrain models fetch {name}")
 
 
-def _stages(recipe: RunRecipe, parts: Parts[Any], stages: list[Any]) -> list[StageRecord]:
+def _stages(recipe: RunRecipe, parts: Parts[Any], made: list[Any], tokens: int) -> list[StageRecord]:
     growth = growth_of(recipe.configs)
     if growth is None:
         return []
     found = spans(growth_method(growth).stages(growth), recipe, len(parts.bundle.train))
-    return [span.record(models.num_parameters(model)[0]) for span, model in zip(found, stages, strict=True)]
+    return [span.record(size_of(model, tokens)) for span, model in zip(found, made, strict=True)]

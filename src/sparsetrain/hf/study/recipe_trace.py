@@ -26,11 +26,12 @@ from sparsetrain.hf.train.tasks import training_loss
 from sparsetrain.planner.gpu_dropout import drop_as_on_a_gpu
 from sparsetrain.planner.hollow import Hollow
 from sparsetrain.planner.hollow_model import convert_empty, fill, settle
-from sparsetrain.planner.memory import StaticBytes
+from sparsetrain.planner.memory import Layout, StaticBytes
 from sparsetrain.planner.outline import Outline
 from sparsetrain.planner.step_tracer import StepTrace, trace_step
 from sparsetrain.planner.thin_model import thin_out, trained_parameters, whole_memory
 from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.recipes.tasks import task_of
 
 SHORTEST = 256
@@ -101,25 +102,20 @@ def without_dropout(config: Any, recipe: Recipe) -> None:
     models.drop_attention_dropout(config, empty, recipe.configs, lambda _event: None)
 
 
-class _Built:
-    """The thinned-out model on hollow parameters, ready to be traced at any length."""
+class ThinStep:
+    """A thinned-out model, filled with hollow parameters here: ready to be traced on any batch.
 
-    def __init__(self, recipe: Recipe, config: Any, bf16: bool, gpu: bool) -> None:
-        self.recipe, self.config = recipe, config
-        model = models.empty_model(config, recipe.task)
-        self.parameters = models.num_parameters(model)[0]
-        self.handle = convert_empty(model, recipe, bf16 and not recipe.trains_all)
-        windows = [site.window for site in describe(model).attentions if site.window]
-        self.window = max(windows, default=None)
-        new = [name for name, _ in model.named_children() if name in ("classifier", "score", "pre_classifier")]
-        new = new if task_of(recipe.task).labelled else []
-        if _names_a_layer(recipe):
-            model = models.add_lora(model, recipe, self.handle, new)
-            self.layout = thin_out(model)
-        else:  # blocks of one kind get the same factors, and PEFT takes a second for forty blocks
-            self.layout = thin_out(model)
-            model = models.add_lora(model, recipe, self.handle, new)
-        self.memory = whole_memory(model, self.layout)
+    Args:
+        model: on the meta device, a block of each kind.
+        layout: the blocks they stand for.
+        recipe: how it is trained.
+        cast: autocast to bf16.
+        gpu: trace what a GPU's kernels keep.
+    """
+
+    def __init__(self, model: Any, layout: Layout, recipe: RunRecipe, *, cast: bool, gpu: bool) -> None:
+        self.layout, self.recipe, self.cast, self.model = layout, recipe, cast, model
+        self.memory = whole_memory(model, layout)
         self.in_blocks, self.outside = trained_parameters(model)
         self.hollow = Hollow(seed=recipe.seed)
         fill(model, self.hollow)
@@ -129,12 +125,9 @@ class _Built:
             drop_as_on_a_gpu(model, recipe)
         if recipe.gradient_checkpointing != "none":
             recompute(model)
-        self.model = model
-        self.cast = bf16 and recipe.trains_all
         self.without_gradient: list[set[str]] = []
 
-    def trace(self, tokens: int) -> StepTrace:
-        batch = example_batch(self.recipe, self.config, tokens, rows=1)
+    def trace(self, batch: dict[str, Tensor]) -> StepTrace:
         step = training_step(self.model, batch, self.cast, self.recipe.task)
         trace = trace_step(self.model, step, self.hollow)
         blocks = [submodule(self.model, block.name) for block in describe(self.model).blocks]
@@ -166,6 +159,33 @@ class _Built:
         return static, sum(p.numel() for p in trained)
 
 
+class _Built:
+    """The model of a recipe, thinned out, ready to be traced at any length."""
+
+    def __init__(self, recipe: Recipe, config: Any, bf16: bool, gpu: bool) -> None:
+        self.recipe, self.config = recipe, config
+        model = models.empty_model(config, recipe.task)
+        self.parameters = models.num_parameters(model)[0]
+        self.handle = convert_empty(model, recipe, bf16 and not recipe.trains_all)
+        windows = [site.window for site in describe(model).attentions if site.window]
+        self.window = max(windows, default=None)
+        new = [name for name, _ in model.named_children() if name in ("classifier", "score", "pre_classifier")]
+        new = new if task_of(recipe.task).labelled else []
+        if _names_a_layer(recipe):
+            model = models.add_lora(model, recipe, self.handle, new)
+            self.layout = thin_out(model)
+        else:  # blocks of one kind get the same factors, and PEFT takes a second for forty blocks
+            self.layout = thin_out(model)
+            model = models.add_lora(model, recipe, self.handle, new)
+        self.thin = ThinStep(model, self.layout, recipe, cast=bf16 and recipe.trains_all, gpu=gpu)
+
+    def trace(self, tokens: int) -> StepTrace:
+        return self.thin.trace(example_batch(self.recipe, self.config, tokens, rows=1))
+
+    def static(self) -> tuple[StaticBytes, int]:
+        return self.thin.static()
+
+
 def _names_a_layer(recipe: Recipe) -> bool:
     """Do the LoRA targets name blocks, so that blocks of one kind may differ?"""
     targets = [] if recipe.lora_targets == "all-linear" else recipe.lora_targets
@@ -180,7 +200,7 @@ def training_step(model: Any, batch: dict[str, Tensor], autocast: bool, task: st
     """One forward as the Trainer runs it: loss out, everything else freed."""
 
     def step() -> Tensor:
-        device = batch["input_ids"].device.type
+        device = next(iter(batch.values())).device.type
         cast: AbstractContextManager[Any] = torch.autocast(device, torch.bfloat16) if autocast else nullcontext()
         with cast:
             return training_loss(model, batch, task)

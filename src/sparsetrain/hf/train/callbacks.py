@@ -247,6 +247,7 @@ class StepRecorder(TrainerCallback):
         self.report = report
         self.records: list[dict[str, Any]] = list(records or [])
         self.tokens_per_input = 1.0  # the Trainer counts numbers of the main input: an image's are its pixels
+        self.before_step_s = 0.0  # training time outside steps, counted in `wall_s` with the next one
         self._began = self._seconds = 0.0
         self._tokens_before = 0
 
@@ -274,11 +275,12 @@ class StepRecorder(TrainerCallback):
             "loss": float(logs["loss"]),
             "step_time_s": self._seconds,
             "tokens": round((int(state.num_input_tokens_seen) - self._tokens_before) * self.tokens_per_input),
-            "wall_s": self.wall_s + self._seconds,
+            "wall_s": self.wall_s + self._seconds + self.before_step_s,
             "learning_rate": logs.get("learning_rate"),
             "grad_norm": logs.get("grad_norm"),
             "memory_bytes": memory.gpu_allocated_peak_bytes or memory.rss_bytes,
         }
+        self.before_step_s = 0.0
         self.records.append(record)
         self.report({"event": "step", "steps": state.max_steps, **record})
 

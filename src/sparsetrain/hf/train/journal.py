@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sparsetrain.hf.train.callbacks import StepRecorder
 from sparsetrain.hf.train.finite import auxiliary_losses
 from sparsetrain.hf.train.tasks import training_loss
+from sparsetrain.measure.ledger import size_text
 from sparsetrain.measure.memory import peak_memory, saved_activations, static_memory
 from sparsetrain.measure.schema import Run, StageRecord
 from sparsetrain.runs.checkpoints import Checkpoint
@@ -48,12 +51,20 @@ class Journal:
         self.report({"event": "phase", "name": name, "share": share})
 
     def stage(self, index: int, record: StageRecord, of: int) -> None:
-        """Say that a stage begins or goes on, and record it once; a run of one stage has none to tell of."""
-        if of == 1:
-            return
+        """Say that a stage begins or goes on, and record it once."""
         stages = self.run.setdefault("stages", [])
         stages[index:] = [record]
-        self.report({"event": "stage", "name": record["name"], "index": index, "of": of})
+        told = {"name": record["name"], "index": index, "of": of, "size": size_text(record)}
+        self.report({"event": "stage", **told})
+
+    @contextmanager
+    def switching(self) -> Iterator[None]:
+        """Count what it takes to begin a stage, with its first step: that is no time between two trainings."""
+        began = time.perf_counter()
+        yield
+        took = time.perf_counter() - began
+        self.recorder.before_step_s += took
+        self.run["switch_s"] = self.run.get("switch_s", 0.0) + took
 
     def quality(self, stage: str, quality: Quality, *, step: int | None = None) -> None:
         """Record the held-out quality of a stage; with `step`, as a point of the curve too."""

@@ -18,10 +18,11 @@ from transformers.trainer_callback import PrinterCallback
 from sparsetrain.core.files import write_whole
 from sparsetrain.data.digest import OrderedCollator, data_fingerprint
 from sparsetrain.hf.model import models
+from sparsetrain.hf.model.architectures import sequence_tokens
 from sparsetrain.hf.model.io import save
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.callbacks import SparsityCallback
-from sparsetrain.hf.train.checkpoint import CheckpointCallback, plain_states
+from sparsetrain.hf.train.checkpoint import CheckpointCallback, own_names, plain_states
 from sparsetrain.hf.train.finite import FiniteCallback
 from sparsetrain.hf.train.held_out import KnownQuality, measure_quality
 from sparsetrain.hf.train.journal import EvalCallback, Journal, SavedCallback
@@ -36,6 +37,7 @@ from sparsetrain.hf.train.stages import (
     load_weights,
 )
 from sparsetrain.hf.train.tasks import use_task_loss
+from sparsetrain.measure.ledger import size_of
 from sparsetrain.measure.machine import describe_machine
 from sparsetrain.measure.memory import reset_peak
 from sparsetrain.measure.report import write_report
@@ -174,16 +176,19 @@ def _train(course: Course, dense_quality: KnownQuality) -> tuple[Any, Handle | N
         if span.index > course.start:
             assert course.job.enter is not None and left is not None
             trainer = None  # frees the optimizer of the stage before: its state is in the checkpoint
-            model, handle, left = enter_stage(
-                course.job.enter, span, course.parts, course.journal, model, handle, left, course.arguments()
-            )
+            with course.journal.switching():
+                model, handle, left = enter_stage(
+                    course.job.enter, span, course.parts, course.journal, model, handle, left, course.arguments()
+                )
         elif resumed is not None and resumed.step >= span.last:
             load_weights(model, resumed.path)
             if span.last == span.total:
                 leave_entry(course.output)
                 _as_trained(course, handle)
             continue
-        course.journal.stage(span.index, span.record(models.num_parameters(model)[0]), span.of)
+        if span.of > 1:
+            size = size_of(model, sequence_tokens(course.parts.config, course.recipe))
+            course.journal.stage(span.index, span.record(size), span.of)
         trainer = _trainer(course, span, model, handle)
         _train_stage(course, trainer, left)
         left = checkpoint_folder(course.output, span.last)
@@ -237,7 +242,7 @@ def _train_stage(course: Course, trainer: Trainer, left: Path | None) -> None:
     set_seed(course.recipe.seed)
     reset_peak(course.parts.device)
     try:
-        with plain_states(left):
+        with plain_states(left), own_names(trainer.model):
             trainer.train(resume_from_checkpoint=None if left is None else str(left))
     except BaseException:
         clear_interrupted(course.output)

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
 from sparsetrain.hf.train.callbacks import restart_schedule
-from sparsetrain.hf.train.checkpoint import plain_states
+from sparsetrain.hf.train.checkpoint import own_names, plain_states
 from sparsetrain.hf.train.journal import Journal
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.runs.kept import KeptWeights
@@ -46,18 +46,22 @@ class StageCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not self.span.stage.restart_lr:
+        scheduler, steps, stage = kwargs["lr_scheduler"], self.span.steps, self.span.stage
+        if not stage.restart_lr and stage.lr_ratio == 1:
             return
-        scheduler, steps = kwargs["lr_scheduler"], self.span.steps
-        own: Any = get_scheduler(
-            args.lr_scheduler_type,
-            optimizer=torch.optim.SGD([torch.zeros(1)]),
-            num_warmup_steps=args.get_warmup_steps(steps),
-            num_training_steps=steps,
-            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),  # type: ignore[arg-type]
-        )
-        scheduler.lr_lambdas = own.lr_lambdas * len(scheduler.lr_lambdas)
-        restart_schedule(scheduler, self.span.first, state.global_step)
+        factors = scheduler.lr_lambdas
+        if stage.restart_lr:
+            own: Any = get_scheduler(
+                args.lr_scheduler_type,
+                optimizer=torch.optim.SGD([torch.zeros(1)]),
+                num_warmup_steps=args.get_warmup_steps(steps) if stage.warmup_steps is None else stage.warmup_steps,
+                num_training_steps=steps,
+                scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),  # type: ignore[arg-type]
+            )
+            factors = own.lr_lambdas * len(factors)
+        # by the factors and not by the base rates, which a checkpoint holds and the next stage would scale again
+        scheduler.lr_lambdas = [lambda step, f=factor: stage.lr_ratio * f(step) for factor in factors]
+        restart_schedule(scheduler, self.span.first if stage.restart_lr else 0, state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         leave_entry(Path(args.output_dir or "."))
@@ -94,7 +98,8 @@ def enter_stage(
         folder = output / ENTERING
         leave_entry(output)
         trainer = Trainer(model=grown.model, args=arguments)
-        trainer.save_model(str(folder))
+        with own_names(grown.model):
+            trainer.save_model(str(folder))
         for path in left.iterdir():
             if path.name in ("scheduler.pt", "trainer_state.json") or path.name.startswith("rng_state"):
                 shutil.copyfile(path, folder / path.name)
