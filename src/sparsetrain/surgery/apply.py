@@ -157,6 +157,11 @@ class Handle:
             if module.adjusts_gradients:
                 module.adjust_gradients()
 
+    def updated(self) -> None:
+        """Tell the methods that the weights have moved; call it after `optimizer.step()`."""
+        for _, module in self._installed:
+            module.updated()
+
     def notes(self) -> list[str]:
         """What a user should know about this model on this machine, each once."""
         return list(dict.fromkeys(note for _, module in self._installed for note in module.notes()))

@@ -46,9 +46,12 @@ class StageCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not self.span.stage.restart_lr:
-            return
         scheduler, steps = kwargs["lr_scheduler"], self.span.steps
+        if not self.span.stage.restart_lr:
+            if self.span.rewound is not None:
+                warmup = args.get_warmup_steps(self.span.total)
+                restart_schedule(scheduler, max(0, self.span.rewound - warmup), state.global_step)
+            return
         own: Any = get_scheduler(
             args.lr_scheduler_type,
             optimizer=torch.optim.SGD([torch.zeros(1)]),
