@@ -6,6 +6,9 @@ from sparsetrain.core.outside import load_outside_methods
 from sparsetrain.methods.flood_fill_attention import (  # block patterns cut from attention maps, arXiv 2309.12578
     FloodFillAttention as FloodFillAttention,
 )
+
+# the model itself
+from sparsetrain.methods.masked_growth import MaskedGrowth as MaskedGrowth  # grown in mid-run, arXiv 2305.02869
 from sparsetrain.methods.pq_attention import PQAttention as PQAttention  # keys chosen by PQ codes, arXiv 2312.10365
 
 # feed-forward networks
