@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForMaskedLM
 
 import sparsetrain
 from sparsetrain import MaskedGrowth
 from sparsetrain.core.anatomy import describe
+from sparsetrain.hf.model.classifier import EncoderClassifier
 from sparsetrain.methods.masked_growth.masks import Place, places
 from sparsetrain.methods.masked_growth.module import MaskedNorm, RampSite
 from sparsetrain.methods.masked_growth.resize import layer_sources
@@ -87,7 +89,7 @@ def by_masked_norms(small: Any, found: list[Place]) -> None:
 
 
 class OneKernel(TorchFunctionMode):
-    """Every product has as many outputs: of another number, a BLAS takes another kernel, which sums in another order."""
+    """All products have as many outputs: for another number, a BLAS takes a kernel that sums in another order."""
 
     OUTPUTS = 128
 
@@ -391,3 +393,44 @@ def test_an_initialization_that_is_not_finite_is_refused() -> None:
     small.config.initializer_range = float("inf")
     with pytest.raises(ValueError, match=r"is not finite as it was made"):
         sparsetrain.grow(small, config, stage=1)
+
+
+MLM = ("bert", "roberta-prelayernorm", "distilbert")
+
+
+@pytest.mark.parametrize("family", MLM)
+@dtypes
+def test_masked_token_heads_grow_too(family: str, dtype: torch.dtype) -> None:
+    full = AutoModelForMaskedLM.from_config(FAMILIES[family].model().config).to(dtype)
+    config = config_of(family, "all")
+    small: Any = sparsetrain.grow(full, config, stage=0).eval()
+    for parameter in small.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.08)
+    new: Any = sparsetrain.grow(small, config, stage=1)
+    (handle,) = handles_of(new)
+    inputs = batch(family, dtype)
+    junk(site_of(handle))
+    expected = logits(small, inputs)
+    torch.testing.assert_close(logits(new, inputs), expected, rtol=0, atol=rounding(family, dtype) * 10)
+    handle.step(6, 8)
+    masked = logits(new, inputs)
+    handle.merge()
+    torch.testing.assert_close(masked, logits(new, inputs), rtol=0, atol=rounding(family, dtype) * 100)
+    assert (masked - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_head_that_reads_the_channels_several_times_grows_each_time(pairs: bool) -> None:
+    config: Any = FAMILIES["bert"].model().config
+    config.classifier_pairs = pairs
+    full = EncoderClassifier.from_config(config).double()
+    growth = config_of("bert", "all")
+    small: Any = sparsetrain.grow(full, growth, stage=0).eval()
+    for parameter in small.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.08)
+    new: Any = sparsetrain.grow(small, growth, stage=1)
+    (handle,) = handles_of(new)
+    junk(site_of(handle))
+    inputs = batch("bert", torch.float64)
+    inputs |= {f"{key}_b": value.roll(1, -1) for key, value in inputs.items()} if pairs else {}
+    torch.testing.assert_close(logits(new, inputs), logits(small, inputs), rtol=0, atol=1e-12)

@@ -12,7 +12,10 @@ from sparsetrain.core.fields import shown
 
 AXES = ("hidden", "ffn", "heads", "layers")
 DEPTHS, REWINDS = ("stack", "interpolate"), ("none", "official", "all")
-SYNTAX = "Write sizes as hidden=64, ffn/2 or layers*2, separated by spaces, a line after its share of the steps if not"
+SYNTAX = (
+    "Write sizes as hidden=64, ffn/2 or layers*2, separated by spaces, after a share of the steps if parts are "
+    "not even: 30% ffn/2 layers/2|ffn*2|40% layers*2."
+)
 _CHANGE = re.compile(r"([a-z_]+)([=*/])(\d{1,7})")
 _SHARE = re.compile(r"(\d{1,2}(?:\.\d{1,4})?)%")
 Sizes = dict[str, int]
@@ -104,10 +107,10 @@ class MaskedGrowth(MethodConfig, method="masked_growth"):
         left = len(found) - len(given)
         rest = (1 - sum(given)) / left if left else 0.0
         if (left == 0 and not math.isclose(sum(given), 1.0, abs_tol=1e-6)) or (left and rest <= 0):
-            total = f"{100 * sum(given):g}%"
+            also = ", and parts without a share are left" if left else ""
             raise ValueError(
-                f"masked_growth: plan gives away {total} of the steps{', and parts without a share are left' * bool(left)}"
-                ". Shares of all parts must add up to 100%, or leave something for those without."
+                f"masked_growth: plan gives away {100 * sum(given):g}% of the steps{also}. "
+                "Shares of all parts must add up to 100%, or leave something for those without."
             )
         return [(rest if share is None else share, changes) for share, changes in found]
 
@@ -151,7 +154,7 @@ class MaskedGrowth(MethodConfig, method="masked_growth"):
             raise ValueError(f"{name}: targets, layers and from_depth choose sites, and a model grows as a whole. "
                              "Leave them out.")  # fmt: skip
         if not self.plan:
-            raise ValueError(f"{name}: plan=() has no part. {SYNTAX} even.")
+            raise ValueError(f"{name}: plan=() has no part. {SYNTAX}")
         parts = self.parts()
         short = min((share for share, _ in parts[1:]), default=1.0)
         if short <= self.ramp_ratio:
@@ -167,19 +170,14 @@ def _part(line: str) -> tuple[float | None, tuple[Change, ...]]:
     changes = tuple(_change(line, word) for word in (words[1:] if share else words))
     axes = [change.axis for change in changes]
     if not changes or len(set(axes)) < len(axes) or (share is not None and not float(share[1])):
-        raise ValueError(
-            f"masked_growth: plan={shown(line)}: no size, one twice, or no steps. {SYNTAX} even: {_EXAMPLE}."
-        )
+        raise ValueError(f"masked_growth: plan={shown(line)}: no size, one twice, or no steps. {SYNTAX}")
     return None if share is None else float(share[1]) / 100, changes
-
-
-_EXAMPLE = "30% ffn/2 layers/2|ffn*2|40% layers*2"
 
 
 def _change(line: str, word: str) -> Change:
     found = _CHANGE.fullmatch(word)
     if found is None or not int(found[3]):
-        raise ValueError(f"masked_growth: plan={shown(line)}: {shown(word)} is no size. {SYNTAX} even: {_EXAMPLE}.")
+        raise ValueError(f"masked_growth: plan={shown(line)}: {shown(word)} is no size. {SYNTAX}")
     if found[1] not in AXES:
         raise ValueError(
             f"masked_growth: plan={shown(line)}: unknown axis {found[1]!r}.{suggest(found[1], AXES)} "

@@ -88,7 +88,7 @@ def resized(model: Any, anatomy: Anatomy, sizes: Sizes, sources: list[int], devi
     """
     config, site = copy.deepcopy(model.config), anatomy.attentions[0]
     hidden = config.hidden_size
-    keys = {key: sizes["hidden"] for key in AS_HIDDEN if getattr(config, key, None) == hidden}
+    keys: dict[str, Any] = {key: sizes["hidden"] for key in AS_HIDDEN if getattr(config, key, None) == hidden}
     keys |= {next(key for key in FFN_KEYS if hasattr(config, key)): sizes["ffn"]}
     keys |= {"hidden_size": sizes["hidden"], "num_attention_heads": sizes["heads"], "num_hidden_layers": len(sources)}
     if getattr(config, "num_key_value_heads", None) is not None:
@@ -105,25 +105,53 @@ def resized(model: Any, anatomy: Anatomy, sizes: Sizes, sources: list[int], devi
     return new.to(next(model.parameters()).dtype).train(model.training)
 
 
-def origins(old: Anatomy, new: nn.Module, sources: list[int]) -> dict[str, Origin]:
+def origins(old: nn.Module, new: nn.Module, sources: list[int]) -> dict[str, Origin]:
     """Where the parameters of an enlarged model come from: corners, whose rest is as the new model was made.
 
     New layers are copies, and start without optimizer state.
+
+    Raises:
+        ValueError: a parameter grows as no axis does.
     """
-    blocks = describe(new).blocks
-    fused = {
-        f"{linear.name}.{kind}": (-1 if linear.transposed or kind == "bias" else 0, len(linear.parts))
-        for block in blocks
-        for linear in block.linears
-        if linear.parts
-        for kind in ("weight", "bias")
-    }
+    small, large = describe(old), describe(new)
+    axes = list(zip(_channels(small), _channels(large), strict=True))
+    shapes = {name: parameter.shape for name, parameter in old.named_parameters()}
     found = {}
-    for name, _ in new.named_parameters():
-        place = next((i for i, block in enumerate(blocks) if name.startswith(f"{block.name}.")), None)
-        source = name
+    for name, parameter in new.named_parameters():
+        place = next((i for i, block in enumerate(large.blocks) if name.startswith(f"{block.name}.")), None)
+        source, first = name, True
         if place is not None:
-            source = old.blocks[sources[place]].name + name.removeprefix(blocks[place].name)
-        first = place is None or sources.index(sources[place]) == place
-        found[name] = Origin(source, fill=None, carry=first, parts=fused.get(name))
+            source = small.blocks[sources[place]].name + name.removeprefix(large.blocks[place].name)
+            first = sources.index(sources[place]) == place
+        parts = _parts(name, shapes[source], parameter.shape, axes)
+        found[name] = Origin(source, fill=None, carry=first, parts=parts)
+    return found
+
+
+def _channels(anatomy: Anatomy) -> tuple[int, ...]:
+    """Channels of hidden, FFN, heads and key/value heads."""
+    sizes, site = sizes_of(anatomy), anatomy.attentions[0]
+    return sizes["hidden"], sizes["ffn"], sizes["heads"] * site.head_dim, site.num_kv_heads * site.head_dim
+
+
+def _parts(name: str, old: torch.Size, new: torch.Size, axes: list[tuple[int, int]]) -> tuple[int, int] | None:
+    """(dimension, number) of the equal parts in which an axis lies in a parameter; None where it lies there once.
+
+    Args:
+        axes: (old size, new size) of each axis, in channels.
+
+    Raises:
+        ValueError: a dimension grows as no axis does.
+    """
+    found = None
+    for dim, (before, after) in enumerate(zip(old, new, strict=True)):
+        if before == after or (before, after) in axes:
+            continue
+        count = next((before // b for b, a in axes if b < a and before % b == 0 and before // b * a == after), None)
+        if count is None:
+            raise ValueError(
+                f"masked_growth cannot tell how {name} grows from {tuple(old)} to {tuple(new)}: its dimension {dim} "
+                "follows no axis. Grow other axes, or another model."
+            )
+        found = dim, count
     return found

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsetrain.core.anatomy import Anatomy, Undo, describe
+from sparsetrain.core.anatomy import Anatomy, Undo
 from sparsetrain.core.cost import Cost
 from sparsetrain.methods.masked_growth.config import AXES, GrowthRamp, MaskedGrowth, ramp_of
 from sparsetrain.methods.masked_growth.masks import Place, places
@@ -64,7 +64,7 @@ def enter(config: MaskedGrowth, stage: int, model: Any, anatomy: Anatomy, kept: 
         begin=sum(part.share for part in parts[:stage]),
         end=sum(part.share for part in parts[: stage + 1]),
     )
-    return Grown(model=new, origins=origins(anatomy, new, sources), edits=(ramp,))
+    return Grown(model=new, origins=origins(model, new, sources), edits=(ramp,))
 
 
 def edits(config: GrowthRamp, anatomy: Anatomy, model: nn.Module) -> list[Edit]:
@@ -140,7 +140,7 @@ def new_entries(
     shapes = {name: p.shape for name, p in before.named_parameters()}
     found: list[Any] = []
     new_blocks = tuple(b.name + "." for b in anatomy.blocks if b.layer not in config.old_layers)
-    for name, origin in origins(describe(before), model, sources).items():
+    for name, origin in origins(before, model, sources).items():
         parameter, (source,) = model.get_parameter(name), origin.olds
         if name.startswith(new_blocks):
             found.append((parameter, None, None))
