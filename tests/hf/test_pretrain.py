@@ -179,6 +179,17 @@ def test_every_task_trains_across_a_switch(tmp_path: Path, data: str, seq_len: i
     assert 0 <= result.run["accuracy"]["after_training"] <= 1  # type: ignore[typeddict-item, operator]
 
 
+def test_a_model_that_is_saved_under_older_names_is_resumed(tmp_path: Path) -> None:
+    asked = images(tmp_path, save_every=1, steps=4)
+    whole = pretrain(asked.model_copy(update={"output": str(tmp_path / "whole"), "save_every": 0}), write=False)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(asked, callbacks=[StopAt(2)], write=False)
+    resumed = pretrain(asked.model_copy(update={"resume": True}), write=False)
+    assert resumed.resumed_from == 2 and losses(resumed) == losses(whole)
+    weights = [load(tmp_path / name).model.state_dict() for name in ("out", "whole", "out/checkpoint-4")]
+    assert all(torch.equal(weights[0][name], other[name]) for other in weights[1:] for name in weights[0])
+
+
 @pytest.mark.parametrize("stop", [3, 4, 5], ids=["before the switch", "at it", "after it"])
 @pytest.mark.parametrize("method", [FLOOD, TWO_FOUR], ids=["flood", "2:4"])
 def test_resumed_runs_give_the_same_losses(tmp_path: Path, method: dict[str, Any], stop: int) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.core.plain_files import regular_file
@@ -43,6 +44,24 @@ def plain_states(checkpoint: Path | None) -> Iterator[None]:
             f"{checkpoint} holds a file that is no plain state of an optimizer, schedule or random generator. Pickled "
             "code is never run; resume from a checkpoint that was written here."
         ) from None
+
+
+@contextmanager
+def own_names(model: Any) -> Iterator[None]:
+    """Inside, a model is saved with its parameters named as it names them.
+
+    transformers saves some families (ViT, mixtures of experts) under the names of its earlier versions, and its
+    Trainer, which goes on from a checkpoint by those of the model, would leave what it does not find as it was drawn.
+    `from_pretrained` reads both.
+    """
+    if not isinstance(model, PreTrainedModel):
+        yield
+        return
+    vars(model)["save_pretrained"] = partial(type(model).save_pretrained, model, save_original_format=False)
+    try:
+        yield
+    finally:
+        del vars(model)["save_pretrained"]
 
 
 class CheckpointCallback(TrainerCallback):

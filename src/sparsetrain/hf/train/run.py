@@ -21,7 +21,7 @@ from sparsetrain.hf.model import models
 from sparsetrain.hf.model.io import save
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.callbacks import SparsityCallback
-from sparsetrain.hf.train.checkpoint import CheckpointCallback, plain_states
+from sparsetrain.hf.train.checkpoint import CheckpointCallback, own_names, plain_states
 from sparsetrain.hf.train.finite import FiniteCallback
 from sparsetrain.hf.train.held_out import KnownQuality, measure_quality
 from sparsetrain.hf.train.journal import EvalCallback, Journal, SavedCallback
@@ -234,7 +234,7 @@ def _train_stage(course: Course, trainer: Trainer, left: Path | None) -> None:
     set_seed(course.recipe.seed)
     reset_peak(course.parts.device)
     try:
-        with plain_states(left):
+        with plain_states(left), own_names(trainer.model):
             trainer.train(resume_from_checkpoint=None if left is None else str(left))
     except BaseException:
         clear_interrupted(course.output)

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
 from sparsetrain.hf.train.callbacks import restart_schedule
-from sparsetrain.hf.train.checkpoint import plain_states
+from sparsetrain.hf.train.checkpoint import own_names, plain_states
 from sparsetrain.hf.train.journal import Journal
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.runs.kept import KeptWeights
@@ -97,7 +97,8 @@ def enter_stage(
         folder = output / ENTERING
         leave_entry(output)
         trainer = Trainer(model=grown.model, args=arguments)
-        trainer.save_model(str(folder))
+        with own_names(grown.model):
+            trainer.save_model(str(folder))
         for path in left.iterdir():
             if path.name in ("scheduler.pt", "trainer_state.json") or path.name.startswith("rng_state"):
                 shutil.copyfile(path, folder / path.name)
