@@ -83,3 +83,10 @@ def test_the_recipe_of_a_2_4_gpt(call: Call, text: Path, tmp_path: Path) -> None
     flags = ("--data", text, "--seq-len", 64, "--output", tmp_path / "run", "--dry-run", "--set", "n_layer=2")
     assert call("pretrain", "--recipe", EXAMPLES / "gpt-2-4.yaml", *flags).code == 0
     check_task(open_architecture(recipe := PretrainRecipe.from_yaml(EXAMPLES / "vit-2-4.yaml")), recipe)
+
+
+def test_the_recipe_of_a_growing_gpt(call: Call, text: Path, tmp_path: Path) -> None:
+    flags = ("--data", text, "--seq-len", 64, "--output", tmp_path / "run", "--dry-run")
+    shown = call("pretrain", "--recipe", EXAMPLES / "grow.yaml", *flags)
+    assert shown.code == 0 and "hidden*2 heads*2 ffn*2, masked" in shown.out
+    assert "1,601 to 1,680" in shown.out and "2,481 to 4,000" in shown.out
