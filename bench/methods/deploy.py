@@ -42,6 +42,14 @@ TIMES_STEPS = {"movie-reviews": 4}
 SHARES = {"python-docstrings": (0.1, 0.15, 0.3), "movie-reviews": (0.1, 0.3, 0.5)}
 """Tokens that are selected, by data; `OTHER_SHARES` elsewhere, where targets are more than those."""
 OTHER_SHARES = (0.3, 0.5, 0.7)
+CONTEXTS = (
+    (1, "attended", True),
+    (1, "near", True),
+    (0, "attended", True),
+    (1, "attended", False),
+    (1, "random", False),
+)
+"""(which share, what fills it up after all targets, whether keys of other tokens train)."""
 LIGHT = (4, 6, 7, 14, 16, 17, 18, 20, 24, 27)  # the ten that cost least alone, of SmolLM2's 30 (docs/log.md)
 DEMO = (*range(3, 8), *range(9, 19), *range(20, 25), *range(26, 29))  # the 23 of the recipe examples/spt.yaml
 OF_MINILM = {LIGHT: (4, 5), DEMO: (1, 2, 3, 4, 5)}
@@ -83,9 +91,9 @@ def arms(data: str) -> dict[str, Arm]:
     found |= {"attention": Arm((PQ,)), "ffn-light": Arm((light,)), "ffn-demo": Arm((demo,)), "spt": Arm((PQ, demo))}
     found |= {"tokens+attention": Arm((middle, PQ)), "tokens+spt": Arm((middle, PQ, demo))}
     if DATA[data]["task"] == "sft":
-        for context in ("random", "near", "attended"):
-            kept = tokens(data, shares[1], keep_all_targets=True, context=context)
-            found[f"tokens-{shares[1]}-all-{context}"] = Arm((kept,), chosen=True)
+        for share, context, keys in CONTEXTS:
+            kept = tokens(data, shares[share], keep_all_targets=True, context=context, train_keys=keys)
+            found[f"tokens-{shares[share]}-all-{context}{'-keys' * keys}"] = Arm((kept,), chosen=True)
         few = {"dense_tokens": "targets"}
         found |= {"attention-context": Arm(({**PQ, **few},)), "ffn-light-context": Arm(({**light, **few},))}
         found["tokens+attention-context"] = Arm((middle, {**PQ, **few}))

@@ -38,8 +38,8 @@ def some_rows(batch_size: int, tokens: int, k: int = 30, seed: int = 0) -> Rows:
 
 
 @contextmanager
-def cut_by_hooks(model: Any, selected_bt: Tensor) -> Iterator[None]:
-    """where(selected, x, x.detach()) at every block's input and output and at every K and V."""
+def cut_by_hooks(model: Any, selected_bt: Tensor, train_keys: bool = False) -> Iterator[None]:
+    """where(selected, x, x.detach()) at every block's input and output and, unless they train, at every K and V."""
 
     def cut(module: nn.Module, args: Any, out: Any) -> Any:
         if isinstance(out, tuple):
@@ -59,7 +59,7 @@ def cut_by_hooks(model: Any, selected_bt: Tensor) -> Iterator[None]:
     for block in describe(model).blocks:
         module = model.get_submodule(block.name)
         hooks += [module.register_forward_hook(cut), module.register_forward_pre_hook(cut_input, with_kwargs=True)]
-        for name, child in model.get_submodule(block.attention.name).named_children():
+        for name, child in () if train_keys else model.get_submodule(block.attention.name).named_children():
             if name in KEYS:
                 hooks.append(child.register_forward_hook(cut))
             if name == "c_attn":
@@ -113,15 +113,19 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
         assert (found[name] - grad).abs().max() <= tolerance * scale, name
 
 
+keys = pytest.mark.parametrize("train_keys", [False, True], ids=["", "train_keys"])
+
+
 @every
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_gradients_equal_the_detach_oracle(family: str, backend: str) -> None:
+@keys
+def test_gradients_equal_the_detach_oracle(family: str, backend: str, train_keys: bool) -> None:
     case = FAMILIES[family]
     model, batch = doubled(case)
     rows = some_rows(2, tokens_of(case, batch))
-    with cut_by_hooks(model, rows.selected_bt):
+    with cut_by_hooks(model, rows.selected_bt, train_keys):
         logits, expected = gradients(model, batch, rows)
-    sparsetrain.sparsify(model, TokenSelection())
+    sparsetrain.sparsify(model, TokenSelection(train_keys=train_keys))
     with sparsetrain.use_backend(backend):
         found_logits, found = selected_gradients(model, batch, rows)
     assert torch.equal(found_logits, logits) or backend == "reference"
@@ -158,11 +162,12 @@ def test_evaluation_and_restored_models_are_untouched(family: str) -> None:
 
 @every
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_changes_no_gradient(family: str, reentrant: bool) -> None:
+@keys
+def test_checkpointing_changes_no_gradient(family: str, reentrant: bool, train_keys: bool) -> None:
     case = FAMILIES[family]
     model, batch = doubled(case)
     rows = some_rows(2, tokens_of(case, batch))
-    sparsetrain.sparsify(model, TokenSelection())
+    sparsetrain.sparsify(model, TokenSelection(train_keys=train_keys))
     _, expected = selected_gradients(model, batch, rows)
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
@@ -383,16 +388,17 @@ def with_lora(model: Any, dropout: float = 0.0) -> Any:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "opt", "qwen3", "vit"])
-def test_lora_gradients_equal_the_detach_oracle(family: str) -> None:
+@keys
+def test_lora_gradients_equal_the_detach_oracle(family: str, train_keys: bool) -> None:
     case = FAMILIES[family]
     model, batch = doubled(case)
     model = with_lora(model).train()
     rows = some_rows(2, tokens_of(case, batch))
     base = model.get_base_model()
-    with cut_by_hooks(base, rows.selected_bt):
+    with cut_by_hooks(base, rows.selected_bt, train_keys):
         logits, expected = gradients(model, batch, rows)
     again, _ = doubled(case)
-    sparsetrain.sparsify(again, TokenSelection())
+    sparsetrain.sparsify(again, TokenSelection(train_keys=train_keys))
     again = with_lora(again).train()
     found_logits, found = selected_gradients(again, batch, rows)
     assert torch.equal(found_logits, logits)
@@ -428,10 +434,11 @@ def test_lora_beside_a_bf16_model_is_as_near_as_pefts(family: str, monkeypatch: 
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_lora_dropout_survives_checkpointing(reentrant: bool) -> None:
+@keys
+def test_lora_dropout_survives_checkpointing(reentrant: bool, train_keys: bool) -> None:
     case = FAMILIES["llama"]
     model, batch = doubled(case)
-    sparsetrain.sparsify(model, TokenSelection())
+    sparsetrain.sparsify(model, TokenSelection(train_keys=train_keys))
     model = with_lora(model, dropout=0.3).train()
     rows = some_rows(2, 100)
     torch.manual_seed(7)
@@ -446,8 +453,9 @@ def test_lora_dropout_survives_checkpointing(reentrant: bool) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "opt"])
 @pytest.mark.parametrize("checkpointing", [None, False, True])
 @pytest.mark.parametrize("methods", ["routed_ffn", "pq_attention", "both"])
+@keys
 def test_sparse_context_and_selected_targets_equal_the_definition(
-    family: str, methods: str, checkpointing: bool | None
+    family: str, methods: str, checkpointing: bool | None, train_keys: bool
 ) -> None:
     """Selected tokens attend to all keys, others sparsely; a routed FFN treats both alike; codebooks learn from all."""
     case = FAMILIES[family]
@@ -459,7 +467,8 @@ def test_sparse_context_and_selected_targets_equal_the_definition(
         model, batch = doubled(case)
         rows = some_rows(2, 100)
         calibration = [{n: x for n, x in case.batch(4, seed=5).items()}]
-        handle = sparsetrain.sparsify(model, TokenSelection(), *configs, calibration=calibration)
+        selection = TokenSelection(train_keys=train_keys)
+        handle = sparsetrain.sparsify(model, selection, *configs, calibration=calibration)
         model.double()
         handle.step(1, 10)
         if checkpointing is not None and backend == "auto":

@@ -21,8 +21,9 @@ LOOKS = [
     TokenSelection(policy="loss"),
     TokenSelection(policy="gradient_norm", pool="targets", keep_ratio=0.6),
     TokenSelection(pool="targets", keep_all_targets=True, context="attended", num_tokens=40),
+    TokenSelection(pool="targets", keep_all_targets=True, context="attended", num_tokens=40, train_keys=True),
 ]
-looks = pytest.mark.parametrize("config", LOOKS, ids=["loss", "gradient_norm", "attended"])
+looks = pytest.mark.parametrize("config", LOOKS, ids=["loss", "gradient_norm", "attended", "train_keys"])
 
 
 def labelled(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -88,7 +89,7 @@ def test_gradients_after_a_look_equal_the_detach_oracle(config: TokenSelection, 
     rows = selector_of(model).rows
     model.zero_grad()
     handle.restore()
-    with cut_by_hooks(model, rows.selected_bt):
+    with cut_by_hooks(model, rows.selected_bt, config.train_keys):
         logits = model(**{name: x for name, x in given.items() if name != "labels"}).logits
     target = F.pad(given["labels"][:, 1:], (0, 1), value=-100).where(rows.selected_bt, -100)
     expected = F.cross_entropy(logits.flatten(0, 1), target.flatten())

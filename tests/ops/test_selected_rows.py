@@ -112,7 +112,10 @@ def test_dropout_uses_the_mask_that_was_drawn() -> None:
 
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
 @pytest.mark.parametrize("known", [False, True])
-def test_attention_equals_the_detach_definition(case: Case, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("context", [False, True], ids=["", "context"])
+def test_attention_equals_the_detach_definition(
+    case: Case, known: bool, context: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sparsetrain.ops.selected_rows.attention.TILE_ROWS", 6 * case.heads // case.kv_heads)
     b, t, d = 2, case.tokens, case.head_dim
     segments = case.segment_ids()
@@ -124,15 +127,17 @@ def test_attention_equals_the_detach_definition(case: Case, known: bool, monkeyp
     shapes = ((b, case.heads, t, d), (b, case.kv_heads, t, d), (b, case.kv_heads, t, d))
     q, k, v = (torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes)
     weight = torch.randn(b, t, case.heads, d, dtype=torch.float64)
+    cut = [keep(x.transpose(1, 2), rows.selected_bt).transpose(1, 2) for x in (q, k, v)]
     dense = selected_attention_reference(
-        *(keep(x.transpose(1, 2), rows.selected_bt).transpose(1, 2) for x in (q, k, v)),
-        rows.selected_bt, scale=0.4, segments_bt=segments, causal=case.causal, window=case.window,
+        *((cut[0], k, v) if context else cut),
+        torch.ones_like(rows.selected_bt) if context else rows.selected_bt, scale=0.4, segments_bt=segments, causal=case.causal, window=case.window,
     ).transpose(1, 2)  # fmt: skip
     expected = torch.autograd.grad((dense * weight)[rows.selected_bt].sum(), (q, k, v))
     everything = KeyValues(k.detach(), v.detach(), case.causal, 0.4, segments, case.window)
     q_s, k_s, v_s = (take_rows(x.transpose(1, 2), rows).transpose(1, 2) for x in (q, k, v))
     values = rows.gather(dense.detach()).transpose(1, 2) if known else None
-    out = selected_attention(q_s, k_s, v_s, everything, rows, known=values).transpose(1, 2)
+    more = (k, v) if context else None
+    out = selected_attention(q_s, k_s, v_s, everything, rows, known=values, context=more).transpose(1, 2)
     near = TOLERANCE[torch.float64]
     torch.testing.assert_close(used(out, rows), dense[rows.selected_bt].detach(), rtol=near, atol=near)
     found = torch.autograd.grad((used(out, rows) * weight[rows.selected_bt]).sum(), (q, k, v))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
+import multiprocessing
 import os
 import resource
 import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -69,61 +71,68 @@ def inputs(root: Path, seed: int, share: float, only: str | None) -> Iterator[Do
 def kills(root: Path, seed: int, share: float, only: str | None) -> Iterator[Done]:
     """Each of ten recipes, killed where it writes and while it computes, and asked to go on until it ends: the result
     must be the one of an undisturbed run, and no file that it didn't write may go."""
-    whole = {name: _undisturbed(root, name) for name in RUNS if only is None or only.startswith(f"{name}-kill")}
     each = max(1, round(NUM_KILLS * share / len(RUNS)))
-    for name, number in itertools.product(whole, range(each)):
-        label = f"{name}-kill{number}"
-        if only not in (None, label):
-            continue
-        reference, events, seconds = whole[name]
-        draw = Random(f"{seed}/{label}")
-        folder = _copy(root, label)
-        before = snapshot(folder)
-        # three in four at a write (evenly over all of them), the others at a moment of the computing
-        if number % 4 != 3:
-            at = 1 + int(events * (number + draw.random()) / each)
-            ended = run_one(Job(RUNS[name], folder, label, before=lambda at=at: _at_write(at, _end_at_once)))
-        else:
-            ended = run_one(Job(RUNS[name], folder, label, kill_after=seconds * draw.random()))
-        found = half_written(folder, before)[:1]
-        again = run_one(Job((*RUNS[name], "--resume"), folder, label)) if ended.code else ended
-        if again.code and "finished" not in again.err:  # killed after its last file
-            found.append("not resumed")
-        else:
-            found += _unequal(reference, folder / "out")
-        found += ["foreign files touched"] if touched(folder, before) else []
-        yield _done(label, Job((*RUNS[name], "--resume"), folder, label), again, found, only)
+    cases = [(name, number) for name, number in itertools.product(RUNS, range(each))]
+    cases = [(name, number) for name, number in cases if only in (None, f"{name}-kill{number}")]
+    _prepare(root, {name for name, _ in cases})
+    yield from _two_at_once(_kill_one, [(root, seed, name, number, each, only) for name, number in cases])
+
+
+def _kill_one(root: Path, seed: int, name: str, number: int, each: int, only: str | None) -> Done:
+    reference, events, seconds = _undisturbed(root, name)
+    label = f"{name}-kill{number}"
+    draw = Random(f"{seed}/{label}")
+    folder = _copy(root, label)
+    before = snapshot(folder)
+    # three in four at a write (evenly over all of them), the others at a moment of the computing
+    if number % 4 != 3:
+        at = 1 + int(events * (number + draw.random()) / each)
+        ended = run_one(Job(RUNS[name], folder, label, before=lambda: _at_write(at, _end_at_once)))
+    else:
+        ended = run_one(Job(RUNS[name], folder, label, kill_after=seconds * draw.random()))
+    found = half_written(folder, before)[:1]
+    again = run_one(Job((*RUNS[name], "--resume"), folder, label)) if ended.code else ended
+    if again.code and "finished" not in again.err:  # killed after its last file
+        found.append("not resumed")
+    else:
+        found += _unequal(reference, folder / "out")
+    found += ["foreign files touched"] if touched(folder, before) else []
+    return _done(label, Job((*RUNS[name], "--resume"), folder, label), again, found, only)
 
 
 def disks(root: Path, seed: int, share: float, only: str | None) -> Iterator[Done]:
     """A disk that is full after some kilobytes: the run ends without a fault of `judge`, leaves nothing half-written,
     and once there is room it goes on and ends as an undisturbed run does."""
     names = ["both", "full", "pretrained", "compared"]
-    whole = {name: _undisturbed(root, name) for name in names}
-    for number in range(max(1, round(NUM_DISKS * share))):
-        name = names[number % len(names)]
-        label = f"{name}-disk{number}"
-        if only not in (None, label):
-            continue
-        folder = _copy(root, label)
-        size = sum(path.stat().st_size for path in whole[name][0].rglob("*") if path.is_file())
-        room = int(size * (number + 0.5) / NUM_DISKS) // 4096 * 4096 + 4096
-        (folder / "out").mkdir()
-        before = snapshot(folder)
-        ended = run_one(Job(RUNS[name], folder, label, before=lambda room=room: _small_disk(room)))
-        if (kept := folder / KEPT).exists():  # the room is given back: what was on the small disk is on a large one
-            (folder / "out").rmdir()
-            kept.rename(folder / "out")
-        found = faults_of(ended, folder, before, must_fail=False, as_json=False)
-        again = run_one(Job((*RUNS[name], "--resume"), folder, label)) if ended.code else ended
-        found += ["not resumed"] if again.code else _unequal(whole[name][0], folder / "out")
-        found += ["foreign files touched"] if touched(folder, before) else []
-        yield _done(label, Job((*RUNS[name], "--resume"), folder, label), again, found, only)
+    cases = [(names[number % len(names)], number) for number in range(max(1, round(NUM_DISKS * share)))]
+    cases = [(name, number) for name, number in cases if only in (None, f"{name}-disk{number}")]
+    _prepare(root, {name for name, _ in cases})
+    yield from _two_at_once(_fill_one, [(root, name, number, only) for name, number in cases])
+
+
+def _fill_one(root: Path, name: str, number: int, only: str | None) -> Done:
+    reference, _, _ = _undisturbed(root, name)
+    label = f"{name}-disk{number}"
+    folder = _copy(root, label)
+    size = sum(path.stat().st_size for path in reference.rglob("*") if path.is_file())
+    room = int(size * (number + 0.5) / NUM_DISKS) // 4096 * 4096 + 4096
+    (folder / "out").mkdir()
+    before = snapshot(folder)
+    ended = run_one(Job(RUNS[name], folder, label, before=lambda: _small_disk(room)))
+    if (kept := folder / KEPT).exists():  # the room is given back: what was on the small disk is on a large one
+        (folder / "out").rmdir()
+        kept.rename(folder / "out")
+    found = faults_of(ended, folder, before, must_fail=False, as_json=False)
+    again = run_one(Job((*RUNS[name], "--resume"), folder, label)) if ended.code else ended
+    found += ["not resumed"] if again.code else _unequal(reference, folder / "out")
+    found += ["foreign files touched"] if touched(folder, before) else []
+    return _done(label, Job((*RUNS[name], "--resume"), folder, label), again, found, only)
 
 
 def doubles(root: Path, seed: int, share: float, only: str | None) -> Iterator[Done]:
     """Two runs on one output at the same moment: one ends well, the other is refused, and the files are one run's."""
     names = ["lora", "both", "compared", "pretrained"]
+    _prepare(root, set(names))
     whole = {name: _undisturbed(root, name) for name in names}
     for number in range(max(1, round(NUM_DOUBLES * share))):
         name = names[number % len(names)]
@@ -153,6 +162,17 @@ def doubles(root: Path, seed: int, share: float, only: str | None) -> Iterator[D
 
 
 PARTS: dict[str, Part] = {"inputs": inputs, "kills": kills, "disks": disks, "doubles": doubles}
+
+
+def _two_at_once(case: Callable[..., Any], of: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+    """What a case returns for each of its arguments, as they end: two children that start children of their own."""
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
+        yield from (ended.result() for ended in as_completed([pool.submit(case, *arguments) for arguments in of]))
+
+
+def _prepare(root: Path, names: Iterable[str]) -> None:
+    """Run what a part compares with; what is there already is not run again."""
+    list(_two_at_once(_undisturbed, [(root, name) for name in sorted(names)]))
 
 
 def _copy(root: Path, name: str) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -154,7 +155,11 @@ def has_lora_bias(module: nn.Module) -> bool:
 
 def adapter_kind(module: nn.Module) -> str:
     """An adapter's layer by PEFT's package and class (`lora.Linear`, `vera.Linear`); other classes by their name."""
-    kind = type(module)
+    return _name_of(type(module))
+
+
+@cache
+def _name_of(kind: type) -> str:
     place = kind.__module__.split(".")
     return f"{place[2]}.{kind.__name__}" if place[:2] == ["peft", "tuners"] else kind.__name__
 

@@ -21,10 +21,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sparsetrain.core.modes import evaluating
+from sparsetrain.core.modes import evaluating, flagged_evaluating, modules_of
 from sparsetrain.methods.token_selection.loss import head_of, takes_rows
-from sparsetrain.methods.token_selection.module import SelectedBlock
-from sparsetrain.methods.token_selection.passes import adapters_on_all_rows, attend_to_all, key_values
+from sparsetrain.methods.token_selection.module import SelectedBlock, detached
+from sparsetrain.methods.token_selection.passes import (
+    Context,
+    adapters_on_all_rows,
+    attend_to_all,
+    key_values,
+    trained_keys,
+)
 from sparsetrain.methods.token_selection.policies import Batch
 from sparsetrain.methods.token_selection.scores import scores_at_head
 from sparsetrain.methods.token_selection.selector import Kept, Selector
@@ -58,9 +64,12 @@ def look_ahead(model: Any, given: dict[str, Any], *, policy: str | None, attende
     look = Look(Rows.of([row.nonzero().flatten() for row in target_bt != IGNORED], target_bt.shape[1]), attended)
     names = model.argument_names()
     inputs = {name: value for name, value in given.items() if name in names and name not in ("labels", SHIFTED)}
-    with evaluating(model), selector.head_is(look.note_head), look.into(model):
+    modules = modules_of(model)
+    alike = _runs_alike(modules, given)
+    evaluates = flagged_evaluating(modules) if alike else evaluating(model)
+    with evaluates, selector.head_is(look.note_head), look.into(modules):
         model.forward(**inputs)
-    if _runs_alike(model, given) and not look.drops:
+    if alike and not look.drops:
         selector.kept = look.kept
     found = {}
     if policy:
@@ -146,10 +155,10 @@ class Look(TorchFunctionMode):
         return hidden_btd
 
     @contextmanager
-    def into(self, model: nn.Module) -> Iterator[None]:
-        """Every converted block of the model is noted inside."""
+    def into(self, modules: list[nn.Module]) -> Iterator[None]:
+        """Every converted block among a model's modules is noted inside."""
         with ExitStack() as stack:
-            for block in model.modules():
+            for block in modules:
                 state = vars(block).get("_modules", {}).get("selected")
                 if isinstance(state, SelectedBlock):
                     self._into_block(stack, block, state)
@@ -157,22 +166,31 @@ class Look(TorchFunctionMode):
             yield
 
     def _into_block(self, stack: ExitStack, block: nn.Module, state: SelectedBlock) -> None:
-        calls: list[AttentionCall] = []
+        calls: list[tuple[AttentionCall, Context | None]] = []
         attention = block.get_submodule(state.attention)
         sparse = stand_in_of(attention)
 
+        trains_keys = state.selector.config.train_keys
+
+        def begins(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            torch.set_grad_enabled(True)  # until the attention has keys and values
+            return detached(args), detached(kwargs)
+
         def attend(call: AttentionCall) -> Tensor:
-            calls.append(call)
+            calls.append((call, trained_keys(call) if trains_keys else None))
             if self.attended:
                 self._add_mass(call)
             return attend_to_all(call, key_values(call)) if sparse is None else sparse(call)
 
         def ran(module: nn.Module, args: Any, out: Any) -> None:
-            self.kept[state].append(Kept(out, key_values(calls.pop())))
+            call, context = calls.pop()
+            self.kept[state].append(Kept(out, key_values(call), context))
 
         stack.enter_context(standing_in(attention, attend))
         stack.enter_context(adapters_on_all_rows(plain_lora(block), None))
         stack.callback(block.register_forward_hook(ran).remove)
+        if trains_keys:
+            stack.callback(block.register_forward_pre_hook(begins, with_kwargs=True).remove)
 
     def _add_mass(self, call: AttentionCall) -> None:
         rows, t = self.targets.to(call.q.device), self.targets.num_tokens
@@ -181,11 +199,11 @@ class Look(TorchFunctionMode):
         self.mass_bt = mass_bt if self.mass_bt is None else self.mass_bt + mass_bt
 
 
-def _runs_alike(model: Any, given: dict[str, Any]) -> bool:
+def _runs_alike(modules: list[nn.Module], given: dict[str, Any]) -> bool:
     """Does the training forward say on all rows what a look says, dropout aside, and does nobody ask for a cache?"""
     if given.get("past_key_values") is not None or given.get("use_cache"):
         return False
     return not any(
-        getattr(m, "gradient_checkpointing", False) or (isinstance(m, Site) and not isinstance(m, SelectedBlock))
-        for m in model.modules()
+        vars(m).get("gradient_checkpointing") or (isinstance(m, Site) and not isinstance(m, SelectedBlock))
+        for m in modules
     )

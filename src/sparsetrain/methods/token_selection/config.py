@@ -35,6 +35,9 @@ class TokenSelection(MethodConfig, method="token_selection"):
         context: which tokens fill |S| up after the targets (pool=targets): `random`, as `policy` draws them; `near`,
             the closest to a target that sees them: in a causal model, those before one; `attended`, those that receive
             most attention from the targets, over all heads and layers, from a look at all rows before any is selected.
+        train_keys: keys and values of tokens that are not selected train what makes them too: their gradient reaches
+            the projections of their own block (its LoRA) and goes no further down. Saved then: what enters the
+            projections, for all tokens.
         always_keep: positions of every sample that are always selected: `first`, `last`.
         extra: the always-kept tokens come on top of |S| = floor(keep_ratio·(n - 2)) or num_tokens (published).
         ensure_target: if no selected token has a target, one that has takes the place of one that has not.
@@ -58,6 +61,7 @@ class TokenSelection(MethodConfig, method="token_selection"):
     scores: str = "now"
     keep_all_targets: bool = False
     context: str = "random"
+    train_keys: bool = False
     always_keep: tuple[str, ...] = ("first",)
     extra: bool = False
     ensure_target: bool = True

@@ -113,13 +113,14 @@ def _in_two_passes(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
     state: SelectedBlock = block.selected
     attention = block.get_submodule(state.attention)
     dense_bt = kwargs.get(DENSE)
-    notes, adapters = Notes(rows, diverges=dense_bt is not None), plain_lora(block)
+    notes = Notes(rows, diverges=dense_bt is not None, trains_keys=state.selector.config.train_keys)
+    adapters = plain_lora(block)
     first = kwargs if dense_bt is None else kwargs | {DENSE: dense_bt & ~rows.selected_bt}
     x = args[0] if args else kwargs["hidden_states"]
     notes.ends_at_attention = recomputing = getattr(block, "gradient_checkpointing", False) and in_backward()
     kept = state.selector.take_kept(state)
     if kept is not None:  # all rows have run already, when tokens were scored
-        out, notes.everything = kept
+        out, notes.everything, notes.context = kept
     else:
         out = _on_all_rows(block, attention, notes, adapters, x, args, first)
     own_args, own_kwargs = _on_rows(args, kwargs, rows)
@@ -141,14 +142,25 @@ def _in_two_passes(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
 def _on_all_rows(
     block: Any, attention: Any, notes: Notes, adapters: Adapters, x: Tensor, args: tuple, kwargs: dict[str, Any]
 ) -> Any:
-    """The first pass: what the block says, noted."""
+    """The first pass: what the block says, noted. Where keys train, gradient is on until the attention has them."""
     sparse = stand_in_of(attention)
     attends = AttentionOfAllRows(notes, sparse)
-    with torch.no_grad(), AllRows(notes), standing_in(attention, attends), adapters_on_all_rows(adapters, notes):
+    grad = torch.set_grad_enabled(notes.trains_keys)
+    args, kwargs = (detached(part) for part in (args, kwargs))
+    with grad, AllRows(notes), standing_in(attention, attends), adapters_on_all_rows(adapters, notes):
         try:
             return dense_forward(SelectsTokens, block, *args, **kwargs)
         except FoundKeys:  # a block that is recomputed for its backward needs no more of the other rows
             return x
+
+
+def detached(given: Any) -> Any:
+    """A block's arguments, as constants."""
+    if isinstance(given, dict):
+        return {name: detached(value) for name, value in given.items()}
+    if isinstance(given, (tuple, list)):
+        return type(given)(detached(value) for value in given)
+    return given.detach() if isinstance(given, Tensor) else given
 
 
 def _written_over(y: Tensor, y_selected: Tensor, rows: Rows) -> Tensor:
@@ -162,16 +174,17 @@ def _written_over(y: Tensor, y_selected: Tensor, rows: Rows) -> Tensor:
 
 
 def _by_definition(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """where(selected, x, x.detach()) at the block's input, keys, values and output."""
+    """where(selected, x, x.detach()) at the block's input, keys and values (unless these train) and output."""
     attention = block.get_submodule(block.selected.attention)
     selected_bt = rows.selected_bt
+    keys_bt = torch.ones_like(selected_bt) if block.selected.selector.config.train_keys else selected_bt
 
     sparse = stand_in_of(attention)
 
     def attend(call: AttentionCall) -> Tensor:
         form = {"causal": call.causal, "scale": call.scale, "window": call.window}
         form |= {"segments_bt": call.segments, "looks_at_bt": call.looks_at}
-        out = selected_attention_reference(call.q, call.k, call.v, selected_bt, **form)
+        out = selected_attention_reference(call.q, call.k, call.v, keys_bt, **form)
         if sparse is None:
             return out
         with torch.no_grad():

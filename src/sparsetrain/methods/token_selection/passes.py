@@ -37,6 +37,8 @@ from sparsetrain.surgery.lora import LinearParts, runs_as
 
 Adapters = Mapping[nn.Module, LinearParts]
 """Linears with their LoRA, as `surgery.lora.plain_lora` finds them."""
+Context = tuple[Tensor, Tensor]
+"""Keys and values of all rows [b, g, s, d], with gradient to what made them."""
 _KINDS: dict[Any, str] = {F.linear: "linear", torch.addmm: "addmm", F.dropout: "dropout"}
 
 
@@ -60,16 +62,19 @@ class Notes:
         everything: keys and values of all rows.
         with_loss: attaches the auxiliary loss of a sparse attention, on the queries and keys of all rows.
         diverges: it will, at the latest behind the attention: selected rows run dense where others do not.
+        trains_keys: what makes keys and values of the other rows gets gradient too, one block down and no further.
+        context: those of all rows with their graph, then.
         diverged: the second pass has other values than the first from here on: it attends to every key where the first
             attended sparsely, or the first pass ended at the attention. What was noted of linears is then not used;
             masks of dropouts are.
     """
 
-    def __init__(self, rows: Rows, diverges: bool = False) -> None:
-        self.rows, self.diverges = rows, diverges
+    def __init__(self, rows: Rows, diverges: bool = False, trains_keys: bool = False) -> None:
+        self.rows, self.diverges, self.trains_keys = rows, diverges, trains_keys
         self.said: list[Note | None] = []
         self.next = 0
         self.everything: KeyValues | None = None
+        self.context: Context | None = None
         self.with_loss: Callable[[Tensor], Tensor] | None = None
         self.attended: Tensor | None = None
         self.diverged = False
@@ -117,7 +122,7 @@ class AllRows(TorchFunctionMode):
             return self._dropout(*args, **kwargs)
         out = func(*args, **kwargs)
         weight = args[2] if kind == "addmm" else args[1] if len(args) > 1 else kwargs["weight"]
-        self.notes.said.append(Note(kind, self.notes.rows.gather(out), weight))
+        self.notes.said.append(Note(kind, self.notes.rows.gather(out.detach()), weight))
         return out
 
     def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -125,7 +130,7 @@ class AllRows(TorchFunctionMode):
             return x
         out, mask = torch.native_dropout(x, p, True)
         gather = self.notes.rows.gather
-        self.notes.said.append(Note("dropout", gather(out), keep_mask=gather(mask)))
+        self.notes.said.append(Note("dropout", gather(out.detach()), keep_mask=gather(mask)))
         return out
 
 
@@ -148,13 +153,16 @@ def _adapted(module: Any, parts: LinearParts, notes: Notes | None, x: Tensor) ->
     if notes is not None:
         notes.paused = True
     try:
-        out = adapted_product(x, parts) if mixed else type(module).forward(module, x)
+        if mixed:
+            out = adapted_linear(x, parts) if torch.is_grad_enabled() else adapted_product(x, parts)
+        else:
+            out = type(module).forward(module, x)
     finally:
         if notes is not None:
             notes.paused = paused
     if noted:
         assert notes is not None
-        notes.said.append(Note("adapted", notes.rows.gather(out), module.weight))
+        notes.said.append(Note("adapted", notes.rows.gather(out.detach()), module.weight))
     return out
 
 
@@ -230,6 +238,7 @@ class AttentionOfAllRows:
     def __call__(self, call: AttentionCall) -> Tensor:
         notes = self.notes
         notes.everything = key_values(call)
+        notes.context = trained_keys(call) if notes.trains_keys else None
         notes.with_loss = attaches_loss(self.sparse, call)
         if notes.ends_at_attention:
             raise FoundKeys
@@ -261,7 +270,8 @@ class AttentionOfSelectedRows:
         assert notes.everything is not None, "the second pass attends where the first did not"
         known, notes.attended = notes.attended, None
         notes.diverged = notes.diverged or notes.diverges or known is None
-        out = selected_attention(call.q, call.k, call.v, notes.everything, notes.rows, known=known)
+        context, notes.context = notes.context, None
+        out = selected_attention(call.q, call.k, call.v, notes.everything, notes.rows, known=known, context=context)
         with_loss, notes.with_loss = notes.with_loss, None
         return out if with_loss is None else with_loss(out)
 
@@ -278,8 +288,14 @@ def attaches_loss(sparse: StandIn | None, call: AttentionCall) -> Callable[[Tens
 
 def key_values(call: AttentionCall) -> KeyValues:
     """Keys and values of all rows of a call, and who may see them."""
-    k, v = _compact(call.k), _compact(call.v)
+    k, v = _compact(call.k.detach()), _compact(call.v.detach())
     return KeyValues(k, v, call.causal, call.scale, call.segments, call.window, call.looks_at)
+
+
+def trained_keys(call: AttentionCall) -> Context | None:
+    """Keys and values of a call with their graph, None if they have none; gradient is off from here on."""
+    torch.set_grad_enabled(False)
+    return (call.k, call.v) if call.k.requires_grad or call.v.requires_grad else None
 
 
 def _compact(x: Tensor) -> Tensor:

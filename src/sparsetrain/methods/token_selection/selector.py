@@ -19,10 +19,12 @@ Head = Callable[[Tensor], Tensor]
 
 
 class Kept(NamedTuple):
-    """What a block said on all rows before anything was selected: its output, keys and values."""
+    """What a block said on all rows before anything was selected: its output, keys and values; these with gradient to
+    what made them, too, if that is asked for."""
 
     out: Any
     everything: KeyValues
+    context: tuple[Tensor, Tensor] | None = None
 
 
 class Selector:

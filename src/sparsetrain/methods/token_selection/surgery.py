@@ -88,7 +88,8 @@ def costs(config: TokenSelection, block: Block, num_tokens: int) -> tuple[Cost, 
         # besides attention's and the FFN's own: the two norms' inputs, the projections' input and the output's
         dense = dense + Cost(flops=ffn.flops + projections, saved_elements=ffn.saved_elements + 3 * hidden)
     r = config.ratio(num_tokens)
-    saved = dense.saved_elements if r == 1 else r * dense.saved_elements + (1 - r) * kv_width
+    others = kv_width + (site.num_heads * site.head_dim if config.train_keys else 0)
+    saved = dense.saved_elements if r == 1 else r * dense.saved_elements + (1 - r) * others
     return dense, Cost(flops=dense.flops, saved_elements=saved)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, wraps
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ def selected_attention(
     rows: Rows,
     *,
     known: Tensor | None = None,
+    context: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """softmax(q Kᵀ · scale) V of the selected queries, [b, h, k, d].
 
@@ -67,6 +68,8 @@ def selected_attention(
         everything: keys and values of all rows, constants.
         rows: the positions of the selected rows.
         known: the result where it was computed already; None computes it.
+        context: keys and values of all rows once more, [b, g, s, d], through which gradient flows in the rows that are
+            not selected; None: those are constants.
 
     Returns: the attention's output on the selected rows. Unused slots of a ragged selection hold zeros when computed,
         and neither send nor receive gradient.
@@ -77,8 +80,19 @@ def selected_attention(
     q_bhkd, k_bgkd, v_bgkd, keys, values = (x.to(dtype) for x in (q_bhkd, k_bgkd, v_bgkd, e.k_bgsd, e.v_bgsd))
     if known is None:
         known = _forward(q_bhkd.detach(), everything, rows)
+    form = (e.causal, e.scale, e.window)
     return _Attention.apply(
-        q_bhkd, k_bgkd, v_bgkd, known, keys, values, e.segments_bs, e.looks_at_bt, rows, (e.causal, e.scale, e.window)
+        q_bhkd,
+        k_bgkd,
+        v_bgkd,
+        *(context or (None, None)),
+        known,
+        keys,
+        values,
+        e.segments_bs,
+        e.looks_at_bt,
+        rows,
+        form,
     )  # type: ignore[return-value]
 
 
@@ -105,6 +119,18 @@ def _multiplies_bf16() -> bool:
 @lru_cache(maxsize=8)
 def _all_rows(b: int, t: int) -> Rows:
     return Rows.of([range(t)] * b, t)
+
+
+def unwatched(function: Any) -> Any:
+    """A function that no TorchFunctionMode looks into: the modes that note a block's calls would be asked for each of
+    some twenty small products a tile, 30 ms a step of 30 layers. It names the device of every tensor that it makes."""
+
+    @wraps(function)
+    def run(*args: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return function(*args)
+
+    return run
 
 
 class _Tile:
@@ -157,19 +183,25 @@ def _tiles(e: KeyValues, rows: Rows, heads: int) -> Iterator[tuple[int, Tensor, 
             yield sample, rows.index_bk[sample], tiles
 
 
-def _probabilities(q_gnd: Tensor, k_gsd: Tensor, tile: _Tile, index_k: Tensor) -> Tensor:
-    """[g, rep·queries, keys] in fp32 or better; q holds the scale."""
+def _probabilities(q_gnd: Tensor, k_gsd: Tensor, tile: _Tile, index_k: Tensor, dtype: torch.dtype) -> Tensor:
+    """[g, rep·queries, keys] in `dtype`, formed in fp32 or better; q holds the scale."""
     scores = torch.bmm(q_gnd, k_gsd[:, tile.s_from : tile.s_to].transpose(1, 2))
     masked = tile.hidden(index_k)
     if masked is None:
-        return torch.softmax(scores, dim=-1, dtype=_accurate(scores.dtype))
+        return _softmax(scores, dtype)
     keys, hidden = masked
     queries = (-1, tile.q_to - tile.q_from)
     scores.unflatten(1, queries)[..., keys].masked_fill_(hidden, float("-inf"))
-    p = torch.softmax(scores, dim=-1, dtype=_accurate(scores.dtype))
+    p = _softmax(scores, dtype)
     if tile.segmented:  # only then can a query see nothing; its softmax is NaN
         p.unflatten(1, queries).masked_fill_(hidden.all(-1, keepdim=True), 0)
     return p
+
+
+def _softmax(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """In bf16 it is formed in fp32 all the same, and rounded once. Asked for fp32 from bf16, a CPU takes five times as
+    long as for both steps, one after the other (126 x 700: 911 µs, 174 in bf16)."""
+    return torch.softmax(scores.to(dtype) if scores.is_cpu else scores, dim=-1, dtype=None if scores.is_cpu else dtype)
 
 
 def _accurate(dtype: torch.dtype) -> torch.dtype:
@@ -194,24 +226,28 @@ def _rows_of(x_grkd: Tensor, tile: _Tile) -> Tensor:
     return x_grkd[:, :, tile.q_from : tile.q_to].flatten(1, 2)
 
 
+@unwatched
 def _forward(q_bhkd: Tensor, e: KeyValues, rows: Rows) -> Tensor:
     groups = e.k_bgsd.shape[1]
     out = torch.zeros_like(q_bhkd, memory_format=torch.contiguous_format)
     for sample, index_k, tiles in _tiles(e, rows, q_bhkd.shape[1]):
         q, o = _of_sample(q_bhkd * e.scale, sample, groups), _of_sample(out, sample, groups)
         for tile in tiles:
-            p = _probabilities(_rows_of(q, tile), e.k_bgsd[sample], tile, index_k)
-            found = torch.bmm(p.to(q.dtype), e.v_bgsd[sample][:, tile.s_from : tile.s_to])
+            p = _probabilities(_rows_of(q, tile), e.k_bgsd[sample], tile, index_k, q.dtype)
+            found = torch.bmm(p, e.v_bgsd[sample][:, tile.s_from : tile.s_to])
             o[:, :, tile.q_from : tile.q_to] = found.unflatten(1, (o.shape[1], -1))
     return out
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, known: Tensor, *rest: Any) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, k_all: Tensor | None, v_all: Tensor | None, known: Tensor, *rest: Any
+    ) -> Tensor:
         keys, values, segments, looks_at, rows, form = rest
         ctx.save_for_backward(q, keys, values, segments, looks_at)
         ctx.rows, ctx.form = rows, form
+        ctx.dtypes = None if k_all is None or v_all is None else (k_all.dtype, v_all.dtype)
         return as_output(known)
 
     @staticmethod
@@ -221,29 +257,49 @@ class _Attention(torch.autograd.Function):
         q, keys, values, segments, looks_at = ctx.saved_tensors
         rows, (causal, scale, window) = ctx.rows, ctx.form
         e = KeyValues(keys, values, causal, scale, segments, window, looks_at)
-        b, groups = keys.shape[:2]
+        b, groups, num_keys = keys.shape[:3]
+        width = q.shape[2] if ctx.dtypes is None else num_keys
         dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        dk, dv = (x.new_zeros(b, groups, q.shape[2], x.shape[3], dtype=_accurate(x.dtype)) for x in (keys, values))
+        dk, dv = (x.new_zeros(b, groups, width, x.shape[3], dtype=_accurate(x.dtype)) for x in (keys, values))
         for sample, index_k, tiles in _tiles(e, rows, q.shape[1]):
             q_s, do_s = _of_sample(q * scale, sample, groups), _of_sample(do, sample, groups)
             dq_s = _of_sample(dq, sample, groups)
             for tile in tiles:
-                _backward_tile(
-                    tile, index_k, q_s, do_s, keys[sample], values[sample], dq_s, dk[sample], dv[sample], scale
-                )
-        return dq, dk.to(keys.dtype), dv.to(values.dtype), *(None,) * 7
+                tensors = q_s, do_s, keys[sample], values[sample], dq_s, dk[sample], dv[sample]
+                _backward_tile(tile, index_k, *tensors, scale, everywhere=ctx.dtypes is not None)
+        if ctx.dtypes is None:
+            return dq, dk.to(keys.dtype), dv.to(values.dtype), *(None,) * 9
+        offset = num_keys - rows.num_tokens
+        (dk, dk_all), (dv, dv_all) = (_parted(x, rows, offset) for x in (dk, dv))
+        of_all = (x.to(dtype) for x, dtype in zip((dk_all, dv_all), ctx.dtypes, strict=True))
+        return dq, dk.to(keys.dtype), dv.to(values.dtype), *of_all, *(None,) * 7
+
+
+def _parted(dx_bgsd: Tensor, rows: Rows, offset: int) -> tuple[Tensor, Tensor]:
+    """(selected rows [b, g, k, d], zero in unused slots; all rows [b, g, s, d], zero where they are selected)."""
+    index = (rows.index_bk + offset)[:, None, :, None].expand(-1, dx_bgsd.shape[1], -1, dx_bgsd.shape[3])
+    selected = dx_bgsd.gather(2, index)
+    if rows.used_bk is not None:
+        selected = selected.masked_fill(~rows.used_bk[:, None, :, None], 0)
+    chosen_bs = torch.nn.functional.pad(rows.selected_bt, (offset, 0))
+    return selected, dx_bgsd.masked_fill_(chosen_bs[:, None, :, None], 0)
 
 
 def _backward_tile(
     tile: _Tile, index_k: Tensor, q: Tensor, do: Tensor, keys: Tensor, values: Tensor,
-    dq: Tensor, dk: Tensor, dv: Tensor, scale: float,
+    dq: Tensor, dk: Tensor, dv: Tensor, scale: float, everywhere: bool,
 ) -> None:  # fmt: skip
+    """everywhere: dk and dv are of all keys, and not of the selected ones alone."""
     q_n, do_n = _rows_of(q, tile), _rows_of(do, tile)
-    seen, chosen = slice(tile.s_from, tile.s_to), slice(tile.k_from, tile.k_to)
-    columns = index_k[chosen] + (tile.offset - tile.s_from)
-    p = _probabilities(q_n, keys, tile, index_k)
-    _add_product(dv[:, chosen], p.index_select(2, columns).transpose(1, 2), do_n)
+    seen = slice(tile.s_from, tile.s_to)
+    chosen = seen if everywhere else slice(tile.k_from, tile.k_to)
+
+    def columns(x: Tensor) -> Tensor:
+        return x if everywhere else x.index_select(2, index_k[chosen] + (tile.offset - tile.s_from))
+
+    p = _probabilities(q_n, keys, tile, index_k, _accurate(q.dtype))
+    _add_product(dv[:, chosen], columns(p).transpose(1, 2), do_n)
     dp = torch.bmm(do_n, values[:, seen].transpose(1, 2)).to(p.dtype)
     ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).to(q.dtype)
-    _add_product(dk[:, chosen], ds.index_select(2, columns).transpose(1, 2), q_n)
+    _add_product(dk[:, chosen], columns(ds).transpose(1, 2), q_n)
     dq[:, :, tile.q_from : tile.q_to] = torch.bmm(ds, keys[:, seen]).mul_(scale).unflatten(1, (dq.shape[1], -1))

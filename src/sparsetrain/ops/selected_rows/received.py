@@ -8,11 +8,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsetrain.ops.selected_rows.attention import KeyValues, _of_sample, _probabilities, _rows_of, _tiles
+from sparsetrain.ops.selected_rows.attention import (
+    KeyValues,
+    _accurate,
+    _of_sample,
+    _probabilities,
+    _rows_of,
+    _tiles,
+    unwatched,
+)
 from sparsetrain.ops.selected_rows.rows import Rows
 
 
 @torch.no_grad()
+@unwatched
 def received_mass(q_bhkd: Tensor, everything: KeyValues, rows: Rows) -> Tensor:
     """fp32 or fp64 [b, s]; of a sample, it sums to heads · its selected queries that see a key.
 
@@ -31,6 +40,6 @@ def received_mass(q_bhkd: Tensor, everything: KeyValues, rows: Rows) -> Tensor:
     for sample, index_k, tiles in _tiles(everything, rows, q_bhkd.shape[1]):
         q = _of_sample(q_bhkd * everything.scale, sample, groups)
         for tile in tiles:
-            p = _probabilities(_rows_of(q, tile), everything.k_bgsd[sample], tile, index_k)
+            p = _probabilities(_rows_of(q, tile), everything.k_bgsd[sample], tile, index_k, _accurate(q.dtype))
             mass_bs[sample, tile.s_from : tile.s_to] += p.sum((0, 1))
     return mass_bs
