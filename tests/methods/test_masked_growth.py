@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -269,21 +270,20 @@ def test_a_mask_is_changed_where_it_is() -> None:
     assert not any("growth_ramp" in name for name in new.state_dict())
 
 
-def test_a_mask_in_a_compiled_model_rises_without_another_compilation() -> None:
-    """Compiling takes some seconds."""
+def test_a_mask_in_a_compiled_block_rises_without_another_compilation() -> None:
+    """Compiling takes some seconds, so one block stands for the model: a new one, with every kind of mask."""
     _, new, handle = pair("gpt2", config_of("gpt2", "all"), torch.float32)
-    inputs = batch("gpt2", torch.float32)
+    block, x = new.transformer.h[-1], torch.randn(2, 24, 32)
     torch._dynamo.reset()
-    handle.step(5, 8)
-    eager = logits(new, inputs)
-    handle.step(4, 8)
     counted = CompileCounter()
-    compiled: Any = torch.compile(new, backend=counted)
-    logits(compiled, inputs)
-    frames = counted.frame_count
-    handle.step(5, 8)
-    torch.testing.assert_close(logits(compiled, inputs), eager)
-    assert counted.frame_count == frames > 0
+    compiled: Any = torch.compile(block, backend=counted, fullgraph=True)
+    with torch.no_grad():
+        handle.step(4, 8)
+        assert torch.equal(compiled(x), x)
+        handle.step(5, 8)
+        found, expected = compiled(x), block(x)
+    torch.testing.assert_close(found, expected)
+    assert not torch.equal(found, x) and counted.frame_count == 1
 
 
 def test_weight_decay_waits_for_the_mask() -> None:
@@ -434,3 +434,27 @@ def test_a_head_that_reads_the_channels_several_times_grows_each_time(pairs: boo
     inputs = batch("bert", torch.float64)
     inputs |= {f"{key}_b": value.roll(1, -1) for key, value in inputs.items()} if pairs else {}
     torch.testing.assert_close(logits(new, inputs), logits(small, inputs), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "vit"])
+def test_copies_checkpointed_blocks_and_autocast_have_the_masks(family: str) -> None:
+    _, new, handle = pair(family, config_of(family, "all"), torch.float32)
+    handle.step(5, 8)
+    inputs = batch(family, torch.float32)
+
+    def gradients(model: Any) -> dict[str, Tensor]:
+        model.zero_grad()
+        model.train()(**inputs).logits.square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients(new)
+    twin = copy.deepcopy(new)
+    site_of(handle).fill(0.0)  # the copy has masks of its own
+    found = gradients(twin)
+    handle.step(5, 8)
+    new.gradient_checkpointing_enable({"use_reentrant": False})
+    for each in (found, gradients(new)):
+        assert each.keys() == expected.keys()
+        assert all(torch.allclose(each[name], expected[name], atol=1e-6) for name in expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(grad.isfinite().all() for grad in gradients(new).values())

@@ -73,18 +73,18 @@ def _hidden(config: GrowthRamp, anatomy: Anatomy, model: Any) -> Iterator[Place]
     blocks = tuple(f"{block.name}." for block in anatomy.blocks)
     streamed = read_linear = False
     for name, module in model.named_modules():
-        grown = {n for n, p in module.named_parameters(recurse=False) if p.shape != before[name].get_parameter(n).shape}
-        if not grown or isinstance(module, nn.Embedding):
+        weight = module._parameters.get("weight")
+        if weight is None or weight.shape == before[name].weight.shape or isinstance(module, nn.Embedding):
             continue
-        if module.weight.ndim == 1 if "weight" in grown else False:
+        outside = not name.startswith(blocks)
+        if weight.ndim == 1:
             yield _norm(name)
-            if not name.startswith(blocks):
-                read_linear = False
-                streamed |= "embed" in name.rsplit(".", 2)[-2] if "." in name else False
-        elif isinstance(module, nn.Linear) and not name.startswith(blocks):
-            if read_linear:
+            read_linear &= not outside
+            streamed |= outside and "embed" in name
+        elif outside and isinstance(module, nn.Linear):
+            if read_linear:  # it reads another linear, which no norm has masked
                 yield _linear(name, "hidden", None)
-            read_linear = module.weight.shape[0] != before[name].weight.shape[0]
+            read_linear = weight.shape[0] != before[name].weight.shape[0]
     if not streamed:
         yield Place(name=anatomy.blocks[0].name, mixin=MaskedStream, attribute="stream", value=lambda site, _: site)
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sparsetrain.core.backend import choose
 from sparsetrain.ops.masked_norm.reference import reference_layer_norm, reference_rms_norm
-
-_AVAILABLE = {"reference": None, "triton": "no kernel is written for it yet"}
 
 
 def masked_layer_norm(
@@ -17,8 +14,6 @@ def masked_layer_norm(
     weight_d: Tensor | None,
     bias_d: Tensor | None,
     eps: float,
-    *,
-    backend: str = "auto",
 ) -> Tensor:
     """((x − μ) / √(σ² + ε) · w + b) ⊙ c, with μ = Σ c·x / Σ c and σ² = Σ c·(x − μ)² / Σ c (arXiv 2305.02869).
 
@@ -43,20 +38,16 @@ def masked_layer_norm(
         ValueError: sizes that do not belong together.
     """
     _check("masked_layer_norm", x, mask_d, num_old)
-    choose("masked_layer_norm", backend, _AVAILABLE)
     return reference_layer_norm(x, mask_d, num_old, weight_d, bias_d, eps)
 
 
-def masked_rms_norm(
-    x: Tensor, mask_d: Tensor, num_old: int, weight_d: Tensor | None, eps: float, *, backend: str = "auto"
-) -> Tensor:
+def masked_rms_norm(x: Tensor, mask_d: Tensor, num_old: int, weight_d: Tensor | None, eps: float) -> Tensor:
     """(x / √(Σ c·x² / Σ c + ε) · w) ⊙ c; all else as of `masked_layer_norm`.
 
     Args:
         weight_d: the whole gain, [d]: of a norm that stores it less one, one more than is stored.
     """
     _check("masked_rms_norm", x, mask_d, num_old)
-    choose("masked_rms_norm", backend, _AVAILABLE)
     return reference_rms_norm(x, mask_d, num_old, weight_d, eps)
 
 
