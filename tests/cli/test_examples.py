@@ -115,3 +115,10 @@ def test_the_recipe_of_a_v_cycle(call: Call, text: Path, tmp_path: Path) -> None
     flags = ("--data", text, "--seq-len", 64, "--output", tmp_path / "run", "--dry-run")
     told = call("pretrain", "--recipe", EXAMPLES / "multi-level.yaml", *flags)
     assert told.code == 0 and "3, level 2: 2 layers x 64" in " ".join(told.out.split())
+
+
+def test_the_recipe_of_a_growing_gpt(call: Call, text: Path, tmp_path: Path) -> None:
+    flags = ("--data", text, "--seq-len", 64, "--output", tmp_path / "run", "--dry-run")
+    shown = call("pretrain", "--recipe", EXAMPLES / "grow.yaml", *flags)
+    assert shown.code == 0 and "hidden*2 heads*2 ffn*2, masked" in shown.out
+    assert "1,601 to 1,680" in shown.out and "2,481 to 4,000" in shown.out

@@ -37,3 +37,25 @@ def test_refusals_are_one_line(call: Call, text: Path, tmp_path: Path) -> None:
     slip = call("pretrain", "--model", "sequence-encoder", "--task", "classify", "--data", "listop")
     assert slip.code == 2 and "Did you mean 'listops'" in slip.err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_growing_model_is_trained_and_its_bad_plans_are_refused(call: Call, text: Path, tmp_path: Path) -> None:
+    steps = ("--steps", 8, "--eval-tokens", 512, "--device", "cpu", "--data", text)
+    method = "masked_growth:plan=hidden/2 heads/2 layers/2|hidden*2 heads*2 layers*2,ramp_ratio=0.25"
+    done = call("pretrain", *TINY, *steps, "--method", method, "--output", tmp_path / "run", "--json")
+    assert done.code == 0, done.err
+    stages = json.loads(done.out)["run"]["stages"]
+    assert [(stage["from_step"], stage["to_step"]) for stage in stages] == [(0, 4), (4, 6), (6, 8)]
+    assert not json.loads(call("eval", tmp_path / "run", "--json").out)["sparse"]
+    for plan, word in (
+        ("width/2|width*2", "unknown axis 'width'"),
+        ("layers/3|layers*3", "plan asks for layers/3, and layers is 2 there"),
+        ("layers/2", "plan ends with layers=1"),
+        ("hidden/2|hidden*2", "Their size cannot grow"),
+        ("layers", "Write sizes as"),
+    ):
+        refused = call(
+            "pretrain", *TINY, *steps, "--method", f"masked_growth:plan={plan}", "--output", tmp_path / "bad"
+        )
+        assert refused.code == 2 and word in refused.err, refused.err
+    assert not (tmp_path / "bad").exists()

@@ -23,6 +23,7 @@ from sparsetrain.core.config import MethodConfig, registered_methods
 from sparsetrain.hf.model.families import family_limits
 from sparsetrain.surgery.grow import growth_method
 from sparsetrain.surgery.method import method_of
+from sparsetrain.surgery.record import handles_of
 from sparsetrain.surgery.support import FEATURES, UNPROVEN, check_support, why_not
 from tests.families import FAMILIES, UNET, Family
 
@@ -539,6 +540,8 @@ def test_growth_makes_a_plain_model_and_carries_the_optimizer(method: str, famil
         if not config.changes_outputs:
             assert_near(logits(new, batch), expected)
         assert {p for group in optimizer.param_groups for p in group["params"]} == set(new.parameters())
+        for handle in handles_of(new):  # what the stage carries is taken out again
+            handle.restore()
         plain = type(case.model())(new.config).eval()
         plain.load_state_dict(new.state_dict())
         assert_near(logits(plain, batch), logits(new, batch))

@@ -40,6 +40,8 @@ class MethodConfig:
     """The operations (folders of `sparsetrain.ops`) that the method's modules call, for a plan that imports none."""
     own_dropout: ClassVar[bool] = False
     """Does the method draw the dropout masks of the blocks itself, in bytes, as a GPU's kernels do?"""
+    listed: ClassVar[bool] = True
+    """May a user ask for it? A config that a method makes for itself says False."""
     trains_own: ClassVar[bool] = False
     """Is what the method adds all that a run trains? Then there is no LoRA unless it is asked for."""
     stays_sparse: ClassVar[bool] = False
@@ -155,8 +157,8 @@ def method_config(name: Any) -> type[MethodConfig]:
 
 
 def registered_methods() -> dict[str, type[MethodConfig]]:
-    """Method name -> config class, in the order of the table of contents."""
-    return dict(_REGISTRY)
+    """Method name -> config class, in the order of the table of contents; what a user may ask for."""
+    return {name: kind for name, kind in _REGISTRY.items() if kind.listed}
 
 
 def suggest(word: Any, known: Any) -> str:

@@ -26,6 +26,7 @@ from sparsetrain.methods.sara import SaRA as SaRA  # the smallest ones, arXiv 24
 from sparsetrain.methods.token_selection import TokenSelection as TokenSelection  # gradient, arXiv 2501.18824
 
 # the model itself, in mid-run
+from sparsetrain.methods.masked_growth import MaskedGrowth as MaskedGrowth  # grown, arXiv 2305.02869
 from sparsetrain.methods.multi_level import MultiLevel as MultiLevel  # through smaller models, arXiv 2404.07999
 
 # isort: on

@@ -8,14 +8,17 @@ from typing import Any
 
 from sparsetrain.measure.schema import ModelSize, StageRecord
 from sparsetrain.recipes.run import RunRecipe
-from sparsetrain.surgery.method import Stage
+from sparsetrain.surgery.method import Stage, stage_end
 
 ONE_STAGE = (Stage(name="training", share=1.0),)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """The steps of one stage, as the run counts them: those after `first`, up to `last`, of `total`."""
+    """The steps of one stage, as the run counts them: those after `first`, up to `last`, of `total`.
+
+    rewound: the steps that were done when the learning rate went back to the end of its warm-up; None if it never did.
+    """
 
     stage: Stage
     index: int
@@ -23,6 +26,7 @@ class Span:
     first: int
     last: int
     total: int
+    rewound: int | None = None
 
     @property
     def steps(self) -> int:
@@ -53,9 +57,18 @@ def spans(stages: tuple[Stage, ...], recipe: RunRecipe, num_rows: int) -> tuple[
     shares = ", ".join(f"{stage.name} {stage.share:g}" for stage in stages)
     if abs(sum(stage.share for stage in stages) - 1) > 1e-6:
         raise ValueError(f"the shares of the stages ({shares}) do not add up to 1.")
-    ends = [round(total * sum(stage.share for stage in stages[: i + 1])) for i in range(len(stages))]
+    ends = [stage_end(stages, i, total) for i in range(len(stages))]
+    rewinds = [first if stage.rewind_lr else None for stage, first in zip(stages, [0, *ends], strict=False)]
     found = tuple(
-        Span(stage=stage, index=i, of=len(stages), first=first, last=last, total=total)
+        Span(
+            stage=stage,
+            index=i,
+            of=len(stages),
+            first=first,
+            last=last,
+            total=total,
+            rewound=next((at for at in reversed(rewinds[: i + 1]) if at is not None), None),
+        )
         for i, (stage, first, last) in enumerate(zip(stages, [0, *ends], ends, strict=False))
     )
     for span in found:

@@ -72,10 +72,8 @@ class Handle:
 
     @property
     def modules_to_save(self) -> list[str]:
-        if not self.trains_auxiliary:
-            return []
         names = [name for config in self.configs for name in method_of(config).modules_to_save]
-        return list(dict.fromkeys(names))
+        return list(dict.fromkeys(names)) if self.trains_auxiliary else []
 
     @property
     def active(self) -> bool:
@@ -153,9 +151,13 @@ class Handle:
 
     def adjust_gradients(self) -> None:
         """What methods add to gradients; call it after unscaling and clipping, before `optimizer.step()`."""
+        for module in [module for _, module in self._installed if module.adjusts_gradients]:
+            module.adjust_gradients()
+
+    def updated(self) -> None:
+        """Tell the methods that the weights have moved; call it after `optimizer.step()`."""
         for _, module in self._installed:
-            if module.adjusts_gradients:
-                module.adjust_gradients()
+            module.updated()
 
     def notes(self) -> list[str]:
         """What a user should know about this model on this machine, each once."""
@@ -167,13 +169,13 @@ class Handle:
 
     def report(self) -> dict[str, Any]:
         """What was changed and how it behaves: planned costs, and the last forward's statistics by site."""
-        stats = {edit.key: module.stats() for edit, module in self._installed}
+        stats = {edit.key: found for edit, module in self._installed if (found := module.stats())}
         return {
             "model_class": self.plan.model_class,
             "family": self.plan.family,
             "configs": [config.to_dict() for config in self.configs],
             "edits": self.plan.rows(),
-            "stats": {site: values for site, values in stats.items() if values},
+            "stats": stats,
             "notes": self.notes(),
         }
 
@@ -212,8 +214,7 @@ class Handle:
             ValueError: a site cannot be dense with the same outputs (routing or key selection drops something).
         """
         for edit, module in self._installed:
-            reason = module.merge_error()
-            if reason:
+            if reason := module.merge_error():
                 raise ValueError(
                     f"{edit.key} cannot be merged into a dense model: {reason}. Export the sparse model "
                     "(dense weights beside sparsity_config.json), or call restore() to drop the sparsity."

@@ -8,6 +8,7 @@ all of a method's stages by the same parts (`hf.train.stages`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import MethodConfig, registered_methods
+from sparsetrain.surgery.apply import sparsify
 from sparsetrain.surgery.method import Grown, Growth, Origin, Weights, method_of
+from sparsetrain.surgery.record import handles_of
 
 ADAM_STATE = frozenset({"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"})
 """What an optimizer may hold of a parameter if it is to be carried over."""
@@ -40,12 +43,20 @@ def grow(
         stage: the stage that begins; stage 0 may shrink a freshly made model.
         kept: weights that the method keeps from one stage for a later one; give the same dict to each call.
 
+    What the stage before had installed in the model is merged first; what the new stage carries is installed, and
+    driven by `handles_of(model)[0].step(step, total_steps)`.
+
     Raises:
-        ValueError: the config is not of a growth method, or the optimizer's state is not Adam's.
+        ValueError: the config is not of a growth method, the optimizer's state is not Adam's, or what the model carries
+            cannot be merged (it is still growing).
     """
+    for handle in handles_of(model):
+        handle.merge()
     grown = enter(model, config, stage, {} if kept is None else kept)
     if optimizer is not None and grown.model is not model:
         carry_optimizer(optimizer, model, grown)
+    if grown.edits:
+        sparsify(grown.model, *grown.edits)
     return grown.model
 
 
@@ -87,8 +98,7 @@ def enter(
         if seed is not None:
             torch.random.set_rng_state(before)
     if grown.model is model:
-        same = {name: Origin(name) for name, _ in model.named_parameters()}
-        return Grown(model=model, origins=same, optimizer=grown.optimizer)
+        return replace(grown, origins={name: Origin(name) for name, _ in model.named_parameters()})
     fill(grown, model)
     return grown
 
@@ -105,7 +115,12 @@ def fill(grown: Grown, model: nn.Module) -> nn.Module:
 
 
 def models_of_stages(model: nn.Module, config: MethodConfig, seed: int | None = None) -> Iterator[nn.Module]:
-    """The model of each stage as far as shapes go: nothing is trained between.
+    """The model of each stage, as `grown_in_stages`."""
+    return (grown.model for grown in grown_in_stages(model, config, seed))
+
+
+def grown_in_stages(model: nn.Module, config: MethodConfig, seed: int | None = None) -> Iterator[Grown]:
+    """What each stage begins with, as far as shapes go: nothing is trained between.
 
     Args:
         model: the recipe's own; on the meta device, so are all.
@@ -114,8 +129,9 @@ def models_of_stages(model: nn.Module, config: MethodConfig, seed: int | None = 
     device = next(model.parameters()).device
     for stage in range(len(growth_method(config).stages(config))):
         with device if device.type == "meta" else torch.device("cpu"):
-            model = enter(model, config, stage, kept, seed).model
-        yield model
+            grown = enter(model, config, stage, kept, seed)
+        yield grown
+        model = grown.model
 
 
 def carry_optimizer(optimizer: torch.optim.Optimizer, old: nn.Module, grown: Grown) -> None:
@@ -188,5 +204,8 @@ def _write(target: Tensor, origin: Origin, sources: list[Tensor], fill: float | 
     if fill is not None:
         target.fill_(fill)
     (source,) = sources
+    if origin.parts is not None:
+        dim, count = origin.parts
+        target, source = target.unflatten(dim, (count, -1)), source.unflatten(dim, (count, -1))
     corner = tuple(slice(0, min(t, s)) for t, s in zip(target.shape, source.shape, strict=True))
     target[corner] = source[corner]

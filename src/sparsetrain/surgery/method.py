@@ -107,12 +107,14 @@ class Origin:
     map: (old tensor, ...) -> the new parameter's tensor, on whichever device they are. Adam's moments are mapped by it
         too, so it shall be linear, with weights that are not negative, or `carry` False.
     carry: whether the optimizer state comes along; False: it starts anew.
+    parts: (dimension, number of equal parts) of a fused parameter: without `map`, each part fills its own corner.
     """
 
     old: str | tuple[str, ...]
     fill: float | None = 0.0
     map: Callable[..., Tensor] | None = None
     carry: bool = True
+    parts: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         assert self.map is not None or isinstance(self.old, str), "several old parameters need a map"
@@ -130,6 +132,7 @@ class Stage:
     restart_lr: the learning rate warms up and falls anew over this stage's steps, rather than go on with the run's.
     warmup_steps: how long it then warms up; None: as long as the run's.
     lr_ratio: learning rate of this stage over the run's.
+    rewind_lr: the run's own schedule goes back to the end of its warm-up, and on from there through later stages.
     """
 
     name: str
@@ -137,6 +140,12 @@ class Stage:
     restart_lr: bool = False
     warmup_steps: int | None = None
     lr_ratio: float = 1.0
+    rewind_lr: bool = False
+
+
+def stage_end(stages: Sequence[Stage], index: int, total_steps: int) -> int:
+    """Optimizer steps that a run of that length has done when a stage of it ends; 0 for the stage before the first."""
+    return round(total_steps * sum(stage.share for stage in stages[: index + 1]))
 
 
 Weights = dict[str, Tensor]
@@ -151,11 +160,13 @@ class Grown:
     origins: name of each new parameter -> where it comes from; one without keeps its own values and starts without
         optimizer state. Not read for the model that was given.
     optimizer: `carry` takes the optimizer's state along as `origins` say; `fresh` starts without.
+    edits: configs that are applied to the model for this stage, before the recipe's own, and undone as it ends.
     """
 
     model: nn.Module
     origins: Mapping[str, Origin] = field(default_factory=dict)
     optimizer: Literal["carry", "fresh"] = "carry"
+    edits: tuple[MethodConfig, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,9 @@ class Site(nn.Module):
     def adjust_gradients(self) -> None:
         """Change gradients that are unscaled and clipped, before the optimizer's step."""
 
+    def updated(self) -> None:
+        """The optimizer has taken its step."""
+
     def tensors(self) -> dict[str, Tensor]:
         """What must be stored beside the dense weights to rebuild this site."""
         return {}

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from sparsetrain.core.anatomy import Anatomy
-from sparsetrain.core.config import MethodConfig, registered_methods
+from sparsetrain.core.config import MethodConfig, method_config, registered_methods
 from sparsetrain.surgery.method import method_of
 
 FEATURES: dict[str, str] = {
@@ -66,10 +66,7 @@ def why_not(method: str, feature: str, family_limits: Mapping[str, str] | None =
     """
     if feature not in FEATURES:
         raise ValueError(f"unknown feature {feature!r}. Features: {', '.join(FEATURES)}.")
-    kind = registered_methods().get(method)
-    if kind is None:
-        raise ValueError(f"unknown method {method!r}. Methods: {', '.join(registered_methods())}.")
-    limits = method_of(kind).limits  # type: ignore[arg-type]
+    limits = method_of(method_config(method)).limits
     return UNPROVEN.get(feature) or limits.get(feature) or (family_limits or {}).get(feature)
 
 

@@ -74,15 +74,20 @@ def check_and_plan(recipe: Recipe, config: Any, device: torch.device) -> Plan | 
     return plan_on(model, recipe, device, recipe.seq_len) if recipe.methods else None
 
 
-def plan_on(model: Any, recipe: RunRecipe, device: torch.device, seq_tokens: int) -> Plan | None:
+def plan_on(
+    model: Any, recipe: RunRecipe, device: torch.device, seq_tokens: int, first: tuple[MethodConfig, ...] = ()
+) -> Plan | None:
     """The plan of a recipe with methods on an empty model, after what it asks for was found supported; None if no
     method changes a model in place.
+
+    Args:
+        first: edits that are made before the recipe's own.
 
     Raises:
         ValueError, PlanError: a method cannot do what the recipe asks for, or does not fit the model.
     """
-    check_support(recipe.configs, describe(model), asked_features(recipe, device))
-    edits = edits_of(recipe.configs)
+    check_support((*first, *recipe.configs), describe(model), asked_features(recipe, device))
+    edits = (*first, *edits_of(recipe.configs))
     return plan(model, *edits, seq_tokens=seq_tokens) if edits else None
 
 

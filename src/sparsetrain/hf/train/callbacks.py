@@ -100,6 +100,11 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         self.handle.adjust_gradients()
 
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.handle.updated()
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = checkpoint_folder(args.output_dir, state.global_step)
         model = kwargs.get("model", self.handle.model)

@@ -40,7 +40,7 @@ from sparsetrain.runs.events import Report, silent
 from sparsetrain.runs.sidecar import read_state
 from sparsetrain.runs.spans import ONE_STAGE
 from sparsetrain.surgery.apply import Handle, sparsify
-from sparsetrain.surgery.grow import enter, growth_method, models_of_stages
+from sparsetrain.surgery.grow import enter, grown_in_stages, growth_method
 from sparsetrain.surgery.method import Grown, Weights, edits_of, growth_of
 from sparsetrain.surgery.plan import Plan
 
@@ -115,8 +115,8 @@ def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | No
     fit_to_data(config, recipe, bundle, tokenizer)
     refuse_rows(recipe, bundle)
     planned = None
-    for model in stage_models(config, recipe) if recipe.methods else ():  # the last one is what comes out
-        planned = assemble.plan_on(model, recipe, device, tokens)
+    for grown in _stages(config, recipe) if recipe.methods else ():  # the last one is what comes out
+        planned = assemble.plan_on(grown.model, recipe, device, tokens, grown.edits)
     _refuse_replaced(recipe, planned)
     pixels = config.num_channels * image_size(config)[0] * image_size(config)[1] if task.images else 1
     return Parts(
@@ -133,8 +133,12 @@ def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | No
 
 def stage_models(config: Any, recipe: PretrainRecipe) -> list[Any]:
     """The models that a recipe trains, one a stage, on the meta device."""
+    return [grown.model for grown in _stages(config, recipe)]
+
+
+def _stages(config: Any, recipe: PretrainRecipe) -> list[Grown]:
     model, growth = empty_model(config, recipe.task), growth_of(recipe.configs)
-    return [model] if growth is None else list(models_of_stages(model, growth, recipe.seed))
+    return [Grown(model=model)] if growth is None else list(grown_in_stages(model, growth, recipe.seed))
 
 
 def _refuse_replaced(recipe: PretrainRecipe, planned: Plan | None) -> None:
@@ -177,16 +181,18 @@ def _build(
     recipe = parts.recipe
     set_seed(recipe.seed)  # the same start for every recipe of the same seed
     model = build_model(parts.config, recipe.task).to(parts.device)
-    growth, edits = growth_of(recipe.configs), edits_of(recipe.configs)
+    growth, grown = growth_of(recipe.configs), Grown(model=model)
     if resumed is not None:
         if growth is not None:
-            model = next(islice(models_of_stages(model, growth, recipe.seed), resumed.stage, None))
-        return model, sparsify(model, *edits, state=read_state(resumed.path), seed=recipe.seed) if edits else None
+            grown = next(islice(grown_in_stages(model, growth, recipe.seed), resumed.stage, None))
+        edits = (*grown.edits, *edits_of(recipe.configs))
+        state = read_state(resumed.path) if edits else None
+        return grown.model, sparsify(grown.model, *edits, state=state, seed=recipe.seed) if edits else None
     if growth is not None:
-        model = enter(model, growth, 0, kept_weights(parts, journal), recipe.seed).model
-    known = dense_start(dense_quality, model, parts, journal, "evaluating the untrained model")
+        grown = enter(model, growth, 0, kept_weights(parts, journal), recipe.seed)
+    known = dense_start(dense_quality, grown.model, parts, journal, "evaluating the untrained model")
     journal.quality("untrained", known, step=0)
-    return model, _converted(model, parts, journal)
+    return grown.model, _converted(grown, parts, journal)
 
 
 def _enter(
@@ -196,17 +202,17 @@ def _enter(
     growth = growth_of(parts.recipe.configs)
     assert growth is not None
     grown = enter(model, growth, stage, kept, parts.recipe.seed)
-    return grown, _converted(grown.model, parts, journal)
+    return grown, _converted(grown, parts, journal)
 
 
-def _converted(model: Any, parts: Parts[PretrainRecipe], journal: Journal) -> Handle | None:
+def _converted(grown: Grown, parts: Parts[PretrainRecipe], journal: Journal) -> Handle | None:
     recipe = parts.recipe
-    edits = edits_of(recipe.configs)
+    edits = (*grown.edits, *edits_of(recipe.configs))
     if not edits:
         return None
     began = time.perf_counter()
     batches = _longest_rows(parts) if reads_longest(recipe) else calibration_batches(parts)
-    handle = sparsify(model, *edits, calibration=batches, seed=recipe.seed, progress=journal.phase)
+    handle = sparsify(grown.model, *edits, calibration=batches, seed=recipe.seed, progress=journal.phase)
     journal.run["setup_s"] = journal.run.get("setup_s", 0.0) + time.perf_counter() - began
     return handle
 

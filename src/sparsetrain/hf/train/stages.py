@@ -46,10 +46,8 @@ class StageCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        scheduler, steps, stage = kwargs["lr_scheduler"], self.span.steps, self.span.stage
-        if not stage.restart_lr and stage.lr_ratio == 1:
-            return
-        factors = scheduler.lr_lambdas
+        scheduler, steps, stage, rewound = kwargs["lr_scheduler"], self.span.steps, self.span.stage, self.span.rewound
+        factors, begins = scheduler.lr_lambdas, 0
         if stage.restart_lr:
             own: Any = get_scheduler(
                 args.lr_scheduler_type,
@@ -58,10 +56,14 @@ class StageCallback(TrainerCallback):
                 num_training_steps=steps,
                 scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),  # type: ignore[arg-type]
             )
-            factors = own.lr_lambdas * len(factors)
+            factors, begins = own.lr_lambdas * len(factors), self.span.first
+        elif rewound is not None:
+            begins = max(0, rewound - args.get_warmup_steps(self.span.total))
+        elif stage.lr_ratio == 1:
+            return
         # by the factors and not by the base rates, which a checkpoint holds and the next stage would scale again
         scheduler.lr_lambdas = [lambda step, f=factor: stage.lr_ratio * f(step) for factor in factors]
-        restart_schedule(scheduler, self.span.first if stage.restart_lr else 0, state.global_step)
+        restart_schedule(scheduler, begins, state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         leave_entry(Path(args.output_dir or "."))
