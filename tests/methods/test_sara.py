@@ -499,6 +499,7 @@ def test_what_cannot_be_selected_is_refused_and_nothing_has_changed() -> None:
 
 def test_the_published_learning_rates_and_the_half_of_a_run() -> None:
     assert [round(learning_rate(theta), 6) for theta in (2e-4, 8e-4, 2e-3)] == [9.32e-4, 7.56e-4, 4.97e-4]
+    assert learning_rate(0.02) == learning_rate(2e-3)  # nothing is published beyond it
     _, handle = frozen_around(SaRA(theta=2e-2))
     assert method_of(SaRA).learning_rate(handle.configs[0], list(sites(handle).values())) == pytest.approx(  # type: ignore[misc]
         learning_rate(2e-2)

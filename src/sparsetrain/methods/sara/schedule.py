@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sparsetrain.methods.sara.config import SaRA, learning_rate
+from sparsetrain.methods.sara.config import FURTHEST, SaRA, learning_rate
 from sparsetrain.methods.sara.module import Entries
-
-FURTHEST = 2e-3
-"""The largest θ of the paper, whose weights are a Stable Diffusion's: at 10 % of SmolLM2-135M's, θ is 0.021."""
 
 
 class Schedule:
@@ -32,10 +29,10 @@ class Schedule:
         what = "entries" if self.config.block == "entries" else f"entries, in {self.config.block},"
         rate, far = learning_rate(theta), ""
         if theta > FURTHEST:
-            far = f" It is published for theta up to {FURTHEST:g}, and tiny here: give lr (--lr), some 3e-4."
+            far = f", its value at {FURTHEST:g}, the largest that it was published for"
         return (
-            f"sara: {trained:,} of {total:,} {what} are below theta = {theta:.4g} and train; the learning rate that "
-            f"follows from theta is {rate:.3g}.{far}"
+            f"sara: {trained:,} of {total:,} {what} are below theta = {theta:.4g} and train; where no learning "
+            f"rate is given, it is {rate:.3g}{far}."
         )
 
     def advance(self, step: int, total_steps: int | None) -> list[str]:
