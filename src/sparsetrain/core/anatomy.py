@@ -8,7 +8,7 @@ for it. Names are of the modules as they stand in the model: a linear that PEFT 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -134,7 +134,8 @@ class Anatomy:
     norm_offset: what the norms add to their weights (1 where weights are stored as deviations from 1).
     embedding_scale: what the embedding multiplies its rows by; it may depend on the width.
     resized: (model, sizes, for each new layer the old one whose own settings it has) -> a new random model of its
-        class. The sizes of the model that it was made from give that one's very config again.
+        class. The sizes of the model that it was made from give that one's very config again, unless it is made with
+        `remembers=False`.
     """
 
     family: str
@@ -151,7 +152,7 @@ class Anatomy:
     last_norm: str | None = None
     norm_offset: float = 0.0
     embedding_scale: float = 1.0
-    resized: Callable[[nn.Module, Mapping[str, int], Sequence[int]], nn.Module] | None = None
+    resized: Callable[..., nn.Module] | None = None
     limits: dict[str, str] = field(default_factory=dict)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,31 +12,20 @@ from sparsetrain.core.anatomy import Anatomy, describe
 from sparsetrain.methods.masked_growth.config import Sizes
 from sparsetrain.surgery.method import Origin
 
-FFN_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim")
-"""What the configs of transformers call the width of an FFN; other sizes have one name in all of them."""
-AS_HIDDEN = ("word_embed_proj_dim", "pooler_output_size")
-"""Keys of a config that are the hidden size again, where they are equal to it."""
-
 
 def sizes_of(anatomy: Anatomy) -> Sizes:
     """The sizes of a model.
 
     Raises:
-        ValueError: a mixture of experts, or blocks of different kinds.
+        ValueError: a mixture of experts, blocks of different kinds, or an adapter that makes no other sizes.
     """
-    if reason := next((f"{ffn.name}: {ffn.refused}" for ffn in anatomy.ffns if ffn.refused), None):
-        raise ValueError(f"masked_growth cannot take {anatomy.model_class}: {reason}. Choose a model with plain FFNs.")
-    found = {
-        (ffn.hidden_size, ffn.ffn_size, attention.num_heads)
-        for ffn, attention in zip(anatomy.ffns, anatomy.attentions, strict=False)
-    }
-    if len(found) != 1 or not len(anatomy.blocks) == len(anatomy.ffns) == len(anatomy.attentions):
+    if anatomy.resized is None:
         raise ValueError(
-            f"masked_growth cannot take {anatomy.model_class}: its {len(anatomy.blocks)} blocks are not all of one "
-            "size. Choose a model whose blocks are alike."
+            f"masked_growth cannot take {anatomy.model_class}: its adapter makes no other sizes of it. Train another "
+            "model."
         )
-    ((hidden, ffn, heads),) = found
-    return {"hidden": hidden, "ffn": ffn, "heads": heads, "layers": len(anatomy.blocks)}
+    found = anatomy.sizes
+    return {"hidden": found["embed"], "ffn": found["ffn"], "heads": found["heads"], "layers": found["layers"]}
 
 
 def check_sizes(model: Any, anatomy: Anatomy, sizes: Sizes) -> None:
@@ -50,7 +39,7 @@ def check_sizes(model: Any, anatomy: Anatomy, sizes: Sizes) -> None:
             f"hidden and heads together (hidden={sizes['heads'] * site.head_dim}"
             f"{f', or heads={fitting:.0f}' if fitting.is_integer() else ''})."
         )
-    if sizes["hidden"] != anatomy.ffns[0].hidden_size and _scales_embeddings(model, anatomy):
+    if sizes["hidden"] != anatomy.ffns[0].hidden_size and anatomy.embedding_scale != 1:
         raise ValueError(
             f"masked_growth: plan changes hidden, and {anatomy.model_class} multiplies its embeddings by a factor that "
             "follows from the hidden size, so the function would jump. Grow ffn, heads and layers of this model."
@@ -60,11 +49,6 @@ def check_sizes(model: Any, anatomy: Anatomy, sizes: Sizes) -> None:
             f"masked_growth: plan asks for heads={sizes['heads']}, and {anatomy.model_class} shares each key/value "
             f"head among {site.num_heads // site.num_kv_heads} heads: only whole groups of them can come or go."
         )
-
-
-def _scales_embeddings(model: nn.Module, anatomy: Anatomy) -> bool:
-    embedding: Any = model.get_submodule(anatomy.embedding) if anatomy.embedding else None
-    return hasattr(embedding, "embed_scale")
 
 
 def layer_sources(old: int, new: int, how: str) -> list[int]:
@@ -79,30 +63,19 @@ def layer_sources(old: int, new: int, how: str) -> list[int]:
     return [*range(old)] * whole + [*range(old - rest, old)]
 
 
-def resized(model: Any, anatomy: Anatomy, sizes: Sizes, sources: list[int], device: str | None = None) -> Any:
+def resized(model: nn.Module, anatomy: Anatomy, sizes: Sizes, sources: list[int], device: str | None = None) -> Any:
     """A freshly made model of the same class with other sizes; in the dtype and mode of `model`.
 
     Args:
         sources: of each layer, one of `model`.
         device: where it is made; None: torch's own.
     """
-    config, site = copy.deepcopy(model.config), anatomy.attentions[0]
-    hidden = config.hidden_size
-    keys: dict[str, Any] = {key: sizes["hidden"] for key in AS_HIDDEN if getattr(config, key, None) == hidden}
-    keys |= {next(key for key in FFN_KEYS if hasattr(config, key)): sizes["ffn"]}
-    keys |= {"hidden_size": sizes["hidden"], "num_attention_heads": sizes["heads"], "num_hidden_layers": len(sources)}
-    if getattr(config, "num_key_value_heads", None) is not None:
-        keys["num_key_value_heads"] = sizes["heads"] * site.num_kv_heads // site.num_heads
-    if getattr(config, "layer_types", None):
-        keys["layer_types"] = [config.layer_types[source] for source in sources]
-    for key, value in keys.items():
-        setattr(config, key, value)
-    if device is None:
-        new = type(model)(config)
-    else:
-        with torch.device(device):
-            new = type(model)(config)
-    return new.to(next(model.parameters()).dtype).train(model.training)
+    assert anatomy.resized is not None, "sizes_of() has looked"
+    site = anatomy.attentions[0]
+    kv_heads = sizes["heads"] * site.num_kv_heads // site.num_heads
+    asked = {"embed": sizes["hidden"], "heads": sizes["heads"], "kv_heads": kv_heads, "ffn": sizes["ffn"]}
+    with nullcontext() if device is None else torch.device(device):
+        return anatomy.resized(model, asked, sources, remembers=False)
 
 
 def origins(old: nn.Module, new: nn.Module, sources: list[int]) -> dict[str, Origin]:
