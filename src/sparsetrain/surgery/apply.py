@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsetrain.core.anatomy import Anatomy, Undo, describe, library_model
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.surgery.auxiliary import LossScale, scale_losses
-from sparsetrain.surgery.calibration import fitted
+from sparsetrain.surgery.calibration import fitted, told
 from sparsetrain.surgery.checks import check_deploy, check_state, refuse_copies
 from sparsetrain.surgery.deploy import Deploy, DeployDense
 from sparsetrain.surgery.method import Edit, Progress, Schedule, State, method_of
@@ -261,7 +261,7 @@ def sparsify(
     try:
         torch.manual_seed(seed)
         tensors = state if state is not None else fitted(model, planned, batches or [], progress)
-        _install(handle, tensors)
+        _install(handle, tensors, progress)
     except BaseException:
         handle.restore()
         raise
@@ -277,8 +277,8 @@ def sparsify(
     return handle
 
 
-def _install(handle: Handle, tensors: State) -> None:
-    for edit in handle.plan.edits:
+def _install(handle: Handle, tensors: State, progress: Progress | None) -> None:
+    for edit in told(handle.plan.edits, progress):
         undo, module = edit.install(handle.model, tensors.get(edit.key, {}))
         handle._undos.append(undo)
         if module is not None:

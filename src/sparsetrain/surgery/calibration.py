@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.core.modes import evaluating
-from sparsetrain.surgery.method import Progress, State, method_of
+from sparsetrain.surgery.method import Edit, Progress, State, method_of
 from sparsetrain.surgery.plan import Plan
 
 
@@ -50,3 +50,11 @@ def fitted(model: nn.Module, planned: Plan, batches: list[dict[str, Tensor]], pr
         if method.prepare is not None:
             found.update(method.prepare(model, edits, batches, progress or (lambda *_: None)))
     return found
+
+
+def told(edits: tuple[Edit, ...], progress: Progress | None) -> Iterator[Edit]:
+    """The edits of a plan, as they are installed: one that takes a weight apart may take seconds."""
+    for done, edit in enumerate(edits, 1):
+        yield edit
+        if progress is not None:
+            progress("changing the model", done / len(edits))
