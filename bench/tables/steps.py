@@ -45,7 +45,8 @@ def registered() -> dict[str, Described]:
     import sparsetrain.methods  # noqa: F401  (enters them in the registry)
     from sparsetrain.core.config import registered_methods
 
-    return {name: Described.of(name, config) for name, config in sorted(registered_methods().items())}
+    ours = {name: kind for name, kind in registered_methods().items() if kind.__module__.startswith("sparsetrain.")}
+    return {name: Described.of(name, config) for name, config in sorted(ours.items())}
 
 
 def steps(results: dict[str, Any]) -> list[str]:

@@ -36,7 +36,7 @@ OF_MODELS = {
 }  # fmt: skip
 ELSEWHERE = {
     "softmax", "gradient_checkpointing_enable", "anatomy", "step", "deepcopy", "get_scale", "callback", "LoraConfig",
-    "no_grad", "push_to_hub",
+    "no_grad", "push_to_hub", "requires_grad_", "contiguous",
 }  # fmt: skip
 
 
