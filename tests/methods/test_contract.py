@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
@@ -259,6 +260,19 @@ def test_autocast(method: str, family: str) -> None:
     assert all(g.isfinite().all() for g in grads)
     # routing and selection are discrete, so single tokens may differ; the outputs as a whole may not
     assert (out.float() - expected).norm() < 0.3 * expected.norm()
+
+
+@claimed("lora")
+def test_lora_trains_beside_it(method: str, family: str) -> None:
+    case = CASES[family]
+    model, batch = case.model(), case.batch()
+    handle = convert(model, case, example(method))
+    config = LoraConfig(r=2, target_modules="all-linear", modules_to_save=handle.modules_to_save or None)
+    adapted = get_peft_model(model, config).train()
+    adapted(**batch).logits.float().square().mean().backward()
+    found = {name: p.grad for name, p in adapted.named_parameters() if "lora_B" in name}
+    assert found and all(grad is None or bool(grad.isfinite().all()) for grad in found.values())
+    assert any(grad is not None and bool(grad.any()) for grad in found.values())
 
 
 @every
@@ -558,6 +572,7 @@ HELD_BY = {
     "checkpointing_reentrant": test_gradients_with_checkpointing_equal_those_without,
     "autocast": test_autocast,
     "compile": test_torch_compile_traces_and_changes_nothing,
+    "lora": test_lora_trains_beside_it,
     "classify": test_classification_trains,
     "mlm": test_masked_language_modelling_trains,
     "cost": test_the_planned_saving_is_what_a_counter_measures,

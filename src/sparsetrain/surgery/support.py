@@ -26,6 +26,7 @@ FEATURES: dict[str, str] = {
     "checkpointing_reentrant": "gradient checkpointing, reentrant",
     "autocast": "bf16 autocast over fp32 weights",
     "compile": "torch.compile, with graph breaks where sizes follow the data",
+    "lora": "LoRA (PEFT) on the model's linears beside it",
     "classify": "sequence or image classification",
     "mlm": "masked language modelling",
     "export": "dense-layout weights and a sidecar that rebuild the model",

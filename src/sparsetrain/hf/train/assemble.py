@@ -105,6 +105,8 @@ def asked_features(recipe: RunRecipe, device: torch.device) -> list[str]:
         found.append("classify")
     if autocasts(recipe, device):
         found.append("autocast")
+    if getattr(recipe, "lora_r", 0) > 0:
+        found.append("lora")
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from sparsetrain.core.config import MethodConfig, in_range, one_of
 from sparsetrain.core.fields import shown
@@ -36,6 +36,7 @@ class Monarch(MethodConfig, method="monarch"):
         "loses quality and wants all its weights trained again (lora_r=0, deploy=sparse). Not for small layers."
     )
     ops: ClassVar[tuple[str, ...]] = ("monarch_linear",)
+    stays_sparse: ClassVar[bool] = True
 
     num_blocks: int = 4
     roles: tuple[str, ...] = ROLES
@@ -52,6 +53,9 @@ class Monarch(MethodConfig, method="monarch"):
     @classmethod
     def example(cls) -> Self:
         return cls(num_blocks=2, force=True)
+
+    def recipe_defaults(self) -> dict[str, Any]:
+        return {"lora_r": 0}
 
     @property
     def replaces(self) -> bool:

@@ -16,6 +16,7 @@ from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.edits import edits_at
 from sparsetrain.surgery.method import Edit, Method, register_method
 
+_LORA = "PEFT wraps none of its linears, so that its factors would stay as they are. Train all weights (lora_r=0)"
 _FOUR_BIT = "it takes the weight apart, and a quantised one is packed. Load the model in bf16 or fp32"
 
 
@@ -85,7 +86,7 @@ register_method(
         edits=edits,
         site_names=lambda anatomy: [site.name for site in candidates(anatomy)],
         exports={"multiplied": multiplied},
-        limits={"four_bit": _FOUR_BIT},
+        limits={"four_bit": _FOUR_BIT, "lora": _LORA},
     ),
 )
-register_method(MonarchThenDense, Method(growth=GROWTH, limits={"four_bit": _FOUR_BIT}))
+register_method(MonarchThenDense, Method(growth=GROWTH, limits={"four_bit": _FOUR_BIT, "lora": _LORA}))
