@@ -13,7 +13,7 @@ import pytest
 from sparsetrain.cli.failure import explain
 from sparsetrain.hf.train.finetune import finetune
 from sparsetrain.runs.checkpoints import checkpoints
-from sparsetrain.runs.manifest import verify_manifest
+from sparsetrain.runs.manifest import disk_errors, verify_manifest
 from tests.hf import runs
 
 
@@ -56,3 +56,22 @@ def test_each_write_of_a_run(tmp_path: Path) -> None:
         if (output / "adapter").exists():
             assert verify_manifest(output / "adapter")
     assert good
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Exception("No space left on device (os error 28)"),  # tokenizers
+        RuntimeError("unexpected pos 64 vs 0"),  # torch.save
+        OSError(28, "No space left on device"),
+    ],
+)
+def test_every_library_s_way_of_saying_it(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left|File too large") as told, disk_errors(tmp_path):
+        raise error
+    assert told.value.filename == str(tmp_path) and explain(told.value).message.startswith(f"Writing {tmp_path}")
+
+
+def test_another_error_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="lost"), disk_errors(tmp_path):
+        raise KeyError("lost")

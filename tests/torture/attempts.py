@@ -123,10 +123,11 @@ def _fill_one(root: Path, name: str, number: int, only: str | None) -> Done:
         (folder / "out").rmdir()
         kept.rename(folder / "out")
     found = faults_of(ended, folder, before, must_fail=False, as_json=False)
+    told = ended if found else None
     again = run_one(Job((*RUNS[name], "--resume"), folder, label)) if ended.code else ended
     found += ["not resumed"] if again.code else _unequal(reference, folder / "out")
     found += ["foreign files touched"] if touched(folder, before) else []
-    return _done(label, Job((*RUNS[name], "--resume"), folder, label), again, found, only)
+    return _done(label, Job((*RUNS[name], "--resume"), folder, label), told or again, found, only)
 
 
 def doubles(root: Path, seed: int, share: float, only: str | None) -> Iterator[Done]:
