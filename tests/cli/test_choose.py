@@ -99,6 +99,9 @@ def test_what_is_chosen_is_told_recorded_and_trained(
     method = "token_selection:keep_ratio=0.25,pool=targets"
     assert call("finetune", *flags(llama, talks, tmp_path / "named", method=method)).code == 0
     assert losses(tmp_path / "auto") == losses(tmp_path / "named")  # choosing leaves no trace in the run
+    planned = call("plan", "--recipe", str(tmp_path / "auto" / "recipe.yaml"), "--memory", "64GB", "--json")
+    ways = {row["candidate"]["label"]: row for row in planned.json["rows"]}
+    assert planned.code == 0 and ways["token_selection"]["fits"] and ways["token_selection"]["refused"] is None
 
 
 def test_a_tie_is_dense_and_a_second_run_times_nothing(
