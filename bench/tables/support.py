@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bench.tables.steps import registered
+
 
 def support() -> str:
     """docs/support.md: what each method works with, from the data that runs are checked against."""
@@ -10,7 +12,8 @@ def support() -> str:
     from sparsetrain.surgery.support import FEATURES, support_rows
 
     families = family_limits()
-    rows = support_rows(families)
+    ours = registered()
+    rows = [row for row in support_rows(families) if row["method"] in ours]
     lines = [
         "# What works with what",
         "",
