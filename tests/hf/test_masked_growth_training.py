@@ -16,9 +16,8 @@ from sparsetrain.hf.study.preview import preview
 from sparsetrain.hf.train.pretrain import PretrainRecipe, pretrain
 from sparsetrain.runs.manifest import read_json
 from sparsetrain.surgery.record import handles_of
-from tests.hf import runs
 from tests.hf.test_pretrain import images, labelled
-from tests.hf.test_stages import Kill, losses, named, same_weights
+from tests.hf.test_stages import Kill, losses, named, same_weights, tiny_gpt
 
 ALL = ["hidden/2 heads/2 ffn/2 layers=1", "hidden*2 heads*2 ffn*2 layers=2"]
 PLAN = {"method": "masked_growth", "plan": ALL, "ramp_ratio": 0.25}
@@ -26,21 +25,7 @@ PLAN = {"method": "masked_growth", "plan": ALL, "ramp_ratio": 0.25}
 
 def recipe(folder: Path, method: dict[str, Any] | None = None, **changes: Any) -> PretrainRecipe:
     """Twelve steps of a GPT-2 with four heads: six of a small one, three of a ramp, three of the whole."""
-    values: dict[str, Any] = {
-        "model": "gpt2-nano",
-        "set": {"n_layer": 2, "n_embd": 16, "n_head": 4, "n_inner": 32, "resid_pdrop": 0.1},
-        "data": str(runs.text(folder / "text", files=3, words=200)),
-        "output": str(folder / "out"),
-        "seq_len": 16,
-        "batch_size": 2,
-        "steps": 12,
-        "lr": 1e-2,
-        "eval_tokens": 64,
-        "save_every": 1,
-        "device": "cpu",
-        "methods": [method or PLAN],
-    }
-    return PretrainRecipe.from_values(values | changes)
+    return tiny_gpt(folder, {"n_head": 4, "n_inner": 32}, **{"methods": [method or PLAN], **changes})
 
 
 class Watch(TrainerCallback):

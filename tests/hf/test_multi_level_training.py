@@ -23,29 +23,13 @@ from sparsetrain.methods.multi_level.module import decoalesce, interpolate
 from sparsetrain.runs.manifest import read_json
 from sparsetrain.surgery.grow import fill
 from tests.families import FAMILIES
-from tests.hf import runs
 from tests.hf.test_pretrain import images
-from tests.hf.test_stages import Kill, losses, named, same_weights
+from tests.hf.test_stages import Kill, losses, named, same_weights, tiny_gpt
 
 
 def recipe(folder: Path, method: str = "multi_level:start_share=0.2,small_share=0.4", **changes: Any) -> PretrainRecipe:
     """Ten steps: two of a GPT-2 of two layers, four of a half of it, four of the whole."""
-    folder.mkdir(exist_ok=True)
-    values: dict[str, Any] = {
-        "model": "gpt2-nano",
-        "set": {"n_layer": 2, "n_embd": 16, "n_head": 2, "resid_pdrop": 0.1},
-        "data": str(runs.text(folder / "text", files=3, words=200)),
-        "output": str(folder / "out"),
-        "seq_len": 16,
-        "batch_size": 2,
-        "steps": 10,
-        "lr": 1e-2,
-        "eval_tokens": 64,
-        "save_every": 1,
-        "device": "cpu",
-        "methods": [method],
-    }
-    return PretrainRecipe.from_values(values | changes)
+    return tiny_gpt(folder, {"n_head": 2}, **{"methods": [method], "steps": 10, **changes})
 
 
 def test_killed_at_every_step_it_gives_the_same_bits(tmp_path: Path) -> None:

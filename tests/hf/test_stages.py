@@ -110,9 +110,15 @@ def _split(name: str, w: Tensor) -> Tensor:
 
 def recipe(folder: Path, *methods: dict[str, Any], **changes: Any) -> PretrainRecipe:
     """Twelve steps of a GPT-2 whose FFNs are 64 wide in the end."""
+    return tiny_gpt(folder, {"n_inner": 64}, **{"methods": [{"method": "test_widen"}, *methods], **changes})
+
+
+def tiny_gpt(folder: Path, sizes: dict[str, int], **changes: Any) -> PretrainRecipe:
+    """Twelve steps of a GPT-2 of two layers, with a checkpoint after each."""
+    folder.mkdir(exist_ok=True)
     values: dict[str, Any] = {
         "model": "gpt2-nano",
-        "set": {"n_layer": 2, "n_embd": 16, "n_inner": 64, "resid_pdrop": 0.1},
+        "set": {"n_layer": 2, "n_embd": 16, "resid_pdrop": 0.1, **sizes},
         "data": str(runs.text(folder / "text", files=3, words=200)),
         "output": str(folder / "out"),
         "seq_len": 16,
@@ -122,7 +128,6 @@ def recipe(folder: Path, *methods: dict[str, Any], **changes: Any) -> PretrainRe
         "eval_tokens": 64,
         "save_every": 1,
         "device": "cpu",
-        "methods": [{"method": "test_widen"}, *methods],
     }
     return PretrainRecipe.from_values(values | changes)
 

@@ -143,8 +143,8 @@ def _on_all_rows(
     """The first pass: what the block says, noted. Where keys train, gradient is on until the attention has them."""
     sparse = stand_in_of(attention)
     attends = AttentionOfAllRows(notes, sparse)
+    args, kwargs = detached(args), detached(kwargs)
     grad = torch.set_grad_enabled(notes.trains_keys)
-    args, kwargs = (detached(part) for part in (args, kwargs))
     with grad, AllRows(notes), standing_in(attention, attends), adapters_on_all_rows(adapters, notes):
         try:
             return dense_forward(SelectsTokens, block, *args, **kwargs)
