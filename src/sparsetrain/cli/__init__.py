@@ -76,8 +76,22 @@ def run(arguments: Sequence[str]) -> int:
         if debug and isinstance(error, Exception) and not hasattr(error, "format_message"):
             traceback.print_exception(error)
         failure = explain(error, flags_of(arguments))
+        if not _tells(error):
+            return failure.code
         if as_json:
             print(to_json(failure.to_dict()), file=stdout)
         elif failure.message:
-            print(f"sparsetrain: {failure.message}", file=sys.stderr)
+            print(f"sparsetrain{_rank(error)}: {failure.message}", file=sys.stderr)
         return failure.code
+
+
+def _tells(error: BaseException) -> bool:
+    """Of a launcher's processes one tells of an error: whoever failed, or before they are joined the first one."""
+    from sparsetrain.core.errors import RankFailed
+
+    return not isinstance(error, RankFailed) and (bool(_rank(error)) or os.environ.get("LOCAL_RANK", "0") == "0")
+
+
+def _rank(error: BaseException) -> str:
+    """Which of the joined ranks has failed, as `hf.train.launch` notes."""
+    return "".join(f", {note}" for note in getattr(error, "__notes__", ()) if note.startswith("rank "))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sparsetrain.core.errors import RankFailed
 from sparsetrain.core.fields import shown
 from sparsetrain.core.quote import quoted
 
@@ -74,6 +75,9 @@ def explain(error: BaseException, flags: Container[str] | None = None) -> Failur
     Args:
         flags: those of the command, so that advice names no other; None: any.
     """
+    if isinstance(error, RankFailed):  # one line a run, not one a rank
+        code = explain(error.__cause__).code if isinstance(error.__cause__, Exception) else FAILED
+        return Failure(kind="failed", code=code, message="")
     has = lambda flag: flags is None or flag in flags  # noqa: E731
     if isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt):
         goes_on = " A training run goes on from its last whole checkpoint: the same command with --resume."

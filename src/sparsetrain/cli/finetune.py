@@ -11,7 +11,7 @@ import typer
 from sparsetrain.cli.answer import Answer
 from sparsetrain.cli.choice_flags import Again, GoalFlag, Memory, Seconds, Tolerance, choice_asked
 from sparsetrain.cli.flags import FLAGS, METHODS_HELP, Debug, Json, RecipeFile, changes, takes
-from sparsetrain.cli.live import telling
+from sparsetrain.cli.live import refuse_launched, speaks, telling
 
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check the recipe, model and data; print the plan; train nothing.")
@@ -30,7 +30,7 @@ def finetune(
     json: Json = False,
     debug: Debug = False,
     **flags: Any,
-) -> Answer:
+) -> Answer | None:
     """Fine-tune a pretrained model on LoRA or on all weights, in the way that pays: sparse where it does, else dense.
 
     Without --preset and --method it chooses by itself: of what was seen to keep to the quality of dense LoRA on such
@@ -59,8 +59,10 @@ def finetune(
     given = changes(flags)
     asked = Recipe.from_yaml(recipe, given) if recipe else Recipe.from_values(given)
     by = choice_asked(asked, **wanted, choose_again=choose_again)
+    refuse_launched(compares=asked.compare == "dense", chooses=by is not None, dry_run=dry_run)
     with telling() as tell:
-        return _answered(asked, tell, dry_run) if by is None else _chosen(asked, by, tell, dry_run)
+        answer = _answered(asked, tell, dry_run) if by is None else _chosen(asked, by, tell, dry_run)
+    return answer if speaks() else None
 
 
 finetune.__doc__ = inspect.cleandoc(finetune.__doc__ or "").replace("METHODS", METHODS_HELP)

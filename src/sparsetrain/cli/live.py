@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 Event = dict[str, Any]
+
+
+def speaks() -> bool:
+    """Is this process alone, or the first of a launcher's?"""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def to_stderr(event: Event) -> None:
@@ -19,9 +25,13 @@ def to_stderr(event: Event) -> None:
 
 @contextmanager
 def telling() -> Iterator[Callable[[Event], None]]:
-    """A function to report events to: a progress bar, or lines in a pipe or a log file."""
+    """A function to report events to: a progress bar, or lines in a pipe or a log file; of a launcher's processes the
+    first one's."""
     from sparsetrain.runs.progress import ProgressBar
 
+    if not speaks():
+        yield lambda _event: None
+        return
     with ProgressBar() as bar:
         yield bar if bar.console.is_terminal else _with_lines(bar)
 
@@ -45,3 +55,22 @@ def _with_lines(bar: Callable[[Event], None]) -> Callable[[Event], None]:
         print(line.strip(), file=sys.stderr, flush=True)
 
     return tell
+
+
+def refuse_launched(*, compares: bool, dry_run: bool, chooses: bool = False) -> None:
+    """Raise ValueError for what one process alone does, where a launcher has started several."""
+    count = os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else "1"
+    if count == "1":
+        return
+    asked = {
+        "--dry-run": (dry_run, "Run it without the launcher."),
+        "--compare dense": (compares, "It takes two processes in turns: run it without the launcher, or train twice."),
+        "--preset auto": (
+            chooses,
+            "It times steps of one process: give --method or --preset dense, or --recipe OUTPUT/recipe.yaml of a run "
+            "that has chosen.",
+        ),
+    }
+    for name, (given, do) in asked.items():
+        if given:
+            raise ValueError(f"{name} was asked of {count} ranks. {do}")

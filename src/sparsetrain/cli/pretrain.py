@@ -8,14 +8,14 @@ from typing import Any
 from sparsetrain.cli.answer import Answer
 from sparsetrain.cli.finetune import DryRun, compared, next_steps, previewed
 from sparsetrain.cli.flags import Debug, Json, RecipeFile, changes, methods_help, takes
-from sparsetrain.cli.live import telling
+from sparsetrain.cli.live import refuse_launched, speaks, telling
 from sparsetrain.cli.pretrain_flags import PRETRAIN_FLAGS
 
 
 @takes(*PRETRAIN_FLAGS, table=PRETRAIN_FLAGS)
 def pretrain(
     recipe: RecipeFile = None, dry_run: DryRun = False, json: Json = False, debug: Debug = False, **flags: Any
-) -> Answer:
+) -> Answer | None:
     """Train a Transformer from random weights, dense or with any sparse methods.
 
     Makes the model from a config, converts it, trains it, and writes the model, checkpoints, the recipe and report.html
@@ -54,10 +54,12 @@ def pretrain(
     asked = PretrainRecipe.from_yaml(recipe, given) if recipe else PretrainRecipe.from_values(given)
     if asked.compare_lr and asked.compare != "dense":
         raise ValueError(f"compare_lr={list(asked.compare_lr)} tunes the dense side. Give --compare dense too.")
+    refuse_launched(compares=asked.compare == "dense", dry_run=dry_run)
     with telling() as tell:
         if dry_run:
             return previewed(asked, tell)
-        return compared(asked, tell) if asked.compare == "dense" else _trained(asked, tell)
+        answer = compared(asked, tell) if asked.compare == "dense" else _trained(asked, tell)
+    return answer if speaks() else None
 
 
 pretrain.__doc__ = inspect.cleandoc(pretrain.__doc__ or "").replace("METHODS\n", f"{methods_help()}\n")

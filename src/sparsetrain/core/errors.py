@@ -23,3 +23,7 @@ class InUse(ValueError):
 
 class NotFinite(RuntimeError):
     """A loss, a gradient or a weight is infinite or not a number. The message says which, and at which step."""
+
+
+class RankFailed(RuntimeError):
+    """Another rank of this run has failed, so this one ends too. Whoever failed has said why."""

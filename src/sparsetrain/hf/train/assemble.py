@@ -20,6 +20,7 @@ from sparsetrain.hf.model.model_config import check_context
 from sparsetrain.hf.model.vocabulary import check_vocabulary
 from sparsetrain.hf.model.weights import auto_class, load_weights
 from sparsetrain.hf.model.whole import check_causal
+from sparsetrain.hf.train.launch import shared_step
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import first_batch, load_rows, refuse_rows
 from sparsetrain.measure.rates import device_of
@@ -225,10 +226,11 @@ def training_arguments(parts: Parts, **changes: Any) -> TrainingArguments:
         changes: further arguments of a job, or others in place of these.
     """
     recipe, device = parts.recipe, parts.device
+    rows, passes = shared_step(recipe)
     values: dict[str, Any] = dict(
         output_dir=recipe.output,
-        per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.grad_accum,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=passes,
         max_steps=recipe.steps or -1,
         num_train_epochs=recipe.epochs or 1.0,
         optim="adamw_torch_fused",
@@ -251,6 +253,8 @@ def training_arguments(parts: Parts, **changes: Any) -> TrainingArguments:
         remove_unused_columns=False,
         include_num_input_tokens_seen="non_padding" if "attention_mask" in first_batch(parts) else "all",
         report_to="none",
+        ddp_find_unused_parameters=False,  # what has no gradient in a step gets zeros (surgery.idle)
+        ddp_broadcast_buffers=False,  # what ranks record of their own rows is summed where it is used
         disable_tqdm=True,
         **checkpointing_arguments(recipe.gradient_checkpointing),
     )

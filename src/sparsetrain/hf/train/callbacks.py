@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sparsetrain.core import ranks
 from sparsetrain.core.anatomy import submodule
 from sparsetrain.core.units import bytes_text
 from sparsetrain.hf.model.any_trainer import drives
@@ -106,6 +107,8 @@ class SparsityCallback(TrainerCallback):
         self.handle.updated()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not ranks.is_first():
+            return
         folder = checkpoint_folder(args.output_dir, state.global_step)
         model = kwargs.get("model", self.handle.model)
         written = hasattr(model, "save_pretrained") and (folder / SIDECAR).is_file()
@@ -125,7 +128,7 @@ class SparsityCallback(TrainerCallback):
             for note in taken_from(self.handle, Path(best)):  # the Trainer has loaded its weights
                 self.report({"event": "note", "text": note})
         self.handle.settle()
-        if self.at_end and args.output_dir and not (Path(args.output_dir) / SIDECAR).is_file():
+        if self.at_end and ranks.is_first() and args.output_dir and not (Path(args.output_dir) / SIDECAR).is_file():
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             write_sidecar(args.output_dir, kwargs.get("model", self.handle.model), self.handle, **self.handle.about)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sparsetrain.core import ranks
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.core.plain_files import regular_file
 from sparsetrain.core.quote import quoted
@@ -67,7 +68,8 @@ def own_names(model: Any) -> Iterator[None]:
 class CheckpointCallback(TrainerCallback):
     """Completes each checkpoint with the run's records and its manifest, then removes the oldest ones.
 
-    It must come after every callback that adds files to a checkpoint. Set the Trainer's `save_total_limit` to None.
+    It must come after every callback that adds files to a checkpoint. On several ranks each writes the state of its
+    random generators, and the first one all else, before and after them. Set the Trainer's `save_total_limit` to None.
 
     Args:
         recipe: whose fingerprint a continuation must have.
@@ -87,10 +89,16 @@ class CheckpointCallback(TrainerCallback):
         self.recipe, self.data, self.progress, self.report, self.place = recipe, data, progress, report, place
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_save:  # now, before the Trainer writes
+        if not control.should_save:
+            return
+        if ranks.is_first():  # now, before the Trainer writes
             begin_checkpoint(checkpoint_folder(args.output_dir, state.global_step), self.recipe)
+        ranks.wait()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        ranks.wait()  # for the files of the others
+        if not ranks.is_first():
+            return
         folder = checkpoint_folder(args.output_dir, state.global_step)
         place = self.place(state.global_step)
         write_json(folder / PROGRESS, self.progress(kwargs["model"], kwargs["optimizer"]) | place)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
+from sparsetrain.core import ranks
 from sparsetrain.core.formats import asked_of_all
 from sparsetrain.hf.assets import cache_folder
 from sparsetrain.hf.train.assemble import pick_device
@@ -39,8 +40,9 @@ def with_dtype(recipe: R, report: Report = silent) -> R:
     if (asked := asked_of_all()) is not None:
         return recipe.model_copy(update={"dtype": asked})
     pick_device(recipe)
-    found = formats_of(recipe.device, cache_folder() / "machine")
-    report({"event": "note", "text": f"{found.why}."})
+    found = ranks.by_first(lambda: formats_of(recipe.device, cache_folder() / "machine"))
+    if ranks.is_first():
+        report({"event": "note", "text": f"{found.why}."})
     return recipe.model_copy(update={"dtype": found.fastest})
 
 

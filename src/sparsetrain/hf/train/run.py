@@ -6,7 +6,8 @@ interruption and `resume`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from sparsetrain.core import ranks
 from sparsetrain.core.files import write_whole
 from sparsetrain.data.digest import OrderedCollator, data_fingerprint
 from sparsetrain.hf.model import models
@@ -26,6 +28,7 @@ from sparsetrain.hf.train.checkpoint import CheckpointCallback, own_names, plain
 from sparsetrain.hf.train.finite import FiniteCallback
 from sparsetrain.hf.train.held_out import KnownQuality, measure_quality
 from sparsetrain.hf.train.journal import EvalCallback, Journal, SavedCallback
+from sparsetrain.hf.train.launch import check_same_model
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import first_batch
 from sparsetrain.hf.train.samples import samples
@@ -44,7 +47,7 @@ from sparsetrain.measure.report import write_report
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.checkpoints import Checkpoint, check_data, clear_interrupted, find_resumable
 from sparsetrain.runs.claim import claimed
-from sparsetrain.runs.events import Report
+from sparsetrain.runs.events import Report, silent
 from sparsetrain.runs.layout import RECIPE, RESULT, checkpoint_folder
 from sparsetrain.runs.manifest import disk_errors, write_json
 from sparsetrain.runs.pictures import illustrate
@@ -122,27 +125,43 @@ def run(
     write: bool = True,
     choice: Mapping[str, Any] | None = None,
 ) -> Result:
-    """Train a recipe and write its output folder; arguments and errors as of `finetune`."""
-    with claimed(recipe.output, recipe, choice=choice), disk_errors(recipe.output):
-        course = _open(recipe, job, report, tuple(callbacks))
+    """Train a recipe and write its output folder; arguments and errors as of `finetune`.
+
+    On several ranks each of them does all of it but for the writing and telling, which are the first one's.
+    """
+    with _claimed(recipe, choice), disk_errors(recipe.output):
+        course = _open(recipe, job, report if ranks.is_first() else silent, tuple(callbacks))
         model, handle, trainer = _train(course, dense_quality)
         result = _record(course, model, handle, trainer)
-        if write:
-            write_report(run_report(result), course.output)
-            illustrate(course.output, recipe.configs)
-        write_json(course.output / RESULT, result.to_dict())  # last: it marks the run as finished
+        if ranks.is_first():
+            if write:
+                write_report(run_report(result), course.output)
+                illustrate(course.output, recipe.configs)
+            write_json(course.output / RESULT, result.to_dict())  # last: it marks the run as finished
+        ranks.wait()
     return result
+
+
+@contextmanager
+def _claimed(recipe: RunRecipe, choice: Mapping[str, Any] | None) -> Iterator[None]:
+    """Hold the output folder, by the first rank for all of them."""
+    with ExitStack() as held:
+        ranks.by_first(lambda: held.enter_context(claimed(recipe.output, recipe, choice=choice)))
+        yield
 
 
 def _open(recipe: RunRecipe, job: Job, report: Report, callbacks: tuple[TrainerCallback, ...]) -> Course:
     """Everything but the weights; nothing is written."""
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    resumed = find_resumable(recipe.output, recipe, report) if recipe.resume else None
+    resumed = ranks.by_first(lambda: find_resumable(recipe.output, recipe, report)) if recipe.resume else None
+    if resumed is not None and not resumed.path.is_dir():
+        raise ValueError(f"{resumed.path} is not there on every node. Put output on storage that all nodes share.")
     journal = Journal(report, resumed)
     parts = job.open_parts(journal.report)
     journal.recorder.tokens_per_input = parts.tokens_per_input
     rows = data_fingerprint(parts.bundle.train)
+    ranks.check_same("set of training rows", rows, "Give all nodes the same data, and the same version of sparsetrain.")
     if resumed is not None:
         check_data(resumed, rows)
     return Course(
@@ -167,11 +186,14 @@ def _train(course: Course, dense_quality: KnownQuality) -> tuple[Any, Handle | N
     model, handle = course.job.build(course.parts, course.journal, resumed, dense_quality)
     if handle is not None and any(edit.replaces for edit in handle.plan.edits):
         handle.commit()  # a run never goes back, and the weights that were replaced need memory
+    check_same_model(model, handle)
     if setup_s := course.journal.run.get("setup_s"):
         course.journal.report({"event": "setup", "seconds": setup_s})
     left = None if resumed is None else resumed.path
-    clear_interrupted(course.output)
-    write_whole(course.output / RECIPE, course.recipe.to_yaml())
+    if ranks.is_first():
+        clear_interrupted(course.output)
+        write_whole(course.output / RECIPE, course.recipe.to_yaml())
+    ranks.wait()
     for span in course.spans[course.start :]:
         if span.index > course.start:
             assert course.job.enter is not None and left is not None
@@ -245,7 +267,8 @@ def _train_stage(course: Course, trainer: Trainer, left: Path | None) -> None:
         with plain_states(left), own_names(trainer.model):
             trainer.train(resume_from_checkpoint=None if left is None else str(left))
     except BaseException:
-        clear_interrupted(course.output)
+        if ranks.is_first():
+            clear_interrupted(course.output)
         leave_entry(course.output)
         raise
     course.journal.peaks(course.parts.device)
@@ -261,12 +284,13 @@ def _record(course: Course, model: Any, handle: Handle | None, trainer: Trainer 
     journal.quality("after_training", trained, step=last)
     _sample(course, model)
     saved = course.output / job.saved
-    save(model, handle, saved, tokenizer=parts.tokenizer, **job.about(parts))
-    for leave in filter(None, (method_of(config).leave for config in (handle.configs if handle is not None else ()))):
-        for text in leave(handle, course.output):
-            journal.report({"event": "note", "text": text})
+    if ranks.is_first():
+        save(model, handle, saved, tokenizer=parts.tokenizer, **job.about(parts))
+        for leave in filter(None, (method_of(config).leave for config in (handle.configs if handle else ()))):
+            for text in leave(handle, course.output):
+                journal.report({"event": "note", "text": text})
     total, trainable = models.num_parameters(model)
-    whole = course.resumed is None and len(course.spans) == 1
+    whole = course.resumed is None and len(course.spans) == 1 and ranks.total() == 1
     return Result(
         recipe=course.recipe,
         saved=saved,

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
+from sparsetrain.core import ranks
 from sparsetrain.hf.train.callbacks import restart_schedule
 from sparsetrain.hf.train.checkpoint import own_names, plain_states
 from sparsetrain.hf.train.journal import Journal
@@ -118,7 +119,8 @@ def kept_weights(parts: Parts, journal: Journal) -> KeptWeights:
 
 def leave_entry(output: Path) -> None:
     """Remove what a stage began with."""
-    shutil.rmtree(output / ENTERING, ignore_errors=True)
+    if ranks.is_first():
+        shutil.rmtree(output / ENTERING, ignore_errors=True)
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:

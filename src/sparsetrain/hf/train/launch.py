@@ -1,0 +1,189 @@
+"""A run on several ranks, as torchrun, `accelerate launch` or SLURM start them: joining, sharing a step, ending.
+
+A recipe says what is trained, and the launch on how many ranks: those share the `batch_size x grad_accum` rows of each
+step, so the same recipe gives the same losses on any number of them, and a run goes on with more or fewer.
+
+The first rank writes and speaks. A rank that fails says why, once; the others end without a word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import distributed, nn
+
+from sparsetrain.core import ranks
+from sparsetrain.core.errors import RankFailed
+from sparsetrain.recipes.run import RunRecipe
+from sparsetrain.surgery.apply import Handle
+
+AGAIN = "The same command with --resume goes on from the last whole checkpoint, on any number of ranks."
+_LOST = re.compile(
+    r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|timed? ?out|remote process|process group",
+    re.IGNORECASE,
+)
+"""How a collective says that another rank is not there any more."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_ranks(train: Callable[P, R]) -> Callable[P, R]:
+    """Let what trains a recipe, its first argument, do so as one of the launcher's ranks (`joined`)."""
+
+    @wraps(train)
+    def trains(*args: P.args, **kwargs: P.kwargs) -> R:
+        recipe: Any = args[0]
+        with joined(recipe.device):
+            return train(*args, **kwargs)
+
+    return trains
+
+
+def asked_ranks() -> int:
+    """Ranks that the launcher has started; 1 without one."""
+    value = os.environ.get("WORLD_SIZE", "")
+    return int(value) if value.isdigit() and "RANK" in os.environ else 1
+
+
+@contextmanager
+def joined(device: str = "auto") -> Iterator[None]:
+    """Be one of the launcher's ranks until the block ends. Alone, or where a process group runs already: nothing.
+
+    Args:
+        device: of the recipe; on a GPU each rank takes that of its local number.
+
+    Raises:
+        RankFailed: this rank ended because another did, which has said why.
+        ValueError: there is no GPU for this rank.
+    """
+    if asked_ranks() == 1 or distributed.is_initialized():
+        yield
+        return
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    if not cpu:
+        _take_gpu()
+    distributed.init_process_group("gloo" if cpu else "cpu:gloo,cuda:nccl")
+    stopped, failed = threading.Event(), False
+    try:
+        with _ended_by_launcher(stopped):
+            yield
+            ranks.wait()
+    except BaseException as error:
+        failed = True
+        told = _of_all(error, stopped.is_set())
+        if told is error:
+            raise
+        raise told from error
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        # gloo's, held until the process ends, takes it down then; NCCL's would wait for ranks that have failed
+        if cpu or not failed:
+            with contextlib.suppress(RuntimeError):
+                distributed.destroy_process_group()
+
+
+def _take_gpu() -> None:
+    local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= there:
+        raise ValueError(
+            f"rank {os.environ['RANK']} is number {local} of its machine, which has {there} GPUs. Start as many ranks "
+            "on a machine as it has GPUs (torchrun --nproc-per-node), or give --device cpu."
+        )
+    torch.cuda.set_device(local)
+
+
+@contextmanager
+def _ended_by_launcher(stopped: threading.Event) -> Iterator[None]:
+    """A launcher ends the ranks that are left when one has died: as an error, so that what cleans up runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: Any) -> None:
+        if not stopped.is_set():
+            stopped.set()
+            raise RankFailed("the launcher ended this rank: another one died, or it was told to stop.")
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _of_all(error: BaseException, stopped: bool) -> BaseException:
+    """The error as this rank tells it: as it is, or, where another rank has told, as `RankFailed`."""
+    if not isinstance(error, Exception):
+        return error
+    place, count = distributed.get_rank(), ranks.total()
+    lost = stopped or isinstance(error, RankFailed) or (isinstance(error, RuntimeError) and _LOST.search(str(error)))
+    if not _first_to_tell():
+        return RankFailed("another rank of this run has failed, and said why.")
+    if lost:
+        error = RuntimeError(f"another rank of this run has ended without a word (killed, or out of memory?). {AGAIN}")
+    error.add_note(f"rank {place} of {count}")
+    return error
+
+
+def _first_to_tell() -> bool:
+    """Is this the first rank to tell of a failure? Where nobody can be asked: yes."""
+    key = f"sparsetrain/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    try:
+        return distributed.distributed_c10d._get_default_store().add(key, 1) == 1
+    except Exception:  # whoever held the store is gone
+        return True
+
+
+def shared_step(recipe: RunRecipe) -> tuple[int, int]:
+    """(rows in a pass, passes in a step) of one rank, so that all together read the recipe's rows of a step.
+
+    Passes are shared first: they stay as they are then, and so does what a method computes of one.
+
+    Raises:
+        ValueError: the ranks can't have equal parts.
+    """
+    count, rows = ranks.total(), recipe.batch_size * recipe.grad_accum
+    for size in range(recipe.batch_size, 0, -1):
+        if rows % (size * count) == 0:
+            return size, rows // (size * count)
+    fits = -(-rows // count) * count
+    raise ValueError(
+        f"a step reads batch_size={recipe.batch_size} x grad_accum={recipe.grad_accum} rows, and {count} ranks cannot "
+        f"share {rows} equally. Give a multiple of {count}, such as grad_accum={fits} with batch_size=1."
+    )
+
+
+def check_same_model(model: nn.Module, handle: Handle | None) -> None:
+    """Raise ValueError if the ranks have made different models of the same recipe.
+
+    Each rank loads, converts and calibrates by itself, from the same seed and rows; that is as fast as one doing it
+    for all, and leaves nothing behind that only one of them has.
+    """
+    if ranks.total() == 1:
+        return
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    if handle is not None:
+        tensors |= {f"{key} {name}": x for key, found in handle.state().items() for name, x in found.items()}
+    ranks.check_same(
+        "model after the conversion",
+        repr([(name, tuple(x.shape), str(x.dtype), _bits(x)) for name, x in sorted(tensors.items())]),
+        "The same seed gives the same model on equal machines: use one kind of GPU and one version of torch on all "
+        "nodes, or set calibration_tokens=0.",
+    )
+
+
+def _bits(x: torch.Tensor) -> int:
+    """Of a tensor's bits; not of their order, which no two conversions differ in alone."""
+    return int(torch.hash_tensor(x.contiguous()).item()) if x.numel() else 0
