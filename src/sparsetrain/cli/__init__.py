@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -86,10 +87,17 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _tells(error: BaseException) -> bool:
-    """Of a launcher's processes one tells of an error: whoever failed, or before they are joined the first one."""
+    """Of a launcher's processes one tells of an error: whoever failed, or before they are joined the first one.
+
+    The launcher ends the others when that one exits; who is still here then has another error, and tells of it.
+    """
     from sparsetrain.core.errors import RankFailed
 
-    return not isinstance(error, RankFailed) and (bool(_rank(error)) or os.environ.get("LOCAL_RANK", "0") == "0")
+    if isinstance(error, RankFailed):
+        return False
+    if not _rank(error) and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(5)
+    return True
 
 
 def _rank(error: BaseException) -> str:

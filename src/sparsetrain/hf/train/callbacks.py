@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -87,6 +88,7 @@ class SparsityCallback(TrainerCallback):
             for note in continued(self.handle, args, state):
                 self.report({"event": "note", "text": note})
         self._restarted = None  # a Trainer makes its schedule anew for each run
+        self._reducer = GradientBuckets(kwargs["model"])
         self._step(args, state, kwargs)
         for note in self.handle.notes():
             self.report({"event": "note", "text": note})
@@ -139,6 +141,7 @@ class SparsityCallback(TrainerCallback):
         for line in changes:
             self.report({"event": "note", "text": line})
         if changes:
+            self._reducer.rebuild()
             self.before_reset()
             before = _peak(args.device)
             self._peak_before = before if reset_peak(args.device) else None
@@ -146,6 +149,25 @@ class SparsityCallback(TrainerCallback):
         if at is not None and at != self._restarted:
             restart_schedule(scheduler, at, state.global_step)
             self._restarted = at
+
+
+class GradientBuckets:
+    """Those in which DDP reduces the gradients of a model: it cuts them once, and a method may change what trains."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._around: DistributedDataParallel | None = None
+        if ranks.total() > 1:
+
+            def found(*_: Any) -> None:  # a trainer hands out the model, and not what is around it
+                self._around = DistributedDataParallel._active_ddp_module
+                hook.remove()
+
+            hook = model.register_forward_pre_hook(found)
+
+    def rebuild(self) -> None:
+        """Cut them again, for parameters as they are now: as after unpickling DDP, which is what makes a reducer."""
+        if self._around is not None:
+            self._around.__setstate__(self._around.__getstate__())
 
 
 def asked_of_trainer(args: TrainingArguments) -> dict[str, str]:

@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -28,6 +29,8 @@ from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.surgery.apply import Handle
 
 AGAIN = "The same command with --resume goes on from the last whole checkpoint, on any number of ranks."
+PATIENCE_S = 10.0
+"""For a rank that tells of a failure: a launcher ends all others, and it too, as soon as the first has exited."""
 _LOST = re.compile(
     r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|timed? ?out|remote process|process group",
     re.IGNORECASE,
@@ -81,8 +84,9 @@ def joined(device: str = "auto") -> Iterator[None]:
             yield
             ranks.wait()
     except BaseException as error:
-        failed = True
-        told = _of_all(error, stopped.is_set())
+        failed, was_stopped = True, stopped.is_set()
+        stopped.set()
+        told = _of_all(error, was_stopped)
         if told is error:
             raise
         raise told from error
@@ -117,10 +121,8 @@ def _ended_by_launcher(stopped: threading.Event) -> Iterator[None]:
             raise RankFailed("the launcher ended this rank: another one died, or it was told to stop.")
 
     before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    yield
+    signal.signal(signal.SIGTERM, before)  # and not after a failure, which is still to be told
 
 
 def _of_all(error: BaseException, stopped: bool) -> BaseException:
@@ -130,6 +132,9 @@ def _of_all(error: BaseException, stopped: bool) -> BaseException:
     place, count = distributed.get_rank(), ranks.total()
     lost = stopped or isinstance(error, RankFailed) or (isinstance(error, RuntimeError) and _LOST.search(str(error)))
     if not _first_to_tell():
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PATIENCE_S)
         return RankFailed("another rank of this run has failed, and said why.")
     if lost:
         error = RuntimeError(f"another rank of this run has ended without a word (killed, or out of memory?). {AGAIN}")

@@ -28,7 +28,7 @@ from sparsetrain.hf.train.checkpoint import CheckpointCallback, own_names, plain
 from sparsetrain.hf.train.finite import FiniteCallback
 from sparsetrain.hf.train.held_out import KnownQuality, measure_quality
 from sparsetrain.hf.train.journal import EvalCallback, Journal, SavedCallback
-from sparsetrain.hf.train.launch import check_same_model
+from sparsetrain.hf.train.launch import check_same_model, shared_step
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import first_batch
 from sparsetrain.hf.train.samples import samples
@@ -152,6 +152,7 @@ def _claimed(recipe: RunRecipe, choice: Mapping[str, Any] | None) -> Iterator[No
 
 def _open(recipe: RunRecipe, job: Job, report: Report, callbacks: tuple[TrainerCallback, ...]) -> Course:
     """Everything but the weights; nothing is written."""
+    shared_step(recipe)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     resumed = ranks.by_first(lambda: find_resumable(recipe.output, recipe, report)) if recipe.resume else None

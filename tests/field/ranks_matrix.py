@@ -1,0 +1,136 @@
+"""Every method on several gloo ranks, beside one process that reads the same micro-batches one after another.
+
+In fp64, so that equality can be asked to 1e-10: in fp32 twenty steps of AdamW turn the order of a sum into 1e-4.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+import sparsetrain
+import sparsetrain.methods  # enters every method in the registry
+from sparsetrain.core.config import registered_methods
+from sparsetrain.surgery.method import method_of
+from tests.families import FAMILIES
+
+STEPS, MICRO, ROWS, TOKENS = 20, 4, 2, 48
+METHODS = [name for name, kind in registered_methods().items() if method_of(kind).edits]
+Found = dict[str, Tensor]
+
+
+def rows_of(step: int, micro: int) -> dict[str, Tensor]:
+    """A micro-batch. Ever fewer of its tokens are targets: a mean of means would weigh them wrongly."""
+    batch = FAMILIES["llama"].batch(ROWS, TOKENS, seed=100 + step * MICRO + micro)
+    labels = batch["input_ids"].clone()
+    labels[:, : 8 * (micro + 1)] = -100
+    return batch | {"labels": labels}
+
+
+class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    def __len__(self) -> int:
+        return STEPS * MICRO * ROWS
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        step, place = divmod(index, MICRO * ROWS)
+        micro, row = divmod(place, ROWS)
+        return {name: tensor[row] for name, tensor in rows_of(step, micro).items()}
+
+
+class InOrder(Trainer):
+    def _get_train_sampler(self, *_: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+
+def converted(method: str) -> tuple[Any, sparsetrain.Handle]:
+    torch.manual_seed(0)
+    model = FAMILIES["llama"].model().double()
+    given: dict[str, Any] = {"calibration": [FAMILIES["llama"].batch(4, TOKENS, seed=5)], "seed": 0}
+    return model, sparsetrain.sparsify(model, registered_methods()[method].example(), **given)
+
+
+def by_trainer(method: str, ranks: int, folder: str) -> Found:
+    """transformers' Trainer, which puts DDP around the model where ranks run."""
+    model, handle = converted(method)
+    arguments = TrainingArguments(
+        output_dir=folder,
+        use_cpu=True,
+        per_device_train_batch_size=ROWS,
+        gradient_accumulation_steps=MICRO // ranks,
+        max_steps=STEPS,
+        learning_rate=1e-3,
+        weight_decay=0.1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=1,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+    )
+    trainer = InOrder(model, arguments, train_dataset=Rows(), callbacks=[handle.callback(at_end=False)])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    losses = torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    return found_in(model) | {"losses in fp32": losses}
+
+
+def by_hand(method: str, ranks: int, shard: bool) -> Found:
+    """A loop of one's own, with `fully_shard` around each block and the model."""
+    model, handle = converted(method)
+    place, losses = (distributed.get_rank() if ranks > 1 else 0), []
+    if shard:
+        for block in model.model.layers:
+            fully_shard(block)
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    model.train()
+    for step in range(STEPS):
+        handle.step(step, STEPS, float(MICRO // ranks and 1))
+        batches = [rows_of(step, micro) for micro in range(MICRO)]
+        targets = torch.tensor(sum(int(batch["labels"][:, 1:].ne(-100).sum()) for batch in batches))
+        mine, loss = batches[place::ranks], torch.zeros((), dtype=torch.float64)
+        for batch in mine:
+            part = model(**batch, num_items_in_batch=targets).loss * ranks  # ranks' gradients are averaged
+            part.backward()
+            loss += part.detach() / ranks
+        if ranks > 1:
+            distributed.all_reduce(loss)
+        losses.append(float(loss))
+        handle.adjust_gradients()
+        optimizer.step()
+        handle.updated()
+        optimizer.zero_grad()
+    return found_in(model) | {"losses": torch.tensor(losses, dtype=torch.float64)}
+
+
+def found_in(model: nn.Module) -> Found:
+    """The trained parameters in full, and the loss of rows that were not trained on."""
+    found = {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+    with torch.no_grad():
+        found["held-out loss"] = model.eval()(**rows_of(STEPS, 0)).loss
+    return found
+
+
+def work(rank: int, ranks: int, folder: str, methods: list[str], kind: str) -> None:
+    """One of the ranks: train each method; the first one keeps what came out."""
+    torch.set_num_threads(1)
+    # what a launcher says, and accelerate reads
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    os.environ.update({"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"})
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    for method in methods:
+        found = by_trainer(method, ranks, folder) if kind == "ddp" else by_hand(method, ranks, shard=True)
+        torch.save(found, Path(folder) / f"{method}.{rank}")
+    distributed.barrier()
+    distributed.destroy_process_group()
