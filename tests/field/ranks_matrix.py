@@ -54,7 +54,8 @@ def converted(method: str) -> tuple[Any, sparsetrain.Handle]:
     torch.manual_seed(0)
     model = FAMILIES["llama"].model().double()
     given: dict[str, Any] = {"calibration": [FAMILIES["llama"].batch(4, TOKENS, seed=5)], "seed": 0}
-    return model, sparsetrain.sparsify(model, registered_methods()[method].example(), **given)
+    handle = sparsetrain.sparsify(model, registered_methods()[method].example(), **given)
+    return model.double(), handle  # what a method adds is fp32, and FSDP2 takes one dtype
 
 
 def by_trainer(method: str, ranks: int, folder: str) -> Found:
@@ -93,7 +94,7 @@ def by_hand(method: str, ranks: int, shard: bool) -> Found:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     model.train()
     for step in range(STEPS):
-        handle.step(step, STEPS, float(MICRO // ranks and 1))
+        handle.step(step, STEPS, ranks / MICRO)  # of a pass, as for what is meant over a step
         batches = [rows_of(step, micro) for micro in range(MICRO)]
         targets = torch.tensor(sum(int(batch["labels"][:, 1:].ne(-100).sum()) for batch in batches))
         mine, loss = batches[place::ranks], torch.zeros((), dtype=torch.float64)

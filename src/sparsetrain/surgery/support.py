@@ -31,7 +31,9 @@ FEATURES: dict[str, str] = {
     "mlm": "masked language modelling",
     "export": "dense-layout weights and a sidecar that rebuild the model",
     "cost": "the plan's FLOPs are those a counter measures",
-    "fsdp2": "sharding over GPUs: FSDP, fully_shard",
+    "ddp": "data parallel over ranks: torchrun, accelerate launch, DDP",
+    "fsdp2": "sharding in a loop of one's own: fully_shard",
+    "fsdp": "sharding by a trainer: accelerate's FSDP plugin",
     "deepspeed": "sharding over GPUs: DeepSpeed ZeRO",
     "tensor_parallel": "weights split over GPUs: tensor parallelism, Megatron-LM",
     "context_parallel": "sequences split over GPUs: context and sequence parallelism",
@@ -39,18 +41,20 @@ FEATURES: dict[str, str] = {
 }
 
 UNPROVEN: dict[str, str] = {
-    "fsdp2": "sharded parameters have not been tried with any method. Train on one device",
-    "deepspeed": "sharded parameters have not been tried with any method. Train on one device",
-    "tensor_parallel": "split weights have not been tried with any method. Train on one device",
-    "context_parallel": "split sequences have not been tried with any method. Train on one device",
+    "fsdp": "accelerate shards on GPUs alone, and there it has not been tried with any method. Train with DDP, or on one "
+    "device",
+    "deepspeed": "sharded parameters have not been tried with any method. Train with DDP, or on one device",
+    "tensor_parallel": "split weights have not been tried with any method. Train with DDP, or on one device",
+    "context_parallel": "a rank would select, route and cut patterns by its part of a sequence alone, and torch and "
+    "accelerate split the sequences of no attention but SDPA's or Flash's. Train with DDP, or on one device",
 }
 SWITCHES: dict[str, str] = {
-    "ACCELERATE_USE_FSDP": "fsdp2",
+    "ACCELERATE_USE_FSDP": "fsdp",
     "ACCELERATE_USE_DEEPSPEED": "deepspeed",
     "ACCELERATE_USE_MEGATRON_LM": "tensor_parallel",
 }
 SIZES: dict[str, str] = {
-    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "fsdp2",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "fsdp",
     "PARALLELISM_CONFIG_TP_SIZE": "tensor_parallel",
     "PARALLELISM_CONFIG_CP_SIZE": "context_parallel",
     "PARALLELISM_CONFIG_SP_SIZE": "context_parallel",
@@ -107,10 +111,10 @@ def features_of(model: nn.Module) -> dict[str, str]:
         found["four_bit"] = "its weights"
     if (getattr(model, "_tp_size", None) or 1) > 1:
         found["tensor_parallel"] = f"its tp_size={model._tp_size}"
-    elif "DTensor" in kinds or "FlatParameter" in kinds:
+    elif "DTensor" in kinds:
         found["fsdp2"] = "its sharded parameters"
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        found["fsdp2"] = "FullyShardedDataParallel around its modules"
+    if "FlatParameter" in kinds or any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        found["fsdp"] = "FullyShardedDataParallel around its modules"
     return found
 
 

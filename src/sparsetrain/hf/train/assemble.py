@@ -178,7 +178,8 @@ def pick_device(recipe: RunRecipe) -> torch.device:
     """
     for feature, by in sharding_asked(os.environ).items():
         raise ValueError(
-            f"{by} asks for {FEATURES[feature]}, and a run is trained on one device. Unset {by.split('=')[0]}."
+            f"{by} asks for {FEATURES[feature]}, and each rank of a run holds a whole model. Unset {by.split('=')[0]}: "
+            "torchrun and accelerate launch then train with DDP."
         )
     device = device_of(recipe.device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

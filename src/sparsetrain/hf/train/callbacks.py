@@ -174,13 +174,13 @@ def asked_of_trainer(args: TrainingArguments) -> dict[str, str]:
     """What the Trainer's arguments, or the accelerate that it made, ask for: feature -> what asks."""
     found = {
         feature: f"TrainingArguments({name}=…)"
-        for name, feature in (("fsdp", "fsdp2"), ("deepspeed", "deepspeed"))
+        for name, feature in (("fsdp", "fsdp"), ("deepspeed", "deepspeed"))
         if getattr(args, name, None)
     }
     made = getattr(args, "parallelism_config", None), AcceleratorState._shared_state.get("parallelism_config")
     for config in filter(None, made):
         for name, feature in (
-            ("dp_shard_size", "fsdp2"),
+            ("dp_shard_size", "fsdp"),
             ("tp_size", "tensor_parallel"),
             ("cp_size", "context_parallel"),
             ("sp_size", "context_parallel"),

@@ -167,6 +167,9 @@ register_method(
         prepare=prepare,
         modules_to_save=("codebook",),
         refuse=refuse_rows,
-        limits={"four_bit": "it has not been tried on quantised models. Load the model in bf16 or fp32"},
+        limits={
+            "four_bit": "it has not been tried on quantised models. Load the model in bf16 or fp32",
+            "fsdp2": "a sharded codebook decays while it waits for its next update. Train with DDP, or on one device",
+        },
     ),
 )

@@ -251,6 +251,9 @@ register_method(
         learning_rate=lambda _config, sites: learning_rate(float(sites[0].theta)),
         leave=leave,
         refuse=refuse,
-        limits={"four_bit": "it writes into the weights. Load the model in bf16 or fp32"},
+        limits={
+            "four_bit": "it writes into the weights. Load the model in bf16 or fp32",
+            "fsdp2": "it writes into whole weights. Train with DDP, or on one device",
+        },
     ),
 )

@@ -1,0 +1,47 @@
+"""Several gloo ranks train as one process does: every method, under DDP and with `fully_shard`, in fp64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed
+
+from sparsetrain.surgery.support import why_not
+from tests.field.ranks_matrix import METHODS, Found, by_hand, by_trainer, work
+
+pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
+SHARDED = [method for method in METHODS if why_not(method, "fsdp2") is None]
+FEW = {"ddp": ["sara", "token_selection"], "fsdp2": ["monarch"]}
+"""What is hardest on DDP: parameters that change their size in mid-run; a mean over a step that crosses ranks."""
+
+
+def assert_same(found: Found, expected: Found, method: str) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        near = 1e-6  # of weights: Adam makes whole steps of gradients that are rounding alone
+        if "loss" in name:
+            near = 1e-5 if tensor.dtype == torch.float32 else 1e-10
+        torch.testing.assert_close(found[name], tensor, rtol=near, atol=near, msg=lambda m, n=name: f"{method} {n}: {m}")
+
+
+def check(methods: list[str], kind: str, ranks: int, folder: Path) -> None:
+    torch.multiprocessing.spawn(work, (ranks, str(folder), methods, kind), nprocs=ranks)  # type: ignore[attr-defined]
+    for method in methods:
+        alone = by_trainer(method, 1, str(folder)) if kind == "ddp" else by_hand(method, 1, shard=False)
+        for rank in range(ranks):
+            assert_same(torch.load(folder / f"{method}.{rank}"), alone, method)
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_two_ranks(kind: str, tmp_path: Path) -> None:
+    """Some twenty seconds: two processes import torch and transformers, and each takes twenty steps."""
+    check(FEW[kind], kind, 2, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(("kind", "methods"), [("ddp", METHODS), ("fsdp2", SHARDED)], ids=["ddp", "fsdp2"])
+def test_every_method(kind: str, methods: list[str], ranks: int, tmp_path: Path) -> None:
+    check(methods, kind, ranks, tmp_path)
