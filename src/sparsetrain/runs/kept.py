@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors.torch import load, save
 from torch import Tensor
 
+from sparsetrain.core import ranks
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.core.files import write_whole
 from sparsetrain.surgery.method import Weights
@@ -28,8 +29,10 @@ class KeptWeights(MutableMapping[str, Weights]):
     def __setitem__(self, name: str, weights: Weights) -> None:
         content = save({key: _owned(tensor) for key, tensor in weights.items()})
         digest = hashlib.sha256(content).hexdigest()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self._path(name, digest), content)
+        if ranks.is_first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self._path(name, digest), content)
+        ranks.wait()
         self.hashes[name] = digest
 
     def __getitem__(self, name: str) -> Weights:
@@ -43,6 +46,7 @@ class KeptWeights(MutableMapping[str, Weights]):
         return load(content)
 
     def __delitem__(self, name: str) -> None:
+        ranks.wait()  # until none of them reads it
         self._path(name, self.hashes.pop(name)).unlink(missing_ok=True)
 
     def __iter__(self) -> Iterator[str]:

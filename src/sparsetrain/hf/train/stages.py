@@ -103,13 +103,20 @@ def enter_stage(
         trainer = Trainer(model=grown.model, args=arguments)
         with own_names(grown.model):
             trainer.save_model(str(folder))
-        for path in left.iterdir():
-            if path.name in ("scheduler.pt", "trainer_state.json") or path.name.startswith("rng_state"):
-                shutil.copyfile(path, folder / path.name)
-        state = torch.load(left / "optimizer.pt", map_location="cpu", weights_only=True)
-        grown = dataclasses.replace(grown, origins=origins)
-        torch.save(carried_state(state, old_names, _optimizer_names(trainer), grown), folder / "optimizer.pt")
+        grown, new_names = dataclasses.replace(grown, origins=origins), _optimizer_names(trainer)
+        if ranks.is_first():
+            _write_state(left, folder, lambda state: carried_state(state, old_names, new_names, grown))
+        ranks.wait()
     return grown.model, handle, folder
+
+
+def _write_state(left: Path, folder: Path, carried: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """What a Trainer goes on from beside weights: of the last checkpoint, its optimizer's state as it is carried over."""
+    for path in left.iterdir():
+        if path.name in ("scheduler.pt", "trainer_state.json") or path.name.startswith("rng_state"):
+            shutil.copyfile(path, folder / path.name)
+    state = torch.load(left / "optimizer.pt", map_location="cpu", weights_only=True)
+    torch.save(carried(state), folder / "optimizer.pt")
 
 
 def kept_weights(parts: Parts, journal: Journal) -> KeptWeights:
