@@ -23,7 +23,9 @@ def assert_same(found: Found, expected: Found, method: str) -> None:
         near = 1e-6  # of weights: Adam makes whole steps of gradients that are rounding alone
         if "loss" in name:
             near = 1e-5 if tensor.dtype == torch.float32 else 1e-10
-        torch.testing.assert_close(found[name], tensor, rtol=near, atol=near, msg=lambda m, n=name: f"{method} {n}: {m}")
+        torch.testing.assert_close(
+            found[name], tensor, rtol=near, atol=near, msg=lambda m, n=name: f"{method} {n}: {m}"
+        )
 
 
 def check(methods: list[str], kind: str, ranks: int, folder: Path) -> None:

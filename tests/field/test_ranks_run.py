@@ -1,4 +1,4 @@
-"""The command line under torchrun: one report, one checkpoint, one line of what went wrong; any number of ranks goes on.
+"""The command line under torchrun: one report, one checkpoint, one line of what went wrong; any number goes on.
 
 Each launch takes some eight seconds, most of them imports in two processes: nothing less is a launch.
 """
@@ -107,9 +107,9 @@ def test_what_is_wrong_is_told_once_and_leaves_nothing(launch: Launch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", ["--method semi_structured", "--method multi_level:levels=2", "--method masked_growth"])
+@pytest.mark.parametrize("more", ["semi_structured", "multi_level:levels=2", "masked_growth"])
 def test_pretraining_from_stage_to_stage(more: str, launch: Launch) -> None:
-    more = f"{more} --steps 20 --set n_layer=2 --set n_head=2 --set n_embd=32"
+    more = f"--method {more} --steps 20 --set n_layer=2 --set n_head=2 --set n_embd=32"
     code, _, err = launch(0, "one", more, "pretrain")
     assert code == 0, err
     code, _, err = launch(2, "two", more, "pretrain")
@@ -120,7 +120,7 @@ def test_pretraining_from_stage_to_stage(more: str, launch: Launch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_rank_that_is_killed(seed: int, launch: Launch) -> None:
-    """Any rank, at any moment after the first checkpoint: one line, a whole checkpoint, and the same losses after it."""
+    """Any rank, at any moment after the first checkpoint: one line, a whole checkpoint, equal losses after it."""
     more = f"{ROUTED} --steps 200 --save-every 5"
     assert launch(2, "whole", more)[0] == 0
     draw, process, output = random.Random(seed), launch.start(2, "killed", more), launch.folder / "killed"

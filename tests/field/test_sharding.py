@@ -11,19 +11,19 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from sparsetrain import RoutedFFN, TokenSelection, sparsify
+from sparsetrain import RoutedFFN, SemiStructured, TokenSelection, sparsify
 from sparsetrain.cli import run
 from sparsetrain.surgery.support import sharding_asked
 from tests.families import llama_config
 
 ASKED = {
-    "ACCELERATE_USE_FSDP": ("true", "fsdp2"),
+    "ACCELERATE_USE_FSDP": ("true", "fsdp"),
     "ACCELERATE_USE_DEEPSPEED": ("True", "deepspeed"),
     "ACCELERATE_USE_MEGATRON_LM": ("1", "tensor_parallel"),
     "PARALLELISM_CONFIG_TP_SIZE": ("2", "tensor_parallel"),
     "PARALLELISM_CONFIG_CP_SIZE": ("4", "context_parallel"),
     "PARALLELISM_CONFIG_SP_SIZE": ("2", "context_parallel"),
-    "PARALLELISM_CONFIG_DP_SHARD_SIZE": ("-1", "fsdp2"),
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": ("-1", "fsdp"),
 }
 
 
@@ -58,7 +58,7 @@ def test_what_asks_for_nothing() -> None:
 @pytest.mark.parametrize(
     ("arguments", "feature"),
     [
-        ({"fsdp": True}, "fsdp2"),
+        ({"fsdp": True}, "fsdp"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "deepspeed"),
         ({"parallelism_config": SimpleNamespace(tp_size=2)}, "tensor_parallel"),
         ({"parallelism_config": SimpleNamespace(cp_size=2, tp_size=None)}, "context_parallel"),
@@ -75,12 +75,12 @@ def test_a_plugin_of_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
     callback = sparsify(llama(), RoutedFFN()).callback()
     monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", SimpleNamespace(dp_shard_size=2))
     args = SimpleNamespace(fp16=False, max_grad_norm=1.0, bf16=False, output_dir="")
-    with pytest.raises(ValueError, match="fsdp2"):
+    with pytest.raises(ValueError, match="asked for fsdp "):
         callback.on_train_begin(args, SimpleNamespace(global_step=0, max_steps=1), SimpleNamespace())
 
 
 def test_sharded_after_the_conversion() -> None:
-    """As `fully_shard` and FSDP do in one's own loop: the first `handle.step` sees it."""
+    """As FSDP does, and `fully_shard` with a method that needs whole weights: the first `handle.step` sees it."""
 
     class FullyShardedDataParallel(nn.Module):
         pass
@@ -90,12 +90,12 @@ def test_sharded_after_the_conversion() -> None:
 
     for shard in ("wrapper", "parameter"):
         model = llama()
-        handle = sparsify(model, RoutedFFN())
+        handle = sparsify(model, SemiStructured())
         if shard == "wrapper":
             model.add_module("wrapped", FullyShardedDataParallel())
         else:
             model.lm_head.weight = DTensor(torch.zeros_like(model.lm_head.weight))
-        with pytest.raises(ValueError, match=r"fsdp2.*Train on one device"):
+        with pytest.raises(ValueError, match=r"fsdp.*Train with DDP, or on one device"):
             handle.step(0, 10)
 
 

@@ -27,6 +27,7 @@ from sparsetrain.surgery.method import method_of
 from sparsetrain.surgery.record import handles_of
 from sparsetrain.surgery.support import FEATURES, UNPROVEN, check_support, why_not
 from tests.families import FAMILIES, UNET, Family
+from tests.field import test_ranks_matrix as on_ranks
 
 CASES = FAMILIES | {UNET.name: UNET}
 KINDS = registered_methods()
@@ -577,6 +578,8 @@ HELD_BY = {
     "mlm": test_masked_language_modelling_trains,
     "cost": test_the_planned_saving_is_what_a_counter_measures,
     "export": test_state_rebuilds_the_conversion,
+    "ddp": on_ranks.test_every_method,  # on several ranks; one of Llama's, as the ranks know no family
+    "fsdp2": on_ranks.test_every_method,
 }
 
 

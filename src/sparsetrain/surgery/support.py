@@ -41,8 +41,7 @@ FEATURES: dict[str, str] = {
 }
 
 UNPROVEN: dict[str, str] = {
-    "fsdp": "accelerate shards on GPUs alone, and there it has not been tried with any method. Train with DDP, or on one "
-    "device",
+    "fsdp": "accelerate shards on GPUs alone, where no method has been tried so. Train with DDP, or on one device",
     "deepspeed": "sharded parameters have not been tried with any method. Train with DDP, or on one device",
     "tensor_parallel": "split weights have not been tried with any method. Train with DDP, or on one device",
     "context_parallel": "a rank would select, route and cut patterns by its part of a sequence alone, and torch and "

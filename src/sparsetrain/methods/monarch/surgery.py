@@ -80,6 +80,9 @@ def multiplied(handle: Handle) -> nn.Module:
     return handle.model
 
 
+_STAGES = (
+    "its stages have models of several sizes, and sharded ones are not carried over. Train with DDP, or on one device"
+)
 register_method(
     Monarch,
     Method(
@@ -89,4 +92,6 @@ register_method(
         limits={"four_bit": _FOUR_BIT, "lora": _LORA},
     ),
 )
-register_method(MonarchThenDense, Method(growth=GROWTH, limits={"four_bit": _FOUR_BIT, "lora": _LORA}))
+register_method(
+    MonarchThenDense, Method(growth=GROWTH, limits={"four_bit": _FOUR_BIT, "lora": _LORA, "fsdp2": _STAGES})
+)

@@ -55,4 +55,7 @@ def enter(
     return interpolate(decoalesce(model, config), kept[f"level-{level}"], config.alpha)
 
 
-register_method(MultiLevel, Method(growth=Growth(stages=stages, enter=enter)))
+_LIMITS = {
+    "fsdp2": "its stages have models of several sizes, and sharded ones are not carried over. Train with DDP, or on one device"
+}
+register_method(MultiLevel, Method(growth=Growth(stages=stages, enter=enter), limits=_LIMITS))

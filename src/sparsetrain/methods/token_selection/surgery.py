@@ -145,4 +145,16 @@ def site_names(anatomy: Anatomy) -> list[str]:
     return [block.name for block in anatomy.blocks if anatomy.install_attention is not None]
 
 
-register_method(TokenSelection, Method(edits=edits, site_names=site_names, refuse=refuse, measure=measure))
+register_method(
+    TokenSelection,
+    Method(
+        edits=edits,
+        site_names=site_names,
+        refuse=refuse,
+        measure=measure,
+        limits={
+            "fsdp2": "over several passes it scales the gradients that are there, and shards of them are out of its reach. "
+            "Train with DDP, or on one device"
+        },
+    ),
+)
