@@ -107,7 +107,7 @@ def test_what_is_wrong_is_told_once_and_leaves_nothing(launch: Launch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", ["semi_structured", "multi_level:levels=2", "masked_growth"])
+@pytest.mark.parametrize("more", ["semi_structured", "multi_level:levels=2", "masked_growth:ramp_ratio=0.1"])
 def test_pretraining_from_stage_to_stage(more: str, launch: Launch) -> None:
     more = f"--method {more} --steps 20 --set n_layer=2 --set n_head=2 --set n_embd=32"
     code, _, err = launch(0, "one", more, "pretrain")

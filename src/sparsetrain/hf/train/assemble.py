@@ -20,7 +20,6 @@ from sparsetrain.hf.model.model_config import check_context
 from sparsetrain.hf.model.vocabulary import check_vocabulary
 from sparsetrain.hf.model.weights import auto_class, load_weights
 from sparsetrain.hf.model.whole import check_causal
-from sparsetrain.hf.train.launch import shared_step
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import first_batch, load_rows, refuse_rows
 from sparsetrain.measure.rates import device_of
@@ -28,6 +27,7 @@ from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.events import Report
+from sparsetrain.runs.launch import shared_step
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.method import edits_of, growth_of, method_of
 from sparsetrain.surgery.plan import Plan, plan

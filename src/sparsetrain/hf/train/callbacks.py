@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -23,6 +22,7 @@ from sparsetrain.runs.events import Report, log_note, silent
 from sparsetrain.runs.layout import checkpoint_folder
 from sparsetrain.runs.sidecar import SIDECAR, write_sidecar
 from sparsetrain.surgery.apply import Handle
+from sparsetrain.surgery.buckets import GradientBuckets
 from sparsetrain.surgery.method import method_of
 from sparsetrain.surgery.support import check_support, features_of
 
@@ -149,25 +149,6 @@ class SparsityCallback(TrainerCallback):
         if at is not None and at != self._restarted:
             restart_schedule(scheduler, at, state.global_step)
             self._restarted = at
-
-
-class GradientBuckets:
-    """Those in which DDP reduces the gradients of a model: it cuts them once, and a method may change what trains."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._around: DistributedDataParallel | None = None
-        if ranks.total() > 1:
-
-            def found(*_: Any) -> None:  # a trainer hands out the model, and not what is around it
-                self._around = DistributedDataParallel._active_ddp_module
-                hook.remove()
-
-            hook = model.register_forward_pre_hook(found)
-
-    def rebuild(self) -> None:
-        """Cut them again, for parameters as they are now: as after unpickling DDP, which is what makes a reducer."""
-        if self._around is not None:
-            self._around.__setstate__(self._around.__getstate__())
 
 
 def asked_of_trainer(args: TrainingArguments) -> dict[str, str]:

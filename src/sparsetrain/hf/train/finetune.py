@@ -18,7 +18,7 @@ from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.dtype import with_dtype
 from sparsetrain.hf.train.held_out import KnownQuality, dense_start, measure_quality
 from sparsetrain.hf.train.journal import Journal
-from sparsetrain.hf.train.launch import on_ranks
+from sparsetrain.hf.train.on_ranks import on_ranks
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import calibration_batches, drawn_batches
 from sparsetrain.hf.train.run import Job, Result, run

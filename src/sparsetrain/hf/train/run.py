@@ -6,8 +6,7 @@ interruption and `resume`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,9 @@ from sparsetrain.hf.train.checkpoint import CheckpointCallback, own_names, plain
 from sparsetrain.hf.train.finite import FiniteCallback
 from sparsetrain.hf.train.held_out import KnownQuality, measure_quality
 from sparsetrain.hf.train.journal import EvalCallback, Journal, SavedCallback
-from sparsetrain.hf.train.launch import check_same_model, shared_step
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import first_batch
-from sparsetrain.hf.train.samples import samples
+from sparsetrain.hf.train.samples import record_samples
 from sparsetrain.hf.train.stages import (
     Enter,
     StageCallback,
@@ -46,8 +44,8 @@ from sparsetrain.measure.memory import reset_peak
 from sparsetrain.measure.report import write_report
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.checkpoints import Checkpoint, check_data, clear_interrupted, find_resumable
-from sparsetrain.runs.claim import claimed
 from sparsetrain.runs.events import Report, silent
+from sparsetrain.runs.launch import check_same_model, claimed_once, shared_step
 from sparsetrain.runs.layout import RECIPE, RESULT, checkpoint_folder
 from sparsetrain.runs.manifest import disk_errors, write_json
 from sparsetrain.runs.pictures import illustrate
@@ -129,7 +127,7 @@ def run(
 
     On several ranks each of them does all of it but for the writing and telling, which are the first one's.
     """
-    with _claimed(recipe, choice), disk_errors(recipe.output):
+    with claimed_once(recipe, choice), disk_errors(recipe.output):
         course = _open(recipe, job, report if ranks.is_first() else silent, tuple(callbacks))
         model, handle, trainer = _train(course, dense_quality)
         result = _record(course, model, handle, trainer)
@@ -140,14 +138,6 @@ def run(
             write_json(course.output / RESULT, result.to_dict())  # last: it marks the run as finished
         ranks.wait()
     return result
-
-
-@contextmanager
-def _claimed(recipe: RunRecipe, choice: Mapping[str, Any] | None) -> Iterator[None]:
-    """Hold the output folder, by the first rank for all of them."""
-    with ExitStack() as held:
-        ranks.by_first(lambda: held.enter_context(claimed(recipe.output, recipe, choice=choice)))
-        yield
 
 
 def _open(recipe: RunRecipe, job: Job, report: Report, callbacks: tuple[TrainerCallback, ...]) -> Course:
@@ -283,7 +273,8 @@ def _record(course: Course, model: Any, handle: Handle | None, trainer: Trainer 
     last = course.spans[-1].total
     trained = measure_quality(model, handle, parts, journal, "evaluating the trained model", step=last)
     journal.quality("after_training", trained, step=last)
-    _sample(course, model)
+    if job.samples:
+        record_samples(model, parts, journal)
     saved = course.output / job.saved
     if ranks.is_first():
         save(model, handle, saved, tokenizer=parts.tokenizer, **job.about(parts))
@@ -307,15 +298,6 @@ def _record(course: Course, model: Any, handle: Handle | None, trainer: Trainer 
         machine=describe_machine().to_dict(),
         title=job.title,
     )
-
-
-def _sample(course: Course, model: Any) -> None:
-    if course.job.samples:
-        try:
-            course.journal.run["samples"] = samples(model, course.parts)
-        except Exception as error:  # whatever a model cannot generate: its training is done, and is not lost for this
-            text = f"No sample completions: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            course.journal.report({"event": "note", "text": text})
 
 
 def _sparsity(handle: Handle, parts: Parts, journal: Journal, about: dict[str, Any]) -> SparsityCallback:

@@ -10,6 +10,7 @@ import torch
 from sparsetrain.core.modes import evaluating
 from sparsetrain.data.prompts import prompt_of, spread
 from sparsetrain.hf.data.bundle import padding_id
+from sparsetrain.hf.train.journal import Journal
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.measure.schema import Sample
 
@@ -51,3 +52,12 @@ def samples(model: Any, parts: Parts, *, seconds: float = SECONDS) -> list[Sampl
             answer = text(made_bt[0, len(prompt) :])
             found.append({"prompt": text(prompt)[-SHOWN:], "reference": text(reference), "completion": answer})
     return found
+
+
+def record_samples(model: Any, parts: Parts, journal: Journal) -> None:
+    """Put the completions into the run's records; where a model cannot generate, a note says so."""
+    try:
+        journal.run["samples"] = samples(model, parts)
+    except Exception as error:  # whatever it is: the training is done, and is not lost for this
+        text = f"No sample completions: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        journal.report({"event": "note", "text": text})

@@ -153,7 +153,7 @@ def new_entries(
 
 
 _LIMITS = {
-    "fsdp2": "its stages have models of several sizes, and sharded ones are not carried over. Train with DDP, or on one device"
+    "fsdp2": "its stages have models of several sizes, and shards are not carried over. Train with DDP, or on one device"
 }
 register_method(MaskedGrowth, Method(growth=Growth(stages=stages, enter=enter), limits=_LIMITS))
 register_method(GrowthRamp, Method(edits=edits, site_names=lambda anatomy: [anatomy.model_class]))

@@ -56,6 +56,6 @@ def enter(
 
 
 _LIMITS = {
-    "fsdp2": "its stages have models of several sizes, and sharded ones are not carried over. Train with DDP, or on one device"
+    "fsdp2": "its stages have models of several sizes, and shards are not carried over. Train with DDP, or on one device"
 }
 register_method(MultiLevel, Method(growth=Growth(stages=stages, enter=enter), limits=_LIMITS))

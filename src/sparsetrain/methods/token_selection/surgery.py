@@ -153,7 +153,7 @@ register_method(
         refuse=refuse,
         measure=measure,
         limits={
-            "fsdp2": "over several passes it scales the gradients that are there, and shards of them are out of its reach. "
+            "fsdp2": "over several passes it scales the gradients that are there, and shards are out of its reach. "
             "Train with DDP, or on one device"
         },
     ),

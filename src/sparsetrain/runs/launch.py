@@ -14,18 +14,17 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from torch import distributed, nn
 
 from sparsetrain.core import ranks
 from sparsetrain.core.errors import RankFailed
 from sparsetrain.recipes.run import RunRecipe
+from sparsetrain.runs.claim import claimed
 from sparsetrain.surgery.apply import Handle
 
 AGAIN = "The same command with --resume goes on from the last whole checkpoint, on any number of ranks."
@@ -36,22 +35,6 @@ _LOST = re.compile(
     re.IGNORECASE,
 )
 """How a collective says that another rank is not there any more."""
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def on_ranks(train: Callable[P, R]) -> Callable[P, R]:
-    """Let what trains a recipe, its first argument, do so as one of the launcher's ranks (`joined`)."""
-
-    @wraps(train)
-    def trains(*args: P.args, **kwargs: P.kwargs) -> R:
-        recipe: Any = args[0]
-        with joined(recipe.device):
-            return train(*args, **kwargs)
-
-    return trains
 
 
 def asked_ranks() -> int:
@@ -91,7 +74,6 @@ def joined(device: str = "auto") -> Iterator[None]:
             raise
         raise told from error
     finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
         # gloo's, held until the process ends, takes it down then; NCCL's would wait for ranks that have failed
         if cpu or not failed:
             with contextlib.suppress(RuntimeError):
@@ -149,6 +131,18 @@ def _first_to_tell() -> bool:
         return distributed.distributed_c10d._get_default_store().add(key, 1) == 1
     except Exception:  # whoever held the store is gone
         return True
+
+
+@contextmanager
+def claimed_once(recipe: RunRecipe, choice: Mapping[str, Any] | None) -> Iterator[None]:
+    """Hold the output folder of a run, by the first rank for all of them; errors as of `claimed`."""
+    with ExitStack() as held:
+        ranks.by_first(lambda: _enter(held, recipe, choice))
+        yield
+
+
+def _enter(held: ExitStack, recipe: RunRecipe, choice: Mapping[str, Any] | None) -> None:
+    held.enter_context(claimed(recipe.output, recipe, choice=choice))
 
 
 def shared_step(recipe: RunRecipe) -> tuple[int, int]:
