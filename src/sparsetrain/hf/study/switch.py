@@ -79,8 +79,9 @@ def _predicted(recipe: RunRecipe, kind: JobKind, steps: int, report: Report) -> 
     laws, tokens = {}, 0.0
     for name, model in sizes.items():
         short = _short_run(recipe, kind, steps, name, model, report)
-        cost: Any = {"name": name, "from_step": 0, "to_step": steps, **size_of(model, row_tokens)}
-        run: Any = charged({name: {**short, "stages": [cost]}})[name]
+        whole: Any = {"name": name, "from_step": 0, "to_step": steps, **size_of(model, row_tokens)}
+        told: dict[str, Any] = {name: {**short, "stages": [whole]}}
+        run: Any = charged(told)[name]
         points = [point for point in run["evals"] if point["step"] >= max(1, SETTLED * steps)]
         laws[name] = fitted([point["flops"] for point in points], [point["loss"] for point in points])
         tokens = sum(row["tokens"] for row in run["steps"]) / len(run["steps"])
