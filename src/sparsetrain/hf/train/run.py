@@ -30,13 +30,7 @@ from sparsetrain.hf.train.journal import EvalCallback, Journal, SavedCallback
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import first_batch
 from sparsetrain.hf.train.samples import record_samples
-from sparsetrain.hf.train.stages import (
-    Enter,
-    StageCallback,
-    enter_stage,
-    leave_entry,
-    load_weights,
-)
+from sparsetrain.hf.train.stages import Enter, StageCallback, enter_stage, leave_entry, load_weights
 from sparsetrain.hf.train.tasks import use_task_loss
 from sparsetrain.measure.ledger import size_of
 from sparsetrain.measure.machine import describe_machine
@@ -123,10 +117,8 @@ def run(
     write: bool = True,
     choice: Mapping[str, Any] | None = None,
 ) -> Result:
-    """Train a recipe and write its output folder; arguments and errors as of `finetune`.
-
-    On several ranks each of them does all of it but for the writing and telling, which are the first one's.
-    """
+    """Train a recipe and write its output folder; arguments and errors as of `finetune`. Of several ranks the first one
+    writes and tells, and each does all else."""
     with claimed_once(recipe, choice), disk_errors(recipe.output):
         course = _open(recipe, job, report if ranks.is_first() else silent, tuple(callbacks))
         model, handle, trainer = _train(course, dense_quality)

@@ -111,7 +111,7 @@ def enter_stage(
 
 
 def _write_state(left: Path, folder: Path, carried: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """What a Trainer goes on from beside weights, of the last checkpoint; the optimizer's state as it is carried over."""
+    """What a Trainer goes on from beside weights: of the last checkpoint, its optimizer's state carried over."""
     for path in left.iterdir():
         if path.name in ("scheduler.pt", "trainer_state.json") or path.name.startswith("rng_state"):
             shutil.copyfile(path, folder / path.name)
