@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from sparsetrain.data.prompts import TEXT_PROMPT_TOKENS, prompt_of, spread
-from sparsetrain.hf.train import run as run_module
 from sparsetrain.hf.train import samples as samples_module
 from sparsetrain.hf.train.finetune import finetune
 from tests.hf import runs
@@ -36,13 +35,14 @@ def test_prompts_are_spread_over_the_rows() -> None:
 def test_a_side_of_a_comparison_records_what_its_trained_model_answers(tmp_path: Path) -> None:
     recipe = runs.recipe(tmp_path, methods=[runs.ROUTED], deploy="dense", steps=2)
     models: list[Any] = []
+    plain = samples_module.samples
 
     def watched(model: Any, parts: Any) -> Any:
         models.append((model, parts))
-        return samples_module.samples(model, parts)
+        return plain(model, parts)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "samples", watched)
+        patch.setattr(samples_module, "samples", watched)
         result = finetune(recipe, like=recipe, write=False)
     found = result.run["samples"]
     assert len(found) == 3 and all(set(each) == {"prompt", "reference", "completion"} for each in found)
@@ -67,7 +67,7 @@ def test_a_model_that_cannot_generate_loses_no_run(tmp_path: Path, monkeypatch: 
     def fail(*_: Any) -> Any:
         raise NotImplementedError("no cache for this model\nand more")
 
-    monkeypatch.setattr(run_module, "samples", fail)
+    monkeypatch.setattr(samples_module, "samples", fail)
     recipe = runs.recipe(tmp_path, steps=1)
     result = finetune(recipe, like=recipe, write=False)
     assert "No sample completions: NotImplementedError: no cache for this model" in result.notes

@@ -84,9 +84,8 @@ class SparsityCallback(TrainerCallback):
                 "fp16 without clipping leaves the gradients scaled until the optimizer step, and a method adds a decay "
                 "to them. Set max_grad_norm, train in bf16, or set the method's decay to 0."
             )
-        if state.global_step > 0:
-            for note in continued(self.handle, args, state):
-                self.report({"event": "note", "text": note})
+        for note in continued(self.handle, args, state) if state.global_step > 0 else ():
+            self.report({"event": "note", "text": note})
         self._restarted = None  # a Trainer makes its schedule anew for each run
         self._reducer = GradientBuckets(kwargs["model"])
         self._step(args, state, kwargs)
@@ -109,13 +108,11 @@ class SparsityCallback(TrainerCallback):
         self.handle.updated()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not ranks.is_first():
-            return
         folder = checkpoint_folder(args.output_dir, state.global_step)
         model = kwargs.get("model", self.handle.model)
         written = hasattr(model, "save_pretrained") and (folder / SIDECAR).is_file()
         # a checkpoint of a model that is deployed dense holds what it goes on with, too
-        if self.handle.deploys_dense or not written:
+        if ranks.is_first() and (self.handle.deploys_dense or not written):
             write_sidecar(folder, model, self.handle, **self.handle.about)
 
     def on_train_end(
