@@ -121,13 +121,13 @@ def test_pretraining_from_stage_to_stage(more: str, launch: Launch) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_rank_that_is_killed(seed: int, launch: Launch) -> None:
     """Any rank, at any moment after the first checkpoint: one line, a whole checkpoint, equal losses after it."""
-    more = f"{ROUTED} --steps 200 --save-every 5"
+    more = f"{ROUTED} --steps 60 --save-every 5"
     assert launch(2, "whole", more)[0] == 0
     draw, process, output = random.Random(seed), launch.start(2, "killed", more), launch.folder / "killed"
     while not any((path / MANIFEST).is_file() for path in own_checkpoints(output)):
         assert process.poll() is None
         time.sleep(0.02)
-    time.sleep(draw.uniform(0, 2))
+    time.sleep(draw.uniform(0, 1))
     os.kill(draw.choice(children(process.pid)), signal.SIGKILL)
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0

@@ -75,6 +75,7 @@ def test_a_model_that_cannot_generate_loses_no_run(tmp_path: Path, monkeypatch: 
 
 
 def test_no_prompt_is_begun_when_the_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "samples", lambda model, parts: samples_module.samples(model, parts, seconds=0))
+    plain = samples_module.samples
+    monkeypatch.setattr(samples_module, "samples", lambda model, parts: plain(model, parts, seconds=0))
     recipe = runs.recipe(tmp_path, steps=1)
     assert finetune(recipe, like=recipe, write=False).run["samples"] == []
