@@ -119,7 +119,7 @@ def _of_all(error: BaseException, stopped: bool) -> BaseException:
         time.sleep(PATIENCE_S)
         return RankFailed("another rank of this run has failed, and said why.")
     if lost:
-        error = RuntimeError(f"another rank of this run has ended without a word (killed, or short of memory?). {AGAIN}")
+        error = RuntimeError(f"another rank of this run has ended without a word (killed, or out of RAM?). {AGAIN}")
     error.add_note(f"rank {place} of {count}")
     return error
 
