@@ -76,6 +76,8 @@ def fit_to_data(config: Any, recipe: PretrainRecipe, bundle: DataBundle, tokeniz
         check_images(config, recipe, bundle)
     if isinstance(config, DiffusionConfig):
         set_labels(config, bundle.num_labels)
+        config.id2label = dict(enumerate(bundle.label_names))
+        config.label2id = {name: i for i, name in enumerate(bundle.label_names)}
     if task.labelled:
         config.num_labels = bundle.num_labels
         config.id2label = dict(enumerate(bundle.label_names))

@@ -23,9 +23,13 @@ from sparsetrain.core.quote import quoted
 from sparsetrain.hf.model.diffusion_config import DiffusionConfig
 from sparsetrain.runs.folders import DIFFUSERS_WEIGHTS, WEIGHTS
 from sparsetrain.runs.manifest import read_json, write_json
+from sparsetrain.runs.mark import ENTRY
 
 LABEL_KEYS = {"DiTTransformer2DModel": ("num_embeds_ada_norm", 0), "UNet2DModel": ("num_class_embeds", 1)}
 """Class of a denoiser -> (its config's number of labels, how many of them stand for no label: a DiT adds its own)."""
+
+
+_KEPT = ("model_type", "architectures", "id2label", "label2id")
 
 
 @dataclass
@@ -121,11 +125,17 @@ class DiffusionModel(PreTrainedModel):
         """As any model of transformers; in the layout of diffusers, unless `save_original_format=False`."""
         super().save_pretrained(save_directory, *args, **options)
         folder = Path(save_directory)
-        about = {key: value for key, value in self.denoiser.config.items() if not key.startswith("_")}
-        about |= {"_class_name": type(self.denoiser).__name__, "_diffusers_version": _diffusers().__version__}
-        write_json(folder / "config.json", {**self.config.to_dict(), **read_json(folder / "config.json"), **about})
+        write_json(folder / "config.json", self._config_values() | _mark(folder))
         if options.get("save_original_format", True) and (folder / WEIGHTS).is_file():
             (folder / WEIGHTS).replace(folder / DIFFUSERS_WEIGHTS)
+
+    def _config_values(self) -> dict[str, Any]:
+        """The config as diffusers reads it, and the keys that are ours; diffusers takes none of transformers' own."""
+        values = self.config.to_dict()
+        values = {key: values[key] for key in (*DiffusionConfig.__annotations__, *_KEPT) if key in values}
+        own = {key: value for key, value in self.denoiser.config.items() if not key.startswith("_")}
+        about = {"_class_name": values["denoiser"], "_diffusers_version": _diffusers().__version__}
+        return {**about, **values, **own}
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
         """Recompute blocks in the backward pass, as diffusers does it."""
@@ -158,7 +168,8 @@ class DiffusionModel(PreTrainedModel):
         if self.training and labels is not None and self.config.label_dropout:
             hidden_b = torch.rand(labels.shape, device=labels.device) < self.config.label_dropout
             labels = torch.where(hidden_b, self.no_label, labels)
-        predicted = self.denoise(keep * pixel_values + add * noise, timesteps, labels)
+        noisy = (keep * pixel_values + add * noise).to(next(self.parameters()).dtype)
+        predicted = self.denoise(noisy, timesteps, labels)
         v_prediction = self.config.prediction_type == "v_prediction"
         target = keep * noise - add * pixel_values if v_prediction else noise
         loss = F.mse_loss(predicted.float(), target.float())
@@ -186,6 +197,12 @@ class DiffusionModel(PreTrainedModel):
     def get_output_embeddings(self) -> None:
         """It has no head."""
         return None
+
+
+def _mark(folder: Path) -> dict[str, Any]:
+    """What a converted model has noted in the config that was just written."""
+    found = read_json(folder / "config.json")
+    return {ENTRY: found[ENTRY]} if ENTRY in found else {}
 
 
 def denoiser_of(model: Any) -> Any:
