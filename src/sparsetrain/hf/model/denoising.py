@@ -34,7 +34,7 @@ _KEPT = ("model_type", "architectures", "id2label", "label2id")
 
 @dataclass
 class Denoised(ModelOutput):
-    """loss: the mean squared error. predicted: what the denoiser said, and target: what it should have, [b, c, h, w]."""
+    """loss: the mean squared error. predicted, target: what the denoiser said and what it should, [b, c, h, w]."""
 
     loss: Tensor | None = None
     predicted: Tensor | None = None
