@@ -1,20 +1,20 @@
-"""SaRA on a diffusion model: a small DiT that knows some classes learns another, beside LoRA of as many numbers and full
+"""SaRA on a diffusion model: a DiT that knows some classes learns another, beside LoRA of as many numbers and full
 fine-tuning; what it learns, and what it forgets.
 
 A DiT is pretrained on Fashion-MNIST without one class, then fine-tuned on that class alone. Cells:
 
-- `pretrained SEED`: the model, kept beside the results; its distances from the old and the new images.
+- `pretrained SEED`: the model, kept in `models`; its distances from the old and the new images.
 - `ARM SIZE SEED`: one `finetune` of the same steps and rows: held-out noise loss on the new class and on the old ones,
-  FID and KID of samples of the new class from its images (the new domain), and of samples of the old classes from theirs
-  (forgetting). Full fine-tuning has one size.
+  FID and KID of samples of the new class from its images (the new domain), and of samples of the old classes from
+  theirs (forgetting). Full fine-tuning has one size.
 
-FID and KID stand on the features of one classifier, trained here on all ten classes: they compare the arms of this table
-and nothing else. `summary` has the combined index of SaRA's paper (arXiv 2409.06633), with forgetting in the place of
-the CLIP score, which small grey images have none of: per size and seed, over the arms,
+FID and KID stand on the features of one classifier, trained here on all ten classes: they compare the arms of this
+table and nothing else. `summary` has the combined index of SaRA's paper (arXiv 2409.06633), with forgetting in the place of
+the CLIP score, which needs captions. Per size and seed, over the arms:
 
-    VLHI = (max F − F) / (max F − min F) + (C − min C) / (max C − min C),   F = FID on the new class, C = −FID on the old
+    VLHI = (max F - F) / (max F - min F) + (C - min C) / (max C - min C),   F = FID (new), C = -FID (old)
 
-    python -m bench run sara_diffusion --output DIR [--cells 'lora *'] [--minutes 60]
+    python -m bench run sara_diffusion --output DIR --set models=DIR [--cells 'lora *'] [--minutes 60]
 """
 
 from __future__ import annotations

@@ -217,8 +217,8 @@ def test_a_unet_with_and_without_labels(tmp_path: Path) -> None:
     result: Any = pretrain(recipe(tmp_path, model="unet-nano", set=UNET, steps=2))
     model = load(result.saved).model
     assert num_labels(model.config) == 2 and sample(model, 2, steps=2).shape == (2, 8, 8, 1)
-    config = DiffusionConfig(**{**UNET, "denoiser": "UNet2DModel", "in_channels": 1, "out_channels": 1,
-                                "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2})  # fmt: skip
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    config = DiffusionConfig(**UNET, **blocks, denoiser="UNet2DModel", in_channels=1, out_channels=1)
     plain = DiffusionModel.from_config(config)
     assert num_labels(config) == 0 and sample(plain, 2, steps=2).shape == (2, 8, 8, 1)
     with pytest.raises(ValueError, match="the model takes none"):
