@@ -9,8 +9,8 @@ A DiT is pretrained on Fashion-MNIST without one class, then fine-tuned on that 
   theirs (forgetting). Full fine-tuning has one size.
 
 FID and KID stand on the features of one classifier, trained here on all ten classes: they compare the arms of this
-table and nothing else. `summary` has the combined index of SaRA's paper (arXiv 2409.06633), with forgetting in the place of
-the CLIP score, which needs captions. Per size and seed, over the arms:
+table and nothing else. `summary` has the combined index of SaRA's paper (arXiv 2409.06633), with forgetting in place
+of the CLIP score, which needs captions. Per size and seed, over the arms:
 
     VLHI = (max F - F) / (max F - min F) + (C - min C) / (max C - min C),   F = FID (new), C = -FID (old)
 

@@ -194,7 +194,7 @@ def test_sampling_is_the_same_for_any_number_and_follows_the_label() -> None:
     ):
         with pytest.raises(ValueError, match=match):
             sample(model, 2, **wrong)
-    with pytest.raises(ValueError, match="class fish is none of the model's. Its classes: 0 to 2"):
+    with pytest.raises(ValueError, match=r"class fish is none of the model's\. Its classes: 0 to 2"):
         label_of(model, "fish")
 
 

@@ -126,7 +126,7 @@ def test_a_saved_data_set(tmp_path: Path):
     bundle = load_images(str(tmp_path / "saved"))
     assert bundle.label_names == ("cat", "dog") and len(bundle.train) == 10
     Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(str(tmp_path / "text"))
-    with pytest.raises(ValueError, match="has no column of images. Its columns: text"):
+    with pytest.raises(ValueError, match=r"has no column of images\. Its columns: text"):
         load_images(str(tmp_path / "text"))
 
 
