@@ -31,7 +31,7 @@ from sparsetrain.hf.train.job import Job as Job
 from sparsetrain.hf.train.journal import EvalCallback, Journal, SavedCallback
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import first_batch
-from sparsetrain.hf.train.samples import record_samples
+from sparsetrain.hf.train.samples import samples
 from sparsetrain.hf.train.stages import (
     StageCallback,
     enter_stage,
@@ -247,8 +247,7 @@ def _record(course: Course, model: Any, handle: Handle | None, trainer: Trainer 
     last = course.spans[-1].total
     trained = measure_quality(model, handle, parts, journal, "evaluating the trained model", step=last)
     journal.quality("after_training", trained, step=last)
-    if job.samples:
-        record_samples(model, parts, journal)
+    _sample(course, model)
     if (place := task_of(course.recipe.task).shows) is not None:
         journal.run.update(named(place)(model, parts, course.output, journal.report))
     saved = course.output / job.saved
@@ -273,6 +272,15 @@ def _record(course: Course, model: Any, handle: Handle | None, trainer: Trainer 
         machine=describe_machine().to_dict(),
         title=job.title,
     )
+
+
+def _sample(course: Course, model: Any) -> None:
+    if course.job.samples:
+        try:
+            course.journal.run["samples"] = samples(model, course.parts)
+        except Exception as error:  # whatever a model cannot generate: its training is done, and is not lost for this
+            text = f"No sample completions: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            course.journal.report({"event": "note", "text": text})
 
 
 def _sparsity(handle: Handle, parts: Parts, journal: Journal, about: dict[str, Any]) -> SparsityCallback:

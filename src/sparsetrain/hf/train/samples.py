@@ -10,7 +10,6 @@ import torch
 from sparsetrain.core.modes import evaluating
 from sparsetrain.data.prompts import prompt_of, spread
 from sparsetrain.hf.data.bundle import padding_id
-from sparsetrain.hf.train.journal import Journal
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.measure.schema import Sample
 
@@ -18,15 +17,6 @@ COUNT, TOKENS, SECONDS = 3, 48, 20.0
 """Prompts, the most new tokens of each, and when to stop."""
 SHOWN = 400
 """Characters of a prompt that are kept: its end, which the answer follows."""
-
-
-def record_samples(model: Any, parts: Parts, journal: Journal) -> None:
-    """`samples`, in the run's record."""
-    try:
-        journal.run["samples"] = samples(model, parts)
-    except Exception as error:  # whatever a model cannot generate: its training is done, and is not lost for this
-        text = f"No sample completions: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        journal.report({"event": "note", "text": text})
 
 
 def samples(model: Any, parts: Parts, *, seconds: float = SECONDS) -> list[Sample]:
