@@ -16,7 +16,8 @@ from PIL import Image
 from bench.methods import deploy
 from sparsetrain import TokenSelection
 from sparsetrain.hf.model.architectures import check_task, open_architecture
-from sparsetrain.hf.train import image_features, image_quality
+from sparsetrain.hf.train import image_quality
+from sparsetrain.measure import image_features
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.pretrain import PretrainRecipe
 from tests.cli.conftest import Call, save_llama

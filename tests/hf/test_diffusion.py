@@ -21,12 +21,13 @@ from sparsetrain.hf.model.io import export, load
 from sparsetrain.hf.model.sampling import label_of, sample
 from sparsetrain.hf.study.compare import compare
 from sparsetrain.hf.study.preview import preview
-from sparsetrain.hf.train import image_features, image_quality
+from sparsetrain.hf.train import image_quality
 from sparsetrain.hf.train.average import FILE, Average
 from sparsetrain.hf.train.diffusion import PASSES, scores
 from sparsetrain.hf.train.finetune import finetune
-from sparsetrain.hf.train.image_features import features_of
 from sparsetrain.hf.train.pretrain import pretrain
+from sparsetrain.measure import image_features
+from sparsetrain.measure.image_features import features_of
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.pretrain import PretrainRecipe
 
