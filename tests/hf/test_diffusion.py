@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -275,8 +276,35 @@ def test_features_are_the_same_in_any_order_and_kept(tmp_path: Path, monkeypatch
     np.testing.assert_array_equal(again.features(pixels), found)
     with pytest.raises(ValueError, match="all images have one label"):
         features_of("trained", (pixels, labels * 0), (pixels, labels))
-    monkeypatch.setitem(__import__("sys").modules, "torchmetrics.image.fid", None)
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     with pytest.raises(ValueError, match="torchmetrics', which is not installed"):
+        features_of("inception", (pixels, labels), (pixels, labels))
+
+
+def test_inceptions_features_are_read_off_torchmetrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with the names of torchmetrics': what is given to its network, and what is told without weights."""
+    given: list[torch.Tensor] = []
+
+    class FrechetInceptionDistance:
+        def __init__(self, feature: int) -> None:
+            if not weights:
+                raise RuntimeError("no route to host")
+            self.inception = lambda x: (
+                given.append(x) or x.float().mean((2, 3)).repeat(1, feature // 3 + 1)[:, :feature]
+            )
+
+    weights = True
+    module = type(sys)("torchmetrics.image.fid")
+    vars(module)["FrechetInceptionDistance"] = FrechetInceptionDistance
+    monkeypatch.setitem(sys.modules, "torchmetrics", type(sys)("torchmetrics"))
+    monkeypatch.setitem(sys.modules, "torchmetrics.image", type(sys)("torchmetrics.image"))
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", module)
+    pixels, labels = np.full((70, 4, 4, 1), 9, dtype=np.uint8), np.zeros(70, dtype=np.int64)
+    found = features_of("inception", (pixels, labels), (pixels, labels))
+    assert found.features(pixels).shape == (70, 2048) and "Inception" in found.says
+    assert given[0].shape == (64, 3, 4, 4) and given[0].dtype == torch.uint8
+    weights = False
+    with pytest.raises(ValueError, match=r"weights of Inception could not be had \(RuntimeError: no route to host\)"):
         features_of("inception", (pixels, labels), (pixels, labels))
 
 
