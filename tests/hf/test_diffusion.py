@@ -323,10 +323,11 @@ def test_what_does_not_fit_is_told_before_training(tmp_path: Path) -> None:
     model.denoiser.save_pretrained(tmp_path / "one")
     with pytest.raises(ValueError, match="the data have 2 labels, and the model takes 1"):
         finetune(tuned(tmp_path, str(tmp_path / "one")))
-    config = json.loads((tmp_path / "one" / "config.json").read_text())
-    (tmp_path / "one" / "diffusion_pytorch_model.safetensors").unlink()
+    dit(num_embeds_ada_norm=2).denoiser.save_pretrained(tmp_path / "two")
+    config = json.loads((tmp_path / "two" / "config.json").read_text())
+    (tmp_path / "two" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError, match="no model that can be read"):
-        finetune(tuned(tmp_path, str(tmp_path / "one")))
-    (tmp_path / "one" / "config.json").write_text(json.dumps(config | {"_class_name": "Kandinsky3UNet"}))
+        finetune(tuned(tmp_path, str(tmp_path / "two")))
+    (tmp_path / "two" / "config.json").write_text(json.dumps(config | {"_class_name": "Kandinsky3UNet"}))
     with pytest.raises(ValueError, match="is no class that can be trained here"):
-        finetune(tuned(tmp_path, str(tmp_path / "one")))
+        finetune(tuned(tmp_path, str(tmp_path / "two")))

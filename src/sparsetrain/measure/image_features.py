@@ -45,9 +45,9 @@ class SmallClassifier(nn.Module):
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
-        self.first = nn.Conv2d(channels, 32, 3, padding=1)
-        self.second = nn.Conv2d(32, 64, 3, padding=1)
-        self.hidden = nn.Linear(64 * 9, WIDTH)
+        self.first = nn.Conv2d(channels, 16, 3, padding=1)
+        self.second = nn.Conv2d(16, 32, 3, padding=1)
+        self.hidden = nn.Linear(32 * 9, WIDTH)
         self.head = nn.Linear(WIDTH, classes)
         self.register_buffer("mean", torch.zeros(WIDTH))
         self.register_buffer("spread", torch.ones(WIDTH))
