@@ -172,7 +172,8 @@ def summary(keys: list[str], *found: dict[str, Any]) -> dict[str, Any]:
     for size in SIZES:
         for seed in sorted({key.split()[-1] for key in keys}):
             names = {arm: f"{arm} {size} {seed}" for arm in arms(size)} | {"full": f"full all {seed}"}
-            for arm, index in vlhi({arm: cells[key] for arm, key in names.items() if key in cells}).items():
+            known = {arm: cells[key] for arm, key in names.items() if key in cells}
+            for arm, index in vlhi(known).items() if known else ():
                 indices.setdefault(size, {}).setdefault(arm, []).append(round(index, 4))
     return {"vlhi": indices}
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sparsetrain.core.anatomy import describe
 from sparsetrain.core.errors import CheckpointError
+from sparsetrain.hf.model.checkpointing import recompute
 from sparsetrain.hf.model.denoising import DiffusionModel, num_labels
 from sparsetrain.hf.model.diffusion_config import DiffusionConfig
 from sparsetrain.hf.model.io import export, load
@@ -331,3 +332,26 @@ def test_what_does_not_fit_is_told_before_training(tmp_path: Path) -> None:
     (tmp_path / "two" / "config.json").write_text(json.dumps(config | {"_class_name": "Kandinsky3UNet"}))
     with pytest.raises(ValueError, match="is no class that can be trained here"):
         finetune(tuned(tmp_path, str(tmp_path / "two")))
+
+
+@pytest.mark.parametrize("kind", ["dit", "unet"])
+def test_recomputed_blocks_give_the_same_gradients(kind: str) -> None:
+    blocks = {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
+    unet = {**UNET, **blocks, "denoiser": "UNet2DModel", "in_channels": 1, "out_channels": 1, "num_class_embeds": 4}
+    model = dit() if kind == "dit" else DiffusionModel.from_config(DiffusionConfig(**unet))
+    x, noise = torch.randn(2, 3, 1, 8, 8).unbind(0)
+    given = {"labels": torch.tensor([0, 1, 2]), "noise": noise, "timesteps": torch.tensor([5, 300, 900])}
+    model.config.label_dropout = 0.0
+    found, ran = [], list[int]()
+    part: Any = model.transformer_blocks[0].ff if kind == "dit" else model.mid_block.resnets[0].conv1
+    part.register_forward_hook(lambda *_: ran.append(1))
+    for again in (False, True):
+        if again:
+            recompute(model)
+        model.train().zero_grad()
+        model(x, **given).loss.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert len(ran) == 1 + 2, "the block ran once more in the backward pass"
+    assert found[0].keys() == found[1].keys()
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-5, atol=1e-7)

@@ -140,8 +140,19 @@ class DiffusionModel(PreTrainedModel):
         about = {"_class_name": values["denoiser"], "_diffusers_version": _diffusers().__version__}
         return {**about, **values, **own}
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
-        """Recompute blocks in the backward pass, as diffusers does it."""
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Any = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """Recompute blocks in the backward pass, as diffusers does it: every one, from what stays on the device.
+
+        Raises:
+            ValueError: something else was asked for.
+        """
+        if every_n_layers != 1 or offload:
+            raise ValueError(
+                f"every_n_layers={every_n_layers}, offload={offload}: a diffusion model recomputes every block, from "
+                "what stays on its device. Leave both out."
+            )
         options = gradient_checkpointing_kwargs or {"use_reentrant": False}
 
         def recompute(function: Any, *given: Any) -> Any:
