@@ -343,7 +343,7 @@ def test_recomputed_blocks_give_the_same_gradients(kind: str) -> None:
     given = {"labels": torch.tensor([0, 1, 2]), "noise": noise, "timesteps": torch.tensor([5, 300, 900])}
     model.config.label_dropout = 0.0
     found, ran = [], list[int]()
-    part: Any = model.transformer_blocks[0].ff if kind == "dit" else model.mid_block.resnets[0].conv1
+    part: Any = model.transformer_blocks[0].ff if kind == "dit" else model.down_blocks[0].resnets[0].conv1
     part.register_forward_hook(lambda *_: ran.append(1))
     for again in (False, True):
         if again:
