@@ -20,6 +20,7 @@ of the CLIP score, which needs captions. Per size and seed, over the arms:
 from __future__ import annotations
 
 import gzip
+import shutil
 import statistics
 import struct
 import tempfile
@@ -85,6 +86,7 @@ def pretrained(seed: int, settings: dict[str, Any], threads: int, place: str) ->
     from sparsetrain.hf.train.pretrain import pretrain
     from sparsetrain.recipes.pretrain import PretrainRecipe
 
+    shutil.rmtree(place, ignore_errors=True)  # what a cell that was stopped has left
     with tempfile.TemporaryDirectory() as folder:
         data = domains(Path(folder), settings["data"])
         values = {"model": "dit-nano", "set": MODEL, "data": str(data["old"]), "task": "diffusion", "output": place}
