@@ -209,7 +209,7 @@ BENCHMARKS = [
         settings={"data": "fashion-mnist", "pretrain_steps": 6000, "steps": 600, "batch_size": 64, "samples": 2048}
         | {"sampling_steps": 25, "real_images": 5000, "eval_images": 500, "eval_tokens": 24500, "dtype": "auto"}
         | {"models": None},
-        quick={"pretrain_steps": 2, "steps": 2, "batch_size": 4, "samples": 16, "sampling_steps": 2}
+        quick={"pretrain_steps": 6, "steps": 2, "batch_size": 4, "samples": 16, "sampling_steps": 2}
         | {"real_images": 64, "eval_images": 8, "eval_tokens": 392},
         seeds=(0, 1, 2),
         threads=2,
