@@ -35,7 +35,7 @@ from bench.runner import Asked, Benchmark, Cell, in_own_process
 HELD_OUT = 9
 """The class that is learned afterwards: boots, which look like nothing but sneakers."""
 SIZES: dict[str, tuple[float, int]] = {"small": (0.038, 1), "medium": (0.114, 3), "large": (0.343, 9)}
-"""SaRA's share of the linears' 221,950 entries, and the rank of LoRA, which has 8,464 numbers a rank: as many in both."""
+"""SaRA's share of the linears' 221,950 entries, and LoRA's rank, of 8,464 numbers each: as many in both."""
 MODEL: dict[str, Any] = {"num_embeds_ada_norm": 10}
 LR = {"lora": 1e-3, "full": 2e-4}
 
