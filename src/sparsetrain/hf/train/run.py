@@ -6,8 +6,9 @@ interruption and `resume`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,61 +23,36 @@ from sparsetrain.hf.model import models
 from sparsetrain.hf.model.architectures import sequence_tokens
 from sparsetrain.hf.model.io import save
 from sparsetrain.hf.train import assemble
+from sparsetrain.hf.train.average import Average
 from sparsetrain.hf.train.callbacks import SparsityCallback
 from sparsetrain.hf.train.checkpoint import CheckpointCallback, own_names, plain_states
 from sparsetrain.hf.train.finite import FiniteCallback
 from sparsetrain.hf.train.held_out import KnownQuality, measure_quality
+from sparsetrain.hf.train.job import Job as Job
 from sparsetrain.hf.train.journal import EvalCallback, Journal, SavedCallback
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import first_batch
 from sparsetrain.hf.train.samples import record_samples
-from sparsetrain.hf.train.stages import Enter, StageCallback, enter_stage, leave_entry, load_weights
+from sparsetrain.hf.train.stages import StageCallback, enter_stage, leave_entry, load_weights
 from sparsetrain.hf.train.tasks import use_task_loss
 from sparsetrain.measure.ledger import size_of
 from sparsetrain.measure.machine import describe_machine
 from sparsetrain.measure.memory import reset_peak
 from sparsetrain.measure.report import write_report
 from sparsetrain.recipes.run import RunRecipe
+from sparsetrain.recipes.tasks import named, task_of
 from sparsetrain.runs.checkpoints import Checkpoint, check_data, clear_interrupted, find_resumable
 from sparsetrain.runs.events import Report, silent
 from sparsetrain.runs.launch import check_same_model, claimed_once, shared_step
 from sparsetrain.runs.layout import RECIPE, RESULT, checkpoint_folder
 from sparsetrain.runs.manifest import disk_errors, write_json
-from sparsetrain.runs.pictures import illustrate
+from sparsetrain.runs.pictures import illustrate, show_pictures
+from sparsetrain.runs.quality import Quality
 from sparsetrain.runs.result import Result as Result
 from sparsetrain.runs.result import run_report as run_report
-from sparsetrain.runs.spans import ONE_STAGE, Span, spans
+from sparsetrain.runs.spans import Span, spans
 from sparsetrain.surgery.apply import Handle
-from sparsetrain.surgery.method import Stage, method_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What differs between jobs.
-
-    open_parts: (report) -> everything but the weights, checked against each other.
-    build: (parts, journal, resumed, known dense quality) -> the converted model and its handle, None if dense: of the
-        first stage, or of the one that `resumed` is in.
-    about: (parts) -> entries of the sidecar.
-    title: what is trained, in a line.
-    saved: the folder, inside the output, of what was trained.
-    arguments: further arguments of the Trainer.
-    callbacks: further callbacks, called before ours.
-    stages: what the run trains, one after the other.
-    enter: makes the model of a later stage.
-    samples: record what the trained model answers to held-out prompts.
-    """
-
-    open_parts: Callable[[Report], Parts]
-    build: Callable[[Parts, Journal, Checkpoint | None, KnownQuality], tuple[Any, Handle | None]]
-    about: Callable[[Parts], dict[str, Any]]
-    title: str
-    saved: str
-    arguments: dict[str, Any] = field(default_factory=dict)
-    callbacks: tuple[TrainerCallback, ...] = ()
-    stages: tuple[Stage, ...] = ONE_STAGE
-    enter: Enter | None = None
-    samples: bool = False
+from sparsetrain.surgery.method import method_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +68,7 @@ class Course:
     collator: OrderedCollator
     spans: tuple[Span, ...]
     callbacks: tuple[TrainerCallback, ...]
+    average: Average | None
 
     @property
     def output(self) -> Path:
@@ -127,6 +104,7 @@ def run(
             if write:
                 write_report(run_report(result), course.output)
                 illustrate(course.output, recipe.configs)
+                show_pictures(course.output, {"": result.run})
             write_json(course.output / RESULT, result.to_dict())  # last: it marks the run as finished
         ranks.wait()
     return result
@@ -157,6 +135,7 @@ def _open(recipe: RunRecipe, job: Job, report: Report, callbacks: tuple[TrainerC
         collator=OrderedCollator(parts.bundle.collate_fn),
         spans=spans(job.stages, recipe, len(parts.bundle.train)),
         callbacks=callbacks,
+        average=Average(recipe.averages) if recipe.averages else None,
     )
 
 
@@ -187,6 +166,8 @@ def _train(course: Course, dense_quality: KnownQuality) -> tuple[Any, Handle | N
                 )
         elif resumed is not None and resumed.step >= span.last:
             load_weights(model, resumed.path)
+            if course.average is not None:
+                course.average.begin(model, handle, resumed.path)
             if span.last == span.total:
                 leave_entry(course.output)
                 _as_trained(course, handle)
@@ -194,6 +175,8 @@ def _train(course: Course, dense_quality: KnownQuality) -> tuple[Any, Handle | N
         if span.of > 1:
             size = size_of(model, sequence_tokens(course.parts.config, course.recipe))
             course.journal.stage(span.index, span.record(size), span.of)
+        if course.average is not None:  # each stage has a model of its own
+            course.average.begin(model, handle, left if span.index == course.start else None)
         trainer = _trainer(course, span, model, handle)
         _train_stage(course, trainer, left)
         left = checkpoint_folder(course.output, span.last)
@@ -227,9 +210,8 @@ def _trainer(course: Course, span: Span, model: Any, handle: Handle | None) -> T
             *course.job.callbacks,
             FiniteCallback(handle),
             journal.recorder,
-            EvalCallback(
-                lambda step: measure_quality(model, handle, parts, step=step), course.recipe.eval_every, journal
-            ),
+            *([course.average] if course.average is not None else []),
+            EvalCallback(lambda step: _measured(course, model, handle, step), course.recipe.eval_every, journal),
             *([SavedCallback(handle, first_batch(parts), journal, course.recipe.task)] if begins else []),
             *([StageCallback(span)] if span.of > 1 else []),
             *([_sparsity(handle, parts, journal, about)] if handle is not None else []),
@@ -257,16 +239,25 @@ def _train_stage(course: Course, trainer: Trainer, left: Path | None) -> None:
     course.journal.peaks(course.parts.device)
 
 
+def _measured(course: Course, model: Any, handle: Handle | None, step: int) -> Quality:
+    with nullcontext() if course.average is None else course.average.taken(model):
+        return measure_quality(model, handle, course.parts, step=step)
+
+
 def _record(course: Course, model: Any, handle: Handle | None, trainer: Trainer | None) -> Result:
     """Measure and save what was trained."""
     parts, journal, job = course.parts, course.journal, course.job
     if trainer is not None:
         journal.between_steps(model, trainer.optimizer, handle)
+    if course.average is not None:
+        course.average.take(model)
     last = course.spans[-1].total
     trained = measure_quality(model, handle, parts, journal, "evaluating the trained model", step=last)
     journal.quality("after_training", trained, step=last)
     if job.samples:
         record_samples(model, parts, journal)
+    if (place := task_of(course.recipe.task).shows) is not None and ranks.is_first():
+        journal.run.update(named(place)(model, parts, course.output, journal.report))
     saved = course.output / job.saved
     if ranks.is_first():
         save(model, handle, saved, tokenizer=parts.tokenizer, **job.about(parts))
