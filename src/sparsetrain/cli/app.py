@@ -19,6 +19,7 @@ from sparsetrain.cli.patterns import patterns
 from sparsetrain.cli.plan import methods, plan
 from sparsetrain.cli.pretrain import pretrain
 from sparsetrain.cli.profile import profile
+from sparsetrain.cli.sample import sample
 from sparsetrain.cli.sensitivity import sensitivity
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", epilog=EXIT_CODES)
@@ -54,6 +55,7 @@ for _name, _command in {
     "pretrain": pretrain,
     "eval": evaluate,
     "export": export,
+    "sample": sample,
     "plan": plan,
     "sensitivity": sensitivity,
     "methods": methods,

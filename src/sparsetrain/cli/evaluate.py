@@ -126,9 +126,10 @@ def _bundle(recipe: Any, loaded: Any, every: bool, tell: Any) -> Any:
         check_vocabulary(loaded.tokenizer, loaded.model.config, recipe.model)
     given = (recipe, loaded.tokenizer, loaded.model.config, tell)
     pretrained = isinstance(recipe, PretrainRecipe)
-    if loaded.tokenizer is None and every and pretrained:
+    images = task_of(recipe.task).images
+    if loaded.tokenizer is None and every and (pretrained or images):
         raise ValueError(f"--all measures on text, and {recipe.data} is a task with a held-out part. Leave --all out.")
-    if loaded.tokenizer is None and not pretrained:
+    if loaded.tokenizer is None and not pretrained and not images:
         raise ValueError(f"{recipe.model} has no tokenizer beside its weights. Save one into its folder.")
     if every:
         return all_rows(*given)

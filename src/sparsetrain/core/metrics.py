@@ -61,6 +61,7 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric(name="accuracy", more_is_better=True, is_share=True, tie=TIE_ACCURACY),
         Metric(name="perplexity", tie=math.exp(TIE_LOSS) - 1, of_loss=perplexity),
+        Metric(name="noise_loss", tie=0.01, of_loss=lambda loss: loss),
     )
 }
 

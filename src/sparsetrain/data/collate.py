@@ -60,12 +60,14 @@ class PairCollator:
 
 @dataclass(frozen=True)
 class ImageCollator:
-    """uint8 images (b, height, width) -> `pixel_values` (b, 1, height, width) in [-1, 1], and `labels` (b,)."""
+    """uint8 images (b, height, width) or (b, height, width, 3) -> `pixel_values` (b, 1 or 3, height, width) in [-1, 1],
+    `labels` (b,), and what else a row has (b,)."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         pixels = torch.as_tensor(np.asarray([row["pixel_values"] for row in rows], dtype=np.uint8))
-        labels = torch.tensor([row["labels"] for row in rows])
-        return {"pixel_values": pixels.float().div_(127.5).sub_(1)[:, None], "labels": labels}
+        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+        others = {name: torch.tensor([row[name] for row in rows]) for name in rows[0] if name != "pixel_values"}
+        return {"pixel_values": pixels.float().div_(127.5).sub_(1), **others}
 
 
 def check_length(length: int, argument: str, max_position_embeddings: int | None) -> None:

@@ -18,15 +18,17 @@ FASHION_LABELS = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "
 
 @dataclass(frozen=True, kw_only=True)
 class Images:
-    """Two sides, each with `pixel_values` (uint8, n x height x width) and `labels` (int64, n).
+    """Two sides, each with `pixel_values` (uint8, n x height x width, or with x 3 for colours) and `labels` (int64, n).
 
-    size: height and width. classes: one more than the largest label, whether or not it was chosen.
+    size: height and width. classes: one more than the largest label, whether or not it was chosen. names: of the
+    classes, where they have any.
     """
 
     train: dict[str, np.ndarray]
     held_out: dict[str, np.ndarray]
     size: tuple[int, int]
     classes: int
+    names: tuple[str, ...] = ()
 
 
 def read_images(folder: Path, *, max_rows: int | None, max_eval_rows: int | None, seed: int) -> Images:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
+
+import numpy as np
 
 from sparsetrain.core.pictures import Panel, Picture
 from sparsetrain.core.units import number_text
@@ -71,6 +74,29 @@ def _draw_panels(picture: Picture) -> bytes:
             show(axis, panel)
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+def image_grid(images: np.ndarray, columns: int | None = None, *, gap: int = 2, least: int = 28) -> bytes:
+    """Images in rows, as PNG.
+
+    Args:
+        images: uint8 [n, h, w, c], c 1 or 3. columns: of the grid; as square as can be if not given.
+        gap: pixels between them. least: smaller images are shown larger, each pixel as a square.
+    """
+    from PIL import Image  # comes with matplotlib
+
+    num, height, width, channels = images.shape
+    columns = min(num, columns or math.ceil(math.sqrt(num)))
+    rows = math.ceil(num / columns)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, dtype=np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = image
+    zoom = max(1, math.ceil(2 * least / max(height, width)))
+    sheet = sheet.repeat(zoom, axis=0).repeat(zoom, axis=1)
+    file = io.BytesIO()
+    Image.fromarray(sheet[:, :, 0] if channels == 1 else sheet).save(file, format="PNG")
     return file.getvalue()
 
 

@@ -15,6 +15,9 @@ from sparsetrain.core.quote import quoted
 
 MOST_BYTES = 8 * 2**20
 
+DIFFUSION = "diffusion"
+"""The family of what diffusers saves, whose configs name a class and no family."""
+
 _LAYERS = ("n_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim")
 _INNER = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim", "moe_intermediate_size", "encoder_ffn_dim",
@@ -40,6 +43,9 @@ SIZES: dict[str, tuple[int, int]] = {
     "num_channels": (1, 2**12),
     "image_size": (1, 2**16),
     "patch_size": (1, 2**16),
+    "sample_size": (1, 2**16),
+    "in_channels": (1, 2**12),
+    "noise_steps": (1, 2**20),
 }
 """Key -> (least, most). The largest public models stay well within. Of a list, each item is checked."""
 
@@ -71,11 +77,21 @@ def config_values(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it cannot be read, or is no config of a model that can be built.
     """
-    values = read_plain_object(path, MOST_BYTES)
+    values = of_diffusers(read_plain_object(path, MOST_BYTES))
     if not isinstance(values.get("model_type"), str):
         raise ValueError(f"{quoted(str(path))} is no model config: it has no model_type.")
     check_values(values, str(path))
     return without_code(values)
+
+
+def of_diffusers(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a config that diffusers wrote, as a config of ours has them; others as they are."""
+    if "model_type" in values or not isinstance(values.get("_class_name"), str):
+        return values
+    kept = {key: value for key, value in values.items() if not key.startswith("_")}
+    # diffusers adds noise by a linear schedule where none is named, and hides labels by itself
+    kept = {"noise_schedule": "linear"} | kept
+    return kept | {"model_type": DIFFUSION, "denoiser": values["_class_name"], "architectures": ["DiffusionModel"]}
 
 
 def without_code(values: dict[str, Any]) -> dict[str, Any]:

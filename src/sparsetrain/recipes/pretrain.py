@@ -19,7 +19,7 @@ class PretrainRecipe(RunRecipe):
     default_steps: ClassVar[int] = 1000
 
     model: str
-    """Architecture: a built-in name (gpt2-nano, sequence-encoder, vit-nano), or a config.json or a folder with one."""
+    """Architecture: a built-in name (gpt2-nano, sequence-encoder, vit-nano, dit-nano, unet-nano), or a config.json or a folder with one."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Keys of the model's config and their values, in place of the architecture's; on the command line key=value."""
     data: str
@@ -31,9 +31,9 @@ class PretrainRecipe(RunRecipe):
     """Folder or embedded model whose tokenizer reads text; bytes are the tokens if not given."""
     output: str = "runs/pretrain"
     """Folder for checkpoints, the trained model and the report. It must be empty or absent unless --resume."""
-    task: Literal["lm", "classify", "pairs", "image"] = "lm"
+    task: Literal["lm", "classify", "pairs", "image", "diffusion"] = "lm"
     """lm: predict every token of packed text. classify: a label a sequence. pairs: a label two sequences, read by one
-    encoder. image: a label an image, read as patches."""
+    encoder. image: a label an image, read as patches. diffusion: remove noise from images."""
     seq_len: int = Field(256, ge=8, le=MOST)
     """Tokens in a sequence; at most the positions of the config. Images bring their own length."""
     batch_size: int = Field(16, ge=1, le=MOST)

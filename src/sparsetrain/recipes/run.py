@@ -30,7 +30,7 @@ from sparsetrain.core.files import write_whole
 from sparsetrain.core.quote import quoted
 from sparsetrain.recipes.entries import read_methods, short_entry
 from sparsetrain.recipes.reading import read_mapping
-from sparsetrain.recipes.tasks import offered
+from sparsetrain.recipes.tasks import offered, task_of
 from sparsetrain.recipes.values import check_plain, problem_of
 
 # what may differ between a run and its continuation: where and how often things are written, how progress is watched
@@ -105,6 +105,9 @@ class RunRecipe(BaseModel):
     """How the learning rate falls after the warm-up: to 0 along a line or a half cosine, or not at all."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients longer than this are scaled down to it; 0 turns clipping off."""
+    ema_decay: float | None = Field(None, ge=0, lt=1)
+    """Decay of the average of the trained weights that is evaluated, sampled from and saved; 0: none is kept. Not
+    given: 0.999 for diffusion, and else 0."""
     methods: tuple[MethodConfig, ...] = ()
     """Sparse methods, each {method: name, key: value}; on the command line name:key=value,key=value. An
     empty list: dense."""
@@ -210,6 +213,11 @@ class RunRecipe(BaseModel):
         return any(config.trains_own for config in self.configs)
 
     @property
+    def averages(self) -> float:
+        """Decay of the average of the weights; 0: none is kept."""
+        return task_of(self.task).average if self.ema_decay is None else self.ema_decay
+
+    @property
     def configs(self) -> tuple[MethodConfig, ...]:
         """The methods as configs."""
         return self.methods
@@ -270,6 +278,8 @@ class RunRecipe(BaseModel):
     def training_values(self) -> dict[str, Any]:
         """The keys that change the training result, as JSON values."""
         values = {key: value for key, value in self.model_dump(mode="json").items() if key not in NOT_TRAINING}
+        if values["ema_decay"] is None and not self.averages:
+            del values["ema_decay"]  # as in the checkpoints of versions that kept no average
         # in full, so that a default that changes between versions counts as a difference
         return values | {"methods": [plain_values(config) for config in self.configs]}
 

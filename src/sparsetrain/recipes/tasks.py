@@ -32,12 +32,15 @@ class Task:
     causal: it predicts each token from those before.
     model: its class, with `from_pretrained` and `from_config` as transformers' auto classes have them.
     new_model: the class for random weights, where that is another.
-    adapter: PEFT's name of the task.
+    adapter: PEFT's name of the task; "" where it has none and the model takes any adapter.
 
     What carries it out (types in `hf.train.tasks`):
     rows: (RowsAsked) -> DataBundle; None: its data are built in.
     scores: (model, batch) -> Scores of a held-out batch.
     loss: (model, batch) -> the training loss of a batch, its mean; None: the model's own.
+    shows: (model, parts, folder, report) -> entries of the run's record: what a trained model makes, beside its
+        quality; None: nothing.
+    average: decay of the average of the weights that is kept, where the recipe says none; 0: none is.
     """
 
     name: str
@@ -54,6 +57,8 @@ class Task:
     rows: str | None = None
     scores: str
     loss: str | None = None
+    shows: str | None = None
+    average: float = 0.0
 
     @property
     def jobs(self) -> tuple[str, ...]:
@@ -120,6 +125,20 @@ TASKS: dict[str, Task] = {
             model="transformers:AutoModelForImageClassification",
             rows="sparsetrain.hf.train.tasks:image_rows",
             **_LABEL,
+        ),
+        Task(
+            name="diffusion",
+            says={
+                "finetune": "diffusion removes noise from images",
+                "pretrain": "diffusion removes noise from images",
+            },
+            images=True,
+            metric="noise_loss",
+            model="sparsetrain.hf.model.denoising:DiffusionModel",
+            adapter="",
+            rows="sparsetrain.hf.train.diffusion:rows",
+            scores="sparsetrain.hf.train.diffusion:scores",
+            average=0.999,
         ),
     )
 }

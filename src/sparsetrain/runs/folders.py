@@ -13,7 +13,8 @@ from sparsetrain.core.plain_files import read_plain_object, regular_file
 from sparsetrain.core.quote import quoted
 
 ADAPTER = "adapter_config.json"
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _READ = (".json", ".safetensors", ".txt", ".model", ".jinja", ".tiktoken")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".distcp")
 _MOST_TEXT_BYTES = 512 * 2**20
@@ -72,18 +73,19 @@ def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / _WEIGHTS).exists() or (folder / _WEIGHTS).is_symlink():
-        return [folder / _WEIGHTS]
+    for name in (WEIGHTS, DIFFUSERS_WEIGHTS):
+        if (folder / name).exists() or (folder / name).is_symlink():
+            return [folder / name]
     if (folder / _INDEX).exists():
         return _shards(folder)
     shown = quoted(str(folder))
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES or path.name == ".metadata")
     if pickles:
         raise ValueError(
-            f"{shown} holds no {_WEIGHTS}, but {quoted(pickles[0])}: such files can run code when they are read. "
+            f"{shown} holds no {WEIGHTS}, but {quoted(pickles[0])}: such files can run code when they are read. "
             "Where you trust it, load it with transformers and write it anew by save_pretrained."
         )
-    raise ValueError(f"{shown} holds no model that can be read: no {_WEIGHTS} in it. Name a folder with weights.")
+    raise ValueError(f"{shown} holds no model that can be read: no {WEIGHTS} in it. Name a folder with weights.")
 
 
 def _shards(folder: Path) -> list[Path]:

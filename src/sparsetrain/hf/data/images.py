@@ -1,11 +1,17 @@
-"""Images with labels in the idx format of MNIST and its relatives, for vision Transformers trained from scratch."""
+"""Images with labels: MNIST's idx files, a folder of pictures, digits, or a data set of `datasets`."""
+
+from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset, load_from_disk
 
+from sparsetrain.core.quote import quoted
 from sparsetrain.data.collate import ImageCollator
-from sparsetrain.data.images import FASHION_LABELS, read_images
+from sparsetrain.data.images import FASHION_LABELS, Images, read_images
+from sparsetrain.data.pictures import DIGITS, SUFFIXES, as_pixels, has_pictures, read_digits, read_pictures, split
 from sparsetrain.hf.assets import embedded_name, resolve_data
 from sparsetrain.hf.data.bundle import DataBundle
 
@@ -13,10 +19,19 @@ from sparsetrain.hf.data.bundle import DataBundle
 def load_images(
     source: str = "fashion-mnist", *, max_rows: int | None = None, max_eval_rows: int | None = None, seed: int = 0
 ) -> DataBundle:
-    """Grey images from "fashion-mnist" or a folder; arguments and errors as of `data.images.read_images`."""
-    found = read_images(Path(resolve_data(source)), max_rows=max_rows, max_eval_rows=max_eval_rows, seed=seed)
+    """Images from "fashion-mnist", "digits", a folder with MNIST's files, a folder of pictures (a class a subfolder), or
+    a data set of `datasets`: a folder that it saved, or a name on the hub.
+
+    Args:
+        max_rows, max_eval_rows: use this many of each part, chosen by `seed`.
+
+    Raises:
+        ValueError: nothing of the kind is there, or as `read_images` and `read_pictures`.
+    """
+    found = _read(source, max_rows=max_rows, max_eval_rows=max_eval_rows, seed=seed)
     train, held_out = Dataset.from_dict(found.train), Dataset.from_dict(found.held_out)
     name = embedded_name(source)
+    names = FASHION_LABELS if name == "fashion-mnist" else found.names
     height, width = found.size
     return DataBundle(
         train=train,
@@ -24,5 +39,55 @@ def load_images(
         collate_fn=ImageCollator(),
         description=f"{name or source}: {len(train):,} images of {height}x{width}; held out: {len(held_out):,}",
         counts={"train_rows": len(train), "eval_rows": len(held_out)},
-        label_names=FASHION_LABELS if name == "fashion-mnist" else tuple(str(i) for i in range(found.classes)),
+        label_names=names or tuple(str(i) for i in range(found.classes)),
     )
+
+
+def _read(source: str, **options: Any) -> Images:
+    if source == DIGITS:
+        return read_digits(**options)
+    folder = Path(resolve_data(source))
+    if not folder.exists():
+        return _of_datasets(source, load_dataset, **options)
+    if not folder.is_dir():
+        raise ValueError(f"data={quoted(source)} is a file. Give a folder of pictures, or one with MNIST's four files.")
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return _of_datasets(source, load_from_disk, **options)
+    if any(folder.glob("*-ubyte.gz")):
+        return read_images(folder, **options)
+    if has_pictures(folder):
+        return read_pictures(folder, **options)
+    raise ValueError(
+        f"data={quoted(source)} holds no images: no picture ({', '.join(SUFFIXES)}) in it or in a subfolder, none of "
+        "MNIST's four files, and no data set that `datasets` has saved. Give a folder with images."
+    )
+
+
+def _of_datasets(source: str, read: Any, **options: Any) -> Images:
+    """The training part of a data set of images, its column of images and its labels, if it has any."""
+    try:
+        found = read(source)
+    except Exception as error:  # the hub client and the readers raise a dozen kinds
+        line = str(error).strip().splitlines()
+        raise ValueError(
+            f"data={quoted(source)} is no folder here, and `datasets` cannot read it: "
+            f"{quoted(line[0] if line else type(error).__name__)}. Check the name."
+        ) from None
+    rows: Dataset = found.get("train", next(iter(found.values()))) if isinstance(found, DatasetDict) else found
+    features: Features = rows.features
+    column = next((name for name, kind in features.items() if isinstance(kind, Image)), None)
+    if column is None:
+        raise ValueError(f"data={quoted(source)} has no column of images. Its columns: {', '.join(features)}.")
+    if len(rows) < 2:
+        raise ValueError(f"data={quoted(source)} has {len(rows)} images, and one must be held out. Give two or more.")
+    pictures = [as_pixels(picture) for picture in rows[column]]
+    if len({picture.shape for picture in pictures}) > 1:
+        sizes = sorted({f"{picture.shape[0]}x{picture.shape[1]}" for picture in pictures})
+        raise ValueError(
+            f"data={quoted(source)} has images of different sizes or channels ({', '.join(sizes[:4])}). Bring them to "
+            "one."
+        )
+    label = next((name for name, kind in features.items() if isinstance(kind, ClassLabel)), None)
+    names = tuple(features[label].names) if label is not None else ("image",)
+    labels = np.array(rows[label], dtype=np.int64) if label is not None else np.zeros(len(rows), dtype=np.int64)
+    return split(np.stack(pictures), labels, names, **options)

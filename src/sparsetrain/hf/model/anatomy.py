@@ -9,6 +9,7 @@ from torch import nn
 from sparsetrain.core.anatomy import Anatomy, AttentionSite, Block, FFNSite, LinearSite, innermost, submodule
 from sparsetrain.core.errors import UnknownFamily
 from sparsetrain.hf.model.axes import axes_of, embedding_scale, last_norm
+from sparsetrain.hf.model.denoising import denoiser_of
 from sparsetrain.hf.model.families import FAMILIES, Row, row_of
 from sparsetrain.hf.model.resized import resized
 from sparsetrain.hf.model.sites import convolution_sites, linear_site, model_inside, own_modules
@@ -32,7 +33,7 @@ def describe_model(model: nn.Module) -> Anatomy:
         UnknownFamily: no block of the model has a row in `FAMILIES`.
     """
     inside = model_inside(model)
-    if any(kind.__module__.startswith("diffusers.") for kind in type(submodule(model, inside)).__mro__):
+    if any(kind.__module__.startswith("diffusers.") for kind in type(denoiser_of(submodule(model, inside))).__mro__):
         from sparsetrain.hf.model.diffusion import describe_diffusion
 
         return describe_diffusion(model)

@@ -12,6 +12,8 @@ from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import suggest
 from sparsetrain.hf.data import DataBundle
 from sparsetrain.hf.model.classifier import EncoderClassifier
+from sparsetrain.hf.model.denoising import check_labels, set_labels
+from sparsetrain.hf.model.diffusion_config import DiffusionConfig
 from sparsetrain.hf.model.model_config import context_length
 from sparsetrain.hf.model.opening import NO_CODE, make_config, told
 from sparsetrain.hf.model.weights import new_class
@@ -71,18 +73,34 @@ def fit_to_data(config: Any, recipe: PretrainRecipe, bundle: DataBundle, tokeniz
     elif not task.images:
         config.vocab_size, config.pad_token_id = bundle.vocab_size, 0  # type: ignore[attr-defined]
     if task.images:
-        found = bundle.collate_fn([bundle.train[0]])["pixel_values"].shape[1:]
-        asked = (config.num_channels, *image_size(config))
-        if tuple(found) != asked:
-            raise ValueError(
-                f"{recipe.data} has images of {tuple(found)} (channels, height, width), and {recipe.model} takes "
-                f"{asked}. Use --set image_size={found[1]} --set num_channels={found[0]}."
-            )
+        check_images(config, recipe, bundle)
+    if isinstance(config, DiffusionConfig):
+        set_labels(config, bundle.num_labels)
+        config.id2label = dict(enumerate(bundle.label_names))
+        config.label2id = {name: i for i, name in enumerate(bundle.label_names)}
     if task.labelled:
         config.num_labels = bundle.num_labels
         config.id2label = dict(enumerate(bundle.label_names))
         config.label2id = {name: i for i, name in enumerate(bundle.label_names)}
         config.classifier_pairs = task.sequences > 1
+
+
+def check_images(config: Any, recipe: RunRecipe, bundle: DataBundle) -> None:
+    """Raise ValueError if images are of another size, or have more labels, than the config's."""
+    found = bundle.collate_fn([bundle.train[0]])["pixel_values"].shape[1:]
+    asked = (config.num_channels, *image_size(config))
+    if tuple(found) != asked:
+        raise ValueError(
+            f"{recipe.data} has images of {tuple(found)} (channels, height, width), and {recipe.model} takes "
+            f"{asked}. "
+            + (
+                f"Use --set image_size={found[1]} --set num_channels={found[0]}."
+                if recipe.job == "pretrain"
+                else "Bring them to this size."
+            )
+        )
+    if isinstance(config, DiffusionConfig):
+        check_labels(config, bundle.num_labels)
 
 
 def build_model(config: Any, task: str) -> Any:
@@ -130,12 +148,21 @@ def image_size(config: Any) -> tuple[int, int]:
 
 
 def sequence_tokens(config: Any, recipe: RunRecipe) -> int:
-    """Tokens in a row: `seq_len`, or an image's patches and the class token."""
+    """Tokens in a row: `seq_len`, or an image's patches, and a classifier's class token."""
     if not task_of(recipe.task).images:
         return recipe.seq_len
     height, width = image_size(config)
     patch = config.patch_size if isinstance(config.patch_size, list | tuple) else [config.patch_size] * 2
-    return (height // patch[0]) * (width // patch[1]) + 1
+    return (height // patch[0]) * (width // patch[1]) + task_of(recipe.task).labelled
+
+
+def tokens_per_input(config: Any, recipe: RunRecipe) -> float:
+    """Tokens of the model per number that a Trainer counts: of an image, its pixels."""
+    task = task_of(recipe.task)
+    if not task.images:
+        return float(task.sequences)
+    height, width = image_size(config)
+    return sequence_tokens(config, recipe) / (config.num_channels * height * width)
 
 
 def _config(values: dict[str, Any]) -> Any:

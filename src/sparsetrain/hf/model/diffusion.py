@@ -14,6 +14,7 @@ from torch import nn
 
 from sparsetrain.core.anatomy import Anatomy, AttentionSite, Block, FFNSite, LinearSite, innermost, submodule
 from sparsetrain.core.errors import UnknownFamily
+from sparsetrain.hf.model.denoising import denoiser_of
 from sparsetrain.hf.model.sites import convolution_sites, linear_site, model_inside, own_modules
 
 _BLOCKS = {"BasicTransformerBlock": "attn1", "Attention": "", "ResnetBlock2D": None, "ResnetBlockCondNorm2D": None}
@@ -53,7 +54,7 @@ def describe_diffusion(model: nn.Module) -> Anatomy:
         )
     blocks = tuple(_block(name, module, layer) for layer, (name, module) in enumerate(found))
     return Anatomy(
-        family=type(submodule(model, inside)).__name__,
+        family=type(denoiser_of(submodule(model, inside))).__name__,
         model_class=type(model).__name__,
         blocks=blocks,
         model=inside,

@@ -108,7 +108,7 @@ def add_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: lis
 def _with_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: list[str]) -> Any:
     trained = [*(handle.modules_to_save if handle is not None else []), *new_modules]
     config = LoraConfig(
-        task_type=task_of(recipe.task).adapter,
+        task_type=task_of(recipe.task).adapter or None,
         r=recipe.lora_r,
         lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]
         target_modules=recipe.lora_targets,

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from sparsetrain.core.plain_files import read_plain_object
 from sparsetrain.core.quote import quoted
+from sparsetrain.hf.model.diffusion_config import DiffusionConfig
 from sparsetrain.planner.config_values import MOST_BYTES, check_values, config_values
 from sparsetrain.runs.folders import check_folder
 
@@ -53,7 +54,9 @@ def open_config(path: str, name: str | None = None) -> Any:
     if folder.is_dir():
         check_folder(folder)
         if (folder / "config.json").exists():
-            config_values(folder / "config.json")  # for its checks
+            values = config_values(folder / "config.json")
+            if values["model_type"] == DiffusionConfig.model_type:
+                return make_config(values | {"name_or_path": path}, name)
     try:
         config = AutoConfig.from_pretrained(path, **NO_CODE)
     except Exception as error:  # the hub client and the config classes raise a dozen kinds

@@ -15,6 +15,7 @@ from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.model import models, opening
+from sparsetrain.hf.model.architectures import check_images, sequence_tokens, tokens_per_input
 from sparsetrain.hf.model.checkpointing import checkpointing_arguments
 from sparsetrain.hf.model.model_config import check_context
 from sparsetrain.hf.model.vocabulary import check_vocabulary
@@ -53,13 +54,26 @@ def open_parts(
     device = pick_device(recipe)
     path, config = open_config(recipe, report, (like or recipe).configs)
     planned = check_and_plan(recipe, config, device)
-    tokenizer = open_tokenizer(path, config) if opened is None else opened.tokenizer
+    tokenizer = _tokenizer(recipe, path, config) if opened is None else opened.tokenizer
     refuse_rows(recipe)
     bundle = load_rows(recipe, tokenizer, config, report) if opened is None else opened.bundle
     refuse_rows(recipe, bundle)
+    if task_of(recipe.task).images:
+        check_images(config, recipe, bundle)
     return Parts(
-        recipe=recipe, device=device, path=path, config=config, plan=planned, tokenizer=tokenizer, bundle=bundle
+        recipe=recipe,
+        device=device,
+        path=path,
+        config=config,
+        plan=planned,
+        tokenizer=tokenizer,
+        bundle=bundle,
+        tokens_per_input=tokens_per_input(config, recipe),
     )
+
+
+def _tokenizer(recipe: Recipe, path: str, config: Any) -> Any:
+    return None if task_of(recipe.task).images else open_tokenizer(path, config)
 
 
 def check_and_plan(recipe: Recipe, config: Any, device: torch.device) -> Plan | None:
@@ -71,7 +85,7 @@ def check_and_plan(recipe: Recipe, config: Any, device: torch.device) -> Plan | 
     """
     model = models.empty_model(config, recipe.task)
     check_causal(model, recipe.model)
-    return plan_on(model, recipe, device, recipe.seq_len) if recipe.methods else None
+    return plan_on(model, recipe, device, sequence_tokens(config, recipe)) if recipe.methods else None
 
 
 def plan_on(

@@ -48,7 +48,7 @@ JOBS: dict[str, JobKind] = {
         open_parts=assemble.open_parts,
         empty_models=lambda config, recipe: [models.empty_model(config, recipe.task)],
         adapted=lambda model, recipe: models.add_lora(model, recipe, None, []),
-        row_tokens=lambda _config, recipe: recipe.seq_len,
+        row_tokens=architectures.sequence_tokens,
         dense={"distill_steps": 0},
     ),
     "pretrain": JobKind(

@@ -19,9 +19,9 @@ from sparsetrain.hf.model.architectures import (
     check_task,
     empty_model,
     fit_to_data,
-    image_size,
     open_architecture,
     sequence_tokens,
+    tokens_per_input,
 )
 from sparsetrain.hf.model.io import quiet
 from sparsetrain.hf.train import assemble
@@ -103,7 +103,7 @@ def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | No
     Raises:
         ValueError, PlanError: the recipe does not fit the machine, the architecture or the data.
     """
-    device, task = assemble.pick_device(recipe), task_of(recipe.task)
+    device = assemble.pick_device(recipe)
     refuse_rows(recipe)
     config = open_architecture(recipe)
     check_task(config, recipe)
@@ -118,7 +118,6 @@ def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | No
     for grown in _stages(config, recipe) if recipe.methods else ():  # the last one is what comes out
         planned = assemble.plan_on(grown.model, recipe, device, tokens, grown.edits)
     _refuse_replaced(recipe, planned)
-    pixels = config.num_channels * image_size(config)[0] * image_size(config)[1] if task.images else 1
     return Parts(
         recipe=recipe,
         device=device,
@@ -127,7 +126,7 @@ def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | No
         plan=planned,
         tokenizer=tokenizer,
         bundle=bundle,
-        tokens_per_input=tokens / pixels if task.images else float(task.sequences),
+        tokens_per_input=tokens_per_input(config, recipe),
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from sparsetrain.data.ids import CheckedIds
 from sparsetrain.hf.assets import resolve_data
 from sparsetrain.hf.data import DataBundle
+from sparsetrain.hf.model.architectures import sequence_tokens
 from sparsetrain.hf.model.model_config import context_length
 from sparsetrain.hf.model.vocabulary import vocabulary_rows
 from sparsetrain.hf.train.parts import Parts
@@ -48,9 +49,15 @@ def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> Da
             step_rows=rows,
             step_tokens=None if rows is None else max(rows, calibration_rows, 1) * recipe.seq_len,
             context=context_length(config),
+            max_eval_rows=eval_images(recipe, config),
             progress=say,
         ),
     )
+
+
+def eval_images(recipe: RunRecipe, config: Any) -> int | None:
+    """Held-out images that hold `eval_tokens`; None where rows are no images."""
+    return max(1, recipe.eval_tokens // sequence_tokens(config, recipe)) if task_of(recipe.task).images else None
 
 
 def all_rows(recipe: RunRecipe, tokenizer: Any, config: Any, report: Report) -> DataBundle:

@@ -7,6 +7,7 @@ interruption and `resume`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from sparsetrain.hf.model import models
 from sparsetrain.hf.model.architectures import sequence_tokens
 from sparsetrain.hf.model.io import save
 from sparsetrain.hf.train import assemble
+from sparsetrain.hf.train.average import Average
 from sparsetrain.hf.train.callbacks import SparsityCallback
 from sparsetrain.hf.train.checkpoint import CheckpointCallback, own_names, plain_states
 from sparsetrain.hf.train.finite import FiniteCallback
@@ -48,6 +50,7 @@ from sparsetrain.runs.events import Report
 from sparsetrain.runs.layout import RECIPE, RESULT, checkpoint_folder
 from sparsetrain.runs.manifest import disk_errors, write_json
 from sparsetrain.runs.pictures import illustrate
+from sparsetrain.runs.quality import Quality
 from sparsetrain.runs.result import Result as Result
 from sparsetrain.runs.result import run_report as run_report
 from sparsetrain.runs.spans import ONE_STAGE, Span, spans
@@ -97,6 +100,7 @@ class Course:
     collator: OrderedCollator
     spans: tuple[Span, ...]
     callbacks: tuple[TrainerCallback, ...]
+    average: Average | None
 
     @property
     def output(self) -> Path:
@@ -155,6 +159,7 @@ def _open(recipe: RunRecipe, job: Job, report: Report, callbacks: tuple[TrainerC
         collator=OrderedCollator(parts.bundle.collate_fn),
         spans=spans(job.stages, recipe, len(parts.bundle.train)),
         callbacks=callbacks,
+        average=Average(recipe.averages) if recipe.averages else None,
     )
 
 
@@ -182,6 +187,8 @@ def _train(course: Course, dense_quality: KnownQuality) -> tuple[Any, Handle | N
                 )
         elif resumed is not None and resumed.step >= span.last:
             load_weights(model, resumed.path)
+            if course.average is not None:
+                course.average.begin(model, handle, resumed.path)
             if span.last == span.total:
                 leave_entry(course.output)
                 _as_trained(course, handle)
@@ -189,6 +196,8 @@ def _train(course: Course, dense_quality: KnownQuality) -> tuple[Any, Handle | N
         if span.of > 1:
             size = size_of(model, sequence_tokens(course.parts.config, course.recipe))
             course.journal.stage(span.index, span.record(size), span.of)
+        if course.average is not None:  # each stage has a model of its own
+            course.average.begin(model, handle, left if span.index == course.start else None)
         trainer = _trainer(course, span, model, handle)
         _train_stage(course, trainer, left)
         left = checkpoint_folder(course.output, span.last)
@@ -222,9 +231,8 @@ def _trainer(course: Course, span: Span, model: Any, handle: Handle | None) -> T
             *course.job.callbacks,
             FiniteCallback(handle),
             journal.recorder,
-            EvalCallback(
-                lambda step: measure_quality(model, handle, parts, step=step), course.recipe.eval_every, journal
-            ),
+            *([course.average] if course.average is not None else []),
+            EvalCallback(lambda step: _measured(course, model, handle, step), course.recipe.eval_every, journal),
             *([SavedCallback(handle, first_batch(parts), journal, course.recipe.task)] if begins else []),
             *([StageCallback(span)] if span.of > 1 else []),
             *([_sparsity(handle, parts, journal, about)] if handle is not None else []),
@@ -251,11 +259,18 @@ def _train_stage(course: Course, trainer: Trainer, left: Path | None) -> None:
     course.journal.peaks(course.parts.device)
 
 
+def _measured(course: Course, model: Any, handle: Handle | None, step: int) -> Quality:
+    with nullcontext() if course.average is None else course.average.taken(model):
+        return measure_quality(model, handle, course.parts, step=step)
+
+
 def _record(course: Course, model: Any, handle: Handle | None, trainer: Trainer | None) -> Result:
     """Measure and save what was trained."""
     parts, journal, job = course.parts, course.journal, course.job
     if trainer is not None:
         journal.between_steps(model, trainer.optimizer, handle)
+    if course.average is not None:
+        course.average.take(model)
     last = course.spans[-1].total
     trained = measure_quality(model, handle, parts, journal, "evaluating the trained model", step=last)
     journal.quality("after_training", trained, step=last)
