@@ -40,7 +40,7 @@ class SparseDM(MethodConfig, method="sparsedm"):
         plan: ratios on the way there, `STEP:N:M` each: from that optimizer step on. Before the first the model is
             dense; the last is `pattern`. Empty: `pattern` from the start.
         lam: λ of SR-STE: the gradient of a weight is G + λ (1 − M) ∘ W. 0 is the plain straight-through estimator.
-        decoupled: λ changes weights instead, W ← W − λ (1 − M) ∘ W after each optimizer step, past Adam's moments.
+        decoupled: λ changes weights instead, W ← W − λ (1 − M) ∘ W before each optimizer step, past Adam's moments.
         teacher_weight: of the mean squared difference to the outputs of the model as training started, added to the
             task's loss. None: 0.1 for a model that gives predictions and leaves the loss to its user (diffusion
             models), 0 for one that takes labels.
@@ -97,7 +97,8 @@ class SparseDM(MethodConfig, method="sparsedm"):
         """The ratio in force after `step` optimizer steps."""
         if not self.plan:
             return self.ratio
-        dense = Ratio(self.ratio.group, self.ratio.group)
+        group = self.stages[0][1].group
+        dense = Ratio(group, group)
         return next((ratio for first, ratio in reversed(self.stages) if step >= first), dense)
 
     @property

@@ -86,10 +86,14 @@ class MaskedWeight(Site):
     def settle(self) -> None:
         """For evaluation and export: the ratio that training has come to."""
 
+    @property
+    def adjusts_gradients(self) -> bool:  # type: ignore[override]
+        return self.config.decoupled and self.lam > 0 and not self.is_dense and self.weight.requires_grad
+
     @torch.no_grad()
-    def updated(self) -> None:
-        if self.config.decoupled and self.lam and not self.is_dense and self.weight.requires_grad:
-            self.weight.sub_(self.lam * self.weight.masked_fill(self.find_mask(), 0))
+    def adjust_gradients(self) -> None:
+        """The decoupled λ, before the optimizer's step as AdamW's own decay; gradients are left as they are."""
+        self.weight.sub_(self.lam * self.weight.masked_fill(self.find_mask(), 0))
 
     def tensors(self) -> dict[str, Tensor]:
         found = {"ratio": torch.tensor([self.keep, self.group])}

@@ -17,7 +17,7 @@ from sparsetrain.methods.sparsedm.schedule import RatioSchedule
 from sparsetrain.methods.sparsedm.targets import Layer, dense_layers, inputs_of, misfit, target_layers, told
 from sparsetrain.methods.sparsedm.teacher import Teacher, install_teacher, teacher_weight
 from sparsetrain.surgery.edits import edits_at, equip, nothing_to_do
-from sparsetrain.surgery.method import Batch, Edit, Method, register_method
+from sparsetrain.surgery.method import Batch, Edit, Method, RowFacts, register_method
 from sparsetrain.surgery.site import Site
 
 
@@ -35,7 +35,8 @@ def edits(config: SparseDM, anatomy: Anatomy, model: nn.Module) -> list[Edit]:
         if site.name not in masked:
             return nothing_to_do()
         notes = _notes(config, anatomy, model) if site.name == first else None
-        return install(model, tensors, config, site, notes)
+        taught = None if notes is None else predictor_of(anatomy, model)
+        return install(model, tensors, config, site, taught, notes or [])
 
     found = edits_at(
         config,
@@ -95,34 +96,51 @@ def _notes(config: SparseDM, anatomy: Anatomy, model: nn.Module) -> list[str]:
     return [f"sparsedm leaves dense: {told(dense_layers(config, anatomy, model))}."]
 
 
+def predictor_of(anatomy: Anatomy, model: nn.Module) -> nn.Module:
+    """What a teacher is a copy of."""
+    return model if anatomy.predictor is None else anatomy.predictor(model)
+
+
 def install(
     model: nn.Module,
     tensors: dict[str, Tensor],
     config: SparseDM,
     site: Layer,
-    notes: list[str] | None = None,
+    taught: nn.Module | None,
+    notes: list[str],
 ) -> tuple[Undo, Site]:
     """Let a layer run masked; with the first one, the model is given its teacher.
 
     Args:
+        taught: at the first layer, what a teacher is a copy of.
         notes: of the first layer: what it has to say for all.
     """
     teacher = None
-    if notes is not None and teacher_weight(config, model) > 0:
-        teacher = Teacher(model, config.teacher_dtype, tensors.get("start"))
+    if taught is not None and teacher_weight(config, taught) > 0:
+        teacher = Teacher(taught, config.teacher_dtype, tensors.get("start"))
     layer = innermost(submodule(model, site.name))
     transposed = isinstance(site, LinearSite) and site.transposed
     undo, made = equip(layer, CHILD, MaskedWeight(layer, config, 0 if transposed else 1, tensors), Masked)
-    made.teacher, made.says = teacher, notes or []
-    if teacher is None:
+    made.teacher, made.says = teacher, notes
+    if taught is None or teacher is None:
         return undo, made
-    undo_teacher = install_teacher(model, made)
+    undo_teacher = install_teacher(taught, made)
 
     def undo_both() -> None:
         undo_teacher()
         undo()
 
     return undo_both, made
+
+
+def refuse(config: SparseDM, facts: RowFacts) -> str | None:
+    """Why rows cannot be trained on: a loss of every token is computed in chunks, and no logits are kept to compare."""
+    if config.teacher_weight and facts.one_sequence and not facts.labelled:
+        return (
+            f"teacher_weight={config.teacher_weight} compares predictions, and task={facts.task} computes its loss in "
+            "chunks of rows without keeping them. Set teacher_weight=0, or train with a loop of your own"
+        )
+    return None
 
 
 def merge_adapter_error(config: SparseDM, linears: list[str]) -> str | None:
@@ -144,6 +162,7 @@ register_method(
         site_names=lambda anatomy: [site.name for site in target_layers(anatomy)],
         schedule=RatioSchedule,
         exports={"nm": to_dense},
+        refuse=refuse,
         merge_adapter_error=merge_adapter_error,
         measure=measure,
         limits={

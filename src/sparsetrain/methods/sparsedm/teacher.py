@@ -109,9 +109,10 @@ class Taught:
         """Run `forward`; see `surgery.outermost`."""
         out = forward(*args, **kwargs)
         site = vars(self)[_CELL]
-        weight = teacher_weight(site.config, self)  # type: ignore[arg-type]
-        if not (self.training and torch.is_grad_enabled()) or site.runs_dense:  # type: ignore[attr-defined]
+        # the site's mode: a denoiser inside of another model is no submodule of it, and is not told
+        if not (site.training and torch.is_grad_enabled()) or site.runs_dense:
             return out
+        weight = teacher_weight(site.config, self)  # type: ignore[arg-type]
         labelled = kwargs.get("labels") is not None
         loss = site.teacher.difference(prediction(out, labelled), args, kwargs)
         return _attached(out, labelled, lambda y: site.add_loss(y, loss, weight))
