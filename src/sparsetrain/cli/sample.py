@@ -22,10 +22,19 @@ Guidance = Annotated[
 Class = Annotated[
     str | None, typer.Option("--class", metavar="NAME|NUMBER", help="Of all images; each class in turn if not given.")
 ]
+Quality = Annotated[bool, typer.Option("--quality", help="Also say how far the images are from the data (FID, KID).")]
+Features = Annotated[
+    str,
+    typer.Option(
+        "--features",
+        metavar="trained|inception",
+        help="Of --quality. trained: of a small classifier trained here on the data. inception: torchmetrics'.",
+    ),
+]
 Columns = Annotated[int | None, typer.Option("--columns", metavar="INT", min=1, help="Of the grid.")]
 
 
-@takes("seed", "device", "threads")
+@takes("data", "seed", "device", "threads")
 def sample(
     run: Run,
     num: Num = 64,
@@ -34,6 +43,8 @@ def sample(
     guidance: Guidance = 1.0,
     label: Class = None,
     columns: Columns = None,
+    quality: Quality = False,
+    features: Features = "trained",
     json: Json = False,
     debug: Debug = False,
     **flags: Any,
@@ -78,5 +89,24 @@ def sample(
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, image_grid(images, columns))
     about = {"run": run, "output": output, "num": num, "steps": steps, "guidance": guidance, "seed": seed}
-    about |= {"class": label, "seconds": seconds, "sparse": bool(loaded.handle)}
-    return Answer(data=about, show=[f"Wrote {output}: {num} images of {steps} steps each, in {seconds:.1f} s"])
+    measured = _measured(run, images, flags["data"], features, steps) if quality else None
+    about |= {"quality": measured, "class": label, "seconds": seconds, "sparse": bool(loaded.handle)}
+    shown = [f"Wrote {output}: {num} images of {steps} steps each, in {seconds:.1f} s"]
+    if measured is not None:
+        shown.append(f"FID {measured['fid']:.2f}, KID {measured['kid']:.4f}, by {measured['features']}.")
+    return Answer(data=about, show=shown)
+
+
+def _measured(run: str, images: Any, data: str | None, features: str, steps: int) -> Any:
+    from sparsetrain.core.config import suggest
+    from sparsetrain.hf.data import load_images
+    from sparsetrain.hf.train.image_features import KINDS
+    from sparsetrain.hf.train.image_quality import image_quality
+    from sparsetrain.recipes.reading import read_mapping
+
+    if features not in KINDS:
+        raise ValueError(f"--features {features} is unknown.{suggest(features, KINDS)} Choose from {', '.join(KINDS)}.")
+    recipe = Path(run) / "recipe.yaml"
+    if data is None and not recipe.is_file():
+        raise ValueError(f"--quality compares with images, and {run} has no recipe.yaml that names any. Give --data.")
+    return image_quality(images, load_images(data or read_mapping(recipe)["data"]), kind=features, steps=steps)

@@ -61,6 +61,20 @@ class StageRecord(ModelSize):
     to_step: int
 
 
+class ImageQuality(TypedDict):
+    """How far a model's images are from real ones (`measure.image_distance`).
+
+    num, real: how many of each. steps: forwards that each of the model's took. features: whose, in words.
+    """
+
+    fid: float
+    kid: float
+    num: int
+    real: int
+    steps: int
+    features: str
+
+
 class Run(TypedDict):
     """One training run.
 
@@ -76,6 +90,7 @@ class Run(TypedDict):
     switch_s: seconds in which later stages began, of their first steps' `wall_s`.
     kept: name -> sha256 of weights that one stage kept for a later one.
     samples: of a language model in a comparison: the same prompts on both sides.
+    pictures: file in the run's output -> what it shows. images: of a diffusion model.
     """
 
     steps: list[StepRecord]
@@ -94,6 +109,8 @@ class Run(TypedDict):
     switch_s: NotRequired[float]
     kept: NotRequired[dict[str, str]]
     samples: NotRequired[list[Sample]]
+    pictures: NotRequired[dict[str, str]]
+    images: NotRequired[ImageQuality]
 
 
 class Checkpointing(TypedDict):

@@ -138,6 +138,7 @@ TASKS: dict[str, Task] = {
             adapter="",
             rows="sparsetrain.hf.train.diffusion:rows",
             scores="sparsetrain.hf.train.diffusion:scores",
+            shows="sparsetrain.hf.train.image_quality:shows",
             average=0.999,
         ),
     )

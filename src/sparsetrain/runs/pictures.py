@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sparsetrain.core.config import MethodConfig, registered_methods
 from sparsetrain.core.errors import CheckpointError
@@ -22,6 +23,24 @@ def illustrate(run: str | Path, configs: Sequence[MethodConfig]) -> None:
     if any(method_of(config).pictures for config in configs):
         with contextlib.suppress(CheckpointError):
             draw_pictures(run)
+
+
+def show_pictures(run: str | Path, sides: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put what models have made (`Run.pictures`) into the report of a run or a comparison, side by side.
+
+    Args:
+        sides: name of a side, "" for the run itself -> its record.
+    """
+    page = Path(run) / REPORT_PAGE
+    shown = [
+        (f"{side}: {title}" if side else title, (Path(run) / side / file).read_bytes())
+        for side, record in sides.items()
+        for file, title in record.get("pictures", {}).items()
+        if (Path(run) / side / file).is_file()
+    ]
+    if shown and page.is_file():
+        text = page.read_text(encoding="utf-8")
+        write_whole(page, add_pictures(text, shown, name="made", heading="What the trained models make"))
 
 
 def draw_pictures(run: str | Path, output: str | Path | None = None) -> tuple[list[Gallery], list[Path]]:

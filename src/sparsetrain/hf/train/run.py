@@ -44,12 +44,13 @@ from sparsetrain.measure.machine import describe_machine
 from sparsetrain.measure.memory import reset_peak
 from sparsetrain.measure.report import write_report
 from sparsetrain.recipes.run import RunRecipe
+from sparsetrain.recipes.tasks import named, task_of
 from sparsetrain.runs.checkpoints import Checkpoint, check_data, clear_interrupted, find_resumable
 from sparsetrain.runs.claim import claimed
 from sparsetrain.runs.events import Report
 from sparsetrain.runs.layout import RECIPE, RESULT, checkpoint_folder
 from sparsetrain.runs.manifest import disk_errors, write_json
-from sparsetrain.runs.pictures import illustrate
+from sparsetrain.runs.pictures import illustrate, show_pictures
 from sparsetrain.runs.quality import Quality
 from sparsetrain.runs.result import Result as Result
 from sparsetrain.runs.result import run_report as run_report
@@ -134,6 +135,7 @@ def run(
         if write:
             write_report(run_report(result), course.output)
             illustrate(course.output, recipe.configs)
+            show_pictures(course.output, {"": result.run})
         write_json(course.output / RESULT, result.to_dict())  # last: it marks the run as finished
     return result
 
@@ -275,6 +277,8 @@ def _record(course: Course, model: Any, handle: Handle | None, trainer: Trainer 
     trained = measure_quality(model, handle, parts, journal, "evaluating the trained model", step=last)
     journal.quality("after_training", trained, step=last)
     _sample(course, model)
+    if (place := task_of(course.recipe.task).shows) is not None:
+        journal.run.update(named(place)(model, parts, course.output, journal.report))
     saved = course.output / job.saved
     save(model, handle, saved, tokenizer=parts.tokenizer, **job.about(parts))
     for leave in filter(None, (method_of(config).leave for config in (handle.configs if handle is not None else ()))):

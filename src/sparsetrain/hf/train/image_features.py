@@ -1,0 +1,176 @@
+"""Features of images, by which two sets of them are compared: of a small classifier that is trained here on the data,
+or of Inception, where torchmetrics and its weights are at hand.
+
+A number from the small classifier compares models of the same data here, and with no published number.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsetrain.core.remembered import cache_folder, recall, remember
+
+WIDTH = 64
+_STEPS, _BATCH, _MOST = 600, 64, 20_000
+_VERSION = 1
+"""Raise when the classifier or its training changes: what is cached is then trained anew."""
+KINDS = ("trained", "inception")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """features: uint8 images [n, h, w, c] -> [n, d]. says: what they are, wherever a number of theirs stands."""
+
+    features: Callable[[np.ndarray], np.ndarray]
+    says: str
+
+
+class SmallClassifier(nn.Module):
+    """Two convolutions, a layer of `WIDTH` features, a head; of images of any size."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, 32, 3, padding=1)
+        self.second = nn.Conv2d(32, 64, 3, padding=1)
+        self.hidden = nn.Linear(64 * 9, WIDTH)
+        self.head = nn.Linear(WIDTH, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """[n, c, h, w] in [-1, 1] -> [n, WIDTH]."""
+        x = F.max_pool2d(F.relu(self.first(x)), 2)
+        x = F.adaptive_avg_pool2d(F.relu(self.second(x)), 3)
+        return F.relu(self.hidden(x.flatten(1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def features_of(kind: str, train: tuple[np.ndarray, np.ndarray], held_out: tuple[np.ndarray, np.ndarray]) -> Features:
+    """What reads features of images.
+
+    Args:
+        kind: of `KINDS`. train, held_out: images (uint8 [n, h, w, c]) and their labels [n].
+
+    Raises:
+        ValueError: images of one class, which no classifier can be trained on; no torchmetrics, or no weights for it.
+    """
+    return inception() if kind == "inception" else trained(train, held_out)
+
+
+def trained(train: tuple[np.ndarray, np.ndarray], held_out: tuple[np.ndarray, np.ndarray]) -> Features:
+    """Of a classifier that is trained on the data, in some 15 seconds; the same for the same images in any order."""
+    pixels, labels = train
+    classes = int(labels.max()) + 1
+    if len(np.unique(labels)) < 2:
+        raise ValueError(
+            "all images have one label, and the features come from a classifier of them. Give data with two classes or "
+            "more."
+        )
+    keys = [sha256(image.tobytes() + bytes([label % 256])).hexdigest() for image, label in zip(pixels, labels)]
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    name = sha256("\n".join([keys[i] for i in order] + [str(_VERSION)]).encode()).hexdigest()[:24]
+    path = cache_folder() / "image-features" / f"{name}.json"
+    model = SmallClassifier(pixels.shape[3], classes)
+    if not _recalled(model, recall(path)):
+        chosen = order[:_MOST]
+        _train(model, pixels[chosen], labels[chosen])
+        remember(path, base64.b64encode(save(model.state_dict())).decode("ascii"))
+    right = np.concatenate(_read(model, held_out[0])).argmax(1) == held_out[1]
+    return Features(
+        features=lambda images: np.concatenate(_read(model.features, images)),
+        says=f"{WIDTH} features of a classifier that was trained here on the same images ({right.mean():.1%} of the "
+        "held-out ones right); comparable between models of these data here, and with no published number",
+    )
+
+
+def inception() -> Features:
+    """Of Inception v3, as torchmetrics has it: those that published FIDs stand on.
+
+    Raises:
+        ValueError: torchmetrics is not installed, or its weights cannot be had.
+    """
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+    except ImportError:
+        raise ValueError(
+            "features=inception are torchmetrics', which is not installed. Run: pip install 'torchmetrics[image]'; or "
+            "take features=trained."
+        ) from None
+    try:
+        made: Any = FrechetInceptionDistance(feature=2048)
+    except Exception as error:  # it fetches the weights, which fails in as many ways as there are networks
+        raise ValueError(
+            f"the weights of Inception could not be had ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
+            "Put them where torchmetrics looks for them, or take features=trained."
+        ) from None
+
+    def read(pixels_nchw: Tensor) -> Tensor:
+        return made.inception(pixels_nchw.expand(-1, 3, -1, -1)).float()
+
+    def features(images: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            parts = [read(_channels_first(images[i : i + 64])).cpu().numpy() for i in range(0, len(images), 64)]
+        return np.concatenate(parts)
+
+    return Features(features=features, says="2048 features of Inception v3 (torchmetrics)")
+
+
+def arrays_of(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Images, uint8 [n, h, w, c], and labels [n], of a loader's rows; read off the table, as lists take a minute."""
+    table: Any = rows.with_format("arrow")[:]
+    flat, shape = table["pixel_values"].combine_chunks(), np.asarray(rows[0]["pixel_values"]).shape
+    while hasattr(flat, "flatten") and hasattr(flat.type, "value_type"):
+        flat = flat.flatten()
+    pixels = flat.to_numpy(zero_copy_only=False).astype(np.uint8).reshape(len(rows), *shape)
+    return pixels if pixels.ndim == 4 else pixels[..., None], table["labels"].to_numpy()
+
+
+def _recalled(model: SmallClassifier, stored: str | None) -> bool:
+    try:
+        model.load_state_dict(load(base64.b64decode(stored or "", validate=True)))
+    except (SafetensorError, binascii.Error, RuntimeError):
+        return False
+    return True
+
+
+def _train(model: SmallClassifier, pixels: np.ndarray, labels: np.ndarray) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for module in model.children():
+            module.reset_parameters()  # type: ignore[operator]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for step in range(_STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * (1 - step / _STEPS)
+        chosen = torch.randint(len(pixels), (_BATCH,), generator=generator).numpy()
+        x = _channels_first(pixels[chosen]).float().div(127.5).sub(1)
+        loss = F.cross_entropy(model(x), torch.from_numpy(labels[chosen]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def _read(function: Callable[[Tensor], Tensor], images: np.ndarray) -> list[np.ndarray]:
+    with torch.no_grad():
+        return [
+            function(_channels_first(images[i : i + 256]).float().div(127.5).sub(1)).numpy()
+            for i in range(0, len(images), 256)
+        ]
+
+
+def _channels_first(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
