@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.embeddings import PatchEmbed, TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ class UViT(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, size: int = 8, patch: int = 2, channels: int = 1, width: int = 16, depth: int = 1) -> None:
         super().__init__()
+        self.patch = patch
         self.patch_embed = PatchEmbed(size, size, patch, channels, width)
         self.time_proj, self.time = Timesteps(width, True, 0), TimestepEmbedding(width, width)
         blocks = [BasicTransformerBlock(width, 2, width // 2, activation_fn="gelu") for _ in range(2 * depth + 1)]
@@ -38,7 +39,7 @@ class UViT(ModelMixin, ConfigMixin):
             if i < depth:
                 kept.append(x)
         y = self.decode(self.norm(x))[:, 1:]
-        side, patch = sample.shape[-1] // self.config.patch, self.config.patch
+        side, patch = sample.shape[-1] // self.patch, self.patch
         y = y.view(len(y), side, side, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
         out = self.final(y.reshape_as(sample))
         return UNet2DOutput(sample=out) if return_dict else (out,)

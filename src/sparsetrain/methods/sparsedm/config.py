@@ -133,7 +133,9 @@ class SparseDM(MethodConfig, method="sparsedm"):
     def _check_order(self) -> None:
         name, steps = self.method, [step for step, _ in self.stages]
         if steps != sorted(set(steps)):
-            raise ValueError(f"{name}: plan changes at steps {steps}, which do not increase. Give each entry a later one.")
+            raise ValueError(
+                f"{name}: plan changes at steps {steps}, which do not increase. Give each entry a later one."
+            )
         if not steps:
             return
         if (last := self.stages[-1][1]) != self.ratio:

@@ -78,7 +78,9 @@ def pack_24(model: nn.Module, names: Iterable[str], *, backend: str = "cusparsel
             _check_24(name, layer.weight)
             fitting[name] = layer
     if not fitting:
-        raise Unsupported(f"pack_24: no layer can be packed: {'; '.join(dict.fromkeys(left.values())) or 'none given'}.")
+        raise Unsupported(
+            f"pack_24: no layer can be packed: {'; '.join(dict.fromkeys(left.values())) or 'none given'}."
+        )
     for layer in fitting.values():
         layer.weight = nn.Parameter(compress(layer.weight.detach(), backend), requires_grad=False)
     return left

@@ -55,10 +55,10 @@ def count_macs(handle: Any, model: nn.Module, batch: dict[str, Tensor]) -> Macs:
     for name, site in sites.items():
         hooks.append(innermost(submodule(handle.model, name)).register_forward_hook(_counting(layers, name, site)))
     counted = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+    counter = FlopCounterMode(display=False, custom_mapping=counted)  # type: ignore[arg-type]
     try:
-        with evaluating(model), handle.dense(), torch.no_grad():
-            with FlopCounterMode(display=False, custom_mapping=counted) as counter:  # type: ignore[arg-type]
-                model(**batch)
+        with evaluating(model), handle.dense(), torch.no_grad(), counter:
+            model(**batch)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,7 +1,7 @@
-"""The masked layer: a child of ours on nn.Linear, GPT-2's Conv1D or a convolution, which keeps its weight and its names.
+"""The masked layer: a child of ours on nn.Linear, GPT-2's Conv1D or a convolution, which keeps its weight and names.
 
-W_s = W ∘ M(W) with M of the present weights in every forward, so nothing has to be driven, repacked or saved: an EMA that
-is copied into the weights, or a checkpoint, has its own masks at once. Backward: G + λ (1 − M) ∘ W
+W_s = W ∘ M(W) with M of the present weights in every forward, so nothing has to be driven, packed or saved: an average
+that is copied into the weights, or a checkpoint, has its own masks at once. Backward: G + λ (1 − M) ∘ W
 (SparseDM, arXiv 2404.10445, section 3; SR-STE, arXiv 2102.04010).
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsetrain.methods.sparsedm.config import Ratio, SparseDM
+from sparsetrain.methods.sparsedm.teacher import Teacher
 from sparsetrain.ops.nm_mask import masked_weight, nm_mask
 from sparsetrain.surgery.reclass import dense_forward
 from sparsetrain.surgery.site import Site
@@ -40,7 +41,8 @@ class MaskedWeight(Site):
         self.keep, self.group = config.ratio_at(0)
         self._layer: list[Any] = [layer]  # in a list, or it would be a child of its own child
         self.register_buffer("mask", None, persistent=False)
-        self.restored, self.teacher = bool(tensors), None
+        self.restored = bool(tensors)
+        self.teacher: Teacher | None = None
         self.says: list[str] = []
         if tensors:
             self._become(tensors)

@@ -120,8 +120,9 @@ def install(
         teacher = Teacher(taught, config.teacher_dtype, tensors.get("start"))
     layer = innermost(submodule(model, site.name))
     transposed = isinstance(site, LinearSite) and site.transposed
-    undo, made = equip(layer, CHILD, MaskedWeight(layer, config, 0 if transposed else 1, tensors), Masked)
+    made = MaskedWeight(layer, config, 0 if transposed else 1, tensors)
     made.teacher, made.says = teacher, notes
+    undo, _ = equip(layer, CHILD, made, Masked)
     if taught is None or teacher is None:
         return undo, made
     undo_teacher = install_teacher(taught, made)

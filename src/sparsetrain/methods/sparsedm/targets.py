@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -69,5 +68,3 @@ def told(dense: dict[str, str]) -> str:
 
 def _counted(names: dict[str, int]) -> Iterable[str]:
     return (name if count == 1 else f"{count} x {name}" for name, count in names.items())
-
-

@@ -1,7 +1,7 @@
 """The teacher: the model as training started, frozen, whose outputs the sparse one is drawn towards.
 
-L = L_task + w · mean((ε_T − ε̂)²) (SparseDM, arXiv 2404.10445, section 3). It is no child of the model, so no saver, no
-optimizer and no average of weights sees it. A run that goes on converts its start model anew, and has its teacher again.
+L = L_task + w · mean((ε_T − ε̂)²) (SparseDM, arXiv 2404.10445, section 3). It is no child of the model: no saver, no
+optimizer and no average of weights sees it. A run that goes on converts its start anew, and has its teacher again.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ class Teacher:
 
     def notes(self) -> list[str]:
         size = sum(tensor.numel() * tensor.element_size() for tensor in self.held_tensors())
-        return [f"sparsedm: the model as training starts is the teacher: {bytes_text(size)} more, and a forward a step."]
+        return [
+            f"sparsedm: the model as training starts is the teacher: {bytes_text(size)} more, and a forward a step."
+        ]
 
 
 class Taught:
