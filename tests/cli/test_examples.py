@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from bench.methods import deploy
 from sparsetrain import SparseDM, TokenSelection
 from sparsetrain.hf.model.architectures import check_task, open_architecture
+from sparsetrain.hf.train import image_features, image_quality
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.pretrain import PretrainRecipe
 from tests.cli.conftest import Call, save_llama
@@ -128,3 +131,29 @@ def test_the_recipe_of_a_growing_gpt(call: Call, text: Path, tmp_path: Path) -> 
     shown = call("pretrain", "--recipe", EXAMPLES / "grow.yaml", *flags)
     assert shown.code == 0 and "hidden*2 heads*2 ffn*2, masked" in shown.out
     assert "1,601 to 1,680" in shown.out and "2,481 to 4,000" in shown.out
+
+
+def test_the_recipe_of_a_diffusion_model(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_features, "_STEPS", 5)
+    for name, value in {"GRID": 4, "NUM": 8, "STEPS": 2}.items():
+        monkeypatch.setattr(image_quality, name, value)
+    monkeypatch.setenv("SPARSETRAIN_CACHE", str(tmp_path / "cache"))
+    for i in range(8):
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)
+        (tmp_path / "data" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "data" / "ab"[i % 2] / f"{i}.png")
+    flags = ("--data", tmp_path / "data", "--set", "sample_size=8", "--output", tmp_path / "run")
+    flags = (*flags, "--steps", 2, "--warmup-steps", 0, "--batch-size", 2, "--eval-tokens", 16)
+    assert call("pretrain", "--recipe", EXAMPLES / "diffusion.yaml", *flags, "--dry-run").code == 0
+    assert call("pretrain", "--recipe", EXAMPLES / "diffusion.yaml", *flags, "--set", "num_layers=1").code == 0
+    grid = tmp_path / "grid.png"
+    found = call("sample", tmp_path / "run", "--num", 3, "--steps", 2, "--class", "b", "--output", grid, "--json")
+    assert found.code == 0 and json.loads(found.out)["class"] == "b" and Image.open(grid).size[0] > 8
+    for wrong, match in (
+        (("--class", "c"), "Its classes: a, b"),
+        (("--features", "other", "--quality"), "--features other is unknown"),
+        (("--output", tmp_path / "grid.jpg"), "--output"),
+    ):
+        assert match in call("sample", tmp_path / "run", "--num", 2, "--steps", 2, *wrong).err
+    llama = save_llama(tmp_path / "model")
+    assert "samples are drawn from a diffusion model" in call("sample", llama, "--output", grid).err

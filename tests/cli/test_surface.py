@@ -23,6 +23,7 @@ RECIPE = {
     "--model", "--data", "--task", "--text-column", "--holdout", "--output", "--seq-len", "--batch-size",
     "--grad-accum", "--steps", "--epochs", "--preset", "--method", "--calibration-tokens", "--compare", "--lora-r",
     "--lora-alpha", "--lora-targets", "--lr", "--lr-schedule", "--warmup-steps", "--weight-decay", "--max-grad-norm",
+    "--ema-decay",
     "--save-every",
     "--keep-checkpoints", "--eval-every", "--eval-tokens", "--resume", "--no-resume", "--seed", "--dtype",
     "--gradient-checkpointing", "--device", "--threads", "--distill-steps", "--distill-lr",
@@ -41,6 +42,8 @@ SURFACE = {
     "eval": ALWAYS | {"MODEL", "--all", "--data", "--task", "--text-column", "--holdout", "--seq-len", "--batch-size"}
     | {"--eval-tokens", "--seed", "--dtype", "--device", "--threads"},
     "export": ALWAYS | {"RUN", "--output", "--format", "--merge-lora", "--keep-lora"},
+    "sample": ALWAYS | {"RUN", "--num", "--output", "--steps", "--guidance", "--class", "--columns", "--quality"}
+    | {"--features", "--data", "--seed", "--device", "--threads"},
     "plan": ALWAYS | {"--recipe", "--model", "--data", "--task", "--preset", "--method", "--seq-len", "--batch-size"}
     | {"--grad-accum", "--lora-r", "--dtype", "--gradient-checkpointing", "--memory", "--goal", "--gpu", "--fit"}
     | {"--write", "--plot", "--seq", "--batch"},

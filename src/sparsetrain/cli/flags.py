@@ -117,6 +117,8 @@ FLAGS: dict[str, Flag] = {
         Flag("warmup_steps", INT, "0", TRAIN, "Steps in which it rises from 0."),
         Flag("weight_decay", FLOAT, "0.0", TRAIN, "AdamW's decoupled decay."),
         Flag("max_grad_norm", FLOAT, "1.0", TRAIN, "Longer gradients are scaled down to this; 0: no clipping."),
+        Flag("ema_decay", FLOAT, "", TRAIN, "Decay of the average of the weights that is evaluated, sampled from and "
+             "saved (0.999 for diffusion, else 0: none)."),
         Flag("save_every", INT, "50", KEEP, "Steps between checkpoints; 0: the final model only."),
         Flag("keep_checkpoints", INT, "2", KEEP, "Newest checkpoints kept."),
         Flag("eval_every", INT, "0", KEEP, "Steps between evaluations; 0: before and after training only."),

@@ -80,7 +80,7 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     known = {"cache": cache_folder() / "outlines", "gpu": not rates.is_cpu}
     predictor = predictor_of(model, base, bf16=bf16, **known)
     question = Question(
-        tokens=recipe.seq_len,
+        tokens=_row_tokens(recipe, model),
         batch=recipe.batch_size,
         grad_accum=recipe.grad_accum,
         memory_bytes=None if memory is None else rates.usable_bytes(memory),
@@ -107,6 +107,17 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
 
         draw(found, goal.plot, title=f"{model.name}, {question.tokens:,} tokens, batch {question.batch}", limit=memory)
     return _shown(found, predictor, goal, memory, yaml)
+
+
+def _row_tokens(recipe: Any, model: Any) -> int:
+    from sparsetrain.recipes.tasks import task_of
+
+    if not task_of(recipe.task).images:
+        return recipe.seq_len
+    from sparsetrain.hf.model.architectures import sequence_tokens
+    from sparsetrain.hf.model.opening import make_config
+
+    return sequence_tokens(make_config(model.values, model.name), recipe)
 
 
 def _dtype(recipe: Any, rates: Any, *, named: bool) -> str:

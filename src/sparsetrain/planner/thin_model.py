@@ -15,8 +15,13 @@ from sparsetrain.planner.memory import Layout
 
 
 def thin_out(model: Any) -> Layout:
-    """Keep the first block and one of each kind of the others; returns which stands for which."""
+    """Keep the first block and one of each kind of the others; returns which stands for which.
+
+    Blocks that do not lie in one list (a UNet's) read one another's outputs by place: all of them are kept.
+    """
     anatomy = describe(model)
+    if len({block.name.rpartition(".")[0] for block in anatomy.blocks}) > 1:
+        return Layout(of_block=tuple(range(len(anatomy.blocks))))
     kinds = _kinds(model, anatomy)
     kept, place = [0], {}
     of_block = [0]

@@ -19,12 +19,14 @@ class PretrainRecipe(RunRecipe):
     default_steps: ClassVar[int] = 1000
 
     model: str
-    """Architecture: a built-in name (gpt2-nano, sequence-encoder, vit-nano, dit-nano, unet-nano), or a config.json or a folder with one."""
+    """Architecture: a built-in name (gpt2-nano, sequence-encoder, vit-nano, dit-nano, unet-nano), or a config.json or a
+    folder with one."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Keys of the model's config and their values, in place of the architecture's; on the command line key=value."""
     data: str
     """Training data: as for finetune (text files for lm, labelled CSV or JSONL for classify); a task's name (listops,
-    text, retrieval, pixels, pathfinder, lra-...); fashion-mnist or a folder with MNIST's four files (image)."""
+    text, retrieval, pixels, pathfinder, lra-...); fashion-mnist, digits, a folder of pictures (a class a
+    subfolder) or with MNIST's four files, or a data set of `datasets` (image, diffusion)."""
     data_folder: str | None = None
     """Folder with the files of a task that is read rather than generated (lra-...)."""
     tokenizer: str | None = None

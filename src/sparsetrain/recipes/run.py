@@ -31,7 +31,7 @@ from sparsetrain.core.quote import quoted
 from sparsetrain.recipes.entries import read_methods, short_entry
 from sparsetrain.recipes.reading import read_mapping
 from sparsetrain.recipes.tasks import offered, task_of
-from sparsetrain.recipes.values import check_plain, problem_of
+from sparsetrain.recipes.values import check_plain, flat, problem_of
 
 # what may differ between a run and its continuation: where and how often things are written, how progress is watched
 NOT_TRAINING = frozenset(
@@ -289,7 +289,7 @@ class RunRecipe(BaseModel):
 
     def differences(self, earlier: Mapping[str, Any]) -> list[str]:
         """Where `earlier` (another recipe's `training_values`) differs: 'lr: 0.0001 there, 0.0002 here', …"""
-        own, other = _flat(self.training_values()), _flat(earlier)
+        own, other = flat(self.training_values()), flat(earlier)
         if own["methods"] != other["methods"]:  # then their keys cannot be compared one by one
             own, other = ({k: v for k, v in side.items() if not k.startswith("methods.")} for side in (own, other))
         return [
@@ -297,12 +297,3 @@ class RunRecipe(BaseModel):
             for key in sorted(own.keys() | other.keys())
             if own.get(key) != other.get(key)
         ]
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`training_values` with one key a config key: methods.0.<name>.<key>."""
-    methods = values.get("methods") or []
-    found = {**values, "methods": [entry["method"] for entry in methods]}
-    for i, entry in enumerate(methods):
-        found |= {f"methods.{i}.{entry['method']}.{key}": value for key, value in entry.items() if key != "method"}
-    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from sparsetrain.core.fields import shown
@@ -39,3 +40,12 @@ def problem_of(entry: Any) -> tuple[str, str]:
     if entry["type"] == "missing":
         return f"{key} is missing. ", f"Give it in the recipe file or as --{key.replace('_', '-')}."
     return f"{key}={shown(entry['input'])}: ", f"{message[0].lower()}{message[1:]}"
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`training_values` with one key a config key: methods.0.<name>.<key>."""
+    methods = values.get("methods") or []
+    found = {**values, "methods": [entry["method"] for entry in methods]}
+    for i, entry in enumerate(methods):
+        found |= {f"methods.{i}.{entry['method']}.{key}": value for key, value in entry.items() if key != "method"}
+    return found

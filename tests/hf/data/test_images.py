@@ -3,10 +3,14 @@
 import gzip
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as HFImage
+from PIL import Image
 
 from sparsetrain.hf.data import load_images
 from tests.hf.data.files import (
@@ -49,3 +53,97 @@ def test_fashion_mnist():
     bundle = load_images("fashion-mnist", max_rows=100, max_eval_rows=10)
     assert bundle.num_labels == 10
     assert bundle.collate_fn([bundle.train[0]])["pixel_values"].shape == (1, 1, 28, 28)
+
+
+def pictures(folder: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 6, mode: str = "L") -> Path:
+    """Pictures of 8 x 8, each another one, in a folder a class ("" is the folder itself)."""
+    random = np.random.default_rng(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            pixels = random.integers(0, 256, (8, 8) if mode == "L" else (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_a_folder_of_pictures(tmp_path: Path):
+    bundle = load_images(str(pictures(tmp_path / "grey")))
+    assert bundle.label_names == ("cat", "dog") and bundle.eval is not None
+    assert (len(bundle.train), len(bundle.eval)) == (10, 2) and sorted(bundle.eval["labels"]) == [0, 1]
+    read = {np.asarray(row["pixel_values"], dtype=np.uint8).tobytes() for row in [*bundle.train, *bundle.eval]}
+    files = {np.asarray(Image.open(path)).tobytes() for path in tmp_path.rglob("*.png")}
+    assert read == files
+    again = load_images(str(tmp_path / "grey"))
+    assert again.train["labels"][:] == bundle.train["labels"][:]
+    one = load_images(str(pictures(tmp_path / "one", ("",), mode="RGB")))
+    assert one.label_names == ("image",)
+    assert one.collate_fn([one.train[0]])["pixel_values"].shape == (1, 3, 8, 8)
+
+
+def test_grey_pictures_beside_coloured_ones(tmp_path: Path):
+    pictures(tmp_path, ("a",))
+    pictures(tmp_path, ("b",), mode="RGB")
+    bundle = load_images(str(tmp_path))
+    grey = next(row for row in bundle.train if row["labels"] == 0)
+    pixels = bundle.collate_fn([grey])["pixel_values"][0]
+    assert pixels.shape == (3, 8, 8) and torch.equal(pixels[0], pixels[2])
+
+
+def test_pictures_that_cannot_be_used(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no images: no picture"):
+        load_images(str(tmp_path / "empty"))
+    folder = pictures(tmp_path / "sizes")
+    Image.fromarray(np.zeros((9, 8), dtype=np.uint8)).save(folder / "dog" / "x.png")
+    with pytest.raises(ValueError, match=r"x\.png'? is 9x8 .*is 8x8\. Bring all pictures to one size"):
+        load_images(str(folder))
+    (folder / "dog" / "x.png").write_bytes((folder / "dog" / "0.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"x\.png'? cannot be read as a picture"):
+        load_images(str(folder))
+    (folder / "dog" / "x.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"x\.png'? cannot be read as a picture"):
+        load_images(str(folder))
+    (folder / "dog" / "x.png").unlink()
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(folder / "lone.png")
+    with pytest.raises(ValueError, match=r"lone\.png beside subfolders"):
+        load_images(str(folder))
+    with pytest.raises(ValueError, match="holds one picture"):
+        load_images(str(pictures(tmp_path / "single", ("",), count=1)))
+    twice = pictures(tmp_path / "twice", ("",), count=1)
+    (twice / "1.png").write_bytes((twice / "0.png").read_bytes())
+    with pytest.raises(ValueError, match="2 images, 1 of them distinct, leave none to hold out"):
+        load_images(str(twice))
+    with pytest.raises(ValueError, match="is a file"):
+        load_images(str(twice / "0.png"))
+
+
+def test_a_saved_data_set(tmp_path: Path):
+    folder = pictures(tmp_path / "pictures")
+    files = sorted(folder.rglob("*.png"))
+    kinds = Features({"picture": HFImage(), "kind": ClassLabel(names=["cat", "dog"])})
+    columns = {"picture": [str(f) for f in files], "kind": [int(f.parent.name == "dog") for f in files]}
+    Dataset.from_dict(columns, features=kinds).save_to_disk(str(tmp_path / "saved"))
+    bundle = load_images(str(tmp_path / "saved"))
+    assert bundle.label_names == ("cat", "dog") and len(bundle.train) == 10
+    Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(str(tmp_path / "text"))
+    with pytest.raises(ValueError, match=r"has no column of images\. Its columns: text"):
+        load_images(str(tmp_path / "text"))
+
+
+def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="scikit-learn's, which is not installed"):
+        load_images("digits")
+
+
+def test_digits_of_scikit_learn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    place = tmp_path / "datasets" / "data"
+    place.mkdir(parents=True)
+    table = np.concatenate([np.random.default_rng(0).integers(0, 17, (40, 64)), np.arange(40)[:, None] % 10], axis=1)
+    np.savetxt(place / "digits.csv.gz", table, delimiter=",", fmt="%d")
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    bundle = load_images("digits")
+    assert bundle.num_labels == 10 and len(bundle.train) == 30  # one of four of each
+    pixels = bundle.collate_fn(list(bundle.train))["pixel_values"]
+    assert pixels.shape[1:] == (1, 8, 8) and (float(pixels.min()), float(pixels.max())) == (-1.0, 1.0)

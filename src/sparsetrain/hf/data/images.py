@@ -19,8 +19,8 @@ from sparsetrain.hf.data.bundle import DataBundle
 def load_images(
     source: str = "fashion-mnist", *, max_rows: int | None = None, max_eval_rows: int | None = None, seed: int = 0
 ) -> DataBundle:
-    """Images from "fashion-mnist", "digits", a folder with MNIST's files, a folder of pictures (a class a subfolder), or
-    a data set of `datasets`: a folder that it saved, or a name on the hub.
+    """Images from "fashion-mnist", "digits", a folder with MNIST's files, a folder of pictures (a class a subfolder),
+    or a data set of `datasets`: a folder that it saved, or a name on the hub.
 
     Args:
         max_rows, max_eval_rows: use this many of each part, chosen by `seed`.

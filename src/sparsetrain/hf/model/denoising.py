@@ -34,7 +34,7 @@ _KEPT = ("model_type", "architectures", "id2label", "label2id")
 
 @dataclass
 class Denoised(ModelOutput):
-    """loss: the mean squared error. predicted: what the denoiser said, and target: what it should have, [b, c, h, w]."""
+    """loss: the mean squared error. predicted, target: what the denoiser said and what it should, [b, c, h, w]."""
 
     loss: Tensor | None = None
     predicted: Tensor | None = None
@@ -212,7 +212,7 @@ def denoiser_of(model: Any) -> Any:
 
 def num_labels(config: Any) -> int:
     """Labels that a diffusion model takes, the one that stands for none not counted; 0: it takes none."""
-    key, spare = LABEL_KEYS[config.denoiser]
+    key, spare = _label_key(config)
     return max(0, (getattr(config, key, None) or 0) - spare)
 
 
@@ -222,7 +222,7 @@ def set_labels(config: Any, labels: int) -> None:
     Raises:
         ValueError: it takes fewer.
     """
-    key, spare = LABEL_KEYS[config.denoiser]
+    key, spare = _label_key(config)
     if getattr(config, key, None) is None:
         setattr(config, key, labels + spare)
     check_labels(config, labels)
@@ -231,11 +231,21 @@ def set_labels(config: Any, labels: int) -> None:
 def check_labels(config: Any, labels: int) -> None:
     """Raise ValueError if a model takes labels, and the data have more."""
     if 0 < num_labels(config) < labels:
-        key, spare = LABEL_KEYS[config.denoiser]
+        key, spare = _label_key(config)
         raise ValueError(
             f"the data have {labels} labels, and the model takes {num_labels(config)} ({key}="
             f"{getattr(config, key)}). Use data with fewer, or a model with {key}={labels + spare}."
         )
+
+
+def _label_key(config: Any) -> tuple[str, int]:
+    name = config.denoiser
+    if name not in LABEL_KEYS:
+        raise ValueError(
+            f"denoiser={quoted(name)} is no class that can be trained here.{suggest(str(name), LABEL_KEYS)} Known: "
+            f"{', '.join(LABEL_KEYS)}."
+        )
+    return LABEL_KEYS[name]
 
 
 def _build(config: DiffusionConfig) -> Any:
@@ -244,13 +254,8 @@ def _build(config: DiffusionConfig) -> Any:
     Raises:
         ValueError: diffusers is not installed, or the class is none that is known here.
     """
-    name = config.denoiser
-    if name not in LABEL_KEYS:
-        raise ValueError(
-            f"denoiser={quoted(name)} is no class that can be trained here.{suggest(str(name), LABEL_KEYS)} Known: "
-            f"{', '.join(LABEL_KEYS)}."
-        )
-    kind = getattr(_diffusers(), name)
+    _label_key(config)  # no other class of diffusers is made
+    kind = getattr(_diffusers(), config.denoiser)
     given = {key: getattr(config, key) for key in vars(config).keys() & _keys(kind)}
     if "out_channels" in given and given["out_channels"] is None:
         given["out_channels"] = config.in_channels

@@ -20,6 +20,7 @@ from torch import Tensor
 from sparsetrain.core.anatomy import describe, submodule
 from sparsetrain.core.backend import planning_for, watch_ops
 from sparsetrain.hf.model import models
+from sparsetrain.hf.model.architectures import image_size, sequence_tokens
 from sparsetrain.hf.model.checkpointing import recompute
 from sparsetrain.hf.model.model_config import context_length
 from sparsetrain.hf.train.tasks import training_loss
@@ -67,6 +68,9 @@ def outline(
     with watch_ops() as ops, warnings.catch_warnings(), planning_for("cuda") if gpu else nullcontext(), _no_logs():
         warnings.simplefilter("ignore")
         built = _Built(recipe, config, bf16, gpu)
+        if lengths is None and task_of(recipe.task).images:
+            row = sequence_tokens(config, recipe)
+            lengths = (row, 2 * row, 3 * row)  # one image, two and three
         if lengths is None:
             context = context_length(config) or 2**30
             lengths = fit_lengths(recipe, built.window)
@@ -209,7 +213,12 @@ def training_step(model: Any, batch: dict[str, Tensor], autocast: bool, task: st
 
 
 def example_batch(recipe: Recipe, config: Any, tokens: int, rows: int) -> dict[str, Tensor]:
-    """Full rows, as packed text gives them; with a mask and one label a row to classify."""
+    """Full rows, as packed text gives them; with a mask and one label a row to classify; images that hold the
+    tokens."""
+    if task_of(recipe.task).images:
+        images = rows * max(1, tokens // sequence_tokens(config, recipe))
+        pixels = torch.zeros(images, config.num_channels, *image_size(config))
+        return {"pixel_values": pixels, "labels": torch.zeros(images, dtype=torch.int64)}
     vocab = config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(recipe.seed)
     ids = torch.randint(vocab, (rows, tokens), generator=generator)

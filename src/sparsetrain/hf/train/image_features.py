@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from sparsetrain.core.remembered import cache_folder, recall, remember
 
 WIDTH = 64
-_STEPS, _BATCH, _MOST = 600, 64, 20_000
+_STEPS, _BATCH, _MOST = 800, 64, 20_000
 _VERSION = 1
 """Raise when the classifier or its training changes: what is cached is then trained anew."""
 KINDS = ("trained", "inception")
@@ -41,12 +41,21 @@ class Features:
 class SmallClassifier(nn.Module):
     """Two convolutions, a layer of `WIDTH` features, a head; of images of any size."""
 
+    mean: Tensor
+    spread: Tensor
+
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
         self.first = nn.Conv2d(channels, 32, 3, padding=1)
         self.second = nn.Conv2d(32, 64, 3, padding=1)
         self.hidden = nn.Linear(64 * 9, WIDTH)
         self.head = nn.Linear(WIDTH, classes)
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.register_buffer("spread", torch.ones(WIDTH))
+
+    def standard(self, x: Tensor) -> Tensor:
+        """Features, each with mean 0 and variance 1 over the data: none of them, nor their size, counts for more."""
+        return (self.features(x) - self.mean) / self.spread
 
     def features(self, x: Tensor) -> Tensor:
         """[n, c, h, w] in [-1, 1] -> [n, WIDTH]."""
@@ -90,7 +99,7 @@ def trained(train: tuple[np.ndarray, np.ndarray], held_out: tuple[np.ndarray, np
         remember(path, base64.b64encode(save(model.state_dict())).decode("ascii"))
     right = np.concatenate(_read(model, held_out[0])).argmax(1) == held_out[1]
     return Features(
-        features=lambda images: np.concatenate(_read(model.features, images)),
+        features=lambda images: np.concatenate(_read(model.standard, images)),
         says=f"{WIDTH} features of a classifier that was trained here on the same images ({right.mean():.1%} of the "
         "held-out ones right); comparable between models of these data here, and with no published number",
     )
@@ -114,7 +123,7 @@ def inception() -> Features:
     except Exception as error:  # it fetches the weights, which fails in as many ways as there are networks
         raise ValueError(
             f"the weights of Inception could not be had ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
-            "Put them where torchmetrics looks for them, or take features=trained."
+            "Put them into the cache of torch.hub, or take features=trained."
         ) from None
 
     def read(pixels_nchw: Tensor) -> Tensor:
@@ -162,6 +171,9 @@ def _train(model: SmallClassifier, pixels: np.ndarray, labels: np.ndarray) -> No
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    found = torch.from_numpy(np.concatenate(_read(model.features, pixels)))
+    model.mean.copy_(found.mean(0))
+    model.spread.copy_(found.std(0).clamp(min=1e-3))
 
 
 def _read(function: Callable[[Tensor], Tensor], images: np.ndarray) -> list[np.ndarray]:

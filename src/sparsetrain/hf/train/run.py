@@ -6,9 +6,9 @@ interruption and `resume`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,12 @@ from sparsetrain.hf.train.callbacks import SparsityCallback
 from sparsetrain.hf.train.checkpoint import CheckpointCallback, own_names, plain_states
 from sparsetrain.hf.train.finite import FiniteCallback
 from sparsetrain.hf.train.held_out import KnownQuality, measure_quality
+from sparsetrain.hf.train.job import Job as Job
 from sparsetrain.hf.train.journal import EvalCallback, Journal, SavedCallback
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import first_batch
 from sparsetrain.hf.train.samples import samples
 from sparsetrain.hf.train.stages import (
-    Enter,
     StageCallback,
     enter_stage,
     leave_entry,
@@ -54,38 +54,9 @@ from sparsetrain.runs.pictures import illustrate, show_pictures
 from sparsetrain.runs.quality import Quality
 from sparsetrain.runs.result import Result as Result
 from sparsetrain.runs.result import run_report as run_report
-from sparsetrain.runs.spans import ONE_STAGE, Span, spans
+from sparsetrain.runs.spans import Span, spans
 from sparsetrain.surgery.apply import Handle
-from sparsetrain.surgery.method import Stage, method_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What differs between jobs.
-
-    open_parts: (report) -> everything but the weights, checked against each other.
-    build: (parts, journal, resumed, known dense quality) -> the converted model and its handle, None if dense: of the
-        first stage, or of the one that `resumed` is in.
-    about: (parts) -> entries of the sidecar.
-    title: what is trained, in a line.
-    saved: the folder, inside the output, of what was trained.
-    arguments: further arguments of the Trainer.
-    callbacks: further callbacks, called before ours.
-    stages: what the run trains, one after the other.
-    enter: makes the model of a later stage.
-    samples: record what the trained model answers to held-out prompts.
-    """
-
-    open_parts: Callable[[Report], Parts]
-    build: Callable[[Parts, Journal, Checkpoint | None, KnownQuality], tuple[Any, Handle | None]]
-    about: Callable[[Parts], dict[str, Any]]
-    title: str
-    saved: str
-    arguments: dict[str, Any] = field(default_factory=dict)
-    callbacks: tuple[TrainerCallback, ...] = ()
-    stages: tuple[Stage, ...] = ONE_STAGE
-    enter: Enter | None = None
-    samples: bool = False
+from sparsetrain.surgery.method import method_of
 
 
 @dataclass(frozen=True, kw_only=True)
