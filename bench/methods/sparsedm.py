@@ -4,7 +4,7 @@ Cells, by seed:
 
 - `start SEED`: a DiT from random weights, dense. Its run stays in the folder `work`, and goes on where it was stopped.
 - `ARM SEED`: that model trained on. `dense`: without masks, the baseline. `one-shot`: masked, not trained on. `ste` and
-- `ARM SEED`: that model trained on. `dense`: no masks, the baseline. `one-shot`: masked, not trained on. `ste` and
+  `sr-ste`: without teacher, λ = 0 and 2e-4. `teacher`: with it, as published. `plan`: 7:8, 6:8, 5:8, 4:8 and 2:4, a
   fifth of the steps each. `plan+teacher`: both.
 - `pictures`: the first samples of every arm of the first seed as rows of one sheet, in `work`.
 - `export`: of the `teacher` arm, first seed: how far the exported model's outputs are from the masked one's, and the
