@@ -121,11 +121,12 @@ def tuned(arm: dict[str, Any], seed: int, settings: dict[str, Any], threads: int
 def measured(run: Path, data: Mapping[str, Path], settings: dict[str, Any]) -> dict[str, Any]:
     """Of each domain: held-out noise loss, and FID and KID of as many samples, by features of all ten classes."""
     from sparsetrain.hf.data import load_images
+    from sparsetrain.hf.data.images import arrays_of
     from sparsetrain.hf.model.io import load
     from sparsetrain.hf.model.sampling import sample
     from sparsetrain.hf.train.evaluate import evaluate
-    from sparsetrain.hf.train.image_features import arrays_of, trained
     from sparsetrain.measure.image_distance import frechet_distance, kernel_distance
+    from sparsetrain.measure.image_features import trained
 
     whole = load_images(settings["data"])
     assert whole.eval is not None
@@ -171,7 +172,8 @@ def summary(keys: list[str], *found: dict[str, Any]) -> dict[str, Any]:
     for size in SIZES:
         for seed in sorted({key.split()[-1] for key in keys}):
             names = {arm: f"{arm} {size} {seed}" for arm in arms(size)} | {"full": f"full all {seed}"}
-            for arm, index in vlhi({arm: cells[key] for arm, key in names.items() if key in cells}).items():
+            known = {arm: cells[key] for arm, key in names.items() if key in cells}
+            for arm, index in vlhi(known).items() if known else ():
                 indices.setdefault(size, {}).setdefault(arm, []).append(round(index, 4))
     return {"vlhi": indices}
 

@@ -16,7 +16,8 @@ from PIL import Image
 from bench.methods import deploy
 from sparsetrain import SparseDM, TokenSelection
 from sparsetrain.hf.model.architectures import check_task, open_architecture
-from sparsetrain.hf.train import image_features, image_quality
+from sparsetrain.hf.train import image_quality
+from sparsetrain.measure import image_features
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.pretrain import PretrainRecipe
 from tests.cli.conftest import Call, save_llama
@@ -148,7 +149,9 @@ def test_the_recipe_of_a_diffusion_model(call: Call, tmp_path: Path, monkeypatch
     assert call("pretrain", "--recipe", EXAMPLES / "diffusion.yaml", *flags, "--set", "num_layers=1").code == 0
     grid = tmp_path / "grid.png"
     found = call("sample", tmp_path / "run", "--num", 3, "--steps", 2, "--class", "b", "--output", grid, "--json")
-    assert found.code == 0 and json.loads(found.out)["class"] == "b" and Image.open(grid).size[0] > 8
+    assert found.code == 0 and json.loads(found.out)["class"] == "b"
+    with Image.open(grid) as picture:
+        assert picture.size[0] > 8
     for wrong, match in (
         (("--class", "c"), "Its classes: a, b"),
         (("--features", "other", "--quality"), "--features other is unknown"),

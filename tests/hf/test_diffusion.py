@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,20 @@ from safetensors.torch import load_file, save_file
 
 from sparsetrain.core.anatomy import describe
 from sparsetrain.core.errors import CheckpointError
+from sparsetrain.hf.model.checkpointing import recompute
 from sparsetrain.hf.model.denoising import DiffusionModel, num_labels
 from sparsetrain.hf.model.diffusion_config import DiffusionConfig
 from sparsetrain.hf.model.io import export, load
 from sparsetrain.hf.model.sampling import label_of, sample
 from sparsetrain.hf.study.compare import compare
 from sparsetrain.hf.study.preview import preview
-from sparsetrain.hf.train import image_features, image_quality
+from sparsetrain.hf.train import image_quality
 from sparsetrain.hf.train.average import FILE, Average
 from sparsetrain.hf.train.diffusion import PASSES, scores
 from sparsetrain.hf.train.finetune import finetune
-from sparsetrain.hf.train.image_features import features_of
 from sparsetrain.hf.train.pretrain import pretrain
+from sparsetrain.measure import image_features
+from sparsetrain.measure.image_features import features_of
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.pretrain import PretrainRecipe
 
@@ -274,8 +277,35 @@ def test_features_are_the_same_in_any_order_and_kept(tmp_path: Path, monkeypatch
     np.testing.assert_array_equal(again.features(pixels), found)
     with pytest.raises(ValueError, match="all images have one label"):
         features_of("trained", (pixels, labels * 0), (pixels, labels))
-    monkeypatch.setitem(__import__("sys").modules, "torchmetrics.image.fid", None)
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     with pytest.raises(ValueError, match="torchmetrics', which is not installed"):
+        features_of("inception", (pixels, labels), (pixels, labels))
+
+
+def test_inceptions_features_are_read_off_torchmetrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with the names of torchmetrics': what is given to its network, and what is told without weights."""
+    given: list[torch.Tensor] = []
+
+    class FrechetInceptionDistance:
+        def __init__(self, feature: int) -> None:
+            if not weights:
+                raise RuntimeError("no route to host")
+            self.inception = lambda x: (
+                given.append(x) or x.float().mean((2, 3)).repeat(1, feature // 3 + 1)[:, :feature]
+            )
+
+    weights = True
+    module = type(sys)("torchmetrics.image.fid")
+    vars(module)["FrechetInceptionDistance"] = FrechetInceptionDistance
+    monkeypatch.setitem(sys.modules, "torchmetrics", type(sys)("torchmetrics"))
+    monkeypatch.setitem(sys.modules, "torchmetrics.image", type(sys)("torchmetrics.image"))
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", module)
+    pixels, labels = np.full((70, 4, 4, 1), 9, dtype=np.uint8), np.zeros(70, dtype=np.int64)
+    found = features_of("inception", (pixels, labels), (pixels, labels))
+    assert found.features(pixels).shape == (70, 2048) and "Inception" in found.says
+    assert given[0].shape == (64, 3, 4, 4) and given[0].dtype == torch.uint8
+    weights = False
+    with pytest.raises(ValueError, match=r"weights of Inception could not be had \(RuntimeError: no route to host\)"):
         features_of("inception", (pixels, labels), (pixels, labels))
 
 
@@ -294,10 +324,34 @@ def test_what_does_not_fit_is_told_before_training(tmp_path: Path) -> None:
     model.denoiser.save_pretrained(tmp_path / "one")
     with pytest.raises(ValueError, match="the data have 2 labels, and the model takes 1"):
         finetune(tuned(tmp_path, str(tmp_path / "one")))
-    config = json.loads((tmp_path / "one" / "config.json").read_text())
-    (tmp_path / "one" / "diffusion_pytorch_model.safetensors").unlink()
+    dit(num_embeds_ada_norm=2).denoiser.save_pretrained(tmp_path / "two")
+    config = json.loads((tmp_path / "two" / "config.json").read_text())
+    (tmp_path / "two" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError, match="no model that can be read"):
-        finetune(tuned(tmp_path, str(tmp_path / "one")))
-    (tmp_path / "one" / "config.json").write_text(json.dumps(config | {"_class_name": "Kandinsky3UNet"}))
+        finetune(tuned(tmp_path, str(tmp_path / "two")))
+    (tmp_path / "two" / "config.json").write_text(json.dumps(config | {"_class_name": "Kandinsky3UNet"}))
     with pytest.raises(ValueError, match="is no class that can be trained here"):
-        finetune(tuned(tmp_path, str(tmp_path / "one")))
+        finetune(tuned(tmp_path, str(tmp_path / "two")))
+
+
+@pytest.mark.parametrize("kind", ["dit", "unet"])
+def test_recomputed_blocks_give_the_same_gradients(kind: str) -> None:
+    blocks = {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
+    unet = {**UNET, **blocks, "denoiser": "UNet2DModel", "in_channels": 1, "out_channels": 1, "num_class_embeds": 4}
+    model = dit() if kind == "dit" else DiffusionModel.from_config(DiffusionConfig(**unet))
+    x, noise = torch.randn(2, 3, 1, 8, 8).unbind(0)
+    given = {"labels": torch.tensor([0, 1, 2]), "noise": noise, "timesteps": torch.tensor([5, 300, 900])}
+    model.config.label_dropout = 0.0
+    found, ran = [], list[int]()
+    part: Any = model.transformer_blocks[0].ff if kind == "dit" else model.down_blocks[0].resnets[0].conv1
+    part.register_forward_hook(lambda *_: ran.append(1))
+    for again in (False, True):
+        if again:
+            recompute(model)
+        model.train().zero_grad()
+        model(x, **given).loss.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert len(ran) == 1 + 2, "the block ran once more in the backward pass"
+    assert found[0].keys() == found[1].keys()
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-5, atol=1e-7)

@@ -100,8 +100,8 @@ def sample(
 def _measured(run: str, images: Any, data: str | None, features: str, steps: int) -> Any:
     from sparsetrain.core.config import suggest
     from sparsetrain.hf.data import load_images
-    from sparsetrain.hf.train.image_features import KINDS
     from sparsetrain.hf.train.image_quality import image_quality
+    from sparsetrain.measure.image_features import KINDS
     from sparsetrain.recipes.reading import read_mapping
 
     if features not in KINDS:

@@ -87,11 +87,11 @@ def image_grid(images: np.ndarray, columns: int | None = None, *, gap: int = 2, 
     from PIL import Image  # comes with matplotlib
 
     num, height, width, channels = images.shape
-    columns = min(num, columns or math.ceil(math.sqrt(num)))
-    rows = math.ceil(num / columns)
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, dtype=np.uint8)
+    across = min(num, columns or math.ceil(math.sqrt(num)))
+    rows = math.ceil(num / across)
+    sheet = np.full((rows * (height + gap) - gap, across * (width + gap) - gap, channels), 255, dtype=np.uint8)
     for i, image in enumerate(images):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        top, left = i // across * (height + gap), i % across * (width + gap)
         sheet[top : top + height, left : left + width] = image
     zoom = max(1, math.ceil(2 * least / max(height, width)))
     sheet = sheet.repeat(zoom, axis=0).repeat(zoom, axis=1)

@@ -12,6 +12,7 @@ from sparsetrain.core.fields import shown
 from sparsetrain.recipes.entries import read_methods
 from sparsetrain.recipes.presets import AUTO, DEFAULT_PRESET, PRESETS
 from sparsetrain.recipes.run import RunRecipe
+from sparsetrain.recipes.tasks import TASKS
 from sparsetrain.surgery.deploy import Deploy, DeployDense
 
 
@@ -43,8 +44,8 @@ class Recipe(RunRecipe):
     lora_targets: Literal["all-linear"] | list[str] = "all-linear"
     """Linears that get LoRA: all-linear (all but the head), or endings of module names such as q_proj."""
     preset: Literal["auto"] | None = None
-    """auto: the methods are chosen when the run begins (`hf.study.choose`). It is so without methods and preset. Other
-    presets stand for methods, and are replaced by them."""
+    """auto: the methods are chosen when the run begins (`hf.study.choose`). It is so without methods and preset, and
+    dense for images. Other presets stand for methods, and are replaced by them."""
     methods: tuple[MethodConfig, ...] = ()
     """Sparse methods, each {method: name, key: value}; on the command line name:key=value,key=value. An empty list:
     dense."""
@@ -122,6 +123,9 @@ class Recipe(RunRecipe):
 
     @classmethod
     def _expanded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        task = TASKS.get(str(values.get("task")))
+        if task is not None and task.images and values.get("preset") in (None, AUTO) and not values.get("methods"):
+            values |= {"preset": None, "methods": []}  # no way has been seen to pay on images: dense
         preset = values.get("preset") or (cls.default_preset if values.get("methods") is None else None)
         values = super()._expanded(values)
         methods = read_methods(values.get("methods", ()))

@@ -71,7 +71,7 @@ def test_a_folder_of_pictures(tmp_path: Path):
     assert bundle.label_names == ("cat", "dog") and bundle.eval is not None
     assert (len(bundle.train), len(bundle.eval)) == (10, 2) and sorted(bundle.eval["labels"]) == [0, 1]
     read = {np.asarray(row["pixel_values"], dtype=np.uint8).tobytes() for row in [*bundle.train, *bundle.eval]}
-    files = {np.asarray(Image.open(path)).tobytes() for path in tmp_path.rglob("*.png")}
+    files = {_pixels(path).tobytes() for path in tmp_path.rglob("*.png")}
     assert read == files
     again = load_images(str(tmp_path / "grey"))
     assert again.train["labels"][:] == bundle.train["labels"][:]
@@ -147,3 +147,8 @@ def test_digits_of_scikit_learn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert bundle.num_labels == 10 and len(bundle.train) == 30  # one of four of each
     pixels = bundle.collate_fn(list(bundle.train))["pixel_values"]
     assert pixels.shape[1:] == (1, 8, 8) and (float(pixels.min()), float(pixels.max())) == (-1.0, 1.0)
+
+
+def _pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)

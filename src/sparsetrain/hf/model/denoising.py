@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from sparsetrain.core.config import suggest
 from sparsetrain.core.quote import quoted
@@ -53,6 +53,7 @@ class DiffusionModel(PreTrainedModel):
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     config: Any
+    signal_t: Tensor
 
     def __init__(self, config: DiffusionConfig) -> None:
         super().__init__(config)
@@ -61,9 +62,10 @@ class DiffusionModel(PreTrainedModel):
         vars(self)["_modules"] = denoiser._modules
         vars(self)["_denoiser"] = denoiser
         self.register_buffer("signal_t", _signal(config), persistent=False)
-        for module in self.modules():
-            if type(module).__name__ == "LabelEmbedding":  # each block would hide labels of its own
-                module.dropout_prob = 0.0
+        inside: Any
+        for inside in self.modules():
+            if type(inside).__name__ == "LabelEmbedding":  # each block would hide labels of its own
+                inside.dropout_prob = 0.0
 
     @property
     def denoiser(self) -> Any:
@@ -78,7 +80,7 @@ class DiffusionModel(PreTrainedModel):
                 f"a model of the family {config.model_type} removes no noise. Use a denoiser of diffusers "
                 f"({', '.join(LABEL_KEYS)}), such as dit-nano."
             )
-        model = cls(config)
+        model: Any = cls(config)
         for name, module in model.named_modules():
             if name == "proj_out_2" or type(module).__name__ == "AdaLayerNormZero":
                 last = module if isinstance(module, nn.Linear) else module.linear
@@ -109,7 +111,8 @@ class DiffusionModel(PreTrainedModel):
         path = next((folder / name for name in (WEIGHTS, DIFFUSERS_WEIGHTS) if (folder / name).is_file()), None)
         if path is None:
             raise OSError(f"{folder} holds no {WEIGHTS} or {DIFFUSERS_WEIGHTS}. Name a folder with weights.")
-        model, found = cls(config), load_file(str(path))
+        model: Any = cls(config)
+        found = load_file(str(path))
         own = model.state_dict()
         wrong = {key for key in own.keys() & found.keys() if own[key].shape != found[key].shape}
         model.load_state_dict({key: value for key, value in found.items() if key not in wrong}, strict=False)
@@ -137,8 +140,19 @@ class DiffusionModel(PreTrainedModel):
         about = {"_class_name": values["denoiser"], "_diffusers_version": _diffusers().__version__}
         return {**about, **values, **own}
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
-        """Recompute blocks in the backward pass, as diffusers does it."""
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Any = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """Recompute blocks in the backward pass, as diffusers does it: every one, from what stays on the device.
+
+        Raises:
+            ValueError: something else was asked for.
+        """
+        if every_n_layers != 1 or offload:
+            raise ValueError(
+                f"every_n_layers={every_n_layers}, offload={offload}: a diffusion model recomputes every block, from "
+                "what stays on its device. Leave both out."
+            )
         options = gradient_checkpointing_kwargs or {"use_reentrant": False}
 
         def recompute(function: Any, *given: Any) -> Any:
@@ -167,7 +181,7 @@ class DiffusionModel(PreTrainedModel):
         keep, add = signal_b.sqrt(), (1 - signal_b).sqrt()
         if self.training and labels is not None and self.config.label_dropout:
             hidden_b = torch.rand(labels.shape, device=labels.device) < self.config.label_dropout
-            labels = torch.where(hidden_b, self.no_label, labels)
+            labels = labels.masked_fill(hidden_b, self.no_label or 0)
         noisy = (keep * pixel_values + add * noise).to(next(self.parameters()).dtype)
         predicted = self.denoise(noisy, timesteps, labels)
         v_prediction = self.config.prediction_type == "v_prediction"

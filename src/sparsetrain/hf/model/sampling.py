@@ -112,7 +112,7 @@ def _noise(model: DiffusionModel, numbers: range, seed: int) -> Tensor:
 
 
 def _ddim(model: DiffusionModel, noisy: Tensor, labels: Tensor | None, steps: int, guidance: float) -> np.ndarray:
-    from diffusers import DDIMScheduler
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     config = model.config
     scheduler: Any = DDIMScheduler(

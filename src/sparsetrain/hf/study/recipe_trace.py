@@ -155,7 +155,8 @@ class ThinStep:
         static = StaticBytes(
             parameters_trainable=self.memory.parameters_trainable,
             parameters_frozen=self.memory.parameters_frozen,
-            buffers=self.memory.buffers,
+            # an average of the trained weights is kept in fp32
+            buffers=self.memory.buffers + (4 * sum(p.numel() for p in trained) if self.recipe.averages else 0),
             gradients=gradients,
             optimizer=2 * gradients + 4 * len(trained),
             grads_by_block=tuple(sum(_size(p) for p in params) for params in own),

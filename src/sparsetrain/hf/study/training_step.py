@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from sparsetrain.hf.data.random_tokens import RANDOM, random_rows
+from sparsetrain.hf.data.random_tokens import RANDOM, random_images, random_rows
 from sparsetrain.hf.model import models
+from sparsetrain.hf.model.architectures import image_size
 from sparsetrain.hf.model.checkpointing import recompute
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.parts import Parts
@@ -94,8 +95,11 @@ def open_measured_parts(recipe: Recipe, report: Report = silent, like: Recipe | 
     path, config = assemble.open_config(recipe, report, (like or recipe).configs)
     planned = assemble.check_and_plan(recipe, config, device)
     rows = max(recipe.batch_size * recipe.grad_accum * 2, -(-CALIBRATION_TOKENS // recipe.seq_len))
-    labelled = task_of(recipe.task).labelled
-    bundle = random_rows(rows, recipe.seq_len, config.vocab_size, classify=labelled, seed=recipe.seed)
+    task = task_of(recipe.task)
+    if task.images:
+        bundle = random_images(rows, (config.num_channels, *image_size(config)), recipe.seed)
+    else:
+        bundle = random_rows(rows, recipe.seq_len, config.vocab_size, classify=task.labelled, seed=recipe.seed)
     return Parts(
         recipe=recipe.model_copy(update={"calibration_tokens": min(recipe.calibration_tokens, CALIBRATION_TOKENS)}),
         device=device,

@@ -11,11 +11,12 @@ import numpy as np
 
 from sparsetrain.core.files import write_whole
 from sparsetrain.hf.data import DataBundle
+from sparsetrain.hf.data.images import arrays_of
 from sparsetrain.hf.model.denoising import num_labels
 from sparsetrain.hf.model.sampling import diffusion_model, sample
-from sparsetrain.hf.train.image_features import arrays_of, features_of
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.measure.image_distance import frechet_distance, kernel_distance
+from sparsetrain.measure.image_features import features_of
 from sparsetrain.measure.pictures import image_grid
 from sparsetrain.measure.schema import ImageQuality
 from sparsetrain.runs.events import Report
