@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from bench.methods import deploy
-from sparsetrain import TokenSelection
+from sparsetrain import SparseDM, TokenSelection
 from sparsetrain.hf.model.architectures import check_task, open_architecture
 from sparsetrain.hf.train import image_quality
 from sparsetrain.measure import image_features
@@ -104,6 +104,12 @@ def test_the_recipe_of_pst(call: Call, text: Path, tmp_path: Path) -> None:
     assert call("finetune", *flags, "--output", tmp_path / "run").code == 0
     assert call("export", tmp_path / "run", "--output", tmp_path / "pruned", "--format", "pruned").code == 0
     assert (tmp_path / "pruned" / "model.safetensors").is_file()
+
+
+def test_the_recipe_of_sparsedm() -> None:
+    recipe = Recipe.from_yaml(EXAMPLES / "sparsedm.yaml")
+    assert recipe.trains_all and recipe.deploy == "sparse" and recipe.averages == 0.999
+    assert recipe.methods == (SparseDM(),) and recipe.weight_decay == 0.03
 
 
 def test_the_recipes_of_monarch(call: Call, text: Path, tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "pst": {"methods": [{"method": "pst", "train_norms": True}]},
     "pst, 2:4, LoRA": {"lora_r": 4, "methods": [{"method": "pst", "pattern": "2:4", "keep_ratio": 0.5}]},
     "pst, all matrices": {"methods": [{"method": "pst", "scope": "global"}], **AGAIN},
+    "N:M": {"methods": [{"method": "sparsedm"}]},
+    "N:M, again": {"methods": [{"method": "sparsedm", "plan": ["0:3:4", "1:2:4"]}], **AGAIN},
     "Monarch": {"lora_r": 0, "deploy": "sparse", "methods": [{"method": "monarch", "num_blocks": 2, "force": True}]},
     "flood fill": {"lora_r": 4, "methods": [{"method": "flood_fill_attention"}]},
     "flood fill, full": {"lora_r": 0, "methods": [{"method": "flood_fill_attention"}]},

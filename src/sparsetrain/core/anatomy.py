@@ -123,6 +123,8 @@ class Anatomy:
     convolutions: in model order, those outside the blocks included.
     install_attention: makes every attention of the model ask for a stand-in (`surgery.attention`), and be dense where
     there is none; returns its own undo. None when the adapter cannot.
+    predictor: model -> what in it predicts of given inputs, drawing nothing and without a loss (the denoiser of a model
+        that adds the noise itself); None: the model does.
     limits: feature (of `surgery.support`) -> why no method can have it on this family.
     keep_record: lets the library's own saving, loading and training see to what is in no state dict (`surgery.record`).
     axes: parameter name -> the axes of its dimensions: heads, kv_heads, embed, ffn, which `sizes` counts (a dimension
@@ -153,6 +155,7 @@ class Anatomy:
     norm_offset: float = 0.0
     embedding_scale: float = 1.0
     resized: Callable[..., nn.Module] | None = None
+    predictor: Callable[[nn.Module], nn.Module] | None = None
     limits: dict[str, str] = field(default_factory=dict)
 
     @property

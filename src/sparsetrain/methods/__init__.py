@@ -18,6 +18,7 @@ from sparsetrain.methods.monarch import Monarch as Monarch  # block-diagonal fac
 from sparsetrain.methods.monarch import MonarchThenDense as MonarchThenDense  # the same, multiplied out in mid-run
 from sparsetrain.methods.pst import PST as PST  # pruned by factors of weight and score, arXiv 2205.11005
 from sparsetrain.methods.semi_structured import SemiStructured as SemiStructured  # 2:4 weights, arXiv 2404.01847
+from sparsetrain.methods.sparsedm import SparseDM as SparseDM  # N:M, of diffusion models too, arXiv 2404.10445
 
 # which entries are updated
 from sparsetrain.methods.sara import SaRA as SaRA  # the smallest ones, arXiv 2409.06633

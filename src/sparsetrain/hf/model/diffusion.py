@@ -59,6 +59,7 @@ def describe_diffusion(model: nn.Module) -> Anatomy:
         blocks=blocks,
         model=inside,
         convolutions=convolution_sites(model, blocks),
+        predictor=denoiser_of,
         limits=_LIMITS,
     )
 

@@ -15,11 +15,11 @@ from sparsetrain.core.anatomy import LinearSite
 from sparsetrain.methods.pst.config import PST
 from sparsetrain.ops.masked_linear import Factors, Rule, masked_linear, masked_scores, masked_weight
 from sparsetrain.ops.topk_mask import count_zeros
+from sparsetrain.surgery.fingerprint import fingerprint
 from sparsetrain.surgery.reclass import dense_forward
 from sparsetrain.surgery.site import Site
 
 CHILD = "pst"
-_SAMPLE, _ODD = 4096, 0x9E3779B1
 
 
 class Part(nn.Module):
@@ -65,7 +65,7 @@ class PrunedLinear(Site):
         for name, weight in zip(self.names, self.weights(), strict=True):
             self.add_module(name, Part(weight, config))
         self.keep_ratio, self.allotted = config.initial_keep_ratio, False
-        self.base = fingerprint(self._linear[0])
+        self.base = fingerprint(self._linear[0].weight)
         if tensors:
             self.take(linear, tensors)
 
@@ -113,7 +113,7 @@ class PrunedLinear(Site):
 
     def check_base(self) -> None:
         """Raise ValueError if the linear's weight is another than it was converted with, or than was loaded since."""
-        if not self.base.is_meta and not torch.equal(self.base, fingerprint(self._linear[0])):
+        if not self.base.is_meta and not torch.equal(self.base, fingerprint(self._linear[0].weight)):
             raise ValueError(
                 f"pst: a weight {tuple(self._linear[0].weight.shape)} was changed after the conversion. An adapter "
                 "merged into it (merge_adapter, merge_and_unload) is dense, so outputs would differ: unmerge, and use "
@@ -122,7 +122,7 @@ class PrunedLinear(Site):
 
     def rebase(self) -> None:
         """The linear's weight is rightly another now: loaded, or in another format."""
-        self._cached, self.base = None, fingerprint(self._linear[0])
+        self._cached, self.base = None, fingerprint(self._linear[0].weight)
 
     def allot(self, keep_ratio: float, zeros: Sequence[int]) -> None:
         """Keep so much from now on; the number of zeros of each part."""
@@ -205,17 +205,3 @@ class Pruned:
         super()._apply(fn, recurse)  # type: ignore[misc]
         site.rebase()
         return self
-
-
-@torch.no_grad()
-def fingerprint(linear: Any) -> Tensor:
-    """An integer that follows from some 4,096 entries of a linear's weight, read as bf16; of the meta device, none.
-
-    Another base, or an adapter that was merged, changes nearly every entry; bf16, so that the format may change.
-    """
-    weight: Tensor = linear.weight.detach()
-    if weight.is_meta:
-        return torch.zeros((), dtype=torch.int64, device="meta")
-    entries = weight.reshape(-1)[:: weight.numel() // _SAMPLE | 1]
-    bits = entries.cpu().to(torch.bfloat16).view(torch.int16).to(torch.int64)
-    return ((bits + 2**15) * (torch.arange(1, 1 + len(bits)) * _ODD)).sum()
