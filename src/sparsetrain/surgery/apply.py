@@ -18,7 +18,7 @@ from sparsetrain.surgery.auxiliary import LossScale, scale_losses
 from sparsetrain.surgery.calibration import fitted, told
 from sparsetrain.surgery.checks import check_deploy, check_state, refuse_copies
 from sparsetrain.surgery.deploy import Deploy, DeployDense
-from sparsetrain.surgery.method import Edit, Progress, Schedule, State, method_of
+from sparsetrain.surgery.method import Edit, Progress, Read, Schedule, State, method_of
 from sparsetrain.surgery.plan import Plan, plan
 from sparsetrain.surgery.record import Record, attach
 from sparsetrain.surgery.site import Site
@@ -154,9 +154,10 @@ class Handle:
         for module in [module for _, module in self._installed if module.adjusts_gradients]:
             module.adjust_gradients()
 
-    def updated(self) -> None:
-        """Tell the methods that the weights have moved; call it after `optimizer.step()`."""
+    def updated(self, learning_rate: float | None = None) -> None:
+        """Tell the methods that the weights have moved, and by which learning rate; call it after `optimizer.step()`."""
         for _, module in self._installed:
+            module.learning_rate = learning_rate
             module.updated()
 
     def notes(self) -> list[str]:
@@ -231,6 +232,7 @@ def sparsify(
     seed: int = 0,
     progress: Progress | None = None,
     deploy: Deploy = "sparse",
+    read: Read | None = None,
 ) -> Handle:
     """Apply a recipe to `model` in place; the model keeps its class, so Trainer, PEFT and save_pretrained work on.
 
@@ -245,6 +247,7 @@ def sparsify(
         progress: called with (what is being done, share done in [0, 1]).
         deploy: `sparse`: the trained model runs sparse, as it was trained. `dense`: it is trained sparse and used
             dense: evaluation mode is the dense model, and what is saved is plain. A `DeployDense` says how.
+        read: makes a batch of texts, for methods that start from texts (`Method.texts`).
 
     Raises:
         PlanError, UnknownFamily, ValueError: as `plan`; or the state is of another model or recipe. The model is
@@ -260,7 +263,7 @@ def sparsify(
     handle = Handle(model, planned, anatomy, deploy=check_deploy(deploy, planned))
     try:
         torch.manual_seed(seed)
-        tensors = state if state is not None else fitted(model, planned, batches or [], progress)
+        tensors = state if state is not None else fitted(model, planned, batches or [], progress, read)
         _install(handle, tensors, progress)
     except BaseException:
         handle.restore()

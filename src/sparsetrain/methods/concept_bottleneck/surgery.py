@@ -1,0 +1,275 @@
+"""How the concept bottleneck meets a model: its head, what it reads of the encoder, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsetrain.core.anatomy import Anatomy, Undo, innermost, submodule
+from sparsetrain.core.cost import Cost
+from sparsetrain.core.modes import evaluating
+from sparsetrain.methods.concept_bottleneck.config import ConceptBottleneck
+from sparsetrain.methods.concept_bottleneck.explain import explain
+from sparsetrain.methods.concept_bottleneck.module import ByConcepts, Concepts, Seen, SeesLabels, pooled
+from sparsetrain.surgery.edits import edits_at, equip, nothing_to_do
+from sparsetrain.surgery.method import Batch, Edit, Method, Progress, RowFacts, State, register_method
+from sparsetrain.surgery.outermost import declass_model, reclass_model
+from sparsetrain.surgery.site import Site
+
+
+@dataclass(frozen=True)
+class Head:
+    """The linear that gives the logits: outside of the blocks."""
+
+    name: str
+    layer: int | None = None
+
+
+def heads(anatomy: Anatomy) -> list[Head]:
+    """The classifying linear of an encoder; none in a language model and in one without a head."""
+    if any(attention.causal for attention in anatomy.attentions):
+        return []
+    found = [name for name, axes in anatomy.axes.items() if axes[0] == "labels" and name.endswith(".weight")]
+    return [Head(name.removesuffix(".weight")) for name in found]
+
+
+def edits(config: ConceptBottleneck, anatomy: Anatomy, model: nn.Module) -> list[Edit]:
+    """One edit, at the head.
+
+    Raises:
+        ValueError: the model has no head that classifies; or the classes described are not as many as its labels.
+    """
+    found = heads(anatomy)
+    if not found:
+        raise ValueError(
+            f"concept_bottleneck replaces the head of a classifier on an encoder, and {anatomy.model_class} has none. "
+            "Load an encoder with --task classify (or AutoModelForSequenceClassification)."
+        )
+
+    def check(head: Head) -> None:
+        labels = _linear(model, head).weight.shape[0]
+        if config.classes and not _is_empty(model) and len(config.classes) != labels:
+            raise ValueError(
+                f"concept_bottleneck: {len(config.classes)} classes are described, and {head.name} has {labels} "
+                "labels. Describe each, in their order, or none."
+            )
+
+    return edits_at(
+        config,
+        anatomy,
+        found,
+        install,
+        check=check,
+        cost=lambda head, tokens: costs(config, _linear(model, head), tokens),
+        blank=None if config.is_probe else lambda head: _start(config, _linear(model, head), None),
+        note=lambda _head: _note(config),
+    )
+
+
+def _is_empty(model: nn.Module) -> bool:
+    """Without weights, a model's number of labels is not yet that of the data."""
+    return next(model.parameters()).is_meta
+
+
+def _linear(model: nn.Module, head: Head) -> Any:
+    return innermost(submodule(model, head.name))
+
+
+def costs(config: ConceptBottleneck, linear: Any, tokens: int) -> tuple[Cost, Cost]:
+    """(the dense head, the two layers), per token of a row."""
+    labels, width = linear.weight.shape
+    dense = Cost(num_params=linear.weight.numel(), flops=2.0 * labels * width / tokens, saved_elements=width / tokens)
+    if config.is_probe:
+        return dense, dense
+    d = len(config.concepts)
+    added = d * d + labels * d
+    return dense, Cost(
+        num_params=dense.num_params + added,  # the dense head stays in the model
+        flops=2.0 * (width * d + added) / tokens,
+        saved_elements=(width + 2 * d) / tokens,
+    )
+
+
+def _note(config: ConceptBottleneck) -> str:
+    if config.is_probe:
+        return "no concepts: the head itself, on the frozen encoder"
+    return f"{len(config.concepts)} concepts, loss={config.loss}; the encoder is frozen"
+
+
+def _start(config: ConceptBottleneck, linear: Any, embedded: Tensor | None) -> dict[str, Tensor]:
+    """Tensors of a site before training, with meaningless concepts for None.
+
+    Args:
+        embedded: [concepts + classes, e].
+    """
+    labels, width = linear.weight.shape
+    d = len(config.concepts)
+    if embedded is None:
+        embedded = torch.zeros(len(config.texts), width)
+    vectors, classes = F.normalize(embedded.float(), dim=-1).split([d, len(config.classes)])
+    bound = d**-0.5
+    return {
+        "vectors": vectors,
+        "profiles": classes @ vectors.t(),
+        "bottleneck": torch.eye(d, device=embedded.device),
+        "head": torch.empty(labels, d, device=embedded.device).uniform_(-bound, bound),
+    }
+
+
+def prepare(model: nn.Module, edits: list[Edit], batches: list[Batch], progress: Progress) -> State:
+    """Embed the concepts and the classes with the encoder itself.
+
+    Raises:
+        ValueError: fewer rows than texts; embeddings that are not finite, or two concepts that have one.
+    """
+    (edit,) = edits
+    config = edit.config
+    assert isinstance(config, ConceptBottleneck)
+    if config.is_probe:
+        return {}
+    wanted, head = len(config.texts), Head(edit.site)
+    rows: list[Tensor] = []
+    for done, batch in enumerate(batches):
+        progress("embedding the concepts", done / len(batches))
+        if sum(map(len, rows)) < wanted:
+            rows.append(embed(model, config, head, batch))
+    found = torch.cat(rows)[:wanted] if rows else torch.zeros(0, 1)
+    if len(found) < wanted:
+        raise ValueError(
+            f"concept_bottleneck: {len(found)} rows for {len(config.concepts)} concepts and {len(config.classes)} "
+            "classes. Give sparsify(read=...), which makes a batch of texts, or the rows that stand for them, in their "
+            "order, as calibration."
+        )
+    if not bool(found.isfinite().all()):
+        raise ValueError("concept_bottleneck: the encoder's embeddings of the concepts are not finite.")
+    return {edit.key: _start(config, _linear(model, head), found)}
+
+
+def embed(model: nn.Module, config: ConceptBottleneck, head: Head, batch: Batch) -> Tensor:
+    """What stands for each row of a batch, [b, e], in fp32: see `pooling`."""
+    linear, found = _linear(model, head), list[Tensor]()
+    hook = linear.register_forward_pre_hook(lambda _module, args: found.append(args[0].float()))
+    try:
+        with _watched(model, config) as seen, evaluating(model), torch.no_grad():
+            model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
+            return pooled(seen.states_bte, seen.mask_bt) if seen.states_bte is not None else found[0]
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _watched(model: nn.Module, config: ConceptBottleneck) -> Iterator[Seen]:
+    seen = Seen()
+    hook = _watch(model, seen) if reads_mean(config, model) else None
+    try:
+        yield seen
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+def reads_mean(config: ConceptBottleneck, model: nn.Module) -> bool:
+    """Whether the mean of the tokens' states stands for an input."""
+    if config.pooling == "auto":
+        return getattr(model, "main_input_name", "input_ids") == "input_ids"
+    return config.pooling == "mean"
+
+
+def _watch(model: nn.Module, seen: Seen) -> Any:
+    """Let the encoder leave its tokens' states, and which are real, for the head."""
+
+    def keep(_module: Any, _args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        seen.states_bte = out[0] if isinstance(out, tuple) else out.last_hidden_state
+        seen.mask_bt = kwargs.get("attention_mask")
+
+    encoder: Any = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    if not isinstance(encoder, nn.Module):
+        raise ValueError(
+            f"concept_bottleneck: pooling='mean' reads the encoder's states, and {type(model).__name__} names no "
+            "encoder (base_model_prefix). Choose pooling='head'."
+        )
+    return encoder.register_forward_hook(keep, with_kwargs=True)
+
+
+def install(
+    model: nn.Module, tensors: dict[str, Tensor], config: ConceptBottleneck, head: Head
+) -> tuple[Undo, Site | None]:
+    """Put the layers at the head, and let the model tell them what they need."""
+    if config.is_probe:
+        return nothing_to_do()
+    linear = _linear(model, head)
+    _check_fits(config, linear, tensors)
+    site = Concepts(config, tensors, reads_mean=reads_mean(config, model))
+    if (device := linear.weight.device).type != "meta":
+        site.to(device)
+    hook = _watch(model, site.seen) if site.reads_mean else None
+    undo, _ = equip(linear, "concept_bottleneck", site, ByConcepts)
+    vars(model)["concepts_seen"] = site.seen
+    reclass_model(model, SeesLabels)
+
+    def back() -> None:
+        declass_model(model, SeesLabels)
+        del vars(model)["concepts_seen"]
+        undo()
+        if hook is not None:
+            hook.remove()
+
+    return back, site
+
+
+def _check_fits(config: ConceptBottleneck, linear: Any, tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError if the tensors are of another list of concepts, another encoder or other labels."""
+    if "vectors" not in tensors:
+        raise ValueError(
+            "concept_bottleneck starts from its concepts' embeddings. Give sparsify(read=...), or calibration rows "
+            "that stand for the concepts."
+        )
+    labels, width = linear.weight.shape
+    d = len(config.concepts)
+    wanted = {"vectors": (d, width), "bottleneck": (d, d), "head": (labels, d)}
+    for name, shape in wanted.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(
+                f"concept_bottleneck: {name} is {tuple(tensors[name].shape)}, and {d} concepts on {width} numbers for "
+                f"{labels} labels make {shape}. Load it with the concepts, the encoder and the labels it was made for."
+            )
+
+
+def refuse(config: ConceptBottleneck, facts: RowFacts) -> str | None:
+    if config.is_probe:
+        return "no concepts are given. Write concepts=FILE, a text file with one a line"
+    if not facts.labelled:
+        return f"it classifies, and task={facts.task} has no label a row. Use task=classify"
+    if not facts.one_sequence:
+        return (
+            "its concepts are texts, and this model reads none of them beside such rows. For images take a pair of "
+            "encoders (`sparsetrain.hf.model.pair`)"
+        )
+    return None
+
+
+def trains(config: ConceptBottleneck, anatomy: Anatomy, new: list[str]) -> list[str]:
+    """Nothing of the model itself; without concepts, its head."""
+    return [head.name for head in heads(anatomy)] if config.is_probe else []
+
+
+register_method(
+    ConceptBottleneck,
+    Method(
+        edits=edits,
+        site_names=lambda anatomy: [head.name for head in heads(anatomy)],
+        prepare=prepare,
+        texts=lambda config: config.texts,
+        explain=explain,
+        modules_to_save=("concept_layers",),
+        trains=trains,
+        refuse=refuse,
+        limits={"mlm": "it classifies: a masked-token head has no labels to decide between"},
+    ),
+)
