@@ -83,7 +83,8 @@ def _how(explanations: Sequence[Explanation]) -> str:
     lines = [
         "A logit is the sum of what each concept contributes: the class's weight of the concept times the concept's "
         "activation. Bars show the winner's contributions less the runner-up's: what decided between the two.",
-        "A match is the scaled cosine of the input with the concept's text. An activation is what the bottleneck makes "
+        "A match is the scaled cosine of the input with the concept's text, counted from its mean over training rows where "
+        "the model was trained so. An activation is what the bottleneck makes "
         "of all matches, so it may draw on other concepts than the one that names it.",
         "A concept that weighs against its own words, or carries a decision whose input says nothing of it, is a reason "
         "to distrust the model, and a word that is missing from the list cannot be shown.",

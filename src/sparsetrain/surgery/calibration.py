@@ -55,7 +55,7 @@ def fitted(
     """`edit.key` -> the tensors that each method of a plan starts from.
 
     Args:
-        read: makes a batch of texts, which a method that asks for `texts` is given in place of the batches.
+        read: makes a batch of texts, which a method that asks for `texts` is given before the others.
     """
     found: State = {}
     for config in planned.configs:
@@ -64,7 +64,7 @@ def fitted(
         if method.prepare is not None:
             texts = method.texts(config) if read is not None else ()
             own = [read(texts[i : i + TEXTS]) for i in range(0, len(texts), TEXTS)] if read is not None else []
-            found.update(method.prepare(model, edits, own or batches, progress or (lambda *_: None)))
+            found.update(method.prepare(model, edits, own + batches, progress or (lambda *_: None)))
     return found
 
 

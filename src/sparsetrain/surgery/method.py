@@ -218,7 +218,7 @@ class Method:
     learning_rate: (config, its installed modules) -> what suits what they train, for a recipe that gives none.
     leave: (handle, folder of a finished run): files that it leaves there, beside what is saved; says which.
     measure: (handle, model, batch, `measure.memory.saved_activations`) -> lines for the report, when training begins.
-    texts: config -> what the model has to read before it is changed: its batch stands in for the calibration batches.
+    texts: config -> what the model has to read before it is changed: `prepare` is given these batches first.
     explain: (handle, model, batch, a name for each row, names of the labels) -> why each row was decided as it was.
     pictures: the method's part of a saved state, by site -> pictures for the report; None: nothing to show (yet).
     """

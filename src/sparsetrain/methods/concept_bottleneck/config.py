@@ -29,14 +29,16 @@ class ConceptBottleneck(MethodConfig, method="concept_bottleneck"):
             profile of its class, and `explain` tells what the search of the concept matrix says.
         loss: of the bottleneck, beside the cross-entropy: `l1`, `contrastive`, `gumbel`, or `none`: a dense bottleneck.
         l1: λ of l1. With `prox` W's entries go towards 0 by λ times the learning rate after each step; without, the
-            loss is λ / concepts · ‖W‖₁. None: 0.1 with prox, else 1e-3.
+            loss is λ / concepts · ‖W‖₁. None: 0.5 with prox, else 1e-3.
         prox: give real zeros, by the soft threshold. Without it l1 gives small numbers.
         weight: of the contrastive and the Gumbel loss.
         temperature: τ of the Gumbel loss.
         score: what its noise is added to: `logits`, or `log_softplus` of them.
         gumbel_form: `paper`; `official` is that of the authors' code, which flattens scores, to compare with.
         ce_to_cbl: the cross-entropy trains the bottleneck too.
-        scale: cosines are multiplied by it, as by a CLIP's exp(logit_scale).
+        scale: cosines are multiplied by it. None: the encoder's own exp(logit_scale) if it has one (a CLIP's), else 20.
+        center: a score is counted from its mean over the calibration rows, as if the layers had a bias (ours). Texts
+            share much of their direction, and what all rows have decides nothing. Without rows, or off: as published.
         pooling: what stands for an input: `mean` of its tokens' states, or what the `head` of the dense model reads.
             auto: mean for tokens, head for images.
         seed: of the Gumbel noise, with the step.
@@ -61,7 +63,8 @@ class ConceptBottleneck(MethodConfig, method="concept_bottleneck"):
     score: str = "logits"
     gumbel_form: str = "paper"
     ce_to_cbl: bool = True
-    scale: float = 20.0
+    scale: float | None = None
+    center: bool = True
     pooling: str = "auto"
     seed: int = 0
 
@@ -88,7 +91,7 @@ class ConceptBottleneck(MethodConfig, method="concept_bottleneck"):
     @property
     def l1_in_force(self) -> float:
         """λ."""
-        return self.l1 if self.l1 is not None else 0.1 if self.prox else 1e-3
+        return self.l1 if self.l1 is not None else 0.5 if self.prox else 1e-3
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -113,7 +116,8 @@ class ConceptBottleneck(MethodConfig, method="concept_bottleneck"):
         in_range(name, "l1", self.l1_in_force, 0, 1e6)
         in_range(name, "weight", self.weight, 0, 1e6)
         in_range(name, "temperature", self.temperature, 0, 1e6, low_open=True)
-        in_range(name, "scale", self.scale, 0, 1e6, low_open=True)
+        if self.scale is not None:
+            in_range(name, "scale", self.scale, 0, 1e6, low_open=True)
         if not self.ce_to_cbl and self.loss in ("none", "l1"):
             raise ValueError(
                 f"{name}: ce_to_cbl=false with loss={self.loss!r}: the bottleneck would learn nothing of the data. "

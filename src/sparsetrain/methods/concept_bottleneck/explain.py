@@ -41,10 +41,11 @@ def explain(
 
 def explained(site: Concepts, psi_d: Tensor, z_d: Tensor, subject: str, classes: Sequence[str]) -> Explanation:
     """The explanation of one row, of its scores and activations. Sums are taken in fp64."""
+    classes = site.config.classes or classes  # in words, where they were described
     parts_cd = site.layers.head.detach().double() * z_d.double()
     also = {}
     if len(site.profiles):
-        also[SEARCH] = classes[int(concept_matrix_search(psi_d[None], site.profiles))]
+        also[SEARCH] = classes[int(concept_matrix_search((psi_d + site.center)[None], site.profiles))]
     return Explanation(
         subject=subject,
         concepts=site.config.concepts,

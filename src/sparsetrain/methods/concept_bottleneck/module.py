@@ -24,7 +24,7 @@ from sparsetrain.ops.concept_bottleneck import (
 from sparsetrain.surgery.reclass import dense_forward
 from sparsetrain.surgery.site import Site
 
-SAVED = ("vectors", "profiles", "bottleneck", "head")
+FIXED = ("vectors", "profiles", "scale", "center")
 TOO_FEW = 2
 
 
@@ -77,6 +77,7 @@ class Concepts(Site):
 
     Attributes:
         vectors: [d, e], the concepts' embeddings, of length 1.
+        scale: scalar, on the cosines. center: [d], what is taken off the scaled cosines.
         profiles: [c, d], cosines of the classes with the concepts; no rows where they were not described.
         reads_mean: the pooled states stand for an input, and not what the dense head reads.
     """
@@ -86,8 +87,8 @@ class Concepts(Site):
     def __init__(self, config: ConceptBottleneck, tensors: dict[str, Tensor], *, reads_mean: bool) -> None:
         super().__init__()
         self.config, self.reads_mean, self.seen = config, reads_mean, Seen()
-        self.register_buffer("vectors", tensors["vectors"].float().clone(), persistent=False)
-        self.register_buffer("profiles", tensors["profiles"].float().clone(), persistent=False)
+        for name in FIXED:
+            self.register_buffer(name, tensors[name].float().clone(), persistent=False)
         self.concept_layers = ConceptLayers(tensors["bottleneck"].float(), tensors["head"].float())
         self.step, self.z_bd = 0, None
 
@@ -97,8 +98,8 @@ class Concepts(Site):
         return trained_copy(self.concept_layers)
 
     def scores(self, x_be: Tensor) -> Tensor:
-        """ψ [b, d]: scaled cosines with the concepts, without gradient to them."""
-        return self.config.scale * F.normalize(x_be.float(), dim=-1) @ self.vectors.t()
+        """ψ [b, d]: scaled cosines with the concepts, less their mean."""
+        return self.scale * F.normalize(x_be.float(), dim=-1) @ self.vectors.t() - self.center
 
     def forward(self, x_be: Tensor) -> Tensor:
         """Logits [b, c], with the bottleneck's loss on their path in training.
@@ -143,7 +144,7 @@ class Concepts(Site):
         if labels_b is None or len(self.profiles) == 0:
             profiles_bd, labels_b = F.normalize(psi_bd, dim=-1), None
         else:
-            profiles_bd = F.normalize(self.profiles, dim=-1)[labels_b]
+            profiles_bd = F.normalize(self.scale * self.profiles - self.center, dim=-1)[labels_b]
         scores_bb = z_bd @ profiles_bd.t()
         if config.loss == "contrastive":
             return contrastive_loss(scores_bb, labels_b)
@@ -179,17 +180,13 @@ class Concepts(Site):
 
     def tensors(self) -> dict[str, Tensor]:
         layers = self.layers
-        return {
-            "vectors": self.vectors,
-            "profiles": self.profiles,
-            "bottleneck": layers.bottleneck.detach(),
-            "head": layers.head.detach(),
-        }
+        fixed = {name: getattr(self, name) for name in FIXED}
+        return {**fixed, "bottleneck": layers.bottleneck.detach(), "head": layers.head.detach()}
 
     @torch.no_grad()
     def take(self, owner: nn.Module, tensors: dict[str, Tensor]) -> None:
         own = self.tensors()
-        for name in SAVED:
+        for name in own:
             if own[name].shape != tensors[name].shape:
                 raise ValueError(f"{name} is {tuple(tensors[name].shape)} there and {tuple(own[name].shape)} here")
             own[name].copy_(tensors[name])

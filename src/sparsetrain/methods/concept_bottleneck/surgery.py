@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +67,7 @@ def edits(config: ConceptBottleneck, anatomy: Anatomy, model: nn.Module) -> list
         install,
         check=check,
         cost=lambda head, tokens: costs(config, _linear(model, head), tokens),
-        blank=None if config.is_probe else lambda head: _start(config, _linear(model, head), None),
+        blank=None if config.is_probe else lambda head: start(config, _linear(model, head).weight.shape, None),
         note=lambda _head: _note(config),
     )
 
@@ -102,28 +102,46 @@ def _note(config: ConceptBottleneck) -> str:
     return f"{len(config.concepts)} concepts, loss={config.loss}; the encoder is frozen"
 
 
-def _start(config: ConceptBottleneck, linear: Any, embedded: Tensor | None) -> dict[str, Tensor]:
+DEFAULT_SCALE = 20.0
+
+
+def start(
+    config: ConceptBottleneck,
+    shape: Sequence[int],
+    embedded: Tensor | None,
+    scale: float | None = None,
+    rows: Tensor | None = None,
+) -> dict[str, Tensor]:
     """Tensors of a site before training, with meaningless concepts for None.
 
     Args:
-        embedded: [concepts + classes, e].
+        shape: labels, and width of the embeddings.
+        embedded: [concepts + classes, e], the embeddings of the config's texts.
+        scale: the encoder's own.
+        rows: [n, e], embeddings of inputs, whose mean scores are the center.
     """
-    labels, width = linear.weight.shape
+    labels, width = shape
     d = len(config.concepts)
     if embedded is None:
         embedded = torch.zeros(len(config.texts), width)
     vectors, classes = F.normalize(embedded.float(), dim=-1).split([d, len(config.classes)])
     bound = d**-0.5
+    factor = torch.tensor(next(s for s in (config.scale, scale, DEFAULT_SCALE) if s is not None))
+    center = torch.zeros(d, device=embedded.device)
+    if config.center and rows is not None and len(rows):
+        center = factor * (F.normalize(rows.float(), dim=-1) @ vectors.t()).mean(0)
     return {
         "vectors": vectors,
         "profiles": classes @ vectors.t(),
+        "scale": factor,
+        "center": center,
         "bottleneck": torch.eye(d, device=embedded.device),
         "head": torch.empty(labels, d, device=embedded.device).uniform_(-bound, bound),
     }
 
 
 def prepare(model: nn.Module, edits: list[Edit], batches: list[Batch], progress: Progress) -> State:
-    """Embed the concepts and the classes with the encoder itself.
+    """Embed the concepts and the classes with the encoder itself; rows after them give the scores' center.
 
     Raises:
         ValueError: fewer rows than texts; embeddings that are not finite, or two concepts that have one.
@@ -137,18 +155,23 @@ def prepare(model: nn.Module, edits: list[Edit], batches: list[Batch], progress:
     rows: list[Tensor] = []
     for done, batch in enumerate(batches):
         progress("embedding the concepts", done / len(batches))
-        if sum(map(len, rows)) < wanted:
-            rows.append(embed(model, config, head, batch))
-    found = torch.cat(rows)[:wanted] if rows else torch.zeros(0, 1)
+        rows.append(embed(model, config, head, batch))
+    found, others = torch.cat(rows or [torch.zeros(0, 1)]).tensor_split([wanted])
     if len(found) < wanted:
         raise ValueError(
             f"concept_bottleneck: {len(found)} rows for {len(config.concepts)} concepts and {len(config.classes)} "
-            "classes. Give sparsify(read=...), which makes a batch of texts, or the rows that stand for them, in their "
+            "classes. Give sparsify(read=...), which makes a batch of texts, or rows that stand for them, in their "
             "order, as calibration."
         )
     if not bool(found.isfinite().all()):
         raise ValueError("concept_bottleneck: the encoder's embeddings of the concepts are not finite.")
-    return {edit.key: _start(config, _linear(model, head), found)}
+    return {edit.key: start(config, _linear(model, head).weight.shape, found, _own_scale(model), others)}
+
+
+def _own_scale(model: nn.Module) -> float | None:
+    """exp(logit_scale) of an encoder that has learned one."""
+    found = [p for name, p in model.named_parameters() if name.rpartition(".")[2] == "logit_scale"]
+    return float(found[0].detach().exp()) if found else None
 
 
 def embed(model: nn.Module, config: ConceptBottleneck, head: Head, batch: Batch) -> Tensor:
@@ -270,6 +293,9 @@ register_method(
         modules_to_save=("concept_layers",),
         trains=trains,
         refuse=refuse,
-        limits={"mlm": "it classifies: a masked-token head has no labels to decide between"},
+        limits={
+            "mlm": "it classifies: a masked-token head has no labels to decide between",
+            "lora": "PEFT trains a copy of a classifier's head, where the concepts are. Set lora_r=0",
+        },
     ),
 )
