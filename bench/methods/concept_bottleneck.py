@@ -1,7 +1,7 @@
 """What a decision by named concepts costs in accuracy, and how few concepts it needs.
 
-Frozen encoders, whose features are computed once a process: MiniLM on reviews of Rotten Tomatoes, and a small pair of an
-image and a text encoder, trained first on Fashion-MNIST with captions made from its labels and attributes. Cells are
+Frozen encoders, whose features are computed once a process: MiniLM on reviews of Rotten Tomatoes, and a small pair of
+an image and a text encoder, trained first on Fashion-MNIST with captions made from its labels and attributes. Cells are
 `DATA ARM SEED`: the linear probe, zero-shot, the search of the concept matrix, the dense bottleneck (cross-entropy
 alone), l1 with the proximal step, l1 as a loss, the contrastive and the Gumbel loss. A seed divides the rows, draws the
 start and the order of the batches; of images it trains the pair.
@@ -98,8 +98,6 @@ def _encoder(folder: str) -> Any:
     from transformers import AutoModel
 
     return AutoModel.from_pretrained(folder, attn_implementation="sdpa").eval()
-
-
 
 
 @functools.cache

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from bench.methods import deploy
-from sparsetrain import TokenSelection
+from sparsetrain import ConceptBottleneck, TokenSelection
+from sparsetrain.data.captions import CLOTHES, all_attributes
 from sparsetrain.hf.model.architectures import check_task, open_architecture
+from sparsetrain.methods.concept_bottleneck.config import read_concepts
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.pretrain import PretrainRecipe
 from tests.cli.conftest import Call, save_llama
@@ -122,3 +124,14 @@ def test_the_recipe_of_a_growing_gpt(call: Call, text: Path, tmp_path: Path) -> 
     shown = call("pretrain", "--recipe", EXAMPLES / "grow.yaml", *flags)
     assert shown.code == 0 and "hidden*2 heads*2 ffn*2, masked" in shown.out
     assert "1,601 to 1,680" in shown.out and "2,481 to 4,000" in shown.out
+
+
+def test_the_recipe_of_the_concepts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLES.parent)
+    recipe = Recipe.from_yaml(EXAMPLES / "concepts.yaml")
+    (method,) = recipe.methods
+    assert isinstance(method, ConceptBottleneck) and len(method.concepts) == 50 and len(method.classes) == 2
+    assert (recipe.model, recipe.data, recipe.task, recipe.lora_r, recipe.deploy) == (
+        "minilm", "movie-reviews", "classify", 0, "sparse",
+    )  # fmt: skip
+    assert len(read_concepts(EXAMPLES / "concepts" / "fashion.txt")) == len(all_attributes(CLOTHES))

@@ -1,4 +1,4 @@
-"""A pair of encoders of images and texts, from a local folder of CLIP weights, with a concept bottleneck at its head."""
+"""A pair of encoders of images and texts, from a local folder of CLIP weights, with a concept bottleneck."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def test_the_loss_trains_the_layers_and_what_is_saved_comes_back(tmp_path: Path)
     loaded = load(tmp_path / "saved")
     assert isinstance(loaded.model, PairClassifier) and loaded.task == "pair-image"
     assert torch.equal(loaded.model(pixels).logits, expected)
-    changed = {name: value[:-1] if name == "vectors" else value for name, value in next(iter(handle.state().values())).items()}
+    (state,) = handle.state().values()
+    changed = {**state, "vectors": state["vectors"][:-1]}
     with pytest.raises(ValueError, match="vectors is"):
         model, _ = load_weights(str(tmp_path / "clip"), "PairClassifier", torch.float32, new_head=True)
         sparsetrain.sparsify(model, *handle.configs, state={"classifier:concept_bottleneck": changed})

@@ -84,7 +84,7 @@ def test_bad_values_are_refused(options: dict[str, Any], message: str) -> None:
 
 
 def test_a_model_without_a_head_for_labels_is_refused() -> None:
-    with pytest.raises(ValueError, match="has none. Load an encoder"):
+    with pytest.raises(ValueError, match=r"has none\. Load an encoder"):
         sparsetrain.plan(FAMILIES["llama"].model(), ConceptBottleneck(concepts=NAMES))
     with pytest.raises(ValueError, match="3 classes are described, and classifier has 2"):
         convert(classes=("x", "y", "z"))

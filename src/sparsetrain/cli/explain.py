@@ -61,7 +61,7 @@ def _shown(each: Any, top: int) -> list[Any]:
         text,
         f"{won}, {each.probabilities[each.decided]:.0%}; next: {second}",
         lambda: table("", ["concept", f"speaks for {won} (+), for {second} (-)"], rows, right=(1,)),
-        f"{each.counted()} of {len(each.concepts)} concepts add anything; as many as {each.effective():.1f} carry it.",
+        f"{each.counted()} of {len(each.concepts)} concepts add anything; {each.effective():.1f} carry it.",
         *(f"{name}: {chosen}" for name, chosen in each.also.items()),
         "",
     ]

@@ -1,5 +1,7 @@
-"""Captions of labelled images, made from their labels and from what things of that label have: for small models of images
-and texts where no captions are at hand."""
+"""Captions of labelled images, made from their labels and from what things of that label have.
+
+They train small models of images and texts where no captions are at hand.
+"""
 
 from __future__ import annotations
 

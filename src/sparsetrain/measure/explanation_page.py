@@ -33,10 +33,10 @@ def _part(each: Explanation, place: int, top: int, picture: bytes | None) -> str
     won, second = each.classes[each.decided], each.classes[each.runner_up]
     headline = f"{won}, {each.probabilities[each.decided]:.0%}. It leads {second} by {each.lead:.2f}."
     found = [f'<p class="headline">{escape(headline)}</p>', _input(each, picture)]
-    words = f"{each.counted()} of {len(each.concepts)} concepts add anything; as many as {each.effective():.1f} carry it."
+    words = f"{each.counted()} of {len(each.concepts)} concepts add anything; {each.effective():.1f} carry it."
     found.append(f'<p class="advice">{escape(words)}</p>')
     found.append(legend({FOR: f"speaks for {won}", AGAINST: f"speaks for {second}"}))
-    found.append(f'<div>{bars(_bars(each, top))}</div>')
+    found.append(f"<div>{bars(_bars(each, top))}</div>")
     found += [f'<p class="note">{escape(f"{name}: {chosen}.")}</p>' for name, chosen in each.also.items()]
     found.append(f"<details><summary>All numbers</summary>{_numbers(each)}</details>")
     return section(f"{place}. {won}", f"input-{place}", *found)
@@ -83,11 +83,11 @@ def _how(explanations: Sequence[Explanation]) -> str:
     lines = [
         "A logit is the sum of what each concept contributes: the class's weight of the concept times the concept's "
         "activation. Bars show the winner's contributions less the runner-up's: what decided between the two.",
-        "A match is the scaled cosine of the input with the concept's text, counted from its mean over training rows where "
-        "the model was trained so. An activation is what the bottleneck makes "
-        "of all matches, so it may draw on other concepts than the one that names it.",
-        "A concept that weighs against its own words, or carries a decision whose input says nothing of it, is a reason "
-        "to distrust the model, and a word that is missing from the list cannot be shown.",
+        "A match is the scaled cosine of the input with the concept's text, counted from its mean over training rows "
+        "where the model was trained so. An activation is what the bottleneck makes of all matches, so it may draw on "
+        "other concepts than the one that names it.",
+        "A concept that weighs against its own words, or decides about an input that says nothing of it, is a reason "
+        "to distrust the model. What is missing from the list cannot be shown.",
     ]
     items = "".join(f"<li>{escape(line)}</li>" for line in lines) if explanations else ""
     return section("How to read this", "how", f"<ul>{items}</ul>")

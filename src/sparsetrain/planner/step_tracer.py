@@ -180,7 +180,6 @@ class _Segments:
         """The gradient of block `index`'s output is known: its backward begins."""
         self.cut(self.head if index == self.num_blocks - 1 else self.backward)
 
-
     def finish(self) -> None:
         """The backward is over. Blocks below all that trains had none."""
         self.cut(self.backward if self.head else self.head)

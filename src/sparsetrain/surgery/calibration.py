@@ -13,7 +13,6 @@ from sparsetrain.core.modes import evaluating
 from sparsetrain.surgery.method import Edit, Progress, Read, State, method_of
 from sparsetrain.surgery.plan import Plan
 
-
 TEXTS = 64
 """Texts in a batch."""
 

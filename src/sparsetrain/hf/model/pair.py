@@ -1,7 +1,7 @@
 """A classifier of images on a pair of encoders, of images and of texts (CLIP and its relatives in transformers).
 
-Both give embeddings of one width, and the head reads the embedding of whatever it is given. So a method that reads texts
-with the model (`Method.texts`) finds them beside the images, as the pair was trained.
+Both give embeddings of one width, and the head reads the embedding of whatever it is given. So a method that reads
+texts with the model (`Method.texts`) finds them beside the images, as the pair was trained.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def _texts(
     loaded: Loaded, subjects: Sequence[str], max_tokens: int | None
 ) -> tuple[dict[str, Tensor], list[bytes | None]]:
     if loaded.tokenizer is None:
-        raise ValueError("the model has no tokenizer beside its weights, so it reads no text. Save one into its folder.")
+        raise ValueError("the model has no tokenizer beside its weights, so it reads no text. Save one there.")
     if blank := [i for i, subject in enumerate(subjects, 1) if not subject.strip()]:
         raise ValueError(f"text {blank[0]} of {len(subjects)} is blank. Give something to explain.")
     context = getattr(loaded.model.config, "max_position_embeddings", None) or loaded.tokenizer.model_max_length

@@ -1,4 +1,4 @@
-"""explain(): what each concept adds to each logit of a row, and what the search of the concept matrix says beside it."""
+"""explain(): what each concept adds to each logit of a row, beside what the search of the concept matrix says."""
 
 from __future__ import annotations
 

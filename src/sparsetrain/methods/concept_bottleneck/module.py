@@ -83,6 +83,10 @@ class Concepts(Site):
     """
 
     adds_losses = True
+    vectors: Tensor
+    profiles: Tensor
+    scale: Tensor
+    center: Tensor
 
     def __init__(self, config: ConceptBottleneck, tensors: dict[str, Tensor], *, reads_mean: bool) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ def contrastive_loss(scores_kk: Tensor, labels_k: Tensor | None = None) -> Tenso
 
     Args:
         scores_kk: G, [k, k], row k's score with the profile of row j.
-        labels_k: [k]; rows of one class have one profile, so other pairs of the class are no negatives and are left out.
+        labels_k: [k]; rows of a class have one profile, so its other pairs are no negatives and are left out.
 
     Returns:
         A scalar.
