@@ -157,8 +157,8 @@ def fit(found: Features, options: dict[str, Any], seed: int, epochs: int, batch:
 def made(found: Features, options: dict[str, Any], seed: int) -> Any:
     """What an arm trains, at its start."""
     from sparsetrain.methods.concept_bottleneck.config import ConceptBottleneck
+    from sparsetrain.methods.concept_bottleneck.embedding import start
     from sparsetrain.methods.concept_bottleneck.module import Concepts
-    from sparsetrain.methods.concept_bottleneck.surgery import start
 
     torch.manual_seed(seed)
     shape = (len(found.classes), found.train.shape[1])

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 import sparsetrain
 from sparsetrain import ConceptBottleneck
 from sparsetrain.methods.concept_bottleneck.config import read_concepts
+from sparsetrain.methods.concept_bottleneck.embedding import start
 from sparsetrain.methods.concept_bottleneck.explain import explain
 from sparsetrain.methods.concept_bottleneck.module import Concepts, pooled
-from sparsetrain.methods.concept_bottleneck.surgery import start
 from sparsetrain.ops.concept_bottleneck.cases import TINY
 from tests.families import FAMILIES
 

@@ -103,7 +103,8 @@ class SparsityCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.handle.updated(rate_of(kwargs.get("optimizer")))
+        optimizer = kwargs.get("optimizer")
+        self.handle.updated(None if optimizer is None else float(optimizer.param_groups[0]["lr"]))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = checkpoint_folder(args.output_dir, state.global_step)
@@ -143,11 +144,6 @@ class SparsityCallback(TrainerCallback):
         if at is not None and at != self._restarted:
             restart_schedule(scheduler, at, state.global_step)
             self._restarted = at
-
-
-def rate_of(optimizer: Any) -> float | None:
-    """The learning rate that an optimizer has taken its step with."""
-    return None if optimizer is None else float(optimizer.param_groups[0]["lr"])
 
 
 def asked_of_trainer(args: TrainingArguments) -> dict[str, str]:
