@@ -103,7 +103,7 @@ class Concepts(Site):
 
     def scores(self, x_be: Tensor) -> Tensor:
         """ψ [b, d]: scaled cosines with the concepts, less their mean."""
-        return self.scale * F.normalize(x_be.float(), dim=-1) @ self.vectors.t() - self.center
+        return torch.addmm(-self.center, self.scale * F.normalize(x_be.float(), dim=-1), self.vectors.t())
 
     def forward(self, x_be: Tensor) -> Tensor:
         """Logits [b, c], with the bottleneck's loss on their path in training.
