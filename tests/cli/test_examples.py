@@ -14,10 +14,12 @@ import pytest
 from PIL import Image
 
 from bench.methods import deploy
-from sparsetrain import SparseDM, TokenSelection
+from sparsetrain import ConceptBottleneck, SparseDM, TokenSelection
+from sparsetrain.data.captions import CLOTHES, all_attributes
 from sparsetrain.hf.model.architectures import check_task, open_architecture
 from sparsetrain.hf.train import image_quality
 from sparsetrain.measure import image_features
+from sparsetrain.methods.concept_bottleneck.config import read_concepts
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.pretrain import PretrainRecipe
 from tests.cli.conftest import Call, save_llama
@@ -160,3 +162,14 @@ def test_the_recipe_of_a_diffusion_model(call: Call, tmp_path: Path, monkeypatch
         assert match in call("sample", tmp_path / "run", "--num", 2, "--steps", 2, *wrong).err
     llama = save_llama(tmp_path / "model")
     assert "samples are drawn from a diffusion model" in call("sample", llama, "--output", grid).err
+
+
+def test_the_recipe_of_the_concepts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLES.parent)
+    recipe = Recipe.from_yaml(EXAMPLES / "concepts.yaml")
+    (method,) = recipe.methods
+    assert isinstance(method, ConceptBottleneck) and len(method.concepts) == 50 and len(method.classes) == 2
+    assert (recipe.model, recipe.data, recipe.task, recipe.lora_r, recipe.deploy) == (
+        "minilm", "movie-reviews", "classify", 0, "sparse",
+    )  # fmt: skip
+    assert len(read_concepts(EXAMPLES / "concepts" / "fashion.txt")) == len(all_attributes(CLOTHES))

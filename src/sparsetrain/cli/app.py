@@ -11,6 +11,7 @@ import typer
 from sparsetrain.cli.bench import bench
 from sparsetrain.cli.doctor import doctor
 from sparsetrain.cli.evaluate import evaluate
+from sparsetrain.cli.explain import explain
 from sparsetrain.cli.export import export
 from sparsetrain.cli.failure import EXIT_CODES
 from sparsetrain.cli.finetune import finetune
@@ -54,6 +55,7 @@ for _name, _command in {
     "finetune": finetune,
     "pretrain": pretrain,
     "eval": evaluate,
+    "explain": explain,
     "export": export,
     "sample": sample,
     "plan": plan,

@@ -5,6 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
+from sparsetrain.measure.style import STYLE
+
+
+def document(title: str, below: str, sections: Iterable[str]) -> str:
+    """A whole page: its title, a line below it, and sections (HTML already); nothing is loaded from outside."""
+    name = escape(title)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{name}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="color-scheme" content="light dark">\n<style>{STYLE}</style>\n</head>\n'
+        f"<body>\n<header><h1>{name}</h1><p>{escape(below)}</p></header>\n<main>\n"
+        + "\n".join(part for part in sections if part)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
 
 def section(title: str, name: str, *parts: str) -> str:
     """A section; its parts are HTML already."""

@@ -17,9 +17,8 @@ from sparsetrain.measure.curves import setup_seconds, step_seconds, tokens_per_s
 from sparsetrain.measure.first_screen import samples, verdict
 from sparsetrain.measure.judge import TIE_BYTES
 from sparsetrain.measure.ledger import charged, flops_text, size_text
-from sparsetrain.measure.markup import figure, section, table
+from sparsetrain.measure.markup import document, figure, section, table
 from sparsetrain.measure.schema import RUNS, STAGES, Report, Run
-from sparsetrain.measure.style import STYLE
 from sparsetrain.measure.timing import LEVEL, MARGIN
 
 _STAGE_NAMES = {
@@ -45,15 +44,7 @@ def render_page(report: Report) -> str:
         _settings("Machine", "machine", report["machine"]),
         _how(report),
     ]
-    title = escape(report["title"])
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="color-scheme" content="light dark">\n<style>{STYLE}</style>\n</head>\n'
-        f"<body>\n<header><h1>{title}</h1><p>sparsetrain report, {escape(report['created'])}</p></header>\n<main>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return document(report["title"], f"sparsetrain report, {report['created']}", sections)
 
 
 def _curves(runs: dict[str, Run]) -> str:

@@ -23,6 +23,11 @@ from sparsetrain.methods.sparsedm import SparseDM as SparseDM  # N:M, of diffusi
 # which entries are updated
 from sparsetrain.methods.sara import SaRA as SaRA  # the smallest ones, arXiv 2409.06633
 
+# what a classifier decides by
+from sparsetrain.methods.concept_bottleneck import (  # named concepts, arXiv 2404.03323
+    ConceptBottleneck as ConceptBottleneck,
+)
+
 # what flows between blocks
 from sparsetrain.methods.token_selection import TokenSelection as TokenSelection  # gradient, arXiv 2501.18824
 

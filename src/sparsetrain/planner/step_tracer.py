@@ -131,7 +131,7 @@ def trace_step(model: nn.Module, step: Callable[[], Tensor], hollow: Hollow | No
         with _following(live, hollow):
             segments.in_forward = False
             loss.backward()
-            segments.cut(segments.backward)
+            segments.finish()
     saved = record.result()
     inside = tuple({name: float(size) for name, size in saved.by_layer.get(i, {}).items()} for i in range(len(blocks)))
     outside = {name: size - sum(layer.get(name, 0.0) for layer in inside) for name, size in saved.by_component.items()}
@@ -173,11 +173,17 @@ class _Segments:
         self.cut(self.forward)
         index = len(self.forward) - 1
         tensor = out if isinstance(out, Tensor) else out[0]
-        tensor.register_hook(lambda _grad: self.arrives(index))
+        if tensor.requires_grad:
+            tensor.register_hook(lambda _grad: self.arrives(index))
 
     def arrives(self, index: int) -> None:
         """The gradient of block `index`'s output is known: its backward begins."""
         self.cut(self.head if index == self.num_blocks - 1 else self.backward)
+
+    def finish(self) -> None:
+        """The backward is over. Blocks below all that trains had none."""
+        self.cut(self.backward if self.head else self.head)
+        self.backward += [Segment(0.0, 0.0)] * (self.num_blocks - len(self.backward))
 
 
 @contextmanager

@@ -141,6 +141,14 @@ TASKS: dict[str, Task] = {
             shows="sparsetrain.hf.train.image_quality:shows",
             average=0.999,
         ),
+        Task(
+            name="pair-image",  # no job offers it yet: it is for models that are trained by a loop of one's own
+            says={},
+            images=True,
+            model="sparsetrain.hf.model.pair:PairClassifier",
+            rows="sparsetrain.hf.train.tasks:image_rows",
+            **_LABEL,
+        ),
     )
 }
 

@@ -18,7 +18,7 @@ from sparsetrain.surgery.auxiliary import LossScale, scale_losses
 from sparsetrain.surgery.calibration import fitted, told
 from sparsetrain.surgery.checks import check_deploy, check_state, refuse_copies
 from sparsetrain.surgery.deploy import Deploy, DeployDense
-from sparsetrain.surgery.method import Edit, Progress, Schedule, State, method_of
+from sparsetrain.surgery.method import Edit, Progress, Read, Schedule, State, method_of
 from sparsetrain.surgery.plan import Plan, plan
 from sparsetrain.surgery.record import Record, attach
 from sparsetrain.surgery.site import Site
@@ -62,7 +62,7 @@ class Handle:
 
     @property
     def deploys_dense(self) -> bool:
-        """Whether the product is the dense model."""
+        """Is the product the dense model?"""
         return self.deploy is not None
 
     @property
@@ -119,11 +119,8 @@ class Handle:
         return [line for schedule in self._schedules for line in schedule.advance(step, total_steps)]
 
     def callback(self, **options: Any) -> Any:
-        """A callback for transformers' Trainer, or any trainer built on it, that calls `step` and keeps the sidecar.
-
-        Args:
-            options: as `sparsetrain.hf.train.callbacks.SparsityCallback` takes them.
-        """
+        """A callback for transformers' Trainer, or any trainer built on it, that calls `step` and keeps the sidecar;
+        options as of `sparsetrain.hf.train.callbacks.SparsityCallback`."""
         module, _, name = CALLBACK.partition(":")
         return getattr(import_module(module), name)(self, **options)
 
@@ -154,9 +151,10 @@ class Handle:
         for module in [module for _, module in self._installed if module.adjusts_gradients]:
             module.adjust_gradients()
 
-    def updated(self) -> None:
-        """Tell the methods that the weights have moved; call it after `optimizer.step()`."""
+    def updated(self, learning_rate: float | None = None) -> None:
+        """Tell the methods that weights have moved, and at which learning rate; call it after `optimizer.step()`."""
         for _, module in self._installed:
+            module.learning_rate = learning_rate
             module.updated()
 
     def notes(self) -> list[str]:
@@ -231,6 +229,7 @@ def sparsify(
     seed: int = 0,
     progress: Progress | None = None,
     deploy: Deploy = "sparse",
+    read: Read | None = None,
 ) -> Handle:
     """Apply a recipe to `model` in place; the model keeps its class, so Trainer, PEFT and save_pretrained work on.
 
@@ -245,6 +244,7 @@ def sparsify(
         progress: called with (what is being done, share done in [0, 1]).
         deploy: `sparse`: the trained model runs sparse, as it was trained. `dense`: it is trained sparse and used
             dense: evaluation mode is the dense model, and what is saved is plain. A `DeployDense` says how.
+        read: makes a batch of texts, for methods that start from some (`Method.texts`).
 
     Raises:
         PlanError, UnknownFamily, ValueError: as `plan`; or the state is of another model or recipe. The model is
@@ -255,12 +255,11 @@ def sparsify(
     check_state(state or {}, planned)
     anatomy = describe(model)  # as it is dense: a site may not look like itself afterwards
     check_support(configs, anatomy, features_of(model))
-    batches = None if calibration is None else list(calibration)
     rng = torch.random.get_rng_state()
     handle = Handle(model, planned, anatomy, deploy=check_deploy(deploy, planned))
     try:
         torch.manual_seed(seed)
-        tensors = state if state is not None else fitted(model, planned, batches or [], progress)
+        tensors = state if state is not None else fitted(model, planned, list(calibration or ()), progress, read)
         _install(handle, tensors, progress)
     except BaseException:
         handle.restore()
@@ -288,8 +287,8 @@ def _install(handle: Handle, tensors: State, progress: Progress | None) -> None:
         handle._undos.append(scale_losses(handle.model, handle._loss_scale))
     for config in handle.configs:
         if (schedule := method_of(config).schedule) is not None:
-            sites = [module for edit, module in handle._installed if edit.config is config]
-            handle._schedules.append(schedule(handle.model, config, sites))
+            own = [module for edit, module in handle._installed if edit.config is config]
+            handle._schedules.append(schedule(handle.model, config, own))
 
 
 def _leave_record(handle: Handle) -> None:

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.core.modes import evaluating
-from sparsetrain.surgery.method import Edit, Progress, State, method_of
+from sparsetrain.surgery.method import Edit, Progress, Read, State, method_of
 from sparsetrain.surgery.plan import Plan
+
+TEXTS = 64
+"""Texts in a batch."""
 
 
 class _Enough(Exception):
@@ -41,14 +44,26 @@ def blocks_only(model: nn.Module, last: nn.Module) -> Iterator[Callable[[dict[st
         hook.remove()
 
 
-def fitted(model: nn.Module, planned: Plan, batches: list[dict[str, Tensor]], progress: Progress | None) -> State:
-    """`edit.key` -> the tensors that each method of a plan starts from."""
+def fitted(
+    model: nn.Module,
+    planned: Plan,
+    batches: list[dict[str, Tensor]],
+    progress: Progress | None,
+    read: Read | None = None,
+) -> State:
+    """`edit.key` -> the tensors that each method of a plan starts from.
+
+    Args:
+        read: makes a batch of texts, which a method that asks for `texts` is given before the others.
+    """
     found: State = {}
     for config in planned.configs:
         method = method_of(config)
         edits = [edit for edit in planned.edits if edit.config is config]
         if method.prepare is not None:
-            found.update(method.prepare(model, edits, batches, progress or (lambda *_: None)))
+            texts = method.texts(config) if read is not None else ()
+            own = [read(texts[i : i + TEXTS]) for i in range(0, len(texts), TEXTS)] if read is not None else []
+            found.update(method.prepare(model, edits, own + batches, progress or (lambda *_: None)))
     return found
 
 

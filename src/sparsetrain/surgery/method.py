@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from sparsetrain.core.anatomy import Anatomy, Undo
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.core.cost import Cost
+from sparsetrain.core.explanation import Explanation
 from sparsetrain.core.pictures import Gallery
 from sparsetrain.surgery.site import Site
 
 State = dict[str, dict[str, Tensor]]
 """`edit.key` -> tensor name -> tensor: what calibration found, or what a sidecar file holds."""
 Batch = dict[str, Tensor]
+Read = Callable[[Sequence[str]], Batch]
+"""Texts -> a batch of them, as the model takes it."""
 Progress = Callable[[str, float], None]
 """(what is being done, share done in [0, 1]) -> None."""
 
@@ -215,6 +218,8 @@ class Method:
     learning_rate: (config, its installed modules) -> what suits what they train, for a recipe that gives none.
     leave: (handle, folder of a finished run): files that it leaves there, beside what is saved; says which.
     measure: (handle, model, batch, `measure.memory.saved_activations`) -> lines for the report, when training begins.
+    texts: config -> what the model has to read before it is changed: `prepare` is given these batches first.
+    explain: (handle, model, batch, a name for each row, names of the labels) -> why each row was decided as it was.
     pictures: the method's part of a saved state, by site -> pictures for the report; None: nothing to show (yet).
     """
 
@@ -234,6 +239,8 @@ class Method:
     learning_rate: Callable[[Any, list[Any]], float] | None = None
     leave: Callable[[Any, Path], list[str]] | None = None
     measure: Callable[[Any, nn.Module, Batch, Callable[..., Any]], list[str]] | None = None
+    texts: Callable[[Any], Sequence[str]] = lambda _config: ()
+    explain: Callable[[Any, nn.Module, Batch, Sequence[str], Sequence[str]], list[Explanation]] | None = None
     pictures: Callable[[State], Gallery | None] | None = None
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ class Site(nn.Module):
         held_dense: what `run_dense` was told last.
         adjusts_gradients: whether `adjust_gradients` has something to do now.
         adds_losses: the site calls `add_loss`.
+        learning_rate: of the step that the optimizer has just taken, as `updated` is called; None where nobody said.
     """
 
     adds_losses: bool = False
@@ -25,6 +26,7 @@ class Site(nn.Module):
     deploys_dense: bool = False
     adjusts_gradients: bool = False
     held_dense: bool = False
+    learning_rate: float | None = None
 
     def __init__(self) -> None:
         super().__init__()

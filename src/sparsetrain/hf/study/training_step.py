@@ -20,7 +20,7 @@ from sparsetrain.hf.model.architectures import image_size
 from sparsetrain.hf.model.checkpointing import recompute
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.parts import Parts
-from sparsetrain.hf.train.rows import calibration_batches
+from sparsetrain.hf.train.rows import calibration_batches, text_reader
 from sparsetrain.hf.train.tasks import training_loss
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.tasks import task_of
@@ -130,6 +130,7 @@ def convert_step(model: Any, new_modules: list[str], parts: Parts, report: Repor
             model,
             *(config.sparse_at_once() for config in recipe.configs),
             calibration=calibration_batches(parts),
+            read=text_reader(parts),
             seed=recipe.seed,
             deploy=recipe.deployment,
             progress=lambda name, share: report({"event": "phase", "name": name, "share": share}),

@@ -105,7 +105,8 @@ class SparsityCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.handle.updated()
+        optimizer = kwargs.get("optimizer")
+        self.handle.updated(None if optimizer is None else float(optimizer.param_groups[0]["lr"]))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = checkpoint_folder(args.output_dir, state.global_step)

@@ -20,7 +20,7 @@ from sparsetrain.hf.train.held_out import KnownQuality, dense_start, measure_qua
 from sparsetrain.hf.train.journal import Journal
 from sparsetrain.hf.train.on_ranks import on_ranks
 from sparsetrain.hf.train.parts import Parts
-from sparsetrain.hf.train.rows import calibration_batches, drawn_batches
+from sparsetrain.hf.train.rows import calibration_batches, drawn_batches, text_reader
 from sparsetrain.hf.train.run import Job, Result, run
 from sparsetrain.hf.train.run import run_report as run_report
 from sparsetrain.recipes.finetune import Recipe
@@ -111,6 +111,7 @@ def _build(
         began = time.perf_counter()
         batches = calibration_batches(parts)
         given: Any = {"seed": recipe.seed, "progress": journal.phase, "deploy": recipe.deployment}
+        given["read"] = text_reader(parts)
         handle = sparsify(model, *recipe.configs, calibration=batches, **given)
         journal.run["setup_s"] = time.perf_counter() - began
         if recipe.deploy == "sparse":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +10,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from sparsetrain.data.collate import Collator
 from sparsetrain.data.ids import CheckedIds
 from sparsetrain.hf.assets import resolve_data
 from sparsetrain.hf.data import DataBundle
+from sparsetrain.hf.data.bundle import padding_id
 from sparsetrain.hf.model.architectures import sequence_tokens
 from sparsetrain.hf.model.model_config import context_length
 from sparsetrain.hf.model.vocabulary import vocabulary_rows
@@ -22,7 +24,7 @@ from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.events import Report
-from sparsetrain.surgery.method import RowFacts, method_of
+from sparsetrain.surgery.method import Read, RowFacts, method_of
 
 
 def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> DataBundle:
@@ -139,6 +141,22 @@ def calibration_batches(parts: Parts) -> list[dict[str, Tensor]] | None:
         batch = parts.bundle.collate_fn([rows[i] for i in places[start : start + recipe.batch_size]])
         batches.append({name: tensor.to(parts.device) for name, tensor in batch.items() if name != "labels"})
     return batches or None
+
+
+def text_reader(parts: Parts) -> Read | None:
+    """What makes a batch of texts for a method that starts from texts; None for a model without a tokenizer."""
+    return None if parts.tokenizer is None else reader(parts.tokenizer, parts.recipe.seq_len, parts.device)
+
+
+def reader(tokenizer: Any, max_tokens: int, device: torch.device | str) -> Read:
+    """Texts -> a padded batch with its mask, each text cut to `max_tokens`, as rows are."""
+
+    def read(texts: Sequence[str]) -> dict[str, Tensor]:
+        rows = tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
+        batch = Collator(padding_id(tokenizer))([{"input_ids": ids} for ids in rows])
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+
+    return read
 
 
 def drawn_batches(parts: Parts, count: int) -> Iterator[dict[str, Tensor]]:

@@ -1,0 +1,49 @@
+"""One picture: read from a file as a model of images takes it, and written as one."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsetrain.data.files import check_regular, shown
+
+
+def read_picture(path: Path, size: int, channels: int) -> np.ndarray:
+    """A picture file as uint8 [size, size, channels], scaled to fit.
+
+    Args:
+        channels: 1 for grey, 3 for colour.
+
+    Raises:
+        ValueError: there is no such file, or no picture can be read from it.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if not path.exists():
+        raise ValueError(f"{shown(path)} does not exist, and this model takes images. Give the path of a PNG or JPEG.")
+    check_regular(path)
+    try:
+        with Image.open(path) as picture:
+            scaled = picture.convert("L" if channels == 1 else "RGB").resize((size, size))
+            return np.asarray(scaled, dtype=np.uint8).reshape(size, size, channels)
+    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{shown(path)} is no picture that can be read ({error}). Give a PNG or JPEG.") from None
+
+
+def pixels_of(pictures: Sequence[np.ndarray]) -> Tensor:
+    """uint8 pictures [size, size, channels] -> `pixel_values` [n, channels, size, size] in [-1, 1]."""
+    return torch.as_tensor(np.stack(pictures)).float().div_(127.5).sub_(1).permute(0, 3, 1, 2).contiguous()
+
+
+def as_png(picture: np.ndarray) -> bytes:
+    """A picture as the bytes of a PNG file."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,82 @@
+"""A classifier of images on a pair of encoders, of images and of texts (CLIP and its relatives in transformers).
+
+Both give embeddings of one width, and the head reads the embedding of whatever it is given. So a method that reads
+texts with the model (`Method.texts`) finds them beside the images, as the pair was trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from sparsetrain.core.anatomy import Anatomy
+from sparsetrain.core.quote import quoted
+from sparsetrain.hf.model.opening import NO_CODE, open_config
+
+
+class PairClassifier(PreTrainedModel):
+    """A pair of encoders, and a linear on their embeddings; the config is the pair's own with `num_labels`."""
+
+    base_model_prefix = "pair"
+    main_input_name = "pixel_values"
+    _supports_sdpa = True
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.pair: Any = AutoModel.from_config(config, attn_implementation=config._attn_implementation, **NO_CODE)
+        if not (hasattr(self.pair, "get_image_features") and hasattr(self.pair, "get_text_features")):
+            raise ValueError(
+                f"{quoted(config.model_type)} is no pair of encoders: it has no embeddings of images and of texts. "
+                "Take a model such as CLIP or SigLIP."
+            )
+        self.classifier = nn.Linear(config.projection_dim, config.num_labels)
+        self.post_init()
+
+    @classmethod
+    def from_config(cls, config: Any, *, attn_implementation: str = "sdpa", dtype: torch.dtype | None = None) -> Any:
+        """With random weights, as transformers' auto classes make a model."""
+        config._attn_implementation = attn_implementation
+        model: Any = cls(config)
+        return model if dtype is None else model.to(dtype)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **options: Any) -> Any:
+        """As any model of transformers; of the pair's own folder or name the head is new."""
+        if config is None:
+            config = open_config(str(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **options)
+
+    def anatomy(self) -> Anatomy:
+        """Its head; the towers are left as they are."""
+        axes = {"classifier.weight": ("labels", "embed"), "classifier.bias": ("labels",)}
+        return Anatomy(family=self.config.model_type, model_class=type(self).__name__, blocks=(), axes=axes)
+
+    def embed(
+        self, pixel_values: Tensor | None = None, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings [batch, width] of images or of texts, not scaled."""
+        if (pixel_values is None) == (input_ids is None):
+            raise ValueError("a pair embeds images or texts. Give one of pixel_values and input_ids.")
+        if pixel_values is not None:
+            found = self.pair.get_image_features(pixel_values=pixel_values)
+        else:
+            found = self.pair.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
+        return getattr(found, "pooler_output", found)
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> SequenceClassifierOutput:
+        """Logits [batch, num_labels], and with labels [batch] the mean cross-entropy."""
+        logits = self.classifier(self.embed(pixel_values, input_ids, attention_mask))
+        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]

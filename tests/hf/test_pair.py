@@ -1,0 +1,137 @@
+"""A pair of encoders of images and texts, from a local folder of CLIP weights, with a concept bottleneck."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, CLIPConfig, CLIPModel
+
+import sparsetrain
+from bench.methods import small_pair
+from sparsetrain import ConceptBottleneck
+from sparsetrain.data.captions import CLOTHES, all_attributes, caption
+from sparsetrain.data.images import FASHION_LABELS
+from sparsetrain.data.picture import as_png, pixels_of, read_picture
+from sparsetrain.hf.model.io import load, save
+from sparsetrain.hf.model.pair import PairClassifier
+from sparsetrain.hf.model.weights import load_weights
+from sparsetrain.hf.train.rows import reader
+from tests.cli.conftest import Call, call  # noqa: F401
+
+CONCEPTS = all_attributes(CLOTHES)
+
+
+def clip_folder(folder: Path) -> CLIPModel:
+    """Random CLIP weights with their tokenizer, as they are published: no head."""
+    words = small_pair.tokenizer()
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(**small_pair.config(len(words), width=32, layers=1).to_dict()))
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return model.eval()
+
+
+def converted(folder: Path, **options: Any) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    model, new = load_weights(str(folder), "PairClassifier", torch.float32, new_head=True)
+    assert new == ["classifier"]
+    config = ConceptBottleneck(concepts=CONCEPTS, classes=tuple(f"a {name}" for name in FASHION_LABELS), **options)
+    read = reader(small_pair.tokenizer(), 16, "cpu")
+    return model, sparsetrain.sparsify(model, config, read=read)
+
+
+def test_both_towers_embed_as_clip_does_and_the_concepts_are_its_texts(tmp_path: Path) -> None:
+    clip = clip_folder(tmp_path)
+    model, handle = converted(tmp_path)
+    (site,) = handle.sites("concept_bottleneck").values()
+    pixels = torch.randn(3, 1, 28, 28)
+    batch = reader(small_pair.tokenizer(), 16, "cpu")(CONCEPTS)
+    with torch.no_grad():
+        out = clip(**batch, pixel_values=pixels)
+        torch.testing.assert_close(site.vectors, out.text_embeds)
+        torch.testing.assert_close(site.scale, clip.logit_scale.exp())
+        scores = site.scores(model.embed(pixels))
+        torch.testing.assert_close(scores, out.logits_per_image, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(pixels).logits, site.layers(scores)[1], rtol=1e-4, atol=1e-4)
+
+
+def test_the_loss_trains_the_layers_and_what_is_saved_comes_back(tmp_path: Path) -> None:
+    clip_folder(tmp_path / "clip")
+    model, handle = converted(tmp_path / "clip", loss="contrastive")
+    pixels, labels = torch.randn(8, 1, 28, 28), torch.arange(8)
+    model.train()(pixels, labels=labels).loss.backward()
+    (site,) = handle.sites("concept_bottleneck").values()
+    assert site.layers.bottleneck.grad.any() and site.layers.head.grad.any()
+    site.layers.head.data.mul_(1.5)
+    expected = model.eval()(pixels).logits
+    save(model, handle, tmp_path / "saved", tokenizer=small_pair.tokenizer(), task="pair-image")
+    loaded = load(tmp_path / "saved")
+    assert isinstance(loaded.model, PairClassifier) and loaded.task == "pair-image"
+    assert torch.equal(loaded.model(pixels).logits, expected)
+    (state,) = handle.state().values()
+    changed = {**state, "vectors": state["vectors"][:-1]}
+    with pytest.raises(ValueError, match="vectors is"):
+        model, _ = load_weights(str(tmp_path / "clip"), "PairClassifier", torch.float32, new_head=True)
+        sparsetrain.sparsify(model, *handle.configs, state={"classifier:concept_bottleneck": changed})
+
+
+def test_an_image_is_explained_from_the_command_line(call: Call, tmp_path: Path) -> None:  # noqa: F811
+    clip_folder(tmp_path / "clip")
+    model, handle = converted(tmp_path / "clip")
+    save(model, handle, tmp_path / "saved", tokenizer=small_pair.tokenizer(), task="pair-image")
+    image = np.random.default_rng(0).integers(0, 256, (28, 28, 1), dtype=np.uint8)
+    (tmp_path / "shoe.png").write_bytes(as_png(image))
+    assert np.array_equal(read_picture(tmp_path / "shoe.png", 28, 1), image)
+    said = call("explain", tmp_path / "saved", tmp_path / "shoe.png", "--output", tmp_path / "page.html")
+    assert said.code == 0 and "sum: the lead" in said.out and "search of the concept matrix" in said.out, said.err
+    page = (tmp_path / "page.html").read_text()
+    assert 'src="data:image/png;base64,' in page and "http" not in page
+    (tmp_path / "text.png").write_text("no picture")
+    for wrong, message in (("none.png", "does not exist"), ("text.png", "no picture that can be read")):
+        said = call("explain", tmp_path / "saved", tmp_path / wrong)
+        assert said.code == 2 and message in said.err
+
+
+def test_pixels_are_scaled_as_for_training() -> None:
+    image = np.array([[[0], [255]], [[128], [64]]], dtype=np.uint8)
+    found = pixels_of([image])
+    assert found.shape == (1, 1, 2, 2)
+    assert found.flatten().tolist() == pytest.approx([-1, 1, 128 / 127.5 - 1, 64 / 127.5 - 1], abs=1e-6)
+
+
+def test_a_small_pair_learns_to_match_images_with_captions() -> None:
+    """Takes some seconds: it must train. Each label's image is a bright square of its own."""
+    labels = torch.arange(10).repeat(20)
+    pixels = torch.rand(200, 1, 28, 28) * 0.2 - 1
+    for i, label in enumerate(labels.tolist()):
+        at, down = 5 * (label % 5), 14 * (label // 5)
+        pixels[i, :, down : down + 12, at : at + 5] = 1
+    model = small_pair.train(pixels, labels, epochs=20, seed=0, batch=50, lr=3e-3, width=32, layers=1)
+    read = reader(small_pair.tokenizer(), 16, "cpu")
+    with torch.no_grad():
+        images = torch.nn.functional.normalize(model.embed(pixels), dim=-1)
+        texts = torch.nn.functional.normalize(model.embed(**read([f"a {name}" for name in FASHION_LABELS])), dim=-1)
+    assert ((images @ texts.t()).argmax(1) == labels).float().mean() > 0.5  # by chance 0.1
+
+
+def test_captions_are_of_the_label() -> None:
+    from random import Random
+
+    for label in FASHION_LABELS:
+        for seed in range(5):
+            text = caption(label, CLOTHES, Random(seed))
+            assert label in text or any(attribute in text for attribute in CLOTHES[label])
+    with pytest.raises(ValueError, match="no attributes"):
+        caption("hat", CLOTHES, Random(0))
+
+
+def test_what_is_no_pair_is_refused() -> None:
+    with pytest.raises(ValueError, match="is no pair of encoders"):
+        PairClassifier.from_config(BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+    model = PairClassifier.from_config(small_pair.config(30, width=32, layers=1))
+    with pytest.raises(ValueError, match="images or texts"):
+        model()
