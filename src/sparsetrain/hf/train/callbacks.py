@@ -39,8 +39,8 @@ class SparsityCallback(TrainerCallback):
         handle: what `sparsify` returned.
         asked_for: it goes before the one that a Trainer has by itself.
         at_end: write the sidecar into `output_dir` at the end of training, where no saved model has brought its own.
-        report: told, as notes (by default logged), what the methods say at the start, what one changed for good, and the
-            peak of memory before and after it: a peak counts from the last change, since a dense phase would hide it.
+        report: told, as notes (by default logged), what the methods say at the start, what one changed for good, and
+            the peak of memory before and after it: it counts from the last change, since a dense phase would hide it.
         before_reset: called at a change, before the peak starts anew.
         about: entries for the sidecar.
     """
