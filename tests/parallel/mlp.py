@@ -10,8 +10,7 @@ from sparsetrain.parallel.shape import GridShape
 BATCH = 16
 SIZES = ((8, 12), (12, 8))
 GRIDS = [
-    GridShape(*sizes)
-    for sizes in ((1, 2, 2, 2), (2, 1, 2, 2), (2, 2, 2, 1), (2, 2, 1, 2), (1, 1, 1, 4), (1, 8, 1, 1))
+    GridShape(*sizes) for sizes in ((1, 2, 2, 2), (2, 1, 2, 2), (2, 2, 2, 1), (2, 2, 1, 2), (1, 1, 1, 4), (1, 8, 1, 1))
 ]
 
 

@@ -61,6 +61,4 @@ def join_bias(shards: Sequence[Tensor], shape: GridShape, transposed: bool = Fal
     """The full bias [n] of the shards of ranks 0, 1, …"""
     _, out_axis = axes_of_linear(transposed)
     other = Place(data=0, z=0, x=0, y=0)
-    return torch.cat(
-        [shards[shape.rank(Place(**{**vars(other), out_axis: i}))] for i in range(shape.size(out_axis))]
-    )
+    return torch.cat([shards[shape.rank(Place(**{**vars(other), out_axis: i}))] for i in range(shape.size(out_axis))])

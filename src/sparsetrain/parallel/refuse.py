@@ -1,0 +1,62 @@
+"""What a grid cannot cut of a model, said before anything is edited or sent."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sparsetrain.core.anatomy import Anatomy, LinearSite, innermost, submodule
+from sparsetrain.parallel.shape import GridShape, linear_error
+from sparsetrain.surgery.site import Site
+
+
+def whole_linears(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
+    """Linears that stay whole on every rank -> why: what a method has replaced, or holds inside a module of its own."""
+    owned = [name for name, module in model.named_modules() if isinstance(module, Site)]
+    found = {}
+    for site in anatomy.linears:
+        linear = innermost(submodule(model, site.name))
+        owner = next((name for name in owned if site.name == name or site.name.startswith(f"{name}.")), None)
+        if owner is not None:
+            found[site.name] = f"{type(submodule(model, owner)).__name__} reads its weight"
+        elif type(linear) is not nn.Linear and type(linear).__name__ != "Conv1D":
+            found[site.name] = f"{type(linear).__name__} is no plain linear"
+    return found
+
+
+def check_plain(shape: GridShape, anatomy: Anatomy, sites: list[LinearSite]) -> None:
+    """Raise ValueError if the grid cuts none of the linears, or cannot cut one."""
+    if not sites:
+        raise ValueError(
+            f"grid {shape}: {anatomy.model_class} has no linear left to cut. Every one belongs to a sparse method, or "
+            "is cut already. Use data-parallel training for it."
+        )
+    for site in sites:
+        transposed = site.role in ("o", "down")
+        if why := linear_error(shape, site.in_features, site.out_features, transposed):
+            raise ValueError(
+                f"grid {shape} cannot cut {site.name} ({site.in_features} -> {site.out_features}): {why}. "
+                "Use another grid; `sparsetrain plan --gpus` lists those that fit."
+            )
+
+
+def check_expert(shape: GridShape, model: nn.Module, anatomy: Anatomy, left: dict[str, str]) -> None:
+    """Raise ValueError if some part of a block cannot work on cut features."""
+    advice = "Use mode plain, which cuts the linears alone."
+    if left:
+        name, why = next(iter(left.items()))
+        raise ValueError(f"expert mode cuts every linear of a block, and {name} stays whole: {why}. {advice}")
+    for site in anatomy.attentions:
+        for count, what in ((site.num_heads, "heads"), (site.num_kv_heads, "key/value heads")):
+            if count % shape.y:
+                raise ValueError(f"grid {shape}: the {count} {what} of {site.name} do not divide by y={shape.y}.")
+    for block in anatomy.blocks:
+        if block.attention is None or block.ffn is None:
+            raise ValueError(f"expert mode needs an attention and an FFN in {block.name}. {advice}")
+        known = {site.name for site in block.linears} | set(block.norms)
+        for name, parameter in submodule(model, block.name).named_parameters(block.name):
+            owner = name.rpartition(".")[0]
+            if owner not in known:
+                raise ValueError(
+                    f"expert mode does not know how to cut {name} {tuple(parameter.shape)} of {anatomy.model_class}. "
+                    f"{advice}"
+                )
