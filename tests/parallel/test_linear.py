@@ -27,8 +27,9 @@ def test_four_ranks() -> None:
 
 
 @pytest.mark.slow
-def test_the_grids_of_eight_ranks_of_the_page() -> None:
-    spawn(every_check, 8, [shape for shape in GRIDS if shape.world == 8])
+@pytest.mark.parametrize("shape", [shape for shape in GRIDS if shape.world == 8], ids=str)
+def test_the_grids_of_eight_ranks_of_the_page(shape: GridShape) -> None:
+    spawn(every_check, 8, [shape])
 
 
 def test_a_grid_needs_a_process_group() -> None:

@@ -1,0 +1,45 @@
+"""Llama, GPT-2 and BERT on a grid train as on one device, and their checkpoints move between grids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from torch import distributed
+
+from sparsetrain.parallel.linear import Mode
+from tests.parallel.on_models import checkpoints_move, trains_as_one_device
+from tests.parallel.ranks import spawn
+
+pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
+NAMES = ("llama", "gpt2", "bert")
+MODES: tuple[Mode, ...] = ("plain", "expert")
+
+
+def two(folder: str) -> None:
+    for name in NAMES:
+        for mode in MODES:
+            for sizes in ((1, 1, 2, 1), (1, 1, 1, 2)):
+                trains_as_one_device(name, sizes, mode)
+    checkpoints_move(folder, [((1, 1, 2, 1), "expert"), ((1, 2, 1, 1), "plain"), ((2, 1, 1, 1), "expert")])
+
+
+def four(folder: str) -> None:
+    for name in NAMES:
+        for mode in MODES:
+            for sizes in ((1, 1, 2, 2), (1, 2, 2, 1), (2, 1, 1, 2), (1, 4, 1, 1)):
+                trains_as_one_device(name, sizes, mode)
+    grids: list[tuple[tuple[int, ...], Mode]] = [((1, 1, 2, 2), "expert"), ((1, 2, 2, 1), "plain")]
+    grids += [((2, 1, 1, 2), "expert"), ((1, 1, 4, 1), "plain"), ((1, 4, 1, 1), "expert")]
+    for name in NAMES:
+        checkpoints_move(f"{folder}/{name}", grids, name)
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    """Two processes: some fifteen seconds, half of them imports."""
+    spawn(two, 2, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_four_ranks(tmp_path: Path) -> None:
+    spawn(four, 4, str(tmp_path))
