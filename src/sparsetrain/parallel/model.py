@@ -16,10 +16,7 @@ from sparsetrain.parallel.grid import ParallelGrid
 from sparsetrain.parallel.linear import Mode, TPLinear
 from sparsetrain.parallel.norm import AXIS, GridNorm
 from sparsetrain.parallel.refuse import check_expert, check_plain, whole_linears
-from sparsetrain.parallel.shape import GridShape
-
-TRANSPOSED_ROLES = ("o", "down")
-"""The second linear of each pair, attention's and the FFN's: it takes what the first has left, cut over y."""
+from sparsetrain.parallel.shape import TRANSPOSED_ROLES, GridShape
 
 Cut = TPLinear | GridNorm
 

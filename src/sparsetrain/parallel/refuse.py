@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from sparsetrain.core.anatomy import Anatomy, LinearSite, innermost, submodule
-from sparsetrain.parallel.shape import GridShape, linear_error
+from sparsetrain.parallel.shape import TRANSPOSED_ROLES, GridShape, linear_error
 from sparsetrain.surgery.site import Site
 
 
@@ -31,7 +31,7 @@ def check_plain(shape: GridShape, anatomy: Anatomy, sites: list[LinearSite]) -> 
             "is cut already. Use data-parallel training for it."
         )
     for site in sites:
-        transposed = site.role in ("o", "down")
+        transposed = site.role in TRANSPOSED_ROLES
         if why := linear_error(shape, site.in_features, site.out_features, transposed):
             raise ValueError(
                 f"grid {shape} cannot cut {site.name} ({site.in_features} -> {site.out_features}): {why}. "

@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 
 AXES = ("data", "z", "x", "y")
+TRANSPOSED_ROLES = ("o", "down")
+"""The second linear of each pair, attention's and the FFN's: it takes what the first has left, cut over y."""
 
 
 @dataclass(frozen=True)
