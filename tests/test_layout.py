@@ -54,7 +54,7 @@ def test_no_file_is_named_for_nothing_in_particular() -> None:
         assert not any(word in file.stem for word in ("util", "helper", "manager", "wrapper")), file
 
 
-ABOVE = ("measure", "data", "recipes", "runs", "planner", "hf", "cli")
+ABOVE = ("measure", "data", "parallel", "recipes", "runs", "planner", "hf", "cli")
 """Floors above the methods."""
 DATA = ("recipes/presets.py",)
 """Files above the methods that may name them: they are data."""

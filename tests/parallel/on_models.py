@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -92,3 +93,85 @@ def checkpoints_move(folder: str, grids: list[tuple[tuple[int, ...], Mode]], nam
         dense.load_state_dict(found, strict=False)
         for key, parameter in plain.named_parameters():
             torch.testing.assert_close(dense.get_parameter(key), parameter, rtol=0, atol=20 * EXACT[name])
+
+
+def lora_trains(sizes: tuple[int, ...]) -> None:
+    """LoRA before the grid: the adapters' gradients and the norm equal one device's, the base stays as it was."""
+    from peft import LoraConfig, get_peft_model
+
+    def adapted() -> Any:
+        torch.manual_seed(5)
+        how = LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False)
+        return get_peft_model(build("llama"), how).double().train()
+
+    plain = adapted()
+    loss_of(plain, batch("llama", 0)).backward()
+    wanted = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+    norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+    with ParallelGrid(*sizes) as grid:
+        cut = parallelize(adapted(), grid)
+        before = {n: p.detach().clone() for n, p in cut.model.named_parameters() if "lora_" not in n}
+        loss_of(cut.model, cut.rows(batch("llama", 0))).backward()
+        torch.testing.assert_close(cut.finish_gradients(max_norm=1.0), norm.double(), rtol=1e-6, atol=1e-6)
+        found = {n: p.grad for n, p in cut.model.named_parameters() if p.grad is not None}
+        assert set(found) == set(wanted) and all("lora_" in name for name in found)
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-6)
+        torch.optim.SGD([p for p in cut.model.parameters() if p.requires_grad], lr=0.1).step()
+        assert all(torch.equal(before[n], p) for n, p in cut.model.named_parameters() if n in before)
+
+
+def sparse_before(sizes: tuple[int, ...], how: str) -> None:
+    """A method's edit, then the grid: what it holds stays whole and is reported; the rest trains as on one device."""
+    from sparsetrain import sparsify
+    from sparsetrain.core.config import method_config
+
+    def edited() -> Any:
+        model = build("llama")
+        sparsify(model, method_config(how).example(), seed=0)
+        return model.train()
+
+    plain = edited()
+    loss_of(plain, batch("llama", 0)).backward()
+    with ParallelGrid(*sizes) as grid:
+        cut = parallelize(edited(), grid)
+        loss_of(cut.model, cut.rows(batch("llama", 0))).backward()
+        norm = cut.finish_gradients()
+        wanted = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1e9)
+        torch.testing.assert_close(norm, wanted.double(), rtol=1e-5, atol=1e-6, msg=how)
+        assert cut.report()[0].startswith("grid ")
+
+
+def left_nothing(sizes: tuple[int, ...]) -> None:
+    """Methods that hold every linear leave a grid nothing to cut."""
+    from sparsetrain import sparsify
+    from sparsetrain.core.config import method_config
+
+    with ParallelGrid(*sizes) as grid:
+        for how in ("sara", "pst", "monarch"):
+            model = build("llama")
+            sparsify(model, method_config(how).example(), seed=0)
+            with pytest.raises(ValueError, match="Every one belongs to a sparse method"):
+                parallelize(model, grid)
+
+
+def refusals(sizes: tuple[int, ...]) -> None:
+    """What cannot be done is said on every rank, and the model is left as it was."""
+    from sparsetrain import PlanError, RoutedFFN, sparsify
+
+    with ParallelGrid(*sizes) as grid:
+        model = FAMILIES["qwen3"].model()
+        with pytest.raises(ValueError, match=r"does not know how to cut .*q_norm"):
+            parallelize(model, grid, mode="expert")
+        assert not any("TPLinear" in type(module).__name__ for module in model.modules())
+        cut = parallelize(model, grid)
+        with pytest.raises(PlanError, match="Edit the model first"):
+            sparsify(cut.model, RoutedFFN())
+        with pytest.raises(ValueError, match="no linear left to cut"):
+            parallelize(cut.model, grid)
+        with pytest.raises(ValueError, match="3 rows do not divide by it"):
+            cut.rows(torch.zeros(3, 2))
+        narrow = FAMILIES["llama"].build()
+        if grid.shape.y == 4:
+            with pytest.raises(ValueError, match="2 key/value heads .* do not divide by y=4"):
+                parallelize(narrow, grid, mode="expert")

@@ -8,7 +8,14 @@ import pytest
 from torch import distributed
 
 from sparsetrain.parallel.linear import Mode
-from tests.parallel.on_models import checkpoints_move, trains_as_one_device
+from tests.parallel.on_models import (
+    checkpoints_move,
+    left_nothing,
+    lora_trains,
+    refusals,
+    sparse_before,
+    trains_as_one_device,
+)
 from tests.parallel.ranks import spawn
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
@@ -24,6 +31,15 @@ def two(folder: str) -> None:
     checkpoints_move(folder, [((1, 1, 2, 1), "expert"), ((1, 2, 1, 1), "plain"), ((2, 1, 1, 1), "expert")])
 
 
+def edited() -> None:
+    lora_trains((1, 1, 2, 1))
+    lora_trains((1, 2, 1, 1))
+    for method in ("token_selection", "routed_ffn", "semi_structured"):
+        sparse_before((1, 1, 1, 2), method)
+    left_nothing((1, 1, 2, 1))
+    refusals((1, 1, 1, 2))
+
+
 def four(folder: str) -> None:
     for name in NAMES:
         for mode in MODES:
@@ -33,11 +49,17 @@ def four(folder: str) -> None:
     grids += [((2, 1, 1, 2), "expert"), ((1, 1, 4, 1), "plain"), ((1, 4, 1, 1), "expert")]
     for name in NAMES:
         checkpoints_move(f"{folder}/{name}", grids, name)
+    refusals((1, 1, 1, 4))
 
 
 def test_two_ranks(tmp_path: Path) -> None:
     """Two processes: some fifteen seconds, half of them imports."""
     spawn(two, 2, str(tmp_path))
+
+
+def test_lora_and_sparse_models_on_two_ranks() -> None:
+    """Two processes, as above."""
+    spawn(edited, 2)
 
 
 @pytest.mark.slow

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsetrain.parallel.shape import GridShape, axes_of_linear, linear_error
-from sparsetrain.parallel.volume import linear_volumes
+from sparsetrain.parallel.volume import linear_volumes, reduced
 
-TERMS = ("gather_z", "scatter_z", "reduce_x", "reduce_y", "reduce_data")
+TERMS = ("gather_z", "scatter_z", "reduce_x", "reduce_y", "reduce_data", "reduce_whole")
+"""The collectives of a linear, and the sums of what no axis cuts."""
 STATE_BYTES = 16
 """Bytes a trained parameter takes: weight and gradient in half precision, weight and two moments of AdamW in fp32."""
 
@@ -120,7 +121,7 @@ def cost(shape: GridShape, task: GridTask, network: Network) -> GridCost:
 
     Memory: 16 bytes a parameter over x y z, whole ones on every rank, and the input of every linear, m k / (z G_in).
     """
-    seconds = dict.fromkeys(TERMS, 0.0)
+    seconds: dict[str, float] = dict.fromkeys(TERMS, 0.0)
     tokens = task.rows * task.tokens // shape.data
     activations = 0.0
     for layer in task.layers:
@@ -131,11 +132,9 @@ def cost(shape: GridShape, task: GridTask, network: Network) -> GridCost:
         in_axis, _ = axes_of_linear(layer.transposed)
         inputs = tokens * layer.k / (shape.z * shape.size(in_axis))
         activations += layer.count * inputs * task.dtype_bytes
-    if task.whole_parameters and shape.data * shape.z > 1:
-        for axis in ("z", "data"):
-            size, speed = shape.size(axis), network.bandwidth(shape, axis)
-            term = "scatter_z" if axis == "z" else "reduce_data"
-            seconds[term] += 2 * (size - 1) / size * task.whole_parameters * task.dtype_bytes / speed
+    for axis in ("z", "data"):  # whole parameters are summed over every axis that splits tokens
+        elements = reduced(task.whole_parameters, shape.size(axis))
+        seconds["reduce_whole"] += elements * task.dtype_bytes / network.bandwidth(shape, axis)
     cut = task.parameters / (shape.x * shape.y * shape.z)
     return GridCost(
         shape=shape,

@@ -99,7 +99,8 @@ class SimulatedLinear:
 
     def full(self, shards: Ranks) -> Tensor:
         """The full weight, or its gradient, of shards."""
-        return join_weight(shards, self.grid.shape, *self.weight.shape, self.transposed)
+        n, k = self.weight.shape
+        return join_weight(shards, self.grid.shape, n, k, self.transposed)
 
     def full_bias(self, shards: Ranks) -> Tensor:
         return join_bias(shards, self.grid.shape, self.transposed)
