@@ -35,7 +35,10 @@ def batch(name: str, step: int) -> dict[str, Tensor]:
 
 
 def loss_of(model: Any, rows: dict[str, Tensor]) -> Tensor:
-    """This rank's sum over the number of all rows: they are of one length."""
+    """This rank's sum over the number of all ranks' targets; the rows are of one length."""
+    tokens = rows["input_ids"].shape[1]
+    if rows["labels"].ndim == 2:
+        return model(**rows, num_items_in_batch=torch.tensor(ROWS * (tokens - 1))).loss
     return model(**rows).loss * rows["input_ids"].shape[0] / ROWS
 
 
@@ -173,5 +176,5 @@ def refusals(sizes: tuple[int, ...]) -> None:
             cut.rows(torch.zeros(3, 2))
         narrow = FAMILIES["llama"].build()
         if grid.shape.y == 4:
-            with pytest.raises(ValueError, match="2 key/value heads .* do not divide by y=4"):
+            with pytest.raises(ValueError, match=r"2 key/value heads .* do not divide by y=4"):
                 parallelize(narrow, grid, mode="expert")

@@ -40,15 +40,16 @@ def edited() -> None:
     refusals((1, 1, 1, 2))
 
 
-def four(folder: str) -> None:
-    for name in NAMES:
-        for mode in MODES:
-            for sizes in ((1, 1, 2, 2), (1, 2, 2, 1), (2, 1, 1, 2), (1, 4, 1, 1)):
-                trains_as_one_device(name, sizes, mode)
+def four(folder: str, name: str) -> None:
+    for mode, sizes in (
+        ("expert", (1, 1, 2, 2)),
+        ("expert", (2, 1, 1, 2)),
+        ("plain", (1, 2, 2, 1)),
+        ("plain", (1, 4, 1, 1)),
+    ):
+        trains_as_one_device(name, sizes, mode)
     grids: list[tuple[tuple[int, ...], Mode]] = [((1, 1, 2, 2), "expert"), ((1, 2, 2, 1), "plain")]
-    grids += [((2, 1, 1, 2), "expert"), ((1, 1, 4, 1), "plain"), ((1, 4, 1, 1), "expert")]
-    for name in NAMES:
-        checkpoints_move(f"{folder}/{name}", grids, name)
+    checkpoints_move(folder, [*grids, ((2, 1, 1, 2), "expert"), ((1, 1, 4, 1), "plain")], name)
     refusals((1, 1, 1, 4))
 
 
@@ -63,5 +64,6 @@ def test_lora_and_sparse_models_on_two_ranks() -> None:
 
 
 @pytest.mark.slow
-def test_four_ranks(tmp_path: Path) -> None:
-    spawn(four, 4, str(tmp_path))
+@pytest.mark.parametrize("name", NAMES)
+def test_four_ranks(name: str, tmp_path: Path) -> None:
+    spawn(four, 4, str(tmp_path), name)
