@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor.debug import CommDebugMode
 
+from sparsetrain.parallel.dtensor import DTensorLinear
 from sparsetrain.parallel.flow import Flow, Overlap
 from sparsetrain.parallel.grid import ParallelGrid
 from sparsetrain.parallel.linear import Mode, TPLinear
@@ -150,6 +153,50 @@ def accumulation_equals_one_batch(sizes: tuple[int, ...], mode: Mode) -> None:
             close(value, wanted[name])
 
 
+def dtensor_equals(sizes: tuple[int, ...]) -> None:
+    """The DTensor linears compute what TPLinear does: output, weight and bias gradients."""
+    model, x, dy = serial()
+    with ParallelGrid(*sizes) as grid:
+        if 12 % (grid.shape.y * grid.shape.z):
+            with pytest.raises(ValueError, match="TPLinear, which cuts the flat weight"):
+                DTensorLinear((model[0].weight, None), grid=grid)  # type: ignore[arg-type]
+            return
+        cut = cut_mlp(grid, model, "expert")
+        y, _ = one_pass(cut, x, dy)
+        cut.finish_gradients()
+        wanted = full_gradients(cut)
+        up, down = (
+            DTensorLinear((model[i].weight, model[i].bias), grid=grid, transposed=i == 2)  # type: ignore[arg-type]
+            for i in (0, 2)
+        )
+        found = down(nn.functional.gelu(up(local(grid, x.detach(), "expert"))))
+        close(found.detach(), y)
+        found.backward(local(grid, dy, "expert"))
+        for name, layer in (("0", up), ("2", down)):
+            for kind in ("weight", "bias"):
+                gradient = getattr(layer, kind).grad.full_tensor()
+                close(grid.all_reduce(gradient, "data").wait(), wanted[f"{name}.{kind}"])
+
+
+def dtensor_messages() -> None:
+    """A forward of both: two gathers of weights and two sums; the backward scatters two weights."""
+    model, x, dy = serial()
+    with ParallelGrid(x=2, z=2) as grid:
+        up, down = (
+            DTensorLinear((model[i].weight, None), grid=grid, transposed=i == 2)  # type: ignore[arg-type]
+            for i in (0, 2)
+        )
+        own = local(grid, x.detach(), "expert")
+        with CommDebugMode() as forward:
+            y = down(nn.functional.gelu(up(own)))
+        with CommDebugMode() as backward:
+            y.backward(local(grid, dy, "expert"))
+    counts = [
+        {str(key).rpartition(".")[2]: n for key, n in mode.get_comm_counts().items()} for mode in (forward, backward)
+    ]
+    assert counts[0]["all_gather_into_tensor"] == 2 and counts[1]["reduce_scatter_tensor"] == 2, counts
+
+
 def refuses_another_world() -> None:
     try:
         ParallelGrid(data=3)
@@ -164,6 +211,7 @@ def every_check(grids: list[GridShape]) -> None:
     for shape in grids:
         sizes = (shape.data, shape.z, shape.x, shape.y)
         moves_what_the_formulas_say(sizes)
+        dtensor_equals(sizes)
         modes: tuple[Mode, ...] = ("expert", "plain")
         for mode in modes:
             equal_to_one_device(sizes, mode)

@@ -8,7 +8,7 @@ from torch import distributed
 from sparsetrain.parallel.grid import ParallelGrid
 from sparsetrain.parallel.shape import GridShape
 from tests.parallel.mlp import GRIDS
-from tests.parallel.on_mlp import every_check
+from tests.parallel.on_mlp import dtensor_messages, every_check
 from tests.parallel.ranks import spawn
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
@@ -24,6 +24,11 @@ def test_two_ranks() -> None:
 @pytest.mark.slow
 def test_four_ranks() -> None:
     spawn(every_check, 4, FOURS)
+
+
+@pytest.mark.slow
+def test_dtensor_sends_two_gathers_and_two_scatters() -> None:
+    spawn(dtensor_messages, 4)
 
 
 @pytest.mark.slow

@@ -70,8 +70,24 @@ class ParallelGrid:
         order = torch.arange(self.shape.world).view(data, z, y, x).permute(0, 3, 2, 1)
         self.mesh: DeviceMesh | None = DeviceMesh(device, order, mesh_dim_names=("data", "x", "y", "z"))
         self._groups: dict[str, Any] = {axis: self.mesh.get_group(axis) for axis in AXES}
-        ranks.register_groups(self._groups)
         self.traffic = Traffic()
+
+    def tell_methods(self, *, rows_everywhere: bool) -> None:
+        """Say which ranks have other samples (`core.ranks`, axis data): all, or those of another data or z.
+
+        Args:
+            rows_everywhere: every rank has rows of its own (plain mode).
+        """
+        if rows_everywhere:
+            ranks.register_groups({"data": distributed.group.WORLD})  # type: ignore[dict-item]
+            return
+        cell = self.shape.x * self.shape.y
+        for first in range(cell):  # every rank makes every group
+            group = distributed.new_group(list(range(first, self.shape.world, cell)))
+            if self.rank % cell == first:
+                self._groups["samples"] = group
+        groups = {"data": self._groups["samples"], "x": self._groups["x"], "y": self._groups["y"]}
+        ranks.register_groups(groups)
 
     def close(self) -> None:
         """Let go of the process groups: held until the process ends, they would take it down."""

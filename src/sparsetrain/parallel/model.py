@@ -118,6 +118,7 @@ def parallelize(
     check_plain(grid.shape, anatomy, sites)
     if mode == "expert":
         check_expert(grid.shape, model, anatomy, left)
+    grid.tell_methods(rows_everywhere=mode == "plain")
     flow = Flow(grid, overlap or Overlap(), keep_weights)
     cut: dict[str, Cut] = {}
     for site in sites:
