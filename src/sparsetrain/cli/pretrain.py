@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from sparsetrain.cli.answer import Answer
 from sparsetrain.cli.finetune import DryRun, compared, next_steps, previewed
@@ -11,11 +13,34 @@ from sparsetrain.cli.flags import Debug, Json, RecipeFile, changes, methods_help
 from sparsetrain.cli.live import telling
 from sparsetrain.cli.pretrain_flags import PRETRAIN_FLAGS
 
+Grid = Annotated[
+    str | None,
+    typer.Option(
+        "--grid",
+        metavar="data=N,z=N,x=N,y=N",
+        help="Cut the weights over a grid of processes that torchrun has started (`plan --gpus` prices grids).",
+    ),
+]
+GridMode = Annotated[
+    str,
+    typer.Option(
+        "--grid-mode",
+        metavar="plain|expert",
+        help="With --grid. plain: rows are exchanged around each linear. expert: features stay cut between them.",
+    ),
+]
+
 
 @takes(*PRETRAIN_FLAGS, table=PRETRAIN_FLAGS)
 def pretrain(
-    recipe: RecipeFile = None, dry_run: DryRun = False, json: Json = False, debug: Debug = False, **flags: Any
-) -> Answer:
+    recipe: RecipeFile = None,
+    grid: Grid = None,
+    grid_mode: GridMode = "plain",
+    dry_run: DryRun = False,
+    json: Json = False,
+    debug: Debug = False,
+    **flags: Any,
+) -> Answer | None:
     """Train a Transformer from random weights, dense or with any sparse methods.
 
     Makes the model from a config, converts it, trains it, and writes the model, checkpoints, the recipe and report.html
@@ -35,6 +60,8 @@ def pretrain(
     Through a smaller model (a V-cycle), beside the ordinary run at the best of three learning rates:
       sparsetrain pretrain --model gpt2-nano --data python-stdlib --method multi_level:levels=2 \\
         --compare dense --compare-lr 5e-4,1e-3,2e-3
+    Dense, on a grid of eight processes; `--resume` takes any other grid:
+      torchrun --nproc-per-node 8 -m sparsetrain.cli pretrain --model gpt2-nano --data notes --grid data=2,x=2,y=2
     What it would do, without training:
       sparsetrain pretrain --model my-config.json --data notes --dry-run
 
@@ -55,12 +82,29 @@ def pretrain(
     if asked.compare_lr and asked.compare != "dense":
         raise ValueError(f"compare_lr={list(asked.compare_lr)} tunes the dense side. Give --compare dense too.")
     with telling() as tell:
+        if grid is not None:
+            return _on_grid(asked, grid, grid_mode, tell)
         if dry_run:
             return previewed(asked, tell)
         return compared(asked, tell) if asked.compare == "dense" else _trained(asked, tell)
 
 
 pretrain.__doc__ = inspect.cleandoc(pretrain.__doc__ or "").replace("METHODS\n", f"{methods_help()}\n")
+
+
+def _on_grid(recipe: Any, grid: str, mode: str, tell: Any) -> Answer | None:
+    """Rank 0 answers; the others are silent."""
+    from sparsetrain.hf.train.grid import pretrain_on_grid
+    from sparsetrain.parallel.shape import GridShape
+
+    if mode not in ("plain", "expert"):
+        raise ValueError(f"--grid-mode {mode!r} is unknown. Choose plain or expert.")
+    result = pretrain_on_grid(recipe, GridShape.from_text(grid), mode, tell)  # type: ignore[arg-type]
+    if result is None:
+        return None
+    losses = result["losses"]
+    lines = [f"{result['steps']} steps, loss {losses[0]:.4f} -> {losses[-1]:.4f}; model in {result['output']}/model."]
+    return Answer(data=result, show=[*result["report"], *lines])
 
 
 def _trained(recipe: Any, tell: Any) -> Answer:
