@@ -58,7 +58,7 @@ def test_what_does_not_go_on_a_grid_is_said(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("RANK", "0")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "kept").touch()
-    with pytest.raises(ValueError, match="output=.* holds something already"):
+    with pytest.raises(ValueError, match=r"output=.* holds something already"):
         pretrain_on_grid(asked, GridShape(x=2))
     with pytest.raises(ValueError, match=r"methods=.*a grid trains dense models"):
         pretrain_on_grid(recipe(str(tmp_path), "new", methods=["semi_structured"]), GridShape(x=2))

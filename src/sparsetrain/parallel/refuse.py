@@ -11,13 +11,22 @@ from sparsetrain.surgery.site import Site
 
 def whole_linears(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
     """Linears that stay whole on every rank -> why: what a method has replaced, or holds inside a module of its own."""
-    owned = [name for name, module in model.named_modules() if isinstance(module, Site)]
+    # what edits an FFN leaves its site beside the FFN's linears, and reads their weights; one of an attention does not
+    edited = {
+        name: type(child).__name__
+        for ffn in anatomy.ffns
+        for child in submodule(model, ffn.name).children()
+        if isinstance(child, Site)
+        for name in (f"{ffn.name}.{ffn.up}", f"{ffn.name}.{ffn.gate}", f"{ffn.name}.{ffn.down}")
+    }
+    inside = [name for name, module in model.named_modules() if isinstance(module, Site)]
     found = {}
     for site in anatomy.linears:
         linear = innermost(submodule(model, site.name))
-        owner = next((name for name in owned if site.name == name or site.name.startswith(f"{name}.")), None)
-        if owner is not None:
-            found[site.name] = f"{type(submodule(model, owner)).__name__} reads its weight"
+        owner = next((name for name in inside if site.name == name or site.name.startswith(f"{name}.")), None)
+        if site.name in edited or owner is not None:
+            kind = edited.get(site.name) or type(submodule(model, owner or "")).__name__
+            found[site.name] = f"{kind} reads its weight"
         elif type(linear) is not nn.Linear and type(linear).__name__ != "Conv1D":
             found[site.name] = f"{type(linear).__name__} is no plain linear"
     return found
