@@ -144,7 +144,7 @@ def both(grid_text: str, settings: dict[str, Any]) -> dict[str, float]:
 BENCHMARKS = [
     Benchmark(
         name="planner_grids",
-        measures="time of a step on grids of 2 to 8 gloo processes as the simulator predicts it, against measured steps",
+        measures="time of a step on grids of 2 to 8 gloo processes: simulated against measured",
         cells=lambda asked: [Cell(name, lambda name=name: both(name, asked.settings)) for name in GRIDS],
         settings={"hidden": 512, "blocks": 2, "rows": 1024, "rounds": 9},
         quick={"hidden": 128, "rows": 256, "rounds": 3},
