@@ -14,6 +14,7 @@ from typing import Any
 
 from bench.runner import RESULTS, ROOT
 from bench.tables import CONCLUSIONS, TABLES
+from bench.tables.automatic import automatic
 from bench.tables.deploy import evidence_files, of_spt
 from bench.tables.machines import machines
 from bench.tables.picture import COLOURS, picture
@@ -43,7 +44,8 @@ def pages() -> dict[Path, str]:
         own = dict(tables)
         if path.stem in CONCLUSIONS:
             own["conclusion"] = [CONCLUSIONS[path.stem](found)]
-        own["pages"], own["machines"], own["spt"] = index(found), machines(found), of_spt(found.get("deploy", NOTHING))
+        own["pages"], own["machines"] = index(found), machines(found)
+        own["spt"], own["automatic"] = (table(found.get("deploy", NOTHING)) for table in (of_spt, automatic))
         written[path], names = fill(path.read_text(), own, path.name)
         placed |= names
     if missing := sorted(set(TABLES) - placed):

@@ -11,6 +11,7 @@ import pytest
 
 from bench.methods import deploy
 from bench.runner import asked_of
+from bench.tables import automatic
 from bench.tables import deploy as tables
 from tests.cli.conftest import save_llama
 
@@ -85,7 +86,9 @@ def test_every_arm_is_a_recipe_and_what_a_cell_uses_stands_before_it() -> None:
     for cell in deploy.cells(asked_of(deploy.BENCHMARKS[0])):
         assert set(cell.uses) <= before, cell.key
         before.add(cell.key)
-    assert "gsm8k tokens-0.3 time 2" in before and "gsm8k spt time 0" in before and "gsm8k spt time 1" not in before
+    assert "gsm8k tokens-0.5 time 2" in before and "chitchat-256 tokens-0.5 time 1" not in before
+    assert "python-docstrings-2GB dense-checkpointing time 0" in before and "long-docstrings auto" in before
+    assert "gsm8k spt time 0" in before and "gsm8k spt time 1" not in before
 
 
 def recorded(loss: float, steps: int = 80, setup: float = 0.0) -> dict[str, Any]:
@@ -183,3 +186,21 @@ def test_evidence_written_by_hand_stays_and_the_grid_s_is_replaced(results: dict
     entries = json.loads(files["token_selection"])
     assert ["deployed" in entry for entry in entries] == [False] * (len(entries) - 1) + [True]
     assert json.loads(tables.written(entries)) == entries
+
+
+def test_what_was_taken_is_judged_by_the_runs_at_equal_time(results: dict[str, Any]) -> None:
+    """Token selection is 9 % better than dense at equal time, attention 5 % worse."""
+    cells, name = results["results"], "python-docstrings auto"
+    taken = {"taken": "x", "methods": [{**TOKENS, "keep_ratio": 0.15}], "recomputes": False, "seconds": 12.0}
+    cells[name] = taken
+    (pick,) = automatic.picks(results)
+    assert (pick.taken, pick.best, pick.right) == ("tokens-0.15", "tokens-0.15", True) and pick.regret == 0
+    cells[name] = {**taken, "methods": []}
+    (pick,) = automatic.picks(results)
+    assert (pick.taken, pick.right) == ("dense", False) and pick.regret == pytest.approx(1 / 0.91 - 1)
+    cells[name] = {**taken, "methods": [], "recomputes": True}
+    (pick,) = automatic.picks(results)
+    assert (pick.taken, pick.regret, pick.right) == ("dense-checkpointing", None, False)
+    text = "\n".join(automatic.automatic(results))
+    assert "| not run | wrong |" in text and "0 of 1" in text
+    assert "Not measured" in automatic.automatic({"results": {}})[0]

@@ -1,8 +1,9 @@
 """Train sparse, deploy dense: what every way of training leaves in the plain model, beside dense LoRA.
 
-A grid of data × arms. Three kinds of cell, each in processes of its own:
+A grid of data × arms. Four kinds of cell, each in processes of its own:
 
 - `DATA rows`: lengths of the rows and the share of their tokens that are targets.
+- `DATA auto`: what `--preset auto` takes for it, which the runs then prove right or wrong.
 - `DATA ARM step`: the arm's training step in turns with the dense one, on the same batches, and its memory. It says how
   many times faster a step is, once, in pairs, so that equal time does not hang on how busy a machine was in a long run.
 - `DATA ARM steps SEED`, `DATA ARM time SEED`: one `finetune` on the dense run's number of steps, or on as many as the
@@ -18,10 +19,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import statistics
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from bench.runner import Asked, Benchmark, Cell, in_own_process
@@ -29,7 +33,7 @@ from bench.runner import Asked, Benchmark, Cell, in_own_process
 SEEDS = (0, 1, 2)
 RATES = {"lr": 3e-4, "lr_schedule": "cosine", "lora_r": 16, "calibration_tokens": 16384, "save_every": 0}
 SFT = {"model": "smollm2-135m", "task": "sft", **RATES}
-DATA: dict[str, dict[str, Any]] = {
+GRID: dict[str, dict[str, Any]] = {
     "python-docstrings": {**SFT, "seq_len": 1024, "batch_size": 1, "eval_tokens": 24576},
     "gsm8k": {**SFT, "seq_len": 512, "batch_size": 4, "eval_tokens": 16384},
     "chitchat": {**SFT, "seq_len": 1024, "batch_size": 2, "eval_tokens": 24576},
@@ -37,19 +41,39 @@ DATA: dict[str, dict[str, Any]] = {
     "movie-reviews": {**SFT, "model": "minilm", "task": "classify", "lr": 1e-3}
     | {"seq_len": 256, "batch_size": 8, "eval_tokens": 131072},
 }
-TIMES_STEPS = {"movie-reviews": 4}
+"""On which every arm is run."""
+LONG, LONG_CONTEXT = "long-docstrings", 14_000
+"""Rows of some 4,096 tokens: so many characters of the file stand before each function."""
+SHAPES: dict[str, dict[str, Any]] = {
+    LONG: {**GRID["python-docstrings"], "seq_len": 4096, "eval_tokens": 49152},
+    "chitchat-256": {**GRID["chitchat"], "seq_len": 256, "batch_size": 8},
+    "python-stdlib-512": {**GRID["python-stdlib"], "seq_len": 512, "batch_size": 2},
+    "movie-reviews-smollm2": {**SFT, "task": "classify", "seq_len": 256, "batch_size": 4, "eval_tokens": 32768},
+    "python-docstrings-2GB": GRID["python-docstrings"],
+}
+"""Further shapes, for the automatic choice: only what it may take is run on them."""
+DATA = {**GRID, **SHAPES}
+SOURCE = {"chitchat-256": "chitchat", "python-stdlib-512": "python-stdlib", "movie-reviews-smollm2": "movie-reviews"}
+SOURCE |= {"python-docstrings-2GB": "python-docstrings"}
+"""The data set of a shape that is not named after it."""
+MEMORY = {"python-docstrings-2GB": 2 * 1024**3}
+"""Bytes that a run may take, where they are fewer than the machine has."""
+TIMES_STEPS = {"movie-reviews": 4, "movie-reviews-smollm2": 2}
 """A small model needs more steps until dense training has converged."""
-SHARES = {"python-docstrings": (0.1, 0.15, 0.3), "movie-reviews": (0.1, 0.3, 0.5)}
+USUAL_STEPS = 10
+"""A user's run, beside one of the grid: the automatic choice may take a twentieth of it."""
+SHARES = {"python-docstrings": (0.1, 0.15, 0.3), LONG: (0.05, 0.1, 0.15), "movie-reviews": (0.5, 0.3, 0.1)}
+SHARES |= {"python-docstrings-2GB": SHARES["python-docstrings"], "movie-reviews-smollm2": SHARES["movie-reviews"]}
 """Tokens that are selected, by data; `OTHER_SHARES` elsewhere, where targets are more than those."""
 OTHER_SHARES = (0.3, 0.5, 0.7)
 CONTEXTS = (
-    (1, "attended", True),
-    (1, "near", True),
-    (0, "attended", True),
-    (1, "attended", False),
-    (1, "random", False),
+    (1, "near", True, True),
+    (1, "attended", True, True),
+    (0, "attended", True, False),
+    (1, "attended", False, False),
+    (1, "random", False, False),
 )
-"""(which share, what fills it up after all targets, whether keys of other tokens train)."""
+"""(which share, what fills it up after all targets, whether keys of other tokens train, whether it may be chosen)."""
 LIGHT = (4, 6, 7, 14, 16, 17, 18, 20, 24, 27)  # the ten that cost least alone, of SmolLM2's 30 (docs/log.md)
 DEMO = (*range(3, 8), *range(9, 19), *range(20, 25), *range(26, 29))  # the 23 of the recipe examples/spt.yaml
 OF_MINILM = {LIGHT: (4, 5), DEMO: (1, 2, 3, 4, 5)}
@@ -87,13 +111,21 @@ def arms(data: str) -> dict[str, Arm]:
     shares = SHARES.get(data, OTHER_SHARES)
     middle = tokens(data, shares[1])
     light, demo = ffn(data, LIGHT), ffn(data, DEMO)
-    found = {f"tokens-{share}": Arm((tokens(data, share),), chosen=True) for share in shares}
+    sft, chosen = DATA[data]["task"] == "sft", {shares[1]} if DATA[data]["task"] == "sft" else set(shares[:2])
+    found = {f"tokens-{share}": Arm((tokens(data, share),), chosen=share in chosen) for share in shares}
+    if sft:
+        for share, context, keys, may in CONTEXTS:
+            kept = tokens(data, shares[share], keep_all_targets=True, context=context, train_keys=keys)
+            found[f"tokens-{shares[share]}-all-{context}{'-keys' * keys}"] = Arm((kept,), chosen=may)
+    else:
+        found |= {f"tokens-{r}-keys": Arm((tokens(data, r, train_keys=True),), chosen=True) for r in shares[:2]}
+    if data in MEMORY:
+        found["dense-checkpointing"] = Arm((), {"gradient_checkpointing": "non-reentrant"}, chosen=True)
+    if data in SHAPES:
+        return {name: arm for name, arm in found.items() if arm.chosen}
     found |= {"attention": Arm((PQ,)), "ffn-light": Arm((light,)), "ffn-demo": Arm((demo,)), "spt": Arm((PQ, demo))}
     found |= {"tokens+attention": Arm((middle, PQ)), "tokens+spt": Arm((middle, PQ, demo))}
-    if DATA[data]["task"] == "sft":
-        for share, context, keys in CONTEXTS:
-            kept = tokens(data, shares[share], keep_all_targets=True, context=context, train_keys=keys)
-            found[f"tokens-{shares[share]}-all-{context}{'-keys' * keys}"] = Arm((kept,), chosen=True)
+    if sft:
         few = {"dense_tokens": "targets"}
         found |= {"attention-context": Arm(({**PQ, **few},)), "ffn-light-context": Arm(({**light, **few},))}
         found["tokens+attention-context"] = Arm((middle, {**PQ, **few}))
@@ -112,9 +144,26 @@ def arms(data: str) -> dict[str, Arm]:
     return found
 
 
+@functools.cache
+def long_docstrings() -> str:
+    """A file of prompts with completions whose rows are some 4,096 tokens: functions with more of their files before
+    them, and no others."""
+    from sparsetrain.core.files import write_whole
+    from sparsetrain.core.remembered import cache_folder
+    from sparsetrain.data.docstrings import docstring_rows
+
+    rows = docstring_rows(Path(sysconfig.get_paths()["stdlib"]), context=LONG_CONTEXT)
+    kept = [row for row in rows if len(row["prompt"]) > 0.9 * LONG_CONTEXT]
+    path = cache_folder() / "bench" / "long-docstrings.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+    return str(path)
+
+
 def recipe_of(data: str, arm: Arm | None, settings: dict[str, Any]) -> dict[str, Any]:
     """The recipe's values, but for output, seed and steps."""
-    values = {**DATA[data], "data": data, "methods": [], "dtype": settings["dtype"]}
+    source = long_docstrings() if data == LONG else SOURCE.get(data, data)
+    values = {**DATA[data], "data": source, "methods": [], "dtype": settings["dtype"]}
     if settings["eval_tokens"] is not None:
         values["eval_tokens"] = settings["eval_tokens"]
     return values if arm is None else {**values, "methods": list(arm.methods), **arm.recipe}
@@ -151,11 +200,18 @@ def _tenths(values: Sequence[float]) -> list[float]:
     return [round(found[0], 4), round(found[-1], 4)]
 
 
+def steps_otherwise(values: dict[str, Any]) -> bool:
+    """Whether a step is another than dense LoRA's."""
+    return bool(values["methods"]) or "gradient_checkpointing" in values
+
+
 def step(values: dict[str, Any], rounds: int, threads: int) -> dict[str, Any]:
     """How many times faster the arm's step is, in its middle and in its dense phases; and its memory."""
     here = f"{__name__}:"
     found = in_own_process(here + "memory", values, threads)
-    return found if not values["methods"] else {**in_own_process(here + "ratio", values, rounds, threads), **found}
+    return (
+        found if not steps_otherwise(values) else {**in_own_process(here + "ratio", values, rounds, threads), **found}
+    )
 
 
 def _training_step(values: dict[str, Any], count: int, threads: int) -> Any:
@@ -180,7 +236,8 @@ def ratio(values: dict[str, Any], rounds: int, threads: int) -> dict[str, Any]:
     from sparsetrain.measure.timing import compare
 
     ours = _training_step(values, rounds + 1, threads)
-    dense = _training_step({**values, "methods": []}, rounds + 1, threads)
+    plain = {**values, "methods": [], "gradient_checkpointing": "none"}
+    dense = _training_step(plain, rounds + 1, threads)
     found = {"ratio": compare(dense, ours, rounds=rounds).to_dict(), "dense_phase_ratio": None}
     if dense_steps(values, STEPS):
 
@@ -284,12 +341,33 @@ def train(
     }
 
 
+def automatic(data: str, dense: dict[str, Any], steps: int, threads: int) -> dict[str, Any]:
+    """What `--preset auto` takes, and the seconds of it."""
+    return in_own_process(f"{__name__}:take", dense, steps, MEMORY.get(data), threads)
+
+
+def take(values: dict[str, Any], steps: int, memory_bytes: int | None, threads: int) -> dict[str, Any]:
+    """`taken`, its methods, and what was weighed, of a run of as many steps as a user's would have."""
+    import torch
+
+    from sparsetrain.hf.study.choose import choose
+    from sparsetrain.planner.choosing import Asked as Choosing
+    from sparsetrain.recipes.finetune import Recipe
+
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        given = {key: value for key, value in values.items() if key != "methods"}
+        given |= {"preset": "auto", "steps": USUAL_STEPS * steps, "output": f"{folder}/run", "threads": threads}
+        found = choose(Recipe.from_values(given), Choosing(memory_bytes=memory_bytes, again=True))
+    return {key: found.values[key] for key in ("taken", "methods", "recomputes", "reason", "options", "seconds")}
+
+
 def cells(asked: Asked) -> list[Cell]:
     """Seed 0 of what is chosen from, its other seeds, then the rest; data in the table's order within each."""
     first, *others = asked.seeds
     found = [cell for data in DATA for cell in _of_data(data, asked, True, [first], new=True)]
-    found += [cell for data in DATA for cell in _of_data(data, asked, True, others, new=False)]
-    return found + [cell for data in DATA for cell in _of_data(data, asked, False, [first], new=False)]
+    found += [cell for data in GRID for cell in _of_data(data, asked, True, others, new=False)]
+    return found + [cell for data in GRID for cell in _of_data(data, asked, False, [first], new=False)]
 
 
 def _of_data(data: str, asked: Asked, chosen: bool, seeds: Iterable[int], new: bool) -> list[Cell]:
@@ -300,6 +378,7 @@ def _of_data(data: str, asked: Asked, chosen: bool, seeds: Iterable[int], new: b
     found: list[Cell] = []
     if new:
         found.append(Cell(f"{data} rows", functools.partial(rows, dense, steps)))
+        found.append(Cell(f"{data} auto", functools.partial(automatic, data, dense, steps, threads)))
         found.append(Cell(f"{data} dense step", functools.partial(step, dense, settings["rounds"], threads)))
     mine = {name: arm for name, arm in arms(data).items() if arm.chosen == chosen}
     for seed in seeds:
@@ -309,7 +388,7 @@ def _of_data(data: str, asked: Asked, chosen: bool, seeds: Iterable[int], new: b
         for name, arm in mine.items():
             values = recipe_of(data, arm, settings)
             timed = f"{data} {arm.timed_as or name} step"
-            if arm.methods and arm.timed_as is None and (new or not chosen):
+            if steps_otherwise(values) and arm.timed_as is None and (new or not chosen):
                 found.append(Cell(timed, functools.partial(step, values, settings["rounds"], threads)))
             found += _runs(f"{data} {name}", values, steps, seed, beside, timed, asked)
     return found
@@ -328,7 +407,7 @@ def _runs(
         return trained(values, longer, seed, dense["start"], asked.settings, asked.threads)
 
     found = [Cell(f"{name} steps {seed}", of_steps, uses=(beside,))]
-    return [*found, Cell(f"{name} time {seed}", of_time, uses=(beside, timed))] if values["methods"] else found
+    return [*found, Cell(f"{name} time {seed}", of_time, uses=(beside, timed))] if steps_otherwise(values) else found
 
 
 BENCHMARKS = [

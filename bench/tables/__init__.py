@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bench.tables import attention, deploy, ffn, planner, semi_structured, steps, tokens
+from bench.tables import attention, deploy, ffn, growth, linears, planner, semi_structured, steps, tokens
 
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "selected_attention": attention.attention,
@@ -26,6 +26,13 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "planner_steps": planner.step_times,
     "steps": steps.steps,
     "deploy": deploy.deploy,
+    "sara": linears.sara,
+    "pst": linears.pst,
+    "monarch_quality": linears.monarch,
+    "multi_level_gpt": growth.multi_level,
+    "multi_level_bert": growth.multi_level,
+    "multi_level_vit": growth.multi_level,
+    "masked_growth": growth.masked_growth,
 }
 """Result file -> its table."""
 
@@ -37,6 +44,10 @@ CONCLUSIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "token_selection": tokens.conclude_token_selection,
     "routed_ffn": ffn.conclude_routed_ffn,
     "semi_structured": semi_structured.conclude_semi_structured,
+    "sara": linears.conclude_sara,
+    "pst": linears.conclude_pst,
+    "monarch": linears.conclude_monarch,
+    "growth": growth.conclude_growth,
     "planner": planner.conclude_planner,
 }
 """Page of docs/results -> what its numbers say, in the order of the index."""

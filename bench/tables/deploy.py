@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bench.methods.deploy import DATA, TIMES_STEPS, Arm, arms
+from bench.methods.deploy import DATA, GRID, LONG, TIMES_STEPS, Arm, arms
 from bench.tables.format import listed
 
 ROOT = Path(__file__).parents[2]
@@ -195,10 +195,12 @@ def conclude_deploy(found: dict[str, Any]) -> str:
 def evidence(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Method -> an entry for each of its settings, alone or first of several, on one data; with the usual dense phases.
 
-    As `planner.quality` reads them: facts say where a result holds, the rest is beside dense LoRA.
+    As `planner.quality` reads them: facts say where a result holds, the rest is beside dense LoRA. Of the further
+    shapes only the long rows are evidence: the others are there to try the choice that is made from it.
     """
     found: dict[str, list[dict[str, Any]]] = {}
-    for data, rows in rows_of(results["results"]).items():
+    of_evidence = {data: rows for data, rows in rows_of(results["results"]).items() if data in (*GRID, LONG)}
+    for data, rows in of_evidence.items():
         facts = results["results"].get(f"{data} rows")
         for row in rows:
             if facts and row.arm.methods and not row.arm.recipe and "ratio" in row.step and row.pairs("time"):

@@ -32,7 +32,7 @@ DEPLOY = {"--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--n
 ADAPTER = {"--preset", "--distill-steps", "--distill-lr", "--lora-r", "--lora-alpha", "--lora-targets"}
 PRETRAIN = RECIPE - DEPLOY - ADAPTER | {
     "--set", "--data-folder", "--tokenizer", "--train-rows", "--min-lr-ratio", "--beta1", "--beta2", "--eps",
-    "--clip-value", "--compare-lr",
+    "--clip-value", "--compare-lr", "--find-switch",
 }  # fmt: skip
 SURFACE = {
     "finetune": ALWAYS | RECIPE | {"--recipe", "--dry-run"}

@@ -90,7 +90,8 @@ def test_what_fails_in_the_process_is_the_callers_error(model: Path) -> None:
 
 
 def test_candidates_are_methods_presets_and_ones_own() -> None:
-    assert {"routed_ffn", "pq_attention", "spt"} <= set(candidates("all"))
+    assert {"routed_ffn", "pq_attention", "spt"} <= set(candidates("all")) and "masked_growth" not in candidates("all")
+    assert list(candidates("masked_growth")) == ["masked_growth"]  # asked for by name, it is refused with the reason
     own = (RoutedFFN(),)
     assert candidates("", own) == {"yours": own}
     assert list(candidates("spt, routed_ffn")) == ["spt", "routed_ffn"]

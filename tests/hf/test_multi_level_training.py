@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 
-from sparsetrain import MultiLevel
+from sparsetrain import MaskedGrowth, MultiLevel
 from sparsetrain.core.anatomy import describe
 from sparsetrain.hf.model.io import load
 from sparsetrain.hf.study.compare import compare
@@ -21,7 +21,7 @@ from sparsetrain.measure import render_text
 from sparsetrain.measure.ledger import charged, ledger, size_of, size_text
 from sparsetrain.methods.multi_level.module import decoalesce, interpolate
 from sparsetrain.runs.manifest import read_json
-from sparsetrain.surgery.grow import fill
+from sparsetrain.surgery.grow import fill, growth_method
 from tests.families import FAMILIES
 from tests.hf.test_pretrain import images
 from tests.hf.test_stages import Kill, losses, named, same_weights, tiny_gpt
@@ -212,6 +212,42 @@ def test_beside_the_ordinary_run_at_its_best_rate(tmp_path: Path) -> None:
     assert found["text"] in " ".join(render_text(made.report))
     time = made.report["judgements"][0]
     assert "all steps of all models and the switches" in time["text"]
+
+
+def test_it_leaves_the_small_model_when_two_short_runs_say_so(tmp_path: Path) -> None:
+    """Two short runs and both sides, in processes of their own: half a minute, which importing torch takes."""
+    asked = recipe(tmp_path, compare="dense", find_switch=24, eval_every=5, save_every=0, lr=1e-2, steps=40)
+    made = compare(asked)
+    said = read_json(tmp_path / "out" / "switch" / "found.json")
+    sizes = {
+        name: read_json(tmp_path / "out" / "switch" / f"{name}-config" / "config.json") for name in ("small", "large")
+    }
+    assert (sizes["small"]["n_layer"], sizes["large"]["n_layer"]) == (1, 2) and said["steps"] == 24
+    taken = made.sparse["recipe"]["methods"][0]["small_share"]
+    assert taken == (pytest.approx(min(said["small_share"], 0.7), abs=1e-4) if said["small_flops"] else 0.4)
+    notes = made.report["notes"]
+    assert said["text"] in notes and any("The ordinary run ended at" in note for note in notes)
+    assert "find_switch" not in made.dense["recipe"] or not made.dense["recipe"]["find_switch"]
+
+
+def test_nothing_to_switch_from(tmp_path: Path) -> None:
+    asked = tiny_gpt(tmp_path, {"n_head": 2}, methods=["semi_structured"], steps=10, compare="dense", find_switch=5)
+    with pytest.raises(ValueError, match="no method here trains one"):
+        compare(asked)
+    assert not (tmp_path / "out" / "sparse").exists()
+
+
+def test_shares_of_the_smaller_models() -> None:
+    def shared(config: Any, share: float) -> Any:
+        change = growth_method(config).with_small_share
+        assert change is not None
+        return change(config, share)
+
+    assert shared(MultiLevel(), 0.3).small_share == 0.3 and shared(MultiLevel(), 0.99).small_share == 0.85
+    assert shared(MultiLevel(levels=3), 0.99).final_share == pytest.approx(0.1)
+    grown = MaskedGrowth(plan=("30% ffn/2 layers/2", "10% ffn*2", "layers*2"))
+    assert shared(grown, 0.6).plan == ("45% ffn/2 layers/2", "15% ffn*2", "40% layers*2")
+    assert shared(grown, 0.05).plan == ("3.75% ffn/2 layers/2", "4% ffn*2", "92.25% layers*2")  # twice a ramp at least
 
 
 @pytest.mark.parametrize(

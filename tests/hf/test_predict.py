@@ -41,7 +41,7 @@ def test_built_in_configs_make_models_of_the_known_sizes() -> None:
 
     from sparsetrain.hf.model.models import empty_model, num_parameters
 
-    billions = {"llama-3-8b": 8.03, "qwen2.5-7b": 7.62, "gemma-3-12b": 11.77, "qwen2.5-0.5b": 0.494,
+    billions = {"llama-3-8b": 8.03, "llama-3-70b": 70.55, "qwen2.5-7b": 7.62, "gemma-3-12b": 11.77, "qwen2.5-0.5b": 0.494,
                 "llama-3.1-8b": 8.03, "llama-3.2-1b": 1.236, "mistral-7b": 7.24}  # fmt: skip
     assert set(built_in_configs()) == set(billions)
     for name, size in billions.items():
@@ -72,9 +72,12 @@ def test_a_plan_is_cached_and_its_recipe_is_one_that_finetune_takes(config_file:
 
 def test_every_method_is_a_candidate_and_none_is_dropped_without_a_reason(config_file: Path) -> None:
     from sparsetrain.core.config import registered_methods
+    from sparsetrain.surgery.method import growth_of
 
     labels = {c.label for c in candidates({"lora_r": 4})}
-    assert set(registered_methods()) <= labels and {"LoRA", "all weights", "spt"} <= labels
+    growing = {name for name, kind in registered_methods().items() if growth_of((kind(),)) is not None}
+    assert growing and not growing & labels  # they start from random weights
+    assert set(registered_methods()) - growing <= labels and {"LoRA", "all weights", "spt"} <= labels
     assert all(c.label != "LoRA" for c in candidates({"lora_r": 0}))
 
 

@@ -51,11 +51,23 @@ def test_it_is_not_evaluated_at_its_end_or_when_both_take_as_long() -> None:
     assert measured_after(side(1.05), side(1.0)) is None  # in the last step, which is evaluated anyway
 
 
-def test_it_is_evaluated_once() -> None:
-    slow, fast = side(2.0), side(1.0)
+def test_it_is_evaluated_once_and_again_where_the_other_ends_later_than_thought() -> None:
+    slow, fast = side(2.0, steps=20), side(1.0)
     for _ in range(4):
         train(slow)
         train(fast)
     assert slow.reaches(fast)
-    slow.measured = True
+    slow.measured_s = 10.0
+    train(slow)
+    train(fast)
+    assert not slow.reaches(fast)  # 12 s, and the other ends after 10 as it was thought to
+    fast.pace = 3.0
+    for _ in range(5):
+        train(fast)  # it ends after 20 s
+    assert not slow.reaches(fast)
+    for _ in range(4):
+        train(slow)
+    assert slow.reaches(fast)  # the next step is the tenth
+    slow.measured_s = 20.0
+    train(slow)
     assert not slow.reaches(fast)

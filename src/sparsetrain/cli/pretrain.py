@@ -60,6 +60,8 @@ def pretrain(
     Through a smaller model (a V-cycle), beside the ordinary run at the best of three learning rates:
       sparsetrain pretrain --model gpt2-nano --data python-stdlib --method multi_level:levels=2 \\
         --compare dense --compare-lr 5e-4,1e-3,2e-3
+    The same, leaving the small model when two runs of 300 steps say so:
+      sparsetrain pretrain --recipe examples/multi-level.yaml --find-switch 300
     Dense, on a grid of eight processes; `--resume` takes any other grid:
       torchrun --nproc-per-node 8 -m sparsetrain.cli pretrain --model gpt2-nano --data notes --grid data=2,x=2,y=2
     What it would do, without training:
@@ -81,6 +83,8 @@ def pretrain(
     asked = PretrainRecipe.from_yaml(recipe, given) if recipe else PretrainRecipe.from_values(given)
     if asked.compare_lr and asked.compare != "dense":
         raise ValueError(f"compare_lr={list(asked.compare_lr)} tunes the dense side. Give --compare dense too.")
+    if asked.find_switch and asked.compare != "dense":
+        raise ValueError(f"find_switch={asked.find_switch} is judged by the ordinary run. Give --compare dense too.")
     with telling() as tell:
         if grid is not None:
             return _on_grid(asked, grid, grid_mode, tell)

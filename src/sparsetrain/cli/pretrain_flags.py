@@ -30,6 +30,8 @@ _OWN = (
          "the loss at equal steps and at equal time. Takes twice the time."),
     Flag("compare_lr", "FLOAT,...", "", SPARSE, "With --compare dense: learning rates of the dense twin, which trains "
          "at each first and is compared at the best.", list[str]),
+    Flag("find_switch", INT, "0", SPARSE, "With --compare dense and a model that grows: steps of two short runs from "
+         "which is predicted when to leave the small model; afterwards, how far off that was."),
     Flag("lr", FLOAT, "0.001", TRAIN, "Peak learning rate."),
     Flag("min_lr_ratio", FLOAT, "0.0", TRAIN, "Where cosine ends, as a share of lr."),
     Flag("weight_decay", FLOAT, "0.1", TRAIN, "AdamW's decoupled decay; norms and biases are left out."),

@@ -15,26 +15,29 @@ from pathlib import Path
 from sparsetrain.data.files import walk_files
 
 CONTEXT, LONGEST = 3200, 6000
-"""Characters of the file before a function that are shown with it, and of a function at most."""
+"""Characters of the file before a function shown with it where nothing else is asked, and of a function at most."""
 SHORTEST_DOC, LONGEST_DOC = 60, 800
 """Characters of a docstring: shorter ones say nothing, longer ones are manuals."""
 ASKED = "Write the docstring of the last function.\n\n"
 
 
-def docstring_rows(root: Path) -> list[dict[str, str]]:
+def docstring_rows(root: Path, context: int = CONTEXT) -> list[dict[str, str]]:
     """{prompt, completion} of every function below a folder that has a docstring, in the order of files and lines.
 
     Tests and installed packages are left out, and so is a function that stands twice.
+
+    Args:
+        context: characters of its file that stand before a function at most.
     """
     rows: dict[str, dict[str, str]] = {}
     for path in walk_files(root, leave_out=("site-packages", "dist-packages", "test", "tests", "idlelib")):
         if path.suffix == ".py":
-            for row in _rows_of(path):
+            for row in _rows_of(path, context):
                 rows.setdefault(row["prompt"], row)
     return list(rows.values())
 
 
-def _rows_of(path: Path) -> Iterator[dict[str, str]]:
+def _rows_of(path: Path, context: int) -> Iterator[dict[str, str]]:
     try:
         source = path.read_text(encoding="utf-8")
         with warnings.catch_warnings():
@@ -53,5 +56,5 @@ def _rows_of(path: Path) -> Iterator[dict[str, str]]:
         first = min([node.lineno, *(each.lineno for each in node.decorator_list)]) - 1
         body = "".join([*lines[first : own.lineno - 1], *lines[own.end_lineno : node.end_lineno]])
         if SHORTEST_DOC <= len(doc) <= LONGEST_DOC and len(body) <= LONGEST:
-            before = "".join(lines[:first])[-CONTEXT:].partition("\n")[2] if first else ""
+            before = "".join(lines[:first])[-context:].partition("\n")[2] if first else ""
             yield {"prompt": f"{ASKED}{before}{textwrap.dedent(body)}".rstrip(), "completion": doc}

@@ -7,6 +7,9 @@ A transposed linear swaps x and y.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -54,14 +57,15 @@ class DTensorLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         given = DTensor.from_local(x, self.mesh, self.along, run_check=False)
-        weight = self.weight.redistribute(self.mesh, self.gathered)  # type: ignore[operator]
+        held: Any = self.weight  # a DTensor, as `Parameter` leaves it
+        weight = held.redistribute(self.mesh, self.gathered)
         y = torch.mm(given, weight.t()).redistribute(self.mesh, self.whole)
         if self.bias is not None:
             y = y + self.bias
         return y.to_local()
 
 
-def _placed(full: Tensor, mesh: object, placements: list[object]) -> DTensor:
+def _placed(full: Tensor, mesh: Any, placements: Sequence[Any]) -> DTensor:
     """Cut what every rank has; nothing is sent."""
-    whole = DTensor.from_local(full.detach(), mesh, [Replicate()] * 3, run_check=False)  # type: ignore[arg-type]
-    return whole.redistribute(mesh, placements).detach()  # type: ignore[arg-type]
+    whole = DTensor.from_local(full.detach(), mesh, [Replicate()] * 3, run_check=False)
+    return whole.redistribute(mesh, placements).detach()

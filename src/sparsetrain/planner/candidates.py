@@ -10,19 +10,22 @@ from sparsetrain.core.config import MethodConfig, plain_values, registered_metho
 from sparsetrain.planner.search import Answer, Candidate
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.presets import PRESETS, SAFEST, STUDIED_PRESET, TOGETHER, Way
+from sparsetrain.surgery.method import growth_of
 
 
 def candidates(base: dict[str, Any]) -> list[Candidate]:
     """The ways to train that are compared, safest first.
 
     A method that the package's ways do not name alone comes as the preset that is studied has it, or with its defaults.
+    A model that grows is trained from random weights, so there is nothing to fine-tune with it.
 
     Args:
         base: recipe keys that hold for all of them; `methods` and `gradient_checkpointing` are what is compared.
     """
     named = {way.methods[0].method for way in SAFEST if len(way.methods) == 1}
     recorded: dict[str, MethodConfig] = {config.method: config for config in PRESETS[STUDIED_PRESET]}
-    alone = {name: recorded.get(name) or kind() for name, kind in registered_methods().items() if name not in named}
+    others = {name: recorded.get(name) or kind() for name, kind in registered_methods().items() if name not in named}
+    alone = {name: config for name, config in others.items() if growth_of((config,)) is None}
     ways = [*SAFEST, *(Way(label=name, methods=(config,)) for name, config in alone.items()), *TOGETHER]
     all_weights = base.get("lora_r") == 0
     train = "all weights" if all_weights else "LoRA"

@@ -45,6 +45,9 @@ class PretrainRecipe(RunRecipe):
     compare_lr: tuple[float, ...] = ()
     """With compare=dense: learning rates of the dense side. It is trained alone at each first, and compared at the one
     that ends with the lowest held-out loss."""
+    find_switch: int = Field(0, ge=0, le=2**31 - 1)
+    """With compare=dense and a method that trains a smaller model first: steps of two short runs, of the smallest model
+    and the whole one, from whose losses is predicted when to go on to the larger; 0: as the method says."""
     weight_decay: float = Field(0.1, ge=0, le=1)
     """AdamW's decoupled weight decay; norms and biases are left out."""
     beta1: float = Field(0.9, ge=0, lt=1)

@@ -44,6 +44,7 @@ NOT_TRAINING = frozenset(
         "eval_tokens",
         "compare",
         "compare_lr",
+        "find_switch",
         "preset",
     }
     | {"threads", "device", "gradient_checkpointing"}

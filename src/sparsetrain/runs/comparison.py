@@ -98,7 +98,8 @@ def side_recipe(recipe: RunRecipe, side: str, dense: dict[str, Any]) -> RunRecip
         dense: keys that the dense side has in place of the recipe's own, beside `methods`.
     """
     changes: dict[str, Any] = {"output": str(Path(recipe.output) / side), "compare": "none"}
-    changes |= {"compare_lr": ()} if hasattr(recipe, "compare_lr") else {}
+    unasked = {"compare_lr": (), "find_switch": 0}
+    changes |= {key: value for key, value in unasked.items() if key in type(recipe).model_fields}
     if side == "dense":
         changes |= {"methods": (), **dense}
     return recipe.model_copy(update=changes)

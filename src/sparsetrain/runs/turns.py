@@ -7,6 +7,7 @@ belongs to the turn.
 from __future__ import annotations
 
 import contextlib
+import math
 import selectors
 import statistics
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ TURN, ASKS = "turn", "asks"
 """Events of a side that waits: for its turn, or to be told the dense model's quality."""
 GO, MEASURE = "go", "measure"
 """What a side is told: to train a step, or to train one and evaluate the model after it."""
+NEAR = 0.04
+"""An evaluation is near enough to a time that is this share later; within a twentieth it is taken for it."""
 
 
 def train_in_turns(work: str, jobs: dict[str, dict[str, Any]], report: Report) -> None:
@@ -58,7 +61,7 @@ def time_in_turns(
     with _waiting_sides(work, jobs, report) as sides:
         order = sides[::-1]
         for each in sides:
-            each.measured = True  # nothing of these is evaluated
+            each.measured_s = math.inf  # nothing of these is evaluated
         while True:
             seconds = {each.side.name: each.seconds[1:] for each in sides}
             going = wanted(seconds)
@@ -88,6 +91,7 @@ class _Trained:
     """A side that is trained. waiting: for its turn. asks: for the dense model's quality, and not for a turn.
 
     wall_s: its set-up and its steps so far, `step` of `steps`; seconds: of the steps of this process.
+    measured_s: what it had spent when it was evaluated for the comparison at equal time, set-up included.
     peaks: what the process has held at most, as it says when it asks for a turn.
     """
 
@@ -100,7 +104,7 @@ class _Trained:
     wall_s: float = 0.0
     step: int = 0
     steps: int = 0
-    measured: bool = False
+    measured_s: float | None = None
     seconds: list[float] = field(default_factory=list)
     peaks: list[dict[str, Any]] = field(default_factory=list)
 
@@ -124,11 +128,16 @@ class _Trained:
         return self.setup_s + self.wall_s + (steps - self.step) * statistics.median(self.seconds[1:])
 
     def reaches(self, other: _Trained) -> bool:
-        """The next step is the one in which this side, the slower one, has spent what the other will in all."""
+        """The next step is the one in which this side, the slower one, has spent what the other will in all.
+
+        Once more where that turns out to be later than was thought: the pace of a busy machine changes.
+        """
         known = len(self.seconds) > 1 and len(other.seconds) > 1
-        if not known or self.measured or self.step + 1 >= self.steps:
+        if not known or self.step + 1 >= self.steps:
             return False
         end = other.spent_after(other.steps)
+        if self.measured_s is not None and end <= (1 + NEAR) * self.measured_s:
+            return False
         return self.spent_after(self.step + 1) >= end and self.spent_after(self.steps) > end
 
 
@@ -140,7 +149,8 @@ def _turn(sides: list[_Trained], active: _Trained) -> None:
         active.side.send(next((other.dense_quality for other in others), None))
         _until_waiting(sides, active)
     reaches = len(others) == 1 and active.reaches(others[0])
-    active.measured = active.measured or reaches
+    if reaches:
+        active.measured_s = active.spent_after(active.step + 1)
     active.side.send(MEASURE if reaches else GO)
     _until_waiting(sides, active)
 

@@ -183,10 +183,13 @@ class Growth:
     enter: (config, index of a stage, model as it stands, its anatomy, kept weights) -> the model that the stage trains.
         Stage 0 is given the recipe's own model, freshly made. `kept` holds weights by a name that the method chooses,
         from one stage for a later one; what is read from it is on the CPU.
+    with_small_share: (config, share of the run's steps) -> the config whose smaller models train for that share, or for
+        as much of it as leaves every stage its least. None: it has no such option.
     """
 
     stages: Callable[[Any], tuple[Stage, ...]]
     enter: Callable[[Any, int, nn.Module, Anatomy, MutableMapping[str, Weights]], Grown]
+    with_small_share: Callable[[Any, float], Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

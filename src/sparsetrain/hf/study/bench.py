@@ -38,6 +38,7 @@ from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.presets import PRESETS
 from sparsetrain.runs.bench_outcome import Bench, Outcome
 from sparsetrain.runs.events import Report, silent
+from sparsetrain.surgery.method import growth_of
 from sparsetrain.surgery.plan import Plan, plan
 
 QUICK_LAYERS = 4
@@ -47,14 +48,16 @@ that allows for the rounding of bf16 would hide small faults."""
 
 
 def candidates(names: str, own: tuple[MethodConfig, ...] = ()) -> dict[str, tuple[MethodConfig, ...]]:
-    """Name -> configs: `all` (every method with its defaults, every preset), or some of them by name, and one's own.
+    """Name -> configs: `all` (every method with its defaults, every preset; none that grows a model, whose steps are
+    of other models than the recipe's), or some of them by name, and one's own.
 
     Raises:
         ValueError: no such method or preset.
     """
     known = {name: (kind(),) for name, kind in registered_methods().items()}
     known |= {name: configs for name, configs in PRESETS.items() if configs and configs not in known.values()}
-    chosen = list(known) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
+    steady = [name for name, configs in known.items() if growth_of(configs) is None]
+    chosen = steady if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
     if unknown := [name for name in chosen if name not in known]:
         raise ValueError(f"--methods: {shown(unknown[0])} is unknown. Use all, or some of {', '.join(known)}.")
     return {name: known[name] for name in chosen} | ({"yours": own} if own else {})

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.core.files import write_whole
+from sparsetrain.hf.study.switch import judged_switch, with_predicted_switch
 from sparsetrain.hf.study.tuned import tuned_rate
 from sparsetrain.hf.study.turns import WORK
 from sparsetrain.hf.train.dtype import with_dtype
@@ -69,6 +70,7 @@ def compare(recipe: RunRecipe, *, report: Tell = silent, choice: Mapping[str, An
 
 def _compared(recipe: RunRecipe, output: Path, report: Tell) -> Comparison:
     kind = JOBS[job_of(recipe)]
+    recipe, said = with_predicted_switch(recipe, kind, report)
     rate, tried = tuned_rate(recipe, kind, report)
     dense = {**kind.dense, **({} if rate is None else {"lr": rate})}
     recipes = {side: side_recipe(recipe, side, dense) for side in SIDES}
@@ -86,6 +88,7 @@ def _compared(recipe: RunRecipe, output: Path, report: Tell) -> Comparison:
     extra = extra_turns(WORK, like, recipe, dense, pairs, trained_s, report)
     extra.notes.extend(tried)
     made = comparison_report(recipe, results, kind.title(recipe), extra)
+    made["notes"] += [] if said is None else [said["text"], judged_switch(said, made)]
     write_report(made, output)
     illustrate(output, recipe.configs)
     write_whole(output / RECIPE, recipe.to_yaml())

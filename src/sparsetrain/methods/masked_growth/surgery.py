@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -152,5 +153,17 @@ def new_entries(
     return found
 
 
-register_method(MaskedGrowth, Method(growth=Growth(stages=stages, enter=enter)))
+def with_small_share(config: MaskedGrowth, share: float) -> MaskedGrowth:
+    """All parts but the last together, in their proportions; each growth has at least twice its ramp."""
+    *smaller, (last, _) = config.parts()
+    least = 2 * config.ramp_ratio
+    share, before = min(share, 1 - max(least, 0.1)), 1 - last
+    shares = [max(part * share / before, least if number else 0.01) for number, (part, _) in enumerate(smaller)]
+    shares = [round(100 * part, 2) for part in shares]
+    lines = [line.split("%", 1)[-1].strip() for line in config.plan]
+    given = [f"{part:g}% {line}" for part, line in zip(shares, lines)]
+    return replace(config, plan=(*given, f"{round(100 - sum(shares), 2):g}% {lines[-1]}"))
+
+
+register_method(MaskedGrowth, Method(growth=Growth(stages=stages, enter=enter, with_small_share=with_small_share)))
 register_method(GrowthRamp, Method(edits=edits, site_names=lambda anatomy: [anatomy.model_class]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from dataclasses import replace
 
 from torch import nn
 
@@ -55,4 +56,10 @@ def enter(
     return interpolate(decoalesce(model, config), kept[f"level-{level}"], config.alpha)
 
 
-register_method(MultiLevel, Method(growth=Growth(stages=stages, enter=enter)))
+def with_small_share(config: MultiLevel, share: float) -> MultiLevel:
+    """Starts stay as they are, and the largest model has at least a tenth of the steps at the end."""
+    most = 0.9 - (config.levels - 1) * config.start_share
+    return replace(config, small_share=round(min(share, most), 4))
+
+
+register_method(MultiLevel, Method(growth=Growth(stages=stages, enter=enter, with_small_share=with_small_share)))

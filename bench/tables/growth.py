@@ -1,0 +1,93 @@
+"""Tables of runs in which the model changes its size: what they cost to the ordinary run's final loss."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from bench.tables.format import signed
+from bench.tables.linears import DASH, head, line, mean_of, seeds_of
+
+
+def multi_level(results: dict[str, Any]) -> list[str]:
+    """Every arm beside the ordinary run of its seed."""
+    runs = seeds_of(results["results"])
+    lines = head(
+        "arm",
+        "seeds",
+        "held-out loss",
+        "less the ordinary's",
+        "FLOPs of its run",
+        "FLOPs to its loss",
+        "time to its loss",
+    )
+    for arm, own in runs.items():
+        ordinary = runs.get("ordinary", {})
+        spent = [own[seed]["flops"] / ordinary[seed]["flops"] for seed in own if seed in ordinary]
+        differences = [run["loss_over_ordinary"] for run in own.values() if "loss_over_ordinary" in run]
+        less = signed(differences) if differences else DASH
+        share = f"{statistics.mean(spent):.2f}" if spent else DASH
+        until = [_reached(own, f"{key}_ratio") for key in ("flops", "time_s")]
+        lines.append(line(arm, len(own), mean_of(own, "loss"), less, share, *until))
+    return lines
+
+
+def _reached(runs: dict[str, Any], key: str) -> str:
+    """The mean of the seeds that came to the loss, and how many did not."""
+    values = [run.get(key) for run in runs.values()]
+    reached = [value for value in values if value is not None]
+    if not reached:
+        return DASH if all(key not in run for run in runs.values()) else "not reached"
+    missed = len(values) - len(reached)
+    return f"{statistics.mean(reached):.2f}" + (f" ({missed} not)" if missed else "")
+
+
+def masked_growth(results: dict[str, Any]) -> list[str]:
+    """By model: every arm and share of the ordinary run's FLOPs."""
+    runs, lines = seeds_of(results["results"]), []
+    for model in dict.fromkeys(name.partition(" ")[0] for name in runs):
+        lines += [*([""] if lines else []), f"**{model}**", ""]
+        lines += head(
+            "arm",
+            "FLOPs of the ordinary run",
+            "seeds",
+            "held-out loss",
+            "less the ordinary's",
+            "time of its run",
+            "time to its loss",
+            "growing itself",
+        )
+        for name, own in runs.items():
+            kind, _, rest = name.partition(" ")
+            if kind != model:
+                continue
+            arm, _, share = rest.rpartition(" ")
+            differences = [run["loss_less_ordinary"] for run in own.values() if "loss_less_ordinary" in run]
+            told = [run for run in own.values() if "of_its" in run]
+            took = f"{statistics.mean(run['of_its']['wall_s'] for run in told):.2f}" if told else DASH
+            reached = [run["reached_at"]["wall_s"] for run in told if run["reached_at"]]
+            until = f"{statistics.mean(reached):.2f}" if reached else "not reached" if told else DASH
+            missed = len(told) - len(reached)
+            until += f" ({missed} not)" if reached and missed else ""
+            growing = f"{statistics.mean(run['growing_share'] for run in told):.1%}" if told else DASH
+            less = signed(differences) if differences else DASH
+            lines.append(line(arm, share, len(own), mean_of(own, "loss"), less, took, until, growing))
+    return lines
+
+
+def conclude_growth(found: dict[str, Any]) -> str:
+    said = []
+    for task in ("gpt", "bert", "vit"):
+        runs = seeds_of(found.get(f"multi_level_{task}", {"results": {}})["results"])
+        if own := runs.get("v-cycle"):
+            flops, time = (_reached(own, f"{key}_ratio") for key in ("flops", "time_s"))
+            said.append(f"V-cycle, {task}: FLOPs {flops}, time {time}")
+    runs = seeds_of(found.get("masked_growth", {"results": {}})["results"])
+    for name, own in runs.items():
+        if " grown " in name:
+            less = [run["loss_less_ordinary"] for run in own.values() if "loss_less_ordinary" in run]
+            model, share = name.split(" grown ")
+            said += [f"masked growth, {model}, at {share} of the FLOPs: loss {signed(less)}"] if less else []
+    if not said:
+        return "Not measured yet: `python -m bench run multi_level_gpt`, `masked_growth`."
+    return f"**What it takes to the ordinary run's final loss, of what the ordinary run took.** {'; '.join(said)}."

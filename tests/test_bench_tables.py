@@ -1,0 +1,73 @@
+"""Tables of grids that are measured in part: what is there is shown, and nothing else is claimed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.tables import CONCLUSIONS, growth, linears
+
+
+def of(cells: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    return {"settings": settings, "results": cells}
+
+
+def run(loss: float, **more: Any) -> dict[str, Any]:
+    return {"loss": loss, "step_s": 1.0, "lr": 1e-3, "trained": 100, "steps": 10, "accuracy": None, **more}
+
+
+def test_sara_beside_lora_by_seed() -> None:
+    cells = {"python-stdlib sara 0": run(2.0), "python-stdlib lora 0": run(1.9), "python-stdlib sara 1": run(2.2)}
+    cells["python-stdlib lora 1"] = run(2.0)
+    lines = linears.sara(of(cells, steps=10))
+    assert "| sara | 100 | 1.0e-03 | 2 | 2.100 ± 0.100 | +0.150 ± 0.050 | 1.00 |" in lines
+    said = linears.conclude_sara({"sara": of(cells)})
+    assert "+0.150 ± 0.050 (lora), – (full), – (shira)" in said and "Not measured" in linears.conclude_sara({})
+
+
+def test_pst_s_trained_numbers_beside_movement_s() -> None:
+    cells = {"minilm 0.1 pst 0": run(0.4, accuracy=0.8, zero_ratio=0.9, trained=2)}
+    cells["minilm 0.1 movement 0"] = run(0.5, accuracy=0.75, zero_ratio=0.9, trained=100)
+    cells["minilm pst rate 0.001"] = run(0.1)  # a trial, not a run
+    lines = linears.pst(of(cells))
+    assert "| 0.1 | pst | 1 | 0.800 | – | 90.0% | 2 | 2.0% |" in lines
+    assert "| 0.1 | movement | 1 | 0.750 | -0.050 | 90.0% | 100 | 100.0% |" in lines
+    assert "accuracy: – (magnitude), +0.050 (movement)" in linears.conclude_pst({"pst": of(cells)})
+
+
+def test_monarch_beside_dense_at_its_steps() -> None:
+    cells = {"gpt dense steps 0": run(2.0, parameters=9), "gpt monarch time 0": run(1.9, parameters=5, steps=20)}
+    cells["gpt monarch step"] = {"median": 2.0}
+    lines = linears.monarch(of(cells))
+    assert lines[0] == "**gpt**; a dense step / the arm's: monarch 2.00"
+    assert "| monarch, equal time | 20 | 1 | 5 | 1.900 | -0.100 |" in lines
+    assert "gpt at equal time: -0.100 (monarch)" in linears.conclude_monarch({"monarch_quality": of(cells)})
+
+
+def test_a_loss_that_is_not_reached_is_said() -> None:
+    cells = {"ordinary 0": run(2.0, flops=10), "ordinary 1": run(2.0, flops=10)}
+    ratios = {"flops_ratio": 0.8, "time_s_ratio": 0.9, "loss_over_ordinary": -0.1}
+    missed = {"flops_ratio": None, "time_s_ratio": None, "loss_over_ordinary": 0.1}
+    cells |= {"v-cycle 0": run(1.9, flops=9, **ratios), "v-cycle 1": run(2.1, flops=9, **missed)}
+    cells["small alone 0"] = run(2.5, flops=5, **missed)
+    lines = growth.multi_level(of(cells))
+    assert "| v-cycle | 2 | 2.000 ± 0.100 | +0.000 ± 0.100 | 0.90 | 0.80 (1 not) | 0.90 (1 not) |" in lines
+    assert lines[-1].endswith("| not reached | not reached |")
+    assert "FLOPs 0.80 (1 not)" in growth.conclude_growth({"multi_level_gpt": of(cells)})
+
+
+def test_growth_at_shares_of_the_ordinary_run() -> None:
+    told = {
+        "loss_less_ordinary": -0.05,
+        "of_its": {"wall_s": 0.6},
+        "reached_at": {"wall_s": 0.5},
+        "growing_share": 0.01,
+    }
+    cells = {"gpt2 ordinary 1 0": run(2.0), "gpt2 grown 0.65 0": run(1.95, **told)}
+    lines = growth.masked_growth(of(cells))
+    assert "| grown | 0.65 | 1 | 1.950 | -0.050 | 0.60 | 0.50 | 1.0% |" in lines
+    assert "at 0.65 of the FLOPs: loss -0.050" in growth.conclude_growth({"masked_growth": of(cells)})
+
+
+def test_every_page_can_say_that_nothing_is_measured() -> None:
+    for name in ("sara", "pst", "monarch", "growth", "deploy"):
+        assert CONCLUSIONS[name]({}).startswith("Not measured yet")
