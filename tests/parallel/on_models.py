@@ -168,7 +168,10 @@ def refusals(sizes: tuple[int, ...]) -> None:
 
     with ParallelGrid(*sizes) as grid:
         model = FAMILIES["qwen3"].model()
-        with pytest.raises(ValueError, match=r"does not know how to cut .*q_norm"):
+        why = (
+            r"2 key/value heads .* do not divide by y=4" if grid.shape.y == 4 else r"does not know how to cut .*q_norm"
+        )
+        with pytest.raises(ValueError, match=why):
             parallelize(model, grid, mode="expert")
         assert not any("TPLinear" in type(module).__name__ for module in model.modules())
         cut = parallelize(model, grid)
@@ -178,7 +181,3 @@ def refusals(sizes: tuple[int, ...]) -> None:
             parallelize(cut.model, grid)
         with pytest.raises(ValueError, match="3 rows do not divide by it"):
             cut.rows(torch.zeros(3, 2))
-        narrow = FAMILIES["llama"].build()
-        if grid.shape.y == 4:
-            with pytest.raises(ValueError, match=r"2 key/value heads .* do not divide by y=4"):
-                parallelize(narrow, grid, mode="expert")
