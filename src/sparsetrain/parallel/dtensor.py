@@ -8,7 +8,7 @@ A transposed linear swaps x and y.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,15 +57,14 @@ class DTensorLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         given = DTensor.from_local(x, self.mesh, self.along, run_check=False)
-        held: Any = self.weight  # a DTensor, as `Parameter` leaves it
-        weight = held.redistribute(self.mesh, self.gathered)
+        weight = cast(DTensor, self.weight).redistribute(self.mesh, self.gathered)
         y = torch.mm(given, weight.t()).redistribute(self.mesh, self.whole)
         if self.bias is not None:
             y = y + self.bias
         return y.to_local()
 
 
-def _placed(full: Tensor, mesh: Any, placements: Sequence[Any]) -> DTensor:
+def _placed(full: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
     """Cut what every rank has; nothing is sent."""
     whole = DTensor.from_local(full.detach(), mesh, [Replicate()] * 3, run_check=False)
     return whole.redistribute(mesh, placements).detach()
