@@ -58,7 +58,7 @@ class DTensorLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         given = DTensor.from_local(x, self.mesh, self.along, run_check=False)
         weight = cast(DTensor, self.weight).redistribute(self.mesh, self.gathered)
-        y = torch.mm(given, weight.t()).redistribute(self.mesh, self.whole)
+        y = cast(DTensor, torch.mm(given, weight.t())).redistribute(self.mesh, self.whole)
         if self.bias is not None:
             y = y + self.bias
         return y.to_local()
