@@ -61,7 +61,7 @@ class DTensorLinear(nn.Module):
         y = cast(DTensor, torch.mm(given, weight.t())).redistribute(self.mesh, self.whole)
         if self.bias is not None:
             y = y + self.bias
-        return y.to_local()
+        return cast(DTensor, y).to_local()
 
 
 def _placed(full: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
