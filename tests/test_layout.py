@@ -54,7 +54,7 @@ def test_no_file_is_named_for_nothing_in_particular() -> None:
         assert not any(word in file.stem for word in ("util", "helper", "manager", "wrapper")), file
 
 
-ABOVE = ("measure", "data", "recipes", "runs", "planner", "hf", "cli")
+ABOVE = ("measure", "data", "parallel", "recipes", "runs", "planner", "hf", "cli")
 """Floors above the methods."""
 DATA = ("recipes/presets.py",)
 """Files above the methods that may name them: they are data."""
@@ -147,4 +147,4 @@ def test_files_and_functions_keep_a_readable_size() -> None:
 
 def test_the_edge_stays_small() -> None:
     files = [file for file in (SOURCE / "hf").rglob("*.py") if "assets" not in file.parts]
-    assert sum(len(file.read_text().splitlines()) for file in files) < 10300
+    assert sum(len(file.read_text().splitlines()) for file in files) < 10500

@@ -41,8 +41,8 @@ def test_built_in_configs_make_models_of_the_known_sizes() -> None:
 
     from sparsetrain.hf.model.models import empty_model, num_parameters
 
-    billions = {"llama-3-8b": 8.03, "qwen2.5-7b": 7.62, "gemma-3-12b": 11.77, "qwen2.5-0.5b": 0.494,
-                "llama-3.1-8b": 8.03, "llama-3.2-1b": 1.236, "mistral-7b": 7.24}  # fmt: skip
+    billions = {"llama-3-8b": 8.03, "llama-3-70b": 70.55, "qwen2.5-7b": 7.62, "gemma-3-12b": 11.77, "qwen2.5-0.5b":
+                0.494, "llama-3.1-8b": 8.03, "llama-3.2-1b": 1.236, "mistral-7b": 7.24}  # fmt: skip
     assert set(built_in_configs()) == set(billions)
     for name, size in billions.items():
         model = empty_model(AutoConfig.for_model(**read_config(name).values), "lm")

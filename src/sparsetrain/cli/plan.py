@@ -13,6 +13,7 @@ import typer
 from sparsetrain.cli.answer import Answer, table
 from sparsetrain.cli.flags import STUDY_FLAGS, Debug, Json, RecipeFile, changes, studied, takes
 from sparsetrain.cli.live import to_stderr
+from sparsetrain.cli.plan_grid import planned_grids
 from sparsetrain.cli.predict import Goal, predicted
 
 _PREDICT = "Prediction"
@@ -68,6 +69,24 @@ Plot = Annotated[
     Path | None,
     typer.Option("--plot", metavar="FILE.png", rich_help_panel=_PREDICT, help="Draw predicted memory by component."),
 ]
+_GRID = "Grid of devices"
+Gpus = Annotated[
+    int | None,
+    typer.Option("--gpus", metavar="INT", rich_help_panel=_GRID, help="Price every grid of so many devices."),
+]
+PerNode = Annotated[
+    int | None,
+    typer.Option("--gpus-per-node", metavar="INT", rich_help_panel=_GRID, help="Devices in a node; all if not given."),
+]
+Bandwidth = Annotated[
+    str | None,
+    typer.Option(
+        "--bandwidth",
+        metavar="node=SIZE/s,inter=SIZE/s",
+        rich_help_panel=_GRID,
+        help="Of a device inside its node, and of a node to the others: node=200GB/s,inter=100GB/s.",
+    ),
+]
 Seq = Annotated[str | None, typer.Option("--seq", metavar="INT", help="The same as --seq-len.", hidden=True)]
 Batch = Annotated[str | None, typer.Option("--batch", metavar="INT", help="The same as --batch-size.", hidden=True)]
 
@@ -94,6 +113,9 @@ def plan(
     fit: Fit = None,
     write: Write = None,
     plot: Plot = None,
+    gpus: Gpus = None,
+    gpus_per_node: PerNode = None,
+    bandwidth: Bandwidth = None,
     seq: Seq = None,
     batch: Batch = None,
     json: Json = False,
@@ -109,6 +131,9 @@ def plan(
     Without one: which parts of the model the methods of --preset or --method change, and what each costs. Of a recipe
     whose method makes several models: the size, steps, FLOPs, time and peak of each stage.
 
+    With --gpus: every grid data x z x x x y of so many devices, what each collective takes in a step of --batch-size
+    sequences (over all devices), memory a rank, and what was refused; --memory or --gpu sets the limit.
+
     \b
     Examples:
       sparsetrain plan --model llama-3-8b --memory 24GB --seq-len 8192 --gpu 4090
@@ -117,13 +142,23 @@ def plan(
       sparsetrain plan --model smollm2-135m --preset spt --seq-len 2048
       sparsetrain plan --model ./llama --method "routed_ffn:num_blocks=8,layers=4-9"
       sparsetrain plan --recipe pretrain.yaml
+      sparsetrain plan --model llama-3-70b --gpus 1024 --gpus-per-node 4 --bandwidth node=200GB/s,inter=100GB/s
     """
     for key, other in (("seq_len", seq), ("batch_size", batch)):
         flags[key] = other if flags[key] is None else flags[key]
+    if gpus is not None:
+        return planned_grids(_asked(recipe, flags), gpus, gpus_per_node, bandwidth, memory, gpu)
     asked_for = Goal(memory=memory, goal=goal, gpu=gpu, fit=fit, write=write, plot=plot, data=flags["data"])
     if asked_for.given:
         return _predicted(recipe, flags, asked_for)
     return _stages(recipe, changes(flags)) or _edits(recipe, flags)
+
+
+def _asked(recipe: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a recipe file, with the flags over them."""
+    from sparsetrain.recipes.reading import read_mapping
+
+    return {**(read_mapping(recipe) if recipe is not None else {}), **changes(flags)}
 
 
 def _stages(file: Path | None, given: dict[str, Any]) -> Answer | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from sparsetrain.cli.answer import Answer
 from sparsetrain.cli.finetune import DryRun, compared, next_steps, previewed
@@ -11,10 +13,33 @@ from sparsetrain.cli.flags import Debug, Json, RecipeFile, changes, methods_help
 from sparsetrain.cli.live import refuse_launched, speaks, telling
 from sparsetrain.cli.pretrain_flags import PRETRAIN_FLAGS
 
+Grid = Annotated[
+    str | None,
+    typer.Option(
+        "--grid",
+        metavar="data=N,z=N,x=N,y=N",
+        help="Cut the weights over a grid of processes that torchrun has started (`plan --gpus` prices grids).",
+    ),
+]
+GridMode = Annotated[
+    str,
+    typer.Option(
+        "--grid-mode",
+        metavar="plain|expert",
+        help="With --grid. plain: rows are exchanged around each linear. expert: features stay cut between them.",
+    ),
+]
+
 
 @takes(*PRETRAIN_FLAGS, table=PRETRAIN_FLAGS)
 def pretrain(
-    recipe: RecipeFile = None, dry_run: DryRun = False, json: Json = False, debug: Debug = False, **flags: Any
+    recipe: RecipeFile = None,
+    grid: Grid = None,
+    grid_mode: GridMode = "plain",
+    dry_run: DryRun = False,
+    json: Json = False,
+    debug: Debug = False,
+    **flags: Any,
 ) -> Answer | None:
     """Train a Transformer from random weights, dense or with any sparse methods.
 
@@ -37,6 +62,8 @@ def pretrain(
         --compare dense --compare-lr 5e-4,1e-3,2e-3
     The same, leaving the small model when two runs of 300 steps say so:
       sparsetrain pretrain --recipe examples/multi-level.yaml --find-switch 300
+    Dense, on a grid of eight processes; `--resume` takes any other grid:
+      torchrun --nproc-per-node 8 -m sparsetrain.cli pretrain --model gpt2-nano --data notes --grid data=2,x=2,y=2
     What it would do, without training:
       sparsetrain pretrain --model my-config.json --data notes --dry-run
 
@@ -60,6 +87,8 @@ def pretrain(
         raise ValueError(f"find_switch={asked.find_switch} is judged by the ordinary run. Give --compare dense too.")
     refuse_launched(compares=asked.compare == "dense", dry_run=dry_run)
     with telling() as tell:
+        if grid is not None:
+            return _on_grid(asked, grid, grid_mode, tell)
         if dry_run:
             return previewed(asked, tell)
         answer = compared(asked, tell) if asked.compare == "dense" else _trained(asked, tell)
@@ -67,6 +96,21 @@ def pretrain(
 
 
 pretrain.__doc__ = inspect.cleandoc(pretrain.__doc__ or "").replace("METHODS\n", f"{methods_help()}\n")
+
+
+def _on_grid(recipe: Any, grid: str, mode: str, tell: Any) -> Answer | None:
+    """Rank 0 answers; the others are silent."""
+    from sparsetrain.hf.train.grid import pretrain_on_grid
+    from sparsetrain.parallel.shape import GridShape
+
+    if mode not in ("plain", "expert"):
+        raise ValueError(f"--grid-mode {mode!r} is unknown. Choose plain or expert.")
+    result = pretrain_on_grid(recipe, GridShape.from_text(grid), mode, tell)  # type: ignore[arg-type]
+    if result is None:
+        return None
+    losses = result["losses"]
+    lines = [f"{result['steps']} steps, loss {losses[0]:.4f} -> {losses[-1]:.4f}; model in {result['output']}/model."]
+    return Answer(data=result, show=[*result["report"], *lines])
 
 
 def _trained(recipe: Any, tell: Any) -> Answer:
