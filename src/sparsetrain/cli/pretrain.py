@@ -81,10 +81,7 @@ def pretrain(
 
     given = changes(flags)
     asked = PretrainRecipe.from_yaml(recipe, given) if recipe else PretrainRecipe.from_values(given)
-    if asked.compare_lr and asked.compare != "dense":
-        raise ValueError(f"compare_lr={list(asked.compare_lr)} tunes the dense side. Give --compare dense too.")
-    if asked.find_switch and asked.compare != "dense":
-        raise ValueError(f"find_switch={asked.find_switch} is judged by the ordinary run. Give --compare dense too.")
+    _refuse_alone(asked)
     refuse_launched(compares=asked.compare == "dense", dry_run=dry_run)
     with telling() as tell:
         if grid is not None:
@@ -111,6 +108,14 @@ def _on_grid(recipe: Any, grid: str, mode: str, tell: Any) -> Answer | None:
     losses = result["losses"]
     lines = [f"{result['steps']} steps, loss {losses[0]:.4f} -> {losses[-1]:.4f}; model in {result['output']}/model."]
     return Answer(data=result, show=[*result["report"], *lines])
+
+
+def _refuse_alone(recipe: Any) -> None:
+    """Raise ValueError for keys that mean something beside the ordinary run alone."""
+    if recipe.compare_lr and recipe.compare != "dense":
+        raise ValueError(f"compare_lr={list(recipe.compare_lr)} tunes the dense side. Give --compare dense too.")
+    if recipe.find_switch and recipe.compare != "dense":
+        raise ValueError(f"find_switch={recipe.find_switch} is judged by the ordinary run. Give --compare dense too.")
 
 
 def _trained(recipe: Any, tell: Any) -> Answer:
