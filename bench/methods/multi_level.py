@@ -22,13 +22,10 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from bench.runner import Asked, Benchmark, Cell, in_own_process
@@ -39,7 +36,7 @@ BERT |= {"attention_probs_dropout_prob": 0.0}
 TEXT = {"data": "python-stdlib", "seq_len": 128, "batch_size": 16, "steps": 4000, "lr": 1e-3, "eval_tokens": 65536}
 TASKS: dict[str, dict[str, Any]] = {
     "gpt": {"model": "gpt2-nano", "task": "lm", **TEXT},
-    "bert": {"model": "bert", "task": "masked_bytes", **TEXT},
+    "bert": {"model": "bert", "task": "mlm", **TEXT},
     "vit": {"model": "vit-nano", "data": "fashion-mnist", "task": "image", "batch_size": 32, "steps": 3000, "lr": 1e-3}
     | {"eval_tokens": 51200},
 }
@@ -69,46 +66,6 @@ ARMS: dict[str, dict[str, Any]] = {
 SEED_0 = tuple(ARMS)[8:]
 """Searched with the first seed alone."""
 OF_VIT = ("ordinary", "v-cycle", "v-cycle x1.25", "small alone", "no mixing")
-
-
-def masked(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(logits, labels) of 15 % of the tokens, which the model sees as padding. The tokens draw which: the same rows
-    have the same ones in every run."""
-    ids_bt = batch["input_ids"]
-    draw = torch.Generator().manual_seed(int(ids_bt.sum()))
-    hidden_bt = (torch.rand(ids_bt.shape, generator=draw) < 0.15).to(ids_bt.device)
-    logits_btv = model(input_ids=ids_bt.masked_fill(hidden_bt, model.config.pad_token_id)).logits
-    return logits_btv[hidden_bt], ids_bt[hidden_bt]
-
-
-def masked_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    logits_kv, labels_k = masked(model, batch)
-    return F.cross_entropy(logits_kv.float(), labels_k)
-
-
-def masked_scores(model: Any, batch: Mapping[str, Tensor]) -> Any:
-    from sparsetrain.hf.train.tasks import Scores
-
-    logits_kv, labels_k = masked(model, batch)
-    return Scores(F.cross_entropy(logits_kv.float(), labels_k, reduction="sum").item(), len(labels_k), {})
-
-
-def know_masked_bytes() -> None:
-    """Enter the task of BERT in the table: pretraining has no masked tokens by itself."""
-    from sparsetrain.recipes.tasks import Task, register_task
-
-    here = "bench.methods.multi_level"
-    register_task(
-        Task(
-            name="masked_bytes",
-            says={"pretrain": "masked_bytes learns 15 % of the tokens, which it does not see"},
-            metric="perplexity",
-            model="transformers:AutoModelForMaskedLM",
-            rows="sparsetrain.hf.train.tasks:text_rows",
-            loss=f"{here}:masked_loss",
-            scores=f"{here}:masked_scores",
-        )
-    )
 
 
 def recipe_values(task: str, arm: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +98,6 @@ def trained(values: dict[str, Any], threads: int, device: str) -> dict[str, Any]
     from sparsetrain.recipes.pretrain import PretrainRecipe
 
     torch.set_num_threads(threads)
-    know_masked_bytes()
     with tempfile.TemporaryDirectory() as folder:
         if values["model"] == "bert":
             Path(folder, "config.json").write_text(json.dumps(BERT))

@@ -23,8 +23,7 @@ RECIPE = {
     "--model", "--data", "--task", "--text-column", "--holdout", "--output", "--seq-len", "--batch-size",
     "--grad-accum", "--steps", "--epochs", "--preset", "--method", "--calibration-tokens", "--compare", "--lora-r",
     "--lora-alpha", "--lora-targets", "--lr", "--lr-schedule", "--warmup-steps", "--weight-decay", "--max-grad-norm",
-    "--ema-decay",
-    "--save-every",
+    "--ema-decay", "--save-every",
     "--keep-checkpoints", "--eval-every", "--eval-tokens", "--resume", "--no-resume", "--seed", "--dtype",
     "--gradient-checkpointing", "--device", "--threads", "--distill-steps", "--distill-lr",
     "--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary",
@@ -38,7 +37,7 @@ PRETRAIN = RECIPE - DEPLOY - ADAPTER | {
 SURFACE = {
     "finetune": ALWAYS | RECIPE | {"--recipe", "--dry-run"}
     | {"--memory", "--tolerance", "--goal", "--choose-seconds", "--choose-again"},
-    "pretrain": ALWAYS | PRETRAIN | {"--recipe", "--dry-run"},
+    "pretrain": ALWAYS | PRETRAIN | {"--recipe", "--dry-run", "--grid", "--grid-mode"},
     "eval": ALWAYS | {"MODEL", "--all", "--data", "--task", "--text-column", "--holdout", "--seq-len", "--batch-size"}
     | {"--eval-tokens", "--seed", "--dtype", "--device", "--threads"},
     "explain": ALWAYS | {"RUN", "IMAGE_OR_TEXT", "--output", "--top"},
@@ -47,7 +46,7 @@ SURFACE = {
     | {"--features", "--data", "--seed", "--device", "--threads"},
     "plan": ALWAYS | {"--recipe", "--model", "--data", "--task", "--preset", "--method", "--seq-len", "--batch-size"}
     | {"--grad-accum", "--lora-r", "--dtype", "--gradient-checkpointing", "--memory", "--goal", "--gpu", "--fit"}
-    | {"--write", "--plot", "--seq", "--batch"},
+    | {"--write", "--plot", "--seq", "--batch", "--gpus", "--gpus-per-node", "--bandwidth"},
     "sensitivity": ALWAYS | {"--recipe", "--budget", "--write", "--model", "--data", "--task", "--text-column"}
     | {"--seq-len", "--preset", "--method", "--calibration-tokens", "--eval-tokens", "--steps", "--seed", "--dtype"}
     | {"--device", "--threads", "--holdout"},

@@ -33,9 +33,10 @@ class PretrainRecipe(RunRecipe):
     """Folder or embedded model whose tokenizer reads text; bytes are the tokens if not given."""
     output: str = "runs/pretrain"
     """Folder for checkpoints, the trained model and the report. It must be empty or absent unless --resume."""
-    task: Literal["lm", "classify", "pairs", "image", "diffusion"] = "lm"
-    """lm: predict every token of packed text. classify: a label a sequence. pairs: a label two sequences, read by one
-    encoder. image: a label an image, read as patches. diffusion: remove noise from images."""
+    task: Literal["lm", "classify", "mlm", "pairs", "image", "diffusion"] = "lm"
+    """lm: predict every token of packed text. mlm: those that are hidden from an encoder. classify: a label a sequence.
+    pairs: a label two sequences, read by one encoder. image: a label an image, read as patches. diffusion: remove noise
+    from images."""
     seq_len: int = Field(256, ge=8, le=MOST)
     """Tokens in a sequence; at most the positions of the config. Images bring their own length."""
     batch_size: int = Field(16, ge=1, le=MOST)

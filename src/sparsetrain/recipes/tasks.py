@@ -111,6 +111,15 @@ TASKS: dict[str, Task] = {
             **_LABEL,
         ),
         Task(
+            name="mlm",
+            says={"pretrain": "mlm the 15 % of the tokens that are hidden from an encoder"},
+            metric="perplexity",
+            model="transformers:AutoModelForMaskedLM",
+            rows="sparsetrain.hf.train.tasks:text_rows",
+            scores="sparsetrain.hf.train.masked_tokens:masked_scores",
+            loss="sparsetrain.hf.train.masked_tokens:masked_loss",
+        ),
+        Task(
             name="pairs",
             says={"pretrain": "pairs a label two sequences"},
             padded=True,

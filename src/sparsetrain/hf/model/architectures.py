@@ -20,7 +20,7 @@ from sparsetrain.hf.model.weights import new_class
 from sparsetrain.planner.config_values import check_values, config_values
 from sparsetrain.recipes.pretrain import PretrainRecipe
 from sparsetrain.recipes.run import RunRecipe
-from sparsetrain.recipes.tasks import task_of
+from sparsetrain.recipes.tasks import named, task_of
 
 ARCHITECTURES = Path(__file__).parents[1] / "assets" / "architectures"
 _HEAD = {"classifier_width": 128}
@@ -70,6 +70,8 @@ def fit_to_data(config: Any, recipe: PretrainRecipe, bundle: DataBundle, tokeniz
         config.vocab_size = len(tokenizer)
         config.pad_token_id = tokenizer.pad_token_id
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if tokenizer.mask_token_id is not None:
+            config.mask_token_id = tokenizer.mask_token_id
     elif not task.images:
         config.vocab_size, config.pad_token_id = bundle.vocab_size, 0  # type: ignore[attr-defined]
     if task.images:
@@ -134,6 +136,12 @@ def check_task(config: Any, recipe: PretrainRecipe) -> None:
         kind = "images" if takes_images else "tokens"
         use = "Use task=image" if takes_images else "Use vit-nano"
         raise ValueError(f"{recipe.model} ({config.model_type}) reads {kind}, and task={recipe.task}. {use}.")
+    known = getattr(named(task.new_model or task.model), "_model_mapping", None)
+    if known is not None and type(config) not in known:
+        raise ValueError(
+            f"{recipe.model} ({config.model_type}) has no head for task={task.name}: transformers has none in "
+            f"{(task.new_model or task.model).partition(':')[2]}. Use an architecture of that kind, or another task."
+        )
     if task.causal and not all(site.causal for site in describe(empty_model(config, task.name)).attentions):
         raise ValueError(
             f"{recipe.model} ({config.model_type}) sees tokens on both sides, so it is no language model of "
