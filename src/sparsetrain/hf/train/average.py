@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sparsetrain.core import ranks
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.runs.layout import checkpoint_folder
 from sparsetrain.surgery.apply import Handle
@@ -64,7 +65,8 @@ class Average(TrainerCallback):
                     kept.lerp_(p.detach().float(), share)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        save_file(self.weights, str(checkpoint_folder(args.output_dir, state.global_step) / FILE))
+        if ranks.is_first():
+            save_file(self.weights, str(checkpoint_folder(args.output_dir, state.global_step) / FILE))
 
     def take(self, model: Any) -> None:
         """Give a model the average in place of its weights."""
