@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.tables import CONCLUSIONS, growth, linears
+from bench.tables import CONCLUSIONS, growth, linears, pictures
 
 
 def of(cells: dict[str, Any], **settings: Any) -> dict[str, Any]:
@@ -68,6 +68,23 @@ def test_growth_at_shares_of_the_ordinary_run() -> None:
     assert "at 0.65 of the FLOPs: loss -0.050" in growth.conclude_growth({"masked_growth": of(cells)})
 
 
+def test_sparsedm_beside_dense_of_as_many_steps() -> None:
+    cells = {"start 0": {"noise_loss": 1.0}, "dense 0": run(0.0, fid=10.0, kid=0.1, noise_loss=0.4, macs_saved=0.0)}
+    cells["teacher 0"] = run(0.0, fid=11.0, kid=0.2, noise_loss=0.4, macs_saved=0.46)
+    lines = pictures.sparsedm(of(cells))
+    assert lines[-1] == "| teacher | 1 | 11.000 | +10.0 % | 0.200 | 0.400 | 46.0 % | 1.00 |" and len(lines) == 4
+    assert "+1.000 (teacher)" in pictures.conclude_sparsedm({"sparsedm": of(cells)})
+
+
+def test_concepts_by_data() -> None:
+    cells = {"reviews probe 0": {"accuracy": 0.7}, "reviews probe 1": {"accuracy": 0.8}}
+    cells["reviews l1 0"] = {"accuracy": 0.75, "zero_weights": 0.96, "zero_activations": 0.0, "concepts_that_add": 50.0}
+    lines = pictures.concepts(of(cells))
+    assert "| probe | 2 | 75.0 ± 5.0 % | – | – | – | – |" in lines
+    assert "| l1 | 1 | 75.0 % | 96.0 % | 0.0 % | 50.0 | – |" in lines
+    assert "reviews: 75.0 ± 5.0 % (probe), 75.0 % (l1)" in pictures.conclude_concepts({"concept_bottleneck": of(cells)})
+
+
 def test_every_page_can_say_that_nothing_is_measured() -> None:
-    for name in ("sara", "pst", "monarch", "growth", "deploy"):
+    for name in ("sara", "pst", "monarch", "growth", "deploy", "sparsedm", "concept_bottleneck"):
         assert CONCLUSIONS[name]({}).startswith("Not measured yet")

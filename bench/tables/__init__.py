@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bench.tables import attention, deploy, ffn, growth, linears, planner, semi_structured, steps, tokens
+from bench.tables import attention, deploy, ffn, growth, linears, pictures, planner, semi_structured, steps, tokens
 
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "selected_attention": attention.attention,
@@ -33,6 +33,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "multi_level_bert": growth.multi_level,
     "multi_level_vit": growth.multi_level,
     "masked_growth": growth.masked_growth,
+    "sparsedm": pictures.sparsedm,
+    "concept_bottleneck": pictures.concepts,
 }
 """Result file -> its table."""
 
@@ -48,6 +50,8 @@ CONCLUSIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "pst": linears.conclude_pst,
     "monarch": linears.conclude_monarch,
     "growth": growth.conclude_growth,
+    "sparsedm": pictures.conclude_sparsedm,
+    "concept_bottleneck": pictures.conclude_concepts,
     "planner": planner.conclude_planner,
 }
 """Page of docs/results -> what its numbers say, in the order of the index."""
