@@ -22,12 +22,24 @@ from sparsetrain.surgery.apply import Handle
 from tests.cli.test_surface import SURFACE
 
 SOURCE = Path(sparsetrain.__file__).parent
-PAGES = ("page", "style", "pictures", "profile_report", "report", "plots", "bars", "markup", "first_screen")
+PAGES = (
+    "page",
+    "explanation_page",
+    "style",
+    "pictures",
+    "profile_report",
+    "report",
+    "plots",
+    "bars",
+    "markup",
+    "first_screen",
+)
 """Files of `measure/`: HTML and CSS, hardly a message."""
 NAMES_OF_IDEAS = {
     "LoRA", "AdaLoRA", "DoRA", "ZeRO", "MiB", "GiB", "KiB", "NumPy", "ListOps", "SmolLM2", "MiniLM", "NaN", "ViT",
-    "PyTorch", "DeepSpeed", "GitHub", "PytorchStreamWriter", "FullyShardedDataParallel",
+    "PyTorch", "DeepSpeed", "GitHub", "PytorchStreamWriter", "FullyShardedDataParallel", "SigLIP",
 }  # fmt: skip
+OF_TORCHRUN = {"--nproc-per-node"}
 OF_PIP = {"--hash", "--no-deps", "--only-binary", "--require-hashes", "--upgrade", "--help"}
 OF_MODELS = {
     "attention_probs_dropout_prob", "attn_pdrop", "attention_dropout", "image_size", "num_channels", "max_length",
@@ -36,7 +48,7 @@ OF_MODELS = {
 }  # fmt: skip
 ELSEWHERE = {
     "softmax", "gradient_checkpointing_enable", "anatomy", "step", "deepcopy", "get_scale", "callback", "LoraConfig",
-    "no_grad", "push_to_hub", "requires_grad_", "contiguous",
+    "no_grad", "push_to_hub", "init_process_group", "requires_grad_", "contiguous",
 }  # fmt: skip
 
 
@@ -118,13 +130,13 @@ def test_functions_exist() -> None:
 
 
 def test_flags_exist() -> None:
-    known = set().union(*SURFACE.values()) | OF_PIP
+    known = set().union(*SURFACE.values()) | OF_PIP | OF_TORCHRUN
     assert not {n: at for n, at in named(r"(?<![\w-])--[a-z][a-z0-9-]*").items() if n not in known}
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_keys_exist() -> None:
-    known = defined()[2] | OF_MODELS
+    known = defined()[2] | OF_MODELS | {"inter"}  # of --bandwidth
     for kind in (transformers.TrainingArguments, peft.LoraConfig):
         known |= {field.name for field in dataclasses.fields(kind)}
     found = named(r"(?<![\w.{])([a-z_]\w+)=(?=[^\s=])")

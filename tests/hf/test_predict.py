@@ -72,10 +72,9 @@ def test_a_plan_is_cached_and_its_recipe_is_one_that_finetune_takes(config_file:
 
 def test_every_method_is_a_candidate_and_none_is_dropped_without_a_reason(config_file: Path) -> None:
     from sparsetrain.core.config import registered_methods
-    from sparsetrain.surgery.method import growth_of
 
     labels = {c.label for c in candidates({"lora_r": 4})}
-    growing = {name for name, kind in registered_methods().items() if growth_of((kind(),)) is not None}
+    growing = {name for name, kind in registered_methods().items() if kind.grows}
     assert growing and not growing & labels  # they start from random weights
     assert set(registered_methods()) - growing <= labels and {"LoRA", "all weights", "spt"} <= labels
     assert all(c.label != "LoRA" for c in candidates({"lora_r": 0}))

@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -44,11 +44,13 @@ def toys() -> Iterator[None]:
 def _register() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Widen(MethodConfig, method="test_widen"):
+        grows: ClassVar[bool] = True
         ffn_size: int = 32
         restart_lr: bool = False
 
     @dataclass(frozen=True, kw_only=True)
     class VCycle(MethodConfig, method="test_v_cycle"):
+        grows: ClassVar[bool] = True
         alpha: float = 0.5
 
     halves = Stage(name="narrow", share=0.5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -46,6 +46,7 @@ def shallow(config: Any, stage: int, model: Any, anatomy: Any, kept: Any) -> Gro
 def toy() -> Iterator[type[MethodConfig]]:
     @dataclass(frozen=True, kw_only=True)
     class Shallow(MethodConfig, method="test_shallow"):
+        grows: ClassVar[bool] = True
         optimizer: str = "carry"
 
     stages = (Stage(name="deep", share=0.3), Stage(name="shallow", share=0.7))

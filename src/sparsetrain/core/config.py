@@ -46,6 +46,8 @@ class MethodConfig:
     """Is what the method adds all that a run trains? Then there is no LoRA unless it is asked for."""
     stays_sparse: ClassVar[bool] = False
     """Is the sparse model what a run is for? Then it is not deployed dense."""
+    grows: ClassVar[bool] = False
+    """Does it train several models, each out of the one before, from random weights? Then it fine-tunes nothing."""
     targets: tuple[str, ...] = ("*",)
     layers: tuple[int, ...] | None = None
     from_depth: float = 0.0

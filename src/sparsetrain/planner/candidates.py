@@ -10,7 +10,6 @@ from sparsetrain.core.config import MethodConfig, plain_values, registered_metho
 from sparsetrain.planner.search import Answer, Candidate
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.presets import PRESETS, SAFEST, STUDIED_PRESET, TOGETHER, Way
-from sparsetrain.surgery.method import growth_of
 
 
 def candidates(base: dict[str, Any]) -> list[Candidate]:
@@ -25,7 +24,7 @@ def candidates(base: dict[str, Any]) -> list[Candidate]:
     named = {way.methods[0].method for way in SAFEST if len(way.methods) == 1}
     recorded: dict[str, MethodConfig] = {config.method: config for config in PRESETS[STUDIED_PRESET]}
     others = {name: recorded.get(name) or kind() for name, kind in registered_methods().items() if name not in named}
-    alone = {name: config for name, config in others.items() if growth_of((config,)) is None}
+    alone = {name: config for name, config in others.items() if not config.grows}
     ways = [*SAFEST, *(Way(label=name, methods=(config,)) for name, config in alone.items()), *TOGETHER]
     all_weights = base.get("lora_r") == 0
     train = "all weights" if all_weights else "LoRA"

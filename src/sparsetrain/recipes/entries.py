@@ -106,7 +106,7 @@ def _of_kind(kind: Any, value: Any) -> Any:
     if get_origin(kind) is tuple and isinstance(value, list | tuple):
         return [_of_kind(get_args(kind)[0], item) for item in value]
     if get_origin(kind) is tuple and isinstance(value, str):
-        return value.split("|") if get_args(kind)[0] is str else _indices(value)
+        return (value.split("|") if get_args(kind)[0] is str else _indices(value)) if value else []
     if kind is bool and isinstance(value, str):
         return {"true": True, "false": False}[value.lower()]
     if kind is float and isinstance(value, str):

@@ -252,6 +252,7 @@ _METHODS: dict[str, Method] = {}
 
 def register_method(config: type[MethodConfig], method: Method) -> None:
     """Enter a method; called once by each method's `surgery` module."""
+    assert (method.growth is not None) == config.grows, f"{config.method}: a config says whether its method grows"
     _METHODS[config.method] = method
 
 

@@ -20,6 +20,7 @@ class ToyWidening(MethodConfig, method="toy_widening"):
     """New hidden units begin at zero, so the function is the old one."""
 
     changes_outputs: ClassVar[bool] = False
+    grows: ClassVar[bool] = True
     narrow_share: float = 0.5
 
 

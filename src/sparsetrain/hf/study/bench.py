@@ -38,7 +38,6 @@ from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.presets import PRESETS
 from sparsetrain.runs.bench_outcome import Bench, Outcome
 from sparsetrain.runs.events import Report, silent
-from sparsetrain.surgery.method import growth_of
 from sparsetrain.surgery.plan import Plan, plan
 
 QUICK_LAYERS = 4
@@ -56,7 +55,7 @@ def candidates(names: str, own: tuple[MethodConfig, ...] = ()) -> dict[str, tupl
     """
     known = {name: (kind(),) for name, kind in registered_methods().items()}
     known |= {name: configs for name, configs in PRESETS.items() if configs and configs not in known.values()}
-    steady = [name for name, configs in known.items() if growth_of(configs) is None]
+    steady = [name for name, configs in known.items() if not any(config.grows for config in configs)]
     chosen = steady if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
     if unknown := [name for name in chosen if name not in known]:
         raise ValueError(f"--methods: {shown(unknown[0])} is unknown. Use all, or some of {', '.join(known)}.")

@@ -70,6 +70,7 @@ class MaskedGrowth(MethodConfig, method="masked_growth"):
         "early steps cost less. For long pre-training; not for fine-tuning, nor for runs of a few hundred steps."
     )
     changes_outputs: ClassVar[bool] = False
+    grows: ClassVar[bool] = True
     ops: ClassVar[tuple[str, ...]] = ("masked_norm",)
 
     plan: tuple[str, ...] = ("ffn/2 layers/2", "ffn*2", "layers*2")

@@ -98,6 +98,7 @@ class MonarchThenDense(Monarch, method="monarch_then_dense"):
         "Pre-trains with Monarch linears and goes on dense for the last dense_share of the steps: a plain dense model "
         "in less time, at widths from some 512. For training from random weights."
     )
+    grows: ClassVar[bool] = True
     changes_outputs: ClassVar[bool] = False
 
     init: str = "matched"

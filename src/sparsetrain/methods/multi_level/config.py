@@ -42,6 +42,7 @@ class MultiLevel(MethodConfig, method="multi_level"):
         "Pre-trains a smaller model, merged out of the large one, for a part of the run, and expands it again (levels, "
         "width, depth; alpha; start_share, small_share). For long runs from random weights; not for fine-tuning."
     )
+    grows: ClassVar[bool] = True
     ops: ClassVar[tuple[str, ...]] = ("unit_groups",)
 
     levels: int = 2

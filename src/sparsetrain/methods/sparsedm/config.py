@@ -152,7 +152,8 @@ class SparseDM(MethodConfig, method="sparsedm"):
 
 def _numbers(text: str) -> list[int]:
     """'1000:6:8' -> [1000, 6, 8]; [] for what is no such text."""
-    return [int(part) for part in text.split(":")] if _NUMBERS.fullmatch(text) else []
+    given = isinstance(text, str) and _NUMBERS.fullmatch(text)
+    return [int(part) for part in text.split(":")] if given else []
 
 
 def _check_ratio(asked: str, numbers: list[int]) -> None:
