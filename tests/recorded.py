@@ -132,6 +132,7 @@ preset: spt+tokens
 lora_r: 4
 lr: 1.0e-2
 distill_steps: 3
+deploy: sparse
 grad_accum: 2
 """,
     ),
