@@ -1,8 +1,8 @@
 """Which way of training pays here: what `--preset auto` weighs, and its rules. Pure; measuring is `hf.study.choose`'s.
 
 1. A way with methods comes from a record of it, deployed dense (`quality`), and only where its facts hold.
-2. It is admitted if it was within the tolerance of dense LoRA after as many steps, or ahead of it after as much time.
-   The second counts only while its steps are about as much faster here as they were there.
+2. It is admitted if it was within the tolerance of dense LoRA after as many steps: a run has the steps that it is asked
+   for, so a lead after as much time is none of its user's.
 3. It has to fit. Of what does, `time` takes the fastest, `memory` the leanest whose step takes at most 1.5 times as
    long as the fastest. Dense training is always weighed, and wins a tie.
 """
@@ -20,8 +20,6 @@ from sparsetrain.planner.quality import Deployed, Facts
 from sparsetrain.recipes.entries import short_entry
 
 GOALS = ("time", "memory")
-AS_FAST = 0.9
-"""Share of a record's speed-up that its lead at equal time needs here."""
 SLOWEST = 1.5
 """With goal=memory: a step may take this many times the fastest one's."""
 ROUGH = 1.1
@@ -136,13 +134,11 @@ def options(
 
 def _beyond(record: Deployed, tolerance: float) -> str | None:
     """Why a record doesn't admit its methods; None if it does."""
-    if _within(record, tolerance) or (record.equal_time is not None and record.equal_time < 0):
+    if record.equal_steps is not None and record.equal_steps <= tolerance:
         return None
-    return f"{_quality(record)}, and {tolerance * 100:.3g} % is tolerated"
-
-
-def _within(record: Deployed, tolerance: float) -> bool:
-    return record.equal_steps is not None and record.equal_steps <= tolerance
+    ahead = record.equal_time is not None and record.equal_time < 0
+    more = f"; it is ahead with {record.speedup or 1:.2g} times the steps (--tolerance allows it)" if ahead else ""
+    return f"{_quality(record)}, and {tolerance * 100:.3g} % is tolerated{more}"
 
 
 def _quality(record: Deployed) -> str:
@@ -175,25 +171,13 @@ def pick(found: list[Option], asked: Asked) -> tuple[Option | None, list[Option]
     Args:
         found: with speeds beside the first dense way that fits.
     """
-    judged = [_judged(way, asked) for way in found]
-    left = able(judged)
+    left = able(found)
     if not left:
-        return None, judged
+        return None, found
     best = (_leanest if asked.goal == "memory" else _fastest)(left)
     return replace(best, reason=_why(best, asked)), [
-        replace(way, reason=_why(way, asked) if way is best else way.refused or _why_not(way, best)) for way in judged
+        replace(way, reason=_why(way, asked) if way is best else way.refused or _why_not(way, best)) for way in found
     ]
-
-
-def _judged(way: Option, asked: Asked) -> Option:
-    """Refused where its lead at equal time is all that admits it, and its steps here are too slow for that."""
-    if way.refused is not None or not way.fits or way.speed is None:
-        return way
-    for record in way.records:
-        needed = AS_FAST * (record.speedup or 1.0)
-        if not _within(record, asked.tolerance) and way.speed.median < needed:
-            return replace(way, refused=f"its lead at equal time needs {needed:.2f}x, and it is {_speed(way)}")
-    return way
 
 
 def _fastest(left: list[Option]) -> Option:
