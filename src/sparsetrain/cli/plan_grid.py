@@ -100,7 +100,10 @@ def _shown(name: str, plan: Any, task: Any, network: Any, limit: int | None) -> 
         for priced in plan.grids[:SHOWN]
     ]
     show: list[Any] = [lambda: table(title, columns, lines, right=tuple(range(len(columns))))] if lines else []
-    show += [f"{len(plan.grids) - SHOWN} more grids fit; --json lists all."] if len(plan.grids) > SHOWN else []
+    fit = "fit" if limit else "are possible"
+    show += [f"{len(plan.grids) - SHOWN} more grids {fit}; --json lists all."] if len(plan.grids) > SHOWN else []
+    if not limit:
+        show.append("No memory was given, so every grid is listed: --memory 80GB leaves out what does not fit.")
     show += _refusals(plan)
     show += [
         f"{task.whole_parameters / 1e9:.2f} billion parameters (embedding, head) are whole on every rank. Activations "
