@@ -14,7 +14,7 @@ from sparsetrain.hf.train.grid import pretrain_on_grid
 from sparsetrain.parallel.linear import Mode
 from sparsetrain.parallel.shape import GridShape
 from sparsetrain.recipes.pretrain import PretrainRecipe
-from tests.parallel.ranks import spawn
+from tests.parallel.ranks import assert_on_ranks
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"]
@@ -33,6 +33,7 @@ def on_two_ranks(folder: str) -> None:
         result = pretrain_on_grid(recipe(folder, grid), GridShape.from_text(grid), mode)
         losses += [result["losses"]] if result is not None else []
     again = pretrain_on_grid(recipe(folder, "x=2", resume=True), GridShape(y=2), "expert")
+    assert (again is None) == (distributed.get_rank() != 0)  # the first rank answers, and judges
     if again is None:
         return
     assert losses[0][-1] < losses[0][0] and len(again["losses"]) == 4
@@ -48,7 +49,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     """Two processes: some fifteen seconds, half of them imports."""
     choose = random.Random(0)
     (tmp_path / "notes.txt").write_text(" ".join(choose.choice(WORDS) for _ in range(3000)))
-    spawn(on_two_ranks, 2, str(tmp_path))
+    assert_on_ranks(on_two_ranks, 2, str(tmp_path))
 
 
 def test_what_does_not_go_on_a_grid_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

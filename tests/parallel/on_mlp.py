@@ -21,7 +21,7 @@ from sparsetrain.parallel.volume import linear_volumes, total
 from tests.parallel.mlp import BATCH, SIZES, serial
 
 
-def close(found: Tensor, wanted: Tensor) -> None:
+def assert_close(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
@@ -81,19 +81,19 @@ def equal_to_one_device(sizes: tuple[int, ...], mode: Mode) -> None:
             wanted.backward(moved)
             y, dx = one_pass(cut, x, moved)
             norm = cut.finish_gradients(max_norm=5.0)
-            close(norm, torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0))
+            assert_close(norm, torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0))
             assert norm > 5.0 and x.grad is not None
-            close(y, local(grid, wanted.detach(), mode))
-            close(dx, local(grid, x.grad, mode))
+            assert_close(y, local(grid, wanted.detach(), mode))
+            assert_close(dx, local(grid, x.grad, mode))
             gradients = full_gradients(cut)
             for name, parameter in model.named_parameters():
                 assert parameter.grad is not None
-                close(gradients[name], parameter.grad)
+                assert_close(gradients[name], parameter.grad)
             plain.step()
             own.step()
         for name, parameter in cut.model.named_parameters():
             place, _, kind = name.partition(".")
-            close(cut.cut[place].full(kind, parameter.detach()), model.get_parameter(name).detach())
+            assert_close(cut.cut[place].full(kind, parameter.detach()), model.get_parameter(name).detach())
 
 
 def moves_what_the_formulas_say(sizes: tuple[int, ...]) -> None:
@@ -147,10 +147,10 @@ def accumulation_equals_one_batch(sizes: tuple[int, ...], mode: Mode) -> None:
         one_pass(whole, x, dy)
         for piece, gradient in zip(x.chunk(4), dy.chunk(4), strict=True):
             one_pass(parts, piece, gradient)
-        close(whole.finish_gradients(), parts.finish_gradients())
+        assert_close(whole.finish_gradients(), parts.finish_gradients())
         wanted = full_gradients(whole)
         for name, value in full_gradients(parts).items():
-            close(value, wanted[name])
+            assert_close(value, wanted[name])
 
 
 def dtensor_equals(sizes: tuple[int, ...]) -> None:
@@ -170,12 +170,12 @@ def dtensor_equals(sizes: tuple[int, ...]) -> None:
             for i in (0, 2)
         )
         found = down(nn.functional.gelu(up(local(grid, x.detach(), "expert"))))
-        close(found.detach(), y)
+        assert_close(found.detach(), y)
         found.backward(local(grid, dy, "expert"))
         for name, layer in (("0", up), ("2", down)):
             for kind in ("weight", "bias"):
                 gradient = getattr(layer, kind).grad.full_tensor()
-                close(grid.all_reduce(gradient, "data").wait(), wanted[f"{name}.{kind}"])
+                assert_close(grid.all_reduce(gradient, "data").wait(), wanted[f"{name}.{kind}"])
 
 
 def dtensor_messages() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import distributed
 
 
-def spawn(check: Callable[..., None], world: int, *args: Any) -> None:
+def assert_on_ranks(check: Callable[..., None], world: int, *args: Any) -> None:
     """Run `check(*args)` on so many ranks; an assertion of any of them is raised here."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_one, (world, folder, check, args), nprocs=world)  # type: ignore[attr-defined]

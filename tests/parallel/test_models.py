@@ -16,7 +16,7 @@ from tests.parallel.on_models import (
     sparse_before,
     trains_as_one_device,
 )
-from tests.parallel.ranks import spawn
+from tests.parallel.ranks import assert_on_ranks
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
 NAMES = ("llama", "gpt2", "bert")
@@ -55,15 +55,15 @@ def four(folder: str, name: str) -> None:
 
 def test_two_ranks(tmp_path: Path) -> None:
     """Two processes: some fifteen seconds, half of them imports."""
-    spawn(two, 2, str(tmp_path))
+    assert_on_ranks(two, 2, str(tmp_path))
 
 
 def test_lora_and_sparse_models_on_two_ranks() -> None:
     """Two processes, as above."""
-    spawn(edited, 2)
+    assert_on_ranks(edited, 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_four_ranks(name: str, tmp_path: Path) -> None:
-    spawn(four, 4, str(tmp_path), name)
+    assert_on_ranks(four, 4, str(tmp_path), name)

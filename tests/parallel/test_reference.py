@@ -14,7 +14,7 @@ from tests.parallel.mlp import BATCH, GRIDS, SIZES, serial
 ONE_AXIS = [GridShape(data=4), GridShape(z=4), GridShape(x=4), GridShape(y=4), GridShape()]
 
 
-def close(found: Tensor, wanted: Tensor) -> None:
+def assert_close(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
@@ -47,15 +47,15 @@ def test_outputs_and_every_gradient_equal_one_device(shape: GridShape) -> None:
     y.backward(dy)
     layers = linears(shape, model)
     found, dx = forward_backward(layers, x.detach(), dy)
-    close(found, y.detach())
+    assert_close(found, y.detach())
     assert x.grad is not None
-    close(dx, x.grad)
+    assert_close(dx, x.grad)
     for layer, plain in zip(layers, (model[0], model[2]), strict=True):
-        close(layer.full(layer.w), plain.weight)
-        close(layer.full(layer.dw), plain.weight.grad)
-        close(layer.full_bias(layer.db), plain.bias.grad)
+        assert_close(layer.full(layer.w), plain.weight)
+        assert_close(layer.full(layer.dw), plain.weight.grad)
+        assert_close(layer.full_bias(layer.db), plain.bias.grad)
     norm = sum(p.grad.square().sum() for p in model.parameters())
-    close(squared_norm(layers), norm)
+    assert_close(squared_norm(layers), norm)
 
 
 @pytest.mark.parametrize("shape", GRIDS, ids=str)
@@ -78,8 +78,8 @@ def test_ten_optimizer_steps_equal_one_device(shape: GridShape) -> None:
             p.grad = grad
         own.step()
     for layer, one in zip(layers, (model[0], model[2]), strict=True):
-        close(layer.full(layer.w), one.weight.detach())
-        close(layer.full_bias(layer.b), one.bias.detach())  # type: ignore[arg-type]
+        assert_close(layer.full(layer.w), one.weight.detach())
+        assert_close(layer.full_bias(layer.b), one.bias.detach())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shape", GRIDS + ONE_AXIS, ids=str)

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from sparsetrain.hf.model.opening import NO_CODE, open_config
+from sparsetrain.hf.model.headed import Headed
+from sparsetrain.hf.model.opening import NO_CODE
 
 
-class EncoderClassifier(PreTrainedModel):
+class EncoderClassifier(Headed):
     """Encoder, mean pooling, MLP.
 
     The config is the encoder's own with `num_labels`, `classifier_width` (hidden units of the head, default 128) and
@@ -38,20 +39,6 @@ class EncoderClassifier(PreTrainedModel):
         width = getattr(config, "classifier_width", 128)
         self.head = nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, config.num_labels))
         self.post_init()
-
-    @classmethod
-    def from_config(cls, config: Any, *, attn_implementation: str = "sdpa", dtype: torch.dtype | None = None) -> Any:
-        """With random weights, as transformers' auto classes make a model."""
-        config._attn_implementation = attn_implementation
-        model: Any = cls(config)
-        return model if dtype is None else model.to(dtype)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **options: Any) -> Any:
-        """As any model of transformers; the encoder's family is read from the folder's config."""
-        if config is None:
-            config = open_config(str(pretrained_model_name_or_path))
-        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **options)
 
     def forward(
         self,

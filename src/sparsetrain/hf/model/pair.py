@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from sparsetrain.core.anatomy import Anatomy
 from sparsetrain.core.quote import quoted
-from sparsetrain.hf.model.opening import NO_CODE, open_config
+from sparsetrain.hf.model.headed import Headed
+from sparsetrain.hf.model.opening import NO_CODE
 
 
-class PairClassifier(PreTrainedModel):
+class PairClassifier(Headed):
     """A pair of encoders, and a linear on their embeddings; the config is the pair's own with `num_labels`."""
 
     base_model_prefix = "pair"
@@ -36,20 +36,6 @@ class PairClassifier(PreTrainedModel):
             )
         self.classifier = nn.Linear(config.projection_dim, config.num_labels)
         self.post_init()
-
-    @classmethod
-    def from_config(cls, config: Any, *, attn_implementation: str = "sdpa", dtype: torch.dtype | None = None) -> Any:
-        """With random weights, as transformers' auto classes make a model."""
-        config._attn_implementation = attn_implementation
-        model: Any = cls(config)
-        return model if dtype is None else model.to(dtype)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **options: Any) -> Any:
-        """As any model of transformers; of the pair's own folder or name the head is new."""
-        if config is None:
-            config = open_config(str(pretrained_model_name_or_path))
-        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **options)
 
     def anatomy(self) -> Anatomy:
         """Its head; the towers are left as they are."""
