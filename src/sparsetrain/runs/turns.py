@@ -21,15 +21,16 @@ TURN, ASKS = "turn", "asks"
 """Events of a side that waits: for its turn, or to be told the dense model's quality."""
 GO, MEASURE = "go", "measure"
 """What a side is told: to train a step, or to train one and evaluate the model after it."""
-NEAR = 0.04
-"""An evaluation is near enough to a time that is this share later; within a twentieth it is taken for it."""
+NEAR, AHEAD = 0.04, 0.8
+"""An evaluation is near enough to a time that is this share later; within a twentieth it is taken for it. The first is
+made at AHEAD of the time that is expected: on a machine that gets idle the end comes earlier, between the two."""
 
 
 def train_in_turns(work: str, jobs: dict[str, dict[str, Any]], report: Report) -> None:
     """Train one side for each job, until all are done.
 
-    The side that takes longer is evaluated once when the other has spent all its time, so that the two are known at
-    equal time, set-up included.
+    The side that takes longer is evaluated shortly before the other will have spent all its time and when it has, so
+    that the two are known at equal time, set-up included.
 
     Args:
         work: `module:function` that trains a side, as `runs.sides.Side` takes it. It tells `TURN` at the start of each
@@ -124,11 +125,14 @@ class _Trained:
         self.report({"side": self.side.name, **event})
 
     def spent_after(self, steps: int) -> float:
-        """Seconds, set-up included, when so many steps will be done, at the pace so far; the first step is slow."""
-        return self.setup_s + self.wall_s + (steps - self.step) * statistics.median(self.seconds[1:])
+        """Seconds, set-up included, when so many steps will be done, at the pace of all steps or of the last eight, if
+        they are faster: a machine gets idle. The first step is slow."""
+        steady = self.seconds[1:]
+        pace = min(statistics.median(steady), statistics.median(steady[-8:]))
+        return self.setup_s + self.wall_s + (steps - self.step) * pace
 
     def reaches(self, other: _Trained) -> bool:
-        """The next step is the one in which this side, the slower one, has spent what the other will in all.
+        """After the next step this side, the slower one, has spent nearly what the other will in all, or all of it.
 
         Once more where that turns out to be later than was thought: the pace of a busy machine changes.
         """
@@ -138,7 +142,8 @@ class _Trained:
         end = other.spent_after(other.steps)
         if self.measured_s is not None and end <= (1 + NEAR) * self.measured_s:
             return False
-        return self.spent_after(self.step + 1) >= end and self.spent_after(self.steps) > end
+        due = end if self.measured_s is not None else AHEAD * end
+        return self.spent_after(self.step + 1) >= due and self.spent_after(self.steps) > (1 + NEAR) * end
 
 
 def _turn(sides: list[_Trained], active: _Trained) -> None:
