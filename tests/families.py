@@ -1,6 +1,7 @@
 """Tiny random models of every family, and batches for them. Dropout is off, so that outputs can be compared.
 
-`FAMILIES` are transformers' (all that `family_limits` names), `EXPERTS` mixtures of experts, `DIFFUSION` diffusers'.
+`FAMILIES` are transformers' (all that `family_limits` names), `FURTHER` those that are built like them (all that
+`further_families` names), `EXPERTS` mixtures of experts, `DIFFUSION` diffusers'.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     BertConfig,
     BertForSequenceClassification,
     DistilBertConfig,
@@ -37,6 +40,12 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from sparsetrain.hf.model.families import further_families
 
 VOCAB, HIDDEN, FFN, LAYERS = 61, 32, 48, 3
 _DECODER = {
@@ -210,6 +219,62 @@ FAMILIES = {
         Family("vit", _vit, causal=False, vision=True),
     )
 }
+_ENCODER = {
+    "vocab_size": VOCAB,
+    "embedding_size": HIDDEN,
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+_IMAGES = {"image_size": 40, "patch_size": 4, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS}
+_IMAGES |= {"num_attention_heads": 4, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_IMAGE_CLASSES = {"deit": "DeiTForImageClassification", "dinov2": "Dinov2ForImageClassification"}
+_WINDOWS = {"sliding_window": 24, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+_MORE: dict[str, dict[str, Any]] = {
+    "cohere2": _WINDOWS,
+    "exaone4": _WINDOWS,
+    "gemma": {"head_dim": 8},
+    "glm": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "gpt_neox": {"num_key_value_heads": None},
+    "granite": {"logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3},
+    "helium": {"head_dim": 8},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "ministral": {
+        "head_dim": 8,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "olmo3": _WINDOWS,
+    "phi": {"resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    "phi3": {"resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    "seed_oss": {"head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    "starcoder2": {"residual_dropout": 0.0, "embedding_dropout": 0.0},
+}
+
+
+def _further(kind: str) -> Family:
+    if kind in ("deit", "dinov2"):
+        sizes, model = _IMAGES | ({"intermediate_size": FFN} if kind == "deit" else {"mlp_ratio": 2}), _IMAGE_CLASSES
+    elif kind in ("camembert", "electra", "roberta", "xlm-roberta"):
+        sizes, model = _ENCODER, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    else:
+        sizes, model = _DECODER | _MORE.get(kind, {}), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    given = {key: value for key, value in sizes.items() if value is not None}
+    return Family(
+        kind,
+        lambda: getattr(transformers, model[kind])(AutoConfig.for_model(kind, **given)),
+        causal=model is MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        vision=model is _IMAGE_CLASSES,
+    )
+
+
+FURTHER = {kind: _further(kind) for kind in further_families()}
 
 
 EXPERTS = {

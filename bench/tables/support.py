@@ -8,7 +8,7 @@ from bench.tables.steps import registered
 def support() -> str:
     """docs/support.md: what each method works with, from the data that runs are checked against."""
     import sparsetrain.methods  # noqa: F401  (enters them in the registry)
-    from sparsetrain.hf.model.families import family_limits
+    from sparsetrain.hf.model.families import family_limits, further_families
     from sparsetrain.surgery.support import FEATURES, support_rows
 
     families = family_limits()
@@ -22,6 +22,9 @@ def support() -> str:
         "before a run.",
         "",
         f"Families: {', '.join(families)}.",
+        "",
+        "Built like these, and held to a part of the contract (dense limit, restoring, causality, padding, packing,",
+        f"LoRA; they cannot be grown): {', '.join(further_families())}.",
         "",
         "| feature | " + " | ".join(row["method"] for row in rows) + " |",
         "| --- |" + " --- |" * len(rows),

@@ -9,10 +9,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from sparsetrain import RoutedFFN, SemiStructured, plan, sparsify
+from sparsetrain import MultiLevel, RoutedFFN, SemiStructured, grow, plan, sparsify
 from sparsetrain.core.anatomy import Anatomy, describe, innermost, trained_copy
-from sparsetrain.core.errors import UnknownFamily
-from tests.families import DIFFUSION, EXPERTS, FAMILIES, FFN, HIDDEN, LAYERS
+from sparsetrain.core.errors import UnknownFamily, Unsupported
+from sparsetrain.hf.model.attention import attention_function
+from tests.families import DIFFUSION, EXPERTS, FAMILIES, FFN, FURTHER, HIDDEN, LAYERS
 
 GATED = {"llama", "mistral", "qwen2", "qwen3", "gemma3"}
 
@@ -251,3 +252,16 @@ def test_a_model_of_other_sizes_and_back(family: str) -> None:
     back: Any = anatomy.resized(small, {name: size for name, size in sizes.items() if name != "layers"}, [0, 0, 0])
     assert back.config.to_dict() == model.config.to_dict()
     assert {n: p.shape for n, p in back.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+
+
+def test_a_family_that_cannot_be_resized_is_not_grown() -> None:
+    model = FURTHER["gemma"].model()
+    with pytest.raises(ValueError, match="makes no other sizes"):
+        grow(model, MultiLevel())
+
+
+@pytest.mark.parametrize("asked", [{"softcap": 30.0}, {"s_aux": torch.zeros(2)}])
+def test_what_an_attention_asks_for_besides_is_refused_and_not_left_out(asked: dict[str, Any]) -> None:
+    q = torch.randn(1, 2, 5, 8)
+    with pytest.raises(Unsupported, match="asks its attention for"):
+        attention_function(nn.Module(), q, q, q, None, **asked)

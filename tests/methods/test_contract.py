@@ -19,17 +19,17 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 import sparsetrain
 import sparsetrain.methods  # enters every method in the registry
-from sparsetrain.core.anatomy import describe, submodule
+from sparsetrain.core.anatomy import Anatomy, describe, submodule
 from sparsetrain.core.config import MethodConfig, registered_methods
-from sparsetrain.hf.model.families import family_limits
+from sparsetrain.hf.model.families import family_limits, further_families
 from sparsetrain.surgery.grow import growth_method
 from sparsetrain.surgery.method import method_of
 from sparsetrain.surgery.record import handles_of
 from sparsetrain.surgery.support import FEATURES, UNPROVEN, check_support, why_not
-from tests.families import FAMILIES, UNET, Family
+from tests.families import FAMILIES, FURTHER, UNET, Family
 from tests.field import test_ranks_matrix as on_ranks
 
-CASES = FAMILIES | {UNET.name: UNET}
+CASES = FAMILIES | {UNET.name: UNET} | FURTHER
 KINDS = registered_methods()
 METHODS = [name for name, kind in KINDS.items() if method_of(kind).edits]
 GROWTHS = [name for name, kind in KINDS.items() if method_of(kind).growth]
@@ -38,22 +38,31 @@ assert METHODS, "no method is registered, so nothing would be tested"
 assert set(FAMILIES) == set(family_limits())
 
 
+def _takes(kind: type[MethodConfig], anatomy: Anatomy) -> bool:
+    """Has the model sites for it, and none that it refuses?"""
+    names = method_of(kind).site_names(anatomy)
+    refused = {ffn.name for ffn in anatomy.ffns if ffn.refused}
+    return bool(names) and not refused & set(names)
+
+
 ANATOMIES = {name: describe(case.model()) for name, case in CASES.items()}
-PAIRS = [
+WIDE = [
     (method, name)
     for method in METHODS
     for name, anatomy in ANATOMIES.items()
-    if name not in method_of(KINDS[method]).limits and method_of(KINDS[method]).site_names(anatomy)
+    if name not in method_of(KINDS[method]).limits and _takes(KINDS[method], anatomy)
 ]
-CAUSAL = [(method, name) for method, name in PAIRS if CASES[name].causal]
+PAIRS = [(method, name) for method, name in WIDE if name not in FURTHER]
 every = pytest.mark.parametrize(("method", "family"), PAIRS)
-causal = pytest.mark.parametrize(("method", "family"), CAUSAL)
+wide = pytest.mark.parametrize(("method", "family"), WIDE)
+causal = pytest.mark.parametrize(("method", "family"), [pair for pair in WIDE if CASES[pair[1]].causal])
+"""`wide` are further families, too, which are built like others; `every` are those that keep the whole contract."""
 
 
-def claimed(feature: str) -> Any:
+def claimed(feature: str, further: bool = False) -> Any:
     """Every method on every family where the support matrix says yes."""
-    limits = family_limits()
-    pairs = [(m, f) for m, f in PAIRS if f in limits and why_not(m, feature, limits[f]) is None]
+    limits = family_limits() | (further_families() if further else {})
+    pairs = [(m, f) for m, f in WIDE if f in limits and why_not(m, feature, limits[f]) is None]
     assert pairs or feature in UNPROVEN, f"nobody claims {feature}"
     return pytest.mark.parametrize(("method", "family"), pairs)
 
@@ -97,7 +106,7 @@ def assert_near(a: Tensor, b: Tensor, tolerance: float = 2e-5) -> None:
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1.0, b.abs().max().item()))
 
 
-@every
+@wide
 def test_dense_limit_equals_dense_in_outputs_and_gradients(method: str, family: str) -> None:
     case = CASES[family]
     model, batch = case.model(), case.batch()
@@ -110,7 +119,7 @@ def test_dense_limit_equals_dense_in_outputs_and_gradients(method: str, family: 
             assert_near(found[name], grad)
 
 
-@every
+@wide
 def test_changes_something_and_restores_bit_exactly(method: str, family: str) -> None:
     case = CASES[family]
     model, batch = case.model(), case.batch()
@@ -137,7 +146,7 @@ def test_changes_something_and_restores_bit_exactly(method: str, family: str) ->
     assert not handle.active
 
 
-@every
+@wide
 def test_plan_is_pure_and_its_parameters_are_exact(method: str, family: str) -> None:
     case = CASES[family]
     model = case.model()
@@ -169,7 +178,7 @@ def test_causality(method: str, family: str, some: bool) -> None:
         assert moved[:, t].min() > 1e-5
 
 
-@claimed("padding")
+@claimed("padding", further=True)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(method: str, family: str, side: str) -> None:
     case = CASES[family]
@@ -182,7 +191,7 @@ def test_padding_changes_nothing(method: str, family: str, side: str) -> None:
     order = (pad, ids) if side == "left" else (ids, pad)
     mask = torch.cat((zeros, ones) if side == "left" else (ones, zeros), 1)
     batch = {"input_ids": torch.cat(order, 1), "attention_mask": mask}
-    if family in ("bert", "distilbert", "roberta-prelayernorm"):
+    if not case.causal:
         if side == "left":
             pytest.skip("the classification token stands first")
         assert_near(logits(model, batch), alone)
@@ -193,7 +202,7 @@ def test_padding_changes_nothing(method: str, family: str, side: str) -> None:
     assert_near(found[:, 13:] if side == "left" else found[:, :83], alone)
 
 
-@claimed("packing")
+@claimed("packing", further=True)
 def test_packed_sequences_equal_separate_ones(method: str, family: str) -> None:
     case = CASES[family]
     model = case.model()
@@ -263,7 +272,7 @@ def test_autocast(method: str, family: str) -> None:
     assert (out.float() - expected).norm() < 0.3 * expected.norm()
 
 
-@claimed("lora")
+@claimed("lora", further=True)
 def test_lora_trains_beside_it(method: str, family: str) -> None:
     case = CASES[family]
     model, batch = case.model(), case.batch()
@@ -294,7 +303,7 @@ def test_dense_checkpoints_load_and_ours_hold_the_dense_order(method: str, famil
         assert torch.equal(logits(model, batch), logits(other, batch))
 
 
-@every
+@wide
 def test_inside_dense_the_model_is_the_dense_one(method: str, family: str) -> None:
     case = CASES[family]
     model, batch = case.model(), case.batch()

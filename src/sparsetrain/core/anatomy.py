@@ -42,7 +42,7 @@ class LinearSite:
     """One linear of a block.
 
     role: q, k, v, o (attention), up, gate, down (FFN), other (what a family has besides), or of a fused projection the
-        roles in it, as `qkv` or `up_gate`; `roles` lists them.
+        roles in it, as `qkv`, `up_gate` or `gate_up`; `roles` lists them.
     transposed: the weight is stored [in, out] (GPT-2's Conv1D).
     parts: of a fused projection, (role, number of output features) in the order they lie; empty when it is one thing.
     """

@@ -40,10 +40,10 @@ def describe_model(model: nn.Module) -> Anatomy:
     blocks = [(name, module, row) for name, module in model.named_modules() if (row := row_of(module)) is not None]
     if not blocks:
         kinds = sorted({kind for m in model.modules() if (kind := type(m).__name__).endswith(("Layer", "Block"))})
-        known = (block for row in FAMILIES for block in row.blocks)
+        known = sorted(family for row in FAMILIES for family in (*row.families, *row.also))
         raise UnknownFamily(
             f"{type(model).__name__}: no block class is in the table of families. "
-            f"Found: {', '.join(kinds) or 'no blocks'}; known: {', '.join(known)}. To add a family, add a row to "
+            f"Found: {', '.join(kinds) or 'no blocks'}; known families: {', '.join(known)}. To add one, add a row to "
             "FAMILIES in sparsetrain/hf/model/families.py with the places of its attention, FFN linears and norms."
         )
     from sparsetrain.hf.model.attention import install_attention
@@ -68,7 +68,7 @@ def describe_model(model: nn.Module) -> Anatomy:
         last_norm=last_norm(described, axes),
         norm_offset=blocks[0][2].norm_offset,
         embedding_scale=embedding_scale(named.get(embedding or "")),
-        resized=resized,
+        resized=resized if blocks[0][2].families else None,
         limits=blocks[0][2].limits,
     )
 
@@ -90,15 +90,16 @@ def _block(name: str, block: nn.Module, row: Row, layer: int) -> Block:
         layer=layer,
         attention=attention,
         ffn=ffn,
-        norms=tuple(f"{name}.{norm}" for norm in row.norms),
+        norms=tuple(f"{name}.{norm}" for norm in row.norms if _has(block, norm)),  # parallel blocks have one
         linears=_linears(name, block, row, attention, ffn),
     )
 
 
 def _linears(name: str, block: nn.Module, row: Row, attention: AttentionSite, ffn: FFNSite) -> tuple[LinearSite, ...]:
     roles = {f"{name}.{path}": role for path, role in row.projections.items()}
-    if ffn.refused is None:
-        roles |= {f"{ffn.name}.{ffn.up}": "up", f"{ffn.name}.{ffn.gate}": "gate", f"{ffn.name}.{ffn.down}": "down"}
+    if ffn.up:
+        up = "gate_up" if row.fused else "up"
+        roles |= {f"{ffn.name}.{ffn.up}": up, f"{ffn.name}.{ffn.gate}": "gate", f"{ffn.name}.{ffn.down}": "down"}
     return tuple(
         linear_site(path, module, attention.layer, roles[path], attention, row.transposed)
         for path, module in own_modules(block, name)
@@ -110,7 +111,7 @@ def _attention(name: str, module: nn.Module, layer: int) -> AttentionSite:
     config: Any = module.config
     heads = config.num_attention_heads
     head_dim = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None)
-    window = getattr(module, "sliding_window", None)
+    window = getattr(module, "sliding_window", None) if getattr(module, "is_sliding", True) else None
     if window is None and getattr(config, "model_type", "") == "mistral":
         window = getattr(config, "sliding_window", None)
     return AttentionSite(
@@ -150,12 +151,13 @@ def _ffn(name: str, block: nn.Module, row: Row, layer: int) -> FFNSite:
             down="",
             refused=f"{type(owner).__name__} is a mixture of experts: it is routed already",
         )
-    up = linear_site(row.up, owner.get_submodule(row.up), layer, "up", transposed=row.transposed)
+    role = "gate_up" if row.fused else "up"
+    up = linear_site(row.up, owner.get_submodule(row.up), layer, role, transposed=row.transposed)
     return FFNSite(
         name=owner_name,
         layer=layer,
         hidden_size=up.in_features,
-        ffn_size=up.out_features,
+        ffn_size=up.out_features // 2 if row.fused else up.out_features,
         activation=_activation(config),
         up=row.up,
         gate=row.gate,
@@ -163,6 +165,8 @@ def _ffn(name: str, block: nn.Module, row: Row, layer: int) -> FFNSite:
         bypass=(row.act,),
         transposed=row.transposed,
         has_bias=innermost(owner.get_submodule(row.up)).bias is not None,
+        fused=row.fused,
+        refused=f"{type(owner).__name__} holds gate and up in one linear ({row.up})" if row.fused else None,
     )
 
 

@@ -21,6 +21,8 @@ from sparsetrain.surgery.attention import AttentionCall, stand_in_of
 NAME = "sparsetrain_attention"
 _COLLECTED = getattr(output_capturing, "_active_collector", None)
 """Names of what the forward that runs collects of its layers, in transformers 5."""
+_UNKNOWN = {"softcap": "capped scores (softcap)", "s_aux": "attention sinks (s_aux)"}
+"""What some families ask of an attention besides: left out it would be another model."""
 
 
 def install_attention(model: nn.Module) -> Undo:
@@ -87,6 +89,7 @@ def attention_function(
             "output_attentions=True asks for attention maps, and a converted model forms none. Leave it out; for maps, "
             "load the model unconverted with attn_implementation='eager'."
         )
+    _refuse_unknown(module, kwargs)
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = _in_one_dtype(query, key, value)
@@ -121,6 +124,14 @@ def attention_function(
         )
     call = AttentionCall(query, key, value, causal, scale, segments, window, dense, looks_at, places)
     return stand_in(call).transpose(1, 2).contiguous(), None
+
+
+def _refuse_unknown(module: nn.Module, asked: dict[str, Any]) -> None:
+    for name, what in _UNKNOWN.items():
+        if asked.get(name) is not None:
+            raise Unsupported(
+                f"{type(module).__name__} asks its attention for {what}, which ours lacks. Leave it dense."
+            )
 
 
 def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
@@ -17,18 +18,23 @@ class Row:
     """How a block is built. Paths are relative to the block; up, gate, down and act to the FFN's owner.
 
     blocks: class names of the block.
-    families: model types with this block that the docs name; mixtures of experts have attention alone to offer.
+    families: model types with this block that keep the whole contract; mixtures of experts have attention alone to
+        offer.
+    also: model types that a part of the contract is tested on. They cannot be resized.
     attention: the module that calls the attention function.
-    projections: linear of the attention -> its role; a fused one as in `sites.FUSED`.
+    projections: linear of the attention -> its role; a fused one as in `sites.FUSED`. One whose parts lie head by head
+        is left out, so no method edits it.
     owner: the module whose forward runs the FFN ("" = the block itself).
     transposed: linears are stored [in, out].
     experts: the FFN is a mixture of experts, and no method's.
+    fused: `up` holds gate and up in one linear, in this order; the FFN is then no method's.
     norm_offset: as of `Anatomy`.
     limits: feature -> why no method can have it on these families.
     """
 
     blocks: tuple[str, ...]
     families: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
     attention: str
     projections: Mapping[str, str]
     owner: str = "mlp"
@@ -39,6 +45,7 @@ class Row:
     norms: tuple[str, ...] = ()
     transposed: bool = False
     experts: bool = False
+    fused: bool = False
     norm_offset: float = 0.0
     limits: dict[str, str] = field(default_factory=dict)
 
@@ -73,6 +80,99 @@ _BERT = Row(
     act="intermediate.intermediate_act_fn",
     norms=("attention.output.LayerNorm", "output.LayerNorm"),
     limits=_ENCODER,
+)
+
+_VIT = Row(
+    blocks=("ViTLayer",),
+    families=("vit",),
+    attention="attention",
+    projections={f"attention.{role}_proj": role for role in "qkvo"},
+    up="fc1",
+    down="fc2",
+    act="activation_fn",
+    norms=("layernorm_before", "layernorm_after"),
+    limits={name: "images come in one size" for name in ("padding", "packing")}
+    | {"mlm": "images have no tokens to mask"},
+)
+
+
+def _further(row: Row, names: Mapping[str, str], **changes: Any) -> Row:
+    """A row for blocks (class -> model type) that are built like another's, but for `changes`."""
+    return replace(row, blocks=tuple(names), families=(), also=tuple(names.values()), **changes)
+
+
+_FURTHER = (
+    _further(
+        _LLAMA,
+        {
+            "CohereDecoderLayer": "cohere",
+            "Cohere2DecoderLayer": "cohere2",
+            "Ernie4_5DecoderLayer": "ernie4_5",
+            "GraniteDecoderLayer": "granite",
+            "HeliumDecoderLayer": "helium",
+            "HunYuanDenseV1DecoderLayer": "hunyuan_v1_dense",
+            "MinistralDecoderLayer": "ministral",
+            "OlmoDecoderLayer": "olmo",
+            "SeedOssDecoderLayer": "seed_oss",
+            "SmolLM3DecoderLayer": "smollm3",
+            "StableLmDecoderLayer": "stablelm",
+        },
+    ),
+    _further(_LLAMA, {"GemmaDecoderLayer": "gemma"}, norm_offset=1.0),
+    _further(
+        _LLAMA,
+        {"Exaone4DecoderLayer": "exaone4", "Olmo2DecoderLayer": "olmo2", "Olmo3DecoderLayer": "olmo3"},
+        norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+    ),
+    _further(_LLAMA, {"ArceeDecoderLayer": "arcee"}, gate=None),
+    _further(_LLAMA, {"NemotronDecoderLayer": "nemotron"}, gate=None, norm_offset=1.0),
+    _further(_LLAMA, {"Starcoder2DecoderLayer": "starcoder2"}, up="c_fc", gate=None, down="c_proj", act="act"),
+    _further(
+        _LLAMA,
+        {"PhiDecoderLayer": "phi"},
+        projections={f"self_attn.{role}_proj": role for role in "qkv"} | {"self_attn.dense": "o"},
+        up="fc1",
+        gate=None,
+        down="fc2",
+        act="activation_fn",
+    ),
+    _further(
+        _LLAMA,
+        {"Phi3DecoderLayer": "phi3"},
+        projections={"self_attn.qkv_proj": "qkv", "self_attn.o_proj": "o"},
+        up="gate_up_proj",
+        gate=None,
+        fused=True,
+    ),
+    _further(
+        _LLAMA,
+        {"GlmDecoderLayer": "glm", "Glm4DecoderLayer": "glm4"},
+        up="gate_up_proj",
+        gate=None,
+        fused=True,
+        norms=(*_LLAMA.norms, "post_self_attn_layernorm", "post_mlp_layernorm"),
+    ),
+    _further(
+        _LLAMA,
+        {"GPTNeoXLayer": "gpt_neox"},
+        attention="attention",
+        projections={"attention.dense": "o"},
+        up="dense_h_to_4h",
+        gate=None,
+        down="dense_4h_to_h",
+        act="act",
+    ),
+    _further(
+        _BERT,
+        {
+            "CamembertLayer": "camembert",
+            "ElectraLayer": "electra",
+            "RobertaLayer": "roberta",
+            "XLMRobertaLayer": "xlm-roberta",
+        },
+    ),
+    _further(_VIT, {"DeiTLayer": "deit"}),
+    _further(_VIT, {"Dinov2Layer": "dinov2"}, norms=("norm1", "norm2")),
 )
 
 FAMILIES: tuple[Row, ...] = (
@@ -138,18 +238,7 @@ FAMILIES: tuple[Row, ...] = (
         norms=("sa_layer_norm", "output_layer_norm"),
         limits=_ENCODER,
     ),
-    Row(
-        blocks=("ViTLayer",),
-        families=("vit",),
-        attention="attention",
-        projections={f"attention.{role}_proj": role for role in "qkvo"},
-        up="fc1",
-        down="fc2",
-        act="activation_fn",
-        norms=("layernorm_before", "layernorm_after"),
-        limits={name: "images come in one size" for name in ("padding", "packing")}
-        | {"mlm": "images have no tokens to mask"},
-    ),
+    _VIT,
     Row(
         blocks=("MixtralDecoderLayer", "Qwen2MoeDecoderLayer", "Qwen3MoeDecoderLayer", "OlmoeDecoderLayer"),
         attention="self_attn",
@@ -157,6 +246,7 @@ FAMILIES: tuple[Row, ...] = (
         experts=True,
         limits=_CAUSAL,
     ),
+    *_FURTHER,
 )
 
 _ROWS = {block: row for row in FAMILIES for block in row.blocks}
@@ -172,5 +262,10 @@ def row_of(module: nn.Module) -> Row | None:
 
 
 def family_limits() -> dict[str, dict[str, str]]:
-    """Family -> feature -> why no method can have it there."""
+    """Family that keeps the whole contract -> feature -> why no method can have it there."""
     return {family: row.limits for row in FAMILIES for family in row.families}
+
+
+def further_families() -> dict[str, dict[str, str]]:
+    """Family that a part of the contract is tested on -> its limits, as above."""
+    return {family: row.limits for row in FAMILIES for family in sorted(row.also)}

@@ -9,7 +9,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from sparsetrain.core.anatomy import AttentionSite, Block, ConvolutionSite, LinearSite, innermost
 
-FUSED = {"qkv": ("q", "k", "v"), "up_gate": ("up", "gate")}
+FUSED = {"qkv": ("q", "k", "v"), "up_gate": ("up", "gate"), "gate_up": ("gate", "up")}
 """Role of a fused projection -> the roles of its parts, in the order they lie along the outputs."""
 
 
