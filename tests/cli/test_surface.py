@@ -59,7 +59,7 @@ SURFACE = {
     "bench": ALWAYS | {"--recipe", "--model", "--data", "--task", "--text-column", "--seq-len", "--batch-size"}
     | {"--grad-accum", "--method", "--lora-r", "--lora-alpha", "--lora-targets", "--seed", "--dtype"}
     | {"--gradient-checkpointing", "--device", "--threads", "--methods", "--rounds", "--layers", "--quick", "--output"},
-    "doctor": ALWAYS,
+    "doctor": ALWAYS | {"--network"},
     "models list": ALWAYS,
     "models fetch": ALWAYS | {"NAME"},
     "models verify": ALWAYS | {"NAME"},

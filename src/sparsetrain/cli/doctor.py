@@ -11,7 +11,9 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import typer
 
 from sparsetrain.cli.answer import Answer, table
 from sparsetrain.cli.flags import Debug, Json
@@ -49,7 +51,12 @@ class Check:
     advice: str = ""
 
 
-def doctor(json: Json = False, debug: Debug = False) -> Answer:
+Network = Annotated[
+    bool, typer.Option("--network", help="Time the network between a launcher's ranks instead, for `plan --gpus`.")
+]
+
+
+def doctor(network: Network = False, json: Json = False, debug: Debug = False) -> Answer | None:
     """Check this machine: versions, devices, which number formats are fast, embedded assets, known clashes.
 
     Takes a few seconds and changes nothing. Ends with 1 if something that is required is missing.
@@ -58,7 +65,12 @@ def doctor(json: Json = False, debug: Debug = False) -> Answer:
     Examples:
       sparsetrain doctor
       sparsetrain doctor --json > machine.json
+      torchrun --nproc-per-node 2 -m sparsetrain doctor --network
     """
+    if network:
+        from sparsetrain.cli.network import network_answer
+
+        return network_answer()
     checks = examine()
     missing = [check for check in checks if check.state == "missing"]
     verdict = (

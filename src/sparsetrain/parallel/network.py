@@ -1,0 +1,122 @@
+"""What the network between ranks carries: all-reduces timed inside a node and between nodes.
+
+An all-reduce of n ranks moves 2 (n - 1) / n times its bytes over each rank's link, whatever its algorithm; that over
+its time is the rank's bandwidth, as `cost.Network` counts it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+
+from sparsetrain.core import ranks
+
+SIZES = (64 * 1024, 1024**2, 16 * 1024**2, 64 * 1024**2)
+"""Bytes of the all-reduces; the bandwidth is that of the largest."""
+ROUNDS, WARM = 7, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """All-reduces among `ranks` ranks: bytes -> median seconds, each those of the slowest rank.
+
+    shared_by: groups that go over one link at once.
+    """
+
+    ranks: int
+    seconds: dict[int, float]
+    shared_by: int = 1
+
+    def bytes_per_s(self, size: int | None = None) -> float:
+        """Of the link, with all-reduces of this size; of the largest if none is given."""
+        size = size or max(self.seconds)
+        return self.shared_by * 2 * (self.ranks - 1) / self.ranks * size / self.seconds[size]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """latency_s: of an all-reduce of one number among all ranks. node, inter: inside a node, and between nodes; None
+    where there is one rank a node, or one node."""
+
+    nodes: int
+    devices_per_node: int
+    latency_s: float
+    node: Link | None
+    inter: Link | None
+
+    @property
+    def flag(self) -> str:
+        """For `plan --gpus`: node=1.2GB/s,inter=0.5GB/s; what was not measured is left out."""
+        found = {"node": self.node, "inter": self.inter}
+        return ",".join(
+            f"{name}={link.bytes_per_s() / 1e9:.3g}GB/s" for name, link in found.items() if link is not None
+        )
+
+
+def measure_network(
+    devices_per_node: int, device: torch.device, sizes: Sequence[int] = SIZES, rounds: int = ROUNDS
+) -> Measured:
+    """Time all-reduces of `sizes` bytes; every rank calls this. Between nodes all devices of a node send at once.
+
+    Args:
+        devices_per_node: ranks of each node, which are numbered node by node, as launchers do.
+
+    Raises:
+        ValueError: one rank, or nodes with other numbers of ranks.
+    """
+    count = ranks.total()
+    if count == 1:
+        raise ValueError(
+            "a network is between ranks, and this is one process. Start as many as will train, on every node: "
+            "torchrun --nproc-per-node 2 -m sparsetrain doctor --network"
+        )
+    if count % devices_per_node:
+        raise ValueError(f"{count} ranks are not nodes of {devices_per_node}. Start as many on each node.")
+    nodes = count // devices_per_node
+    inside = [range(node * devices_per_node, (node + 1) * devices_per_node) for node in range(nodes)]
+    across = [range(place, count, devices_per_node) for place in range(devices_per_node)]
+    one = torch.zeros(1, device=device)
+    return Measured(
+        nodes=nodes,
+        devices_per_node=devices_per_node,
+        latency_s=_median(lambda: distributed.all_reduce(one), rounds, device),
+        node=_link(inside, 1, device, sizes, rounds) if devices_per_node > 1 else None,
+        inter=_link(across, devices_per_node, device, sizes, rounds) if nodes > 1 else None,
+    )
+
+
+def _link(groups: Sequence[range], shared_by: int, device: torch.device, sizes: Sequence[int], rounds: int) -> Link:
+    made = [distributed.new_group(list(group)) for group in groups]  # every rank takes part in making all
+    own = next(group for group, members in zip(made, groups, strict=True) if distributed.get_rank() in members)
+    try:
+        seconds = {}
+        for size in sizes:
+            x: Tensor = torch.zeros(size // 4, device=device)
+
+            def reduce(x: Tensor = x) -> object:
+                return distributed.all_reduce(x, group=own)
+
+            seconds[size] = _median(reduce, rounds, device)
+        return Link(ranks=len(groups[0]), seconds=seconds, shared_by=shared_by)
+    finally:
+        distributed.destroy_process_group(own)
+
+
+def _median(run: Callable[[], object], rounds: int, device: torch.device) -> float:
+    """Median seconds of `run`, all ranks starting together; of each round the slowest rank's."""
+    times = torch.zeros(WARM + rounds, dtype=torch.float64)
+    for i in range(len(times)):
+        ranks.wait()
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times[i] = time.perf_counter() - start
+    times = times.to(device)
+    distributed.all_reduce(times, op=distributed.ReduceOp.MAX)
+    return statistics.median(times[WARM:].tolist())
