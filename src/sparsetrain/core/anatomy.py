@@ -229,6 +229,14 @@ def describe(model: nn.Module) -> Anatomy:
     )
 
 
+def known_parts(model: nn.Module) -> Anatomy:
+    """The anatomy, or one without parts of a family that no adapter knows: its dense training can be measured, too."""
+    try:
+        return describe(model)
+    except UnknownFamily:
+        return Anatomy(family="unknown", model_class=type(model).__name__, blocks=())
+
+
 def submodule(model: nn.Module, name: str) -> nn.Module:
     """`model.get_submodule` that also takes the empty name."""
     return model.get_submodule(name) if name else model

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from sparsetrain.core.anatomy import Anatomy, Block, describe, submodule
+from sparsetrain.core.anatomy import Anatomy, Block, known_parts, submodule
 from sparsetrain.core.components import COMPONENTS as COMPONENTS
 
 
@@ -31,11 +31,8 @@ def places(model: nn.Module) -> dict[str, Place]:
     The block's child that holds the attention is attention (BERT: `attention`, with its output projection), the
     children that hold the FFN's linears and activation are FFN, and norms count as norms wherever they stand between
     those. What stands beside a `base_layer` is an adapter.
-
-    Raises:
-        UnknownFamily: no anatomy adapter knows the model.
     """
-    anatomy = describe(model)
+    anatomy = known_parts(model)
     named = dict(model.named_modules())
     found: dict[str, Place] = {}
     for block in anatomy.blocks:
@@ -152,12 +149,9 @@ def running(model: nn.Module, at: dict[str, Place] | None = None) -> Iterator[Ru
 
     Args:
         at: module name -> place, instead of the model's `places`.
-
-    Raises:
-        UnknownFamily: no anatomy adapter knows the model.
     """
     now = Running()
-    blocks = [block.name for block in describe(model).blocks]
+    blocks = [block.name for block in known_parts(model).blocks]
     hooks: list[Any] = []
 
     def start_model(*_: Any) -> None:

@@ -16,7 +16,7 @@ from sparsetrain.hf.model.denoising import check_labels, set_labels
 from sparsetrain.hf.model.diffusion_config import DiffusionConfig
 from sparsetrain.hf.model.model_config import context_length
 from sparsetrain.hf.model.opening import NO_CODE, make_config, told
-from sparsetrain.hf.model.weights import new_class
+from sparsetrain.hf.model.weights import attention_of, new_class
 from sparsetrain.planner.config_values import check_values, config_values
 from sparsetrain.recipes.pretrain import PretrainRecipe
 from sparsetrain.recipes.run import RunRecipe
@@ -114,7 +114,7 @@ def build_model(config: Any, task: str) -> Any:
     try:
         kind: Any = new_class(task)
         options = {} if EncoderClassifier in kind.__mro__ else NO_CODE
-        return kind.from_config(config, attn_implementation="sdpa", **options)
+        return kind.from_config(config, attn_implementation=attention_of(kind, config), **options)
     except (MemoryError, RuntimeError) as error:
         if "memory" not in str(error):
             raise ValueError(f"{config.model_type} cannot be trained for task={task}: {told(error)}") from None

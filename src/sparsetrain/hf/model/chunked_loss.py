@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsetrain.core.anatomy import library_model
+from sparsetrain.core.anatomy import submodule
+from sparsetrain.hf.model.sites import model_inside
 from sparsetrain.ops.selected_loss import selected_loss
 from sparsetrain.surgery.outermost import reclass_model
 from sparsetrain.surgery.reclass import dense_forward, reclass
@@ -89,7 +90,7 @@ def use_chunked_loss(model: nn.Module) -> bool:
     It cannot where the logits are more than the head's linear, the loss is the model's own, or a method has both
     already.
     """
-    inner: Any = library_model(model)
+    inner: Any = submodule(model, model_inside(model))  # of families without sites, too
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     config = inner.config.get_text_config() if hasattr(inner, "config") else None
     if type(head) is not nn.Linear or {"forward", "_hf_hook"} & vars(head).keys():

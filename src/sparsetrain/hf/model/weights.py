@@ -84,7 +84,7 @@ def load_weights(
             path,
             config=config,
             dtype=dtype,
-            attn_implementation="sdpa",
+            attn_implementation=attention_of(kind, config),
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # told below, by name
             output_loading_info=True,
@@ -116,6 +116,14 @@ def empty_of(kind: Any, config: Any, name: str) -> Any:
         raise ValueError(
             f"no model can be built from the config of {quoted(name)} ({quoted(config.model_type)}): {told(error)}"
         ) from None
+
+
+def attention_of(kind: Any, config: Any) -> str | None:
+    """SDPA, or None where a family has attention of its own alone: transformers then takes that."""
+    known = getattr(kind, "_model_mapping", None)
+    found = kind if known is None else known[type(config)]
+    found = found[0] if isinstance(found, (list, tuple)) else found
+    return "sdpa" if getattr(found, "_supports_sdpa", True) else None
 
 
 def fitting_class(model_class: str, config: Any, name: str) -> Any:
