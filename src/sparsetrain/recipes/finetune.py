@@ -22,6 +22,7 @@ class Recipe(RunRecipe):
     job: ClassVar[str] = "finetune"
     presets: ClassVar[Mapping[str, tuple[MethodConfig, ...]]] = PRESETS
     default_preset: ClassVar[str | None] = DEFAULT_PRESET
+    sections: ClassVar[tuple[str, ...]] = ("training", "lora")
 
     model: str
     """Model to fine-tune: an embedded asset (`sparsetrain models`), a local folder, or a name on the hub."""
@@ -43,6 +44,9 @@ class Recipe(RunRecipe):
     """LoRA's update is scaled by lora_alpha / lora_r."""
     lora_targets: Literal["all-linear"] | list[str] = "all-linear"
     """Linears that get LoRA: all-linear (all but the head), or endings of module names such as q_proj."""
+    lora: dict[str, Any] = Field(default_factory=dict)
+    """Keys of PEFT's LoraConfig that no key here stands for, such as use_rslora; lora_dropout, lora_bias and
+    lora_variant may stand outside."""
     preset: Literal["auto"] | None = None
     """auto: the methods are chosen when the run begins (`hf.study.choose`). It is so without methods and preset, and
     dense for images. Other presets stand for methods, and are replaced by them."""
@@ -85,6 +89,8 @@ class Recipe(RunRecipe):
             raise ValueError(f"deploy=dense, and {kept[0]} trains a model to be used sparse. Give deploy=sparse.")
         if self.deploy == "sparse" and given:
             raise ValueError(f"{given[0]} is for deploy=dense, and deploy=sparse was given. Leave one out.")
+        if self.lora and self.lora_r == 0:
+            raise ValueError(f"lora.{next(iter(self.lora))} is given, and lora_r=0 trains without LoRA. Leave one out.")
         if self.deploy == "dense" and self.lora_r > 0 and self.trains_own:
             own = next(config.method for config in self.configs if config.trains_own)
             raise ValueError(
