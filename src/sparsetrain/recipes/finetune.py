@@ -12,7 +12,7 @@ from sparsetrain.core.fields import shown
 from sparsetrain.recipes.entries import read_methods
 from sparsetrain.recipes.presets import AUTO, DEFAULT_PRESET, PRESETS
 from sparsetrain.recipes.run import RunRecipe
-from sparsetrain.recipes.tasks import TASKS
+from sparsetrain.recipes.tasks import TASKS, task_of
 from sparsetrain.surgery.deploy import Deploy, DeployDense
 
 
@@ -29,6 +29,14 @@ class Recipe(RunRecipe):
     data: str
     """Training data: a text file, folder or glob; JSONL or a JSON array (text, messages, prompt/completion, or
     instruction/output); CSV; an embedded or `datasets` name."""
+    eval_data: str | None = None
+    """Held-out data of its own, as data is given; a share of data if not given."""
+    dataset_config: str | None = None
+    """Which part ("subset") of a data set of the hub."""
+    dataset_train_split: str = "train"
+    """Which split of a data set of the hub, or of a saved one, is trained on."""
+    dataset_test_split: str | None = None
+    """Which split is held out; a share of what is trained on if not given."""
     output: str = "runs/finetune"
     """Folder for checkpoints, the trained adapter and the report. It must be empty or absent unless --resume."""
     task: Literal["lm", "sft", "classify", "diffusion"] = "lm"
@@ -80,6 +88,14 @@ class Recipe(RunRecipe):
         if not isinstance(names, list | tuple) or not names or not all(isinstance(n, str) and n.strip() for n in names):
             raise ValueError(f"lora_targets={shown(given)}: give all-linear, or names such as q_proj,v_proj.")
         return list(names)
+
+    @model_validator(mode="after")
+    def _reads_text(self) -> Self:
+        keys = ("eval_data", "dataset_config", "dataset_train_split", "dataset_test_split")
+        given = [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
+        if given and task_of(self.task).images:
+            raise ValueError(f"{given[0]} is for data of text, and task={self.task} reads images. Leave it out.")
+        return self
 
     @model_validator(mode="after")
     def _deploys(self) -> Self:

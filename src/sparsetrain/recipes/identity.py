@@ -29,13 +29,16 @@ NOT_TRAINING = frozenset(
     | {"threads", "device", "gradient_checkpointing"}
 )
 
-LATER = ("training", "lora", "eval_data", "dataset_config", "dataset_train_split", "packing", "early_stopping")
+LATER = (
+    *("training", "lora", "early_stopping"),
+    *("eval_data", "dataset_config", "dataset_train_split", "dataset_test_split"),
+)
 """Keys that came later: left out while they have their defaults, as in the checkpoints of versions without them."""
 
 
 def training_values(recipe: RunRecipe) -> dict[str, Any]:
     """The keys that change the training result, as JSON values."""
-    watched = NOT_TRAINING - {"eval_every", "eval_tokens"} if getattr(recipe, "early_stopping", 0) else NOT_TRAINING
+    watched = NOT_TRAINING - {"eval_every", "eval_tokens"} if recipe.early_stopping else NOT_TRAINING
     values = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in watched}
     if values["ema_decay"] is None and not recipe.averages:
         del values["ema_decay"]  # as in the checkpoints of versions that kept no average

@@ -37,6 +37,7 @@ def gathered(values: Mapping[str, Any], sections: Collection[str]) -> dict[str, 
     for key in [key for key in short_keys(sections) if key in found]:
         if (value := found.pop(key)) is None:
             continue
+        value = read_yaml(value) if key == "lora_dropout" and isinstance(value, str) else value
         moved = variant_keys(value) if key == "lora_variant" else {SHORT[key][1]: value}
         section = "lora" if key == "lora_variant" else SHORT[key][0]
         there = found.get(section) or {}

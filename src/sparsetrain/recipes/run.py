@@ -114,6 +114,9 @@ class RunRecipe(BaseModel):
     """Steps between evaluations; 0 evaluates only before and after training."""
     eval_tokens: int = Field(16384, ge=1, le=2**40)
     """Tokens of held-out data for each evaluation (rows with one label: as many as hold them)."""
+    early_stopping: int = Field(0, ge=0, le=2**31 - 1)
+    """Evaluations (see eval_every) in which the held-out loss may fail to reach a new low before a run ends; 0: it
+    takes all its steps. The last weights are kept."""
     gradient_checkpointing: Literal["none", "non-reentrant", "reentrant"] = "none"
     """Recompute activations in the backward pass: much less memory, about a third more time."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -197,6 +200,15 @@ class RunRecipe(BaseModel):
             raise ValueError(f"steps={self.steps} and epochs={self.epochs} are both given. Give one of them.")
         if self.steps is not None and self.warmup_steps >= self.steps and self.warmup_steps > 0:
             raise ValueError(f"warmup_steps={self.warmup_steps} leaves nothing of steps={self.steps}. Lower it.")
+        if self.early_stopping and (grows := [config.method for config in self.configs if config.grows]):
+            raise ValueError(f"early_stopping={self.early_stopping}: {grows[0]} trains stages of a fixed length.")
+        if self.early_stopping and (not self.eval_every or self.compare != "none"):
+            needs = (
+                "both sides of a comparison take the same steps. Leave one"
+                if self.eval_every
+                else ("nothing is evaluated while it trains. Give eval_every (--eval-every) too, or leave it")
+            )
+            raise ValueError(f"early_stopping={self.early_stopping}: {needs} out.")
         return self
 
     @property

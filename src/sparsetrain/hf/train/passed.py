@@ -10,6 +10,7 @@ from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from sparsetrain.core.config import suggest
@@ -28,6 +29,7 @@ _NO_OPTIMIZERS = {
     "layerwise": "it steps in the backward pass, and has no state that a run could go on with",
 }
 _NO_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+_REFUSED = (*_NO_OPTIMIZERS, *_NO_SCHEDULES)
 
 
 def passed_on(recipe: RunRecipe) -> dict[str, Any]:
@@ -46,6 +48,9 @@ def check_passed(recipe: RunRecipe, device: torch.device) -> None:
     if not values:
         return
     _check_report(values.get("report_to"))
+    for key, known in (("optim", optimizers()), ("lr_scheduler_type", schedules())):
+        if (name := values.get(key)) is not None and not any(part in name for part in _REFUSED) and name not in known:
+            raise ValueError(f"training.{key}={shown(name)} is unknown.{suggest(name, known)} Give {', '.join(known)}.")
     _check_schedule(recipe, values.get("lr_scheduler_type"))
     if values.get("label_smoothing_factor") and task_of(recipe.task).loss is not None:
         raise ValueError(f"training.label_smoothing_factor: task={recipe.task} has a loss of its own. Leave it out.")
@@ -104,3 +109,8 @@ def _check_optimizer(recipe: RunRecipe, arguments: TrainingArguments) -> None:
 def optimizers() -> list[str]:
     """The names that `optim` takes, whether or not their libraries are installed."""
     return [each.value for each in OptimizerNames if not any(part in each.value for part in _NO_OPTIMIZERS)]
+
+
+def schedules() -> list[str]:
+    """The names that `lr_scheduler_type` takes."""
+    return [each.value for each in SchedulerType if each.value not in _NO_SCHEDULES]
