@@ -45,6 +45,13 @@ def test_a_name_stands_for_a_flag_that_there_is() -> None:
     assert not (RENAMED.keys() | SWITCHES.keys()) & (flags - {"--gradient-checkpointing"})
 
 
+def test_code_of_a_model_is_not_asked_for_by_accident() -> None:
+    assert translated(["--trust_remote_code", "false", "--lr", "1"], FLAGS) == ["--lr", "1"]
+    for given in (["--trust-remote-code"], ["--trust_remote_code=True"]):
+        with pytest.raises(ValueError, match="never run here"):
+            translated(given, FLAGS)
+
+
 def test_rows_of_a_device_are_not_taken_for_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="all 2 ranks"):

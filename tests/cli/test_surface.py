@@ -26,7 +26,7 @@ RECIPE = {
     "--grad-accum", "--steps", "--epochs", "--preset", "--method", "--calibration-tokens", "--compare", "--lora-r",
     "--lora-alpha", "--lora-targets", "--lr", "--lr-schedule", "--warmup-steps", "--weight-decay", "--max-grad-norm",
     "--ema-decay", "--save-every", "--early-stopping",
-    "--eval-data", "--dataset-config", "--dataset-train-split", "--dataset-test-split",
+    "--eval-data", "--dataset-config", "--dataset-train-split", "--dataset-test-split", "--model-revision",
     "--keep-checkpoints", "--eval-every", "--eval-tokens", "--resume", "--no-resume", "--seed", "--dtype",
     "--gradient-checkpointing", "--device", "--threads", "--distill-steps", "--distill-lr",
     "--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary",
@@ -35,7 +35,7 @@ PASSED = {"--set", "--optim", "--report-to", "--run-name"}
 LORA = {"--lora-variant", "--lora-dropout", "--lora-bias"}
 DEPLOY = {"--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary"}
 ADAPTER = {"--preset", "--distill-steps", "--distill-lr", "--lora-r", "--lora-alpha", "--lora-targets"}
-DATA = {"--eval-data", "--dataset-config", "--dataset-train-split", "--dataset-test-split"}
+DATA = {"--model-revision", "--eval-data", "--dataset-config", "--dataset-train-split", "--dataset-test-split"}
 PRETRAIN = RECIPE - DEPLOY - ADAPTER - DATA | PASSED | {
     "--set", "--data-folder", "--tokenizer", "--train-rows", "--min-lr-ratio", "--beta1", "--beta2", "--eps",
     "--clip-value", "--compare-lr", "--find-switch",

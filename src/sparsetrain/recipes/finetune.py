@@ -26,6 +26,8 @@ class Recipe(RunRecipe):
 
     model: str
     """Model to fine-tune: an embedded asset (`sparsetrain models`), a local folder, or a name on the hub."""
+    model_revision: str | None = None
+    """Branch, tag or commit of a model on the hub; its newest if not given."""
     data: str
     """Training data: a text file, folder or glob; JSONL or a JSON array (text, messages, prompt/completion, or
     instruction/output); CSV; an embedded or `datasets` name."""

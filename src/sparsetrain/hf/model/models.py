@@ -117,7 +117,10 @@ def _with_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: l
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 by a name that is deprecated there
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    if recipe.model_revision is not None:  # PEFT would name the folder of its snapshot
+        config.base_model_name_or_path, config.revision = recipe.model, recipe.model_revision
+    return adapted
 
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:

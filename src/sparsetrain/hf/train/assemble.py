@@ -18,6 +18,7 @@ from sparsetrain.hf.model import models, opening
 from sparsetrain.hf.model.architectures import check_images, sequence_tokens, tokens_per_input
 from sparsetrain.hf.model.checkpointing import checkpointing_arguments
 from sparsetrain.hf.model.model_config import check_context
+from sparsetrain.hf.model.revision import at_revision
 from sparsetrain.hf.model.vocabulary import check_vocabulary
 from sparsetrain.hf.model.weights import auto_class, load_weights
 from sparsetrain.hf.model.whole import check_causal
@@ -133,7 +134,10 @@ def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...
     Raises:
         ValueError: no such model, or `seq_len` is longer than its context.
     """
-    path = resolve_model(recipe.model, progress=lambda line: report({"event": "note", "text": line}))
+    if recipe.model_revision is not None:
+        path = at_revision(recipe.model, recipe.model_revision)
+    else:
+        path = resolve_model(recipe.model, progress=lambda line: report({"event": "note", "text": line}))
     config = opening.open_config(path, recipe.model)
     check_context(recipe.seq_len, config, recipe.model)
     models.check_lora_targets(recipe, config)
