@@ -11,7 +11,16 @@ from sparsetrain.cli.app import app
 from sparsetrain.cli.hf_names import RENAMED, SWITCHES, translated
 from tests.cli.conftest import Call
 
-FLAGS = {"--lr", "--dtype", "--gradient-checkpointing", "--batch-size", "--lora-variant", "--model", "--resume"}
+FLAGS = {
+    "--lr",
+    "--dtype",
+    "--gradient-checkpointing",
+    "--batch-size",
+    "--lora-variant",
+    "--model",
+    "--resume",
+    "--no-resume",
+}
 
 
 @pytest.mark.parametrize(
@@ -32,6 +41,9 @@ FLAGS = {"--lr", "--dtype", "--gradient-checkpointing", "--batch-size", "--lora-
         ("--no_such_thing 1", "--no_such_thing 1"),
         ("--max-steps 3", "--max-steps 3"),  # a command without --steps
         ("--resume learning_rate", "--resume learning_rate"),
+        ("--resume True --lr 1", "--resume --lr 1"),
+        ("--resume=false", "--no-resume"),
+        ("--no-resume", "--no-resume"),
     ],
 )
 def test_names_become_ours(given: str, found: str) -> None:

@@ -27,6 +27,7 @@ RECIPE = {
     "--lora-alpha", "--lora-targets", "--lr", "--lr-schedule", "--warmup-steps", "--weight-decay", "--max-grad-norm",
     "--ema-decay", "--save-every", "--early-stopping",
     "--eval-data", "--dataset-config", "--dataset-train-split", "--dataset-test-split", "--model-revision",
+    "--load-in-4bit", "--no-load-in-4bit",
     "--keep-checkpoints", "--eval-every", "--eval-tokens", "--resume", "--no-resume", "--seed", "--dtype",
     "--gradient-checkpointing", "--device", "--threads", "--distill-steps", "--distill-lr",
     "--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary",
@@ -35,7 +36,15 @@ PASSED = {"--set", "--optim", "--report-to", "--run-name"}
 LORA = {"--lora-variant", "--lora-dropout", "--lora-bias"}
 DEPLOY = {"--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary"}
 ADAPTER = {"--preset", "--distill-steps", "--distill-lr", "--lora-r", "--lora-alpha", "--lora-targets"}
-DATA = {"--model-revision", "--eval-data", "--dataset-config", "--dataset-train-split", "--dataset-test-split"}
+DATA = {
+    "--load-in-4bit",
+    "--no-load-in-4bit",
+    "--model-revision",
+    "--eval-data",
+    "--dataset-config",
+    "--dataset-train-split",
+    "--dataset-test-split",
+}
 PRETRAIN = RECIPE - DEPLOY - ADAPTER - DATA | PASSED | {
     "--set", "--data-folder", "--tokenizer", "--train-rows", "--min-lr-ratio", "--beta1", "--beta2", "--eps",
     "--clip-value", "--compare-lr", "--find-switch",
@@ -105,7 +114,7 @@ def test_flags_are_the_recipes_keys_with_its_defaults() -> None:
     assert set(PASSED_FLAGS) == {"set", *short_keys(Recipe.sections)}
     recipe = Recipe(model="m", data="d")
     for key, flag in FLAGS.items():
-        if key in ("preset", "methods", "threads", "resume", "train_auxiliary") or not flag.default:
+        if key in ("preset", "methods", "threads", "resume", "train_auxiliary", "load_in_4bit") or not flag.default:
             continue
         assert flag.default == str(getattr(recipe, key)), key
     assert recipe.preset == FLAGS["preset"].default == "auto"

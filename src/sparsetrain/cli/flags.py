@@ -119,7 +119,7 @@ FLAGS: dict[str, Flag] = {
              "q_proj,v_proj."),
         Flag("lr", FLOAT, "0.0002", TRAIN, "Peak learning rate; about a tenth of it without LoRA."),
         Flag("lr_schedule", "linear|cosine|constant", "cosine", TRAIN, "How it falls after the warm-up."),
-        Flag("warmup_steps", INT, "0", TRAIN, "Steps in which it rises from 0."),
+        Flag("warmup_steps", FLOAT, "0", TRAIN, "Steps in which it rises from 0; below 1: their share of all."),
         Flag("weight_decay", FLOAT, "0.0", TRAIN, "AdamW's decoupled decay."),
         Flag("max_grad_norm", FLOAT, "1.0", TRAIN, "Longer gradients are scaled down to this; 0: no clipping."),
         Flag("ema_decay", FLOAT, "", TRAIN, "Decay of the average of the weights that is evaluated, sampled from and "
@@ -134,6 +134,7 @@ FLAGS: dict[str, Flag] = {
         Flag("seed", INT, "0", MACHINE, "Same seed, same machine: same losses."),
         Flag("dtype", "auto|fp32|bf16", "auto", MACHINE, "auto is bf16 where this machine multiplies it 1.3x faster, "
              "else fp32; SPARSETRAIN_DTYPE says what auto takes instead."),
+        Flag("load_in_4bit", "", "no", MACHINE, "Hold the frozen weights in 4 bits (QLoRA; needs bitsandbytes).", bool),
         Flag("gradient_checkpointing", "none|non-reentrant|reentrant", "none", MACHINE, CHECKPOINTING),
         Flag("device", "auto|cpu|mps|cuda|cuda:N", "auto", MACHINE, "auto takes a GPU if there is one."),
         Flag("threads", INT, "all cores", MACHINE, "CPU threads."),

@@ -22,6 +22,7 @@ RENAMED: dict[str, str] = {
     "--num-train-epochs": "--epochs",
     "--learning-rate": "--lr",
     "--lr-scheduler-type": "--lr-schedule",
+    "--warmup-ratio": "--warmup-steps",
     "--lora-target-modules": "--lora-targets",
     "--save-steps": "--save-every",
     "--save-total-limit": "--keep-checkpoints",
@@ -58,7 +59,9 @@ def translated(arguments: Sequence[str], flags: Collection[str]) -> list[str]:
     while rest:
         name, equals, value = rest.pop(0).partition("=")
         dashed = name.replace("_", "-")
-        if not name.startswith("--") or (name in flags and name not in SWITCHES):
+        if name.startswith("--") and f"--no-{dashed[2:]}" in flags:  # a switch of ours
+            found.append(dashed if _truth(equals, value, rest) else f"--no-{dashed[2:]}")
+        elif not name.startswith("--") or (name in flags and name not in SWITCHES):
             found.append(f"{name}{equals}{value}")
         elif dashed in REFUSED and dashed not in flags:
             if _truth(equals, value, rest):

@@ -126,4 +126,9 @@ def _with_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: l
 def num_parameters(model: nn.Module) -> tuple[int, int]:
     """(all, trainable) parameters; tied ones once, and a module that PEFT keeps beside its trained copy not at all."""
     found = [p for name, p in model.named_parameters() if "original_module" not in name.split(".")]
-    return sum(p.numel() for p in found), sum(p.numel() for p in found if p.requires_grad)
+    return sum(map(_numel, found)), sum(_numel(p) for p in found if p.requires_grad)
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """Numbers that it stands for: of those in 4 bits, two share a byte."""
+    return parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)

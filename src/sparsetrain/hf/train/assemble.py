@@ -17,6 +17,7 @@ from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.model import models, opening
 from sparsetrain.hf.model.architectures import check_images, sequence_tokens, tokens_per_input
 from sparsetrain.hf.model.checkpointing import checkpointing_arguments
+from sparsetrain.hf.model.four_bit import check_four_bit, four_bit_options, keep_trainable
 from sparsetrain.hf.model.model_config import check_context
 from sparsetrain.hf.model.revision import at_revision
 from sparsetrain.hf.model.vocabulary import check_vocabulary
@@ -56,6 +57,8 @@ def open_parts(
         )
     device = pick_device(recipe)
     check_passed(recipe, device)
+    if recipe.load_in_4bit:
+        check_four_bit(device)
     path, config = open_config(recipe, report, (like or recipe).configs)
     planned = check_and_plan(recipe, config, device)
     tokenizer = _tokenizer(recipe, path, config) if opened is None else opened.tokenizer
@@ -125,6 +128,8 @@ def asked_features(recipe: RunRecipe, device: torch.device) -> list[str]:
         found.append("autocast")
     if getattr(recipe, "lora_r", 0) > 0:
         found.append("lora")
+    if getattr(recipe, "load_in_4bit", False):
+        found.append("four_bit")
     return found
 
 
@@ -178,15 +183,19 @@ def load_model(parts: Parts, *, cut: bool = False) -> tuple[Any, list[str]]:
         if config.pad_token_id is None:
             config.pad_token_id = bundle.collate_fn.pad_token_id  # type: ignore[attr-defined]
     set_seed(recipe.seed)  # a new head is drawn here
+    dtype = pick_dtype(recipe, parts.device)
     model, new = load_weights(
         parts.path,
         auto_class(recipe.task).__name__,
-        pick_dtype(recipe, parts.device),
+        dtype,
         config,
         name=recipe.model,
         new_head=labelled,
         cut=cut,
+        options=four_bit_options(parts.device, dtype) if recipe.load_in_4bit else {},
     )
+    if recipe.load_in_4bit:
+        keep_trainable(model)
     return model.to(parts.device), new
 
 
