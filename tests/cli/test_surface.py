@@ -50,7 +50,7 @@ PRETRAIN = RECIPE - DEPLOY - ADAPTER - DATA | PASSED | {
     "--clip-value", "--compare-lr", "--find-switch",
 }  # fmt: skip
 SURFACE = {
-    "finetune": ALWAYS | RECIPE | PASSED | LORA | {"--recipe", "--dry-run"}
+    "finetune": ALWAYS | RECIPE | PASSED | LORA | {"--recipe", "--dry-run", "--push-to-hub", "--hub-model-id"}
     | {"--memory", "--tolerance", "--goal", "--choose-seconds", "--choose-again"},
     "pretrain": ALWAYS | PRETRAIN | {"--recipe", "--dry-run", "--grid", "--grid-mode"},
     "eval": ALWAYS | {"MODEL", "--all", "--data", "--task", "--text-column", "--holdout", "--seq-len", "--batch-size"}
