@@ -27,7 +27,7 @@ RECIPE = {
     "--lora-alpha", "--lora-targets", "--lr", "--lr-schedule", "--warmup-steps", "--weight-decay", "--max-grad-norm",
     "--ema-decay", "--save-every", "--early-stopping",
     "--eval-data", "--dataset-config", "--dataset-train-split", "--dataset-test-split", "--model-revision",
-    "--load-in-4bit", "--no-load-in-4bit",
+    "--load-in-4bit", "--no-load-in-4bit", "--packing", "--no-packing",
     "--keep-checkpoints", "--eval-every", "--eval-tokens", "--resume", "--no-resume", "--seed", "--dtype",
     "--gradient-checkpointing", "--device", "--threads", "--distill-steps", "--distill-lr",
     "--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary",
@@ -114,7 +114,10 @@ def test_flags_are_the_recipes_keys_with_its_defaults() -> None:
     assert set(PASSED_FLAGS) == {"set", *short_keys(Recipe.sections)}
     recipe = Recipe(model="m", data="d")
     for key, flag in FLAGS.items():
-        if key in ("preset", "methods", "threads", "resume", "train_auxiliary", "load_in_4bit") or not flag.default:
+        if (
+            key in ("preset", "methods", "threads", "resume", "train_auxiliary", "load_in_4bit", "packing")
+            or not flag.default
+        ):
             continue
         assert flag.default == str(getattr(recipe, key)), key
     assert recipe.preset == FLAGS["preset"].default == "auto"

@@ -17,7 +17,7 @@ _NOT_HERE |= {
     "model_revision",
     "load_in_4bit",
 }
-_NOT_HERE |= {"deploy", "dense_first", "dense_last", "train_auxiliary"}
+_NOT_HERE |= {"packing", "deploy", "dense_first", "dense_last", "train_auxiliary"}
 _OWN = (
     Flag("model", "NAME|FILE|DIR", "", MAIN, "Architecture: gpt2-nano (decoder), sequence-encoder (SPION's sizes), "
          "vit-nano, dit-nano, unet-nano (28x28 images), or your config.json, or a folder with one."),

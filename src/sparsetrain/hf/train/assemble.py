@@ -37,6 +37,9 @@ from sparsetrain.surgery.method import edits_of, growth_of, method_of
 from sparsetrain.surgery.plan import Plan, plan
 from sparsetrain.surgery.support import FEATURES, check_support, sharding_asked
 
+_FEATURES = {"load_in_4bit": "four_bit", "packing": "packing"}
+"""Switches of a recipe -> what they ask of its methods."""
+
 
 def open_parts(
     recipe: Recipe, report: Report, like: Recipe | None = None, opened: Parts[Recipe] | None = None
@@ -120,7 +123,7 @@ def asked_features(recipe: RunRecipe, device: torch.device) -> list[str]:
         "non-reentrant": ["checkpointing"],
         "reentrant": ["checkpointing_reentrant"],
     }[recipe.gradient_checkpointing]
-    if task_of(recipe.task).padded:
+    if task_of(recipe.task).padded:  # packed, too: held-out rows are padded
         found.append("padding")
     if task_of(recipe.task).labelled:
         found.append("classify")
@@ -128,8 +131,7 @@ def asked_features(recipe: RunRecipe, device: torch.device) -> list[str]:
         found.append("autocast")
     if getattr(recipe, "lora_r", 0) > 0:
         found.append("lora")
-    if getattr(recipe, "load_in_4bit", False):
-        found.append("four_bit")
+    found += [feature for key, feature in _FEATURES.items() if getattr(recipe, key, False)]
     return found
 
 
@@ -196,6 +198,8 @@ def load_model(parts: Parts, *, cut: bool = False) -> tuple[Any, list[str]]:
     )
     if recipe.load_in_4bit:
         keep_trainable(model)
+    if recipe.packing:  # with a cache, transformers does not see the boundaries of packed rows
+        model.config.use_cache = False
     return model.to(parts.device), new
 
 

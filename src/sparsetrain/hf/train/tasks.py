@@ -77,6 +77,7 @@ def text_rows(asked: RowsAsked) -> DataBundle:
         asked.source,
         asked.tokenizer,
         recipe.seq_len,
+        pack="documents" if _packs(recipe) else "concat",
         text_column=recipe.text_column,
         holdout=recipe.holdout,
         max_tokens=asked.step_tokens,
@@ -87,7 +88,13 @@ def text_rows(asked: RowsAsked) -> DataBundle:
 
 def sft_rows(asked: RowsAsked) -> DataBundle:
     """Conversations, with labels on what the assistant says."""
-    return load_sft(asked.source, asked.tokenizer, asked.recipe.seq_len, max_rows=asked.step_rows, **asked.of_text)
+    recipe, packs = asked.recipe, _packs(asked.recipe)
+    rows = None if packs else asked.step_rows  # how many a packed row holds is known when they are packed
+    return load_sft(asked.source, asked.tokenizer, recipe.seq_len, max_rows=rows, packing=packs, **asked.of_text)
+
+
+def _packs(recipe: RunRecipe) -> bool:
+    return bool(getattr(recipe, "packing", False))
 
 
 def classify_rows(asked: RowsAsked) -> DataBundle:
@@ -123,7 +130,9 @@ class Scores(NamedTuple):
 def next_token_scores(model: Any, batch: Batch) -> Scores:
     """Negative log-likelihood of the labelled tokens; in pieces, as logits are large, and of few where few are asked
     for: the head is a fifth of a small model."""
-    inputs = dict(batch)
+    inputs: dict[str, Any] = dict(batch)
+    if "position_ids" in inputs:  # with a cache, transformers does not see the boundaries in them
+        inputs["use_cache"] = False
     target_bt = inputs.pop("labels")[:, 1:]
     asked_k = (target_bt != IGNORED_LABEL).any(0).nonzero()[:, 0]
     if 2 * len(asked_k) <= target_bt.shape[1] and _keeps_logits(model):
