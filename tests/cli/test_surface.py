@@ -36,15 +36,8 @@ PASSED = {"--set", "--optim", "--report-to", "--run-name"}
 LORA = {"--lora-variant", "--lora-dropout", "--lora-bias"}
 DEPLOY = {"--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary"}
 ADAPTER = {"--preset", "--distill-steps", "--distill-lr", "--lora-r", "--lora-alpha", "--lora-targets"}
-DATA = {
-    "--load-in-4bit",
-    "--no-load-in-4bit",
-    "--model-revision",
-    "--eval-data",
-    "--dataset-config",
-    "--dataset-train-split",
-    "--dataset-test-split",
-}
+DATA = {"--eval-data", "--dataset-config", "--dataset-train-split", "--dataset-test-split", "--model-revision"}
+DATA |= {"--packing", "--no-packing", "--load-in-4bit", "--no-load-in-4bit"}
 PRETRAIN = RECIPE - DEPLOY - ADAPTER - DATA | PASSED | {
     "--set", "--data-folder", "--tokenizer", "--train-rows", "--min-lr-ratio", "--beta1", "--beta2", "--eps",
     "--clip-value", "--compare-lr", "--find-switch",

@@ -6,7 +6,6 @@ from transformers import PreTrainedTokenizerBase
 from sparsetrain.core.quote import quoted
 from sparsetrain.data.collate import IGNORED_LABEL, Collator, check_length
 from sparsetrain.data.conversations import Conversation, conversation_of, describe, row_key
-from sparsetrain.data.packing import pack_whole
 from sparsetrain.data.remarks import Remarks
 from sparsetrain.data.rows import Row
 from sparsetrain.data.split import divide
@@ -34,7 +33,6 @@ def load_sft(
     dataset_config: str | None = None,
     split: str = "train",
     eval_split: str | None = None,
-    packing: bool = False,
     max_position_embeddings: int | None = None,
     progress: Progress | None = None,
 ) -> DataBundle:
@@ -58,8 +56,6 @@ def load_sft(
         eval_source, eval_split: held-out rows of their own, instead of the share `eval_ratio` (0 for none).
         max_rows, max_eval_rows: stop at this many rows with targets, in the seeded order; None for all.
         dataset_config, split: for hub data sets and saved folders.
-        packing: put several training conversations into a row, with `position_ids` that restart at each, from which
-            attention takes the boundaries; held-out ones stay apart.
         max_position_embeddings: the model's context, to check `max_length` against.
         progress: called with one line every 1,000 rows.
 
@@ -74,11 +70,6 @@ def load_sft(
     train_rows, eval_rows, num_dropped = divide(rows, eval_rows, eval_ratio, seed, key=row_key)
     counts = {"rows": len(rows), "duplicates_of_eval": num_dropped}
     train = _encode(train_rows, tokenizer, max_length, max_rows, "train", counts, remarks, progress)
-    packed = ""
-    if packing:
-        train = Dataset.from_dict(pack_whole(train["input_ids"], train["labels"], max_length))
-        counts["train_packed_rows"] = len(train)
-        packed = f"; packed into {len(train):,} rows of at most {max_length:,} tokens"
     held_out = None
     if eval_rows is not None:
         held_out = _encode(eval_rows, tokenizer, max_length, max_eval_rows, "eval", counts, remarks, progress)
@@ -86,7 +77,7 @@ def load_sft(
         train=train,
         eval=held_out,
         collate_fn=Collator(padding_id(tokenizer)),
-        description=describe(name, counts) + packed + remarks.text(),
+        description=describe(name, counts) + remarks.text(),
         counts=counts,
     )
 

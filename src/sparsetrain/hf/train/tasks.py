@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
 from sparsetrain.data.collate import IGNORED_LABEL
+from sparsetrain.data.packing import pack_whole
 from sparsetrain.hf.data import DataBundle, load_classify, load_images, load_sft, load_text
 from sparsetrain.hf.data.bundle import Progress
 from sparsetrain.recipes.run import RunRecipe
@@ -90,7 +92,15 @@ def sft_rows(asked: RowsAsked) -> DataBundle:
     """Conversations, with labels on what the assistant says."""
     recipe, packs = asked.recipe, _packs(asked.recipe)
     rows = None if packs else asked.step_rows  # how many a packed row holds is known when they are packed
-    return load_sft(asked.source, asked.tokenizer, recipe.seq_len, max_rows=rows, packing=packs, **asked.of_text)
+    bundle = load_sft(asked.source, asked.tokenizer, recipe.seq_len, max_rows=rows, **asked.of_text)
+    return _packed(bundle, recipe.seq_len) if packs else bundle
+
+
+def _packed(bundle: DataBundle, seq_len: int) -> DataBundle:
+    """Several training rows in one, with `position_ids` that restart at each; held-out rows stay apart."""
+    train = Dataset.from_dict(pack_whole(bundle.train["input_ids"], bundle.train["labels"], seq_len))  # type: ignore
+    said = f"{bundle.description}; packed into {len(train):,} rows of at most {seq_len:,} tokens"
+    return replace(bundle, train=train, description=said, counts={**bundle.counts, "train_packed_rows": len(train)})
 
 
 def _packs(recipe: RunRecipe) -> bool:
