@@ -10,15 +10,26 @@ import typer
 
 from sparsetrain.cli.answer import Answer
 from sparsetrain.cli.choice_flags import Again, GoalFlag, Memory, Seconds, Tolerance, choice_asked
-from sparsetrain.cli.flags import FLAGS, METHODS_HELP, Debug, Json, RecipeFile, changes, takes
+from sparsetrain.cli.flags import KEEP, METHODS_HELP, Debug, Json, RecipeFile, takes
 from sparsetrain.cli.live import refuse_launched, speaks, telling
+from sparsetrain.cli.passed_flags import FINETUNE_FLAGS, passed
 
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check the recipe, model and data; print the plan; train nothing.")
 ]
 
+PushToHub = Annotated[
+    bool,
+    typer.Option("--push-to-hub", rich_help_panel=KEEP, help="Upload the trained model to the hub in the end."),
+]
+HubModelId = Annotated[
+    str | None,
+    typer.Option("--hub-model-id", metavar="NAME", rich_help_panel=KEEP, show_default="name of --output",
+                 help="Repository for --push-to-hub; a new one is private."),
+]  # fmt: skip
 
-@takes(*FLAGS)
+
+@takes(*FINETUNE_FLAGS, table=FINETUNE_FLAGS)
 def finetune(
     recipe: RecipeFile = None,
     memory: Memory = None,
@@ -26,6 +37,8 @@ def finetune(
     goal: GoalFlag = None,
     choose_seconds: Seconds = None,
     choose_again: Again = False,
+    push_to_hub: PushToHub = False,
+    hub_model_id: HubModelId = None,
     dry_run: DryRun = False,
     json: Json = False,
     debug: Debug = False,
@@ -47,8 +60,13 @@ def finetune(
 
     METHODS
 
-    A recipe file has one line a flag, spelled with underscores ([cyan]seq_len: 2048[/]); a run writes its own as
-    recipe.yaml.
+    A recipe file has one line a flag, spelled with underscores ([cyan]seq_len: 2048[/]), and for --set the mappings
+    [cyan]training:[/] and [cyan]lora:[/]; a run writes its own as recipe.yaml.
+
+    Hugging Face's names are taken too, with - or _: --model-name-or-path, --dataset-name, --output-dir, --max-length,
+    --per-device-train-batch-size, --gradient-accumulation-steps, --max-steps, --num-train-epochs, --learning-rate,
+    --lr-scheduler-type, --lora-target-modules, --save-steps, --save-total-limit, --eval-steps, --bf16, --use-dora,
+    --use-rslora.
 
     [bold]When not to use it[/]: if sequences are short and dense LoRA fits and is fast enough. --compare dense measures
     that on your model, data and machine.
@@ -56,16 +74,39 @@ def finetune(
     from sparsetrain.recipes.finetune import Recipe
 
     wanted = {"memory": memory, "tolerance": tolerance, "goal": goal, "choose_seconds": choose_seconds}
-    given = changes(flags)
+    given = passed(flags, Recipe.sections)
     asked = Recipe.from_yaml(recipe, given) if recipe else Recipe.from_values(given)
     by = choice_asked(asked, **wanted, choose_again=choose_again)
     refuse_launched(compares=asked.compare == "dense", chooses=by is not None, dry_run=dry_run)
+    repository = _repository(asked, push_to_hub, hub_model_id)
     with telling() as tell:
         answer = _answered(asked, tell, dry_run) if by is None else _chosen(asked, by, tell, dry_run)
-    return answer if speaks() else None
+    if not speaks():
+        return None
+    return answer if repository is None or dry_run else _pushed(answer, repository)
 
 
 finetune.__doc__ = inspect.cleandoc(finetune.__doc__ or "").replace("METHODS", METHODS_HELP)
+
+
+def _repository(recipe: Any, wanted: bool, name: str | None) -> str | None:
+    """Where the trained model is to be uploaded, after that was found possible; None for nowhere."""
+    if not wanted:
+        if name is not None:
+            raise ValueError(f"--hub-model-id {name} is for --push-to-hub. Give that too, or leave it out.")
+        return None
+    if recipe.compare != "none":
+        raise ValueError("--push-to-hub uploads one model, and a comparison trains two. Leave one out.")
+    from sparsetrain.hf.train.hub import check_can_push
+
+    return check_can_push(name, recipe.output)
+
+
+def _pushed(answer: Answer, repository: str) -> Answer:
+    from sparsetrain.hf.train.hub import push
+
+    address = push(answer.data["saved"], repository)
+    return replace(answer, data=answer.data | {"hub": address}, show=[*answer.show, f"On the hub: {address}"])
 
 
 def _chosen(asked: Any, by: Any, tell: Any, dry_run: bool) -> Answer:

@@ -79,8 +79,13 @@ FLAGS: dict[str, Flag] = {
     flag.key: flag
     for flag in (
         Flag("model", "NAME|DIR", "", MAIN, "Embedded model (`sparsetrain models list`), local folder, or hub name."),
+        Flag("model_revision", "NAME", "", MAIN, "Branch, tag or commit of a hub model."),
         Flag("data", "NAME|PATH", "", MAIN, "Text file, folder or glob; JSONL or a JSON array (text, messages, "
              "prompt/completion, or instruction/output); CSV; an embedded set; or a name for `datasets`."),
+        Flag("eval_data", "NAME|PATH", "", MAIN, "Held-out data of its own; a share of --data if not given."),
+        Flag("dataset_config", "NAME", "", MAIN, "Subset of a hub data set."),
+        Flag("dataset_train_split", "NAME", "train", MAIN, "Split that is trained on."),
+        Flag("dataset_test_split", "NAME", "", MAIN, "Split that is held out; a share of the other if not given."),
         Flag("task", "|".join(offered("finetune")), "lm", MAIN, says("finetune")),
         Flag("text_column", "NAME", "text", MAIN, "Column that holds the text, in JSONL, JSON and CSV."),
         Flag("holdout", "tokens|documents", "tokens", MAIN, "What the held-out part of text is a share of. tokens: a "
@@ -88,6 +93,8 @@ FLAGS: dict[str, Flag] = {
         Flag("output", "DIR", "runs/finetune", MAIN, "Folder for checkpoints, the trained model and the report. "
              "Must be absent or empty, unless --resume."),
         Flag("seq_len", INT, "1024", LENGTH, "Tokens in a sequence; at most the model's context."),
+        Flag("packing", "", "no", LENGTH, "sft: several examples in a row, none of which sees another. lm, which "
+             "packs in any case: no document sees another.", bool),
         Flag("batch_size", INT, "1", LENGTH, "Sequences in one pass. Memory grows with it."),
         Flag("grad_accum", INT, "1", LENGTH, "Passes added up for one step. Effective batch: batch-size x grad-accum."),
         Flag("steps", INT, "200", LENGTH, "Optimizer steps."),
@@ -114,7 +121,7 @@ FLAGS: dict[str, Flag] = {
              "q_proj,v_proj."),
         Flag("lr", FLOAT, "0.0002", TRAIN, "Peak learning rate; about a tenth of it without LoRA."),
         Flag("lr_schedule", "linear|cosine|constant", "cosine", TRAIN, "How it falls after the warm-up."),
-        Flag("warmup_steps", INT, "0", TRAIN, "Steps in which it rises from 0."),
+        Flag("warmup_steps", FLOAT, "0", TRAIN, "Steps in which it rises from 0; below 1: their share of all."),
         Flag("weight_decay", FLOAT, "0.0", TRAIN, "AdamW's decoupled decay."),
         Flag("max_grad_norm", FLOAT, "1.0", TRAIN, "Longer gradients are scaled down to this; 0: no clipping."),
         Flag("ema_decay", FLOAT, "", TRAIN, "Decay of the average of the weights that is evaluated, sampled from and "
@@ -123,10 +130,13 @@ FLAGS: dict[str, Flag] = {
         Flag("keep_checkpoints", INT, "2", KEEP, "Newest checkpoints kept."),
         Flag("eval_every", INT, "0", KEEP, "Steps between evaluations; 0: before and after training only."),
         Flag("eval_tokens", INT, "16384", KEEP, "Held-out tokens an evaluation."),
+        Flag("early_stopping", INT, "0", KEEP, "Evaluations without a new lowest held-out loss before it ends; "
+             "0: never."),
         Flag("resume", "", "no", KEEP, "Go on from the newest whole checkpoint in --output.", bool),
         Flag("seed", INT, "0", MACHINE, "Same seed, same machine: same losses."),
         Flag("dtype", "auto|fp32|bf16", "auto", MACHINE, "auto is bf16 where this machine multiplies it 1.3x faster, "
              "else fp32; SPARSETRAIN_DTYPE says what auto takes instead."),
+        Flag("load_in_4bit", "", "no", MACHINE, "Hold the frozen weights in 4 bits (QLoRA; needs bitsandbytes).", bool),
         Flag("gradient_checkpointing", "none|non-reentrant|reentrant", "none", MACHINE, CHECKPOINTING),
         Flag("device", "auto|cpu|mps|cuda|cuda:N", "auto", MACHINE, "auto takes a GPU if there is one."),
         Flag("threads", INT, "all cores", MACHINE, "CPU threads."),

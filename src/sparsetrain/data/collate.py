@@ -46,6 +46,17 @@ class Collator:
 
 
 @dataclass(frozen=True)
+class PackedCollator:
+    """Packed rows (those with `position_ids`) without a mask, which would hide their boundaries; others with one. Each
+    token of a packed row's padding stands at place 0, so that nothing sees it."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return Collator(self.pad_token_id, attention_mask="position_ids" not in rows[0])(rows)
+
+
+@dataclass(frozen=True)
 class PairCollator:
     """Rows of two sequences -> `input_ids`, `attention_mask`, the same with `_b`, and `labels`."""
 

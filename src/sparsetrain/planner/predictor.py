@@ -114,7 +114,8 @@ class Predictor:
 
     def _key(self, recipe: Recipe) -> str:
         """Names what an outline depends on: the model, how it is trained, and the code that was traced."""
-        trained = {key: getattr(recipe, key) for key in ("task", "lora_r", "lora_targets", "lora_alpha", "methods")}
+        keys = ("task", "lora_r", "lora_targets", "lora_alpha", "lora", "methods")
+        trained = {key: getattr(recipe, key) for key in keys}
         trained |= {"again": recipe.gradient_checkpointing != "none", "bf16": self.bf16, "gpu": self.gpu}
         trained["config"] = self.model.values
         trained["methods"] = [plain_values(config) for config in recipe.configs]

@@ -124,7 +124,8 @@ def _forecast(recipe: Recipe, asked: Asked) -> Forecast:
     device = assemble.pick_device(recipe)
     path, _ = assemble.open_config(recipe, lambda _event: None, ())
     bf16, gpu = assemble.computes_bf16(recipe, device), device.type == "cuda"
-    base = {key: getattr(recipe, key) for key in ("task", "lora_r", "lora_alpha", "lora_targets", "seed", "dtype")}
+    kept = ("task", "lora_r", "lora_alpha", "lora_targets", "lora", "seed", "dtype")
+    base = {key: getattr(recipe, key) for key in kept}
     base |= {"seq_len": recipe.seq_len, "batch_size": recipe.batch_size, "grad_accum": recipe.grad_accum}
     rates = this_machine(cache_folder() / "machine")
     return Forecast(

@@ -17,11 +17,14 @@ from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.model import models, opening
 from sparsetrain.hf.model.architectures import check_images, sequence_tokens, tokens_per_input
 from sparsetrain.hf.model.checkpointing import checkpointing_arguments
+from sparsetrain.hf.model.four_bit import check_four_bit, four_bit_options, keep_trainable
 from sparsetrain.hf.model.model_config import check_context
+from sparsetrain.hf.model.revision import at_revision
 from sparsetrain.hf.model.vocabulary import check_vocabulary
 from sparsetrain.hf.model.weights import auto_class, load_weights
 from sparsetrain.hf.model.whole import check_causal
 from sparsetrain.hf.train.parts import Parts
+from sparsetrain.hf.train.passed import check_passed, passed_on
 from sparsetrain.hf.train.rows import first_batch, load_rows, refuse_rows
 from sparsetrain.measure.rates import device_of
 from sparsetrain.recipes.finetune import Recipe
@@ -33,6 +36,9 @@ from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.method import edits_of, growth_of, method_of
 from sparsetrain.surgery.plan import Plan, plan
 from sparsetrain.surgery.support import FEATURES, check_support, sharding_asked
+
+_FEATURES = {"load_in_4bit": "four_bit", "packing": "packing"}
+"""Switches of a recipe -> what they ask of its methods."""
 
 
 def open_parts(
@@ -53,6 +59,9 @@ def open_parts(
             "one size. Use pretrain, or another method."
         )
     device = pick_device(recipe)
+    check_passed(recipe, device)
+    if recipe.load_in_4bit:
+        check_four_bit(device)
     path, config = open_config(recipe, report, (like or recipe).configs)
     planned = check_and_plan(recipe, config, device)
     tokenizer = _tokenizer(recipe, path, config) if opened is None else opened.tokenizer
@@ -114,7 +123,7 @@ def asked_features(recipe: RunRecipe, device: torch.device) -> list[str]:
         "non-reentrant": ["checkpointing"],
         "reentrant": ["checkpointing_reentrant"],
     }[recipe.gradient_checkpointing]
-    if task_of(recipe.task).padded:
+    if task_of(recipe.task).padded:  # packed, too: held-out rows are padded
         found.append("padding")
     if task_of(recipe.task).labelled:
         found.append("classify")
@@ -122,6 +131,7 @@ def asked_features(recipe: RunRecipe, device: torch.device) -> list[str]:
         found.append("autocast")
     if getattr(recipe, "lora_r", 0) > 0:
         found.append("lora")
+    found += [feature for key, feature in _FEATURES.items() if getattr(recipe, key, False)]
     return found
 
 
@@ -131,7 +141,10 @@ def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...
     Raises:
         ValueError: no such model, or `seq_len` is longer than its context.
     """
-    path = resolve_model(recipe.model, progress=lambda line: report({"event": "note", "text": line}))
+    if recipe.model_revision is not None:
+        path = at_revision(recipe.model, recipe.model_revision)
+    else:
+        path = resolve_model(recipe.model, progress=lambda line: report({"event": "note", "text": line}))
     config = opening.open_config(path, recipe.model)
     check_context(recipe.seq_len, config, recipe.model)
     models.check_lora_targets(recipe, config)
@@ -172,15 +185,21 @@ def load_model(parts: Parts, *, cut: bool = False) -> tuple[Any, list[str]]:
         if config.pad_token_id is None:
             config.pad_token_id = bundle.collate_fn.pad_token_id  # type: ignore[attr-defined]
     set_seed(recipe.seed)  # a new head is drawn here
+    dtype = pick_dtype(recipe, parts.device)
     model, new = load_weights(
         parts.path,
         auto_class(recipe.task).__name__,
-        pick_dtype(recipe, parts.device),
+        dtype,
         config,
         name=recipe.model,
         new_head=labelled,
         cut=cut,
+        options=four_bit_options(parts.device, dtype) if recipe.load_in_4bit else {},
     )
+    if recipe.load_in_4bit:
+        keep_trainable(model)
+    if recipe.packing:  # with a cache, transformers does not see the boundaries of packed rows
+        model.config.use_cache = False
     return model.to(parts.device), new
 
 
@@ -235,7 +254,8 @@ def learning_rate(recipe: RunRecipe, handle: Handle | None) -> float:
 
 
 def training_arguments(parts: Parts, **changes: Any) -> TrainingArguments:
-    """The Trainer's arguments; what the checkpoint protocol and the records need is fixed here.
+    """The Trainer's arguments, with what the recipe passes on; what the checkpoint protocol and the records need is
+    fixed here, and no recipe can name it.
 
     Args:
         changes: further arguments of a job, or others in place of these.
@@ -273,6 +293,6 @@ def training_arguments(parts: Parts, **changes: Any) -> TrainingArguments:
         disable_tqdm=True,
         **checkpointing_arguments(recipe.gradient_checkpointing),
     )
-    arguments = TrainingArguments(**values | changes)
+    arguments = TrainingArguments(**values | changes | passed_on(recipe))
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process, one GPU: no DataParallel
     return arguments

@@ -7,6 +7,7 @@ is every loss. Checkpoints are full weights and optimizer state: `resume` goes o
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,7 @@ def _check(recipe: PretrainRecipe, shape: GridShape) -> None:
         "methods": (recipe.methods, "a grid trains dense models. Sparsify in Python, then parallelize() in plain mode"),
         "dtype": (recipe.dtype == "bf16", "a grid of processes on CPUs trains in fp32. Leave it out"),
         "task": (recipe.task != "lm" and recipe.task != "classify", "a grid trains lm and classify"),
+        "training": (recipe.training, "a grid trains without transformers' Trainer. Leave it out"),
         "compare": (recipe.compare != "none", "a grid compares nothing. Leave it out"),
         "device": (recipe.device not in ("auto", "cpu"), "a grid has been tried on CPUs alone. Leave it out"),
         "output": (
@@ -89,7 +91,8 @@ def _train(cut: GridModel, parts: Parts[PretrainRecipe], report: Report) -> list
     optimizer = torch.optim.AdamW(
         _groups(cut, recipe.weight_decay), lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), eps=recipe.eps
     )
-    schedule = get_scheduler(recipe.lr_schedule, optimizer, recipe.warmup_steps, steps)
+    rises = recipe.warmup_steps if recipe.warmup_steps >= 1 else math.ceil(steps * recipe.warmup_steps)
+    schedule = get_scheduler(recipe.lr_schedule, optimizer, int(rises), steps)
     losses = _resumed(cut, optimizer, schedule, recipe) if recipe.resume else []
     for step, batches in enumerate(_batches(parts, steps)):
         if step < len(losses):
