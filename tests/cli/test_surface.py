@@ -27,10 +27,12 @@ RECIPE = {
     "--keep-checkpoints", "--eval-every", "--eval-tokens", "--resume", "--no-resume", "--seed", "--dtype",
     "--gradient-checkpointing", "--device", "--threads", "--distill-steps", "--distill-lr",
     "--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary",
+    "--lora-dtype", "--activation-offloading", "--no-activation-offloading", "--tiled-mlp",
 }  # fmt: skip
 DEPLOY = {"--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary"}
-ADAPTER = {"--preset", "--distill-steps", "--distill-lr", "--lora-r", "--lora-alpha", "--lora-targets"}
-PRETRAIN = RECIPE - DEPLOY - ADAPTER | {
+EXACT = {"--activation-offloading", "--no-activation-offloading", "--tiled-mlp"}
+ADAPTER = {"--lora-dtype", "--preset", "--distill-steps", "--distill-lr", "--lora-r", "--lora-alpha", "--lora-targets"}
+PRETRAIN = RECIPE - DEPLOY - ADAPTER - EXACT | {
     "--set", "--data-folder", "--tokenizer", "--train-rows", "--min-lr-ratio", "--beta1", "--beta2", "--eps",
     "--clip-value", "--compare-lr", "--find-switch",
 }  # fmt: skip
@@ -98,7 +100,10 @@ def test_flags_are_the_recipes_keys_with_its_defaults() -> None:
     assert set(FLAGS) == set(Recipe.model_fields)
     recipe = Recipe(model="m", data="d")
     for key, flag in FLAGS.items():
-        if key in ("preset", "methods", "threads", "resume", "train_auxiliary") or not flag.default:
+        if (
+            key in ("preset", "methods", "threads", "resume", "train_auxiliary", "activation_offloading")
+            or not flag.default
+        ):
             continue
         assert flag.default == str(getattr(recipe, key)), key
     assert recipe.preset == FLAGS["preset"].default == "auto"
@@ -109,7 +114,7 @@ def test_flags_are_the_recipes_keys_with_its_defaults() -> None:
 
 
 def test_every_choice_in_a_metavar_is_one_the_recipe_takes() -> None:
-    for key in ("task", "compare", "lr_schedule", "dtype", "gradient_checkpointing"):
+    for key in ("task", "compare", "lr_schedule", "dtype", "lora_dtype", "gradient_checkpointing"):
         choices = set(str(FLAGS[key].metavar).split("|"))
         assert choices == set(Recipe.model_fields[key].annotation.__args__), key  # type: ignore[union-attr]
 

@@ -100,6 +100,7 @@ Batch = Annotated[str | None, typer.Option("--batch", metavar="INT", help="The s
     "batch_size",
     "grad_accum",
     "lora_r",
+    "lora_dtype",
     "dtype",
     "data",
     "gradient_checkpointing",
@@ -124,9 +125,10 @@ def plan(
 ) -> Answer:
     """Will it fit, what uses the memory, and which recipe? Predicted from a model's config: no weights, no GPU.
 
-    With a goal (--memory, --goal, --gpu, --fit): peak memory by component and step time of full fine-tuning, LoRA,
-    checkpointing and every sparse method; what to take, what was refused and why, and the recipe with --write. Ends
-    with exit code 1 when nothing fits, and says what is nearest.
+    With a goal (--memory, --goal, --gpu, --fit): peak memory by component and step time of LoRA, of the exact tools
+    (checkpointing, offload, FFNs in pieces), of full fine-tuning and of every sparse method, and the memory by context
+    length; what to take, the exact before what is not, what was refused and why, and the recipe with --write. With
+    --data it reads how long the rows are. Ends with exit code 1 when nothing fits, and says what is nearest.
 
     Without one: which parts of the model the methods of --preset or --method change, and what each costs. Of a recipe
     whose method makes several models: the size, steps, FLOPs, time and peak of each stage.

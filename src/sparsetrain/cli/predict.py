@@ -75,12 +75,19 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     recipe = _recipe(asked)
     bf16 = _dtype(recipe, rates, named=goal.gpu is not None) == "bf16"
     model = read_config(recipe.model, to_stderr_line)
-    base = {key: getattr(recipe, key) for key in ("task", "lora_r", "lora_alpha", "lora_targets", "seed", "dtype")}
+    keys = ("task", "lora_r", "lora_alpha", "lora_targets", "lora_dtype", "seed", "dtype")
+    base = {key: getattr(recipe, key) for key in keys}
     base |= {"seq_len": recipe.seq_len, "batch_size": recipe.batch_size, "grad_accum": recipe.grad_accum}
     known = {"cache": cache_folder() / "outlines", "gpu": not rates.is_cpu}
     predictor = predictor_of(model, base, bf16=bf16, **known)
+    rows = None
+    if goal.data is not None and recipe.data != "none":
+        from sparsetrain.hf.study.data_rows import data_rows
+
+        rows = data_rows(recipe, model, to_stderr_line)
+    tokens = _row_tokens(recipe, model)
     question = Question(
-        tokens=_row_tokens(recipe, model),
+        tokens=tokens if rows is None else min(tokens, rows.longest),
         batch=recipe.batch_size,
         grad_accum=recipe.grad_accum,
         memory_bytes=None if memory is None else rates.usable_bytes(memory),
@@ -88,8 +95,9 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
         dtype="bf16" if bf16 else "fp32",
         rates=rates,
         context=model.context,
+        lengths=_lengths(recipe, model.context, rows),
     )
-    only = dense_and(recipe, base) if given_methods else None
+    only = dense_and(recipe, base, gpu=not rates.is_cpu) if given_methods else None
     found = predict(predictor, question, only, fit=goal.fit)
     if found.picked is None and not bf16:
         halved = predictor_of(model, base | {"dtype": "bf16"}, bf16=True, **known)
@@ -106,7 +114,19 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
         from sparsetrain.planner.picture import draw
 
         draw(found, goal.plot, title=f"{model.name}, {question.tokens:,} tokens, batch {question.batch}", limit=memory)
-    return _shown(found, predictor, goal, memory, yaml)
+    return _shown(found, predictor, goal, memory, yaml, rows)
+
+
+def _lengths(recipe: Any, context: int | None, rows: Any) -> tuple[int, ...]:
+    """The lengths of the table by context length: powers of two up to the model's context, what was asked, and the
+    longest row of the data; none for images."""
+    from sparsetrain.recipes.tasks import task_of
+
+    if task_of(recipe.task).images:
+        return ()
+    most = min(context or LONGEST, LONGEST)
+    asked = {recipe.seq_len} if rows is None else {recipe.seq_len, rows.longest}
+    return tuple(sorted({n for n in (2**power for power in range(9, 18)) if n <= most} | asked))
 
 
 def _row_tokens(recipe: Any, model: Any) -> int:
@@ -155,9 +175,9 @@ def _recipe(asked: dict[str, Any]) -> Any:
     return Recipe.from_values({"data": "none", **asked})
 
 
-def _shown(found: Any, predictor: Any, goal: Goal, memory: int | None, yaml: str | None) -> Answer:
+def _shown(found: Any, predictor: Any, goal: Goal, memory: int | None, yaml: str | None, rows: Any) -> Answer:
     data = {"model": predictor.model.name, **found.to_dict(), "traced": predictor.traced}
-    data |= {"memory_bytes": memory, "recipe_yaml": yaml}
+    data |= {"memory_bytes": memory, "recipe_yaml": yaml, "data": None if rows is None else rows.to_dict()}
     question = found.question
     title = (
         f"{predictor.model.name}: a training step of {question.batch} x {question.tokens:,} tokens, {question.dtype}, "
@@ -167,7 +187,9 @@ def _shown(found: Any, predictor: Any, goal: Goal, memory: int | None, yaml: str
     lines = [[_cells(row)[name] for name in columns] for row in found.rows if row.peak is not None]
     right = tuple(i for i, name in enumerate(columns) if name not in (WAY, "peak in", "fits", "quality"))
     show: list[Any] = [lambda: table(f"{title}; GB", list(columns), lines, right=right)]
-    show += [*_about_rows(found.rows, predictor), *_notes(found, memory), ""]
+    show += [*_about_rows(found.rows, predictor), *_exact(found.rows), *([] if rows is None else [rows.line()])]
+    show += [lambda: _by_length(found)] if question.lengths else []
+    show += [*_notes(found, memory), ""]
     if found.picked is None:
         show.append(f"Nothing fits in {goal.memory or f'{(memory or 0) / 1e9:.1f} GB'}. Nearest possible:")
         show += [f"  {line}" for line in found.nearest]
@@ -178,7 +200,11 @@ def _shown(found: Any, predictor: Any, goal: Goal, memory: int | None, yaml: str
 def _about_rows(rows: Any, predictor: Any) -> list[str]:
     """What the table has no column for: refusals, where a way is faster, what a step's time and memory stand for."""
     shown = [row for row in rows if row.peak is not None]
-    refused = [f"Refused: {row.candidate.label}: {row.refused}." for row in rows if row.refused]
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row.refused:
+            reasons.setdefault(row.refused, []).append(row.candidate.label)
+    refused = [f"Refused: {', '.join(labels)}: {reason}." for reason, labels in reasons.items()]
     faster = [
         f"{row.candidate.label}: {_where_faster(row.faster_at, shown[0].candidate.label)}"
         for row in shown
@@ -191,6 +217,34 @@ def _about_rows(rows: Any, predictor: Any) -> list[str]:
         if any(config.begins_dense for config in predictor.recipe(row.candidate).configs)
     ]
     return [*refused, *faster, *timed, *begins]
+
+
+def _exact(rows: Any) -> list[str]:
+    """What each exact tool costs in time and gives in memory, beside the first row."""
+    first, *others = [row for row in rows if row.risk.exact and row.candidate.pickable and row.peak is not None]
+    return [
+        f"{row.candidate.label}: exact; {row.step_s / first.step_s:.2f}x the step and "
+        f"{row.peak.total / first.peak.total:.2f}x the peak of {first.candidate.label}"
+        + (f"; {row.peak.host / 1e9:.2f} GB wait in the CPU's memory." if row.peak.host else ".")
+        for row in others
+        if row.step_s is not None and first.step_s
+    ]
+
+
+def _by_length(found: Any) -> Any:
+    """The table of peak memory by context length: of the exact ways, and of the picked one."""
+    lengths = list(found.question.lengths)
+    room = MOST_LENGTHS if shutil.get_terminal_size().columns >= WIDE else FEW_LENGTHS
+    while len(lengths) > room:  # what was asked, the first and the last stay
+        lengths.remove(next(n for n in lengths[1:] if n != found.question.tokens))
+    rows = [row for row in found.rows if row.peak is not None and (row.risk.exact or row is found.picked)]
+    cells = [[_name(row), *(f"{size / 1e9:.2f}" for n, size in row.by_length if n in lengths)] for row in rows]
+    title = f"Memory by context length: GB at the peak of a step of {found.question.batch} such rows"
+    return table(title, [WAY, *(f"{n:,}" for n in lengths)], cells, right=tuple(range(1, len(lengths) + 1)))
+
+
+def _name(row: Any) -> str:
+    return row.candidate.label.replace("checkpointing", "ckpt")
 
 
 def _where_faster(stretches: Any, than: str) -> str:
@@ -239,6 +293,10 @@ def _choice(found: Any, goal: Goal) -> list[str]:
 
 WAY = "way to train"
 WIDE = 120
+MOST_LENGTHS, FEW_LENGTHS = 9, 5
+"""Columns of the table by context length, in a wide terminal and in a narrow one."""
+LONGEST = 2**17
+"""Tokens up to which memory is shown for a model that sets no limit, or one beyond."""
 
 
 def _columns(found: Any) -> tuple[str, ...]:
@@ -261,7 +319,7 @@ def _cells(row: Any) -> dict[str, str]:
         "temporary": peak.temporary,
     }
     return {
-        WAY: row.candidate.label.replace("checkpointing", "ckpt"),
+        WAY: _name(row),
         **{name: f"{size / 1e9:.2f}" for name, size in sizes.items()},
         "peak in": str(peak.phase),
         "step": seconds_text(row.step_s),

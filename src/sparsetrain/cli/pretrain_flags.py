@@ -10,6 +10,7 @@ from sparsetrain.recipes.tasks import offered, says
 TRAIN = "Optimizer"
 _NOT_HERE = {"preset", "distill_steps", "distill_lr", "lora_r", "lora_alpha", "lora_targets"}
 _NOT_HERE |= {"deploy", "dense_first", "dense_last", "train_auxiliary"}
+_NOT_HERE |= {"lora_dtype", "activation_offloading", "tiled_mlp"}
 _OWN = (
     Flag("model", "NAME|FILE|DIR", "", MAIN, "Architecture: gpt2-nano (decoder), sequence-encoder (SPION's sizes), "
          "vit-nano, dit-nano, unet-nano (28x28 images), or your config.json, or a folder with one."),

@@ -42,6 +42,7 @@ class PeakBytes:
     gradient, a block's intermediate results, recomputed activations).
     saved_in_full: component -> bytes at the end of the forward, whichever moment is the peak.
     phase: `forward`, `head and loss`, `backward` or `optimizer`.
+    host: bytes that wait in the CPU's memory meanwhile, and are not of the total.
     """
 
     total: float
@@ -53,6 +54,7 @@ class PeakBytes:
     saved: dict[str, float]
     temporary: float
     saved_in_full: dict[str, float]
+    host: float = 0.0
 
 
 def peak_bytes(trace: StepTrace, layout: Layout, static: StaticBytes, *, accumulates: bool = False) -> PeakBytes:
@@ -101,6 +103,7 @@ def peak_bytes(trace: StepTrace, layout: Layout, static: StaticBytes, *, accumul
         saved=saved,
         temporary=left,
         saved_in_full=_saved(trace, of, outside=True, head=True),
+        host=sum(trace.forward[i].work.get("host", (0.0, 0.0, 0.0))[1] for i in of),
     )
 
 

@@ -115,6 +115,7 @@ class Predictor:
     def _key(self, recipe: Recipe) -> str:
         """Names what an outline depends on: the model, how it is trained, and the code that was traced."""
         trained = {key: getattr(recipe, key) for key in ("task", "lora_r", "lora_targets", "lora_alpha", "methods")}
+        trained |= {key: getattr(recipe, key) for key in ("activation_offloading", "tiled_mlp", "lora_dtype")}
         trained |= {"again": recipe.gradient_checkpointing != "none", "bf16": self.bf16, "gpu": self.gpu}
         trained["config"] = self.model.values
         trained["methods"] = [plain_values(config) for config in recipe.configs]
@@ -143,7 +144,7 @@ def predict(
         only: the candidates, the first of which is the baseline; by default all of `candidates`.
         fit: `seq` or `batch`: pick for the longest sequence or the largest batch instead, which the picked row holds.
     """
-    asked = only or candidates(predictor.base)
+    asked = only or candidates(predictor.base, gpu=predictor.gpu)
     predictor.prepare(asked)
     found = answer(
         question,

@@ -36,6 +36,9 @@ def work_seconds(work: Work, rates: MachineRates, dtype: str) -> float:
     flops |= {"attention": rates.attention_flops, "exp": rates.exp_per_s}
     for kind, (amount, moved, calls) in work.items():
         rate = flops.get(kind)
+        if kind == "host":
+            total += moved / rates.host_bytes_per_s
+            continue
         arithmetic = amount / rate if rate else 0.0
         # a fused attention reads its keys once a tile: its registered bytes are those of its arguments
         total += max(arithmetic, moved / rates.copy_bytes_per_s) + calls * rates.call_s

@@ -32,7 +32,8 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is asked. memory_bytes: None asks for no limit. context: the most tokens the model takes, if it says."""
+    """What is asked. memory_bytes: None asks for no limit. context: the most tokens the model takes, if it says.
+    lengths: others at which the peak memory is asked for too."""
 
     tokens: int
     batch: int = 1
@@ -42,6 +43,7 @@ class Question:
     dtype: str = "fp32"
     rates: MachineRates
     context: int | None = None
+    lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class Row:
 
     longest, largest: the longest sequence at the asked batch and the largest batch at the asked length that fit (0:
     none); None without a limit. faster_at: where its step is faster than that of the first candidate, as (first, last)
-    length of each stretch. timed: the measurement that step_s follows from; empty where it is the roofline alone.
+    length of each stretch. by_length: (tokens, bytes at the peak) at the question's lengths. timed: the measurement that step_s follows from; empty where it is the roofline alone.
     """
 
     candidate: Candidate
@@ -64,6 +66,7 @@ class Row:
     longest: int | None = None
     largest: int | None = None
     faster_at: tuple[tuple[int, int], ...] = ()
+    by_length: tuple[tuple[int, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -203,6 +206,7 @@ def _predicted(
         longest=None if limit is None else most(lambda n: total(n, batch), limit, unit=64, ceiling=question.context),
         largest=None if limit is None else most(lambda n: total(tokens, n), limit, unit=1, ceiling=None),
         faster_at=faster,
+        by_length=tuple((length, total(length, batch)) for length in question.lengths),
     )
 
 

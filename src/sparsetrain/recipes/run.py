@@ -47,7 +47,7 @@ NOT_TRAINING = frozenset(
         "find_switch",
         "preset",
     }
-    | {"threads", "device", "gradient_checkpointing"}
+    | {"threads", "device", "gradient_checkpointing", "activation_offloading", "tiled_mlp"}
 )
 
 MOST = 2**24
@@ -281,6 +281,8 @@ class RunRecipe(BaseModel):
         values = {key: value for key, value in self.model_dump(mode="json").items() if key not in NOT_TRAINING}
         if values["ema_decay"] is None and not self.averages:
             del values["ema_decay"]  # as in the checkpoints of versions that kept no average
+        if values.get("lora_dtype") == "fp32":
+            del values["lora_dtype"]  # as in those that knew no other
         # in full, so that a default that changes between versions counts as a difference
         return values | {"methods": [plain_values(config) for config in self.configs]}
 

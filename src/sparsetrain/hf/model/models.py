@@ -23,6 +23,7 @@ from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.tasks import task_of
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.method import method_of
+from sparsetrain.surgery.tiled import use_tiled_mlp
 
 if TYPE_CHECKING:
     from sparsetrain.runs.events import Report
@@ -82,8 +83,9 @@ def add_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: lis
     loss is computed in chunks.
 
     Raises:
-        ValueError: `lora_targets` matches nothing.
+        ValueError: `lora_targets` matches nothing; an FFN that cannot run in the pieces asked for.
     """
+    use_tiled_mlp(model, recipe.tiled_mlp, () if handle is None else handle.plan.edits)
     for config in recipe.configs:
         if config.trains_own:
             new_modules = method_of(config).trains(config, describe(model), new_modules)
@@ -119,7 +121,7 @@ def _with_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: l
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 by a name that is deprecated there
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        return get_peft_model(model, config)
+        return get_peft_model(model, config, autocast_adapter_dtype=recipe.lora_dtype == "fp32")
 
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from sparsetrain.hf.train.tasks import training_loss
 from sparsetrain.planner.gpu_dropout import drop_as_on_a_gpu
 from sparsetrain.planner.hollow import Hollow
 from sparsetrain.planner.hollow_model import convert_empty, fill, settle
+from sparsetrain.planner.host import keep_on_host
 from sparsetrain.planner.memory import Layout, StaticBytes
 from sparsetrain.planner.outline import Outline
 from sparsetrain.planner.step_tracer import StepTrace, trace_step
@@ -129,6 +130,8 @@ class ThinStep:
             drop_as_on_a_gpu(model, recipe)
         if recipe.gradient_checkpointing != "none":
             recompute(model)
+        if gpu and getattr(recipe, "activation_offloading", False):
+            keep_on_host(model, self.hollow)
         self.without_gradient: list[set[str]] = []
 
     def trace(self, batch: dict[str, Tensor]) -> StepTrace:
@@ -176,11 +179,13 @@ class _Built:
         self.window = max(windows, default=None)
         new = [name for name, _ in model.named_children() if name in ("classifier", "score", "pre_classifier")]
         new = new if task_of(recipe.task).labelled else []
+        # the caller of a block holds its input until it has ended, so what is kept by none settles from the third on
+        alone = 2 if gpu and recipe.activation_offloading else 1
         if _names_a_layer(recipe):
             model = models.add_lora(model, recipe, self.handle, new)
-            self.layout = thin_out(model)
+            self.layout = thin_out(model, alone)
         else:  # blocks of one kind get the same factors, and PEFT takes a second for forty blocks
-            self.layout = thin_out(model)
+            self.layout = thin_out(model, alone)
             model = models.add_lora(model, recipe, self.handle, new)
         self.thin = ThinStep(model, self.layout, recipe, cast=bf16 and recipe.trains_all, gpu=gpu)
 

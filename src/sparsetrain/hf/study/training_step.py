@@ -138,7 +138,7 @@ def convert_step(model: Any, new_modules: list[str], parts: Parts, report: Repor
         handle.step(MIDDLE, STEPS, 1 / recipe.grad_accum)
     model = models.add_lora(model, recipe, handle, new_modules)
     model.train()
-    _recompute(model, recipe)
+    _recompute(model, recipe, assemble.offloads(recipe, parts.device))
     set_seed(recipe.seed)
     return TrainingStep(
         recipe=recipe,
@@ -165,11 +165,11 @@ def _batches(parts: Parts) -> list[dict[str, Tensor]]:
     return batches
 
 
-def _recompute(model: Any, recipe: Recipe) -> None:
+def _recompute(model: Any, recipe: Recipe, offload: bool) -> None:
     if recipe.gradient_checkpointing == "none":
         return
     reentrant = recipe.gradient_checkpointing == "reentrant"
-    recompute(model, reentrant)
+    recompute(model, reentrant, offload)
     if reentrant and recipe.lora_r > 0:  # without it a block whose inputs need no gradient passes none on
         model.enable_input_require_grads()
 

@@ -16,7 +16,7 @@ from sparsetrain.core.config import MethodConfig
 from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.model import models, opening
 from sparsetrain.hf.model.architectures import check_images, sequence_tokens, tokens_per_input
-from sparsetrain.hf.model.checkpointing import checkpointing_arguments
+from sparsetrain.hf.model.checkpointing import check_offload, checkpointing_arguments
 from sparsetrain.hf.model.model_config import check_context
 from sparsetrain.hf.model.vocabulary import check_vocabulary
 from sparsetrain.hf.model.weights import auto_class, load_weights
@@ -33,6 +33,7 @@ from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.method import edits_of, growth_of, method_of
 from sparsetrain.surgery.plan import Plan, plan
 from sparsetrain.surgery.support import FEATURES, check_support, sharding_asked
+from sparsetrain.surgery.tiled import check_tiled
 
 
 def open_parts(
@@ -54,6 +55,8 @@ def open_parts(
         )
     device = pick_device(recipe)
     path, config = open_config(recipe, report, (like or recipe).configs)
+    if recipe.activation_offloading and not offloads(recipe, device):
+        report({"event": "note", "text": "activation_offloading does nothing here: a CPU's memory is all there is."})
     planned = check_and_plan(recipe, config, device)
     tokenizer = _tokenizer(recipe, path, config) if opened is None else opened.tokenizer
     refuse_rows(recipe)
@@ -86,7 +89,13 @@ def check_and_plan(recipe: Recipe, config: Any, device: torch.device) -> Plan | 
     """
     model = models.empty_model(config, recipe.task)
     check_causal(model, recipe.model)
-    return plan_on(model, recipe, device, sequence_tokens(config, recipe)) if recipe.methods else None
+    if recipe.activation_offloading:
+        check_offload(model)
+    if recipe.lora_dtype == "bf16" and pick_dtype(recipe, device) == torch.float32:
+        raise ValueError("lora_dtype=bf16 goes with a model in bf16, and this run is in fp32. Give dtype=bf16 too.")
+    planned = plan_on(model, recipe, device, sequence_tokens(config, recipe)) if recipe.methods else None
+    check_tiled(model, recipe.tiled_mlp, () if planned is None else planned.edits)
+    return planned
 
 
 def plan_on(
@@ -223,6 +232,11 @@ def autocasts(recipe: RunRecipe, device: torch.device) -> bool:
     return computes_bf16(recipe, device) and recipe.trains_all
 
 
+def offloads(recipe: RunRecipe, device: torch.device) -> bool:
+    """Do checkpointed inputs wait in the CPU's memory? On a CPU they are there already."""
+    return getattr(recipe, "activation_offloading", False) and device.type != "cpu"
+
+
 def learning_rate(recipe: RunRecipe, handle: Handle | None) -> float:
     """The recipe's, or what a method says of the converted model, or the default of what is dense."""
     if recipe.lr is not None:
@@ -271,7 +285,7 @@ def training_arguments(parts: Parts, **changes: Any) -> TrainingArguments:
         ddp_find_unused_parameters=False,  # what has no gradient in a step gets zeros (surgery.idle)
         ddp_broadcast_buffers=False,  # what ranks record of their own rows is summed where it is used
         disable_tqdm=True,
-        **checkpointing_arguments(recipe.gradient_checkpointing),
+        **checkpointing_arguments(recipe.gradient_checkpointing, offloads(recipe, device)),
     )
     arguments = TrainingArguments(**values | changes)
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process, one GPU: no DataParallel
