@@ -130,8 +130,8 @@ FLAGS: dict[str, Flag] = {
         Flag("dtype", "auto|fp32|bf16", "auto", MACHINE, "auto is bf16 where this machine multiplies it 1.3x faster, "
              "else fp32; SPARSETRAIN_DTYPE says what auto takes instead."),
         Flag("gradient_checkpointing", "none|non-reentrant|reentrant", "none", MACHINE, CHECKPOINTING),
-        Flag("activation_offloading", "", "no", MACHINE, "With gradient checkpointing: keep blocks' inputs in the CPU's "
-             "memory. Exact; slower by the copies.", bool),
+        Flag("activation_offloading", "", "no", MACHINE, "With gradient checkpointing: blocks' inputs wait in the "
+             "CPU's memory. Exact; slower by the copies.", bool),
         Flag("tiled_mlp", INT, "1", MACHINE, "Pieces of a row in which each FFN runs, for very long rows. Exact; one "
              "more forward of the FFNs."),
         Flag("device", "auto|cpu|mps|cuda|cuda:N", "auto", MACHINE, "auto takes a GPU if there is one."),

@@ -30,6 +30,6 @@ class RowLengths:
         """'The data: 1,200 rows, the longest of 812 tokens, 300 on average; none is cut at seq_len=1,024.'"""
         cut = "none is" if not self.cut else "1 row is" if self.cut == 1 else f"{self.cut:,} rows are"
         return (
-            f"The data: {self.count:,} rows, the longest of {self.longest:,} tokens, {self.mean:,.0f} on average; {cut} "
-            f"cut at seq_len={self.seq_len:,}."
+            f"The data: {self.count:,} rows, the longest of {self.longest:,} tokens, {self.mean:,.0f} on average; "
+            f"{cut} cut at seq_len={self.seq_len:,}."
         )

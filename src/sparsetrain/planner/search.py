@@ -52,7 +52,8 @@ class Row:
 
     longest, largest: the longest sequence at the asked batch and the largest batch at the asked length that fit (0:
     none); None without a limit. faster_at: where its step is faster than that of the first candidate, as (first, last)
-    length of each stretch. by_length: (tokens, bytes at the peak) at the question's lengths. timed: the measurement that step_s follows from; empty where it is the roofline alone.
+    length of each stretch. by_length: (tokens, bytes at the peak) at the question's lengths. timed: the measurement
+    that step_s follows from; empty where it is the roofline alone.
     """
 
     candidate: Candidate
