@@ -12,8 +12,10 @@ import typer
 
 from sparsetrain.cli.app import app
 from sparsetrain.cli.flags import FLAGS, STUDY_FLAGS
+from sparsetrain.cli.passed_flags import PASSED as PASSED_FLAGS
 from sparsetrain.cli.pretrain_flags import PRETRAIN_FLAGS
 from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.recipes.passed import short_keys
 from sparsetrain.recipes.presets import PRESETS, STUDIED_PRESET
 from sparsetrain.recipes.pretrain import PretrainRecipe
 from tests.cli.conftest import Call
@@ -23,21 +25,25 @@ RECIPE = {
     "--model", "--data", "--task", "--text-column", "--holdout", "--output", "--seq-len", "--batch-size",
     "--grad-accum", "--steps", "--epochs", "--preset", "--method", "--calibration-tokens", "--compare", "--lora-r",
     "--lora-alpha", "--lora-targets", "--lr", "--lr-schedule", "--warmup-steps", "--weight-decay", "--max-grad-norm",
-    "--ema-decay", "--save-every",
+    "--ema-decay", "--save-every", "--early-stopping",
+    "--eval-data", "--dataset-config", "--dataset-train-split", "--dataset-test-split",
     "--keep-checkpoints", "--eval-every", "--eval-tokens", "--resume", "--no-resume", "--seed", "--dtype",
     "--gradient-checkpointing", "--device", "--threads", "--distill-steps", "--distill-lr",
     "--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary",
     "--lora-dtype", "--activation-offloading", "--no-activation-offloading", "--tiled-mlp",
 }  # fmt: skip
+PASSED = {"--set", "--optim", "--report-to", "--run-name"}
+LORA = {"--lora-variant", "--lora-dropout", "--lora-bias"}
 DEPLOY = {"--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary"}
 EXACT = {"--activation-offloading", "--no-activation-offloading", "--tiled-mlp"}
 ADAPTER = {"--lora-dtype", "--preset", "--distill-steps", "--distill-lr", "--lora-r", "--lora-alpha", "--lora-targets"}
-PRETRAIN = RECIPE - DEPLOY - ADAPTER - EXACT | {
+DATA = {"--eval-data", "--dataset-config", "--dataset-train-split", "--dataset-test-split"}
+PRETRAIN = RECIPE - DEPLOY - ADAPTER - EXACT - DATA | PASSED | {
     "--set", "--data-folder", "--tokenizer", "--train-rows", "--min-lr-ratio", "--beta1", "--beta2", "--eps",
     "--clip-value", "--compare-lr", "--find-switch",
 }  # fmt: skip
 SURFACE = {
-    "finetune": ALWAYS | RECIPE | {"--recipe", "--dry-run"}
+    "finetune": ALWAYS | RECIPE | PASSED | LORA | {"--recipe", "--dry-run"}
     | {"--memory", "--tolerance", "--goal", "--choose-seconds", "--choose-again"},
     "pretrain": ALWAYS | PRETRAIN | {"--recipe", "--dry-run", "--grid", "--grid-mode"},
     "eval": ALWAYS | {"MODEL", "--all", "--data", "--task", "--text-column", "--holdout", "--seq-len", "--batch-size"}
@@ -86,7 +92,7 @@ def test_commands_and_flags_are_frozen() -> None:
 
 
 def test_flags_of_pretrain_are_its_recipes_keys_with_its_defaults() -> None:
-    assert set(PRETRAIN_FLAGS) == set(PretrainRecipe.model_fields)
+    assert set(PRETRAIN_FLAGS) == set(PretrainRecipe.model_fields) - {"training"}
     recipe = PretrainRecipe.from_values({"model": "m", "data": "d"})
     for key, flag in PRETRAIN_FLAGS.items():
         if flag.default and key not in ("tokenizer", "train_rows", "threads", "resume"):
@@ -97,7 +103,8 @@ def test_flags_of_pretrain_are_its_recipes_keys_with_its_defaults() -> None:
 
 
 def test_flags_are_the_recipes_keys_with_its_defaults() -> None:
-    assert set(FLAGS) == set(Recipe.model_fields)
+    assert set(FLAGS) == set(Recipe.model_fields) - {"training", "lora"}
+    assert set(PASSED_FLAGS) == {"set", *short_keys(Recipe.sections)}
     recipe = Recipe(model="m", data="d")
     for key, flag in FLAGS.items():
         if (

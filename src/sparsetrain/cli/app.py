@@ -15,6 +15,7 @@ from sparsetrain.cli.explain import explain
 from sparsetrain.cli.export import export
 from sparsetrain.cli.failure import EXIT_CODES
 from sparsetrain.cli.finetune import finetune
+from sparsetrain.cli.hf_names import HfNames
 from sparsetrain.cli.models import MODELS_HELP, fetch, list_assets, verify
 from sparsetrain.cli.patterns import patterns
 from sparsetrain.cli.plan import methods, plan
@@ -48,7 +49,8 @@ def paragraphs(text: str) -> str:
 
 
 def _add(place: typer.Typer, name: str, command: Callable[..., Any]) -> None:
-    place.command(name, help=paragraphs(command.__doc__ or ""), epilog=EXIT_CODES)(command)
+    kind = HfNames if name in ("finetune", "pretrain") else None
+    place.command(name, cls=kind, help=paragraphs(command.__doc__ or ""), epilog=EXIT_CODES)(command)
 
 
 for _name, _command in {

@@ -10,15 +10,16 @@ import typer
 
 from sparsetrain.cli.answer import Answer
 from sparsetrain.cli.choice_flags import Again, GoalFlag, Memory, Seconds, Tolerance, choice_asked
-from sparsetrain.cli.flags import FLAGS, METHODS_HELP, Debug, Json, RecipeFile, changes, takes
+from sparsetrain.cli.flags import METHODS_HELP, Debug, Json, RecipeFile, takes
 from sparsetrain.cli.live import refuse_launched, speaks, telling
+from sparsetrain.cli.passed_flags import FINETUNE_FLAGS, passed
 
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check the recipe, model and data; print the plan; train nothing.")
 ]
 
 
-@takes(*FLAGS)
+@takes(*FINETUNE_FLAGS, table=FINETUNE_FLAGS)
 def finetune(
     recipe: RecipeFile = None,
     memory: Memory = None,
@@ -47,8 +48,13 @@ def finetune(
 
     METHODS
 
-    A recipe file has one line a flag, spelled with underscores ([cyan]seq_len: 2048[/]); a run writes its own as
-    recipe.yaml.
+    A recipe file has one line a flag, spelled with underscores ([cyan]seq_len: 2048[/]), and for --set the mappings
+    [cyan]training:[/] and [cyan]lora:[/]; a run writes its own as recipe.yaml.
+
+    Hugging Face's names are taken too, with - or _: --model-name-or-path, --dataset-name, --output-dir, --max-length,
+    --per-device-train-batch-size, --gradient-accumulation-steps, --max-steps, --num-train-epochs, --learning-rate,
+    --lr-scheduler-type, --lora-target-modules, --save-steps, --save-total-limit, --eval-steps, --bf16, --use-dora,
+    --use-rslora.
 
     [bold]When not to use it[/]: if sequences are short and dense LoRA fits and is fast enough. --compare dense measures
     that on your model, data and machine.
@@ -56,7 +62,7 @@ def finetune(
     from sparsetrain.recipes.finetune import Recipe
 
     wanted = {"memory": memory, "tolerance": tolerance, "goal": goal, "choose_seconds": choose_seconds}
-    given = changes(flags)
+    given = passed(flags, Recipe.sections)
     asked = Recipe.from_yaml(recipe, given) if recipe else Recipe.from_values(given)
     by = choice_asked(asked, **wanted, choose_again=choose_again)
     refuse_launched(compares=asked.compare == "dense", chooses=by is not None, dry_run=dry_run)

@@ -81,6 +81,10 @@ FLAGS: dict[str, Flag] = {
         Flag("model", "NAME|DIR", "", MAIN, "Embedded model (`sparsetrain models list`), local folder, or hub name."),
         Flag("data", "NAME|PATH", "", MAIN, "Text file, folder or glob; JSONL or a JSON array (text, messages, "
              "prompt/completion, or instruction/output); CSV; an embedded set; or a name for `datasets`."),
+        Flag("eval_data", "NAME|PATH", "", MAIN, "Held-out data of its own; a share of --data if not given."),
+        Flag("dataset_config", "NAME", "", MAIN, "Subset of a hub data set."),
+        Flag("dataset_train_split", "NAME", "train", MAIN, "Split that is trained on."),
+        Flag("dataset_test_split", "NAME", "", MAIN, "Split that is held out; a share of the other if not given."),
         Flag("task", "|".join(offered("finetune")), "lm", MAIN, says("finetune")),
         Flag("text_column", "NAME", "text", MAIN, "Column that holds the text, in JSONL, JSON and CSV."),
         Flag("holdout", "tokens|documents", "tokens", MAIN, "What the held-out part of text is a share of. tokens: a "
@@ -125,6 +129,8 @@ FLAGS: dict[str, Flag] = {
         Flag("keep_checkpoints", INT, "2", KEEP, "Newest checkpoints kept."),
         Flag("eval_every", INT, "0", KEEP, "Steps between evaluations; 0: before and after training only."),
         Flag("eval_tokens", INT, "16384", KEEP, "Held-out tokens an evaluation."),
+        Flag("early_stopping", INT, "0", KEEP, "Evaluations without a new lowest held-out loss before it ends; "
+             "0: never."),
         Flag("resume", "", "no", KEEP, "Go on from the newest whole checkpoint in --output.", bool),
         Flag("seed", INT, "0", MACHINE, "Same seed, same machine: same losses."),
         Flag("dtype", "auto|fp32|bf16", "auto", MACHINE, "auto is bf16 where this machine multiplies it 1.3x faster, "

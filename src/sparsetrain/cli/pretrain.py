@@ -9,8 +9,9 @@ import typer
 
 from sparsetrain.cli.answer import Answer
 from sparsetrain.cli.finetune import DryRun, compared, next_steps, previewed
-from sparsetrain.cli.flags import Debug, Json, RecipeFile, changes, methods_help, takes
+from sparsetrain.cli.flags import Debug, Json, RecipeFile, methods_help, takes
 from sparsetrain.cli.live import refuse_launched, speaks, telling
+from sparsetrain.cli.passed_flags import PRETRAIN_PASSED, passed
 from sparsetrain.cli.pretrain_flags import PRETRAIN_FLAGS
 
 Grid = Annotated[
@@ -31,7 +32,7 @@ GridMode = Annotated[
 ]
 
 
-@takes(*PRETRAIN_FLAGS, table=PRETRAIN_FLAGS)
+@takes(*PRETRAIN_FLAGS, *PRETRAIN_PASSED, table=PRETRAIN_FLAGS | PRETRAIN_PASSED)
 def pretrain(
     recipe: RecipeFile = None,
     grid: Grid = None,
@@ -71,15 +72,17 @@ def pretrain(
 
     No --method: dense.
 
-    A recipe file has one line a flag, spelled with underscores ([cyan]seq_len: 2048[/]), and [cyan]set:[/] and
-    [cyan]methods:[/] with lines of their own; a run writes its own as recipe.yaml.
+    A recipe file has one line a flag, spelled with underscores ([cyan]seq_len: 2048[/]), and [cyan]set:[/],
+    [cyan]training:[/] and [cyan]methods:[/] with lines of their own; a run writes its own as recipe.yaml.
+
+    Hugging Face's names are taken too, with - or _: --learning-rate, --max-steps, --output-dir and so on.
 
     [bold]When not to use it[/]: to adapt a pretrained model (finetune does). 2:4 is emulated on a CPU and saves no
     time there; block patterns pay from about 1,000 tokens on. --compare dense measures both on your machine.
     """
     from sparsetrain.hf.train.pretrain import PretrainRecipe
 
-    given = changes(flags)
+    given = passed(flags, PretrainRecipe.sections)
     asked = PretrainRecipe.from_yaml(recipe, given) if recipe else PretrainRecipe.from_values(given)
     _refuse_alone(asked)
     refuse_launched(compares=asked.compare == "dense", dry_run=dry_run)

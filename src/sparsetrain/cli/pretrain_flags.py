@@ -9,13 +9,14 @@ from sparsetrain.recipes.tasks import offered, says
 
 TRAIN = "Optimizer"
 _NOT_HERE = {"preset", "distill_steps", "distill_lr", "lora_r", "lora_alpha", "lora_targets"}
+_NOT_HERE |= {"eval_data", "dataset_config", "dataset_train_split", "dataset_test_split"}
 _NOT_HERE |= {"deploy", "dense_first", "dense_last", "train_auxiliary"}
 _NOT_HERE |= {"lora_dtype", "activation_offloading", "tiled_mlp"}
 _OWN = (
     Flag("model", "NAME|FILE|DIR", "", MAIN, "Architecture: gpt2-nano (decoder), sequence-encoder (SPION's sizes), "
          "vit-nano, dit-nano, unet-nano (28x28 images), or your config.json, or a folder with one."),
-    Flag("set", "KEY=VALUE", "", MAIN, "A key of the model's config, in place of the architecture's; repeat for more.",
-         list[str]),
+    Flag("set", "KEY=VALUE", "", MAIN, "A key of the model's config, in place of the architecture's; or "
+         "training.KEY, of transformers' TrainingArguments. Repeat for more.", list[str]),
     Flag("data", "NAME|PATH", "", MAIN, "Text (lm), labelled CSV or JSONL (classify), an embedded set; a task: "
          "listops, text, retrieval, pixels, pathfinder, lra-...; fashion-mnist, digits or a folder of pictures (image, "
          "diffusion)."),

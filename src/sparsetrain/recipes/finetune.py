@@ -12,7 +12,7 @@ from sparsetrain.core.fields import shown
 from sparsetrain.recipes.entries import read_methods
 from sparsetrain.recipes.presets import AUTO, DEFAULT_PRESET, PRESETS
 from sparsetrain.recipes.run import RunRecipe
-from sparsetrain.recipes.tasks import TASKS
+from sparsetrain.recipes.tasks import TASKS, task_of
 from sparsetrain.surgery.deploy import Deploy, DeployDense
 
 
@@ -22,12 +22,21 @@ class Recipe(RunRecipe):
     job: ClassVar[str] = "finetune"
     presets: ClassVar[Mapping[str, tuple[MethodConfig, ...]]] = PRESETS
     default_preset: ClassVar[str | None] = DEFAULT_PRESET
+    sections: ClassVar[tuple[str, ...]] = ("training", "lora")
 
     model: str
     """Model to fine-tune: an embedded asset (`sparsetrain models`), a local folder, or a name on the hub."""
     data: str
     """Training data: a text file, folder or glob; JSONL or a JSON array (text, messages, prompt/completion, or
     instruction/output); CSV; an embedded or `datasets` name."""
+    eval_data: str | None = None
+    """Held-out data of its own, as data is given; a share of data if not given."""
+    dataset_config: str | None = None
+    """Which part ("subset") of a data set of the hub."""
+    dataset_train_split: str = "train"
+    """Which split of a data set of the hub, or of a saved one, is trained on."""
+    dataset_test_split: str | None = None
+    """Which split is held out; a share of what is trained on if not given."""
     output: str = "runs/finetune"
     """Folder for checkpoints, the trained adapter and the report. It must be empty or absent unless --resume."""
     task: Literal["lm", "sft", "classify", "diffusion"] = "lm"
@@ -52,6 +61,9 @@ class Recipe(RunRecipe):
     tiled_mlp: int = Field(1, ge=1, le=2**16)
     """Pieces of a row's tokens in which each FFN is computed, and computed again in the backward: its wide activations
     are then those of one piece. Exact; takes the time of one more forward of the FFN. 1: in one piece."""
+    lora: dict[str, Any] = Field(default_factory=dict)
+    """Keys of PEFT's LoraConfig that no key here stands for, such as use_rslora; lora_dropout, lora_bias and
+    lora_variant may stand outside."""
     preset: Literal["auto"] | None = None
     """auto: the methods are chosen when the run begins (`hf.study.choose`). It is so without methods and preset, and
     dense for images. Other presets stand for methods, and are replaced by them."""
@@ -87,6 +99,14 @@ class Recipe(RunRecipe):
         return list(names)
 
     @model_validator(mode="after")
+    def _reads_text(self) -> Self:
+        keys = ("eval_data", "dataset_config", "dataset_train_split", "dataset_test_split")
+        given = [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
+        if given and task_of(self.task).images:
+            raise ValueError(f"{given[0]} is for data of text, and task={self.task} reads images. Leave it out.")
+        return self
+
+    @model_validator(mode="after")
     def _deploys(self) -> Self:
         given = [key for key in ("dense_first", "dense_last") if getattr(self, key) is not None]
         given += ["train_auxiliary"] if self.train_auxiliary else []
@@ -94,6 +114,8 @@ class Recipe(RunRecipe):
             raise ValueError(f"deploy=dense, and {kept[0]} trains a model to be used sparse. Give deploy=sparse.")
         if self.deploy == "sparse" and given:
             raise ValueError(f"{given[0]} is for deploy=dense, and deploy=sparse was given. Leave one out.")
+        if self.lora and self.lora_r == 0:
+            raise ValueError(f"lora.{next(iter(self.lora))} is given, and lora_r=0 trains without LoRA. Leave one out.")
         if self.deploy == "dense" and self.lora_r > 0 and self.trains_own:
             own = next(config.method for config in self.configs if config.trains_own)
             raise ValueError(

@@ -24,31 +24,16 @@ from pydantic import (
     model_validator,
 )
 
-from sparsetrain.core.config import MethodConfig, plain_values, suggest, unknown
+from sparsetrain.core.config import MethodConfig, suggest, unknown
 from sparsetrain.core.fields import shown
 from sparsetrain.core.files import write_whole
 from sparsetrain.core.quote import quoted
+from sparsetrain.recipes import identity
 from sparsetrain.recipes.entries import read_methods, short_entry
+from sparsetrain.recipes.passed import check_section, gathered, merged, short_keys
 from sparsetrain.recipes.reading import read_mapping
 from sparsetrain.recipes.tasks import offered, task_of
-from sparsetrain.recipes.values import check_plain, flat, problem_of
-
-# what may differ between a run and its continuation: where and how often things are written, how progress is watched
-NOT_TRAINING = frozenset(
-    {
-        "output",
-        "resume",
-        "save_every",
-        "keep_checkpoints",
-        "eval_every",
-        "eval_tokens",
-        "compare",
-        "compare_lr",
-        "find_switch",
-        "preset",
-    }
-    | {"threads", "device", "gradient_checkpointing", "activation_offloading", "tiled_mlp"}
-)
+from sparsetrain.recipes.values import check_plain, problem_of
 
 MOST = 2**24
 """Tokens in a sequence, and sequences or passes in a step, that no machine has trained with: a slip of the hand."""
@@ -71,6 +56,8 @@ class RunRecipe(BaseModel):
     presets: ClassVar[Mapping[str, tuple[MethodConfig, ...]]] = {}
     default_preset: ClassVar[str | None] = None
     default_steps: ClassVar[int] = 200
+    sections: ClassVar[tuple[str, ...]] = ("training",)
+    """Keys that hold keys of other libraries."""
 
     model: str
     """What is trained."""
@@ -109,6 +96,9 @@ class RunRecipe(BaseModel):
     ema_decay: float | None = Field(None, ge=0, lt=1)
     """Decay of the average of the trained weights that is evaluated, sampled from and saved; 0: none is kept. Not
     given: 0.999 for diffusion, and else 0."""
+    training: dict[str, Any] = Field(default_factory=dict)
+    """Keys of transformers' TrainingArguments that no key here stands for, such as label_smoothing_factor; optim,
+    report_to and run_name may stand outside."""
     methods: tuple[MethodConfig, ...] = ()
     """Sparse methods, each {method: name, key: value}; on the command line name:key=value,key=value. An
     empty list: dense."""
@@ -124,6 +114,9 @@ class RunRecipe(BaseModel):
     """Steps between evaluations; 0 evaluates only before and after training."""
     eval_tokens: int = Field(16384, ge=1, le=2**40)
     """Tokens of held-out data for each evaluation (rows with one label: as many as hold them)."""
+    early_stopping: int = Field(0, ge=0, le=2**31 - 1)
+    """Evaluations (see eval_every) in which the held-out loss may fail to reach a new low before a run ends; 0: it
+    takes all its steps. The last weights are kept."""
     gradient_checkpointing: Literal["none", "non-reentrant", "reentrant"] = "none"
     """Recompute activations in the backward pass: much less memory, about a third more time."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -146,7 +139,8 @@ class RunRecipe(BaseModel):
     @classmethod
     def _expanded(cls, values: dict[str, Any]) -> dict[str, Any]:
         """The values with preset and defaults filled in."""
-        known = [*cls.model_fields, *(["preset"] if cls.presets else [])]
+        known = [*cls.model_fields, *(["preset"] if cls.presets else []), *short_keys(cls.sections)]
+        values = gathered(values, cls.sections)
         preset = values.pop("preset", None)
         for key in [*values, *(["preset"] if preset is not None else [])]:
             if key not in known:
@@ -186,6 +180,11 @@ class RunRecipe(BaseModel):
     def _plain(self, task: str) -> str:
         return task
 
+    @field_validator("training", "lora", mode="before", check_fields=False)
+    @classmethod
+    def _passed(cls, given: Any, field: ValidationInfo) -> dict[str, Any]:
+        return check_section(str(field.field_name), given, cls.model_fields)
+
     @field_validator("methods", mode="before")
     @classmethod
     def _read_methods(cls, given: Any) -> tuple[MethodConfig, ...]:
@@ -201,6 +200,15 @@ class RunRecipe(BaseModel):
             raise ValueError(f"steps={self.steps} and epochs={self.epochs} are both given. Give one of them.")
         if self.steps is not None and self.warmup_steps >= self.steps and self.warmup_steps > 0:
             raise ValueError(f"warmup_steps={self.warmup_steps} leaves nothing of steps={self.steps}. Lower it.")
+        if self.early_stopping and (grows := [config.method for config in self.configs if config.grows]):
+            raise ValueError(f"early_stopping={self.early_stopping}: {grows[0]} trains stages of a fixed length.")
+        if self.early_stopping and (not self.eval_every or self.compare != "none"):
+            needs = (
+                "both sides of a comparison take the same steps. Leave one"
+                if self.eval_every
+                else ("nothing is evaluated while it trains. Give eval_every (--eval-every) too, or leave it")
+            )
+            raise ValueError(f"early_stopping={self.early_stopping}: {needs} out.")
         return self
 
     @property
@@ -246,7 +254,8 @@ class RunRecipe(BaseModel):
     def from_yaml(cls, path: str | Path, changes: Mapping[str, Any] | None = None) -> Self:
         """Read a recipe file; `changes` (the command line) wins over the file.
 
-        A change of steps or epochs replaces both, and one of preset or methods replaces both.
+        A change of steps or epochs replaces both, and one of preset or methods replaces both. One of a section
+        (`training`, `lora`) replaces the keys that it names.
 
         Raises:
             ValueError: no such file, not YAML, not a mapping, or as `from_values`.
@@ -261,30 +270,23 @@ class RunRecipe(BaseModel):
         for together in ({"steps", "epochs"}, {"preset", "methods"}):
             if together & set(changes or {}):
                 values = {key: value for key, value in values.items() if key not in together}
-        values |= dict(changes or {})
         try:
-            return cls.from_values(values)
+            return cls.from_values(merged(values, changes or {}, cls.sections))
         except ValueError as error:
             raise ValueError(f"recipe {quoted(str(path))}: {error}") from None
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """The recipe as YAML; written to `path` if given. `from_yaml` reads it back equal."""
-        text = yaml.safe_dump(
-            self.model_dump(exclude_none=True, exclude={"resume"}), sort_keys=False, allow_unicode=True
-        )
+        values = self.model_dump(exclude_none=True, exclude={"resume"})
+        values = {key: value for key, value in values.items() if value or key not in self.sections}
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         if path is not None:
             write_whole(path, text)
         return text
 
     def training_values(self) -> dict[str, Any]:
         """The keys that change the training result, as JSON values."""
-        values = {key: value for key, value in self.model_dump(mode="json").items() if key not in NOT_TRAINING}
-        if values["ema_decay"] is None and not self.averages:
-            del values["ema_decay"]  # as in the checkpoints of versions that kept no average
-        if values.get("lora_dtype") == "fp32":
-            del values["lora_dtype"]  # as in those that knew no other
-        # in full, so that a default that changes between versions counts as a difference
-        return values | {"methods": [plain_values(config) for config in self.configs]}
+        return identity.training_values(self)
 
     def fingerprint(self) -> str:
         """A hash of `training_values`: equal for two recipes whose runs give the same model."""
@@ -292,11 +294,4 @@ class RunRecipe(BaseModel):
 
     def differences(self, earlier: Mapping[str, Any]) -> list[str]:
         """Where `earlier` (another recipe's `training_values`) differs: 'lr: 0.0001 there, 0.0002 here', …"""
-        own, other = flat(self.training_values()), flat(earlier)
-        if own["methods"] != other["methods"]:  # then their keys cannot be compared one by one
-            own, other = ({k: v for k, v in side.items() if not k.startswith("methods.")} for side in (own, other))
-        return [
-            f"{key}: {other.get(key)!r} there, {own.get(key)!r} here"
-            for key in sorted(own.keys() | other.keys())
-            if own.get(key) != other.get(key)
-        ]
+        return identity.differences(self.training_values(), earlier)

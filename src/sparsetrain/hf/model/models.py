@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
@@ -18,6 +18,7 @@ from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import MethodConfig, suggest
 from sparsetrain.core.fields import shown
 from sparsetrain.hf.model.chunked_loss import use_chunked_loss
+from sparsetrain.hf.model.passed import lora_config
 from sparsetrain.hf.model.weights import auto_class, empty_of, fitting_class
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.tasks import task_of
@@ -109,14 +110,11 @@ def add_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: lis
 
 def _with_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: list[str]) -> Any:
     trained = [*(handle.modules_to_save if handle is not None else []), *new_modules]
-    config = LoraConfig(
-        task_type=task_of(recipe.task).adapter or None,
-        r=recipe.lora_r,
-        lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]
-        target_modules=recipe.lora_targets,
-        modules_to_save=trained or None,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    config = lora_config(
+        recipe, modules_to_save=trained, fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules())
     )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        config.init_lora_weights = True  # there are no weights to start from
     set_seed(recipe.seed)  # the same LoRA start for every recipe of the same seed
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 by a name that is deprecated there

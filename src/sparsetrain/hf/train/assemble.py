@@ -22,6 +22,7 @@ from sparsetrain.hf.model.vocabulary import check_vocabulary
 from sparsetrain.hf.model.weights import auto_class, load_weights
 from sparsetrain.hf.model.whole import check_causal
 from sparsetrain.hf.train.parts import Parts
+from sparsetrain.hf.train.passed import check_passed, passed_on
 from sparsetrain.hf.train.rows import first_batch, load_rows, refuse_rows
 from sparsetrain.measure.rates import device_of
 from sparsetrain.recipes.finetune import Recipe
@@ -54,6 +55,7 @@ def open_parts(
             "one size. Use pretrain, or another method."
         )
     device = pick_device(recipe)
+    check_passed(recipe, device)
     path, config = open_config(recipe, report, (like or recipe).configs)
     if recipe.activation_offloading and not offloads(recipe, device):
         report({"event": "note", "text": "activation_offloading does nothing here: a CPU's memory is all there is."})
@@ -249,7 +251,8 @@ def learning_rate(recipe: RunRecipe, handle: Handle | None) -> float:
 
 
 def training_arguments(parts: Parts, **changes: Any) -> TrainingArguments:
-    """The Trainer's arguments; what the checkpoint protocol and the records need is fixed here.
+    """The Trainer's arguments, with what the recipe passes on; what the checkpoint protocol and the records need is
+    fixed here, and no recipe can name it.
 
     Args:
         changes: further arguments of a job, or others in place of these.
@@ -287,6 +290,6 @@ def training_arguments(parts: Parts, **changes: Any) -> TrainingArguments:
         disable_tqdm=True,
         **checkpointing_arguments(recipe.gradient_checkpointing, offloads(recipe, device)),
     )
-    arguments = TrainingArguments(**values | changes)
+    arguments = TrainingArguments(**values | changes | passed_on(recipe))
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process, one GPU: no DataParallel
     return arguments

@@ -70,6 +70,7 @@ def _check(recipe: PretrainRecipe, shape: GridShape) -> None:
         "methods": (recipe.methods, "a grid trains dense models. Sparsify in Python, then parallelize() in plain mode"),
         "dtype": (recipe.dtype == "bf16", "a grid of processes on CPUs trains in fp32. Leave it out"),
         "task": (recipe.task != "lm" and recipe.task != "classify", "a grid trains lm and classify"),
+        "training": (recipe.training, "a grid trains without transformers' Trainer. Leave it out"),
         "compare": (recipe.compare != "none", "a grid compares nothing. Leave it out"),
         "device": (recipe.device not in ("auto", "cpu"), "a grid has been tried on CPUs alone. Leave it out"),
         "output": (

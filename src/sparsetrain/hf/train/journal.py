@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sparsetrain.core.units import number_text
 from sparsetrain.hf.train.callbacks import StepRecorder
 from sparsetrain.hf.train.finite import auxiliary_losses
 from sparsetrain.hf.train.tasks import training_loss
@@ -113,19 +114,42 @@ class Journal:
 
 class EvalCallback(TrainerCallback):
     """Evaluates every `every` steps (0: never), and where a callback before it has asked for it, outside the timed part
-    of a step."""
+    of a step.
 
-    def __init__(self, evaluate_now: Callable[[int], Quality], every: int, journal: Journal) -> None:
-        self.evaluate_now, self.every, self.journal = evaluate_now, every, journal
+    Args:
+        patience: evaluations without a new low of the held-out loss after which training ends; 0: it does not.
+
+    `log`, if it is set, is the Trainer's, which tells dashboards.
+    """
+
+    def __init__(self, evaluate_now: Callable[[int], Quality], every: int, journal: Journal, patience: int = 0) -> None:
+        self.evaluate_now, self.every, self.journal, self.patience = evaluate_now, every, journal, patience
+        self.log: Callable[[dict[str, float]], None] | None = None
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if "loss" not in (kwargs.get("logs") or {}):
+            return
         due = control.should_evaluate or (self.every and state.global_step % self.every == 0)
         control.should_evaluate = False  # the Trainer has no rows of its own to evaluate on
-        if due and state.global_step < state.max_steps and "loss" in (kwargs.get("logs") or {}):
+        if due and state.global_step < state.max_steps:
             quality = self.evaluate_now(state.global_step)
             self.journal.point(quality, state.global_step)
             event = {"stage": f"step {state.global_step}", "metric": quality.metric, "value": quality.value}
             self.journal.report({"event": "quality", **event})
+            if self.log is not None:
+                self.log({"eval_loss": quality.loss, **{f"eval_{name}": x for name, x in quality.metrics.items()}})
+            control.should_training_stop |= self._is_enough(state.global_step)
+
+    def _is_enough(self, step: int) -> bool:
+        """Of the recorded curve alone, so that a continued run ends where an uninterrupted one does."""
+        points = self.journal.run.get("evals", [])
+        best = min(points, key=lambda point: point["loss"])
+        since = len(points) - 1 - points.index(best)
+        if not self.patience or since < self.patience:
+            return False
+        low = f"its lowest held-out loss, {number_text(best['loss'])}, was {since} evaluations ago"
+        self.journal.report({"event": "note", "text": f"Stopped early after step {step}: {low} (step {best['step']})."})
+        return True
 
 
 class SavedCallback(TrainerCallback):

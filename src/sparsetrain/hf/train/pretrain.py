@@ -30,6 +30,7 @@ from sparsetrain.hf.train.held_out import KnownQuality, dense_start
 from sparsetrain.hf.train.journal import Journal
 from sparsetrain.hf.train.on_ranks import on_ranks
 from sparsetrain.hf.train.parts import Parts
+from sparsetrain.hf.train.passed import check_passed
 from sparsetrain.hf.train.pretrain_data import load_rows, open_tokenizer
 from sparsetrain.hf.train.rows import calibration_batches, reads_longest, refuse_rows
 from sparsetrain.hf.train.run import Job, Result, run
@@ -106,6 +107,7 @@ def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | No
         ValueError, PlanError: the recipe does not fit the machine, the architecture or the data.
     """
     device = assemble.pick_device(recipe)
+    check_passed(recipe, device)
     refuse_rows(recipe)
     config = open_architecture(recipe)
     check_task(config, recipe)

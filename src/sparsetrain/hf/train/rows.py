@@ -52,6 +52,9 @@ def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> Da
             step_tokens=None if rows is None else max(rows, calibration_rows, 1) * recipe.seq_len,
             context=context_length(config),
             max_eval_rows=eval_images(recipe, config),
+            eval_source=None if recipe.eval_data is None else resolve_data(recipe.eval_data, progress=say),
+            eval_split=recipe.dataset_test_split,
+            hub={"dataset_config": recipe.dataset_config, "split": recipe.dataset_train_split},
             progress=say,
         ),
     )

@@ -199,6 +199,12 @@ def _trainer(course: Course, span: Span, model: Any, handle: Handle | None) -> T
     def progress(model: Any, optimizer: Any) -> dict[str, Any]:
         return journal.progress(model, optimizer, handle)
 
+    evaluates = EvalCallback(
+        lambda step: _measured(course, model, handle, step),
+        course.recipe.eval_every,
+        journal,
+        course.recipe.early_stopping,
+    )
     trainer = Trainer(
         model=model,
         args=course.arguments(handle),
@@ -211,7 +217,7 @@ def _trainer(course: Course, span: Span, model: Any, handle: Handle | None) -> T
             FiniteCallback(handle),
             journal.recorder,
             *([course.average] if course.average is not None else []),
-            EvalCallback(lambda step: _measured(course, model, handle, step), course.recipe.eval_every, journal),
+            evaluates,
             *([SavedCallback(handle, first_batch(parts), journal, course.recipe.task)] if begins else []),
             *([StageCallback(span)] if span.of > 1 else []),
             *([_sparsity(handle, parts, journal, about)] if handle is not None else []),
@@ -219,6 +225,8 @@ def _trainer(course: Course, span: Span, model: Any, handle: Handle | None) -> T
             CheckpointCallback(course.recipe, course.rows, progress, journal.report, span.place),
         ],
     )
+    if trainer.args.report_to:
+        evaluates.log = trainer.log
     trainer.remove_callback(PrinterCallback)
     use_task_loss(trainer, course.recipe.task)
     return trainer
@@ -251,7 +259,7 @@ def _record(course: Course, model: Any, handle: Handle | None, trainer: Trainer 
         journal.between_steps(model, trainer.optimizer, handle)
     if course.average is not None:
         course.average.take(model)
-    last = course.spans[-1].total
+    last = course.spans[-1].total if trainer is None else trainer.state.global_step  # it may have ended early
     trained = measure_quality(model, handle, parts, journal, "evaluating the trained model", step=last)
     journal.quality("after_training", trained, step=last)
     if job.samples:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -30,6 +30,8 @@ class RowsAsked:
     step_rows: rows that the steps read; None: all there are. step_tokens: the same where text is cut into rows.
     max_rows, max_eval_rows: labelled rows to use, as the recipe limits them; None: all.
     context: tokens that the model takes; None: unknown, or checked already.
+    eval_source, eval_split: what is held out, in place of a share: a source, a split of it; None: a share.
+    hub: which part and split of a data set of the hub is read, as the loaders of text take it.
     eval_ratio: share that is held out; None: as the loader has it.
     progress: called with a line now and then.
     """
@@ -42,6 +44,9 @@ class RowsAsked:
     max_rows: int | None = None
     max_eval_rows: int | None = None
     context: int | None = None
+    eval_source: Any = None
+    eval_split: str | None = None
+    hub: Mapping[str, Any] = field(default_factory=dict)
     eval_ratio: float | None = None
     progress: Progress | None = None
 
@@ -50,7 +55,7 @@ class RowsAsked:
         """What all loaders of text are told."""
         ratio = {} if self.eval_ratio is None else {"eval_ratio": self.eval_ratio}
         told = {"seed": self.recipe.seed, "max_position_embeddings": self.context, "progress": self.progress}
-        return told | ratio
+        return {**told, **ratio, **self.hub, "eval_source": self.eval_source, "eval_split": self.eval_split}
 
 
 def load_asked(asked: RowsAsked) -> DataBundle:

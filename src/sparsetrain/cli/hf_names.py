@@ -1,0 +1,94 @@
+"""Hugging Face's names for our flags: what people have in their scripts works, spelled with - or _."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from typer.core import TyperCommand
+
+RENAMED: dict[str, str] = {
+    "--model-name-or-path": "--model",
+    "--dataset-name": "--data",
+    "--output-dir": "--output",
+    "--max-length": "--seq-len",
+    "--max-seq-length": "--seq-len",
+    "--dataset-text-field": "--text-column",
+    "--per-device-train-batch-size": "--batch-size",
+    "--gradient-accumulation-steps": "--grad-accum",
+    "--max-steps": "--steps",
+    "--num-train-epochs": "--epochs",
+    "--learning-rate": "--lr",
+    "--lr-scheduler-type": "--lr-schedule",
+    "--lora-target-modules": "--lora-targets",
+    "--save-steps": "--save-every",
+    "--save-total-limit": "--keep-checkpoints",
+    "--eval-steps": "--eval-every",
+    "--adam-beta1": "--beta1",
+    "--adam-beta2": "--beta2",
+    "--adam-epsilon": "--eps",
+}
+SWITCHES: dict[str, tuple[str, str]] = {
+    "--bf16": ("--dtype", "bf16"),
+    "--use-dora": ("--lora-variant", "dora"),
+    "--use-rslora": ("--lora-variant", "rslora"),
+    "--gradient-checkpointing": ("--gradient-checkpointing", "non-reentrant"),
+}
+"""Those that stand alone, or before true or false -> our flag and its value."""
+
+
+def translated(arguments: Sequence[str], flags: Collection[str]) -> list[str]:
+    """A command's arguments with Hugging Face's names in ours.
+
+    Args:
+        flags: of the command; a name is taken where it has the flag that it stands for.
+
+    Raises:
+        ValueError: rows a device are asked for where several ranks share a step.
+    """
+    found: list[str] = []
+    rest = list(arguments)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        dashed = name.replace("_", "-")
+        if not name.startswith("--") or (name in flags and name not in SWITCHES):
+            found.append(f"{name}{equals}{value}")
+        elif SWITCHES.get(dashed, ("",))[0] in flags and _stands_alone(dashed, equals, value, rest, flags):
+            if _truth(equals, value, rest):
+                found += SWITCHES[dashed]
+        else:
+            new = RENAMED.get(dashed, dashed)
+            if dashed == "--per-device-train-batch-size":
+                _check_alone()
+            found.append(f"{new if new in flags else name}{equals}{value}")
+    return found
+
+
+def _stands_alone(name: str, equals: str, value: str, rest: Sequence[str], flags: Collection[str]) -> bool:
+    """Is it a switch here, and no flag of ours with a value?"""
+    follows = value if equals else rest[0] if rest else "--"
+    return name not in flags or follows.startswith("--") or follows.lower() in ("true", "false")
+
+
+def _truth(equals: str, value: str, rest: list[str]) -> bool:
+    if not equals and rest and rest[0].lower() in ("true", "false"):
+        value = rest.pop(0)
+    return value.lower() != "false"
+
+
+def _check_alone() -> None:
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks not in ("", "0", "1"):
+        raise ValueError(
+            f"--per-device-train-batch-size counts rows of one device, and a step's rows are shared by all {ranks} "
+            "ranks here, so that losses do not depend on their number. Give --batch-size and --grad-accum of all ranks."
+        )
+
+
+class HfNames(TyperCommand):
+    """A command that takes these names too."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        flags = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        return super().parse_args(ctx, translated(args, flags))

@@ -1,0 +1,91 @@
+"""Scripts written for transformers and TRL find their names here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import typer
+
+from sparsetrain.cli.app import app
+from sparsetrain.cli.hf_names import RENAMED, SWITCHES, translated
+from tests.cli.conftest import Call
+
+FLAGS = {"--lr", "--dtype", "--gradient-checkpointing", "--batch-size", "--lora-variant", "--model", "--resume"}
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("--learning_rate 1 --model x", "--lr 1 --model x"),
+        ("--learning-rate=1", "--lr=1"),
+        ("--batch_size 2", "--batch-size 2"),
+        ("--bf16", "--dtype bf16"),
+        ("--bf16 true --lr 1", "--dtype bf16 --lr 1"),
+        ("--bf16 False --lr 1", "--lr 1"),
+        ("--bf16=false", ""),
+        ("--use_dora", "--lora-variant dora"),
+        ("--gradient_checkpointing --lr 1", "--gradient-checkpointing non-reentrant --lr 1"),
+        ("--gradient-checkpointing", "--gradient-checkpointing non-reentrant"),
+        ("--gradient-checkpointing reentrant", "--gradient-checkpointing reentrant"),
+        ("--gradient_checkpointing=none", "--gradient-checkpointing=none"),
+        ("--no_such_thing 1", "--no_such_thing 1"),
+        ("--max-steps 3", "--max-steps 3"),  # a command without --steps
+        ("--resume learning_rate", "--resume learning_rate"),
+    ],
+)
+def test_names_become_ours(given: str, found: str) -> None:
+    assert translated(given.split(), FLAGS) == found.split()
+
+
+def test_a_name_stands_for_a_flag_that_there_is() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    flags = {name for command in ("finetune", "pretrain") for p in commands[command].params for name in p.opts}
+    assert set(RENAMED.values()) | {flag for flag, _ in SWITCHES.values()} <= flags
+    assert not (RENAMED.keys() | SWITCHES.keys()) & (flags - {"--gradient-checkpointing"})
+
+
+def test_rows_of_a_device_are_not_taken_for_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="all 2 ranks"):
+        translated(["--per_device_train_batch_size", "4"], FLAGS)
+
+
+def test_a_command_line_of_trl_is_understood(call: Call, llama: Path, text: Path, tmp_path: Path) -> None:
+    line = f"finetune --model_name_or_path {llama} --dataset_name {text} --output_dir {tmp_path / 'run'} --max_steps 7"
+    line += " --max_length 32 --learning_rate 1e-3 --per_device_train_batch_size 2 --gradient_accumulation_steps 3"
+    line += " --use_rslora --optim adafactor --lora_dropout 0.1 --set training.label_smoothing_factor=0.1"
+    line += " --preset dense --device cpu --bf16 --dry-run --json"
+    result = call(*line.split(), "--set", "lora.rank_pattern={q_proj: 4}")
+    assert result.code == 0, result.err
+    made = result.json["recipe"]
+    assert (made["steps"], made["seq_len"], made["lr"], made["batch_size"], made["grad_accum"]) == (7, 32, 1e-3, 2, 3)
+    assert made["dtype"] == "bf16" and made["training"] == {"label_smoothing_factor": 0.1, "optim": "adafactor"}
+    assert made["lora"] == {"rank_pattern": {"q_proj": 4}, "lora_dropout": 0.1, "use_rslora": True}
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("max_steps=3", "unknown section 'max_steps'"),
+        ("training.max_steps=3", "by steps (--steps)"),
+        ("training.optm=sgd", "Did you mean 'optim'"),
+        ("training.optim=sdg", "Did you mean 'sgd'"),
+        ("training.optim=adalomo", "no gradient is left"),
+        ("training.label_smoothing_factor=much", "Give what is a float"),
+        ("training.torch_compile=1", "Give what is a bool"),
+        ("training.lr_scheduler_type=polynom", "Did you mean 'polynomial'"),
+        ("training.report_to=tensorbored", "Did you mean 'tensorboard'"),
+        ("lora.use_dorra=true", "Did you mean 'use_dora'"),
+        ("lora.lora_dropout=2", "out of range"),
+        ("lora.bias=some", "Literal"),
+        ("lora.init_lora_weights=pissa_niter_4", "another"),
+        ("lora.init_lora_weights=loftq", "quantised"),
+    ],
+)
+def test_what_cannot_be_passed_on_is_told_before_training(
+    call: Call, llama: Path, text: Path, tmp_path: Path, asked: str, words: str
+) -> None:
+    usual = ["--model", llama, "--data", text, "--output", tmp_path / "run", "--preset", "dense", "--seq-len", 32]
+    result = call("finetune", *usual, "--steps", 2, "--device", "cpu", "--dtype", "fp32", "--set", asked)
+    assert result.code == 2 and words in result.err and not (tmp_path / "run").exists(), result.err
