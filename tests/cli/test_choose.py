@@ -19,6 +19,8 @@ from sparsetrain.hf.study import timed_ways
 from sparsetrain.hf.study.choose import choose
 from sparsetrain.hf.train.finetune import finetune
 from sparsetrain.planner.choosing import Asked
+from sparsetrain.planner.forecast import MARGIN
+from sparsetrain.planner.machines import RESERVE_BYTES
 from sparsetrain.planner.quality import Deployed, Facts
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.runs.choice import recorded_choice
@@ -233,3 +235,32 @@ def test_docstrings_are_timed_on_a_real_model(tmp_path: Path, monkeypatch: pytes
 
 def facts(found: Any) -> Facts:
     return Facts(**found.values["facts"])
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 1.5])
+def test_what_is_taken_is_never_what_plan_refuses(
+    call: Call, llama: Path, talks: Path, tmp_path: Path, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the same memory and data on the same machine what fits in the choice fits in the plan, and the plan finds
+    nothing where there is nothing to choose."""
+    monkeypatch.setenv("SPARSETRAIN_CACHE", str(tmp_path / "cache"))
+    given = {"model": str(llama), "data": str(talks), "task": "sft", "lora_r": 4, "seq_len": 128, "batch_size": 8}
+    shape = [part for key, value in given.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+
+    def planned(memory: float) -> dict[str, Any]:
+        return call("plan", *shape, "--preset", "dense", "--memory", int(memory), "--json").json
+
+    (need,) = (row["peak"]["total"] for row in planned(8e9)["rows"] if row["candidate"]["label"] == "LoRA")
+    usable = share * need
+    asked = Recipe.from_values({**given, "output": str(tmp_path / "run")})
+    try:
+        taken = choose(asked, Asked(memory_bytes=int(RESERVE_BYTES["cpu"] + usable)), timed=False).recipe
+    except ValueError as error:
+        assert "no way to train fits" in str(error)
+        assert planned(RESERVE_BYTES["cpu"] + usable / MARGIN)["picked"] is None
+        return
+    told = planned(RESERVE_BYTES["cpu"] + usable)
+    plain = {"methods": [], "gradient_checkpointing": "none", "tiled_mlp": 1, "lora_r": 4}
+    tools = {key: getattr(taken, key) for key in ("gradient_checkpointing", "tiled_mlp", "lora_r")} | {"methods": []}
+    same = [row for row in told["rows"] if plain | row["candidate"]["values"] == tools]
+    assert same and all(row["fits"] and row["refused"] is None for row in same) and told["picked"] is not None

@@ -75,7 +75,18 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     recipe = _recipe(asked)
     bf16 = _dtype(recipe, rates, named=goal.gpu is not None) == "bf16"
     model = read_config(recipe.model, to_stderr_line)
-    keys = ("task", "lora_r", "lora_alpha", "lora_targets", "lora_dtype", "seed", "dtype")
+    keys = (
+        "task",
+        "lora_r",
+        "lora_alpha",
+        "lora_targets",
+        "lora_dtype",
+        "lora",
+        "training",
+        "load_in_4bit",
+        "seed",
+        "dtype",
+    )
     base = {key: getattr(recipe, key) for key in keys}
     base |= {"seq_len": recipe.seq_len, "batch_size": recipe.batch_size, "grad_accum": recipe.grad_accum}
     known = {"cache": cache_folder() / "outlines", "gpu": not rates.is_cpu}

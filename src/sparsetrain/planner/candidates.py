@@ -9,7 +9,7 @@ import yaml
 from sparsetrain.core.config import MethodConfig, plain_values, registered_methods
 from sparsetrain.planner.search import Answer, Candidate
 from sparsetrain.recipes.finetune import Recipe
-from sparsetrain.recipes.presets import PRESETS, SAFEST, STUDIED_PRESET, TOGETHER, Way
+from sparsetrain.recipes.presets import PRESETS, ROUNDED, SAFEST, STUDIED_PRESET, TOGETHER, Way
 
 
 def candidates(base: dict[str, Any], *, gpu: bool = False) -> list[Candidate]:
@@ -31,6 +31,9 @@ def candidates(base: dict[str, Any], *, gpu: bool = False) -> list[Candidate]:
     all_weights = base.get("lora_r") == 0
     train = "all weights" if all_weights else "LoRA"
     ways = [way for way in ways if gpu or not way.offloads]
+    if gpu and not base.get("load_in_4bit") and "optim" not in base.get("training", {}):
+        place = 1 + max(i for i, way in enumerate(ways) if not way.methods)
+        ways[place:place] = [way for way in ROUNDED if way.four_bit != all_weights]
     return [_candidate(way, train) for way in ways if not (way.all_weights and all_weights)]
 
 
@@ -50,8 +53,11 @@ def _candidate(way: Way, train: str) -> Candidate:
     values |= {"gradient_checkpointing": "non-reentrant"} if way.recomputes else {}
     values |= {"activation_offloading": True} if way.offloads else {}
     values |= {"tiled_mlp": way.pieces} if way.pieces > 1 else {}
+    values |= {"load_in_4bit": True} if way.four_bit else {}
+    values |= {"optim": way.optim} if way.optim else {}
     values |= {"lora_r": 0} if way.all_weights else {}
-    return Candidate(label=way.label.replace("{train}", train), values=values, pickable=not way.all_weights)
+    label = way.label.replace("{train}", train)
+    return Candidate(label=label, values=values, pickable=not way.all_weights, rounds=way.rounds)
 
 
 def recipe_yaml(answer: Answer, recipe: Recipe, data: str | None) -> str:

@@ -115,7 +115,8 @@ class Predictor:
     def _key(self, recipe: Recipe) -> str:
         """Names what an outline depends on: the model, how it is trained, and the code that was traced."""
         trained = {key: getattr(recipe, key) for key in ("task", "lora_r", "lora_targets", "lora_alpha", "methods")}
-        trained |= {key: getattr(recipe, key) for key in ("activation_offloading", "tiled_mlp", "lora_dtype")}
+        trained |= {key: getattr(recipe, key) for key in ("activation_offloading", "tiled_mlp", "lora_dtype", "lora")}
+        trained |= {"optim": recipe.training.get("optim"), "load_in_4bit": recipe.load_in_4bit}
         trained |= {"again": recipe.gradient_checkpointing != "none", "bf16": self.bf16, "gpu": self.gpu}
         trained["config"] = self.model.values
         trained["methods"] = [plain_values(config) for config in recipe.configs]

@@ -52,7 +52,10 @@ def step_seconds(
     work = outline.work(tokens, batch)
     # operations of a model whose blocks are traced once are all counted: `work` walks every block
     moved = ADAMW_MOVES * outline.static.gradients
-    return grad_accum * work_seconds(work, rates, dtype) + moved / rates.copy_bytes_per_s
+    paged = 2 * outline.static.optimizer_on_host  # there and back, at the worst
+    return (
+        grad_accum * work_seconds(work, rates, dtype) + moved / rates.copy_bytes_per_s + paged / rates.host_bytes_per_s
+    )
 
 
 def faster_at(

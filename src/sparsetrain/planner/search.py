@@ -23,11 +23,13 @@ BASELINE = "LoRA"
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One way to train. values: the recipe's keys in which it differs. pickable: False for rows shown to compare."""
+    """One way to train. values: the recipe's keys in which it differs. pickable: False for rows shown to compare.
+    rounds: why it is not exact beside its methods; empty where it is."""
 
     label: str
     values: dict[str, Any]
     pickable: bool = True
+    rounds: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +138,10 @@ def answer(
     rows = []
     base: Outline | None = None
     for candidate in candidates:
-        row = Row(candidate=candidate, risk=risk_of(methods_of(candidate)))
+        risk = risk_of(methods_of(candidate))
+        if candidate.rounds:
+            risk = replace(risk, ratio=None, exact=False, texts=(*risk.texts, candidate.rounds))
+        row = Row(candidate=candidate, risk=risk)
         try:
             found = outline_of(candidate)
         except ValueError as error:
