@@ -11,7 +11,16 @@ from sparsetrain.cli.app import app
 from sparsetrain.cli.hf_names import RENAMED, SWITCHES, translated
 from tests.cli.conftest import Call
 
-FLAGS = {"--lr", "--dtype", "--gradient-checkpointing", "--batch-size", "--lora-variant", "--model", "--resume"}
+FLAGS = {
+    "--lr",
+    "--dtype",
+    "--gradient-checkpointing",
+    "--batch-size",
+    "--lora-variant",
+    "--model",
+    "--resume",
+    "--no-resume",
+}
 
 
 @pytest.mark.parametrize(
@@ -32,6 +41,9 @@ FLAGS = {"--lr", "--dtype", "--gradient-checkpointing", "--batch-size", "--lora-
         ("--no_such_thing 1", "--no_such_thing 1"),
         ("--max-steps 3", "--max-steps 3"),  # a command without --steps
         ("--resume learning_rate", "--resume learning_rate"),
+        ("--resume True --lr 1", "--resume --lr 1"),
+        ("--resume=false", "--no-resume"),
+        ("--no-resume", "--no-resume"),
     ],
 )
 def test_names_become_ours(given: str, found: str) -> None:
@@ -43,6 +55,13 @@ def test_a_name_stands_for_a_flag_that_there_is() -> None:
     flags = {name for command in ("finetune", "pretrain") for p in commands[command].params for name in p.opts}
     assert set(RENAMED.values()) | {flag for flag, _ in SWITCHES.values()} <= flags
     assert not (RENAMED.keys() | SWITCHES.keys()) & (flags - {"--gradient-checkpointing"})
+
+
+def test_code_of_a_model_is_not_asked_for_by_accident() -> None:
+    assert translated(["--trust_remote_code", "false", "--lr", "1"], FLAGS) == ["--lr", "1"]
+    for given in (["--trust-remote-code"], ["--trust_remote_code=True"]):
+        with pytest.raises(ValueError, match="never run here"):
+            translated(given, FLAGS)
 
 
 def test_rows_of_a_device_are_not_taken_for_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,8 @@ RECIPE = {
     "--grad-accum", "--steps", "--epochs", "--preset", "--method", "--calibration-tokens", "--compare", "--lora-r",
     "--lora-alpha", "--lora-targets", "--lr", "--lr-schedule", "--warmup-steps", "--weight-decay", "--max-grad-norm",
     "--ema-decay", "--save-every", "--early-stopping",
-    "--eval-data", "--dataset-config", "--dataset-train-split", "--dataset-test-split",
+    "--eval-data", "--dataset-config", "--dataset-train-split", "--dataset-test-split", "--model-revision",
+    "--load-in-4bit", "--no-load-in-4bit",
     "--keep-checkpoints", "--eval-every", "--eval-tokens", "--resume", "--no-resume", "--seed", "--dtype",
     "--gradient-checkpointing", "--device", "--threads", "--distill-steps", "--distill-lr",
     "--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary",
@@ -37,13 +38,21 @@ LORA = {"--lora-variant", "--lora-dropout", "--lora-bias"}
 DEPLOY = {"--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary"}
 EXACT = {"--activation-offloading", "--no-activation-offloading", "--tiled-mlp"}
 ADAPTER = {"--lora-dtype", "--preset", "--distill-steps", "--distill-lr", "--lora-r", "--lora-alpha", "--lora-targets"}
-DATA = {"--eval-data", "--dataset-config", "--dataset-train-split", "--dataset-test-split"}
+DATA = {
+    "--load-in-4bit",
+    "--no-load-in-4bit",
+    "--model-revision",
+    "--eval-data",
+    "--dataset-config",
+    "--dataset-train-split",
+    "--dataset-test-split",
+}
 PRETRAIN = RECIPE - DEPLOY - ADAPTER - EXACT - DATA | PASSED | {
     "--set", "--data-folder", "--tokenizer", "--train-rows", "--min-lr-ratio", "--beta1", "--beta2", "--eps",
     "--clip-value", "--compare-lr", "--find-switch",
 }  # fmt: skip
 SURFACE = {
-    "finetune": ALWAYS | RECIPE | PASSED | LORA | {"--recipe", "--dry-run"}
+    "finetune": ALWAYS | RECIPE | PASSED | LORA | {"--recipe", "--dry-run", "--push-to-hub", "--hub-model-id"}
     | {"--memory", "--tolerance", "--goal", "--choose-seconds", "--choose-again"},
     "pretrain": ALWAYS | PRETRAIN | {"--recipe", "--dry-run", "--grid", "--grid-mode"},
     "eval": ALWAYS | {"MODEL", "--all", "--data", "--task", "--text-column", "--holdout", "--seq-len", "--batch-size"}
@@ -107,10 +116,8 @@ def test_flags_are_the_recipes_keys_with_its_defaults() -> None:
     assert set(PASSED_FLAGS) == {"set", *short_keys(Recipe.sections)}
     recipe = Recipe(model="m", data="d")
     for key, flag in FLAGS.items():
-        if (
-            key in ("preset", "methods", "threads", "resume", "train_auxiliary", "activation_offloading")
-            or not flag.default
-        ):
+        switches = ("resume", "train_auxiliary", "load_in_4bit", "activation_offloading")
+        if key in ("preset", "methods", "threads", *switches) or not flag.default:
             continue
         assert flag.default == str(getattr(recipe, key)), key
     assert recipe.preset == FLAGS["preset"].default == "auto"

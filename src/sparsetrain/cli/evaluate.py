@@ -87,6 +87,13 @@ def _recipe(model: str, given: dict[str, Any]) -> Any:
     # one step, since only held-out rows are read; no methods, since the model brings its own
     training = {"steps": 1, "epochs": None, "warmup_steps": 0, "methods": [], "preset": None, "compare": "none"}
     values = {**given, **training, "model": model}
+    if given.get("data") is not None:  # then what the run held out is not asked for
+        values |= {
+            "eval_data": None,
+            "dataset_config": None,
+            "dataset_train_split": "train",
+            "dataset_test_split": None,
+        }
     run = Path(model) / "recipe.yaml"
     return Recipe.from_yaml(run, values) if run.is_file() else Recipe.from_values(values)
 

@@ -10,13 +10,23 @@ import typer
 
 from sparsetrain.cli.answer import Answer
 from sparsetrain.cli.choice_flags import Again, GoalFlag, Memory, Seconds, Tolerance, choice_asked
-from sparsetrain.cli.flags import METHODS_HELP, Debug, Json, RecipeFile, takes
+from sparsetrain.cli.flags import KEEP, METHODS_HELP, Debug, Json, RecipeFile, takes
 from sparsetrain.cli.live import refuse_launched, speaks, telling
 from sparsetrain.cli.passed_flags import FINETUNE_FLAGS, passed
 
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check the recipe, model and data; print the plan; train nothing.")
 ]
+
+PushToHub = Annotated[
+    bool,
+    typer.Option("--push-to-hub", rich_help_panel=KEEP, help="Upload the trained model to the hub in the end."),
+]
+HubModelId = Annotated[
+    str | None,
+    typer.Option("--hub-model-id", metavar="NAME", rich_help_panel=KEEP, show_default="name of --output",
+                 help="Repository for --push-to-hub; a new one is private."),
+]  # fmt: skip
 
 
 @takes(*FINETUNE_FLAGS, table=FINETUNE_FLAGS)
@@ -27,6 +37,8 @@ def finetune(
     goal: GoalFlag = None,
     choose_seconds: Seconds = None,
     choose_again: Again = False,
+    push_to_hub: PushToHub = False,
+    hub_model_id: HubModelId = None,
     dry_run: DryRun = False,
     json: Json = False,
     debug: Debug = False,
@@ -66,12 +78,35 @@ def finetune(
     asked = Recipe.from_yaml(recipe, given) if recipe else Recipe.from_values(given)
     by = choice_asked(asked, **wanted, choose_again=choose_again)
     refuse_launched(compares=asked.compare == "dense", chooses=by is not None, dry_run=dry_run)
+    repository = _repository(asked, push_to_hub, hub_model_id)
     with telling() as tell:
         answer = _answered(asked, tell, dry_run) if by is None else _chosen(asked, by, tell, dry_run)
-    return answer if speaks() else None
+    if not speaks():
+        return None
+    return answer if repository is None or dry_run else _pushed(answer, repository)
 
 
 finetune.__doc__ = inspect.cleandoc(finetune.__doc__ or "").replace("METHODS", METHODS_HELP)
+
+
+def _repository(recipe: Any, wanted: bool, name: str | None) -> str | None:
+    """Where the trained model is to be uploaded, after that was found possible; None for nowhere."""
+    if not wanted:
+        if name is not None:
+            raise ValueError(f"--hub-model-id {name} is for --push-to-hub. Give that too, or leave it out.")
+        return None
+    if recipe.compare != "none":
+        raise ValueError("--push-to-hub uploads one model, and a comparison trains two. Leave one out.")
+    from sparsetrain.hf.train.hub import check_can_push
+
+    return check_can_push(name, recipe.output)
+
+
+def _pushed(answer: Answer, repository: str) -> Answer:
+    from sparsetrain.hf.train.hub import push
+
+    address = push(answer.data["saved"], repository)
+    return replace(answer, data=answer.data | {"hub": address}, show=[*answer.show, f"On the hub: {address}"])
 
 
 def _chosen(asked: Any, by: Any, tell: Any, dry_run: bool) -> Answer:

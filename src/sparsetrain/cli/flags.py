@@ -79,6 +79,7 @@ FLAGS: dict[str, Flag] = {
     flag.key: flag
     for flag in (
         Flag("model", "NAME|DIR", "", MAIN, "Embedded model (`sparsetrain models list`), local folder, or hub name."),
+        Flag("model_revision", "NAME", "", MAIN, "Branch, tag or commit of a hub model."),
         Flag("data", "NAME|PATH", "", MAIN, "Text file, folder or glob; JSONL or a JSON array (text, messages, "
              "prompt/completion, or instruction/output); CSV; an embedded set; or a name for `datasets`."),
         Flag("eval_data", "NAME|PATH", "", MAIN, "Held-out data of its own; a share of --data if not given."),
@@ -120,7 +121,7 @@ FLAGS: dict[str, Flag] = {
              "rounded away."),
         Flag("lr", FLOAT, "0.0002", TRAIN, "Peak learning rate; about a tenth of it without LoRA."),
         Flag("lr_schedule", "linear|cosine|constant", "cosine", TRAIN, "How it falls after the warm-up."),
-        Flag("warmup_steps", INT, "0", TRAIN, "Steps in which it rises from 0."),
+        Flag("warmup_steps", FLOAT, "0", TRAIN, "Steps in which it rises from 0; below 1: their share of all."),
         Flag("weight_decay", FLOAT, "0.0", TRAIN, "AdamW's decoupled decay."),
         Flag("max_grad_norm", FLOAT, "1.0", TRAIN, "Longer gradients are scaled down to this; 0: no clipping."),
         Flag("ema_decay", FLOAT, "", TRAIN, "Decay of the average of the weights that is evaluated, sampled from and "
@@ -135,6 +136,7 @@ FLAGS: dict[str, Flag] = {
         Flag("seed", INT, "0", MACHINE, "Same seed, same machine: same losses."),
         Flag("dtype", "auto|fp32|bf16", "auto", MACHINE, "auto is bf16 where this machine multiplies it 1.3x faster, "
              "else fp32; SPARSETRAIN_DTYPE says what auto takes instead."),
+        Flag("load_in_4bit", "", "no", MACHINE, "Hold the frozen weights in 4 bits (QLoRA; needs bitsandbytes).", bool),
         Flag("gradient_checkpointing", "none|non-reentrant|reentrant", "none", MACHINE, CHECKPOINTING),
         Flag("activation_offloading", "", "no", MACHINE, "With gradient checkpointing: blocks' inputs wait in the "
              "CPU's memory. Exact; slower by the copies.", bool),

@@ -10,6 +10,7 @@ from typer.core import TyperCommand
 
 RENAMED: dict[str, str] = {
     "--model-name-or-path": "--model",
+    "--revision": "--model-revision",
     "--dataset-name": "--data",
     "--output-dir": "--output",
     "--max-length": "--seq-len",
@@ -21,6 +22,7 @@ RENAMED: dict[str, str] = {
     "--num-train-epochs": "--epochs",
     "--learning-rate": "--lr",
     "--lr-scheduler-type": "--lr-schedule",
+    "--warmup-ratio": "--warmup-steps",
     "--lora-target-modules": "--lora-targets",
     "--save-steps": "--save-every",
     "--save-total-limit": "--keep-checkpoints",
@@ -36,6 +38,11 @@ SWITCHES: dict[str, tuple[str, str]] = {
     "--gradient-checkpointing": ("--gradient-checkpointing", "non-reentrant"),
 }
 """Those that stand alone, or before true or false -> our flag and its value."""
+REFUSED: dict[str, str] = {
+    "--trust-remote-code": "code that comes with a model is never run here, and models of families that transformers "
+    "has need none",
+}
+"""Switches that are not taken -> why."""
 
 
 def translated(arguments: Sequence[str], flags: Collection[str]) -> list[str]:
@@ -45,15 +52,20 @@ def translated(arguments: Sequence[str], flags: Collection[str]) -> list[str]:
         flags: of the command; a name is taken where it has the flag that it stands for.
 
     Raises:
-        ValueError: rows a device are asked for where several ranks share a step.
+        ValueError: a switch that is not taken; rows a device, where several ranks share a step.
     """
     found: list[str] = []
     rest = list(arguments)
     while rest:
         name, equals, value = rest.pop(0).partition("=")
         dashed = name.replace("_", "-")
-        if not name.startswith("--") or (name in flags and name not in SWITCHES):
+        if name.startswith("--") and f"--no-{dashed[2:]}" in flags:  # a switch of ours
+            found.append(dashed if _truth(equals, value, rest) else f"--no-{dashed[2:]}")
+        elif not name.startswith("--") or (name in flags and name not in SWITCHES):
             found.append(f"{name}{equals}{value}")
+        elif dashed in REFUSED and dashed not in flags:
+            if _truth(equals, value, rest):
+                raise ValueError(f"{dashed} is not taken: {REFUSED[dashed]}. Leave it out.")
         elif SWITCHES.get(dashed, ("",))[0] in flags and _stands_alone(dashed, equals, value, rest, flags):
             if _truth(equals, value, rest):
                 found += SWITCHES[dashed]

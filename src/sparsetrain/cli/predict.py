@@ -60,7 +60,7 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     from sparsetrain.hf.assets import cache_folder
     from sparsetrain.hf.model.model_config import read_config
     from sparsetrain.hf.study.predict import predictor_of
-    from sparsetrain.planner.candidates import dense_and, recipe_yaml
+    from sparsetrain.planner.candidates import KEYS, dense_and, recipe_yaml
     from sparsetrain.planner.machines import machine_rates
     from sparsetrain.planner.nearest import nearest_in_bf16
     from sparsetrain.planner.predictor import predict
@@ -75,19 +75,7 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     recipe = _recipe(asked)
     bf16 = _dtype(recipe, rates, named=goal.gpu is not None) == "bf16"
     model = read_config(recipe.model, to_stderr_line)
-    keys = (
-        "task",
-        "lora_r",
-        "lora_alpha",
-        "lora_targets",
-        "lora_dtype",
-        "lora",
-        "training",
-        "load_in_4bit",
-        "seed",
-        "dtype",
-    )
-    base = {key: getattr(recipe, key) for key in keys}
+    base = {key: getattr(recipe, key) for key in (*KEYS, "seed", "dtype")}
     base |= {"seq_len": recipe.seq_len, "batch_size": recipe.batch_size, "grad_accum": recipe.grad_accum}
     known = {"cache": cache_folder() / "outlines", "gpu": not rates.is_cpu}
     predictor = predictor_of(model, base, bf16=bf16, **known)

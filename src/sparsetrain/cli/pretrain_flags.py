@@ -9,7 +9,14 @@ from sparsetrain.recipes.tasks import offered, says
 
 TRAIN = "Optimizer"
 _NOT_HERE = {"preset", "distill_steps", "distill_lr", "lora_r", "lora_alpha", "lora_targets"}
-_NOT_HERE |= {"eval_data", "dataset_config", "dataset_train_split", "dataset_test_split"}
+_NOT_HERE |= {
+    "eval_data",
+    "dataset_config",
+    "dataset_train_split",
+    "dataset_test_split",
+    "model_revision",
+    "load_in_4bit",
+}
 _NOT_HERE |= {"deploy", "dense_first", "dense_last", "train_auxiliary"}
 _NOT_HERE |= {"lora_dtype", "activation_offloading", "tiled_mlp"}
 _OWN = (

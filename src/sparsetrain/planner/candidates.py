@@ -11,6 +11,9 @@ from sparsetrain.planner.search import Answer, Candidate
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.presets import PRESETS, ROUNDED, SAFEST, STUDIED_PRESET, TOGETHER, Way
 
+KEYS = ("task", "lora_r", "lora_alpha", "lora_targets", "lora_dtype", "lora", "training", "load_in_4bit")
+"""Recipe keys that hold for all ways that are compared, and that their memory depends on."""
+
 
 def candidates(base: dict[str, Any], *, gpu: bool = False) -> list[Candidate]:
     """The ways to train that are compared, safest first.
@@ -55,7 +58,7 @@ def _candidate(way: Way, train: str) -> Candidate:
     values |= {"tiled_mlp": way.pieces} if way.pieces > 1 else {}
     values |= {"load_in_4bit": True} if way.four_bit else {}
     values |= {"optim": way.optim} if way.optim else {}
-    values |= {"lora_r": 0} if way.all_weights else {}
+    values |= {"lora_r": 0, "lora_dtype": "fp32", "lora": {}, "load_in_4bit": False} if way.all_weights else {}
     label = way.label.replace("{train}", train)
     return Candidate(label=label, values=values, pickable=not way.all_weights, rounds=way.rounds)
 

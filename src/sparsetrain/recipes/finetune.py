@@ -26,6 +26,11 @@ class Recipe(RunRecipe):
 
     model: str
     """Model to fine-tune: an embedded asset (`sparsetrain models`), a local folder, or a name on the hub."""
+    model_revision: str | None = None
+    """Branch, tag or commit of a model on the hub; its newest if not given."""
+    load_in_4bit: bool = False
+    """Hold the frozen weights in 4 bits (QLoRA's NF4, by bitsandbytes). Half-precision weights are what is loaded
+    afterwards, so a later evaluation differs a little."""
     data: str
     """Training data: a text file, folder or glob; JSONL or a JSON array (text, messages, prompt/completion, or
     instruction/output); CSV; an embedded or `datasets` name."""
@@ -114,6 +119,10 @@ class Recipe(RunRecipe):
             raise ValueError(f"deploy=dense, and {kept[0]} trains a model to be used sparse. Give deploy=sparse.")
         if self.deploy == "sparse" and given:
             raise ValueError(f"{given[0]} is for deploy=dense, and deploy=sparse was given. Leave one out.")
+        if self.load_in_4bit and self.lora_r == 0:
+            raise ValueError(
+                "load_in_4bit: weights in 4 bits are not trained, and lora_r=0 trains nothing else. Set it."
+            )
         if self.lora and self.lora_r == 0:
             raise ValueError(f"lora.{next(iter(self.lora))} is given, and lora_r=0 trains without LoRA. Leave one out.")
         if self.deploy == "dense" and self.lora_r > 0 and self.trains_own:

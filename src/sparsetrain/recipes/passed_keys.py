@@ -114,8 +114,7 @@ REFUSED: dict[str, dict[str, str]] = {
         "deepspeed": _DDP,
         "parallelism_config": _DDP,
         "local_rank": _DDP,
-        "push_to_hub": "uploads would begin before the sidecar is there. Push the finished folder: "
-        "`hf upload NAME OUTPUT/adapter`",
+        "push_to_hub": "uploads would begin before the sidecar is there. Give --push-to-hub, which waits for the end",
         "hub_model_id": "nothing is pushed while a run trains",
         "hub_token": "nothing is pushed while a run trains, and recipe.yaml is no place for a token",
         "hub_strategy": "nothing is pushed while a run trains",

@@ -87,8 +87,8 @@ class RunRecipe(BaseModel):
     """Peak learning rate; None: what a method says of the converted model."""
     weight_decay: float = Field(0.0, ge=0, le=1)
     """AdamW's decoupled weight decay."""
-    warmup_steps: int = Field(0, ge=0, le=2**31 - 1)
-    """Steps in which the learning rate rises from 0 to lr."""
+    warmup_steps: int | float = Field(0, ge=0, le=2**31 - 1)
+    """Steps in which the learning rate rises from 0 to lr; below 1: their share of all."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """How the learning rate falls after the warm-up: to 0 along a line or a half cosine, or not at all."""
     max_grad_norm: float = Field(1.0, ge=0)
@@ -198,6 +198,8 @@ class RunRecipe(BaseModel):
     def _consistent(self) -> Self:
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"steps={self.steps} and epochs={self.epochs} are both given. Give one of them.")
+        if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
+            raise ValueError(f"warmup_steps={self.warmup_steps:g}: give whole steps, or a share of them below 1.")
         if self.steps is not None and self.warmup_steps >= self.steps and self.warmup_steps > 0:
             raise ValueError(f"warmup_steps={self.warmup_steps} leaves nothing of steps={self.steps}. Lower it.")
         if self.early_stopping and (grows := [config.method for config in self.configs if config.grows]):

@@ -21,6 +21,7 @@ from sparsetrain.core.plain_files import read_plain_object
 from sparsetrain.core.quote import quoted
 from sparsetrain.hf.assets import ASSETS, resolve_model
 from sparsetrain.hf.model.opening import told
+from sparsetrain.hf.model.revision import at_revision
 from sparsetrain.hf.model.whole import check_finite
 from sparsetrain.planner.config_values import MOST_BYTES
 from sparsetrain.runs.folders import ADAPTER, check_folder, stored_shapes
@@ -69,11 +70,14 @@ def made_for(folder: Path) -> list[str]:
     return [found] if isinstance(found, str) else []
 
 
-def base_place(base: object, folder: Path) -> str:
+def base_place(base: object, folder: Path, revision: object = None) -> str:
     """Where the model is that an adapter's folder names: an embedded asset, a folder, or a name on the hub.
 
     A folder is read as any other: as data, never as code. One inside the adapter's own is refused: nobody but its maker
     has named it.
+
+    Args:
+        revision: of a model on the hub, None for its newest.
 
     Raises:
         CheckpointError: it is no name, or lies inside the adapter's folder, or is not there.
@@ -92,7 +96,7 @@ def base_place(base: object, folder: Path) -> str:
                 )
         return base
     if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base):
-        return base
+        return base if revision is None else at_revision(base, str(revision))
     raise CheckpointError(
         f"the base model of the adapter in {quoted(str(folder))}, {quoted(base)}, is not there. Put it in its place, "
         "or name it as base_model."

@@ -102,7 +102,7 @@ def load(
     adapter = (folder / ADAPTER).is_file()
     if adapter and not about.get("base_model"):
         raise CheckpointError(f"{folder / SIDECAR} names no base_model for the adapter. Save it with base_model=….")
-    base = base_place(about["base_model"], folder) if adapter else str(folder)
+    base = base_place(about["base_model"], folder, about.get("base_revision")) if adapter else str(folder)
     asked = check_adapter(folder) if adapter else None
     config = open_config(base)
     set_options(config, about, folder / SIDECAR)
@@ -145,7 +145,7 @@ def export(source: str | Path | Loaded, folder: str | Path, *, format: str = "sp
     if isinstance(model, PeftModel):
         check_merge(model, handle)
         model = model.merge_and_unload()
-    about = {key: value for key, value in loaded.about.items() if key not in WRITTEN | {"base_model"}}
+    about = {key: value for key, value in loaded.about.items() if key not in WRITTEN | {"base_model", "base_revision"}}
     state: State = {}
     if (method := formats[format]) is not None:
         model = _written_in(handle, format, method)
@@ -183,7 +183,7 @@ def _load_plain(name: str, folder: Path, dtype: torch.dtype, device: Any, traina
         asked = check_adapter(folder)
         _refuse_orphan(folder)
         refuse_lone_weights(folder, mark_of(folder))
-        base = base_place(asked.base_model_name_or_path, folder)
+        base = base_place(asked.base_model_name_or_path, folder, asked.revision)
         kind = class_of_adapter(asked.task_type) if asked.task_type else known_class(*made_for(folder))[1]
         model, new = load_weights(base, kind, dtype, new_head=True)
         model = with_adapter(model, folder, asked, trainable, new)

@@ -119,10 +119,18 @@ def _with_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: l
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 by a name that is deprecated there
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        return get_peft_model(model, config, autocast_adapter_dtype=recipe.lora_dtype == "fp32")
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=recipe.lora_dtype == "fp32")
+    if recipe.model_revision is not None:  # PEFT would name the folder of its snapshot
+        config.base_model_name_or_path, config.revision = recipe.model, recipe.model_revision
+    return adapted
 
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:
     """(all, trainable) parameters; tied ones once, and a module that PEFT keeps beside its trained copy not at all."""
     found = [p for name, p in model.named_parameters() if "original_module" not in name.split(".")]
-    return sum(p.numel() for p in found), sum(p.numel() for p in found if p.requires_grad)
+    return sum(map(_numel, found)), sum(_numel(p) for p in found if p.requires_grad)
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """Numbers that it stands for: of those in 4 bits, two share a byte."""
+    return parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)

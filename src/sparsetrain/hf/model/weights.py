@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -56,6 +58,7 @@ def load_weights(
     name: str | None = None,
     new_head: bool = False,
     cut: bool = False,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Any, list[str]]:
     """(a transformers model by the name of its class, in evaluation mode, with SDPA attention and the weights that its
     files hold, all of them; the names of its new modules). The one way in which weights are loaded.
@@ -66,6 +69,7 @@ def load_weights(
         name: what the user called it, for messages.
         new_head: a head that the files lack, or have in another size, is new, with random weights.
         cut: the config was cut to fewer layers than the files hold.
+        options: further ones of `from_pretrained`.
 
     Raises:
         CheckpointError: transformers has no such class, or it is no class for this family.
@@ -88,6 +92,7 @@ def load_weights(
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # told below, by name
             output_loading_info=True,
+            **options,
             **NO_CODE,
         )
     except (OSError, SafetensorError, ValueError, RuntimeError, TypeError, KeyError) as error:

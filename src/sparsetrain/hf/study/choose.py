@@ -26,6 +26,7 @@ from sparsetrain.hf.train.dtype import with_dtype
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import lengths_of, refuse_rows
 from sparsetrain.measure.machine import describe_machine, free_bytes
+from sparsetrain.planner.candidates import KEYS
 from sparsetrain.planner.choosing import Asked, Option, Speed, pick, table
 from sparsetrain.planner.forecast import Forecast
 from sparsetrain.planner.quality import Facts, deployed_records
@@ -128,8 +129,8 @@ def _forecast(recipe: Recipe, asked: Asked) -> Forecast:
     device = assemble.pick_device(recipe)
     path, _ = assemble.open_config(recipe, lambda _event: None, ())
     bf16, gpu = assemble.computes_bf16(recipe, device), device.type == "cuda"
-    keys = ("task", "lora_r", "lora_alpha", "lora_targets", "lora_dtype", "lora", "training", "seed", "dtype")
-    base = {key: getattr(recipe, key) for key in (*keys, "activation_offloading", "tiled_mlp")}
+    kept = (*KEYS, "activation_offloading", "tiled_mlp", "seed", "dtype")
+    base = {key: getattr(recipe, key) for key in kept}
     base |= {"seq_len": recipe.seq_len, "batch_size": recipe.batch_size, "grad_accum": recipe.grad_accum}
     rates = this_machine(cache_folder() / "machine")
     return Forecast(

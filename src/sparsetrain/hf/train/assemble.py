@@ -17,7 +17,9 @@ from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.model import models, opening
 from sparsetrain.hf.model.architectures import check_images, sequence_tokens, tokens_per_input
 from sparsetrain.hf.model.checkpointing import check_offload, checkpointing_arguments
+from sparsetrain.hf.model.four_bit import check_four_bit, four_bit_options, keep_trainable
 from sparsetrain.hf.model.model_config import check_context
+from sparsetrain.hf.model.revision import at_revision
 from sparsetrain.hf.model.vocabulary import check_vocabulary
 from sparsetrain.hf.model.weights import auto_class, load_weights
 from sparsetrain.hf.model.whole import check_causal
@@ -56,6 +58,8 @@ def open_parts(
         )
     device = pick_device(recipe)
     check_passed(recipe, device)
+    if recipe.load_in_4bit:
+        check_four_bit(device)
     path, config = open_config(recipe, report, (like or recipe).configs)
     if recipe.activation_offloading and not offloads(recipe, device):
         report({"event": "note", "text": "activation_offloading does nothing here: a CPU's memory is all there is."})
@@ -133,6 +137,8 @@ def asked_features(recipe: RunRecipe, device: torch.device) -> list[str]:
         found.append("autocast")
     if getattr(recipe, "lora_r", 0) > 0:
         found.append("lora")
+    if getattr(recipe, "load_in_4bit", False):
+        found.append("four_bit")
     return found
 
 
@@ -142,7 +148,10 @@ def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...
     Raises:
         ValueError: no such model, or `seq_len` is longer than its context.
     """
-    path = resolve_model(recipe.model, progress=lambda line: report({"event": "note", "text": line}))
+    if recipe.model_revision is not None:
+        path = at_revision(recipe.model, recipe.model_revision)
+    else:
+        path = resolve_model(recipe.model, progress=lambda line: report({"event": "note", "text": line}))
     config = opening.open_config(path, recipe.model)
     check_context(recipe.seq_len, config, recipe.model)
     models.check_lora_targets(recipe, config)
@@ -183,15 +192,19 @@ def load_model(parts: Parts, *, cut: bool = False) -> tuple[Any, list[str]]:
         if config.pad_token_id is None:
             config.pad_token_id = bundle.collate_fn.pad_token_id  # type: ignore[attr-defined]
     set_seed(recipe.seed)  # a new head is drawn here
+    dtype = pick_dtype(recipe, parts.device)
     model, new = load_weights(
         parts.path,
         auto_class(recipe.task).__name__,
-        pick_dtype(recipe, parts.device),
+        dtype,
         config,
         name=recipe.model,
         new_head=labelled,
         cut=cut,
+        options=four_bit_options(parts.device, dtype) if recipe.load_in_4bit else {},
     )
+    if recipe.load_in_4bit:
+        keep_trainable(model)
     return model.to(parts.device), new
 
 

@@ -134,6 +134,7 @@ def _about(parts: Parts) -> dict[str, Any]:
     recipe = parts.recipe
     return {
         "base_model": recipe.model,
+        **({} if recipe.model_revision is None else {"base_revision": recipe.model_revision}),
         "task": recipe.task,
         "model_options": model_options(parts.config, task_of(recipe.task)),
         "fingerprint": recipe.fingerprint(),

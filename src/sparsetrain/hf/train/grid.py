@@ -7,6 +7,7 @@ is every loss. Checkpoints are full weights and optimizer state: `resume` goes o
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,7 +91,8 @@ def _train(cut: GridModel, parts: Parts[PretrainRecipe], report: Report) -> list
     optimizer = torch.optim.AdamW(
         _groups(cut, recipe.weight_decay), lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), eps=recipe.eps
     )
-    schedule = get_scheduler(recipe.lr_schedule, optimizer, recipe.warmup_steps, steps)
+    rises = recipe.warmup_steps if recipe.warmup_steps >= 1 else math.ceil(steps * recipe.warmup_steps)
+    schedule = get_scheduler(recipe.lr_schedule, optimizer, int(rises), steps)
     losses = _resumed(cut, optimizer, schedule, recipe) if recipe.resume else []
     for step, batches in enumerate(_batches(parts, steps)):
         if step < len(losses):

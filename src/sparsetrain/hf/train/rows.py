@@ -54,10 +54,16 @@ def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> Da
             max_eval_rows=eval_images(recipe, config),
             eval_source=None if recipe.eval_data is None else resolve_data(recipe.eval_data, progress=say),
             eval_split=recipe.dataset_test_split,
-            hub={"dataset_config": recipe.dataset_config, "split": recipe.dataset_train_split},
+            hub=_part_of(recipe),
             progress=say,
         ),
     )
+
+
+def _part_of(recipe: RunRecipe) -> dict[str, Any]:
+    """Which part of a data set of the hub, for recipes that say."""
+    keys = {"dataset_config": "dataset_config", "split": "dataset_train_split"}
+    return {name: getattr(recipe, key) for name, key in keys.items() if hasattr(recipe, key)}
 
 
 def eval_images(recipe: RunRecipe, config: Any) -> int | None:
@@ -77,6 +83,7 @@ def all_rows(recipe: RunRecipe, tokenizer: Any, config: Any, report: Report) -> 
             step_tokens=max(recipe.eval_tokens, recipe.seq_len),
             context=context_length(config),
             eval_ratio=0.0,
+            hub=_part_of(recipe),
             progress=lambda line: report({"event": "note", "text": line}),
         ),
     )

@@ -1,0 +1,42 @@
+"""Frozen weights in 4 bits (NF4 of bitsandbytes, QLoRA, arXiv 2305.14314): what loads them, and whether it can here."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+_DEVICES = ("cpu", "cuda")
+
+
+def check_four_bit(device: torch.device) -> None:
+    """Raise ValueError if bitsandbytes is not installed, or has no 4-bit linears for the device."""
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("load_in_4bit needs bitsandbytes, which is not installed (pip install bitsandbytes).")
+    if device.type not in _DEVICES:
+        raise ValueError(f"load_in_4bit: bitsandbytes has no 4-bit weights on {device.type}. Give device=cuda or cpu.")
+
+
+def four_bit_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` is told: NF4 with its scales quantised again, computed in `dtype`; not the head."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": quantization, "device_map": {"": device}}
+
+
+def keep_trainable(model: nn.Module) -> None:
+    """Let evaluation leave a model's 4-bit weights as they are.
+
+    On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks them at the first forward in evaluation mode, for a product
+    that has no gradient: what is trained after an evaluation would get none through that layer, with a warning alone.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            vars(module)["support_avx512bf16_for_cpu"] = False

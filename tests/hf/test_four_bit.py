@@ -1,0 +1,58 @@
+"""Frozen weights in 4 bits: held so, trained beside, and refused where that cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from sparsetrain.hf.model import four_bit
+from sparsetrain.hf.model.io import load
+from sparsetrain.hf.train.finetune import finetune
+from tests.hf import runs
+
+
+def recipe(folder: Path, **changes: Any) -> Any:
+    runs.llama(folder / "model", hidden_size=64, intermediate_size=128)
+    usual = {"deploy": "dense", "dtype": "fp32", "save_every": 0, "steps": 4, "load_in_4bit": True}
+    return runs.recipe(folder, **usual | changes)
+
+
+class Seen(TrainerCallback):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        names = kwargs["model"].named_parameters()
+        self.kinds = {name.rpartition(".")[0]: type(parameter).__name__ for name, parameter in names}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"lora_variant": "dora"}, {"methods": [{"method": "token_selection"}]}], ids=str
+)
+def test_linears_are_held_in_4_bits_and_lora_is_trained(tmp_path: Path, changes: dict[str, Any]) -> None:
+    pytest.importorskip("bitsandbytes", reason="its 4-bit linears are what is tried")
+    asked, seen = recipe(tmp_path, **changes), Seen()
+    result = finetune(asked, callbacks=[seen], write=False)
+    losses = [point["loss"] for point in result.run["evals"]]
+    assert losses[-1] < losses[0]
+    packed = [name for name, kind in seen.kinds.items() if kind == "Params4bit"]
+    assert len(packed) == 7 * runs.LAYERS and not any("lm_head" in name for name in packed)
+    whole = sum(parameter.numel() for parameter in load(tmp_path / "model").model.parameters())
+    assert result.parameters == whole + result.trainable_parameters
+    logits = load(tmp_path / "out").model(torch.tensor([[4, 5, 6]])).logits  # on the weights as they are
+    assert torch.isfinite(logits).all()
+
+
+def test_it_is_refused_where_it_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="lora_r=0 trains nothing else"):
+        recipe(tmp_path, lora_r=0)
+    monkeypatch.setattr(four_bit, "find_spec", lambda _name: None)
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        finetune(recipe(tmp_path))
+    monkeypatch.setattr(four_bit, "find_spec", lambda name: name)
+    with pytest.raises(ValueError, match=r"four_bit.*quantised"):
+        finetune(recipe(tmp_path, methods=[runs.ROUTED]))
+    with pytest.raises(ValueError, match="no 4-bit weights on mps"):
+        four_bit.check_four_bit(torch.device("mps"))
+    assert not (tmp_path / "out").exists()
