@@ -16,7 +16,7 @@ from sparsetrain.recipes.tasks import task_of
 
 
 def data_rows(recipe: Recipe, model: ModelConfig, say: Callable[[str], None]) -> RowLengths | None:
-    """Tokens of the recipe's training rows, uncut; None, with a line that says why, where they are not known.
+    """Tokens of the recipe's rows, held-out ones too, uncut; None, with a line that says why, where they are not known.
 
     Args:
         say: told what is going on, and why rows are not read.
@@ -46,4 +46,5 @@ def _read(recipe: Recipe, model: ModelConfig, say: Callable[[str], None]) -> Row
     uncut = recipe.model_copy(update={"seq_len": model.context or MOST, "steps": None, "epochs": 1.0})
     assert model.folder is not None
     bundle = load_rows(uncut, open_tokenizer(model.folder, config), config, lambda event: say(event["text"]))
-    return RowLengths.of(lengths_of(bundle.train, "input_ids"), recipe.seq_len)
+    sides = [rows for rows in (bundle.train, bundle.eval) if rows is not None]
+    return RowLengths.of([n for rows in sides for n in lengths_of(rows, "input_ids")], recipe.seq_len)
