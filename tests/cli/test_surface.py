@@ -63,7 +63,8 @@ SURFACE = {
     | {"--features", "--data", "--seed", "--device", "--threads"},
     "plan": ALWAYS | {"--recipe", "--model", "--data", "--task", "--preset", "--method", "--seq-len", "--batch-size"}
     | {"--grad-accum", "--lora-r", "--dtype", "--gradient-checkpointing", "--memory", "--goal", "--gpu", "--fit"}
-    | {"--write", "--plot", "--seq", "--batch", "--gpus", "--gpus-per-node", "--bandwidth"},
+    | {"--write", "--plot", "--seq", "--batch", "--gpus", "--gpus-per-node", "--bandwidth"}
+    | {"--lora-dtype", "--load-in-4bit", "--no-load-in-4bit", "--optim"},
     "sensitivity": ALWAYS | {"--recipe", "--budget", "--write", "--model", "--data", "--task", "--text-column"}
     | {"--seq-len", "--preset", "--method", "--calibration-tokens", "--eval-tokens", "--steps", "--seed", "--dtype"}
     | {"--device", "--threads", "--holdout"},

@@ -13,8 +13,10 @@ import typer
 from sparsetrain.cli.answer import Answer, table
 from sparsetrain.cli.flags import STUDY_FLAGS, Debug, Json, RecipeFile, changes, studied, takes
 from sparsetrain.cli.live import to_stderr
+from sparsetrain.cli.passed_flags import PASSED
 from sparsetrain.cli.plan_grid import planned_grids
-from sparsetrain.cli.predict import Goal, predicted
+from sparsetrain.cli.predict import predicted
+from sparsetrain.cli.prediction import Goal
 
 _PREDICT = "Prediction"
 Memory = Annotated[
@@ -101,10 +103,12 @@ Batch = Annotated[str | None, typer.Option("--batch", metavar="INT", help="The s
     "grad_accum",
     "lora_r",
     "lora_dtype",
+    "load_in_4bit",
+    "optim",
     "dtype",
     "data",
     "gradient_checkpointing",
-    table=STUDY_FLAGS,
+    table=STUDY_FLAGS | PASSED,
 )
 def plan(
     recipe: RecipeFile = None,

@@ -6,9 +6,13 @@ import dataclasses
 import inspect
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from sparsetrain.planner.config_values import DIFFUSION
+from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.recipes.run import RunRecipe
+from sparsetrain.runs.events import Report
 
 
 def recompute(model: Any, reentrant: bool = False, offload: bool = False) -> None:
@@ -22,16 +26,26 @@ def recompute(model: Any, reentrant: bool = False, offload: bool = False) -> Non
     enable({"use_reentrant": reentrant}, **({"offload": True} if offload else {}))
 
 
-def check_offload(model: Any) -> None:
-    """Raise ValueError if what this model keeps under checkpointing cannot wait in the CPU's memory."""
+def offloads(recipe: RunRecipe, device: torch.device) -> bool:
+    """Do checkpointed inputs wait in the CPU's memory? On a CPU they are there already."""
+    return getattr(recipe, "activation_offloading", False) and device.type != "cpu"
+
+
+def check_offload(recipe: Recipe, config: Any, device: torch.device, report: Report) -> None:
+    """Raise ValueError if what a model of this config keeps under checkpointing cannot wait in the CPU's memory, and
+    say so where it is there already."""
+    if not recipe.activation_offloading:
+        return
     enable = getattr(PreTrainedModel, "activation_checkpointing_enable", PreTrainedModel.gradient_checkpointing_enable)
     if "offload" not in inspect.signature(enable).parameters:
         raise ValueError("activation_offloading=true needs transformers 5.23. Update it, or leave the key out.")
-    if getattr(getattr(model, "config", None), "model_type", None) == DIFFUSION:
+    if config.model_type == DIFFUSION:
         raise ValueError(
             "activation_offloading=true: a diffusion model recomputes its blocks from what stays on its device. Leave "
             "it out."
         )
+    if not offloads(recipe, device):
+        report({"event": "note", "text": "activation_offloading does nothing here: a CPU's memory is all there is."})
 
 
 def checkpointing_arguments(kind: str, offload: bool = False) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers import set_seed
 from sparsetrain.hf.data.random_tokens import RANDOM, random_images, random_rows
 from sparsetrain.hf.model import models
 from sparsetrain.hf.model.architectures import image_size
-from sparsetrain.hf.model.checkpointing import recompute
+from sparsetrain.hf.model.checkpointing import offloads, recompute
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import calibration_batches, text_reader
@@ -138,7 +138,7 @@ def convert_step(model: Any, new_modules: list[str], parts: Parts, report: Repor
         handle.step(MIDDLE, STEPS, 1 / recipe.grad_accum)
     model = models.add_lora(model, recipe, handle, new_modules)
     model.train()
-    _recompute(model, recipe, assemble.offloads(recipe, parts.device))
+    _recompute(model, recipe, offloads(recipe, parts.device))
     set_seed(recipe.seed)
     return TrainingStep(
         recipe=recipe,

@@ -16,7 +16,7 @@ from sparsetrain.core.config import MethodConfig
 from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.model import models, opening
 from sparsetrain.hf.model.architectures import check_images, sequence_tokens, tokens_per_input
-from sparsetrain.hf.model.checkpointing import check_offload, checkpointing_arguments
+from sparsetrain.hf.model.checkpointing import check_offload, checkpointing_arguments, offloads
 from sparsetrain.hf.model.four_bit import check_four_bit, four_bit_options, keep_trainable
 from sparsetrain.hf.model.model_config import check_context
 from sparsetrain.hf.model.revision import at_revision
@@ -61,8 +61,7 @@ def open_parts(
     if recipe.load_in_4bit:
         check_four_bit(device)
     path, config = open_config(recipe, report, (like or recipe).configs)
-    if recipe.activation_offloading and not offloads(recipe, device):
-        report({"event": "note", "text": "activation_offloading does nothing here: a CPU's memory is all there is."})
+    check_offload(recipe, config, device, report)
     planned = check_and_plan(recipe, config, device)
     tokenizer = _tokenizer(recipe, path, config) if opened is None else opened.tokenizer
     refuse_rows(recipe)
@@ -95,8 +94,6 @@ def check_and_plan(recipe: Recipe, config: Any, device: torch.device) -> Plan | 
     """
     model = models.empty_model(config, recipe.task)
     check_causal(model, recipe.model)
-    if recipe.activation_offloading:
-        check_offload(model)
     if recipe.lora_dtype == "bf16" and pick_dtype(recipe, device) == torch.float32:
         raise ValueError("lora_dtype=bf16 goes with a model in bf16, and this run is in fp32. Give dtype=bf16 too.")
     planned = plan_on(model, recipe, device, sequence_tokens(config, recipe)) if recipe.methods else None
@@ -245,11 +242,6 @@ def computes_bf16(recipe: RunRecipe, device: torch.device) -> bool:
 def autocasts(recipe: RunRecipe, device: torch.device) -> bool:
     """Frozen bf16 weights compute in bf16 by themselves; do fp32 masters, under autocast?"""
     return computes_bf16(recipe, device) and recipe.trains_all
-
-
-def offloads(recipe: RunRecipe, device: torch.device) -> bool:
-    """Do checkpointed inputs wait in the CPU's memory? On a CPU they are there already."""
-    return getattr(recipe, "activation_offloading", False) and device.type != "cpu"
 
 
 def learning_rate(recipe: RunRecipe, handle: Handle | None) -> float:
