@@ -83,13 +83,14 @@ def _optimizer(base: dict[str, Any]) -> list[str]:
 
 def _exact(rows: Any) -> list[str]:
     """What each exact tool costs in time and gives in memory, beside the first row."""
-    first, *others = [row for row in rows if row.risk.exact and row.candidate.pickable and row.peak is not None]
+    exact = [row for row in rows if row.risk.exact and row.candidate.pickable and row.peak is not None]
+    first = exact[0] if exact else None
     return [
         f"{row.candidate.label}: exact; {row.step_s / first.step_s:.2f}x the step and "
         f"{row.peak.total / first.peak.total:.2f}x the peak of {first.candidate.label}"
         + (f"; {row.peak.host / 1e9:.2f} GB wait in the CPU's memory." if row.peak.host else ".")
-        for row in others
-        if row.step_s is not None and first.step_s
+        for row in exact[1:]
+        if first is not None and row.step_s is not None and first.step_s
     ]
 
 

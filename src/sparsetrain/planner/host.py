@@ -33,4 +33,4 @@ def keep_on_host(model: nn.Module, hollow: Hollow) -> None:
     for module in model.modules():
         recompute = vars(module).get("_gradient_checkpointing_func")
         if recompute is not None:
-            module._gradient_checkpointing_func = partial(offloaded, recompute)
+            vars(module)["_gradient_checkpointing_func"] = partial(offloaded, recompute)
