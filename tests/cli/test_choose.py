@@ -259,7 +259,7 @@ def test_what_is_taken_is_never_what_plan_refuses(
             taken = choose(asked, by, timed=False).recipe
         except ValueError as error:
             assert "no way to train fits" in str(error) and planned(usable / MARGIN)["picked"] is None
-            tools.add("none")
+            tools.add("nothing")
             continue
         told = planned(usable)
         mine = {"gradient_checkpointing": taken.gradient_checkpointing, "tiled_mlp": taken.tiled_mlp, "lora_r": 4}

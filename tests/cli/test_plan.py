@@ -59,10 +59,10 @@ def test_the_longest_row_of_the_data_is_planned(call: Call, llama: Path, tmp_pat
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ("plan", "--model", llama, "--lora-r", 4, "--preset", "dense", "--memory", "1GB", "--task", "sft")
     told = call(*flags, "--seq-len", 128, "--data", data)
-    assert told.code == 0 and "rows, the longest of 93 tokens" in told.out and "none is cut at seq_len=128" in told.out
-    assert "1 x 93 tokens" in told.out
+    assert told.code == 0 and "rows, the longest of 92 tokens" in told.out and "none is cut at seq_len=128" in told.out
+    assert "1 x 92 tokens" in told.out
     cut = call(*flags, "--seq-len", 64, "--data", data, "--json").json
-    assert cut["data"]["longest"] == 93 and cut["data"]["cut"] == 1 and cut["question"]["tokens"] == 64
+    assert cut["data"]["longest"] == 92 and cut["data"]["cut"] == 1 and cut["question"]["tokens"] == 64
     missing = call(*flags, "--seq-len", 128, "--data", tmp_path / "none.jsonl")
     assert missing.code == 0 and "cannot be read, so full ones are planned" in missing.err
 
