@@ -27,7 +27,7 @@ RECIPE = {
     "--lora-alpha", "--lora-targets", "--lr", "--lr-schedule", "--warmup-steps", "--weight-decay", "--max-grad-norm",
     "--ema-decay", "--save-every", "--early-stopping",
     "--eval-data", "--dataset-config", "--dataset-train-split", "--dataset-test-split", "--model-revision",
-    "--load-in-4bit", "--no-load-in-4bit",
+    "--load-in-4bit", "--no-load-in-4bit", "--packing", "--no-packing",
     "--keep-checkpoints", "--eval-every", "--eval-tokens", "--resume", "--no-resume", "--seed", "--dtype",
     "--gradient-checkpointing", "--device", "--threads", "--distill-steps", "--distill-lr",
     "--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary",
@@ -38,15 +38,8 @@ LORA = {"--lora-variant", "--lora-dropout", "--lora-bias"}
 DEPLOY = {"--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary"}
 EXACT = {"--activation-offloading", "--no-activation-offloading", "--tiled-mlp"}
 ADAPTER = {"--lora-dtype", "--preset", "--distill-steps", "--distill-lr", "--lora-r", "--lora-alpha", "--lora-targets"}
-DATA = {
-    "--load-in-4bit",
-    "--no-load-in-4bit",
-    "--model-revision",
-    "--eval-data",
-    "--dataset-config",
-    "--dataset-train-split",
-    "--dataset-test-split",
-}
+DATA = {"--eval-data", "--dataset-config", "--dataset-train-split", "--dataset-test-split", "--model-revision"}
+DATA |= {"--packing", "--no-packing", "--load-in-4bit", "--no-load-in-4bit"}
 PRETRAIN = RECIPE - DEPLOY - ADAPTER - EXACT - DATA | PASSED | {
     "--set", "--data-folder", "--tokenizer", "--train-rows", "--min-lr-ratio", "--beta1", "--beta2", "--eps",
     "--clip-value", "--compare-lr", "--find-switch",
@@ -117,7 +110,7 @@ def test_flags_are_the_recipes_keys_with_its_defaults() -> None:
     assert set(PASSED_FLAGS) == {"set", *short_keys(Recipe.sections)}
     recipe = Recipe(model="m", data="d")
     for key, flag in FLAGS.items():
-        switches = ("resume", "train_auxiliary", "load_in_4bit", "activation_offloading")
+        switches = ("resume", "train_auxiliary", "load_in_4bit", "packing", "activation_offloading")
         if key in ("preset", "methods", "threads", *switches) or not flag.default:
             continue
         assert flag.default == str(getattr(recipe, key)), key

@@ -93,6 +93,8 @@ FLAGS: dict[str, Flag] = {
         Flag("output", "DIR", "runs/finetune", MAIN, "Folder for checkpoints, the trained model and the report. "
              "Must be absent or empty, unless --resume."),
         Flag("seq_len", INT, "1024", LENGTH, "Tokens in a sequence; at most the model's context."),
+        Flag("packing", "", "no", LENGTH, "sft: several examples in a row, none of which sees another. lm, which "
+             "packs in any case: no document sees another.", bool),
         Flag("batch_size", INT, "1", LENGTH, "Sequences in one pass. Memory grows with it."),
         Flag("grad_accum", INT, "1", LENGTH, "Passes added up for one step. Effective batch: batch-size x grad-accum."),
         Flag("steps", INT, "200", LENGTH, "Optimizer steps."),

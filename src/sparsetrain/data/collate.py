@@ -20,8 +20,9 @@ class Collator:
 
     Args:
         pad_token_id: fills `input_ids`.
-        attention_mask: whether to add the mask of real tokens. Packed rows are full and must go without: a 2-D mask
-            keeps transformers from seeing the document boundaries in `position_ids`.
+        attention_mask: whether to add the mask of real tokens. Packed rows must go without, and those with
+            `position_ids` do: a 2-D mask keeps transformers from seeing the boundaries in them. Their padding stands
+            at place 0, so that nothing sees it.
         multiple_of: lengths are padded to a multiple of this.
     """
 
@@ -39,7 +40,7 @@ class Collator:
                 fill = self.pad_token_id if key == "input_ids" else _PADDING[key]
                 values = [[*value, *[fill] * (length - len(value))] for value in values]
             batch[key] = torch.as_tensor(values, dtype=torch.long)
-        if self.attention_mask:
+        if self.attention_mask and "position_ids" not in batch:
             lengths_b = torch.tensor([len(row["input_ids"]) for row in rows])
             batch["attention_mask"] = (torch.arange(length) < lengths_b[:, None]).long()
         return batch

@@ -1,5 +1,6 @@
 """Texts in pieces for a tokenizer, and a stream of tokens cut into rows of equal length."""
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,32 @@ def packed_rows(
     counts[f"{side}_tokens"] = kept
     counts[f"{side}_tokens_left_over"] = left_over
     return rows
+
+
+def pack_whole(ids: list[list[int]], labels: list[list[int]], seq_len: int) -> dict[str, list[list[int]]]:
+    """Rows put together, whole, into as few of at most `seq_len` tokens as best-fit decreasing finds.
+
+    Args:
+        ids, labels: of each row, at most `seq_len` of them; the first label of a row is to be ignored.
+
+    Returns: `input_ids`, `labels`, and `position_ids`, which begin anew with each row.
+
+    Cost: O(n log n) for n rows.
+    """
+    rooms: list[tuple[int, int]] = []  # (tokens that are free, place), in that order
+    bins: list[list[int]] = []
+    for i in sorted(range(len(ids)), key=lambda i: -len(ids[i])):
+        at = bisect_left(rooms, (len(ids[i]), 0))  # the fullest that it fits into
+        free, place = rooms.pop(at) if at < len(rooms) else (seq_len, len(bins))
+        if place == len(bins):
+            bins.append([])
+        bins[place].append(i)
+        insort(rooms, (free - len(ids[i]), place))
+    return {
+        "input_ids": [[token for i in members for token in ids[i]] for members in bins],
+        "labels": [[label for i in members for label in labels[i]] for members in bins],
+        "position_ids": [[place for i in members for place in range(len(ids[i]))] for members in bins],
+    }
 
 
 def describe(name: str, unit: str, seq_len: int, counts: dict[str, int]) -> str:

@@ -42,6 +42,9 @@ class Recipe(RunRecipe):
     """Which split of a data set of the hub, or of a saved one, is trained on."""
     dataset_test_split: str | None = None
     """Which split is held out; a share of what is trained on if not given."""
+    packing: bool = False
+    """sft: several training examples in a row, as many as seq_len holds, none of which sees another. lm: rows are
+    packed in any case; with this, none of a row's documents sees another."""
     output: str = "runs/finetune"
     """Folder for checkpoints, the trained adapter and the report. It must be empty or absent unless --resume."""
     task: Literal["lm", "sft", "classify", "diffusion"] = "lm"
@@ -109,6 +112,10 @@ class Recipe(RunRecipe):
         given = [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
         if given and task_of(self.task).images:
             raise ValueError(f"{given[0]} is for data of text, and task={self.task} reads images. Leave it out.")
+        if self.packing and self.task not in ("lm", "sft"):
+            raise ValueError(
+                f"packing is for tasks that learn tokens, and task={self.task} has a label or image a row."
+            )
         return self
 
     @model_validator(mode="after")

@@ -24,8 +24,8 @@ def data_rows(recipe: Recipe, model: ModelConfig, say: Callable[[str], None]) ->
     task = task_of(recipe.task)
     if task.images:
         return None
-    if not task.padded:
-        say(f"Rows of {recipe.task} are packed, so each holds seq_len={recipe.seq_len:,} tokens whatever the data.")
+    if not task.padded or recipe.packing:
+        say(f"Rows are packed, so each holds seq_len={recipe.seq_len:,} tokens whatever the data.")
         return None
     if model.folder is None:
         say(f"The rows of {recipe.data} are not read: {model.name} is a config alone, without a tokenizer.")

@@ -38,6 +38,9 @@ from sparsetrain.surgery.plan import Plan, plan
 from sparsetrain.surgery.support import FEATURES, check_support, sharding_asked
 from sparsetrain.surgery.tiled import check_tiled
 
+_FEATURES = {"load_in_4bit": "four_bit", "packing": "packing"}
+"""Switches of a recipe -> what they ask of its methods."""
+
 
 def open_parts(
     recipe: Recipe, report: Report, like: Recipe | None = None, opened: Parts[Recipe] | None = None
@@ -126,7 +129,7 @@ def asked_features(recipe: RunRecipe, device: torch.device) -> list[str]:
         "non-reentrant": ["checkpointing"],
         "reentrant": ["checkpointing_reentrant"],
     }[recipe.gradient_checkpointing]
-    if task_of(recipe.task).padded:
+    if task_of(recipe.task).padded:  # packed, too: held-out rows are padded
         found.append("padding")
     if task_of(recipe.task).labelled:
         found.append("classify")
@@ -134,8 +137,7 @@ def asked_features(recipe: RunRecipe, device: torch.device) -> list[str]:
         found.append("autocast")
     if getattr(recipe, "lora_r", 0) > 0:
         found.append("lora")
-    if getattr(recipe, "load_in_4bit", False):
-        found.append("four_bit")
+    found += [feature for key, feature in _FEATURES.items() if getattr(recipe, key, False)]
     return found
 
 
@@ -202,6 +204,8 @@ def load_model(parts: Parts, *, cut: bool = False) -> tuple[Any, list[str]]:
     )
     if recipe.load_in_4bit:
         keep_trainable(model)
+    if recipe.packing:  # with a cache, transformers does not see the boundaries of packed rows
+        model.config.use_cache = False
     return model.to(parts.device), new
 
 

@@ -15,6 +15,7 @@ from sparsetrain.core.units import number_text
 from sparsetrain.hf.train.callbacks import StepRecorder
 from sparsetrain.hf.train.finite import auxiliary_losses
 from sparsetrain.hf.train.tasks import training_loss
+from sparsetrain.measure.curves import number
 from sparsetrain.measure.ledger import size_text
 from sparsetrain.measure.memory import peak_memory, saved_activations, static_memory
 from sparsetrain.measure.schema import Run, StageRecord
@@ -143,12 +144,14 @@ class EvalCallback(TrainerCallback):
     def _is_enough(self, step: int) -> bool:
         """Of the recorded curve alone, so that a continued run ends where an uninterrupted one does."""
         points = self.journal.run.get("evals", [])
-        best = min(points, key=lambda point: point["loss"])
-        since = len(points) - 1 - points.index(best)
+        losses = [number(point["loss"]) for point in points]
+        best = losses.index(min(losses))
+        since = len(losses) - 1 - best
         if not self.patience or since < self.patience:
             return False
-        low = f"its lowest held-out loss, {number_text(best['loss'])}, was {since} evaluations ago"
-        self.journal.report({"event": "note", "text": f"Stopped early after step {step}: {low} (step {best['step']})."})
+        low = f"the lowest held-out loss, {number_text(losses[best])}, was that of step {points[best]['step']}"
+        text = f"Stopped early after step {step}: {low}, {since} evaluations ago. The last weights are kept."
+        self.journal.report({"event": "note", "text": text})
         return True
 
 

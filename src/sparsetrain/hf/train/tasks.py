@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
 from sparsetrain.data.collate import IGNORED_LABEL
+from sparsetrain.data.packing import pack_whole
 from sparsetrain.hf.data import DataBundle, load_classify, load_images, load_sft, load_text
 from sparsetrain.hf.data.bundle import Progress
 from sparsetrain.recipes.run import RunRecipe
@@ -77,6 +79,7 @@ def text_rows(asked: RowsAsked) -> DataBundle:
         asked.source,
         asked.tokenizer,
         recipe.seq_len,
+        pack="documents" if _packs(recipe) else "concat",
         text_column=recipe.text_column,
         holdout=recipe.holdout,
         max_tokens=asked.step_tokens,
@@ -87,7 +90,21 @@ def text_rows(asked: RowsAsked) -> DataBundle:
 
 def sft_rows(asked: RowsAsked) -> DataBundle:
     """Conversations, with labels on what the assistant says."""
-    return load_sft(asked.source, asked.tokenizer, asked.recipe.seq_len, max_rows=asked.step_rows, **asked.of_text)
+    recipe, packs = asked.recipe, _packs(asked.recipe)
+    rows = None if packs else asked.step_rows  # how many a packed row holds is known when they are packed
+    bundle = load_sft(asked.source, asked.tokenizer, recipe.seq_len, max_rows=rows, **asked.of_text)
+    return _packed(bundle, recipe.seq_len) if packs else bundle
+
+
+def _packed(bundle: DataBundle, seq_len: int) -> DataBundle:
+    """Several training rows in one, with `position_ids` that restart at each; held-out rows stay apart."""
+    train = Dataset.from_dict(pack_whole(bundle.train["input_ids"], bundle.train["labels"], seq_len))  # type: ignore
+    said = f"{bundle.description}; packed into {len(train):,} rows of at most {seq_len:,} tokens"
+    return replace(bundle, train=train, description=said, counts={**bundle.counts, "train_packed_rows": len(train)})
+
+
+def _packs(recipe: RunRecipe) -> bool:
+    return bool(getattr(recipe, "packing", False))
 
 
 def classify_rows(asked: RowsAsked) -> DataBundle:
@@ -123,7 +140,9 @@ class Scores(NamedTuple):
 def next_token_scores(model: Any, batch: Batch) -> Scores:
     """Negative log-likelihood of the labelled tokens; in pieces, as logits are large, and of few where few are asked
     for: the head is a fifth of a small model."""
-    inputs = dict(batch)
+    inputs: dict[str, Any] = dict(batch)
+    if "position_ids" in inputs:  # with a cache, transformers does not see the boundaries in them
+        inputs["use_cache"] = False
     target_bt = inputs.pop("labels")[:, 1:]
     asked_k = (target_bt != IGNORED_LABEL).any(0).nonzero()[:, 0]
     if 2 * len(asked_k) <= target_bt.shape[1] and _keeps_logits(model):
