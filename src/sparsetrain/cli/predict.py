@@ -62,11 +62,7 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     base |= {"seq_len": recipe.seq_len, "batch_size": recipe.batch_size, "grad_accum": recipe.grad_accum}
     known = {"cache": cache_folder() / "outlines", "gpu": not rates.is_cpu}
     predictor = predictor_of(model, base, bf16=bf16, **known)
-    rows = None
-    if goal.data is not None and recipe.data != "none":
-        from sparsetrain.hf.study.data_rows import data_rows
-
-        rows = data_rows(recipe, model, to_stderr_line)
+    rows = _rows(recipe, model, goal)
     tokens = _row_tokens(recipe, model)
     question = Question(
         tokens=tokens if rows is None else min(tokens, rows.longest),
@@ -87,6 +83,12 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
         found = replace(found, nearest=nearest_in_bf16(other))
     picked = found.picked
     yaml = None if picked is None else recipe_yaml(found, predictor.recipe(picked.candidate), goal.data)
+    _write(found, goal, model.name, memory, yaml)
+    return shown_prediction(found, predictor, goal, memory, yaml, rows)
+
+
+def _write(found: Any, goal: Goal, name: str, memory: int | None, yaml: str | None) -> None:
+    """The picked recipe and the picture, where they were asked for."""
     for place in (goal.write, goal.plot):
         if place is not None:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -95,8 +97,17 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     if goal.plot is not None:
         from sparsetrain.planner.picture import draw
 
-        draw(found, goal.plot, title=f"{model.name}, {question.tokens:,} tokens, batch {question.batch}", limit=memory)
-    return shown_prediction(found, predictor, goal, memory, yaml, rows)
+        asked = found.question
+        draw(found, goal.plot, title=f"{name}, {asked.tokens:,} tokens, batch {asked.batch}", limit=memory)
+
+
+def _rows(recipe: Any, model: Any, goal: Goal) -> Any:
+    """How long the rows of --data are; None where none was given, or they are not known."""
+    if goal.data is None or recipe.data == "none":
+        return None
+    from sparsetrain.hf.study.data_rows import data_rows
+
+    return data_rows(recipe, model, to_stderr_line)
 
 
 def _lengths(recipe: Any, context: int | None, rows: Any) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import get_peft_model
 from torch import nn
 from transformers import set_seed
@@ -24,7 +25,8 @@ from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.tasks import task_of
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.method import method_of
-from sparsetrain.surgery.tiled import use_tiled_mlp
+from sparsetrain.surgery.plan import Plan
+from sparsetrain.surgery.tiled import check_tiled, use_tiled_mlp
 
 if TYPE_CHECKING:
     from sparsetrain.runs.events import Report
@@ -76,6 +78,14 @@ def check_lora_targets(recipe: Recipe, config: Any) -> None:
                 f"lora_targets (--lora-targets): {shown(target)} matches no linear of {recipe.model}."
                 f"{suggest(target, endings)} Their names end in {', '.join(endings[:20])}. Or give all-linear."
             )
+
+
+def check_tools(model: Any, recipe: Recipe, weights: torch.dtype, planned: Plan | None) -> None:
+    """Raise ValueError if LoRA's dtype does not go with that of the weights, or an FFN cannot run in the pieces asked
+    for."""
+    if recipe.lora_dtype == "bf16" and weights == torch.float32:
+        raise ValueError("lora_dtype=bf16 goes with a model in bf16, and this run is in fp32. Give dtype=bf16 too.")
+    check_tiled(model, recipe.tiled_mlp, () if planned is None else planned.edits)
 
 
 def add_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: list[str]) -> Any:

@@ -36,7 +36,6 @@ from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.method import edits_of, growth_of, method_of
 from sparsetrain.surgery.plan import Plan, plan
 from sparsetrain.surgery.support import FEATURES, check_support, sharding_asked
-from sparsetrain.surgery.tiled import check_tiled
 
 _FEATURES = {"load_in_4bit": "four_bit", "packing": "packing"}
 """Switches of a recipe -> what they ask of its methods."""
@@ -66,7 +65,9 @@ def open_parts(
     path, config = open_config(recipe, report, (like or recipe).configs)
     check_offload(recipe, config, device, report)
     planned = check_and_plan(recipe, config, device)
-    tokenizer = _tokenizer(recipe, path, config) if opened is None else opened.tokenizer
+    tokenizer = None if opened is None else opened.tokenizer
+    if opened is None and not task_of(recipe.task).images:
+        tokenizer = open_tokenizer(path, config)
     refuse_rows(recipe)
     bundle = load_rows(recipe, tokenizer, config, report) if opened is None else opened.bundle
     refuse_rows(recipe, bundle)
@@ -84,10 +85,6 @@ def open_parts(
     )
 
 
-def _tokenizer(recipe: Recipe, path: str, config: Any) -> Any:
-    return None if task_of(recipe.task).images else open_tokenizer(path, config)
-
-
 def check_and_plan(recipe: Recipe, config: Any, device: torch.device) -> Plan | None:
     """The recipe's plan on the empty model, after what it asks for was found supported; None for a dense recipe.
 
@@ -97,10 +94,8 @@ def check_and_plan(recipe: Recipe, config: Any, device: torch.device) -> Plan | 
     """
     model = models.empty_model(config, recipe.task)
     check_causal(model, recipe.model)
-    if recipe.lora_dtype == "bf16" and pick_dtype(recipe, device) == torch.float32:
-        raise ValueError("lora_dtype=bf16 goes with a model in bf16, and this run is in fp32. Give dtype=bf16 too.")
     planned = plan_on(model, recipe, device, sequence_tokens(config, recipe)) if recipe.methods else None
-    check_tiled(model, recipe.tiled_mlp, () if planned is None else planned.edits)
+    models.check_tools(model, recipe, pick_dtype(recipe, device), planned)
     return planned
 
 
