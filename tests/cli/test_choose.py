@@ -19,6 +19,8 @@ from sparsetrain.hf.study import timed_ways
 from sparsetrain.hf.study.choose import choose
 from sparsetrain.hf.train.finetune import finetune
 from sparsetrain.planner.choosing import Asked
+from sparsetrain.planner.forecast import MARGIN
+from sparsetrain.planner.machines import RESERVE_BYTES
 from sparsetrain.planner.quality import Deployed, Facts
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.runs.choice import recorded_choice
@@ -233,3 +235,36 @@ def test_docstrings_are_timed_on_a_real_model(tmp_path: Path, monkeypatch: pytes
 
 def facts(found: Any) -> Facts:
     return Facts(**found.values["facts"])
+
+
+def test_what_is_taken_is_never_what_plan_refuses(
+    call: Call, llama: Path, talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the same memory and data on the same machine what fits in the choice fits in the plan, and the plan finds
+    nothing where there is nothing to choose. It traces some ways to train, in processes of their own."""
+    monkeypatch.setenv("SPARSETRAIN_CACHE", str(tmp_path / "cache"))
+    given = {"model": str(llama), "data": str(talks), "task": "sft", "lora_r": 4, "seq_len": 128, "batch_size": 8}
+    shape = [part for key, value in given.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+
+    def planned(usable: float) -> dict[str, Any]:
+        memory = int(RESERVE_BYTES["cpu"] + usable)
+        return call("plan", *shape, "--preset", "dense", "--memory", memory, "--json").json
+
+    (need,) = (row["peak"]["total"] for row in planned(8e9)["rows"] if row["candidate"]["label"] == "LoRA")
+    asked = Recipe.from_values({**given, "output": str(tmp_path / "run")})
+    tools = set()
+    for usable in (need * share for share in (0.2, 0.45, 0.6, 0.8, 1.5)):
+        try:
+            by = Asked(memory_bytes=int(RESERVE_BYTES["cpu"] + usable))
+            taken = choose(asked, by, timed=False).recipe
+        except ValueError as error:
+            assert "no way to train fits" in str(error) and planned(usable / MARGIN)["picked"] is None
+            tools.add("nothing")
+            continue
+        told = planned(usable)
+        mine = {"gradient_checkpointing": taken.gradient_checkpointing, "tiled_mlp": taken.tiled_mlp, "lora_r": 4}
+        plain = {"gradient_checkpointing": "none", "tiled_mlp": 1, "lora_r": 4, "methods": []}
+        same = [row for row in told["rows"] if plain | row["candidate"]["values"] == mine | {"methods": []}]
+        assert same and all(row["fits"] and row["refused"] is None for row in same) and told["picked"] is not None
+        tools.add(taken.gradient_checkpointing)
+    assert len(tools) == 3, tools  # all of them were met: nothing fits, checkpointing, and plain LoRA

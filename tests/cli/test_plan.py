@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import yaml
 
 from sparsetrain.cli.predict import parse_bytes
+from sparsetrain.planner.candidates import candidates
 from tests.cli.conftest import Call
 from tests.hf.test_predict import config_file  # noqa: F401
 
@@ -33,6 +35,36 @@ def test_a_goal_is_answered_and_written(call: Call, config_file: Path, tmp_path:
     assert drawn.read_bytes().startswith(b"\x89PNG")
     longest = call(*flags, "--memory", "1GB", "--fit", "seq", "--json").json
     assert longest["ok"] and longest["rows"][0]["longest"] > 128 and longest["traced"] == 0
+
+
+def test_exact_tools_come_first_with_their_cost_and_the_memory_by_length(call: Call, config_file: Path) -> None:  # noqa: F811
+    flags = ("plan", "--model", config_file, "--lora-r", 4, "--seq", 2048, "--preset", "dense", "--gpu", "a100")
+    told = call(*flags)
+    assert "LoRA + checkpointing: exact; " in told.out and "wait in the CPU's memory" in told.out
+    assert "Memory by context length" in told.out and " 8,192" in told.out
+    found = call(*flags, "--json").json
+    ways = {row["candidate"]["label"]: row for row in found["rows"]}
+    peaks = [ways[label]["peak"]["total"] for label in ("LoRA", "LoRA + tiled MLP", "LoRA + checkpointing")]
+    assert peaks == sorted(peaks, reverse=True)
+    assert ways["LoRA + checkpointing + offload + tiled MLP"]["candidate"]["values"]["activation_offloading"] is True
+    lengths = dict(map(tuple, ways["LoRA"]["by_length"]))
+    assert lengths[2048] == peaks[0] and list(lengths.values()) == sorted(lengths.values())
+    assert not any("offload" in candidate.label for candidate in candidates({"lora_r": 4}))  # on a CPU
+    assert ways["LoRA + 4-bit + checkpointing"]["risk"]["exact"] is False
+
+
+def test_the_longest_row_of_the_data_is_planned(call: Call, llama: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "a" * length, "completion": "b"} for length in (5, 9, 60, 90)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("plan", "--model", llama, "--lora-r", 4, "--preset", "dense", "--memory", "1GB", "--task", "sft")
+    told = call(*flags, "--seq-len", 128, "--data", data)
+    assert told.code == 0 and "rows, the longest of 92 tokens" in told.out and "none is cut at seq_len=128" in told.out
+    assert "1 x 92 tokens" in told.out
+    cut = call(*flags, "--seq-len", 64, "--data", data, "--json").json
+    assert cut["data"]["longest"] == 92 and cut["data"]["cut"] == 1 and cut["question"]["tokens"] == 64
+    missing = call(*flags, "--seq-len", 128, "--data", tmp_path / "none.jsonl")
+    assert missing.code == 0 and "cannot be read, so full ones are planned" in missing.err
 
 
 def test_an_answer_from_the_cache_does_not_wait_for_torch(call: Call, config_file: Path) -> None:  # noqa: F811

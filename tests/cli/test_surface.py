@@ -31,14 +31,16 @@ RECIPE = {
     "--keep-checkpoints", "--eval-every", "--eval-tokens", "--resume", "--no-resume", "--seed", "--dtype",
     "--gradient-checkpointing", "--device", "--threads", "--distill-steps", "--distill-lr",
     "--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary",
+    "--lora-dtype", "--activation-offloading", "--no-activation-offloading", "--tiled-mlp",
 }  # fmt: skip
 PASSED = {"--set", "--optim", "--report-to", "--run-name"}
 LORA = {"--lora-variant", "--lora-dropout", "--lora-bias"}
 DEPLOY = {"--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary"}
-ADAPTER = {"--preset", "--distill-steps", "--distill-lr", "--lora-r", "--lora-alpha", "--lora-targets"}
+EXACT = {"--activation-offloading", "--no-activation-offloading", "--tiled-mlp"}
+ADAPTER = {"--lora-dtype", "--preset", "--distill-steps", "--distill-lr", "--lora-r", "--lora-alpha", "--lora-targets"}
 DATA = {"--eval-data", "--dataset-config", "--dataset-train-split", "--dataset-test-split", "--model-revision"}
 DATA |= {"--packing", "--no-packing", "--load-in-4bit", "--no-load-in-4bit"}
-PRETRAIN = RECIPE - DEPLOY - ADAPTER - DATA | PASSED | {
+PRETRAIN = RECIPE - DEPLOY - ADAPTER - EXACT - DATA | PASSED | {
     "--set", "--data-folder", "--tokenizer", "--train-rows", "--min-lr-ratio", "--beta1", "--beta2", "--eps",
     "--clip-value", "--compare-lr", "--find-switch",
 }  # fmt: skip
@@ -54,7 +56,8 @@ SURFACE = {
     | {"--features", "--data", "--seed", "--device", "--threads"},
     "plan": ALWAYS | {"--recipe", "--model", "--data", "--task", "--preset", "--method", "--seq-len", "--batch-size"}
     | {"--grad-accum", "--lora-r", "--dtype", "--gradient-checkpointing", "--memory", "--goal", "--gpu", "--fit"}
-    | {"--write", "--plot", "--seq", "--batch", "--gpus", "--gpus-per-node", "--bandwidth"},
+    | {"--write", "--plot", "--seq", "--batch", "--gpus", "--gpus-per-node", "--bandwidth"}
+    | {"--lora-dtype", "--load-in-4bit", "--no-load-in-4bit", "--optim"},
     "sensitivity": ALWAYS | {"--recipe", "--budget", "--write", "--model", "--data", "--task", "--text-column"}
     | {"--seq-len", "--preset", "--method", "--calibration-tokens", "--eval-tokens", "--steps", "--seed", "--dtype"}
     | {"--device", "--threads", "--holdout"},
@@ -107,10 +110,8 @@ def test_flags_are_the_recipes_keys_with_its_defaults() -> None:
     assert set(PASSED_FLAGS) == {"set", *short_keys(Recipe.sections)}
     recipe = Recipe(model="m", data="d")
     for key, flag in FLAGS.items():
-        if (
-            key in ("preset", "methods", "threads", "resume", "train_auxiliary", "load_in_4bit", "packing")
-            or not flag.default
-        ):
+        switches = ("resume", "train_auxiliary", "load_in_4bit", "packing", "activation_offloading")
+        if key in ("preset", "methods", "threads", *switches) or not flag.default:
             continue
         assert flag.default == str(getattr(recipe, key)), key
     assert recipe.preset == FLAGS["preset"].default == "auto"
@@ -121,7 +122,7 @@ def test_flags_are_the_recipes_keys_with_its_defaults() -> None:
 
 
 def test_every_choice_in_a_metavar_is_one_the_recipe_takes() -> None:
-    for key in ("task", "compare", "lr_schedule", "dtype", "gradient_checkpointing"):
+    for key in ("task", "compare", "lr_schedule", "dtype", "lora_dtype", "gradient_checkpointing"):
         choices = set(str(FLAGS[key].metavar).split("|"))
         assert choices == set(Recipe.model_fields[key].annotation.__args__), key  # type: ignore[union-attr]
 

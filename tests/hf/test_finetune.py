@@ -110,6 +110,35 @@ def test_gradient_checkpointing_changes_no_loss(tmp_path: Path, how: str) -> Non
     assert saved[1] < saved[0]
 
 
+def test_exact_tools_change_no_loss_and_say_where_they_do_nothing(tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    plain = finetune(runs.recipe(tmp_path, output=str(tmp_path / "a"), dtype="fp32"), write=False)
+    tools = {"gradient_checkpointing": "non-reentrant", "activation_offloading": True, "tiled_mlp": 4}
+    exact = finetune(
+        runs.recipe(tmp_path, output=str(tmp_path / "b"), dtype="fp32", **tools), report=events.append, write=False
+    )
+    assert losses(exact) == pytest.approx(losses(plain), rel=1e-5)
+    told = [event["text"] for event in events if event["event"] == "note"]
+    assert any("activation_offloading does nothing here" in text for text in told)
+    saved = [sum(run.run["saved_activation_bytes"].values()) for run in (plain, exact)]
+    assert saved[1] < 0.5 * saved[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tiled_mlp": 4, "methods": [runs.ROUTED]}, "tiled_mlp=4 cannot be: routed_ffn edits"),
+        ({"lora_dtype": "bf16"}, "lora_dtype=bf16 goes with a model in bf16"),
+    ],
+)
+def test_an_exact_tool_that_cannot_be_is_refused_before_weights_are_read(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        finetune(runs.recipe(tmp_path, **changes))
+    assert not (tmp_path / "out").exists()
+
+
 def test_dense_and_sparse_runs_start_alike_on_the_same_rows(tmp_path: Path) -> None:
     dense = finetune(runs.recipe(tmp_path, output=str(tmp_path / "a")), write=False)
     full = {"method": "routed_ffn", "num_blocks": 4, "num_active": 4}

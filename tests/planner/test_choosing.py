@@ -15,6 +15,7 @@ from sparsetrain.planner.choosing import (
     Speed,
     able,
     checkpointed,
+    leaner,
     options,
     pick,
     settled,
@@ -226,3 +227,16 @@ def test_kept_speeds_are_read_back_and_damage_is_noticed(tmp_path: Any) -> None:
     place.write_text(place.read_text().replace("1.5", "2.5"))
     assert load_speeds(place) == {}
     assert key_of({"tokens": 8, "model": "m"}) == key_of({"model": "m", "tokens": 8}) != key_of({"model": "m"})
+
+
+def test_exact_tools_follow_where_nothing_fits_and_never_else() -> None:
+    dense, again = Option(fits=False), Option(fits=False, recomputes=True)
+    sparse = Option(methods=(FEW,), fits=False, recomputes=True)
+    cpu = leaner([dense, again, sparse], gpu=False)
+    assert [way.label for way in cpu] == ["dense LoRA + checkpointing + tiled MLP"]
+    gpu = leaner([dense, again, sparse], gpu=True)
+    assert [way.label for way in gpu][1:] == ["dense LoRA + checkpointing + offload + tiled MLP"]
+    keys = {"gradient_checkpointing": "non-reentrant", "activation_offloading": True, "tiled_mlp": 8}
+    assert gpu[1].exact == keys and dense.exact == {}
+    assert not leaner([dense, replace(again, fits=True)], gpu=True)
+    assert not leaner([replace(dense, fits=True)], gpu=True)

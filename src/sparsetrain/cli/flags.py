@@ -119,6 +119,8 @@ FLAGS: dict[str, Flag] = {
         Flag("lora_alpha", FLOAT, "16.0", TRAIN, "LoRA's update is scaled by alpha / r."),
         Flag("lora_targets", "NAMES", "all-linear", TRAIN, "Linears that get LoRA: all-linear, or names such as "
              "q_proj,v_proj."),
+        Flag("lora_dtype", "fp32|bf16", "fp32", TRAIN, "Format of LoRA's factors. bf16: less memory, small steps are "
+             "rounded away."),
         Flag("lr", FLOAT, "0.0002", TRAIN, "Peak learning rate; about a tenth of it without LoRA."),
         Flag("lr_schedule", "linear|cosine|constant", "cosine", TRAIN, "How it falls after the warm-up."),
         Flag("warmup_steps", FLOAT, "0", TRAIN, "Steps in which it rises from 0; below 1: their share of all."),
@@ -138,6 +140,10 @@ FLAGS: dict[str, Flag] = {
              "else fp32; SPARSETRAIN_DTYPE says what auto takes instead."),
         Flag("load_in_4bit", "", "no", MACHINE, "Hold the frozen weights in 4 bits (QLoRA; needs bitsandbytes).", bool),
         Flag("gradient_checkpointing", "none|non-reentrant|reentrant", "none", MACHINE, CHECKPOINTING),
+        Flag("activation_offloading", "", "no", MACHINE, "With gradient checkpointing: blocks' inputs wait in the "
+             "CPU's memory. Exact; slower by the copies.", bool),
+        Flag("tiled_mlp", INT, "1", MACHINE, "Pieces of a row in which each FFN runs, for very long rows. Exact; one "
+             "more forward of the FFNs."),
         Flag("device", "auto|cpu|mps|cuda|cuda:N", "auto", MACHINE, "auto takes a GPU if there is one."),
         Flag("threads", INT, "all cores", MACHINE, "CPU threads."),
     )

@@ -13,8 +13,10 @@ import typer
 from sparsetrain.cli.answer import Answer, table
 from sparsetrain.cli.flags import STUDY_FLAGS, Debug, Json, RecipeFile, changes, studied, takes
 from sparsetrain.cli.live import to_stderr
+from sparsetrain.cli.passed_flags import PASSED
 from sparsetrain.cli.plan_grid import planned_grids
-from sparsetrain.cli.predict import Goal, predicted
+from sparsetrain.cli.predict import predicted
+from sparsetrain.cli.prediction import Goal
 
 _PREDICT = "Prediction"
 Memory = Annotated[
@@ -100,10 +102,13 @@ Batch = Annotated[str | None, typer.Option("--batch", metavar="INT", help="The s
     "batch_size",
     "grad_accum",
     "lora_r",
+    "lora_dtype",
+    "load_in_4bit",
+    "optim",
     "dtype",
     "data",
     "gradient_checkpointing",
-    table=STUDY_FLAGS,
+    table=STUDY_FLAGS | PASSED,
 )
 def plan(
     recipe: RecipeFile = None,
@@ -124,9 +129,10 @@ def plan(
 ) -> Answer:
     """Will it fit, what uses the memory, and which recipe? Predicted from a model's config: no weights, no GPU.
 
-    With a goal (--memory, --goal, --gpu, --fit): peak memory by component and step time of full fine-tuning, LoRA,
-    checkpointing and every sparse method; what to take, what was refused and why, and the recipe with --write. Ends
-    with exit code 1 when nothing fits, and says what is nearest.
+    With a goal (--memory, --goal, --gpu, --fit): peak memory by component and step time of LoRA, of the exact tools
+    (checkpointing, offload, FFNs in pieces), of full fine-tuning and of every sparse method, and the memory by context
+    length; what to take, the exact before what is not, what was refused and why, and the recipe with --write. With
+    --data it reads how long the rows are. Ends with exit code 1 when nothing fits, and says what is nearest.
 
     Without one: which parts of the model the methods of --preset or --method change, and what each costs. Of a recipe
     whose method makes several models: the size, steps, FLOPs, time and peak of each stage.

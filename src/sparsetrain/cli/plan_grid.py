@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 from sparsetrain.cli.answer import Answer, table
-from sparsetrain.cli.predict import IMPOSSIBLE, parse_bytes
+from sparsetrain.cli.predict import parse_bytes
+from sparsetrain.cli.prediction import IMPOSSIBLE
 from sparsetrain.core.fields import shown
 from sparsetrain.core.units import bytes_text
 

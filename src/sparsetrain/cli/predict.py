@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 import re
-import shutil
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-from sparsetrain.cli.answer import Answer, table
+from sparsetrain.cli.answer import Answer
 from sparsetrain.cli.live import to_stderr
+from sparsetrain.cli.prediction import Goal, shown_prediction
 from sparsetrain.core.fields import shown
 from sparsetrain.core.files import write_whole
 
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "K": 1e3, "M": 1e6, "G": 1e9}
-IMPOSSIBLE = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Goal:
-    """The flags of `plan` that ask for a prediction."""
-
-    memory: str | None = None
-    goal: str | None = None
-    gpu: str | None = None
-    fit: str | None = None
-    write: Path | None = None
-    plot: Path | None = None
-    data: str | None = None
-
-    @property
-    def given(self) -> bool:
-        return any(getattr(self, name) is not None for name in ("memory", "goal", "gpu", "fit", "write", "plot"))
+LONGEST = 2**17
+"""Tokens up to which memory is shown for a model that sets no limit, or one beyond."""
 
 
 def parse_bytes(text: str) -> int:
@@ -60,7 +43,7 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     from sparsetrain.hf.assets import cache_folder
     from sparsetrain.hf.model.model_config import read_config
     from sparsetrain.hf.study.predict import predictor_of
-    from sparsetrain.planner.candidates import dense_and, recipe_yaml
+    from sparsetrain.planner.candidates import KEYS, dense_and, recipe_yaml
     from sparsetrain.planner.machines import machine_rates
     from sparsetrain.planner.nearest import nearest_in_bf16
     from sparsetrain.planner.predictor import predict
@@ -75,13 +58,14 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     recipe = _recipe(asked)
     bf16 = _dtype(recipe, rates, named=goal.gpu is not None) == "bf16"
     model = read_config(recipe.model, to_stderr_line)
-    kept = ("task", "lora_r", "lora_alpha", "lora_targets", "lora", "seed", "dtype")
-    base = {key: getattr(recipe, key) for key in kept}
+    base = {key: getattr(recipe, key) for key in (*KEYS, "seed", "dtype")}
     base |= {"seq_len": recipe.seq_len, "batch_size": recipe.batch_size, "grad_accum": recipe.grad_accum}
     known = {"cache": cache_folder() / "outlines", "gpu": not rates.is_cpu}
     predictor = predictor_of(model, base, bf16=bf16, **known)
+    rows = _rows(recipe, model, goal)
+    tokens = _row_tokens(recipe, model)
     question = Question(
-        tokens=_row_tokens(recipe, model),
+        tokens=tokens if rows is None else min(tokens, rows.longest),
         batch=recipe.batch_size,
         grad_accum=recipe.grad_accum,
         memory_bytes=None if memory is None else rates.usable_bytes(memory),
@@ -89,8 +73,9 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
         dtype="bf16" if bf16 else "fp32",
         rates=rates,
         context=model.context,
+        lengths=_lengths(recipe, model.context, rows),
     )
-    only = dense_and(recipe, base) if given_methods else None
+    only = dense_and(recipe, base, gpu=not rates.is_cpu) if given_methods else None
     found = predict(predictor, question, only, fit=goal.fit)
     if found.picked is None and not bf16:
         halved = predictor_of(model, base | {"dtype": "bf16"}, bf16=True, **known)
@@ -98,6 +83,12 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
         found = replace(found, nearest=nearest_in_bf16(other))
     picked = found.picked
     yaml = None if picked is None else recipe_yaml(found, predictor.recipe(picked.candidate), goal.data)
+    _write(found, goal, model.name, memory, yaml)
+    return shown_prediction(found, predictor, goal, memory, yaml, rows)
+
+
+def _write(found: Any, goal: Goal, name: str, memory: int | None, yaml: str | None) -> None:
+    """The picked recipe and the picture, where they were asked for."""
     for place in (goal.write, goal.plot):
         if place is not None:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -106,8 +97,29 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     if goal.plot is not None:
         from sparsetrain.planner.picture import draw
 
-        draw(found, goal.plot, title=f"{model.name}, {question.tokens:,} tokens, batch {question.batch}", limit=memory)
-    return _shown(found, predictor, goal, memory, yaml)
+        asked = found.question
+        draw(found, goal.plot, title=f"{name}, {asked.tokens:,} tokens, batch {asked.batch}", limit=memory)
+
+
+def _rows(recipe: Any, model: Any, goal: Goal) -> Any:
+    """How long the rows of --data are; None where none was given, or they are not known."""
+    if goal.data is None or recipe.data == "none":
+        return None
+    from sparsetrain.hf.study.data_rows import data_rows
+
+    return data_rows(recipe, model, to_stderr_line)
+
+
+def _lengths(recipe: Any, context: int | None, rows: Any) -> tuple[int, ...]:
+    """The lengths of the table by context length: powers of two up to the model's context, what was asked, and the
+    longest row of the data; none for images."""
+    from sparsetrain.recipes.tasks import task_of
+
+    if task_of(recipe.task).images:
+        return ()
+    most = min(context or LONGEST, LONGEST)
+    asked = {recipe.seq_len} if rows is None else {recipe.seq_len, rows.longest}
+    return tuple(sorted({n for n in (2**power for power in range(9, 18)) if n <= most} | asked))
 
 
 def _row_tokens(recipe: Any, model: Any) -> int:
@@ -154,120 +166,3 @@ def _recipe(asked: dict[str, Any]) -> Any:
     from sparsetrain.recipes.finetune import Recipe
 
     return Recipe.from_values({"data": "none", **asked})
-
-
-def _shown(found: Any, predictor: Any, goal: Goal, memory: int | None, yaml: str | None) -> Answer:
-    data = {"model": predictor.model.name, **found.to_dict(), "traced": predictor.traced}
-    data |= {"memory_bytes": memory, "recipe_yaml": yaml}
-    question = found.question
-    title = (
-        f"{predictor.model.name}: a training step of {question.batch} x {question.tokens:,} tokens, {question.dtype}, "
-        f"{question.rates.machine}"
-    )
-    columns = _columns(found)
-    lines = [[_cells(row)[name] for name in columns] for row in found.rows if row.peak is not None]
-    right = tuple(i for i, name in enumerate(columns) if name not in (WAY, "peak in", "fits", "quality"))
-    show: list[Any] = [lambda: table(f"{title}; GB", list(columns), lines, right=right)]
-    show += [*_about_rows(found.rows, predictor), *_notes(found, memory), ""]
-    if found.picked is None:
-        show.append(f"Nothing fits in {goal.memory or f'{(memory or 0) / 1e9:.1f} GB'}. Nearest possible:")
-        show += [f"  {line}" for line in found.nearest]
-        return Answer(data=data, show=show, code=IMPOSSIBLE)
-    return Answer(data=data, show=show + _choice(found, goal))
-
-
-def _about_rows(rows: Any, predictor: Any) -> list[str]:
-    """What the table has no column for: refusals, where a way is faster, what a step's time and memory stand for."""
-    shown = [row for row in rows if row.peak is not None]
-    refused = [f"Refused: {row.candidate.label}: {row.refused}." for row in rows if row.refused]
-    faster = [
-        f"{row.candidate.label}: {_where_faster(row.faster_at, shown[0].candidate.label)}"
-        for row in shown
-        if row.candidate.values.get("methods") and not row.refused
-    ]
-    timed = [f"Step of {row.candidate.label}: {row.timed}." for row in rows if row.timed]
-    begins = [
-        f"{row.candidate.label} begins dense: memory and step are those of its dense phase."
-        for row in shown
-        if any(config.begins_dense for config in predictor.recipe(row.candidate).configs)
-    ]
-    return [*refused, *faster, *timed, *begins]
-
-
-def _where_faster(stretches: Any, than: str) -> str:
-    from sparsetrain.planner.roofline import LENGTHS, WINS
-
-    longest = LENGTHS[-1]
-    if not stretches:
-        return f"at no length up to {longest:,} tokens more than {1 - WINS:.0%} faster than {than}."
-    parts = [f"from {first:,}" + (f" to {last:,}" if last < longest else "") for first, last in stretches]
-    return f"faster than {than} {' and '.join(parts)} tokens."
-
-
-def _notes(found: Any, memory: int | None) -> list[str]:
-    """How far the figures can be trusted."""
-    question = found.question
-    rates = question.rates
-    notes = []
-    if question.context and question.tokens > question.context:
-        notes.append(
-            f"{question.tokens:,} tokens are beyond this model's context of {question.context:,}: it needs rescaled "
-            "positions (rope_scaling in its config) before it can train there."
-        )
-    if memory is not None:
-        kept = memory - rates.usable_bytes(memory)
-        notes.append(f"Of {memory / 1e9:.1f} GB, {kept / 1e9:.2f} are left to the libraries (and the GPU's context).")
-    measured = "measured on this machine" if rates.measured else "not measured here"
-    notes.append(f"Times: roofline of {rates.machine}, {measured}: read their order. {rates.source}")
-    if shutil.get_terminal_size().columns < WIDE:
-        notes.append(f"In a terminal of {WIDE} columns, and with --json, every component has its number.")
-    hows = sorted({row.how for row in found.rows if row.how})
-    return [*notes, f"Memory: one block of each kind traced without weights ({'; '.join(hows)})."]
-
-
-def _choice(found: Any, goal: Goal) -> list[str]:
-    picked = found.picked
-    show = [f"Take: {picked.candidate.label}.", *(f"  {line}" for line in found.reasons)]
-    show += [f"  Quality risk: {line}" for line in picked.risk.texts or ("none, training is exact.",)]
-    if goal.fit:
-        what, got = ("Longest sequence", picked.longest) if goal.fit == "seq" else ("Largest batch", picked.largest)
-        show.append(f"  {what} that fits: {got:,}.")
-    if goal.write is not None:
-        data_flag = "" if goal.data else " --data YOUR_DATA"
-        show.append(f"Written to {goal.write}. Train it: sparsetrain finetune --recipe {goal.write}{data_flag}")
-    return show
-
-
-WAY = "way to train"
-WIDE = 120
-
-
-def _columns(found: Any) -> tuple[str, ...]:
-    """The columns of the table: all in a wide terminal, in a narrow one those that decide."""
-    wide = shutil.get_terminal_size().columns >= WIDE
-    parts = ("weights", "grads + AdamW", "saved", "temporary", "peak in") if wide else ("saved",)
-    limited = ("max seq", "max batch", "fits") if found.question.memory_bytes is not None else ()
-    return (WAY, "peak", *parts, "step", *limited, "quality")
-
-
-def _cells(row: Any) -> dict[str, str]:
-    from sparsetrain.core.units import seconds_text
-
-    peak = row.peak
-    sizes = {
-        "peak": peak.total,
-        "weights": peak.parameters + peak.buffers,
-        "grads + AdamW": peak.gradients + peak.optimizer,
-        "saved": sum(peak.saved.values()),
-        "temporary": peak.temporary,
-    }
-    return {
-        WAY: row.candidate.label.replace("checkpointing", "ckpt"),
-        **{name: f"{size / 1e9:.2f}" for name, size in sizes.items()},
-        "peak in": str(peak.phase),
-        "step": seconds_text(row.step_s),
-        "max seq": f"{row.longest or 0:,}",
-        "max batch": f"{row.largest or 0:,}",
-        "fits": "refused" if row.refused else "yes" if row.fits else "no",
-        "quality": "exact" if row.risk.exact else "?" if row.risk.ratio is None else f"x{row.risk.ratio:.3g}",
-    }

@@ -18,6 +18,7 @@ _NOT_HERE |= {
     "load_in_4bit",
 }
 _NOT_HERE |= {"packing", "deploy", "dense_first", "dense_last", "train_auxiliary"}
+_NOT_HERE |= {"lora_dtype", "activation_offloading", "tiled_mlp"}
 _OWN = (
     Flag("model", "NAME|FILE|DIR", "", MAIN, "Architecture: gpt2-nano (decoder), sequence-encoder (SPION's sizes), "
          "vit-nano, dit-nano, unet-nano (28x28 images), or your config.json, or a folder with one."),

@@ -9,17 +9,22 @@ import yaml
 from sparsetrain.core.config import MethodConfig, plain_values, registered_methods
 from sparsetrain.planner.search import Answer, Candidate
 from sparsetrain.recipes.finetune import Recipe
-from sparsetrain.recipes.presets import PRESETS, SAFEST, STUDIED_PRESET, TOGETHER, Way
+from sparsetrain.recipes.presets import PRESETS, ROUNDED, SAFEST, STUDIED_PRESET, TOGETHER, Way
+
+KEYS = ("task", "lora_r", "lora_alpha", "lora_targets", "lora_dtype", "lora", "training", "load_in_4bit")
+"""Recipe keys that hold for all ways that are compared, and that their memory depends on."""
 
 
-def candidates(base: dict[str, Any]) -> list[Candidate]:
+def candidates(base: dict[str, Any], *, gpu: bool = False) -> list[Candidate]:
     """The ways to train that are compared, safest first.
 
     A method that the package's ways do not name alone comes as the preset that is studied has it, or with its defaults.
     A model that grows is trained from random weights, so there is nothing to fine-tune with it.
 
     Args:
-        base: recipe keys that hold for all of them; `methods` and `gradient_checkpointing` are what is compared.
+        base: recipe keys that hold for all of them; `methods`, `gradient_checkpointing`, `activation_offloading` and
+            `tiled_mlp` are what is compared.
+        gpu: training is on one.
     """
     named = {way.methods[0].method for way in SAFEST if len(way.methods) == 1}
     recorded: dict[str, MethodConfig] = {config.method: config for config in PRESETS[STUDIED_PRESET]}
@@ -28,12 +33,16 @@ def candidates(base: dict[str, Any]) -> list[Candidate]:
     ways = [*SAFEST, *(Way(label=name, methods=(config,)) for name, config in alone.items()), *TOGETHER]
     all_weights = base.get("lora_r") == 0
     train = "all weights" if all_weights else "LoRA"
+    ways = [way for way in ways if gpu or not way.offloads]
+    if gpu and not base.get("load_in_4bit") and "optim" not in base.get("training", {}):
+        place = 1 + max(i for i, way in enumerate(ways) if not way.methods)
+        ways[place:place] = [way for way in ROUNDED if way.four_bit != all_weights]
     return [_candidate(way, train) for way in ways if not (way.all_weights and all_weights)]
 
 
-def dense_and(recipe: Recipe, base: dict[str, Any]) -> list[Candidate]:
+def dense_and(recipe: Recipe, base: dict[str, Any], *, gpu: bool = False) -> list[Candidate]:
     """The recipe's own methods beside dense training, each with and without checkpointing."""
-    dense = [candidate for candidate in candidates(base) if not candidate.values["methods"]]
+    dense = [candidate for candidate in candidates(base, gpu=gpu) if not candidate.values["methods"]]
     name = " + ".join(config.method for config in recipe.configs) or "dense"
     own = [
         Way(label=name, methods=recipe.configs),
@@ -45,8 +54,13 @@ def dense_and(recipe: Recipe, base: dict[str, Any]) -> list[Candidate]:
 def _candidate(way: Way, train: str) -> Candidate:
     values: dict[str, Any] = {"methods": [plain_values(config) for config in way.methods]}
     values |= {"gradient_checkpointing": "non-reentrant"} if way.recomputes else {}
-    values |= {"lora_r": 0} if way.all_weights else {}
-    return Candidate(label=way.label.replace("{train}", train), values=values, pickable=not way.all_weights)
+    values |= {"activation_offloading": True} if way.offloads else {}
+    values |= {"tiled_mlp": way.pieces} if way.pieces > 1 else {}
+    values |= {"load_in_4bit": True} if way.four_bit else {}
+    values |= {"optim": way.optim} if way.optim else {}
+    values |= {"lora_r": 0, "lora_dtype": "fp32", "lora": {}, "load_in_4bit": False} if way.all_weights else {}
+    label = way.label.replace("{train}", train)
+    return Candidate(label=label, values=values, pickable=not way.all_weights, rounds=way.rounds)
 
 
 def recipe_yaml(answer: Answer, recipe: Recipe, data: str | None) -> str:

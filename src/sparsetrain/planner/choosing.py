@@ -18,6 +18,7 @@ from sparsetrain.core.units import bytes_text
 from sparsetrain.measure.timing import MARGIN
 from sparsetrain.planner.quality import Deployed, Facts
 from sparsetrain.recipes.entries import short_entry
+from sparsetrain.recipes.presets import PIECES
 
 GOALS = ("time", "memory")
 SLOWEST = 1.5
@@ -64,11 +65,15 @@ BASELINE = Speed(median=1.0, low=1.0, high=1.0, how="baseline")
 class Option:
     """One way to train. refused: why it is not to be taken, whatever its speed; fits: in memory, as far as is known.
 
+    recomputes, offloads, pieces: the exact tools, as a recipe's gradient_checkpointing, activation_offloading and
+        tiled_mlp have them.
     records: what admits it; none for dense training.
     """
 
     methods: tuple[MethodConfig, ...] = ()
     recomputes: bool = False
+    offloads: bool = False
+    pieces: int = 1
     trained: str = "lora"
     records: tuple[Deployed, ...] = ()
     refused: str | None = None
@@ -81,7 +86,15 @@ class Option:
     def label(self) -> str:
         train = "LoRA" if self.trained == "lora" else self.trained
         way = " + ".join(map(_written, self.methods)) or f"dense {train}"
-        return f"{way} + checkpointing" if self.recomputes else way
+        tools = {"checkpointing": self.recomputes, "offload": self.offloads, "tiled MLP": self.pieces > 1}
+        return " + ".join([way, *(tool for tool, used in tools.items() if used)])
+
+    @property
+    def exact(self) -> dict[str, Any]:
+        """The recipe's keys of the exact tools that are used."""
+        found: dict[str, Any] = {"gradient_checkpointing": "non-reentrant"} if self.recomputes else {}
+        found |= {"activation_offloading": True} if self.offloads else {}
+        return found | ({"tiled_mlp": self.pieces} if self.pieces > 1 else {})
 
     @property
     def lost(self) -> float:
@@ -94,6 +107,8 @@ class Option:
             "label": self.label,
             "methods": [plain_values(config) for config in self.methods],
             "recomputes": self.recomputes,
+            "offloads": self.offloads,
+            "pieces": self.pieces,
             "refused": self.refused,
             "fits": self.fits,
             "peak_bytes": self.peak_bytes,
@@ -158,6 +173,16 @@ def checkpointed(found: Iterable[Option], goal: str) -> list[Option]:
         for way in found
         if way.refused is None and not way.recomputes and (goal == "memory" or not way.fits)
     ]
+
+
+def leaner(found: Iterable[Option], *, gpu: bool) -> list[Option]:
+    """Dense training with every exact tool, where none of the ways fits."""
+    ways = list(found)
+    dense = [way for way in ways if way.recomputes and not way.methods and way.refused is None and way.pieces == 1]
+    if able(ways) or not dense:
+        return []
+    bare = replace(dense[0], peak_bytes=None, fits=True, pieces=PIECES)
+    return [bare, replace(bare, offloads=True)] if gpu and not bare.offloads else [bare]
 
 
 def able(found: Iterable[Option]) -> list[Option]:

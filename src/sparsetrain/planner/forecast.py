@@ -51,7 +51,7 @@ class Forecast:
         """The way with its peak, and whether it fits; one with methods that can't be traced is refused."""
         found = self.outline(way)
         if isinstance(found, ValueError):
-            refused = str(found).splitlines()[0] if way.methods else None
+            refused = str(found).splitlines()[0] if way.methods or way.pieces > 1 else None
             return replace(way, refused=way.refused or refused)
         peak = self._peak(found, self.tokens)
         return replace(way, peak_bytes=peak, fits=self.usable_bytes is None or peak * MARGIN <= self.usable_bytes)
@@ -85,7 +85,4 @@ class Forecast:
 
 
 def _candidate(way: Option) -> Candidate:
-    values = {"methods": [plain_values(config) for config in way.methods]}
-    return Candidate(
-        label=way.label, values=values | ({"gradient_checkpointing": "non-reentrant"} if way.recomputes else {})
-    )
+    return Candidate(label=way.label, values={"methods": [plain_values(c) for c in way.methods], **way.exact})

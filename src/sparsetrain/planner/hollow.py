@@ -51,7 +51,8 @@ _CPU = torch.device("cpu")
 class Hollow(TorchDispatchMode):
     """Inside this mode new floating-point tensors are hollow; `with Hollow(): ...` traces a training step.
 
-    `after`, if set, is called with every op and its results.
+    `after`, if set, is called with every op and its results. `to_host`: bytes that were moved to the CPU's memory and
+    back (`planner.host`).
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -60,6 +61,7 @@ class Hollow(TorchDispatchMode):
         self.seed = seed
         self.random = torch.Generator()
         self.after: Any = None
+        self.to_host = 0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -38,6 +38,7 @@ class MachineRates:
         attention_flops: FLOP/s of dense fused attention, forward and backward together, causal pairs counted once.
         exp_per_s: exponentials per second, where they bound softmax and activations (CPU); None: bytes bound them.
         call_s: seconds an operation costs however small it is.
+        host_bytes_per_s: bytes moved per second between a GPU and the CPU's pinned memory.
         memory_bytes: what a process may use; None: not known.
         methods: method -> what was timed here: the shape, and `speedup`, dense time / sparse time of the part that the
             method replaces (tokens: the sequence length).
@@ -51,6 +52,7 @@ class MachineRates:
     attention_flops: float
     exp_per_s: float | None = None
     call_s: float = 0.0
+    host_bytes_per_s: float = 2.0e10
     memory_bytes: int | None = None
     methods: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     source: str = ""
@@ -60,6 +62,7 @@ class MachineRates:
         self._check_types()
         rates = {"copy_bytes_per_s": self.copy_bytes_per_s, "attention_flops": self.attention_flops}
         rates |= {f"gemm_flops[{name}]": value for name, value in self.gemm_flops.items()}
+        rates |= {"host_bytes_per_s": self.host_bytes_per_s}
         rates |= {"exp_per_s": 1.0 if self.exp_per_s is None else self.exp_per_s}
         wrong = {name: value for name, value in rates.items() if not value > 0}
         if wrong or not self.gemm_flops:

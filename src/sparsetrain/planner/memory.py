@@ -17,6 +17,7 @@ class StaticBytes:
     """Bytes that stay from step to step, counted on the full model without weights. They are exact.
 
     grads_by_block: gradient bytes of each block's trained parameters; the rest of `gradients` is outside the blocks.
+    optimizer_on_host: what a paged optimizer may keep in the CPU's memory.
     """
 
     parameters_trainable: int
@@ -25,6 +26,7 @@ class StaticBytes:
     gradients: int
     optimizer: int
     grads_by_block: tuple[int, ...]
+    optimizer_on_host: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,7 @@ class PeakBytes:
     gradient, a block's intermediate results, recomputed activations).
     saved_in_full: component -> bytes at the end of the forward, whichever moment is the peak.
     phase: `forward`, `head and loss`, `backward` or `optimizer`.
+    host: bytes that wait in the CPU's memory meanwhile, and are not of the total.
     """
 
     total: float
@@ -53,6 +56,7 @@ class PeakBytes:
     saved: dict[str, float]
     temporary: float
     saved_in_full: dict[str, float]
+    host: float = 0.0
 
 
 def peak_bytes(trace: StepTrace, layout: Layout, static: StaticBytes, *, accumulates: bool = False) -> PeakBytes:
@@ -101,6 +105,7 @@ def peak_bytes(trace: StepTrace, layout: Layout, static: StaticBytes, *, accumul
         saved=saved,
         temporary=left,
         saved_in_full=_saved(trace, of, outside=True, head=True),
+        host=static.optimizer_on_host + sum(trace.forward[i].work.get("host", (0.0, 0.0, 0.0))[1] for i in of),
     )
 
 

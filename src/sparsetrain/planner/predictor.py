@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.core.config import plain_values
-from sparsetrain.planner.candidates import candidates
+from sparsetrain.planner.candidates import KEYS, candidates
 from sparsetrain.planner.kernels import ops_of, unable
 from sparsetrain.planner.measured import measured_speedup
 from sparsetrain.planner.model_config import ModelConfig
@@ -114,8 +114,8 @@ class Predictor:
 
     def _key(self, recipe: Recipe) -> str:
         """Names what an outline depends on: the model, how it is trained, and the code that was traced."""
-        keys = ("task", "lora_r", "lora_targets", "lora_alpha", "lora", "methods")
-        trained = {key: getattr(recipe, key) for key in keys}
+        keys = (*KEYS, "activation_offloading", "tiled_mlp")
+        trained = {key: getattr(recipe, key) for key in keys} | {"training": recipe.training.get("optim")}
         trained |= {"again": recipe.gradient_checkpointing != "none", "bf16": self.bf16, "gpu": self.gpu}
         trained["config"] = self.model.values
         trained["methods"] = [plain_values(config) for config in recipe.configs]
@@ -144,7 +144,7 @@ def predict(
         only: the candidates, the first of which is the baseline; by default all of `candidates`.
         fit: `seq` or `batch`: pick for the longest sequence or the largest batch instead, which the picked row holds.
     """
-    asked = only or candidates(predictor.base)
+    asked = only or candidates(predictor.base, gpu=predictor.gpu)
     predictor.prepare(asked)
     found = answer(
         question,

@@ -36,6 +36,9 @@ def work_seconds(work: Work, rates: MachineRates, dtype: str) -> float:
     flops |= {"attention": rates.attention_flops, "exp": rates.exp_per_s}
     for kind, (amount, moved, calls) in work.items():
         rate = flops.get(kind)
+        if kind == "host":
+            total += moved / rates.host_bytes_per_s
+            continue
         arithmetic = amount / rate if rate else 0.0
         # a fused attention reads its keys once a tile: its registered bytes are those of its arguments
         total += max(arithmetic, moved / rates.copy_bytes_per_s) + calls * rates.call_s
@@ -49,7 +52,10 @@ def step_seconds(
     work = outline.work(tokens, batch)
     # operations of a model whose blocks are traced once are all counted: `work` walks every block
     moved = ADAMW_MOVES * outline.static.gradients
-    return grad_accum * work_seconds(work, rates, dtype) + moved / rates.copy_bytes_per_s
+    paged = 2 * outline.static.optimizer_on_host  # there and back, at the worst
+    return (
+        grad_accum * work_seconds(work, rates, dtype) + moved / rates.copy_bytes_per_s + paged / rates.host_bytes_per_s
+    )
 
 
 def faster_at(

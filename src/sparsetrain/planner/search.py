@@ -23,16 +23,19 @@ BASELINE = "LoRA"
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One way to train. values: the recipe's keys in which it differs. pickable: False for rows shown to compare."""
+    """One way to train. values: the recipe's keys in which it differs. pickable: False for rows shown to compare.
+    rounds: why it is not exact beside its methods; empty where it is."""
 
     label: str
     values: dict[str, Any]
     pickable: bool = True
+    rounds: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is asked. memory_bytes: None asks for no limit. context: the most tokens the model takes, if it says."""
+    """What is asked. memory_bytes: None asks for no limit. context: the most tokens the model takes, if it says.
+    lengths: others at which the peak memory is asked for too."""
 
     tokens: int
     batch: int = 1
@@ -42,6 +45,7 @@ class Question:
     dtype: str = "fp32"
     rates: MachineRates
     context: int | None = None
+    lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +54,8 @@ class Row:
 
     longest, largest: the longest sequence at the asked batch and the largest batch at the asked length that fit (0:
     none); None without a limit. faster_at: where its step is faster than that of the first candidate, as (first, last)
-    length of each stretch. timed: the measurement that step_s follows from; empty where it is the roofline alone.
+    length of each stretch. by_length: (tokens, bytes at the peak) at the question's lengths. timed: the measurement
+    that step_s follows from; empty where it is the roofline alone.
     """
 
     candidate: Candidate
@@ -64,6 +69,7 @@ class Row:
     longest: int | None = None
     largest: int | None = None
     faster_at: tuple[tuple[int, int], ...] = ()
+    by_length: tuple[tuple[int, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -132,7 +138,10 @@ def answer(
     rows = []
     base: Outline | None = None
     for candidate in candidates:
-        row = Row(candidate=candidate, risk=risk_of(methods_of(candidate)))
+        risk = risk_of(methods_of(candidate))
+        if candidate.rounds:
+            risk = replace(risk, ratio=None, exact=False, texts=(*risk.texts, candidate.rounds))
+        row = Row(candidate=candidate, risk=risk)
         try:
             found = outline_of(candidate)
         except ValueError as error:
@@ -203,6 +212,7 @@ def _predicted(
         longest=None if limit is None else most(lambda n: total(n, batch), limit, unit=64, ceiling=question.context),
         largest=None if limit is None else most(lambda n: total(tokens, n), limit, unit=1, ceiling=None),
         faster_at=faster,
+        by_length=tuple((length, total(length, batch)) for length in question.lengths),
     )
 
 

@@ -30,7 +30,8 @@ _FREE = ("detach", "empty", "alias", "lift")
 class LiveBytes:
     """Follows every tensor that comes to life inside the trace until its storage is freed."""
 
-    def __init__(self) -> None:
+    def __init__(self, hollow: Hollow | None = None) -> None:
+        self.hollow, self._on_host = hollow, 0 if hollow is None else hollow.to_host
         self.live = self.most = 0
         self._known: set[int] = set()
         self._work: dict[str, list[float]] = {}
@@ -82,6 +83,8 @@ class LiveBytes:
 
     def cut(self, since: int) -> tuple[Segment, int]:
         """End a segment that began with `since` live bytes; returns it and what is live now."""
+        if self.hollow is not None and (moved := self.hollow.to_host - self._on_host):
+            self._work["host"], self._on_host = [0.0, float(moved), 1.0], self.hollow.to_host
         done = Segment(
             float(self.live - since),
             float(max(self.most, self.live) - since),
@@ -122,7 +125,7 @@ def trace_step(model: nn.Module, step: Callable[[], Tensor], hollow: Hollow | No
         step: runs model and loss and returns the loss.
         hollow: the mode that is active; None for a real step.
     """
-    live = LiveBytes()
+    live = LiveBytes(hollow)
     live.know(_tensors_of(model))
     blocks = [submodule(model, block.name) for block in describe(model).blocks]
     with _cut_at(blocks, live) as segments:

@@ -14,8 +14,8 @@ from sparsetrain.measure.memory import StaticMemory, static_memory
 from sparsetrain.planner.memory import Layout
 
 
-def thin_out(model: Any) -> Layout:
-    """Keep the first block and one of each kind of the others; returns which stands for which.
+def thin_out(model: Any, alone: int = 1) -> Layout:
+    """Keep the first `alone` blocks and one of each kind of the others; returns which stands for which.
 
     Blocks that do not lie in one list (a UNet's) read one another's outputs by place: all of them are kept.
     """
@@ -23,9 +23,10 @@ def thin_out(model: Any) -> Layout:
     if len({block.name.rpartition(".")[0] for block in anatomy.blocks}) > 1:
         return Layout(of_block=tuple(range(len(anatomy.blocks))))
     kinds = _kinds(model, anatomy)
-    kept, place = [0], {}
-    of_block = [0]
-    for layer in range(1, len(kinds)):
+    alone = min(alone, len(kinds))
+    kept, place = list(range(alone)), {}
+    of_block = list(range(alone))
+    for layer in range(alone, len(kinds)):
         if kinds[layer] not in place:
             place[kinds[layer]] = len(kept)
             kept.append(layer)

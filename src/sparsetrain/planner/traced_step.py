@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 Work = dict[str, tuple[float, float, float]]
-"""Kind of operation (gemm, gemm fp32, attention, exp, copy) -> (FLOPs, or exponentials; bytes moved; calls)."""
+"""Kind of operation (gemm, gemm fp32, attention, exp, copy; host: to the CPU's memory and back) -> (FLOPs, or
+exponentials; bytes moved; calls)."""
 
 
 @dataclass(frozen=True)

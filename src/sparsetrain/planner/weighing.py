@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.core.units import bytes_text
-from sparsetrain.planner.choosing import BASELINE, Asked, Option, Speed, able, checkpointed, options
+from sparsetrain.planner.choosing import BASELINE, Asked, Option, Speed, able, checkpointed, leaner, options
 from sparsetrain.planner.forecast import Forecast
 from sparsetrain.planner.quality import Deployed, Facts
 
@@ -65,6 +65,7 @@ def weigh(
     forecast.prepare(able(found))
     found = [way if way.refused is not None else forecast.weighed(way) for way in found]
     found += [forecast.weighed(way) for way in checkpointed(found, asked.goal)]
+    found += [forecast.weighed(way) for way in leaner(found, gpu=forecast.predictor.gpu)]
     return Weighed(facts=facts, forecast=forecast, ways=found)
 
 

@@ -60,6 +60,15 @@ class Recipe(RunRecipe):
     """LoRA's update is scaled by lora_alpha / lora_r."""
     lora_targets: Literal["all-linear"] | list[str] = "all-linear"
     """Linears that get LoRA: all-linear (all but the head), or endings of module names such as q_proj."""
+    lora_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Number format of the LoRA factors. bf16, beside a model in bf16: less memory, and a step smaller than half a
+    rounding of a weight is lost."""
+    activation_offloading: bool = False
+    """With gradient checkpointing: keep the blocks' inputs in the CPU's memory until the backward. Exact; takes the
+    time of copying them there and back. On a CPU it does nothing."""
+    tiled_mlp: int = Field(1, ge=1, le=2**16)
+    """Pieces of a row's tokens in which each FFN is computed, and computed again in the backward: its wide activations
+    are then those of one piece. Exact; takes the time of one more forward of the FFN. 1: in one piece."""
     lora: dict[str, Any] = Field(default_factory=dict)
     """Keys of PEFT's LoraConfig that no key here stands for, such as use_rslora; lora_dropout, lora_bias and
     lora_variant may stand outside."""
@@ -130,6 +139,18 @@ class Recipe(RunRecipe):
                 f"and it stands on weights that {own} has trained. Give deploy=sparse, or lora_r=0."
             )
         _ = self.deployment  # shares that leave no step between them
+        return self
+
+    @model_validator(mode="after")
+    def _offloads(self) -> Self:
+        if self.activation_offloading and self.gradient_checkpointing == "none":
+            raise ValueError(
+                "activation_offloading=true moves what gradient checkpointing keeps, and gradient_checkpointing=none. "
+                "Give gradient_checkpointing=non-reentrant, or leave it out."
+            )
+        if self.lora_dtype == "bf16" and (self.lora_r == 0 or self.dtype == "fp32"):
+            found = "lora_r=0: there are none" if self.lora_r == 0 else "dtype=fp32: the model's weights are in fp32"
+            raise ValueError(f"lora_dtype=bf16 stores LoRA factors as bf16, and {found}. Leave it out.")
         return self
 
     @property

@@ -26,11 +26,11 @@ NOT_TRAINING = frozenset(
         "find_switch",
         "preset",
     }
-    | {"threads", "device", "gradient_checkpointing"}
+    | {"threads", "device", "gradient_checkpointing", "activation_offloading", "tiled_mlp"}
 )
 
 LATER = (
-    *("training", "lora", "early_stopping", "model_revision", "load_in_4bit", "packing"),
+    *("training", "lora", "lora_dtype", "early_stopping", "model_revision", "load_in_4bit", "packing"),
     *("eval_data", "dataset_config", "dataset_train_split", "dataset_test_split"),
 )
 """Keys that came later: left out while they have their defaults, as in the checkpoints of versions without them."""

@@ -28,25 +28,54 @@ class Way:
     """One way to train that a plan compares.
 
     label: `{train}` in it stands for what is trained, LoRA or all weights.
-    methods: its configs. recomputes: with gradient checkpointing.
+    methods: its configs. recomputes: with gradient checkpointing. offloads: what that keeps waits in the CPU's memory,
+        which is left out where training is on the CPU. pieces: those in which FFNs run.
+    four_bit: frozen weights in 4 bits. optim: the optimizer, where it is not AdamW in full.
+    rounds: why it is not exact beyond its methods, if it is not; left out on a CPU.
     all_weights: instead of LoRA, shown beside it; not picked, and left out where all weights are trained anyway.
     """
 
     label: str
     methods: tuple[MethodConfig, ...] = ()
     recomputes: bool = False
+    offloads: bool = False
+    pieces: int = 1
+    four_bit: bool = False
+    optim: str = ""
+    rounds: str = ""
     all_weights: bool = False
 
 
+PIECES = 8
+"""Pieces of a row in which a plan's tiled FFNs run: their wide activations are then an eighth."""
 SAFEST: tuple[Way, ...] = (
     Way(label="{train}"),
+    Way(label="{train} + tiled MLP", pieces=PIECES),
     Way(label="{train} + checkpointing", recomputes=True),
+    Way(label="{train} + checkpointing + tiled MLP", recomputes=True, pieces=PIECES),
+    Way(label="{train} + checkpointing + offload", recomputes=True, offloads=True),
+    Way(label="{train} + checkpointing + offload + tiled MLP", recomputes=True, offloads=True, pieces=PIECES),
     Way(label="all weights", all_weights=True),
     Way(label="token_selection", methods=(TokenSelection(),)),
     Way(label="token_selection + checkpointing", methods=(TokenSelection(),), recomputes=True),
 )
-"""What a plan compares first, the safest first; the loss of a language model is in chunks in all of them. The other
-methods of the registry follow, each alone."""
+"""What a plan compares first, the safest first: the exact tools before any method. The loss of a language model is in
+chunks in all of them. The other methods of the registry follow, each alone."""
+_FOUR_BIT = "4-bit weights: the model that is trained on is a rounded one; not measured here"
+_EIGHT_BIT = "8-bit AdamW: moments rounded to a byte; not measured here"
+ROUNDED: tuple[Way, ...] = (
+    Way(label="LoRA + 4-bit + checkpointing", recomputes=True, four_bit=True, rounds=_FOUR_BIT),
+    Way(
+        label="LoRA + 4-bit + checkpointing + offload + tiled MLP",
+        recomputes=True,
+        offloads=True,
+        pieces=PIECES,
+        four_bit=True,
+        rounds=_FOUR_BIT,
+    ),
+    Way(label="all weights + checkpointing + 8-bit AdamW", recomputes=True, optim="adamw_8bit", rounds=_EIGHT_BIT),
+)
+"""What a plan for a GPU compares too, behind what is exact: of LoRA or of all weights, whichever is trained."""
 TOGETHER: tuple[Way, ...] = (
     Way(label="spt", methods=_SPT),
     Way(label="token_selection + spt", methods=(TokenSelection(), *_SPT)),

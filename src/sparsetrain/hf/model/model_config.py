@@ -27,7 +27,8 @@ def read_config(name: str, say: Callable[[str], None] = lambda _line: None) -> M
     """
     path = Path(name)
     if path.suffix == ".json" and path.is_file():
-        return ModelConfig(name=str(path.parent), values=config_values(path), folder=None)
+        name = str(path.parent if path.name == "config.json" else path)
+        return ModelConfig(name=name, values=config_values(path), folder=None)
     if (path / "config.json").is_file():
         return ModelConfig(name=name, values=config_values(path / "config.json"), folder=name)
     known = built_in_configs()

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import get_peft_model
 from torch import nn
 from transformers import set_seed
@@ -24,6 +25,8 @@ from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.tasks import task_of
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.method import method_of
+from sparsetrain.surgery.plan import Plan
+from sparsetrain.surgery.tiled import check_tiled, use_tiled_mlp
 
 if TYPE_CHECKING:
     from sparsetrain.runs.events import Report
@@ -77,14 +80,23 @@ def check_lora_targets(recipe: Recipe, config: Any) -> None:
             )
 
 
+def check_tools(model: Any, recipe: Recipe, weights: torch.dtype, planned: Plan | None) -> None:
+    """Raise ValueError if LoRA's dtype does not go with that of the weights, or an FFN cannot run in the pieces asked
+    for."""
+    if recipe.lora_dtype == "bf16" and weights == torch.float32:
+        raise ValueError("lora_dtype=bf16 goes with a model in bf16, and this run is in fp32. Give dtype=bf16 too.")
+    check_tiled(model, recipe.tiled_mlp, () if planned is None else planned.edits)
+
+
 def add_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: list[str]) -> Any:
     """The model as it is trained: inside PEFT with LoRA and with everything new trainable; the model itself if `lora_r`
     is 0, with its own weights frozen where the recipe's methods train nothing but what they add. A language model's
     loss is computed in chunks.
 
     Raises:
-        ValueError: `lora_targets` matches nothing.
+        ValueError: `lora_targets` matches nothing; an FFN that cannot run in the pieces asked for.
     """
+    use_tiled_mlp(model, recipe.tiled_mlp, () if handle is None else handle.plan.edits)
     for config in recipe.configs:
         if config.trains_own:
             new_modules = method_of(config).trains(config, describe(model), new_modules)
@@ -117,7 +129,7 @@ def _with_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: l
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 by a name that is deprecated there
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        adapted = get_peft_model(model, config)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=recipe.lora_dtype == "fp32")
     if recipe.model_revision is not None:  # PEFT would name the folder of its snapshot
         config.base_model_name_or_path, config.revision = recipe.model, recipe.model_revision
     return adapted

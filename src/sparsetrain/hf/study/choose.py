@@ -26,6 +26,7 @@ from sparsetrain.hf.train.dtype import with_dtype
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import lengths_of, refuse_rows
 from sparsetrain.measure.machine import describe_machine, free_bytes
+from sparsetrain.planner.candidates import KEYS
 from sparsetrain.planner.choosing import Asked, Option, Speed, pick, table
 from sparsetrain.planner.forecast import Forecast
 from sparsetrain.planner.quality import Facts, deployed_records
@@ -68,7 +69,8 @@ def choose(recipe: Recipe, asked: Asked | None = None, *, report: Report = silen
     check_output(recipe.output, resume=recipe.resume)
     if recipe.resume and (known := recorded_choice(Path(recipe.output))) is not None:
         report({"event": "note", "text": f"As chosen when the run began: {known['taken']}."})
-        return Choice(recipe=decided(recipe, known["methods"], known["recomputes"]), values=known)
+        way = {key: known[key] for key in ("recomputes", "offloads", "pieces") if key in known}
+        return Choice(recipe=decided(recipe, known["methods"], Option(**way)), values=known)
     began = time.perf_counter()
     recipe = with_dtype(recipe, report)
     report({"event": "phase", "name": "choosing how to train", "share": 0.0})
@@ -85,25 +87,28 @@ def choose(recipe: Recipe, asked: Asked | None = None, *, report: Report = silen
 
     def measure(ways: list[Option], base: Option) -> tuple[dict[str, Speed], dict[str, str]]:
         assert rows.parts is not None, "rows are read before anything with methods is able"
-        recipes = {way.label: decided(recipe, way.methods, way.recomputes) for way in ways}
+        recipes = {way.label: decided(recipe, way.methods, way) for way in ways}
         return TimedWays(rows.parts, recipes, weighed, asked, report).speeds(base.label, timed)
 
     taken, found = pick(with_speeds(weighed, measure), asked)
     if taken is None:
         raise ValueError(nothing_fits(weighed, asked))
     values = {"taken": taken.label, "methods": taken.to_dict()["methods"], "recomputes": taken.recomputes}
+    values |= {"offloads": taken.offloads, "pieces": taken.pieces}
     values |= {"reason": taken.reason, "options": [way.to_dict() for way in found], "facts": asdict(weighed.facts)}
     values |= {"asked": asdict(asked), "usable_bytes": weighed.forecast.usable_bytes, "timed": timed}
     values |= {"seconds": time.perf_counter() - began, "machine": describe_machine().to_dict()}
     for line in _lines(weighed, found, taken, timed):
         report({"event": "note", "text": line})
-    return Choice(recipe=decided(recipe, taken.methods, taken.recomputes), values=values, opened=rows.parts)
+    return Choice(recipe=decided(recipe, taken.methods, taken), values=values, opened=rows.parts)
 
 
-def decided(recipe: Recipe, methods: Any, recomputes: bool) -> Recipe:
-    """The recipe with methods in place of the preset, and checkpointing if it asks for it or they need it."""
-    again = recipe.gradient_checkpointing
-    return recipe.decided(methods, gradient_checkpointing="non-reentrant" if recomputes and again == "none" else again)
+def decided(recipe: Recipe, methods: Any, way: Option) -> Recipe:
+    """The recipe with methods in place of the preset, and the exact tools that it asks for or the way has."""
+    changes = way.exact
+    if recipe.gradient_checkpointing != "none":
+        changes.pop("gradient_checkpointing", None)
+    return recipe.decided(methods, **changes)
 
 
 def _facts(recipe: Recipe) -> Facts:
@@ -124,7 +129,7 @@ def _forecast(recipe: Recipe, asked: Asked) -> Forecast:
     device = assemble.pick_device(recipe)
     path, _ = assemble.open_config(recipe, lambda _event: None, ())
     bf16, gpu = assemble.computes_bf16(recipe, device), device.type == "cuda"
-    kept = ("task", "lora_r", "lora_alpha", "lora_targets", "lora", "seed", "dtype")
+    kept = (*KEYS, "activation_offloading", "tiled_mlp", "seed", "dtype")
     base = {key: getattr(recipe, key) for key in kept}
     base |= {"seq_len": recipe.seq_len, "batch_size": recipe.batch_size, "grad_accum": recipe.grad_accum}
     rates = this_machine(cache_folder() / "machine")
@@ -147,7 +152,7 @@ class _Rows:
         self.parts: Parts[Recipe] | None = None
 
     def read(self) -> Rows:
-        self.parts = assemble.open_parts(decided(self.recipe, (), False), self.report)
+        self.parts = assemble.open_parts(decided(self.recipe, (), Option()), self.report)
         rows = self.parts.bundle.train
         some = rows.select(range(0, len(rows), -(-len(rows) // LOOKED_AT)))
         share = None
@@ -159,7 +164,7 @@ class _Rows:
     def check(self, methods: tuple[MethodConfig, ...]) -> None:
         """Raise ValueError if methods cannot do what the recipe asks of them, on these rows."""
         assert self.parts is not None
-        recipe = decided(self.recipe, methods, False)
+        recipe = decided(self.recipe, methods, Option())
         assemble.check_and_plan(recipe, self.parts.config, self.parts.device)
         refuse_rows(recipe, self.parts.bundle)
 

@@ -24,10 +24,13 @@ from sparsetrain.hf.model.architectures import image_size, sequence_tokens
 from sparsetrain.hf.model.checkpointing import recompute
 from sparsetrain.hf.model.model_config import context_length
 from sparsetrain.hf.train.tasks import training_loss
+from sparsetrain.planner.four_bit import pack_linears
 from sparsetrain.planner.gpu_dropout import drop_as_on_a_gpu
 from sparsetrain.planner.hollow import Hollow
 from sparsetrain.planner.hollow_model import convert_empty, fill, settle
+from sparsetrain.planner.host import keep_on_host
 from sparsetrain.planner.memory import Layout, StaticBytes
+from sparsetrain.planner.optimizers import DEFAULT, Shape, state_bytes
 from sparsetrain.planner.outline import Outline
 from sparsetrain.planner.step_tracer import StepTrace, trace_step
 from sparsetrain.planner.thin_model import thin_out, trained_parameters, whole_memory
@@ -129,6 +132,8 @@ class ThinStep:
             drop_as_on_a_gpu(model, recipe)
         if recipe.gradient_checkpointing != "none":
             recompute(model)
+        if gpu and getattr(recipe, "activation_offloading", False):
+            keep_on_host(model, self.hollow)
         self.without_gradient: list[set[str]] = []
 
     def trace(self, batch: dict[str, Tensor]) -> StepTrace:
@@ -143,8 +148,7 @@ class ThinStep:
         return trace
 
     def static(self) -> tuple[StaticBytes, int]:
-        """Exact bytes of the full model, and the numbers trained. AdamW keeps two moments in a parameter's dtype and a
-        step of 4 bytes for each that receives gradients."""
+        """Exact bytes of the full model, and the numbers trained; the optimizer keeps state for those alone."""
         kept = [
             [p for name, p in params.items() if name not in without]
             for params, without in zip(self.in_blocks, self.without_gradient, strict=True)
@@ -152,13 +156,16 @@ class ThinStep:
         own = [kept[i] for i in self.layout.of_block]
         trained = [*self.outside, *(p for params in own for p in params)]
         gradients = sum(_size(p) for p in trained)
+        shapes = [Shape(tuple(p.shape), p.element_size()) for p in trained]
+        optimizer, on_host = state_bytes(self.recipe.training.get("optim", DEFAULT), shapes)
         static = StaticBytes(
             parameters_trainable=self.memory.parameters_trainable,
             parameters_frozen=self.memory.parameters_frozen,
             # an average of the trained weights is kept in fp32
             buffers=self.memory.buffers + (4 * sum(p.numel() for p in trained) if self.recipe.averages else 0),
             gradients=gradients,
-            optimizer=2 * gradients + 4 * len(trained),
+            optimizer=optimizer,
+            optimizer_on_host=on_host,
             grads_by_block=tuple(sum(_size(p) for p in params) for params in own),
         )
         return static, sum(p.numel() for p in trained)
@@ -172,15 +179,19 @@ class _Built:
         model = models.empty_model(config, recipe.task)
         self.parameters = models.num_parameters(model)[0]
         self.handle = convert_empty(model, recipe, bf16 and not recipe.trains_all)
+        if recipe.load_in_4bit:
+            pack_linears(model)
         windows = [site.window for site in describe(model).attentions if site.window]
         self.window = max(windows, default=None)
         new = [name for name, _ in model.named_children() if name in ("classifier", "score", "pre_classifier")]
         new = new if task_of(recipe.task).labelled else []
+        # the caller of a block holds its input until it has ended, so what is kept by none settles from the third on
+        alone = 2 if gpu and recipe.activation_offloading else 1
         if _names_a_layer(recipe):
             model = models.add_lora(model, recipe, self.handle, new)
-            self.layout = thin_out(model)
+            self.layout = thin_out(model, alone)
         else:  # blocks of one kind get the same factors, and PEFT takes a second for forty blocks
-            self.layout = thin_out(model)
+            self.layout = thin_out(model, alone)
             model = models.add_lora(model, recipe, self.handle, new)
         self.thin = ThinStep(model, self.layout, recipe, cast=bf16 and recipe.trains_all, gpu=gpu)
 

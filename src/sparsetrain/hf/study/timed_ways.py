@@ -123,6 +123,7 @@ class TimedWays:
         """What the speeds depend on."""
         recipe, facts, machine = self.parts.recipe, self.weighed.facts, describe_machine()
         keys = ("task", "lora_r", "lora_targets", "batch_size", "grad_accum", "gradient_checkpointing", "max_grad_norm")
+        keys += ("lora_dtype", "activation_offloading", "tiled_mlp")
         return {
             "base": base,
             "model": self.parts.config.to_dict(),

@@ -17,7 +17,7 @@ from transformers import set_seed
 from sparsetrain.hf.data.random_tokens import RANDOM, random_images, random_rows
 from sparsetrain.hf.model import models
 from sparsetrain.hf.model.architectures import image_size
-from sparsetrain.hf.model.checkpointing import recompute
+from sparsetrain.hf.model.checkpointing import offloads, recompute
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import calibration_batches, text_reader
@@ -138,7 +138,7 @@ def convert_step(model: Any, new_modules: list[str], parts: Parts, report: Repor
         handle.step(MIDDLE, STEPS, 1 / recipe.grad_accum)
     model = models.add_lora(model, recipe, handle, new_modules)
     model.train()
-    _recompute(model, recipe)
+    _recompute(model, recipe, offloads(recipe, parts.device))
     set_seed(recipe.seed)
     return TrainingStep(
         recipe=recipe,
@@ -165,11 +165,11 @@ def _batches(parts: Parts) -> list[dict[str, Tensor]]:
     return batches
 
 
-def _recompute(model: Any, recipe: Recipe) -> None:
+def _recompute(model: Any, recipe: Recipe, offload: bool) -> None:
     if recipe.gradient_checkpointing == "none":
         return
     reentrant = recipe.gradient_checkpointing == "reentrant"
-    recompute(model, reentrant)
+    recompute(model, reentrant, offload)
     if reentrant and recipe.lora_r > 0:  # without it a block whose inputs need no gradient passes none on
         model.enable_input_require_grads()
 

@@ -16,7 +16,7 @@ from sparsetrain.core.config import MethodConfig
 from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.model import models, opening
 from sparsetrain.hf.model.architectures import check_images, sequence_tokens, tokens_per_input
-from sparsetrain.hf.model.checkpointing import checkpointing_arguments
+from sparsetrain.hf.model.checkpointing import check_offload, checkpointing_arguments, offloads
 from sparsetrain.hf.model.four_bit import check_four_bit, four_bit_options, keep_trainable
 from sparsetrain.hf.model.model_config import check_context
 from sparsetrain.hf.model.revision import at_revision
@@ -63,8 +63,11 @@ def open_parts(
     if recipe.load_in_4bit:
         check_four_bit(device)
     path, config = open_config(recipe, report, (like or recipe).configs)
+    check_offload(recipe, config, device, report)
     planned = check_and_plan(recipe, config, device)
-    tokenizer = _tokenizer(recipe, path, config) if opened is None else opened.tokenizer
+    tokenizer = None if opened is None else opened.tokenizer
+    if opened is None and not task_of(recipe.task).images:
+        tokenizer = open_tokenizer(path, config)
     refuse_rows(recipe)
     bundle = load_rows(recipe, tokenizer, config, report) if opened is None else opened.bundle
     refuse_rows(recipe, bundle)
@@ -82,10 +85,6 @@ def open_parts(
     )
 
 
-def _tokenizer(recipe: Recipe, path: str, config: Any) -> Any:
-    return None if task_of(recipe.task).images else open_tokenizer(path, config)
-
-
 def check_and_plan(recipe: Recipe, config: Any, device: torch.device) -> Plan | None:
     """The recipe's plan on the empty model, after what it asks for was found supported; None for a dense recipe.
 
@@ -95,7 +94,9 @@ def check_and_plan(recipe: Recipe, config: Any, device: torch.device) -> Plan | 
     """
     model = models.empty_model(config, recipe.task)
     check_causal(model, recipe.model)
-    return plan_on(model, recipe, device, sequence_tokens(config, recipe)) if recipe.methods else None
+    planned = plan_on(model, recipe, device, sequence_tokens(config, recipe)) if recipe.methods else None
+    models.check_tools(model, recipe, pick_dtype(recipe, device), planned)
+    return planned
 
 
 def plan_on(
@@ -291,7 +292,7 @@ def training_arguments(parts: Parts, **changes: Any) -> TrainingArguments:
         ddp_find_unused_parameters=False,  # what has no gradient in a step gets zeros (surgery.idle)
         ddp_broadcast_buffers=False,  # what ranks record of their own rows is summed where it is used
         disable_tqdm=True,
-        **checkpointing_arguments(recipe.gradient_checkpointing),
+        **checkpointing_arguments(recipe.gradient_checkpointing, offloads(recipe, device)),
     )
     arguments = TrainingArguments(**values | changes | passed_on(recipe))
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process, one GPU: no DataParallel
