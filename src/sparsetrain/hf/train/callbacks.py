@@ -78,6 +78,8 @@ class SparsityCallback(TrainerCallback):
         self._check_asked(args, kwargs)
         check_forwards(self.handle)
         check_trainable(self.handle)
+        for _, site in self.handle.installed:
+            site.trained_with(args)
         if args.fp16 and not args.max_grad_norm and self.handle.adjusts_gradients:
             raise ValueError(
                 "fp16 without clipping leaves the gradients scaled until the optimizer step, and a method adds a decay "
