@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, Traini
 
 import sparsetrain
 from sparsetrain import RoutedFFN, TokenSelection
-from sparsetrain.hf.train.callbacks import check_arguments
+from sparsetrain.hf.train.checks import check_arguments
 from sparsetrain.ops.selected_rows import Rows
 from tests.families import FAMILIES
 from tests.hf.test_trl import tokenizer
