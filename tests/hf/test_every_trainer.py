@@ -26,9 +26,8 @@ from tests.hf.trainers import TOKENS, Asked, Trained
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("default")  # the libraries' own
-QUICK = {("sft_packing", "pq_attention"), ("dpo", "routed_ffn"), ("trainer", "flood_fill_attention")}
-QUICK |= {("load_best", "routed_ffn"), ("pissa", "routed_ffn")}
-LONG = {"rloo", "grpo_checkpointing", "sft", "optim_fused", "optim_adafactor", "olora", "bf16", "sft_padding_free"}
+QUICK = {(name, "routed_ffn") for name in (*table.TRAINERS, "load_best", "pissa")}
+QUICK |= {("sft_packing", "pq_attention"), ("trainer", "flood_fill_attention")}
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +42,7 @@ def cells(names: Any) -> list[Any]:
     for name in names:
         for method in table.METHODS:
             quick = (name, method) in table.REFUSED or (name, method) in QUICK
-            quick |= method == table.METHODS[0] and name not in LONG
+            quick |= method == table.METHODS[0]
             found.append(pytest.param(name, method, marks=() if quick else pytest.mark.slow, id=f"{name}-{method}"))
     return found
 
