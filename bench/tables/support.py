@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 from bench.tables.steps import registered
+from bench.tables.trainers import trainers
+
+TRAINERS = """
+## Trainers
+
+Each yes is a training of three steps by the real trainer (`tests/hf/test_every_trainer.py`) with `deploy="dense"`: the
+method is on in training, evaluation is the dense model's, and plain PEFT loads what was saved and computes the same.
+Each no is a refusal, tested too. DPO, KTO, GRPO and RLOO read the log-probability of every token: with token selection
+these are exact, and gradient flows through selected tokens. axolotl and LLaMA-Factory: [others.md](others.md).
+"""
 
 
 def support() -> str:
@@ -37,4 +47,5 @@ def support() -> str:
     }
     for row in rows:
         reasons |= {f"{row['method']} on {name}: {reason}." for name, reason in row["refused_families"].items()}
-    return "\n".join([*lines, "", "## Why not", "", *(f"- {reason}" for reason in sorted(reasons))]) + "\n"
+    lines += ["", "## Why not", "", *(f"- {reason}" for reason in sorted(reasons))]
+    return "\n".join([*lines, TRAINERS.rstrip(), *trainers()]) + "\n"

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
@@ -22,7 +24,7 @@ from sparsetrain.core.config import registered_methods
 from sparsetrain.surgery.method import method_of
 from tests.families import FAMILIES
 
-STEPS, MICRO, ROWS, TOKENS = 20, 4, 2, 48
+STEPS, HALF, MICRO, ROWS, TOKENS = 20, 10, 4, 2, 48
 METHODS = [name for name, kind in registered_methods().items() if method_of(kind).edits]
 Found = dict[str, Tensor]
 
@@ -83,8 +85,13 @@ def by_trainer(method: str, ranks: int, folder: str) -> Found:
     return found_in(model) | {"losses in fp32": losses}
 
 
-def by_hand(method: str, ranks: int, shard: bool) -> Found:
-    """A loop of one's own, with `fully_shard` around each block and the model."""
+def by_hand(method: str, ranks: int, shard: bool, folder: Path | None = None, begin: int = 0) -> Found:
+    """A loop of one's own, with `fully_shard` around each block and the model.
+
+    Args:
+        folder: of a distributed checkpoint: written in mid-run, or read at the beginning of what goes on from there.
+        begin: the first step.
+    """
     model, handle = converted(method)
     place, losses = (distributed.get_rank() if ranks > 1 else 0), []
     if shard:
@@ -92,8 +99,14 @@ def by_hand(method: str, ranks: int, shard: bool) -> Found:
             fully_shard(block)
         fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    if begin:
+        kept = parts(model, optimizer)
+        checkpoint.load(kept, checkpoint_id=folder)
+        set_state_dict(model, optimizer, model_state_dict=kept["model"], optim_state_dict=kept["optimizer"])
     model.train()
-    for step in range(STEPS):
+    for step in range(begin, STEPS):
+        if folder is not None and step == HALF and not begin:
+            checkpoint.save(parts(model, optimizer), checkpoint_id=folder)
         handle.step(step, STEPS, ranks / MICRO)  # of a pass, as for what is meant over a step
         batches = [rows_of(step, micro) for micro in range(MICRO)]
         targets = torch.tensor(sum(int(batch["labels"][:, 1:].ne(-100).sum()) for batch in batches))
@@ -110,6 +123,12 @@ def by_hand(method: str, ranks: int, shard: bool) -> Found:
         handle.updated()
         optimizer.zero_grad()
     return found_in(model) | {"losses": torch.tensor(losses, dtype=torch.float64)}
+
+
+def parts(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a distributed checkpoint holds: each rank's shards, or one process's whole tensors."""
+    weights, states = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": states}
 
 
 def found_in(model: nn.Module) -> Found:
@@ -131,7 +150,9 @@ def work(rank: int, ranks: int, folder: str, methods: list[str], kind: str) -> N
     os.environ.update({"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"})
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     for method in methods:
-        found = by_trainer(method, ranks, folder) if kind == "ddp" else by_hand(method, ranks, shard=True)
+        found = (
+            by_trainer(method, ranks, folder) if kind == "ddp" else by_hand(method, ranks, True, Path(folder) / method)
+        )
         torch.save(found, Path(folder) / f"{method}.{rank}")
     distributed.barrier()
     distributed.destroy_process_group()

@@ -9,12 +9,15 @@ import torch
 from torch import distributed
 
 from sparsetrain.surgery.support import why_not
-from tests.field.ranks_matrix import METHODS, Found, by_hand, by_trainer, work
+from tests.field.ranks_matrix import HALF, METHODS, Found, by_hand, by_trainer, work
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
 SHARDED = [method for method in METHODS if why_not(method, "fsdp2") is None]
-FEW = {"ddp": ["sara", "token_selection"], "fsdp2": ["monarch"]}
+FEW = {"ddp": ["sara", "token_selection"], "fsdp2": ["monarch", "routed_ffn"]}
 """What is hardest on DDP: parameters that change their size in mid-run; a mean over a step that crosses ranks."""
+MOVES = ["monarch", "routed_ffn", "pst"]
+"""Methods that keep nothing besides weights and optimizer after they are fitted: a checkpoint of torch.distributed,
+which ranks wrote in shards, is read by one process, whole, that goes on."""
 
 
 def assert_same(found: Found, expected: Found, method: str) -> None:
@@ -34,6 +37,10 @@ def check(methods: list[str], kind: str, ranks: int, folder: Path) -> None:
         alone = by_trainer(method, 1, str(folder)) if kind == "ddp" else by_hand(method, 1, shard=False)
         for rank in range(ranks):
             assert_same(torch.load(folder / f"{method}.{rank}"), alone, method)
+        if kind == "fsdp2" and method in MOVES:
+            with pytest.warns(UserWarning, match="single process"):
+                rest = by_hand(method, 1, False, folder / method, begin=HALF)
+            assert_same(rest, alone | {"losses": alone["losses"][HALF:]}, method)
 
 
 @pytest.mark.parametrize("kind", FEW)

@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, Traini
 
 import sparsetrain
 from sparsetrain import RoutedFFN, TokenSelection
-from sparsetrain.hf.train.callbacks import check_arguments
+from sparsetrain.hf.train.checks import check_arguments
 from sparsetrain.ops.selected_rows import Rows
 from tests.families import FAMILIES
 from tests.hf.test_trl import tokenizer
-from tests.methods.test_token_selection import selector_of
+from tests.methods.test_token_selection import cut_by_hooks, selector_of
 
 LORA = LoraConfig(r=2, target_modules="all-linear")
 
@@ -325,12 +325,39 @@ def test_weights_that_a_loss_head_would_ignore_are_refused(tmp_path: Path) -> No
     assert torch.isfinite(model(**labelled()).loss)
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("asked", ["DPO", "KTO", "GRPO", "RLOO", "SFT dft"])
+def test_a_loss_that_is_no_sum_reads_every_log_probability(asked: str, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    dense = FAMILIES["llama"].model().train()
+    model, handle = llama(TokenSelection(keep_ratio=0.4))
+    for one in (dense, model):
+        trl.trainer.utils.add_fused_lm_head(one)
+    kind, _, loss = asked.partition(" ")
+    more = {"loss_type": loss} if loss else {}
+    arguments = getattr(trl, f"{kind}Config")(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], **more)
+    for _, site in handle.installed:
+        site.trained_with(arguments)
+    out = model(**labelled(), fused_lm_head=True)
+    rows = selector_of(model).rows
+    with cut_by_hooks(dense, rows.selected_bt):
+        expected = dense(**labelled(), fused_lm_head=True)
+    torch.testing.assert_close(out.log_probs, expected.log_probs, rtol=1e-5, atol=1e-6)
+    assert (expected.log_probs != 0).sum() == (labelled()["labels"][:, 1:] != -100).sum()
+    weigh = torch.randn(out.log_probs.shape, generator=torch.Generator().manual_seed(0))
+    (out.log_probs * weigh).sum().backward()
+    had = labelled()["labels"][:, 1:] != -100
+    left = had & rows.selected_bt[:, :-1]
+    share = left.sum(1, keepdim=True) / had.sum(1, keepdim=True)
+    (expected.log_probs * weigh * left / share).sum().backward()
+    for (name, ours), theirs in zip(model.named_parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_arguments_that_would_lose_wrongly_are_refused(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     _, handle = llama()
     options: dict[str, Any] = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": []}
     check_arguments(handle, trl.SFTConfig(**options))
-    with pytest.raises(ValueError, match=r"token_selection.*dft"):
-        check_arguments(handle, trl.SFTConfig(**options, loss_type="dft"))
     with pytest.raises(ValueError, match="label_smoothing_factor"):
         check_arguments(handle, TrainingArguments(**options, label_smoothing_factor=0.1))

@@ -12,12 +12,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import sparsetrain
 from sparsetrain import PQAttention, RoutedFFN, TokenSelection
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.hf.model.io import load
+from sparsetrain.hf.train.callbacks import Sparsifies
 from sparsetrain.runs.sidecar import read_sidecar
 from sparsetrain.surgery.record import handles_of
 from tests.field.test_saved import LATE_FLOOD, RECIPES, adapted, converted, ids, logits, losses, trainer
@@ -62,6 +64,22 @@ def test_it_is_driven_once_whoever_passes_what(tmp_path: Path, way: str) -> None
     run.train()
     assert watch.steps == (ONCE if way != "added" else [0, *ONCE])
     assert read_sidecar(tmp_path / "out")["configs"][0]["method"] == "routed_ffn"
+
+
+def test_a_callback_converts_the_model_of_a_trainer_that_others_make(tmp_path: Path) -> None:
+    converted(tmp_path, [TokenSelection()], lora=False)  # makes the folder
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear"))
+    converts = Sparsifies(RECIPES["routed"][0], calibration=[{"input_ids": ids(4, 1)}], deploy="dense")
+    run = trainer(model, tmp_path / "out", [converts])
+    watch = Watch(converts.handle)
+    run.train()
+    assert watch.steps == ONCE and handles_of(model) == [converts.handle]
+    run.save_model(str(tmp_path / "saved"))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    expected = logits(model)
+    assert not torch.allclose(logits(plain), expected, atol=1e-4)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(plain, str(tmp_path / "saved"))), expected)
 
 
 def test_it_is_driven_inside_an_adapter_and_a_dense_model_is_left_alone(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import sparsetrain
 from sparsetrain import RoutedFFN
-from sparsetrain.hf.train.callbacks import SparsityCallback, StepRecorder, check_forwards, check_trainable
+from sparsetrain.hf.train.callbacks import SparsityCallback, StepRecorder
+from sparsetrain.hf.train.checks import check_forwards, check_trainable
 from sparsetrain.hf.train.finite import FiniteCallback
 from sparsetrain.runs.progress import ProgressBar
 from sparsetrain.runs.sidecar import SIDECAR, STATE, read_sidecar, read_state

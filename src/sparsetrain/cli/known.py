@@ -22,8 +22,10 @@ KNOWN: tuple[Known, ...] = (
         "replaces forwards of transformers for the whole process and stops at transformers 5.5",
         "keep it in another environment",
     ),
-    Known("axolotl", "pins transformers 5.14.1, below our floor", "keep it in another environment"),
-    Known("llamafactory", "stops at transformers 5.8, below our floor", "keep it in another environment"),
+    Known(
+        "axolotl", "pins transformers below our floor (0.19: 5.16.1)", "override its pin; our plugin: docs/others.md"
+    ),
+    Known("llamafactory", "stops at transformers below our floor (0.9.5: 5.6)", "keep it in another environment"),
     Known("megablocks", "pins torch below 2.7.1, below our floor", "keep it in another environment"),
     Known(
         "liger-kernel",

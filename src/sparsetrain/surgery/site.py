@@ -112,6 +112,9 @@ class Site(nn.Module):
         """Why the site cannot be trained with a trainer's arguments, or None."""
         return None
 
+    def trained_with(self, arguments: Any) -> None:
+        """A trainer with these arguments begins to train."""
+
     def merge_error(self) -> str | None:
         """Why the site cannot become dense again with the same outputs, or None."""
         return None

@@ -8,22 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparsetrain.core import ranks
-from sparsetrain.core.anatomy import submodule
+from sparsetrain.core.config import MethodConfig
 from sparsetrain.core.units import bytes_text
 from sparsetrain.hf.model.any_trainer import drives
+from sparsetrain.hf.train.checks import (
+    asked_of_trainer,
+    check_arguments,
+    check_forwards,
+    check_reference,
+    check_trainable,
+)
 from sparsetrain.hf.train.continued import continued, note_where_states_are_read, taken_from
 from sparsetrain.measure.memory import peak_memory, reset_peak
 from sparsetrain.runs.events import Report, log_note, silent
 from sparsetrain.runs.layout import checkpoint_folder
 from sparsetrain.runs.sidecar import SIDECAR, write_sidecar
-from sparsetrain.surgery.apply import Handle
+from sparsetrain.surgery.apply import Handle, sparsify
 from sparsetrain.surgery.buckets import GradientBuckets
-from sparsetrain.surgery.method import method_of
 from sparsetrain.surgery.support import check_support, features_of
 
 
@@ -70,6 +75,7 @@ class SparsityCallback(TrainerCallback):
         asked = asked_of_trainer(args) | features_of(given.get("model") or self.handle.model)
         check_support(self.handle.configs, self.handle.anatomy, asked)
         check_arguments(self.handle, args)
+        check_reference(self.handle, args, given.get("model"))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -78,6 +84,8 @@ class SparsityCallback(TrainerCallback):
         self._check_asked(args, kwargs)
         check_forwards(self.handle)
         check_trainable(self.handle)
+        for _, site in self.handle.installed:
+            site.trained_with(args)
         if args.fp16 and not args.max_grad_norm and self.handle.adjusts_gradients:
             raise ValueError(
                 "fp16 without clipping leaves the gradients scaled until the optimizer step, and a method adds a decay "
@@ -148,24 +156,20 @@ class SparsityCallback(TrainerCallback):
             self._restarted = at
 
 
-def asked_of_trainer(args: TrainingArguments) -> dict[str, str]:
-    """What the Trainer's arguments, or the accelerate that it made, ask for: feature -> what asks."""
-    found = {
-        feature: f"TrainingArguments({name}=…)"
-        for name, feature in (("fsdp", "fsdp"), ("deepspeed", "deepspeed"))
-        if getattr(args, name, None)
-    }
-    made = getattr(args, "parallelism_config", None), AcceleratorState._shared_state.get("parallelism_config")
-    for config in filter(None, made):
-        for name, feature in (
-            ("dp_shard_size", "fsdp"),
-            ("tp_size", "tensor_parallel"),
-            ("cp_size", "context_parallel"),
-            ("sp_size", "context_parallel"),
-        ):
-            if (getattr(config, name, None) or 1) > 1:
-                found[feature] = f"ParallelismConfig({name}={getattr(config, name)})"
-    return found
+class Sparsifies(SparsityCallback):
+    """Converts the model of a trainer that somebody else makes and gives callbacks to (LLaMA-Factory's `run_exp`).
+
+    Args:
+        configs: the recipe.
+        options: as of `sparsify`.
+    """
+
+    def __init__(self, *configs: MethodConfig, **options: Any) -> None:
+        self._configs, self._options = configs, options
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().__init__(sparsify(kwargs["model"], *self._configs, **self._options))
+        super().on_init_end(args, state, control, **kwargs)
 
 
 def gradient_scale(optimizer: Any) -> float:
@@ -203,42 +207,6 @@ def restart_schedule(scheduler: Any, at: int, step: int) -> None:
     ):
         group["lr"] = base * factor(step)
     scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
-
-
-def check_forwards(handle: Handle) -> None:
-    """Raise ValueError if something has bound another forward over one of ours since the conversion.
-
-    Kernel patches (Liger) and offload hooks assign `module.forward` on the instance, which then wins over the class.
-    """
-    for edit in handle.plan.edits:
-        module = submodule(handle.model, edit.site)
-        if "forward" in vars(module) or hasattr(module, "_hf_hook"):
-            found = "an offload hook" if hasattr(module, "_hf_hook") else "a forward patched on the instance"
-            raise ValueError(
-                f"{edit.site} was converted by {edit.method!r} and now carries {found}, so the sparse forward would "
-                "never run. Turn kernel patches off for it (liger_kernel_config) and load without device_map."
-            )
-
-
-def check_trainable(handle: Handle) -> None:
-    """Raise ValueError if a parameter that a method added is frozen: PEFT freezes what it is not told about."""
-    if not handle.trains_auxiliary:
-        return
-    for edit, module in handle.installed:
-        for name, parameter in module.named_parameters():
-            # PEFT keeps a frozen original beside the copy that it trains
-            if not parameter.requires_grad and "original_module" not in name.split("."):
-                tell = f"Tell PEFT about it: LoraConfig(modules_to_save={handle.modules_to_save!r})."
-                if not method_of(edit.config).modules_to_save:
-                    tell = f"Call handle.sites({edit.method!r})[{edit.site!r}].requires_grad_(True), for every site."
-                raise ValueError(f"{name} of {edit.key} is frozen, so it would keep its first values. {tell}")
-
-
-def check_arguments(handle: Handle, arguments: TrainingArguments) -> None:
-    """Raise ValueError if a method cannot be trained with a trainer's arguments."""
-    for edit, module in handle.installed:
-        if reason := module.refuses(arguments):
-            raise ValueError(f"{edit.method} cannot be trained with these arguments: {reason}.")
 
 
 class StepRecorder(TrainerCallback):

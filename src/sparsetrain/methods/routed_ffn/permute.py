@@ -64,7 +64,7 @@ def reorder(owner: nn.Module, site: FFNSite, order: Tensor) -> None:
     for name, parameter in owner.named_parameters():
         dim = hidden_dim(site, name)
         if dim is not None:
-            parameter.copy_(parameter.index_select(dim, order.to(parameter.device)))
+            parameter.copy_(_reordered(parameter, dim, order))
 
 
 def _translate(state: dict[str, Any], prefix: str, site: FFNSite, order: Tensor) -> None:
@@ -72,4 +72,16 @@ def _translate(state: dict[str, Any], prefix: str, site: FFNSite, order: Tensor)
         dim = hidden_dim(site, key[len(prefix) :])
         tensor = state[key]
         if dim is not None and isinstance(tensor, Tensor) and tensor.ndim > dim and tensor.shape[dim] == len(order):
-            state[key] = tensor.index_select(dim, order.to(tensor.device))
+            state[key] = _reordered(tensor, dim, order)
+
+
+def _reordered(tensor: Tensor, dim: int, order: Tensor) -> Tensor:
+    """tensor.index_select(dim, order). Of a shard, units move between ranks: all of them call this together."""
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+    moved = whole.index_select(dim, order.to(whole.device))
+    if whole is tensor:
+        return moved
+    from torch.distributed.tensor import distribute_tensor  # not in every build of torch
+
+    shards: Any = tensor
+    return distribute_tensor(moved, shards.device_mesh, shards.placements, src_data_rank=None)

@@ -150,6 +150,21 @@ class OwnLoss:
         return self.finish(logits.float().sum() * 0.0 if self.empty else self.own(*args, **kwargs))
 
 
+def of_every_target(out: Any, targets: Targets) -> Any:
+    """The output of a loss head that gives each token's log-probability (TRL's), for a caller whose loss is no sum over
+    tokens: he compares those of whole samples (DPO, KTO), or each with an older one (GRPO).
+
+    Every target keeps its exact log-probability, and selected ones have a gradient: Σ_i g_i ∇log p_i of a sample's n
+    targets becomes n / |S| · Σ_{i ∈ S} g_i ∇log p_i, its estimate from those that are selected.
+    """
+    places = out.label_mask.shape[1]
+    had_bt, left_bt = (bt[:, :places].to(out.log_probs.device) for bt in targets)
+    weight_bt = left_bt * (had_bt.sum(1, keepdim=True) / left_bt.sum(1, keepdim=True).clamp(min=1))
+    value_bt = out.log_probs.detach()
+    out.log_probs = value_bt + (out.log_probs - value_bt) * weight_bt.to(value_bt.dtype)
+    return out
+
+
 def as_if_all(out: Any, targets: Targets, finish: Finish | None) -> Any:
     """The output of a loss head that gives each token's log-probability and a mask (TRL's), for a caller who sums.
 

@@ -27,6 +27,7 @@ from sparsetrain.methods.token_selection.loss import (
     as_if_all,
     has_usual_loss,
     head_of,
+    of_every_target,
     only_selected,
     only_used,
     rows_head,
@@ -117,6 +118,8 @@ def choose(model: Any, given: dict[str, Any], scores: Tensor | None) -> Chosen:
     if rows is None or targets is None:
         _refuse_loss_elsewhere(selector, given)
         return Chosen(given)
+    if selector.reads_all:
+        return Chosen(given, targets)
     given = only_selected(given, targets, causal)
     finish = _finish(model, given, targets, whole_step=given.get("num_items_in_batch") is not None)
     linear = head_of(model)
@@ -135,14 +138,17 @@ def choose(model: Any, given: dict[str, Any], scores: Tensor | None) -> Chosen:
 def handed_on(model: Any, out: Any, chosen: Chosen) -> Any:
     """A training forward's output as its caller expects it: his loss, and logits of all rows."""
     targets, rows = chosen.targets, model.selector.rows
-    if targets is None:
+    tells_each = getattr(out, "label_mask", None) is not None and getattr(out, "log_probs", None) is not None
+    if targets is None or model.selector.reads_all:
+        if targets is not None and tells_each:
+            return of_every_target(out, targets)
         logits = _entry(out, "logits", 0)
         one_a_token = isinstance(logits, Tensor) and logits.ndim == 3
         if rows is None or not one_a_token or logits.shape[:2] != (len(rows.counts), rows.num_tokens):
             return out
         return _with_entry(out, "logits", 0, cut_rows(logits, rows))
     whole_step = chosen.given.get("num_items_in_batch") is not None
-    if getattr(out, "label_mask", None) is not None and getattr(out, "log_probs", None) is not None:
+    if tells_each:
         # a trainer that knows its model to mean over a micro-batch means over micro-batches
         summed = whole_step or getattr(model, "accepts_loss_kwargs", True)
         return as_if_all(out, targets, _finish(model, chosen.given, targets, whole_step=True) if summed else None)

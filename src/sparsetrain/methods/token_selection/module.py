@@ -50,17 +50,17 @@ class SelectedBlock(Site):
         return dict(self.last)
 
     def refuses(self, arguments: Any) -> str | None:
-        if getattr(arguments, "loss_type", None) == "dft":
-            return (
-                "loss_type='dft' weighs a token's loss by its probability, and the log-probabilities of selected "
-                "tokens come scaled for the trainer's sum. Use loss_type='nll'"
-            )
         if getattr(arguments, "label_smoothing_factor", 0):
             return (
                 f"label_smoothing_factor={arguments.label_smoothing_factor} lets the trainer compute the loss of all "
                 "tokens, selected or not, from logits. Set it to 0"
             )
         return None
+
+    def trained_with(self, arguments: Any) -> None:
+        # SFTConfig's own losses are sums over tokens. DPO, KTO, GRPO and their kin have a weight of the reference, beta
+        sums = getattr(arguments, "loss_type", None) in (None, "nll", "chunked_nll") and not hasattr(arguments, "beta")
+        self.selector.reads_all = not sums
 
     def note(self, rows: Rows, everything: Any) -> None:
         """Keep numbers for the report."""

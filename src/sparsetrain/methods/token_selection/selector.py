@@ -38,6 +38,7 @@ class Selector:
         rows: the selection of the forward that runs or ran last; None before a training forward.
         running: a training forward runs now.
         dense: every token trains now; the loss head runs in chunks, as it does beside selection.
+        reads_all: the trainer's loss reads the log-probability of every target, and is no sum over tokens.
         head: answers for the output head now; None: it computes its linear.
         loss: is the model's loss function now; None: it has its own.
         kept: what blocks have said already of the batch that trains, by their state, call by call.
@@ -52,7 +53,7 @@ class Selector:
         self.config = config
         self.step = 0
         self.rows: Rows | None = None
-        self.running = self.dense = False
+        self.running = self.dense = self.reads_all = False
         self.head: Head | None = None
         self.loss: Callable[..., Tensor] | None = None
         self.kept: dict[Any, list[Kept]] = {}
