@@ -40,6 +40,8 @@ SURFACE = {
     "pretrain": ALWAYS | PRETRAIN | {"--recipe", "--dry-run", "--grid", "--grid-mode"},
     "eval": ALWAYS | {"MODEL", "--all", "--data", "--task", "--text-column", "--holdout", "--seq-len", "--batch-size"}
     | {"--eval-tokens", "--seed", "--dtype", "--device", "--threads"},
+    "chat": ALWAYS | {"RUN", "--prompt", "--system", "--max-new-tokens", "--temperature"}
+    | {"--seed", "--dtype", "--device", "--threads"},
     "explain": ALWAYS | {"RUN", "IMAGE_OR_TEXT", "--output", "--top"},
     "export": ALWAYS | {"RUN", "--output", "--format", "--merge-lora", "--keep-lora"},
     "sample": ALWAYS | {"RUN", "--num", "--output", "--steps", "--guidance", "--class", "--columns", "--quality"}
