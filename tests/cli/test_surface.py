@@ -57,10 +57,11 @@ SURFACE = {
     "profile": ALWAYS | {"--recipe", "--model", "--data", "--task", "--text-column", "--seq-len", "--batch-size"}
     | {"--grad-accum", "--steps", "--preset", "--method", "--calibration-tokens", "--compare", "--lora-r"}
     | {"--lora-alpha", "--lora-targets", "--seed", "--dtype", "--gradient-checkpointing", "--device", "--threads"}
-    | {"--plot", "--layers"},
+    | {"--plot", "--output", "--layers"},
     "bench": ALWAYS | {"--recipe", "--model", "--data", "--task", "--text-column", "--seq-len", "--batch-size"}
     | {"--grad-accum", "--method", "--lora-r", "--lora-alpha", "--lora-targets", "--seed", "--dtype"}
-    | {"--gradient-checkpointing", "--device", "--threads", "--methods", "--rounds", "--layers", "--quick", "--output"},
+    | {"--gradient-checkpointing", "--device", "--threads", "--methods", "--rounds", "--layers", "--quick", "--output"}
+    | {"--preset"},
     "doctor": ALWAYS,
     "models list": ALWAYS,
     "models fetch": ALWAYS | {"NAME"},

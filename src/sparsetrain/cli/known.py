@@ -1,4 +1,8 @@
-"""What is known not to go together, as data: one row a package or setting, with what to do."""
+"""What is known not to go together, as data: one row a package or setting, with what to do.
+
+Looked up in September 2026. Which versions a package asks for is not written here: `doctor` reads it off what is
+installed.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +21,7 @@ class Known:
 
 
 KNOWN: tuple[Known, ...] = (
-    Known(
-        "unsloth",
-        "replaces forwards of transformers for the whole process and stops at transformers 5.5",
-        "keep it in another environment",
-    ),
-    Known("axolotl", "pins transformers 5.14.1, below our floor", "keep it in another environment"),
-    Known("llamafactory", "stops at transformers 5.8, below our floor", "keep it in another environment"),
-    Known("megablocks", "pins torch below 2.7.1, below our floor", "keep it in another environment"),
+    Known("unsloth", "replaces forwards of transformers for the whole process", "keep it in another environment"),
     Known(
         "liger-kernel",
         "use_liger_kernel=True rebinds FFN forwards when training starts",
