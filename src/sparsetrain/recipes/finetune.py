@@ -27,7 +27,7 @@ class Recipe(RunRecipe):
     """Model to fine-tune: an embedded asset (`sparsetrain models`), a local folder, or a name on the hub."""
     data: str
     """Training data: a text file, folder or glob; JSONL or a JSON array (text, messages, prompt/completion, or
-    instruction/output); CSV; an embedded or `datasets` name."""
+    instruction/output); CSV; Parquet; texts also as .gz; an embedded or `datasets` name."""
     output: str = "runs/finetune"
     """Folder for checkpoints, the trained adapter and the report. It must be empty or absent unless --resume."""
     task: Literal["lm", "sft", "classify", "diffusion"] = "lm"
