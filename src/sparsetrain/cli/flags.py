@@ -80,7 +80,7 @@ FLAGS: dict[str, Flag] = {
     for flag in (
         Flag("model", "NAME|DIR", "", MAIN, "Embedded model (`sparsetrain models list`), local folder, or hub name."),
         Flag("data", "NAME|PATH", "", MAIN, "Text file, folder or glob; JSONL or a JSON array (text, messages, "
-             "prompt/completion, or instruction/output); CSV; Parquet; texts also as .gz; an embedded set; or a hub name."),
+             "prompt/completion, or instruction/output); CSV; Parquet; texts also .gz; an embedded set; a hub name."),
         Flag("task", "|".join(offered("finetune")), "lm", MAIN, says("finetune")),
         Flag("text_column", "NAME", "text", MAIN, "Column that holds the text, in JSONL, JSON and CSV."),
         Flag("holdout", "tokens|documents", "tokens", MAIN, "What the held-out part of text is a share of. tokens: a "
