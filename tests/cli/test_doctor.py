@@ -81,6 +81,19 @@ def test_a_known_clash_is_noted_in_its_versions_alone(monkeypatch: pytest.Monkey
         assert module.clashes() == []
 
 
+def test_what_installed_packages_ask_for_is_read_off_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = {check.name for check in module.contradictions()}
+    asks = ("torch (<2)", 'peft (<0.1) ; extra == "old"', "transformers (>=5)", "numpy", "no requirement at all")
+    about = tmp_path / "stuck-1.0.dist-info"
+    about.mkdir()
+    lines = ["Metadata-Version: 2.1", "Name: stuck", "Version: 1.0", *(f"Requires-Dist: {line}" for line in asks)]
+    (about / "METADATA").write_text("\n".join(lines) + "\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (found,) = [check for check in module.contradictions() if check.name not in before]
+    assert (found.name, found.state, found.found) == ("stuck", "note", "1.0")
+    assert re.match(r"asks for torch<2, and \d\S+ is here: keep it", found.advice)
+
+
 def test_a_setting_that_slows_everything_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "unset it" in {check.name: check for check in module.clashes()}["TRITON_INTERPRET"].advice

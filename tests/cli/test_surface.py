@@ -50,6 +50,8 @@ SURFACE = {
     "pretrain": ALWAYS | PRETRAIN | {"--recipe", "--dry-run", "--grid", "--grid-mode"},
     "eval": ALWAYS | {"MODEL", "--all", "--data", "--task", "--text-column", "--holdout", "--seq-len", "--batch-size"}
     | {"--eval-tokens", "--seed", "--dtype", "--device", "--threads"},
+    "chat": ALWAYS | {"RUN", "--prompt", "--system", "--max-new-tokens", "--temperature"}
+    | {"--seed", "--dtype", "--device", "--threads"},
     "explain": ALWAYS | {"RUN", "IMAGE_OR_TEXT", "--output", "--top"},
     "export": ALWAYS | {"RUN", "--output", "--format", "--merge-lora", "--keep-lora"},
     "sample": ALWAYS | {"RUN", "--num", "--output", "--steps", "--guidance", "--class", "--columns", "--quality"}
@@ -66,10 +68,11 @@ SURFACE = {
     "profile": ALWAYS | {"--recipe", "--model", "--data", "--task", "--text-column", "--seq-len", "--batch-size"}
     | {"--grad-accum", "--steps", "--preset", "--method", "--calibration-tokens", "--compare", "--lora-r"}
     | {"--lora-alpha", "--lora-targets", "--seed", "--dtype", "--gradient-checkpointing", "--device", "--threads"}
-    | {"--plot", "--layers"},
+    | {"--plot", "--output", "--layers"},
     "bench": ALWAYS | {"--recipe", "--model", "--data", "--task", "--text-column", "--seq-len", "--batch-size"}
     | {"--grad-accum", "--method", "--lora-r", "--lora-alpha", "--lora-targets", "--seed", "--dtype"}
-    | {"--gradient-checkpointing", "--device", "--threads", "--methods", "--rounds", "--layers", "--quick", "--output"},
+    | {"--gradient-checkpointing", "--device", "--threads", "--methods", "--rounds", "--layers", "--quick", "--output"}
+    | {"--preset"},
     "doctor": ALWAYS | {"--network"},
     "models list": ALWAYS,
     "models fetch": ALWAYS | {"NAME"},

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from sparsetrain.cli.bench import bench
+from sparsetrain.cli.chat import chat
 from sparsetrain.cli.doctor import doctor
 from sparsetrain.cli.evaluate import evaluate
 from sparsetrain.cli.explain import explain
@@ -57,6 +58,7 @@ for _name, _command in {
     "finetune": finetune,
     "pretrain": pretrain,
     "eval": evaluate,
+    "chat": chat,
     "explain": explain,
     "export": export,
     "sample": sample,

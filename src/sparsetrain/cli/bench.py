@@ -17,8 +17,9 @@ Names = Annotated[
     str | None,
     typer.Option(
         "--methods",
+        "--preset",
         metavar="all|NAMES",
-        help="Methods with their defaults, and presets; with commas.",
+        help="Methods with their defaults, and presets; with commas. Either name, for either.",
         show_default="all, or none beside --method",
     ),
 ]

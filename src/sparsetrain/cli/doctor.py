@@ -94,7 +94,13 @@ def _as_table(checks: list[Check]) -> Any:
 
 def examine() -> list[Check]:
     """Every check, in the order of the table. What needs a missing package is left out."""
-    checks = [_python(), *(_required(name, floor) for name, floor in REQUIRED.items()), *_optional(), *clashes()]
+    checks = [
+        _python(),
+        *(_required(name, floor) for name, floor in REQUIRED.items()),
+        *_optional(),
+        *clashes(),
+        *contradictions(),
+    ]
     if importlib.util.find_spec("torch") is not None:
         checks += _machine()
     return [*checks, *_tools(), *_assets()]
@@ -138,6 +144,28 @@ def clashes() -> list[Check]:
     for setting in SETTINGS:
         if os.environ.get(setting.variable) == setting.value:
             checks.append(Check(setting.variable, "note", setting.value, f"{setting.effect}: {setting.do}"))
+    return checks
+
+
+def contradictions() -> list[Check]:
+    """Installed packages that ask for other versions of ours than are here, by what they say of themselves."""
+    try:
+        from packaging.requirements import InvalidRequirement, Requirement
+    except ImportError:  # it comes with transformers, whose line says that it is missing
+        return []
+    here, checks = {name: installed_version(name) for name in (*REQUIRED, *OPTIONAL)}, []
+    for package in importlib.metadata.distributions():
+        for line in package.requires or ():
+            try:
+                asked = Requirement(line)
+            except InvalidRequirement:
+                continue
+            found = here.get(asked.name.lower())
+            if found is None or (asked.marker is not None and not asked.marker.evaluate({"extra": ""})):
+                continue
+            if not asked.specifier.contains(found, prereleases=True):
+                says = f"asks for {asked.name}{asked.specifier}, and {found} is here: keep it in another environment"
+                checks.append(Check(package.metadata["Name"], "note", package.version, says))
     return checks
 
 

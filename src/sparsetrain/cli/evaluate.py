@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,7 +96,29 @@ def _recipe(model: str, given: dict[str, Any]) -> Any:
             "dataset_test_split": None,
         }
     run = Path(model) / "recipe.yaml"
-    return Recipe.from_yaml(run, values) if run.is_file() else Recipe.from_values(values)
+    if run.is_file():
+        return Recipe.from_yaml(run, values)
+    if "data" not in given:
+        raise ValueError(_without_recipe(model))
+    return Recipe.from_values(values)
+
+
+def _without_recipe(model: str) -> str:
+    """What is missing where neither a run nor --data says what to measure on."""
+    from sparsetrain.core.quote import quoted
+    from sparsetrain.hf.assets import embedded_name
+
+    shown = quoted(model)
+    if os.path.lexists(model):
+        return (
+            f"{shown} is there, and has no recipe.yaml as a run has, so nothing says what to measure on. Give --data."
+        )
+    if embedded_name(model) is not None:
+        return f"{shown} is an embedded model, and nothing says what to measure it on. Give --data."
+    return (
+        f"{shown} is not there: no run or folder of that name, and no embedded model. Correct the name; or give "
+        "--data, if it is a model of the hub."
+    )
 
 
 def _pretraining(model: str, given: dict[str, Any]) -> Any:

@@ -152,8 +152,11 @@ def compared(recipe: Any, tell: Any, choice: Any = None) -> Answer:
 
 
 def next_steps(recipe: Any, trained: str) -> list[str]:
+    from sparsetrain.recipes.tasks import task_of
+
     return [
         f"Report: {recipe.output}/report.html",
+        *([f"Try it: sparsetrain chat {trained}"] if task_of(recipe.task).causal else []),
         f"Measure it again: sparsetrain eval {trained}",
         f"Use it elsewhere: sparsetrain export {trained} --output DIR",
     ]

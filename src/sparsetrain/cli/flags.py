@@ -81,7 +81,7 @@ FLAGS: dict[str, Flag] = {
         Flag("model", "NAME|DIR", "", MAIN, "Embedded model (`sparsetrain models list`), local folder, or hub name."),
         Flag("model_revision", "NAME", "", MAIN, "Branch, tag or commit of a hub model."),
         Flag("data", "NAME|PATH", "", MAIN, "Text file, folder or glob; JSONL or a JSON array (text, messages, "
-             "prompt/completion, or instruction/output); CSV; an embedded set; or a name for `datasets`."),
+             "prompt/completion, or instruction/output); CSV; Parquet; texts also .gz; an embedded set; a hub name."),
         Flag("eval_data", "NAME|PATH", "", MAIN, "Held-out data of its own; a share of --data if not given."),
         Flag("dataset_config", "NAME", "", MAIN, "Subset of a hub data set."),
         Flag("dataset_train_split", "NAME", "train", MAIN, "Split that is trained on."),

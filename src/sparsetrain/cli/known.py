@@ -1,4 +1,8 @@
-"""What is known not to go together, as data: one row a package or setting, with what to do."""
+"""What is known not to go together, as data: one row a package or setting, with what to do.
+
+Looked up in September 2026. Which versions a package asks for is not written here: `doctor` reads it off what is
+installed.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +21,8 @@ class Known:
 
 
 KNOWN: tuple[Known, ...] = (
-    Known(
-        "unsloth",
-        "replaces forwards of transformers for the whole process and stops at transformers 5.5",
-        "keep it in another environment",
-    ),
-    Known(
-        "axolotl", "pins transformers below our floor (0.19: 5.16.1)", "override its pin; our plugin: docs/others.md"
-    ),
-    Known("llamafactory", "stops at transformers below our floor (0.9.5: 5.6)", "keep it in another environment"),
-    Known("megablocks", "pins torch below 2.7.1, below our floor", "keep it in another environment"),
+    Known("unsloth", "replaces forwards of transformers for the whole process", "keep it in another environment"),
+    Known("axolotl", "pins a transformers of its own", "override its pin; our plugin: docs/others.md"),
     Known(
         "liger-kernel",
         "use_liger_kernel=True rebinds FFN forwards when training starts",

@@ -49,15 +49,15 @@ def list_assets(json: Json = False, debug: Debug = False) -> Answer:
             s.state,
             f"{a.download_bytes / 1e6:.0f} MB" if a.download_bytes else "-",
             a.licence,
-            a.description,
         ]
         for a, s in pairs
     ]
-    columns = ["name", "kind", "state", "download", "licence", "what"]
+    columns = ["name", "kind", "state", "download", "licence"]
     return Answer(
         data={"assets": data, "cache": cache_folder()},
         show=[
             lambda: table("", columns, rows, right=(3,)),
+            *(f"{asset.name}: {asset.description}" for asset, _ in pairs),
             f"Cache: {cache_folder()} (set SPARSETRAIN_CACHE to move it)",
         ],
     )

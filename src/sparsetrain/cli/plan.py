@@ -223,8 +223,9 @@ def _edits(recipe: Path | None, flags: dict[str, Any]) -> Answer:
     }
     left = [f"Left dense by {method}: {count} of its sites." for method, count in planned.untouched.items() if count]
     title = f"{planned.model_class} ({planned.family}) at {planned.seq_tokens:,} tokens; forward, per token"
-    columns = ["sites", "method", "MFLOP", "saved for backward", "added params"]
-    return Answer(data=data, show=[lambda: table(title, columns, _lines(rows, totals), right=(2, 3, 4)), *left])
+    columns = ["sites", "MFLOP", "saved for backward", "added"]  # what 80 columns hold, with the names in one piece
+    title += "; added: parameters"
+    return Answer(data=data, show=[lambda: table(title, columns, _lines(rows, totals), right=(1, 2, 3)), *left])
 
 
 def _lines(rows: list[dict[str, Any]], totals: Mapping[str, float]) -> list[list[str]]:
@@ -235,20 +236,15 @@ def _lines(rows: list[dict[str, Any]], totals: Mapping[str, float]) -> list[list
     lines = []
     for (site, method, note), same in groups.items():
         name = same[0]["site"] if len(same) == 1 else f"{len(same)} x {site}"
-        lines.append(
-            [
-                name,
-                f"{method}: {note}" if note else method,
-                *_cells({key: sum(row[key] for row in same) for key in totals}),
-            ]
-        )
-    return [*lines, ["all of these", "", *_cells(totals)]]
+        said = f"{name}\n  {method}: {note}" if note else f"{name}\n  {method}"
+        lines.append([said, *_cells({key: sum(row[key] for row in same) for key in totals})])
+    return [*lines, ["all of these", *_cells(totals)]]
 
 
 def _cells(sums: Mapping[str, float]) -> list[str]:
     return [
-        f"{sums['mflop_before']:,.2f} -> {sums['mflop_after']:,.2f}",
-        f"{sums['saved_before']:,.0f} -> {sums['saved_after']:,.0f}",
+        f"{sums['mflop_before']:,.2f} → {sums['mflop_after']:,.2f}",
+        f"{sums['saved_before']:,.0f} → {sums['saved_after']:,.0f}",
         f"{sums['added_params']:,}",
     ]
 

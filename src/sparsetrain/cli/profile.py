@@ -13,7 +13,8 @@ from sparsetrain.cli.live import to_stderr
 from sparsetrain.core.files import write_whole
 
 Plot = Annotated[
-    Path | None, typer.Option("--plot", metavar="FILE", help="Draw it: FILE.png, or FILE.html with all tables.")
+    Path | None,
+    typer.Option("--plot", "--output", metavar="FILE", help="Draw it: FILE.png, or FILE.html with all tables."),
 ]
 Layers = Annotated[bool, typer.Option("--layers", help="Also print each layer.")]
 

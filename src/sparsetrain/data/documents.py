@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparsetrain.core.quote import quoted
-from sparsetrain.data.files import check_regular
-from sparsetrain.data.reading import read_text
+from sparsetrain.data.files import check_regular, kind_of
+from sparsetrain.data.reading import read_text, text_bytes
 from sparsetrain.data.remarks import Remarks
 from sparsetrain.data.rows import ROW_SUFFIXES, NoRows, Row, read_rows, text_of
 
@@ -43,10 +43,10 @@ def file_documents(files: Sequence[Path], text_column: str, remarks: Remarks | N
         ValueError: see `read_rows`; a row without `text_column`.
     """
     remarks = remarks or Remarks()
-    among_texts = any(path.suffix.lower() not in ROW_SUFFIXES for path in files)
+    among_texts = any(kind_of(path) not in ROW_SUFFIXES for path in files)
     entries: list[str | Path] = []
     for path in files:
-        if path.suffix.lower() not in ROW_SUFFIXES:
+        if kind_of(path) not in ROW_SUFFIXES:
             entries.append(path)
             continue
         try:
@@ -61,7 +61,7 @@ def file_documents(files: Sequence[Path], text_column: str, remarks: Remarks | N
     return Documents(
         count=len(entries),
         read=lambda i: open_text(entry) if isinstance(entry := entries[i], Path) else entry,
-        size=lambda i: check_regular(entry).st_size if isinstance(entry := entries[i], Path) else len(entry),
+        size=lambda i: text_bytes(entry) if isinstance(entry := entries[i], Path) else len(entry),
         unit="files" if all(isinstance(entry, Path) for entry in entries) else "rows",
     )
 

@@ -47,6 +47,16 @@ def shown(path: str | Path) -> str:
     return quoted(text if len(text) <= LONGEST else "…" + text[1 - LONGEST :])
 
 
+def is_packed(path: Path) -> bool:
+    """Whether a file says that it is compressed by gzip."""
+    return path.suffix.lower() == ".gz"
+
+
+def kind_of(path: Path) -> str:
+    """The ending that says what a file holds, in small letters: of `a.jsonl.gz` it is .jsonl."""
+    return Path(path.stem if is_packed(path) else path.name).suffix.lower()
+
+
 def path_of(source: str | Path) -> Path:
     """A source as a path.
 

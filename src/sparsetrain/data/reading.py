@@ -1,15 +1,18 @@
-"""Content of files, checked as it is read: text whole or line by line, JSON values."""
+"""Content of files, checked as it is read: text whole or line by line, JSON values. What ends in .gz is unpacked."""
 
 import codecs
+import gzip
 import json
+import os
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from sparsetrain.core.quote import quoted
-from sparsetrain.data.files import check_regular, shown, unreadable
+from sparsetrain.data.files import check_regular, is_packed, shown, unreadable
 
 MOST_BYTES = 4 << 30
 """Of a file that is read whole."""
@@ -20,6 +23,7 @@ MOST_LEVELS = 100
 """Of nesting in a JSON value: rows of tool calls have about ten."""
 
 _HEAD_BYTES = 1 << 16
+_PART_BYTES = 1 << 24
 _MARKS = (  # UTF-32's little-endian mark begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -27,12 +31,12 @@ _MARKS = (  # UTF-32's little-endian mark begins with UTF-16's
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _NOT_TEXT = (
-    (b"\x1f\x8b", "compressed by gzip. Unpack it (gunzip)"),
+    (b"\x1f\x8b", "compressed by gzip. Unpack it (gunzip) or let its name end in .gz"),
     (b"BZh", "compressed by bzip2. Unpack it (bunzip2)"),
     (b"\xfd7zXZ\0", "compressed by xz. Unpack it (unxz)"),
     (b"\x28\xb5\x2f\xfd", "compressed by zstd. Unpack it (unzstd)"),
     (b"PK\3\4", "a zip archive or an office document. Unpack it, or save it as text or CSV"),
-    (b"PAR1", "a Parquet table. Save it as JSONL, or as a folder with datasets' save_to_disk"),
+    (b"PAR1", "a Parquet table. Save it as JSONL, or let its name end in .parquet"),
     (b"%PDF", "a PDF. Save its text"),
     (b"\x93NUMPY", "a NumPy array, which may hold pickles. Save it as text"),
 )
@@ -44,24 +48,24 @@ class BadJson(ValueError):
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """A regular file that is not empty and does not begin as a known binary format.
+    """A regular file, unpacked if its name ends in .gz, that is not empty and does not begin as a known binary format.
 
     Raises:
         ValueError: it is none of that, or the system does not give it.
     """
-    size = check_regular(path).st_size
-    if not size:
-        raise ValueError(f"{shown(path)} is empty. Remove it from the source or fill it.")
+    check_regular(path)
     try:
-        with path.open("rb") as file:
+        with cast(BinaryIO, gzip.open(path) if is_packed(path) else path.open("rb")) as file:
             head = file.read(_HEAD_BYTES)
+            if not head:
+                raise ValueError(f"{shown(path)} is empty. Remove it from the source or fill it.")
             for mark, what in _NOT_TEXT:
                 if head.startswith(mark):
                     raise ValueError(f"{shown(path)} is {what}, and name what comes out.")
             _refuse_zero(head, path)
             file.seek(0)
             yield file
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise unreadable(path, error) from None
 
 
@@ -71,14 +75,32 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
     Raises:
         ValueError: the file is empty, too large, binary or in an unknown encoding; the byte is named.
     """
-    size = check_regular(path).st_size
+    size, parts = check_regular(path).st_size, list[bytes]()
+    if size <= most:
+        with opened(path) as file:
+            size = 0
+            while size <= most and (part := file.read(_PART_BYTES)):  # a small file may unpack to a vast one
+                parts.append(part)
+                size += len(part)
     if size > most:
         raise ValueError(
             f"{shown(path)} has {size / 1e9:.1f} GB; a file that is read whole has at most {most / 1e9:.1f} GB. Divide "
             "it into several files, or write a row a line, as .jsonl."
         )
-    with opened(path) as file:
-        return decode(file.read(size), path)
+    return decode(b"".join(parts), path)
+
+
+def text_bytes(path: Path) -> int:
+    """The size of a file's text, without reading it; of a packed one as its last bytes say it."""
+    size = check_regular(path).st_size
+    if not is_packed(path) or size < 4:
+        return size
+    try:
+        with path.open("rb") as file:
+            file.seek(-4, os.SEEK_END)
+            return int.from_bytes(file.read(4), "little")
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def decode(content: bytes, path: Path) -> str:

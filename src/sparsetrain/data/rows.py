@@ -1,4 +1,4 @@
-"""The rows of JSONL, JSON, CSV and TSV files, and their fields."""
+"""The rows of JSONL, JSON, CSV and TSV files, packed by gzip or not, and their fields."""
 
 import csv
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.core.quote import quoted
-from sparsetrain.data.files import shown
+from sparsetrain.data.files import kind_of, shown
 from sparsetrain.data.reading import (
     MOST_JSON_BYTES,
     MOST_LINE_BYTES,
@@ -36,7 +36,7 @@ def read_rows(path: Path, remarks: Remarks | None = None) -> Iterator[Row]:
     Raises:
         ValueError: another kind of file, no rows, or a malformed one, named by number.
     """
-    suffix = path.suffix.lower()
+    suffix = kind_of(path)
     if suffix not in ROW_SUFFIXES:
         raise ValueError(
             f"{shown(path)} has no rows: its name ends in {suffix!r}. Use one of {', '.join(ROW_SUFFIXES)}."

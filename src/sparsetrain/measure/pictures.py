@@ -63,7 +63,8 @@ def _draw_panels(picture: Picture) -> bytes:
             axis.imshow(panel.values, cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
         else:
             norm = PowerNorm(0.5, vmin=0, vmax=max(float(panel.values.max()), 1e-12))
-            axis.imshow(panel.values, cmap="viridis", norm=norm, interpolation="nearest")
+            image = axis.imshow(panel.values, cmap="viridis", norm=norm, interpolation="nearest")
+            figure.colorbar(image, ax=axis, shrink=0.75).ax.tick_params(labelsize=7)
         axis.set_title(panel.name, fontsize=9)
         axis.set_xlabel("key block", fontsize=8)
         axis.set_ylabel("query block", fontsize=8)

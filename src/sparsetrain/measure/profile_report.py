@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from sparsetrain.core.units import bytes_text, seconds_text
+from sparsetrain.core.units import bytes_text, number_text, seconds_text
 from sparsetrain.measure.colours import FAINT, INK, light, part_name
 from sparsetrain.measure.components import COMPONENTS
 from sparsetrain.measure.live import PARTS
@@ -119,9 +119,9 @@ def picture(sides: Sides) -> bytes:
         for name, side in sides.items()
         for phase in ("forward", "backward")
     }
-    _bars(grid[0][0], "Tensors at the peak", at_peak, PARTS, bytes_text, 2**20, "MiB")
-    _bars(grid[0][1], "Saved for the backward", saved, COMPONENTS, bytes_text, 2**20, "MiB")
-    _bars(grid[1][0], "Time of a step", times, COMPONENTS, seconds_text, 1.0, "seconds")
+    _bars(grid[0][0], "Tensors at the peak", at_peak, PARTS, 2**20, "MiB")
+    _bars(grid[0][1], "Saved for the backward", saved, COMPONENTS, 2**20, "MiB")
+    _bars(grid[1][0], "Time of a step", times, COMPONENTS, 1.0, "seconds")
     _timeline(grid[1][1], sides)
     figure.subplots_adjust(left=0.09, right=0.98, top=0.86, bottom=0.08, hspace=0.62, wspace=0.24)
     made = io.BytesIO()
@@ -134,7 +134,6 @@ def _bars(
     title: str,
     rows: dict[str, dict[str, Any]],
     parts: Iterable[str],
-    text: Any,
     unit: float,
     unit_name: str,
 ) -> None:
@@ -153,7 +152,7 @@ def _bars(
                 edgecolor="white",
             )
             left += width
-        axes.text((left + 0.01 * longest) / unit, y, text(left), va="center", fontsize=8.5, color=INK)
+        axes.text((left + 0.01 * longest) / unit, y, number_text(left / unit, 3), va="center", fontsize=8.5, color=INK)
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8.5)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.2 * longest / unit)

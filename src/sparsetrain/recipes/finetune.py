@@ -33,7 +33,7 @@ class Recipe(RunRecipe):
     afterwards, so a later evaluation differs a little."""
     data: str
     """Training data: a text file, folder or glob; JSONL or a JSON array (text, messages, prompt/completion, or
-    instruction/output); CSV; an embedded or `datasets` name."""
+    instruction/output); CSV; Parquet; texts also as .gz; an embedded or `datasets` name."""
     eval_data: str | None = None
     """Held-out data of its own, as data is given; a share of data if not given."""
     dataset_config: str | None = None

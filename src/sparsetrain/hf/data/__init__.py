@@ -1,7 +1,8 @@
 """Training data: text, conversations, labelled texts and images, as `datasets.Dataset` objects ready for a trainer.
 
-A source is an embedded name (see `sparsetrain.hf.assets`), a file, a folder, a glob, a list of these, a folder written
-by `Dataset.save_to_disk`, or the name of a data set on the hub. Nothing is dropped without being counted.
+A source is an embedded name (see `sparsetrain.hf.assets`), a file (text, JSONL, JSON, CSV, TSV, also packed as .gz, or
+Parquet), a folder, a glob, a list of these, a folder written by `Dataset.save_to_disk`, or the name of a data set on
+the hub. Nothing is dropped without being counted.
 """
 
 from sparsetrain.hf.data.bundle import DataBundle as DataBundle

@@ -13,24 +13,14 @@ import pyarrow.compute as pc
 from sparsetrain.core.quote import quoted
 from sparsetrain.data.documents import Documents, document_of, file_documents, row_as_text, texts_as_documents
 from sparsetrain.data.embedded import EMBEDDED, stdlib_documents
-from sparsetrain.data.files import check_regular, find_files, path_of, shown, walk_files
-from sparsetrain.data.reading import BadJson, parse_json, read_text
+from sparsetrain.data.files import find_files, kind_of, path_of, shown
 from sparsetrain.data.remarks import Remarks
 from sparsetrain.data.rows import Row, read_rows
 from sparsetrain.data.split import check_ratio
 from sparsetrain.hf.assets import ASSETS, embedded_name, resolve_data
+from sparsetrain.hf.data.tables import PARQUET, HubChoice, hub_table, is_saved, parquet_table, saved_table
 
 Source = str | Path | Sequence[str | Path]
-_SAVED = ("state.json", "dataset_dict.json")
-"""What `save_to_disk` writes into the folder of a table, or of several."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubChoice:
-    """Which part of a hub or saved data set to read: its configuration ("subset") and its split."""
-
-    config: str | None = None
-    split: str = "train"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,66 +132,21 @@ def _text_sizes(table: datasets.Dataset, column: str) -> list[int]:
 
 
 def _open(source: Source, choice: HubChoice, remarks: Remarks) -> datasets.Dataset | list[Path]:
-    """The files of a local source, or the table of a folder written by `save_to_disk` or of a hub data set."""
-    if isinstance(source, str | Path):
-        folder = path_of(source)
-        if any(os.path.lexists(folder / name) for name in _SAVED):
-            return _pick_split(_load_saved(folder), choice, source_name(source)).with_format(None)
+    """The files of a local source, or its table: Parquet, a folder written by `save_to_disk`, or of the hub."""
+    if isinstance(source, str | Path) and os.path.isdir(folder := path_of(source)):
+        if is_saved(folder):
+            return saved_table(folder, choice, source_name(source))
+        source = folder / (choice.config or "")  # as the hub lays its subsets out
     files = find_files(source, remarks)
-    if files is not None:
-        return files
-    try:
-        return cast(datasets.Dataset, datasets.load_dataset(str(source), choice.config, split=choice.split))
-    except Exception as error:  # the hub client raises a dozen kinds, from offline to unknown split
+    if files is None:
+        return hub_table(str(source), choice)
+    if any(kind_of(path) == PARQUET for path in files):
+        return parquet_table(files, source, choice, remarks)
+    if choice.split != HubChoice().split:
         raise ValueError(
-            f"'{quoted(source)}' is no local file, folder or glob, no embedded set ({', '.join(ASSETS)}), and as a "
-            f"data set of the hub (split {choice.split!r}) it cannot be loaded: {type(error).__name__}: "
-            f"{quoted(str(error))}. Correct the name, or give a local path."
-        ) from error
-
-
-def _load_saved(folder: Path) -> Any:
-    """What `save_to_disk` wrote.
-
-    Raises:
-        ValueError: it is damaged, or refers to files that are not in it.
-    """
-    for path in walk_files(folder):
-        check_regular(path)
-        if path.name == "state.json":
-            _check_state(path)
-    try:
-        return datasets.load_from_disk(str(folder))
-    except Exception as error:  # Arrow's and Python's own errors, a dozen kinds
-        raise ValueError(
-            f"{shown(folder)} has a {' or '.join(_SAVED)} as `save_to_disk` writes it, and cannot be loaded: "
-            f"{type(error).__name__}: {quoted(str(error))}. Save it again, or name the files in it."
-        ) from error
-
-
-def _check_state(path: Path) -> None:
-    try:
-        state = parse_json(read_text(path))
-    except BadJson as error:
-        raise ValueError(f"{shown(path)} {error}. Save the data set again.") from error
-    entries = state.get("_data_files") if isinstance(state, dict) else None
-    if entries == []:
-        raise ValueError(f"{shown(path.parent)} is a saved data set without rows. Save one that has some.")
-    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries or []]
-    if entries is None or any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise ValueError(
-            f"{shown(path)} does not list the files of its folder as `save_to_disk` does. Save the data set again."
+            f"{source_name(source)} is text files, which have no split {choice.split!r}. Name the files of that part."
         )
-
-
-def _pick_split(loaded: Any, choice: HubChoice, name: str) -> datasets.Dataset:
-    if not isinstance(loaded, datasets.DatasetDict):
-        return loaded
-    if choice.split not in loaded:
-        raise ValueError(
-            f"{name} has no split {choice.split!r}. Found: {', '.join(map(str, loaded))}. Name one of these."
-        )
-    return loaded[choice.split]
+    return files
 
 
 def _embedded_rows(name: str) -> list[Row]:

@@ -7,6 +7,7 @@ those that we know, and of regular expressions those that cannot run for minutes
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,11 @@ def base_place(base: object, folder: Path, revision: object = None) -> str:
         return resolve_model(base)
     path = Path(base)
     if path.exists() or path.is_symlink():
-        for place in (path, folder / path):
-            if place.resolve().is_relative_to(folder.resolve()):
+        for place in (
+            path,
+            folder / path,
+        ):  # a relative name is of a folder beside this process, unless one is in there
+            if os.path.lexists(place) and place.resolve().is_relative_to(folder.resolve()):
                 raise CheckpointError(
                     f"the adapter in {quoted(str(folder))} names a base model inside its own folder ({quoted(base)}). "
                     "Its base is a model that you have: move that one elsewhere, and name it as base_model."

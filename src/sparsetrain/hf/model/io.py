@@ -27,6 +27,7 @@ from sparsetrain.hf.model.opening import open_config, open_tokenizer, quiet, tol
 from sparsetrain.hf.model.saving import conversion_of, dense_state, save_alone, write_along
 from sparsetrain.hf.model.weights import class_of_adapter, known_class, load_weights
 from sparsetrain.hf.model.whole import check_finite
+from sparsetrain.runs.card import CARD
 from sparsetrain.runs.folders import ADAPTER, stored_shapes
 from sparsetrain.runs.manifest import MANIFEST, atomic_folder, disk_errors, verify_manifest, write_manifest
 from sparsetrain.runs.mark import ENTRY, check_mark, mark_of, refuse_lone_weights
@@ -50,13 +51,16 @@ class Loaded:
 
 
 @quiet()
-def save(model: Any, handle: Handle | None, folder: str | Path, *, tokenizer: Any = None, **about: Any) -> Path:
+def save(
+    model: Any, handle: Handle | None, folder: str | Path, *, tokenizer: Any = None, card: str = "", **about: Any
+) -> Path:
     """Write a trained model (PEFT: its adapter; else all weights) with its sidecar; the model is unchanged.
 
     Args:
         model: a transformers model or a `PeftModel` on one.
         handle: what `sparsify` returned; None for a dense model, or where the handle is not at hand.
         folder: appears whole, replacing an earlier one.
+        card: the README.md; PEFT's own, a form to be filled in that names a place on this machine, is not kept.
         about: entries for the sidecar: `base_model` (name or path, needed to load an adapter), `task`, ….
 
     Raises:
@@ -66,12 +70,15 @@ def save(model: Any, handle: Handle | None, folder: str | Path, *, tokenizer: An
         if isinstance(model, PeftModel):
             # "auto" would ask the hub whether the vocabulary grew; its rows go into the state file
             save_alone(model, str(scratch), save_embedding_layers=False)
+            (scratch / CARD).unlink(missing_ok=True)
         else:
             converted = conversion_of(model) or handle
             state = dense_state(model, converted.installed if converted is not None else ())
             save_alone(model, str(scratch), state_dict=state)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(scratch))
+        if card:
+            (scratch / CARD).write_text(card, encoding="utf-8")
         write_along(model, scratch, handle, **about)
         write_manifest(scratch)
     return Path(folder)

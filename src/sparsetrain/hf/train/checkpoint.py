@@ -20,6 +20,7 @@ from sparsetrain.core.errors import CheckpointError
 from sparsetrain.core.plain_files import regular_file
 from sparsetrain.core.quote import quoted
 from sparsetrain.recipes.run import RunRecipe
+from sparsetrain.runs.card import CARD
 from sparsetrain.runs.checkpoints import about_recipe, begin_checkpoint, complete_checkpoint, rotate
 from sparsetrain.runs.events import Report, silent
 from sparsetrain.runs.layout import PROGRESS, checkpoint_folder
@@ -101,6 +102,7 @@ class CheckpointCallback(TrainerCallback):
             return
         folder = checkpoint_folder(args.output_dir, state.global_step)
         place = self.place(state.global_step)
+        (folder / CARD).unlink(missing_ok=True)  # PEFT's, a form to be filled in that names a place on this machine
         write_json(folder / PROGRESS, self.progress(kwargs["model"], kwargs["optimizer"]) | place)
         complete_checkpoint(folder, state.global_step, **about_recipe(self.recipe), data=self.data, **place)
         rotate(folder.parent, self.recipe.keep_checkpoints)

@@ -25,6 +25,7 @@ from sparsetrain.hf.model.io import save
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.average import Average
 from sparsetrain.hf.train.callbacks import SparsityCallback
+from sparsetrain.hf.train.card import card_of
 from sparsetrain.hf.train.checkpoint import CheckpointCallback, own_names, plain_states
 from sparsetrain.hf.train.finite import FiniteCallback
 from sparsetrain.hf.train.held_out import KnownQuality, measure_quality
@@ -266,9 +267,10 @@ def _record(course: Course, model: Any, handle: Handle | None, trainer: Trainer 
         record_samples(model, parts, journal)
     if (place := task_of(course.recipe.task).shows) is not None and ranks.is_first():
         journal.run.update(named(place)(model, parts, course.output, journal.report))
-    saved = course.output / job.saved
+    saved, machine = course.output / job.saved, describe_machine().to_dict()
     if ranks.is_first():
-        save(model, handle, saved, tokenizer=parts.tokenizer, **job.about(parts))
+        card = card_of(model, handle, parts, journal.run, course.rows, machine, job.saved == "adapter")
+        save(model, handle, saved, tokenizer=parts.tokenizer, card=card, **job.about(parts))
         for leave in filter(None, (method_of(config).leave for config in (handle.configs if handle else ()))):
             for text in leave(handle, course.output):
                 journal.report({"event": "note", "text": text})
@@ -286,7 +288,7 @@ def _record(course: Course, model: Any, handle: Handle | None, trainer: Trainer 
         trainable_parameters=trainable,
         data_order=course.collator.digest if whole else None,
         resumed_from=None if course.resumed is None else course.resumed.step,
-        machine=describe_machine().to_dict(),
+        machine=machine,
         title=job.title,
     )
 
