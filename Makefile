@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY     := $(VENV)/bin/python
 RUN    := $(VENV)/bin/sparsetrain
 
-.PHONY: help setup assets demo demo-spt test test-slow torture test-gpu check bench bench-gpu docs clean
+.PHONY: help setup assets demo demo-spt test test-slow torture test-gpu check bench bench-gpu docs docs-site docs-serve dist clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,18 @@ bench-gpu: setup ## on a GPU: its tests, and the planner's predictions against t
 
 docs: setup ## rewrite the docs' tables, pages and picture from bench/results
 	$(PY) -m bench docs
+
+docs-site: setup ## build the site of docs/, the READMEs and the docstrings into build/site
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(PY) -m mkdocs build --strict
+
+docs-serve: setup ## the same at http://127.0.0.1:8000, again at every change
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(PY) -m mkdocs serve
+
+dist: setup ## wheel and source distribution into dist/, checked
+	$(PY) -m pip install --quiet --disable-pip-version-check build twine
+	rm -rf dist && $(PY) -m build && $(PY) -m twine check --strict dist/*
 
 clean: ## remove the environment and runs
 	rm -rf $(VENV) runs

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sparsetrain.surgery.plan import Plan as Plan
     from sparsetrain.surgery.plan import plan as plan
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "use_backend": "core.backend",

@@ -8,7 +8,7 @@ import pytest
 
 import sparsetrain
 from sparsetrain import FloodFillAttention
-from sparsetrain.measure.pictures import add_pictures
+from sparsetrain.measure.report import build_report, write_report
 from sparsetrain.runs.sidecar import write_sidecar
 from tests.cli.conftest import Call
 from tests.families import FAMILIES, LAYERS
@@ -28,7 +28,7 @@ def saved(folder: Path, **options: object) -> sparsetrain.Handle:
 def test_draws_every_layer_and_puts_them_into_the_report_once(tmp_path: Path, call: Call) -> None:
     handle = saved(tmp_path / "run" / "model", share_heads=False)
     report = tmp_path / "run" / "report.html"
-    report.write_text('<html><body>\n<main>\n<section id="verdict"></section>\n</main>\n</body></html>\n')
+    write_report(build_report(title="t", runs={"sparse": {"steps": []}}), tmp_path / "run")
     for _ in range(2):
         result = call("patterns", tmp_path / "run", "--json")
         assert result.code == 0, result.err
@@ -64,5 +64,10 @@ def test_what_has_no_patterns(tmp_path: Path, call: Call) -> None:
     write_sidecar(tmp_path, FAMILIES["gpt2"].model(), None)
     other = call("patterns", tmp_path)
     assert other.code != 0 and "only flood_fill_attention and semi_structured have pictures" in other.err
-    with pytest.raises(ValueError, match="no <main>"):
-        add_pictures("<html></html>", [], name="patterns", heading="Attention patterns")
+
+
+def test_a_report_of_another_layout_is_told_apart(tmp_path: Path, call: Call) -> None:
+    saved(tmp_path / "run" / "model")
+    (tmp_path / "run" / "report.json").write_text('{"schema": 99}')
+    refused = call("patterns", tmp_path / "run")
+    assert refused.code != 0 and "layout 99" in refused.err

@@ -19,7 +19,7 @@ Output = Annotated[
 def patterns(run: Run, output: Output = None, json: Json = False, debug: Debug = False) -> Answer:
     """Draw what the methods of a run have to show, as PNG: attention maps and kept blocks, flip rates of masks.
 
-    A finished run's report.html gets them too. While a run is still dense, its last probe is shown.
+    Without --output, a finished run's report.html gets them too. While a run is still dense, its last probe is shown.
 
     \b
     Examples:

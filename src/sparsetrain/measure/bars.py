@@ -1,72 +1,41 @@
-"""Horizontal bars in HTML: they take the width that there is, and their text is text."""
+"""What a run's memory is made of, as stacked bars."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from html import escape
 
 from sparsetrain.core.units import bytes_text
-from sparsetrain.measure.colours import css_name, part_name
+from sparsetrain.measure.colours import part_name
 from sparsetrain.measure.components import COMPONENTS
+from sparsetrain.measure.markup import Bar, Bars
 from sparsetrain.measure.schema import RUNS, Run
 
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "saved activations", "rest")
 
 
-@dataclass(frozen=True)
-class Bar:
-    """One bar: a label, its parts (meaning -> length, in order), and its value in words."""
-
-    label: str
-    parts: Mapping[str, float] = field(default_factory=dict)
-    value: str = ""
-
-    @property
-    def length(self) -> float:
-        return sum(self.parts.values())
-
-
-def bars(rows: Sequence[Bar]) -> str:
-    """Bars below each other, from 0 to the longest."""
-    longest = max((row.length for row in rows), default=0.0) or 1.0
-    return "".join(_bar(row, longest) for row in rows)
-
-
-def _bar(row: Bar, longest: float) -> str:
-    segments = "".join(
-        f'<i class="{css_name(meaning)}" style="width:{100 * length / longest:.2f}%"></i>'
-        for meaning, length in row.parts.items()
-        if length > 0
-    )
-    words = f"<div><span>{escape(row.label)}</span><b>{escape(row.value)}</b></div>"
-    return f'<div class="bar-row">{words}<div class="track">{segments}</div></div>'
-
-
-def legend(entries: Mapping[str, str]) -> str:
-    """Meaning -> words, each behind a mark of its colour."""
-    items = "".join(f'<li class="{css_name(meaning)}">{escape(text)}</li>' for meaning, text in entries.items())
-    return f'<ul class="legend">{items}</ul>'
-
-
-def saved_by_component(runs: dict[str, Run]) -> str:
+def saved_by_component(runs: dict[str, Run]) -> Bars:
     """Saved activations of one step, stacked by component."""
     rows = {name: saved for name in RUNS if name in runs and (saved := runs[name].get("saved_activation_bytes"))}
     parts = [name for name in COMPONENTS if any(row.get(name) for row in rows.values())]
-    return _stacked({name: {part: row.get(part, 0) for part in parts} for name, row in rows.items()}, parts, {})
+    return stacked(rows, parts, {})
 
 
-def memory_parts(runs: dict[str, Run]) -> str:
+def memory_parts(runs: dict[str, Run]) -> Bars:
     """Weights, gradients, optimizer state, saved activations and the rest, up to the measured peak."""
     rows = {name: row for name in RUNS if name in runs and (row := memory_row(runs[name]))}
     peaks = {name: f"peak {bytes_text(row['peak'])}" for name, row in rows.items() if "peak" in row}
     parts = [part for part in MEMORY_PARTS if any(row.get(part) for row in rows.values())]
-    return _stacked({name: {part: row.get(part, 0) for part in parts} for name, row in rows.items()}, parts, peaks)
+    sums = {name: bytes_text(sum(row.get(part, 0) for part in parts)) for name, row in rows.items()}
+    return stacked(rows, parts, sums | peaks)
 
 
-def _stacked(rows: Mapping[str, Mapping[str, int]], parts: Sequence[str], said: Mapping[str, str]) -> str:
-    drawn = [Bar(name, row, said.get(name, bytes_text(sum(row.values())))) for name, row in rows.items()]
-    return bars(drawn) + legend({part: part_name(part) for part in parts})
+def stacked(rows: Mapping[str, Mapping[str, float]], parts: Sequence[str], said: Mapping[str, str]) -> Bars:
+    """Rows of parts (label -> part -> length) and their legend. said: label -> words; else the sum in bytes."""
+    drawn = [
+        Bar(name, {part: row.get(part, 0) for part in parts}, said.get(name, bytes_text(sum(row.values()))))
+        for name, row in rows.items()
+    ]
+    return Bars(drawn, {part: part_name(part) for part in parts})
 
 
 def memory_row(run: Run) -> dict[str, int]:

@@ -41,8 +41,3 @@ def css_name(name: str) -> str:
 def part_name(part: str) -> str:
     """A meaning as a reader sees it."""
     return "FFN" if part == "ffn" else part.replace("_", " ")
-
-
-def variables(dark: bool) -> str:
-    """The declarations of all colours as CSS variables."""
-    return " ".join(f"--{css_name(name)}: {pair[dark]};" for name, pair in COLOURS.items())

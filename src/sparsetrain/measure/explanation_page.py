@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import Sequence
-from html import escape
 
 from sparsetrain.core.explanation import Explanation
-from sparsetrain.measure.bars import Bar, bars, legend
-from sparsetrain.measure.markup import document, section, table
+from sparsetrain.measure.markup import (
+    Bar,
+    Bars,
+    Bullets,
+    Figure,
+    Fold,
+    Group,
+    Picture,
+    Piece,
+    Quote,
+    Section,
+    Table,
+    Text,
+    document,
+)
 
 FOR, AGAINST = "sparse", "checkpointing"
 """The report's colours for what speaks for the decision and against it."""
@@ -29,28 +40,21 @@ def render_explanations(
     return document(title, f"sparsetrain explanation of {count}", [*parts, _how(explanations)])
 
 
-def _part(each: Explanation, place: int, top: int, picture: bytes | None) -> str:
+def _part(each: Explanation, place: int, top: int, picture: bytes | None) -> Section:
     won, second = each.classes[each.decided], each.classes[each.runner_up]
     headline = f"{won}, {each.probabilities[each.decided]:.0%}. It leads {second} by {each.lead:.2f}."
-    found = [f'<p class="headline">{escape(headline)}</p>', _input(each, picture)]
     words = f"{each.counted()} of {len(each.concepts)} concepts add anything; {each.effective():.1f} carry it."
-    found.append(f'<p class="advice">{escape(words)}</p>')
-    found.append(legend({FOR: f"speaks for {won}", AGAINST: f"speaks for {second}"}))
-    found.append(f"<div>{bars(_bars(each, top))}</div>")
-    found += [f'<p class="note">{escape(f"{name}: {chosen}.")}</p>' for name, chosen in each.also.items()]
-    found.append(f"<details><summary>All numbers</summary>{_numbers(each)}</details>")
-    return section(f"{place}. {won}", f"input-{place}", *found)
+    found: list[Piece] = [Text(headline, "headline"), _input(each, picture), Text(words, "advice")]
+    found.append(Bars(_bars(each, top), {FOR: f"speaks for {won}", AGAINST: f"speaks for {second}"}))
+    found += [Text(f"{name}: {chosen}.", "note") for name, chosen in each.also.items()]
+    found.append(Fold("All numbers", [_numbers(each)]))
+    return Section(f"{place}. {won}", f"input-{place}", found)
 
 
-def _input(each: Explanation, picture: bytes | None) -> str:
+def _input(each: Explanation, picture: bytes | None) -> Piece:
     if picture is None:
-        return f'<div class="sample"><pre class="prompt">{escape(each.subject)}</pre></div>'
-    drawn = f'<img alt="" style="width:168px;image-rendering:pixelated" src="data:image/png;base64,{_base64(picture)}">'
-    return f"<figure>{drawn}<figcaption>{escape(each.subject)}</figcaption></figure>"
-
-
-def _base64(picture: bytes) -> str:
-    return b64encode(picture).decode("ascii")
+        return Group("sample", [Quote(each.subject, "prompt")])
+    return Figure("", Picture(picture, kind="small"), each.subject)
 
 
 def _bars(each: Explanation, top: int) -> list[Bar]:
@@ -67,19 +71,19 @@ def _bar(name: str, value: float) -> Bar:
     return Bar(name, {FOR if value >= 0 else AGAINST: abs(value)}, f"{value:+.2f}")
 
 
-def _numbers(each: Explanation) -> str:
+def _numbers(each: Explanation) -> Table:
     head = ("Concept", "match", "activation", *(f"to {name}" for name in each.classes))
     order = {name: i for i, name in enumerate(each.concepts)}
     rows = []
     for name, _ in each.leads():
         i = order[name]
         values = (each.scores[i], each.activations[i], *(row[i] for row in each.contributions))
-        rows.append([escape(name), *(f"{value:.3f}" for value in values)])
+        rows.append([name, *(f"{value:.3f}" for value in values)])
     rows.append(["Sum: the logit", "", "", *(f"{logit:.3f}" for logit in each.logits)])
-    return table(head, rows, kind="numbers totals")
+    return Table(head, rows, "numbers totals")
 
 
-def _how(explanations: Sequence[Explanation]) -> str:
+def _how(explanations: Sequence[Explanation]) -> Section:
     lines = [
         "A logit is the sum of what each concept contributes: the class's weight of the concept times the concept's "
         "activation. Bars show the winner's contributions less the runner-up's: what decided between the two.",
@@ -89,5 +93,4 @@ def _how(explanations: Sequence[Explanation]) -> str:
         "A concept that weighs against its own words, or decides about an input that says nothing of it, is a reason "
         "to distrust the model. What is missing from the list cannot be shown.",
     ]
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines) if explanations else ""
-    return section("How to read this", "how", f"<ul>{items}</ul>")
+    return Section("How to read this", "how", [Bullets(lines)] if explanations else [])

@@ -2,55 +2,51 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
 from sparsetrain.core.metrics import METRICS
 from sparsetrain.core.units import bytes_text, seconds_text
 from sparsetrain.measure.advice import by_checkpointing
-from sparsetrain.measure.bars import Bar, bars
 from sparsetrain.measure.curves import run_seconds, setup_seconds
 from sparsetrain.measure.judge import LABELS
-from sparsetrain.measure.markup import section, table
+from sparsetrain.measure.markup import Bar, Bars, Chip, Group, Heading, Piece, Quote, Section, Table, Text
 from sparsetrain.measure.schema import RUNS, Judgement, Report, Run
 
 WON = {"sparse": "sparse wins", "dense": "dense wins", "tie": "tie", "unknown": "unknown"}
 RECOMPUTED = "dense + checkpointing"
 
 
-def verdict(report: Report) -> str:
+def verdict(report: Report) -> Section:
     """Headline, bars, and every judgement with its numbers."""
-    parts = [f'<p class="headline">{escape(report["headline"])}</p>']
+    parts: list[Piece] = [Text(report["headline"], "headline")]
     if report["advice"]:
-        parts.append(f'<p class="advice">{escape(report["advice"])}</p>')
+        parts.append(Text(report["advice"], "advice"))
     judgements = {j["quantity"]: j for j in report["judgements"]}
     if judgements:
         drawn = (_time(report, judgements), _memory(judgements), _quality(report["runs"], judgements))
-        parts.append(f'<div class="bars">{"".join(drawn)}</div>')
-        rows = [(escape(LABELS[q]), _chip(j), escape(j["text"])) for q, j in judgements.items()]
-        parts.append(table(("Quantity", "Result", "Numbers"), rows, kind="judgements"))
-    parts += [f'<p class="note">{escape(note)}</p>' for note in report["notes"]]
-    return section("Verdict", "verdict", *parts)
+        parts.append(Group("bars", [block for block in drawn if block]))
+        rows = [(LABELS[q], _chip(j), j["text"]) for q, j in judgements.items()]
+        parts.append(Table(("Quantity", "Result", "Numbers"), rows, "judgements"))
+    return Section("Verdict", "verdict", [*parts, *(Text(note, "note") for note in report["notes"])])
 
 
-def _chip(judgement: Judgement) -> str:
-    who, words = judgement["winner"], WON[judgement["winner"]]
+def _chip(judgement: Judgement) -> Chip:
     if by_checkpointing(judgement):
-        who, words = "checkpointing", f"{RECOMPUTED} wins"
-    return f'<span class="won {who}">{words}</span>'
+        return Chip("checkpointing", f"{RECOMPUTED} wins")
+    return Chip(judgement["winner"], WON[judgement["winner"]])
 
 
-def _block(title: str, judgement: Judgement | None, rows: list[Bar], words: str) -> str:
+def _block(title: str, judgement: Judgement | None, rows: list[Bar], words: str) -> Group | None:
     if judgement is None or not rows:
-        return ""
-    return f"<div><h3>{escape(title)} {_chip(judgement)}</h3>{bars(rows)}<p>{escape(words)}</p></div>"
+        return None
+    return Group("block", [Heading(title, _chip(judgement)), Bars(rows), Text(words)])
 
 
-def _time(report: Report, judgements: dict[str, Judgement]) -> str:
+def _time(report: Report, judgements: dict[str, Judgement]) -> Group | None:
     """The whole runs where they are of the same length, set-up apart; else a step."""
     judgement, runs = judgements.get("time_per_step"), report["runs"]
     if judgement is None:
-        return ""
+        return None
     steps = len(runs["dense"]["steps"])
     whole = steps == len(runs["sparse"]["steps"])
     setup = setup_seconds(runs["sparse"]) if whole else 0.0
@@ -67,10 +63,10 @@ def _time(report: Report, judgements: dict[str, Judgement]) -> str:
     return _block(title, judgement, rows, f"Less is better; {'; '.join(words)}.")
 
 
-def _memory(judgements: dict[str, Judgement]) -> str:
+def _memory(judgements: dict[str, Judgement]) -> Group | None:
     judgement = judgements.get("peak_memory")
     if judgement is None:
-        return ""
+        return None
     found = {
         "dense": judgement["dense"],
         "checkpointing": judgement.get("checkpointing"),
@@ -86,10 +82,10 @@ def _memory(judgements: dict[str, Judgement]) -> str:
     return _block("Peak memory", judgement, rows, "Less is better; each side in a process of its own.")
 
 
-def _quality(runs: dict[str, Run], judgements: dict[str, Judgement]) -> str:
+def _quality(runs: dict[str, Run], judgements: dict[str, Judgement]) -> Group | None:
     judgement = judgements.get("quality")
     if judgement is None:
-        return ""
+        return None
     metric = METRICS[judgement["unit"]]
     stages: dict[str, Any] = runs["dense"].get(metric.name) or {}  # type: ignore[assignment]
     before = next((stages[stage] for stage in ("dense", "untrained") if stages.get(stage) is not None), None)
@@ -101,22 +97,21 @@ def _quality(runs: dict[str, Run], judgements: dict[str, Judgement]) -> str:
     return _block(metric.title, judgement, rows, words)
 
 
-def samples(runs: dict[str, Run]) -> str:
+def samples(runs: dict[str, Run]) -> Section | None:
     """What each side answers to the same held-out prompts."""
     asked = {name: runs[name].get("samples") or [] for name in RUNS if name in runs}
     count = max(map(len, asked.values()), default=0)
     if not count:
-        return ""
+        return None
     boxes = []
     for i in range(count):  # a side that ran out of time has fewer
         present = {name: row[i] for name, row in asked.items() if i < len(row)}
         first = next(iter(present.values()))
         said = [("prompt, its end", "", "prompt", first["prompt"]), ("the data say", "", "", first["reference"])]
         said += [(f"{name} says", name, "", each["completion"]) for name, each in present.items()]
-        body = "".join(
-            f'<h3 class="{who}">{escape(title)}</h3><pre class="{kind}">{escape(text.strip()) or "(nothing)"}</pre>'
-            for title, who, kind, text in said
-        )
-        boxes.append(f'<div class="sample">{body}</div>')
-    words = "<p>Greedy, at most 48 tokens; the prompts are evenly spaced over the held-out rows, chosen by nobody.</p>"
-    return section("What the trained models say", "samples", words, *boxes)
+        parts: list[Piece] = []
+        for title, who, kind, text in said:
+            parts += [Heading(title, who=who), Quote(text.strip() or "(nothing)", kind)]
+        boxes.append(Group("sample", parts))
+    words = "Greedy, at most 48 tokens; the prompts are evenly spaced over the held-out rows, chosen by nobody."
+    return Section("What the trained models say", "samples", [Text(words), *boxes])

@@ -1,40 +1,151 @@
-"""Pieces of a page: sections, figures and tables."""
+"""A page out of pieces: texts, tables, bars and figures as plain values, which one template draws and escapes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from html import escape
+from base64 import b64encode
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TypeAlias
 
-from sparsetrain.measure.style import STYLE
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from sparsetrain.measure.colours import COLOURS, css_name
 
 
-def document(title: str, below: str, sections: Iterable[str]) -> str:
-    """A whole page: its title, a line below it, and sections (HTML already); nothing is loaded from outside."""
-    name = escape(title)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{name}</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="color-scheme" content="light dark">\n<style>{STYLE}</style>\n</head>\n'
-        f"<body>\n<header><h1>{name}</h1><p>{escape(below)}</p></header>\n<main>\n"
-        + "\n".join(part for part in sections if part)
-        + "\n</main>\n</body>\n</html>\n"
+@dataclass(frozen=True)
+class Text:
+    """A paragraph. kind: headline, advice or note; plain if none."""
+
+    words: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A short verdict in the colour of `who`."""
+
+    who: str
+    words: str
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A small heading, in the colour of `who` if there is one."""
+
+    words: str
+    chip: Chip | None = None
+    who: str = ""
+
+
+@dataclass(frozen=True)
+class Quote:
+    """Text as it was written, lines kept."""
+
+    words: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list of sentences."""
+
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: a label, its parts (meaning -> length, in order), and its value in words."""
+
+    label: str
+    parts: Mapping[str, float] = field(default_factory=dict)
+    value: str = ""
+
+    @property
+    def length(self) -> float:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Bars below each other, from 0 to the longest. legend: meaning -> words."""
+
+    rows: Sequence[Bar]
+    legend: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Table:
+    """kind: numbers, totals, judgements or settings, several with a blank between them."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str | Chip]]
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """PNG bytes. kind: small for what is a few pixels wide."""
+
+    png: bytes
+    alt: str = ""
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing with its title, its legend and what it shows; an SVG of ours is `Markup`."""
+
+    title: str
+    drawn: Bars | Picture | Markup
+    caption: str
+    legend: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Pieces that are shown when the summary is clicked."""
+
+    summary: str
+    parts: Sequence[Piece]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pieces side by side (`figures`, `bars`), or in a box (`sample`)."""
+
+    kind: str
+    parts: Sequence[Piece]
+
+
+Piece: TypeAlias = Text | Heading | Quote | Bullets | Bars | Table | Figure | Fold | Group
+
+
+@dataclass(frozen=True)
+class Section:
+    """name: its anchor. A section without parts is not drawn."""
+
+    title: str
+    name: str
+    parts: Sequence[Piece]
+
+
+def document(title: str, below: str, sections: Iterable[Section | None]) -> str:
+    """A whole page: its title, a line below it, and its sections; nothing is loaded from outside."""
+    shown = [section for section in sections if section is not None and section.parts]
+    return _template().render(title=title, below=below, sections=shown, colours=COLOURS)
+
+
+@cache
+def _template() -> Template:
+    loader = PackageLoader("sparsetrain.measure", "templates")
+    pages = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
-
-
-def section(title: str, name: str, *parts: str) -> str:
-    """A section; its parts are HTML already."""
-    return f'<section id="{name}"><h2>{escape(title)}</h2>{"".join(parts)}</section>'
-
-
-def figure(title: str, drawn: str, caption: str, legend: str = "") -> str:
-    """A drawing (HTML already) with its title, its legend and what it shows."""
-    words = f"<figcaption>{escape(caption)}</figcaption>"
-    return f"<figure><h3>{escape(title)}</h3>{legend}{drawn}{words}</figure>"
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "") -> str:
-    """Cells are HTML already; the head is text."""
-    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    top = f"<thead><tr>{titles}</tr></thead>" if titles else ""
-    return f'<div class="table"><table class="{kind}">{top}<tbody>{body}</tbody></table></div>'
+    pages.filters |= {
+        "css": css_name,
+        "kind": lambda piece: type(piece).__name__,
+        "base64": lambda data: b64encode(data).decode("ascii"),
+    }
+    return pages.get_template("page.html")

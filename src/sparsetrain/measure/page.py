@@ -1,23 +1,23 @@
-"""report.html: one file, nothing loaded from outside, every text escaped."""
+"""report.html: one file, nothing loaded from outside."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from html import escape
+from pathlib import Path
 from typing import Any
 
 from sparsetrain.core.metrics import METRICS
 from sparsetrain.core.units import bytes_text, number_text, seconds_text
 from sparsetrain.measure import plots
-from sparsetrain.measure.bars import MEMORY_PARTS, legend, memory_parts, memory_row, saved_by_component
+from sparsetrain.measure.bars import MEMORY_PARTS, memory_parts, memory_row, saved_by_component
 from sparsetrain.measure.colours import part_name
 from sparsetrain.measure.components import COMPONENTS
 from sparsetrain.measure.curves import setup_seconds, step_seconds, tokens_per_second
 from sparsetrain.measure.first_screen import samples, verdict
 from sparsetrain.measure.judge import TIE_BYTES
 from sparsetrain.measure.ledger import charged, flops_text, size_text
-from sparsetrain.measure.markup import document, figure, section, table
+from sparsetrain.measure.markup import Bullets, Figure, Fold, Group, Heading, Picture, Section, Table, document
 from sparsetrain.measure.schema import RUNS, STAGES, Report, Run
 from sparsetrain.measure.timing import LEVEL, MARGIN
 
@@ -30,8 +30,8 @@ _STAGE_NAMES = {
 }
 
 
-def render_page(report: Report) -> str:
-    """The whole page as text."""
+def render_page(report: Report, folder: Path | None = None) -> str:
+    """The whole page as text. folder: the run's, for the pictures that the report names by their files."""
     runs = report["runs"]
     sections = [
         verdict(report),
@@ -43,13 +43,36 @@ def render_page(report: Report) -> str:
         _settings("Recipe", "recipe", report["recipe"]),
         _settings("Machine", "machine", report["machine"]),
         _how(report),
+        *([] if folder is None else pictures(report, folder)),
     ]
     return document(report["title"], f"sparsetrain report, {report['created']}", sections)
 
 
-def _curves(runs: dict[str, Run]) -> str:
+def pictures(report: Report, folder: Path) -> list[Section]:
+    """What the trained models make, side by side, and the pictures of the run's methods."""
+    runs = report["runs"]
+    made = [
+        (path, f"{name}: {title}" if len(runs) > 1 else title)
+        for name in RUNS
+        if name in runs
+        for file, title in (runs[name].get("pictures") or {}).items()
+        for path in [folder / name / file if len(runs) > 1 else folder / file]
+    ]
+    shown = {"made": ("What the trained models make", made)}
+    for name, gallery in report.get("galleries", {}).items():
+        shown[name] = (gallery["heading"], [(folder / file, title) for file, title in gallery["files"].items()])
+    return [Section(heading, name, _drawn(files)) for name, (heading, files) in shown.items()]
+
+
+def _drawn(files: list[tuple[Path, str]]) -> list[Group]:
+    """The files that are still there."""
+    found = [Figure("", Picture(path.read_bytes(), title), title) for path, title in files if path.is_file()]
+    return [Group("figures", found)] if found else []
+
+
+def _curves(runs: dict[str, Run]) -> Section | None:
     if not any(run["steps"] for run in runs.values()):
-        return ""
+        return None
     few = all(len(run["steps"]) < plots.FEW for run in runs.values())
     training = "training loss" if few else "training loss, smoothed"
     lines = "Training loss" + ("." if few else "; faint: every step.")
@@ -60,28 +83,28 @@ def _curves(runs: dict[str, Run]) -> str:
     paces = {name: f"{name} {seconds_text(step_seconds(runs[name]))}" for name in RUNS if name in runs}
     costs = charged(runs)
     figures = [
-        figure("Loss by step", plots.loss_by_step(runs), lines, legend(ends)),
-        *_by_cost(costs, lines, legend(ends)),
-        figure("Loss by time", plots.loss_by_time(runs), lines + setup, legend(ends)),
-        figure("Time per step", plots.step_times(runs), "Faint: every step. Strong: the median.", legend(paces)),
-        f"<div><h3>Run by run</h3>{_runs_table(runs)}</div>",
+        Figure("Loss by step", plots.loss_by_step(runs), lines, ends),
+        *_by_cost(costs, lines, ends),
+        Figure("Loss by time", plots.loss_by_time(runs), lines + setup, ends),
+        Figure("Time per step", plots.step_times(runs), "Faint: every step. Strong: the median.", paces),
+        Group("block", [Heading("Run by run"), _runs_table(runs)]),
     ]
     stages = [_stages(name, run) for name, run in costs.items() if run.get("stages")]
-    return section("Loss and time", "curves", f'<div class="figures">{"".join(figures)}</div>', *stages)
+    return Section("Loss and time", "curves", [Group("figures", figures), *stages])
 
 
-def _by_cost(costs: dict[str, Run], lines: str, ends: str) -> list[str]:
+def _by_cost(costs: dict[str, Run], lines: str, ends: dict[str, str]) -> list[Figure]:
     """Loss by FLOPs and by tokens, where the model changed on the way."""
     if not costs:
         return []
     counted = " FLOPs of every stage's model are counted, embeddings and head left out."
     return [
-        figure("Loss by FLOPs", plots.loss_by_flops(costs), lines + counted, ends),
-        figure("Loss by tokens", plots.loss_by_tokens(costs), lines, ends),
+        Figure("Loss by FLOPs", plots.loss_by_flops(costs), lines + counted, ends),
+        Figure("Loss by tokens", plots.loss_by_tokens(costs), lines, ends),
     ]
 
 
-def _stages(name: str, run: Run) -> str:
+def _stages(name: str, run: Run) -> Table:
     """What each stage trained, and what it cost."""
     rows = []
     for stage in run.get("stages") or []:
@@ -89,8 +112,7 @@ def _stages(name: str, run: Run) -> str:
         tokens, seconds = sum(row["tokens"] for row in steps), sum(row["step_time_s"] for row in steps)
         cells = (stage["name"], size_text(stage), f"{len(steps):,}", f"{tokens:,}")
         rows.append([*cells, flops_text(tokens * stage["flops_per_token"]), seconds_text(seconds)])
-    rows = [[escape(cell) for cell in row] for row in rows]
-    return table((f"Stages of {name}", "model", "steps", "tokens", "FLOPs", "time"), rows, kind="numbers")
+    return Table((f"Stages of {name}", "model", "steps", "tokens", "FLOPs", "time"), rows, "numbers")
 
 
 def _last_loss(run: Run) -> float | None:
@@ -100,7 +122,7 @@ def _last_loss(run: Run) -> float | None:
     return last["loss"]
 
 
-def _runs_table(runs: dict[str, Run]) -> str:
+def _runs_table(runs: dict[str, Run]) -> Table:
     present = {name: runs[name] for name in RUNS if name in runs}
     facts: dict[str, Callable[[Run], str]] = {
         "steps": lambda run: f"{len(run['steps']):,}",
@@ -110,29 +132,27 @@ def _runs_table(runs: dict[str, Run]) -> str:
         "set-up before training": lambda run: seconds_text(setup_seconds(run)) if setup_seconds(run) else "none",
         "training": lambda run: seconds_text(run["steps"][-1]["wall_s"]) if run["steps"] else "–",
     }
-    rows = [[escape(fact), *(escape(show(run)) for run in present.values())] for fact, show in facts.items()]
-    return table(("", *present), rows, kind="numbers")
+    rows = [[fact, *map(show, present.values())] for fact, show in facts.items()]
+    return Table(("", *present), rows, "numbers")
 
 
-def _memory(runs: dict[str, Run]) -> str:
+def _memory(runs: dict[str, Run]) -> Section | None:
     saved = {name: value for name in RUNS if name in runs and (value := runs[name].get("saved_activation_bytes"))}
     parts = {name: value for name in RUNS if name in runs and (value := memory_row(runs[name]))}
     figures, tables = [], []
     if saved:
         caption = "What one step's forward keeps for its backward; each storage once, weights excluded."
-        figures.append(figure("Saved activations by component", saved_by_component(runs), caption))
+        figures.append(Figure("Saved activations by component", saved_by_component(runs), caption))
         times = {name: value for name in saved if (value := runs[name].get("forward_time_s"))}
         tables.append(_component_table(saved, times))
     if parts:
         caption = "Known parts; the rest is what they do not explain of the measured peak."
-        figures.append(figure("Peak memory", memory_parts(runs), caption))
+        figures.append(Figure("Peak memory", memory_parts(runs), caption))
         tables.append(_parts_table(parts))
-    if not figures:
-        return ""
-    return section("Memory", "memory", f'<div class="figures">{"".join(figures)}</div>', *tables)
+    return Section("Memory", "memory", [Group("figures", figures), *tables]) if figures else None
 
 
-def _component_table(saved: dict[str, dict[str, int]], times: dict[str, dict[str, float]]) -> str:
+def _component_table(saved: dict[str, dict[str, int]], times: dict[str, dict[str, float]]) -> Table:
     names = [name for name in COMPONENTS if any(name in row for row in saved.values())]
     head = ["Component", *(f"{run}, saved" for run in saved), *(["change"] if len(saved) == 2 else [])]
     head += [f"{run}, forward" for run in times]
@@ -142,56 +162,51 @@ def _component_table(saved: dict[str, dict[str, int]], times: dict[str, dict[str
         cells = [part_name(name), *map(bytes_text, values), *([_change(*values)] if len(values) == 2 else [])]
         for row in times.values():
             cells.append(seconds_text(sum(row.values()) if name == "total" else row.get(name, 0.0)))
-        rows.append([escape(cell) for cell in cells])
-    return table(head, rows, kind="numbers totals")
+        rows.append(cells)
+    return Table(head, rows, "numbers totals")
 
 
-def _parts_table(parts: dict[str, dict[str, int]]) -> str:
+def _parts_table(parts: dict[str, dict[str, int]]) -> Table:
     head = ["Part", *parts, *(["change"] if len(parts) == 2 else [])]
     rows = []
     for name in (*MEMORY_PARTS, "peak"):
         values = [row.get(name) for row in parts.values()]
         if any(value is not None for value in values):
             both = [value or 0 for value in values]
-            cells = [name, *map(bytes_text, values), *([_change(*both)] if len(both) == 2 else [])]
-            rows.append([escape(cell) for cell in cells])
-    return table(head, rows, kind="numbers" + (" totals" if rows and rows[-1][0] == "peak" else ""))
+            rows.append([name, *map(bytes_text, values), *([_change(*both)] if len(both) == 2 else [])])
+    return Table(head, rows, "numbers" + (" totals" if rows and rows[-1][0] == "peak" else ""))
 
 
-def _quality(runs: dict[str, Run]) -> str:
+def _quality(runs: dict[str, Run]) -> Section:
     tables = []
     for metric in METRICS.values():
         stages: dict[str, Any] = {name: runs[name].get(metric.name) or {} for name in RUNS if name in runs}
         used = [stage for stage in STAGES if any(stage in row for row in stages.values())]
         if not used:
             continue
-        rows = [
-            [escape(_STAGE_NAMES[stage]), *(_cell(row, stage, metric.text) for row in stages.values())]
-            for stage in used
-        ]
-        tables.append(table((metric.title, *stages), rows, kind="numbers"))
-    return section("Quality at every stage", "quality", *tables) if tables else ""
+        rows = [[_STAGE_NAMES[stage], *(_cell(row, stage, metric.text) for row in stages.values())] for stage in used]
+        tables.append(Table((metric.title, *stages), rows, "numbers"))
+    return Section("Quality at every stage", "quality", tables)
 
 
 def _cell(row: dict[str, Any], stage: str, show: Callable[[Any], str]) -> str:
     if stage not in row:
         return "–"
-    return escape("not a number" if row[stage] is None else show(row[stage]))
+    return "not a number" if row[stage] is None else show(row[stage])
 
 
-def _plan(rows: list[dict[str, Any]]) -> str:
+def _plan(rows: list[dict[str, Any]]) -> Section | None:
     """Sites with equal edits share a row; the full list is folded below."""
     if not rows:
-        return ""
+        return None
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(json.dumps({k: v for k, v in row.items() if k != "site"}, default=str), []).append(row)
     head = ("Sites", "Method", "MFLOP per token", "Saved numbers per token", "Added parameters", "Note")
-    drawn = table(head, [_plan_row(group) for group in groups.values()])
+    drawn: list[Table | Fold] = [Table(head, [_plan_row(group) for group in groups.values()])]
     if len(groups) < len(rows):
-        every = table(head, [_plan_row([row]) for row in rows])
-        drawn += f"<details><summary>All {len(rows)} sites</summary>{every}</details>"
-    return section("Plan", "plan", drawn)
+        drawn.append(Fold(f"All {len(rows)} sites", [Table(head, [_plan_row([row]) for row in rows])]))
+    return Section("Plan", "plan", drawn)
 
 
 def _plan_row(group: list[dict[str, Any]]) -> list[str]:
@@ -199,44 +214,40 @@ def _plan_row(group: list[dict[str, Any]]) -> list[str]:
     sites = str(row.get("site", ""))
     if len(group) > 1:
         sites = f"{len(group)} sites: {sites} … {group[-1].get('site', '')}"
-    cells = (
+    return [
         sites,
         str(row.get("method", "")),
         f"{_count(row.get('mflop_before'), 3)} → {_count(row.get('mflop_after'), 3)}",
         f"{_count(row.get('saved_before'))} → {_count(row.get('saved_after'))}",
         _count(row.get("added_params")),
         str(row.get("note", "")),
-    )
-    return [escape(cell) for cell in cells]
-
-
-def _settings(title: str, name: str, values: dict[str, Any]) -> str:
-    if not values:
-        return ""
-    rows = [
-        (escape(key), _value(bytes_text(value) if key.endswith("_bytes") else value)) for key, value in values.items()
     ]
-    return section(title, name, table((), rows, kind="settings"))
+
+
+def _settings(title: str, name: str, values: dict[str, Any]) -> Section | None:
+    if not values:
+        return None
+    rows = [(key, _value(bytes_text(value) if key.endswith("_bytes") else value)) for key, value in values.items()]
+    return Section(title, name, [Table((), rows, "settings")])
 
 
 def _value(value: Any) -> str:
+    """In words; the style sheet keeps its lines."""
     if value is None:
         return "–"
     if isinstance(value, dict):
-        return "<br>".join(f"{escape(str(key))}: {_value(item)}" for key, item in value.items()) or "–"
+        return "\n".join(f"{key}: {_value(item)}" for key, item in value.items()) or "–"
     if isinstance(value, list):
-        separator = "<br>" if any(isinstance(item, dict) for item in value) else ", "
-        return separator.join(_inline(item) for item in value) or "–"
-    return escape(str(value))
+        separator = "\n" if any(isinstance(item, dict) for item in value) else ", "
+        return separator.join(map(_inline, value)) or "–"
+    return str(value)
 
 
 def _inline(value: Any) -> str:
-    if isinstance(value, dict):
-        return escape(", ".join(f"{key} {item}" for key, item in value.items()))
-    return escape(str(value))
+    return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
 
 
-def _how(report: Report) -> str:
+def _how(report: Report) -> Section:
     lines = [
         f"Time per step: a side wins where the {LEVEL:.0%} interval of the speed-up (Wilcoxon's signed-rank interval "
         f"of steps that were timed in turns) lies beyond {MARGIN:.0%}; else it is a tie. While that was undecided, up "
@@ -257,8 +268,7 @@ def _how(report: Report) -> str:
     ]
     if len(report["runs"]) == 2 and report["timing"] is None:
         lines.append("Too few steps were timed in turns: other load on the machine may have changed one of them.")
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return section("How this was measured", "how", f"<ul>{items}</ul>")
+    return Section("How this was measured", "how", [Bullets(lines)])
 
 
 def _change(before: float, after: float) -> str:

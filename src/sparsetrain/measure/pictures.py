@@ -1,13 +1,10 @@
-"""Drawing a method's pictures, and putting them into a report."""
+"""Drawing a method's pictures."""
 
 from __future__ import annotations
 
-import base64
 import io
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,24 +96,3 @@ def image_grid(images: np.ndarray, columns: int | None = None, *, gap: int = 2, 
     file = io.BytesIO()
     Image.fromarray(sheet[:, :, 0] if channels == 1 else sheet).save(file, format="PNG")
     return file.getvalue()
-
-
-def add_pictures(page: str, pictures: Iterable[tuple[str, bytes]], *, name: str, heading: str) -> str:
-    """A report's HTML with the pictures as a section of its own, in place of an earlier one of that name.
-
-    Raises:
-        ValueError: the text is no report of ours.
-    """
-    figures = "".join(
-        f'<figure><img alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(png).decode("ascii")}">'
-        f"<figcaption>{escape(title)}</figcaption></figure>"
-        for title, png in pictures
-    )
-    section = f'<section id="{name}"><h2>{escape(heading)}</h2><div class="figures">{figures}</div></section>'
-    page = re.sub(rf'<section id="{name}">.*?</section>\n?', "", page, flags=re.S)
-    before, end, after = page.rpartition("\n</main>")
-    if not end:
-        raise ValueError(
-            "the page has no <main>, so it is not a report that sparsetrain wrote. Write the report again."
-        )
-    return f"{before}\n{section}{end}{after}"

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import base64
 import io
-from collections.abc import Iterable
-from html import escape
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sparsetrain.core.units import bytes_text, number_text, seconds_text
-from sparsetrain.measure.colours import FAINT, INK, light, part_name
+from sparsetrain.core.units import bytes_text, seconds_text
+from sparsetrain.measure.bars import stacked
+from sparsetrain.measure.colours import INK, light, part_name
 from sparsetrain.measure.components import COMPONENTS
 from sparsetrain.measure.live import PARTS
-from sparsetrain.measure.style import STYLE
+from sparsetrain.measure.markup import Figure, Group, Section, Table, Text, document
+from sparsetrain.measure.plots import Line, chart, draw_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Sides = dict[str, dict[str, Any]]
-Table = tuple[str, list[str], list[list[str]]]
+Parts = dict[str, dict[str, float]]
+Rows = tuple[str, list[str], list[list[str]]]
+"""Title, columns, rows."""
 
 
-def tables(sides: Sides, layers: bool = False) -> list[Table]:
+def tables(sides: Sides, layers: bool = False) -> list[Rows]:
     """(title, columns, rows): memory held, saved activations and time by component, and by layer if asked."""
     names = list(sides)
     found = [
@@ -104,108 +107,95 @@ def _by_layer(values: dict[Any, dict[str, Any]], layer: int) -> dict[str, Any]:
     return values.get(layer) or values.get(str(layer)) or {}  # JSON makes the keys text
 
 
-def picture(sides: Sides) -> bytes:
-    """A PNG: memory at the peak, saved activations and time as stacked bars, and live memory over the step."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+@dataclass(frozen=True)
+class Stack:
+    """Stacked bars: label -> part -> value; `text` says a sum, axes count in `unit`s."""
 
-    figure = Figure(figsize=(12, 7.8), dpi=130)
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(2, 2)
-    at_peak = {name: side["live"]["peak"]["bytes_by_part"] for name, side in sides.items()}
-    saved = {name: side["saved"]["by_component"] for name, side in sides.items()}
-    times = {
-        f"{name}\n{phase}": side["time"]["by_component"][phase]
-        for name, side in sides.items()
-        for phase in ("forward", "backward")
-    }
-    _bars(grid[0][0], "Tensors at the peak", at_peak, PARTS, 2**20, "MiB")
-    _bars(grid[0][1], "Saved for the backward", saved, COMPONENTS, 2**20, "MiB")
-    _bars(grid[1][0], "Time of a step", times, COMPONENTS, 1.0, "seconds")
-    _timeline(grid[1][1], sides)
-    figure.subplots_adjust(left=0.09, right=0.98, top=0.86, bottom=0.08, hspace=0.62, wspace=0.24)
-    made = io.BytesIO()
-    figure.savefig(made, format="png", metadata={"Software": None})
-    return made.getvalue()
+    title: str
+    rows: Parts
+    parts: Sequence[str]
+    text: Callable[[Any], str]
+    unit: tuple[float, str]
 
 
-def _bars(
-    axes: Axes,
-    title: str,
-    rows: dict[str, dict[str, Any]],
-    parts: Iterable[str],
-    unit: float,
-    unit_name: str,
-) -> None:
-    shown = [part for part in parts if any(row.get(part) for row in rows.values())]
-    longest = max((sum(row.values()) for row in rows.values()), default=0) or 1
-    for y, row in enumerate(rows.values()):
-        left = 0.0
-        for part in shown:
-            width = row.get(part, 0)
-            axes.barh(
-                y,
-                width / unit,
-                left=left / unit,
-                height=0.62,
-                color=_colour(part),
-                edgecolor="white",
-            )
-            left += width
-        axes.text((left + 0.01 * longest) / unit, y, number_text(left / unit, 3), va="center", fontsize=8.5, color=INK)
-    axes.set_yticks(range(len(rows)), list(rows), fontsize=8.5)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.2 * longest / unit)
-    handles: list[Any] = [axes.barh(0, 0, color=_colour(part)) for part in shown]
-    names = [part_name(part) for part in shown]
-    axes.legend(handles, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=8)
-    _dress(axes, title, unit_name, 1.28 if len(shown) > 4 else 1.19)
+def _stacks(sides: Sides) -> list[Stack]:
+    """What is drawn of each side, parts by the names of their colours."""
+    at_peak: Parts = {name: side["live"]["peak"]["bytes_by_part"] for name, side in sides.items()}
+    saved: Parts = {name: side["saved"]["by_component"] for name, side in sides.items()}
+    phases = [(name, phase) for name in sides for phase in ("forward", "backward")]
+    times = {f"{name}, {phase}": sides[name]["time"]["by_component"][phase] for name, phase in phases}
+    colours = {"saved": "saved activations", "temporary": "rest"}
+    held = {name: {colours.get(part, part): size for part, size in row.items()} for name, row in at_peak.items()}
+    mib = (2.0**20, "MiB")
+    found = [
+        Stack("Tensors at the peak", held, [colours.get(part, part) for part in PARTS], bytes_text, mib),
+        Stack("Saved for the backward", saved, COMPONENTS, bytes_text, mib),
+        Stack("Time of a step", times, COMPONENTS, seconds_text, (1.0, "seconds")),
+    ]
+    return [replace(each, parts=_used(each)) for each in found]
 
 
-def _colour(part: str) -> str:
-    return light({"saved": "saved activations", "temporary": "rest"}.get(part, part))
+def _used(stack: Stack) -> list[str]:
+    return [part for part in stack.parts if any(row.get(part) for row in stack.rows.values())]
 
 
-def _timeline(axes: Axes, sides: Sides) -> None:
-    """Live bytes of each side; where the backward begins is marked."""
+def _course(sides: Sides) -> list[Line]:
+    """Live MiB of each side over the traced step."""
+    lines = []
     for name, side in sides.items():
-        history = side["history"]
-        moments = side["live"]["moments"]
-        points = history or [(m["at_s"], sum(m["bytes_by_part"].values())) for m in moments]
-        colour = light(name)
-        axes.plot([s for s, _ in points], [held / 2**20 for _, held in points], color=colour, linewidth=1.4, label=name)
-        begins = next((m["at_s"] for m in moments if m["phase"] == "backward"), None)
-        if begins is not None and not history:
-            axes.axvline(begins, color=colour, linewidth=0.8, linestyle=":")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-    _dress(axes, "Live memory over the step (dotted: the backward begins)", "seconds, under the tracer", 1.18)
-    axes.set_ylabel("MiB", fontsize=9)
-
-
-def _dress(axes: Axes, title: str, xlabel: str, height: float) -> None:
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.text(0, height, title, transform=axes.transAxes, fontsize=10.5, fontweight="bold", color=INK)
-    axes.set_axisbelow(True)
-    axes.grid(axis="x", color=FAINT)
-    axes.tick_params(colors=INK, labelsize=8.5, length=0)
-    axes.set_xlabel(xlabel, fontsize=9, color=INK)
+        points = side["history"] or [(m["at_s"], sum(m["bytes_by_part"].values())) for m in side["live"]["moments"]]
+        lines.append(Line(name, [at for at, _ in points], [held / 2**20 for _, held in points]))
+    return lines
 
 
 def page(title: str, sides: Sides, notes: list[str]) -> str:
     """One HTML file, nothing loaded from outside."""
-    image = base64.b64encode(picture(sides)).decode()
-    parts = [f'<section><figure><img alt="{escape(title)}" src="data:image/png;base64,{image}"></figure></section>']
-    for name, columns, rows in tables(sides, layers=True):
-        head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-        table = f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-        parts.append(f'<section><h2>{escape(name)}</h2><div class="table">{table}</div></section>')
-    parts.append("<section>" + "".join(f'<p class="note">{escape(note)}</p>' for note in notes) + "</section>")
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<header><h1>{escape(title)}</h1></header>\n<main>\n"
-        + "\n".join(parts)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    figures = []
+    for each in _stacks(sides):
+        sums = {name: each.text(sum(row.values())) for name, row in each.rows.items()}
+        figures.append(Figure(each.title, stacked(each.rows, each.parts, sums), ""))
+    course = chart(_course(sides), COURSE[1], "MiB", from_zero="y")
+    figures.append(Figure(COURSE[0], course, "MiB of all tensors.", {name: name for name in sides}))
+    sections = [Section("Where it goes", "pictures", [Group("figures", figures)])]
+    for number, (name, columns, rows) in enumerate(tables(sides, layers=True)):
+        sections.append(Section(name, f"table-{number}", [Table(columns, rows, "numbers")]))
+    sections.append(Section("Notes", "notes", [Text(note, "note") for note in notes]))
+    return document(title, "sparsetrain profile of one step", sections)
+
+
+COURSE = ("Live memory over the step", "seconds, under the tracer")
+
+
+def picture(sides: Sides) -> bytes:
+    """The page's figures as one PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Sheet
+
+    sheet = Sheet(figsize=(12, 7.8), dpi=130, layout="constrained")
+    FigureCanvasAgg(sheet)  # no pyplot: nothing global is touched
+    *places, last = sheet.subplots(2, 2).flat
+    for axes, stack in zip(places, _stacks(sides), strict=True):
+        _draw_stack(axes, stack)
+    draw_lines(last, _course(sides), COURSE[1], "MiB", from_zero="y")
+    last.legend(list(sides), frameon=False, fontsize=8)
+    last.set_title(COURSE[0], loc="left", color=INK)
+    made = io.BytesIO()
+    sheet.savefig(made, format="png", metadata={"Software": None})
+    return made.getvalue()
+
+
+def _draw_stack(axes: Axes, stack: Stack) -> None:
+    (unit, unit_name), ends = stack.unit, [0.0] * len(stack.rows)
+    for part in stack.parts:
+        widths = [row.get(part, 0) / unit for row in stack.rows.values()]
+        axes.barh(list(stack.rows), widths, left=ends, color=light(part), edgecolor="white", label=part_name(part))
+        ends = [end + width for end, width in zip(ends, widths)]
+    for y, (end, row) in enumerate(zip(ends, stack.rows.values())):
+        axes.text(end, y, f" {stack.text(sum(row.values()))}", va="center", fontsize=8.5, color=INK)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.2 * max(ends) or 1)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(colors=INK, length=0)
+    axes.set_xlabel(unit_name, color=INK)
+    axes.set_title(stack.title, loc="left", color=INK)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.13), ncols=6, frameon=False, fontsize=8, columnspacing=1)

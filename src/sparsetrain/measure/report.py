@@ -76,7 +76,7 @@ def write_report(report: Report, folder: str | os.PathLike[str]) -> tuple[Path, 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     values = cast(Report, plain(report))
-    page = render_page(values)
+    page = render_page(values, folder)
     paths = folder / "report.json", folder / "report.html"
     write_whole(paths[0], to_json(values, indent=1) + "\n")
     write_whole(paths[1], page)

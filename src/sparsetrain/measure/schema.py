@@ -160,8 +160,16 @@ class Judgement(TypedDict):
     checkpointing: NotRequired[float | None]
 
 
+class ShownGallery(TypedDict):
+    """A section of pictures: its heading, and file, relative to the report -> what it shows."""
+
+    heading: str
+    files: dict[str, str]
+
+
 class Report(TypedDict):
-    """report.json. `timing` is `Ratio.to_dict()` of interleaved steps (dense is the baseline), where they were run."""
+    """report.json. `timing` is `Ratio.to_dict()` of interleaved steps (dense is the baseline), where they were run.
+    `galleries`: name -> the pictures of a method of the run."""
 
     schema: int
     created: str
@@ -176,4 +184,5 @@ class Report(TypedDict):
     timing: dict[str, Any] | None
     checkpointing: NotRequired[Checkpointing | None]
     ledger: NotRequired[Ledger | None]
+    galleries: NotRequired[dict[str, ShownGallery]]
     notes: list[str]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from sparsetrain.core.config import MethodConfig, registered_methods
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.core.files import write_whole
 from sparsetrain.core.pictures import Gallery
-from sparsetrain.measure.pictures import add_pictures, draw
+from sparsetrain.measure.pictures import draw
+from sparsetrain.measure.report import load_report, write_report
+from sparsetrain.measure.schema import ShownGallery
 from sparsetrain.runs.checkpoints import checkpoints
-from sparsetrain.runs.layout import REPORT_PAGE, SAVED_PLACES
+from sparsetrain.runs.layout import REPORT_VALUES, SAVED_PLACES
 from sparsetrain.runs.sidecar import SIDECAR, read_sidecar, read_state
 from sparsetrain.surgery.method import method_of, site_of
 
@@ -25,26 +26,8 @@ def illustrate(run: str | Path, configs: Sequence[MethodConfig]) -> None:
             draw_pictures(run)
 
 
-def show_pictures(run: str | Path, sides: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put what models have made (`Run.pictures`) into the report of a run or a comparison, side by side.
-
-    Args:
-        sides: name of a side, "" for the run itself -> its record.
-    """
-    page = Path(run) / REPORT_PAGE
-    shown = [
-        (f"{side}: {title}" if side else title, (Path(run) / side / file).read_bytes())
-        for side, record in sides.items()
-        for file, title in record.get("pictures", {}).items()
-        if (Path(run) / side / file).is_file()
-    ]
-    if shown and page.is_file():
-        text = page.read_text(encoding="utf-8")
-        write_whole(page, add_pictures(text, shown, name="made", heading="What the trained models make"))
-
-
 def draw_pictures(run: str | Path, output: str | Path | None = None) -> tuple[list[Gallery], list[Path]]:
-    """Write every picture as PNG, and put them into the run's report if it has one.
+    """Write every picture as PNG; those that lie in the run's folder enter its report, if it has one.
 
     Args:
         run: a run's output, a checkpoint or a saved model.
@@ -55,21 +38,25 @@ def draw_pictures(run: str | Path, output: str | Path | None = None) -> tuple[li
 
     Raises:
         CheckpointError: as `read_galleries`.
+        ValueError: as `load_report`.
     """
     galleries, files = read_galleries(run), []
-    report = Path(run) / REPORT_PAGE
+    shown: dict[str, ShownGallery] = {}
     for gallery in galleries:
         folder = Path(run) / gallery.name if output is None else Path(output)
         folder.mkdir(parents=True, exist_ok=True)
-        drawn = [(picture.title, draw(picture)) for picture in gallery.pictures]
-        for i, (_, png) in enumerate(drawn):
+        titles = {}
+        for i, picture in enumerate(gallery.pictures):
             files.append(folder / f"{gallery.item}-{i:02d}.png")
-            write_whole(files[-1], png)
-        if report.is_file():
-            page = report.read_text(encoding="utf-8")
-            page = add_pictures(page, drawn, name=gallery.name, heading=gallery.heading)
-            write_whole(report, page)
-    return galleries, [*files, *([report] if report.is_file() else [])]
+            write_whole(files[-1], draw(picture))
+            titles[f"{gallery.name}/{files[-1].name}"] = picture.title
+        shown[gallery.name] = {"heading": gallery.heading, "files": titles}
+    report = Path(run) / REPORT_VALUES
+    if output is None and report.is_file():
+        values = load_report(report)
+        values["galleries"] = values.get("galleries", {}) | shown
+        files.append(write_report(values, run)[1])
+    return galleries, files
 
 
 def read_galleries(run: str | Path) -> list[Gallery]:

@@ -38,7 +38,7 @@ from sparsetrain.runs.extra_turns import extra_turns
 from sparsetrain.runs.layout import RECIPE, RESULT, SIDES
 from sparsetrain.runs.lock import LOCK, wait_released
 from sparsetrain.runs.manifest import disk_errors, read_json
-from sparsetrain.runs.pictures import illustrate, show_pictures
+from sparsetrain.runs.pictures import illustrate
 from sparsetrain.runs.sides import ORPHANED_S
 from sparsetrain.runs.turns import train_in_turns
 
@@ -91,6 +91,5 @@ def _compared(recipe: RunRecipe, output: Path, report: Tell) -> Comparison:
     made["notes"] += [] if said is None else [said["text"], judged_switch(said, made)]
     write_report(made, output)
     illustrate(output, recipe.configs)
-    show_pictures(output, {side: results[side]["run"] for side in SIDES})
     write_whole(output / RECIPE, recipe.to_yaml())
     return Comparison(sparse=results["sparse"], dense=results["dense"], report=made, output=output)

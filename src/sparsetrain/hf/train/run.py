@@ -47,7 +47,7 @@ from sparsetrain.runs.events import Report, silent
 from sparsetrain.runs.launch import check_same_model, claimed_once, shared_step
 from sparsetrain.runs.layout import RECIPE, RESULT, checkpoint_folder
 from sparsetrain.runs.manifest import disk_errors, write_json
-from sparsetrain.runs.pictures import illustrate, show_pictures
+from sparsetrain.runs.pictures import illustrate
 from sparsetrain.runs.quality import Quality
 from sparsetrain.runs.result import Result as Result
 from sparsetrain.runs.result import run_report as run_report
@@ -105,7 +105,6 @@ def run(
             if write:
                 write_report(run_report(result), course.output)
                 illustrate(course.output, recipe.configs)
-                show_pictures(course.output, {"": result.run})
             write_json(course.output / RESULT, result.to_dict())  # last: it marks the run as finished
         ranks.wait()
     return result

@@ -20,7 +20,7 @@ class PQAttention(MethodConfig, method="pq_attention"):
             query (the paper's; saves quality, not time).
         keep_ratio: L = max(64, keep_ratio·n rounded up to 64), at most n. 1 is dense attention.
         num_keys: an absolute L for every length; prefix-consistent, so recommended for generation with a cache.
-        block_q, block_k: tokens in a query block and in a key block (`block` only).
+        block_q: tokens in a query block. block_k: in a key block (`block` only).
         selection: `exact` orders keys by (score, nearness); `bucket4` is the published approximation (`token` only).
         score: `table`, q against the quantised key; `match_count` (published), the number of equal codes; `attention`,
             no codes: exact scores (of a few probe queries a block with `block`), the ceiling of what codes can do.
