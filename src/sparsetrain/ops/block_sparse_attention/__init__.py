@@ -15,13 +15,13 @@ from typing import Literal, overload
 from torch import Tensor
 
 from sparsetrain.core.backend import choose
-from sparsetrain.ops.block_sparse_attention import reference
+from sparsetrain.ops.block_sparse_attention import flex, reference
 from sparsetrain.ops.block_sparse_attention.phantom import add_phantom_zeros, pruned_keys
 from sparsetrain.ops.block_sparse_attention.tiles import Geometry
 from sparsetrain.ops.block_sparse_attention.torch import attend as tiled_attend
 from sparsetrain.ops.qkv import check_qkv, check_segments
 
-_RUN = {"torch": tiled_attend, "reference": reference.attend}
+_RUN = {"flex": flex.attend, "torch": tiled_attend, "reference": reference.attend}
 
 
 @overload
@@ -101,7 +101,7 @@ def block_sparse_attention(
             padded query gives 0).
         softmax: `masked` normalises over N(i) alone; with `phantom_zero` every visible key outside N(i) adds exp(0)
             to the denominator (and to lse), so rows sum to less than 1.
-        backend: auto | reference | torch | triton.
+        backend: auto | reference | torch (a CPU's tiles) | flex (FlexAttention, on a GPU).
 
     Returns:
         out [b, h, t, d] in q's dtype; with `return_lse` also lse [b, h, t] in fp32 (fp64 for fp64), differentiable.
@@ -110,12 +110,14 @@ def block_sparse_attention(
         ValueError: shapes, dtypes, ids or sizes do not fit together; the message names them.
         Unsupported: the named backend cannot run this call.
 
+    `flex` is compiled at the first call and takes blocks of 128 tokens or multiples.
+
     Cost: forward 4 and backward 10 multiply-adds a kept pair and channel; saved for backward are q, k, v, out, lse
     and the lists. The `torch` backend needs about 32 MiB of scratch memory and never a [t, s] tensor.
     """
     geometry = Geometry(q_bhtd.shape[2], k_bgsd.shape[2], block_q, block_k, causal, window)
     _check(q_bhtd, k_bgsd, v_bgsd, blocks_bgik, segments_bs, geometry, softmax)
-    attend = _RUN[choose("block_sparse_attention", backend, _available(q_bhtd))]
+    attend = _RUN[choose("block_sparse_attention", backend, _available(q_bhtd, geometry))]
     blocks_blik = blocks_bgik.expand(len(q_bhtd), max(blocks_bgik.shape[1], k_bgsd.shape[1]), -1, -1)
     factor = q_bhtd.shape[3] ** -0.5 if scale is None else scale
     out, lse = attend(q_bhtd, k_bgsd, v_bgsd, blocks_blik, segments_bs, geometry, factor)
@@ -124,9 +126,9 @@ def block_sparse_attention(
     return (out, lse) if return_lse else out
 
 
-def _available(q: Tensor) -> dict[str, str | None]:
-    reason = None if q.device.type == "cpu" else f"its tiles are for a CPU, and the tensors are on {q.device}"
-    return {"torch": reason, "reference": None}
+def _available(q: Tensor, geometry: Geometry) -> dict[str, str | None]:
+    tiled = None if q.device.type == "cpu" else f"its tiles are for a CPU, and the tensors are on {q.device}"
+    return {"flex": flex.unable(q, geometry.block_q, geometry.block_k), "torch": tiled, "reference": None}
 
 
 def _check(
