@@ -10,18 +10,25 @@ i query blocks of `block_q` queries, k list slots, each the id of a block of `bl
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from sparsetrain.core.backend import choose
+from sparsetrain.core.backend import choose, no_triton
 from sparsetrain.ops.block_sparse_attention import flex, reference
 from sparsetrain.ops.block_sparse_attention.phantom import add_phantom_zeros, pruned_keys
 from sparsetrain.ops.block_sparse_attention.tiles import Geometry
 from sparsetrain.ops.block_sparse_attention.torch import attend as tiled_attend
 from sparsetrain.ops.qkv import check_qkv, check_segments
 
-_RUN = {"flex": flex.attend, "torch": tiled_attend, "reference": reference.attend}
+
+def _triton_attend(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from sparsetrain.ops.block_sparse_attention.triton import attend
+
+    return attend(*arguments)
+
+
+_RUN = {"flex": flex.attend, "triton": _triton_attend, "torch": tiled_attend, "reference": reference.attend}
 
 
 @overload
@@ -101,7 +108,7 @@ def block_sparse_attention(
             padded query gives 0).
         softmax: `masked` normalises over N(i) alone; with `phantom_zero` every visible key outside N(i) adds exp(0)
             to the denominator (and to lse), so rows sum to less than 1.
-        backend: auto | reference | torch (a CPU's tiles) | flex (FlexAttention, on a GPU).
+        backend: auto | reference | torch (a CPU's tiles) | flex (FlexAttention, on a GPU) | triton.
 
     Returns:
         out [b, h, t, d] in q's dtype; with `return_lse` also lse [b, h, t] in fp32 (fp64 for fp64), differentiable.
@@ -127,8 +134,16 @@ def block_sparse_attention(
 
 
 def _available(q: Tensor, geometry: Geometry) -> dict[str, str | None]:
+    block_q, block_k = geometry.block_q, geometry.block_k
     tiled = None if q.device.type == "cpu" else f"its tiles are for a CPU, and the tensors are on {q.device}"
-    return {"flex": flex.unable(q, geometry.block_q, geometry.block_k), "torch": tiled, "reference": None}
+    kernels = no_triton(q)
+    if kernels is None:
+        from sparsetrain.ops.block_sparse_attention.triton import unable
+
+        kernels = unable(q, block_q, block_k)
+    found = {"flex": flex.unable(q, block_q, block_k), "triton": kernels, "torch": tiled, "reference": None}
+    # the interpreter is for tests: it runs where it is asked for by name
+    return found if q.device.type == "cuda" else dict(sorted(found.items(), key=lambda item: item[0] == "triton"))
 
 
 def _check(
