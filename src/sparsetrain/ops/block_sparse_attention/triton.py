@@ -391,8 +391,8 @@ def _gradients(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _tiles(q: Tensor, block_q: int, block_k: int, rows: int) -> tuple[int, int]:
     """Queries and keys of a tile: powers of two that divide the blocks.
 
-    At 128 channels in bf16, compiled for Hopper: 128 x 64 forward needs 255 registers and 49 KiB of shared memory; in dK
-    and dV 64 x 64 spill 0.5 KiB a thread, 128 keys three times that. fp32, three products of TF32, takes a quarter.
+    At 128 channels in bf16, compiled for Hopper: 128 x 64 forward needs 255 registers and 49 KiB of shared memory; in
+    dK and dV 64 x 64 spill 0.5 KiB a thread, 128 keys three times that. fp32, three products of TF32, takes a quarter.
     """
     shrink = 1 if q.itemsize == 2 else 2
     return math.gcd(block_q, rows // shrink), math.gcd(block_k, 64 // shrink)
