@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from sparsetrain.core.errors import Unsupported
@@ -97,6 +98,18 @@ def test_the_inverse_is_sorted_and_empty_lists_have_an_empty_one() -> None:
     nothing = torch.full((1, 1, geo.num_query_blocks, 0), 0)
     mask = flex.block_mask(nothing, None, geo, case.heads)
     assert int(mask.q_num_blocks.sum()) == int(mask.full_kv_num_blocks.sum()) == 0
+
+
+@pytest.mark.parametrize("name", ["gqa", "packed"])
+def test_no_list_is_read_on_the_host(name: str) -> None:
+    """Tensors without values become lists: whoever asks for a value fails."""
+    case = next(case for case in TINY if case.name == name)
+    lists, segments = expanded(case), case.segments()
+    with FakeTensorMode() as mode:
+        fake = None if segments is None else mode.from_tensor(segments)
+        mask = flex.block_mask(mode.from_tensor(lists), fake, geometry(case), case.heads)
+    wide = flex.block_mask(lists, segments, geometry(case), case.heads)
+    assert [x.shape for x in (mask.kv_indices, mask.q_indices)] == [x.shape for x in (wide.kv_indices, wide.q_indices)]
 
 
 def test_no_length_compiles_anew() -> None:
