@@ -15,7 +15,9 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from sparsetrain.core.backend import choose, no_triton
-from sparsetrain.ops.block_sparse_attention import flex, reference
+from sparsetrain.core.fastest import Timings
+from sparsetrain.ops.block_sparse_attention import flex, gain, reference
+from sparsetrain.ops.block_sparse_attention.cases import Case
 from sparsetrain.ops.block_sparse_attention.phantom import add_phantom_zeros, pruned_keys
 from sparsetrain.ops.block_sparse_attention.tiles import Geometry
 from sparsetrain.ops.block_sparse_attention.torch import attend as tiled_attend
@@ -124,13 +126,50 @@ def block_sparse_attention(
     """
     geometry = Geometry(q_bhtd.shape[2], k_bgsd.shape[2], block_q, block_k, causal, window)
     _check(q_bhtd, k_bgsd, v_bgsd, blocks_bgik, segments_bs, geometry, softmax)
-    attend = _RUN[choose("block_sparse_attention", backend, _available(q_bhtd, geometry))]
+    found = _available(q_bhtd, geometry)
+    if (known := _timings(q_bhtd, k_bgsd, geometry, blocks_bgik.shape[-1])) is not None:
+        broken = {name: f"it failed when it was timed: {why}" for name, why in known.failed.items() if name in found}
+        found = {name: found[name] for name in known.order if name in found} | found | broken
+    attend = _RUN[choose("block_sparse_attention", backend, found)]
     blocks_blik = blocks_bgik.expand(len(q_bhtd), max(blocks_bgik.shape[1], k_bgsd.shape[1]), -1, -1)
     factor = q_bhtd.shape[3] ** -0.5 if scale is None else scale
     out, lse = attend(q_bhtd, k_bgsd, v_bgsd, blocks_blik, segments_bs, geometry, factor)
     if softmax == "phantom_zero":
         out, lse = add_phantom_zeros(out, lse, pruned_keys(blocks_blik, segments_bs, geometry))
     return (out, lse) if return_lse else out
+
+
+def dense_is_faster(
+    q_bhtd: Tensor, k_bgsd: Tensor, *, block_q: int, block_k: int, num_slots: int, causal: bool
+) -> str | None:
+    """Where dense attention takes less time than `num_slots` blocks a list would: what was timed; else None.
+
+    Timed on a GPU, in training, once a shape and machine (forward and backward on random lists, without selection);
+    lengths and lists are rounded up to powers of two. On a CPU nothing is timed: None.
+    """
+    geometry = Geometry(q_bhtd.shape[2], k_bgsd.shape[2], block_q, block_k, causal, None)
+    known = _timings(q_bhtd, k_bgsd, geometry, num_slots)
+    return str(known) if known is not None and known.order[:1] == ["dense"] else None
+
+
+def _timings(q: Tensor, k: Tensor, geometry: Geometry, num_slots: int) -> Timings | None:
+    """Of all backends that can run such a call on its GPU; None where nothing is timed."""
+    if not gain.may_time(q, k) or num_slots < 1:
+        return None
+    found = _available(q, geometry)
+    backends = {name: _timed_by(name) for name in ("flex", "triton") if found[name] is None}
+    if not backends:
+        return None
+    case = gain.shape_of(q, k, geometry.block_q, geometry.block_k, num_slots, geometry.causal)
+    return gain.timings(case, q.dtype, q.device, backends)
+
+
+def _timed_by(name: str) -> gain.Attend:
+    def attend(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, case: Case) -> Tensor:
+        geometry = Geometry(q.shape[2], k.shape[2], case.block_q, case.block_k, case.causal, case.window)
+        return _RUN[name](q, k, v, lists, None, geometry, q.shape[3] ** -0.5)[0]
+
+    return attend
 
 
 def _available(q: Tensor, geometry: Geometry) -> dict[str, str | None]:
