@@ -140,6 +140,7 @@ class PQSparseAttention(SparseAttention):
             keep_first=config.keep_first,
             block_q=config.block_q,
             block_k=config.block_k,
+            max_slots=None if call.q.device.type == "cpu" else -(-self._most_kept(call.k.shape[2]) // config.block_k),
         )
         if unread_bt is not None:  # a block of queries that nobody reads keeps no keys, and costs nothing
             blocks_bi = F.pad(unread_bt, (0, -unread_bt.shape[1] % config.block_q), value=True)
@@ -177,6 +178,10 @@ class PQSparseAttention(SparseAttention):
     def _kept(self, length: int) -> int:
         """L of a sequence of `length` keys."""
         return length if length < self.config.dense_below else self.config.kept_keys(length)
+
+    def _most_kept(self, length: int) -> int:
+        """The largest L of a sequence of up to `length` keys; one below `dense_below` keeps all."""
+        return max(self._kept(length), min(length, self.config.dense_below - 1))
 
     def _kept_keys(self, call: AttentionCall) -> Tensor:
         """L of every token, [b, s], from the length of its own sequence."""

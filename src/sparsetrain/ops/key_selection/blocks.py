@@ -29,6 +29,7 @@ class BlockRule:
     local_tokens: int
     keep_first: bool
     num_probes: int
+    max_slots: int | None = None
 
 
 def select(
@@ -40,7 +41,8 @@ def select(
     rank_bgin = _scores(grid, q_bhtd, k_bgsd, codebook_gmew, rule)
     rank_bgin = rank_bgin.masked_fill(forced[:, None], torch.inf).masked_fill(~seen[:, None], -torch.inf)
     slots_bi = torch.maximum(num_slots_bi, forced.sum(-1))
-    most = min(int(slots_bi.max()), rank_bgin.shape[-1])
+    most = int(slots_bi.max()) if rule.max_slots is None else max(rule.max_slots, grid.most_forced(rule.local_tokens))
+    most = min(most, rank_bgin.shape[-1])
     block = _in_order(rank_bgin, grid).topk(most, dim=-1).indices
     slot = torch.arange(most, device=block.device)
     empty = (rank_bgin.gather(-1, block) == -torch.inf) | (slot >= slots_bi[:, None, :, None])
@@ -93,6 +95,10 @@ class Grid:
                 first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True) & (segments > 0)
             forced = forced | (first[:, None] & self.seen())
         return forced
+
+    def most_forced(self, local_tokens: int) -> int:
+        """At least as many blocks as `forced` keeps for any query block: a run of tokens, and the first block."""
+        return -(-(self.block_q + 2 * local_tokens) // self.block_k) + 2
 
     def _same_segment(self, seen: Tensor) -> Tensor:
         if self.segments_q is None or self.segments_k is None:
