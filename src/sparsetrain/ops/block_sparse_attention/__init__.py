@@ -110,7 +110,7 @@ def block_sparse_attention(
             padded query gives 0).
         softmax: `masked` normalises over N(i) alone; with `phantom_zero` every visible key outside N(i) adds exp(0)
             to the denominator (and to lse), so rows sum to less than 1.
-        backend: auto | reference | torch (a CPU's tiles) | flex (FlexAttention, on a GPU) | triton.
+        backend: auto | reference | torch (a CPU's) | flex (a GPU's, in blocks of 128 n tokens) | triton.
 
     Returns:
         out [b, h, t, d] in q's dtype; with `return_lse` also lse [b, h, t] in fp32 (fp64 for fp64), differentiable.
@@ -119,21 +119,15 @@ def block_sparse_attention(
         ValueError: shapes, dtypes, ids or sizes do not fit together; the message names them.
         Unsupported: the named backend cannot run this call.
 
-    `flex` is compiled at the first call and takes blocks of 128 tokens or multiples.
-
     Cost: forward 4 and backward 10 multiply-adds a kept pair and channel; saved for backward are q, k, v, out, lse
     and the lists. The `torch` backend needs about 32 MiB of scratch memory and never a [t, s] tensor.
     """
     geometry = Geometry(q_bhtd.shape[2], k_bgsd.shape[2], block_q, block_k, causal, window)
     _check(q_bhtd, k_bgsd, v_bgsd, blocks_bgik, segments_bs, geometry, softmax)
-    found = _available(q_bhtd, geometry)
-    if (known := _timings(q_bhtd, k_bgsd, geometry, blocks_bgik.shape[-1])) is not None:
-        broken = {name: f"it failed when it was timed: {why}" for name, why in known.failed.items() if name in found}
-        found = {name: found[name] for name in known.order if name in found} | found | broken
-    attend = _RUN[choose("block_sparse_attention", backend, found)]
+    name = choose("block_sparse_attention", backend, _best_first(q_bhtd, k_bgsd, geometry, blocks_bgik.shape[-1]))
     blocks_blik = blocks_bgik.expand(len(q_bhtd), max(blocks_bgik.shape[1], k_bgsd.shape[1]), -1, -1)
     factor = q_bhtd.shape[3] ** -0.5 if scale is None else scale
-    out, lse = attend(q_bhtd, k_bgsd, v_bgsd, blocks_blik, segments_bs, geometry, factor)
+    out, lse = _RUN[name](q_bhtd, k_bgsd, v_bgsd, blocks_blik, segments_bs, geometry, factor)
     if softmax == "phantom_zero":
         out, lse = add_phantom_zeros(out, lse, pruned_keys(blocks_blik, segments_bs, geometry))
     return (out, lse) if return_lse else out
@@ -144,12 +138,21 @@ def dense_is_faster(
 ) -> str | None:
     """Where dense attention takes less time than `num_slots` blocks a list would: what was timed; else None.
 
-    Timed on a GPU, in training, once a shape and machine (forward and backward on random lists, without selection);
+    Timed on a GPU, once a shape and machine (forward and backward on random lists, without selection);
     lengths and lists are rounded up to powers of two. On a CPU nothing is timed: None.
     """
     geometry = Geometry(q_bhtd.shape[2], k_bgsd.shape[2], block_q, block_k, causal, None)
     known = _timings(q_bhtd, k_bgsd, geometry, num_slots)
     return str(known) if known is not None and known.order[:1] == ["dense"] else None
+
+
+def _best_first(q: Tensor, k: Tensor, geometry: Geometry, num_slots: int) -> dict[str, str | None]:
+    """Backends as `choose` takes them: where they were timed, the fastest first, and none that broke."""
+    found, known = _available(q, geometry), _timings(q, k, geometry, num_slots)
+    if known is None:
+        return found
+    broken = {name: f"it failed when it was timed: {why}" for name, why in known.failed.items() if name in found}
+    return {name: found[name] for name in known.order if name in found} | found | broken
 
 
 def _timings(q: Tensor, k: Tensor, geometry: Geometry, num_slots: int) -> Timings | None:
