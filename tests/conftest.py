@@ -1,5 +1,5 @@
 """One thread: the models are tiny, and two threads make sums depend on the split. Full precision, also in the processes
-that tests start: what `dtype: auto` takes depends on the machine."""
+that tests start: what `dtype: auto` takes depends on the machine. Triton's kernels run through its interpreter."""
 
 import os
 
@@ -8,5 +8,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("SPARSETRAIN_DTYPE", "fp32")
 
 import torch
+
+if not torch.cuda.is_available():  # Triton asks when it is first imported, and torch.compile may be who imports it
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)

@@ -81,11 +81,14 @@ def test_every_method_is_a_candidate_and_none_is_dropped_without_a_reason(config
 
 
 def test_a_gpu_refuses_what_has_a_kernel_for_cpus_alone(config_file: Path) -> None:
-    assert "routed_ffn" in (unable(("routed_ffn", "token_selection"), gpu=True) or "")
+    assert "routed_ffn: GPU kernels that no GPU has timed" in (
+        unable(("routed_ffn", "token_selection"), gpu=True) or ""
+    )
+    assert "monarch_linear: no GPU kernel" in (unable(("monarch_linear", "routed_ffn"), gpu=True) or "")
     assert unable(("routed_ffn",), gpu=False) is None
     planner = predictor_of(read_config(str(config_file)), {"lora_r": 4}, bf16=True, cache=None, gpu=True)
     spt = next(c for c in candidates(planner.base) if c.label == "spt")
-    with pytest.raises(ValueError, match="no GPU kernel"):
+    with pytest.raises(ValueError, match="token_sparse_attention: no GPU kernel"):
         planner.outline(spt)
     assert planner.traced == 0
     assert CPU.usable_bytes(10**9) == 550_000_000 and CPU.usable_bytes(1) == 0

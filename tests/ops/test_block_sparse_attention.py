@@ -386,7 +386,7 @@ def test_errors(change: dict[str, object], message: str) -> None:
 def test_a_named_backend_never_falls_back() -> None:
     case = TINY[0]
     with pytest.raises(Unsupported, match="triton"):
-        call(case, *case.tensors(torch.float32), case.lists(), "triton")
+        call(case, *case.tensors(torch.float64), case.lists(), "triton")
     on_meta = [x.to("meta") for x in (*case.tensors(torch.float32), case.lists())]
     with pytest.raises(Unsupported, match="on meta"):
         call(case, *on_meta, "torch")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -398,3 +399,21 @@ def test_codes_depend_on_their_own_vector() -> None:
         whole = encode(x, codebook, distance)
         assert torch.equal(encode(x, codebook, distance, backend="reference"), whole)
         assert torch.equal(torch.cat([encode(x[:, :, i : i + 1], codebook, distance) for i in range(61)], 2), whole)
+
+
+@pytest.mark.parametrize("score", ["table", "match_count", "mean"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_known_largest_list_gives_the_same_blocks_and_reads_nothing_on_the_host(score: str, causal: bool) -> None:
+    draw = torch.Generator().manual_seed(3)
+    q, k = torch.randn(1, 4, 100, 16, generator=draw), torch.randn(1, 2, 100, 16, generator=draw)
+    codebook, slots = torch.randn(2, 2, 16, 8, generator=draw), torch.randint(1, 6, (1, 13), generator=draw)
+    for local_tokens in (0, 5, 40):
+        options = {"block_q": 8, "block_k": 4, "scale": 0.25, "score": score, "local_tokens": local_tokens}
+        wanted = select_blocks(q, k, codebook, slots, Visibility(causal), **options)
+        found = select_blocks(q, k, codebook, slots, Visibility(causal), max_slots=5, **options)
+        assert torch.equal(found[..., : wanted.shape[-1]], wanted) and (found[..., wanted.shape[-1] :] == -1).all()
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in (q, k, codebook, slots)]
+        assert select_blocks(*fake, Visibility(causal), max_slots=5, **options).shape == found.shape
+        with pytest.raises(DataDependentOutputException):
+            select_blocks(*fake, Visibility(causal), **options)

@@ -5,11 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import sparsetrain.ops.product_quantization.torch as torch_backend
 from sparsetrain.core.errors import Unsupported
-from sparsetrain.ops.product_quantization import codebook_loss, decode, encode, fit_codebook, reference
+from sparsetrain.ops.product_quantization import (
+    block_histograms,
+    codebook_loss,
+    decode,
+    encode,
+    fit_codebook,
+    reference,
+)
 from sparsetrain.ops.product_quantization.cases import TINY, Case
 
 CASES = pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
@@ -91,12 +99,27 @@ def test_decode_gives_the_nearest_codeword_and_its_gradient() -> None:
     assert loose.grad is not None and loose.grad.sum() == x.numel()
 
 
+@CASES
+@pytest.mark.parametrize("block_tokens", [4, 64])
+def test_histograms_count_the_codes_of_each_block(case: Case, block_tokens: int) -> None:
+    x, codebook = case.tensors(torch.float32)
+    draw = torch.Generator().manual_seed(1)
+    for valid in (None, torch.rand(case.batch, case.tokens, generator=draw) > 0.3):
+        codes = F.one_hot(encode(x, codebook).long(), case.codewords).float()
+        codes = codes if valid is None else codes * valid[:, None, :, None, None]
+        wanted = torch.stack([part.sum(2) for part in codes.split(block_tokens, 2)], 3)
+        for backend in ("reference", "torch"):
+            assert torch.equal(block_histograms(x, codebook, block_tokens, "l1", valid, backend=backend), wanted)
+    with pytest.raises(ValueError, match="block_tokens=0"):
+        block_histograms(x, codebook, 0)
+
+
 @BACKENDS
 def test_codes_have_no_gradient_and_named_backends_do_not_fall_back(backend: str) -> None:
     x, codebook = TINY[0].tensors(torch.float32)
     assert not encode(x.requires_grad_(), codebook.requires_grad_(), backend=backend).requires_grad
     with pytest.raises(Unsupported, match="triton"):
-        encode(x, codebook, backend="triton")
+        encode(x.double(), codebook, backend="triton")
 
 
 def test_the_hand_example_of_the_loss() -> None:

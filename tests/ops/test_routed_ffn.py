@@ -17,11 +17,13 @@ from sparsetrain.ops.routing import choose_blocks
 WIDTHS = [case.width for case in TINY]
 
 
-def make(dtype: torch.dtype = torch.float64, **changes: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, options) of the first tiny case with some sizes changed."""
+def make(
+    dtype: torch.dtype = torch.float64, ranks: tuple[int, int] = (2, 3), **changes: Any
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, options) of the first tiny case with some sizes changed; `ranks` of the gate's LoRA last."""
     case = replace(TINY[0], **changes)
     torch.manual_seed(case.tokens + case.width)
-    t, d, f, r = case.tokens, case.hidden, case.ffn_size, 2
+    t, d, f, (r, gate_r) = case.tokens, case.hidden, case.ffn_size, ranks
     rand = lambda *shape: torch.randn(*shape, dtype=dtype) * 0.5  # noqa: E731
     leaves = {"x": rand(t, d), "up": rand(f, d), "down": rand(d, f)}
     leaves |= {"gate_proj": rand(f, d)} if case.gated else {}
@@ -29,7 +31,7 @@ def make(dtype: torch.dtype = torch.float64, **changes: Any) -> tuple[dict[str, 
     leaves |= {"gate_bias": rand(f)} if case.bias and case.gated else {}
     if case.lora:
         leaves |= {"up_a": rand(r, d), "up_b": rand(f, r), "down_a": rand(r, f), "down_b": rand(d, r)}
-        leaves |= {"gate_a": rand(3, d), "gate_b": rand(f, 3)} if case.gated else {}
+        leaves |= {"gate_a": rand(gate_r, d), "gate_b": rand(f, gate_r)} if case.gated else {}
     leaves |= {"shift": rand(case.blocks, d)} if case.shift else {}
     choice = choose_blocks(torch.randn(t, case.blocks), case.active)
     leaves["c"] = 2 * torch.sigmoid(rand(t, case.active))
@@ -57,17 +59,23 @@ def call(leaves: dict[str, Tensor], options: dict[str, Any], **changes: Any) -> 
     )
 
 
-def assert_agree(leaves: dict[str, Tensor], options: dict[str, Any], **changes: Any) -> Tensor:
+def assert_agree(
+    leaves: dict[str, Tensor],
+    options: dict[str, Any],
+    backend: str = "torch",
+    tolerance: float = TOLERANCE["float64"],
+    **changes: Any,
+) -> Tensor:
     results = []
-    for backend in ("torch", "reference"):
+    for name in (backend, "reference"):
         torch.manual_seed(1)  # dropout draws the same masks
-        y = call(leaves, options, backend=backend, **changes)
+        y = call(leaves, options, backend=name, **changes)
         wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
         grads = torch.autograd.grad((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum(), wanted,
                                     allow_unused=True, materialize_grads=True)  # fmt: skip
         results.append((y, *grads))
     for found, expected in zip(*results):
-        torch.testing.assert_close(found, expected, rtol=TOLERANCE["float64"], atol=TOLERANCE["float64"])
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     return results[0][0]
 
 

@@ -194,7 +194,16 @@ def _machine() -> list[Check]:
         devices.append("mps")
     if len(devices) == 1:
         checks.append(Check("gpu", "note", "none that torch can use", "Runs on the CPU; start with small models."))
-    return checks + [formats(device) for device in devices]
+    return checks + [formats(device) for device in devices] + [fact for device in devices for fact in fastest(device)]
+
+
+def fastest(device: str) -> list[Check]:
+    """What runs timed on this device to choose by, since the machine started."""
+    import torch
+
+    from sparsetrain.core.fastest import all_timings
+
+    return [Check(f"{known.op} on {device}", "ok", str(known)) for known in all_timings(torch.device(device))]
 
 
 def formats(device: str) -> Check:

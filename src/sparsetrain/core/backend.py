@@ -1,5 +1,6 @@
-"""Which implementation of an op runs: `auto`, `reference`, `torch` (faster, in plain PyTorch) or `triton`; for 2:4
-products also `emulate` (dense matmuls of the pruned weight, anywhere) and torch core's `cusparselt` and `cutlass`.
+"""Which implementation of an op runs: `auto`, `reference`, `torch` (faster, in plain PyTorch), `triton`; PyTorch's own
+GPU kernels `flex` (FlexAttention) and `grouped_mm`; for 2:4 products also `emulate` (dense matmuls of the pruned
+weight, anywhere) and torch core's `cusparselt` and `cutlass`.
 
 `auto` may fall back and can say why; a backend that was asked for by name never falls back.
 """
@@ -7,6 +8,8 @@ products also `emulate` (dense matmuls of the pruned weight, anywhere) and torch
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +21,7 @@ from sparsetrain.core.errors import Unsupported
 if TYPE_CHECKING:
     from torch import Tensor
 
-BACKENDS = ("auto", "reference", "torch", "triton", "emulate", "cusparselt", "cutlass")
+BACKENDS = ("auto", "reference", "torch", "flex", "grouped_mm", "triton", "emulate", "cusparselt", "cutlass")
 _asked: ContextVar[str] = ContextVar("sparsetrain_backend", default="auto")
 
 _watched: ContextVar[set[str] | None] = ContextVar("sparsetrain_watched", default=None)
@@ -89,6 +92,20 @@ def choose(op: str, asked: str, available: dict[str, str | None]) -> str:
         reason = available.get(name) or "it is not implemented for this op"
         raise Unsupported(f"{op!r} was asked to run on {name!r}: {reason}. Available: {', '.join(can) or 'none'}.")
     return name
+
+
+def no_triton(x: Tensor) -> str | None:
+    """Why Triton kernels cannot run on `x`; None if they can, on a CPU through the interpreter (for tests)."""
+    if not _has_triton():
+        return "triton is not installed"
+    if x.device.type == "cuda" or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    return f"Triton's kernels are for a GPU, and the tensors are on {x.device} (TRITON_INTERPRET=1 runs them on a CPU)"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _known(name: str) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 from sparsetrain.recipes.run import RunRecipe
 
 OPS = Path(__file__).parents[1] / "ops"
+GPU_BACKENDS = ("triton", "flex", "grouped")
+"""Files of an op's folder that hold what runs well on a GPU."""
 
 
 def ops_of(recipe: RunRecipe) -> tuple[str, ...]:
@@ -15,11 +17,16 @@ def ops_of(recipe: RunRecipe) -> tuple[str, ...]:
 
 
 def unable(ops: tuple[str, ...], *, gpu: bool) -> str | None:
-    """Why operations cannot run well on a GPU: they have a CPU kernel and no Triton one."""
-    missing = [op for op in ops if gpu and _has(op, "torch") and not _has(op, "triton")]
-    if not missing:
-        return None
-    return f"{' and '.join(missing)}: no GPU kernel in this version, and the reference form is slower than dense"
+    """Why what operations take on a GPU cannot be predicted: no kernel is written for it, or none was ever timed."""
+    ours = [op for op in ops if gpu and _has(op, "torch")]
+    missing = [op for op in ours if not any(_has(op, backend) for backend in GPU_BACKENDS)]
+    if missing:
+        return f"{' and '.join(missing)}: no GPU kernel in this version, and the reference form is slower than dense"
+    if ours:
+        return (
+            f"{' and '.join(ours)}: GPU kernels that no GPU has timed yet; `python -m bench run blocks_gpu` times them"
+        )
+    return None
 
 
 def _has(op: str, backend: str) -> bool:

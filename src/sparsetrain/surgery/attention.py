@@ -7,9 +7,11 @@ Legend: b batch, h query heads, g key/value heads, t queries, s keys, d head wid
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -96,6 +98,12 @@ class SparseAttention(Site):
     def with_auxiliary_loss(self, out: Tensor, call: AttentionCall) -> Tensor:
         """out, with the method's own loss on the queries and keys of a call attached in training, if it has one."""
         return out
+
+
+@cache
+def say_dense(method: str, timed: str) -> None:
+    """Once a shape: a sparse attention runs dense, because that was faster here."""
+    warnings.warn(f"{method} attends densely where that is faster on this machine: {timed}.", stacklevel=2)
 
 
 def stand_in_of(attention: nn.Module) -> StandIn | None:

@@ -15,11 +15,11 @@ from sparsetrain.core.anatomy import AttentionSite
 from sparsetrain.methods.flood_fill_attention.config import FloodFillAttention
 from sparsetrain.ops.attention_patterns import block_lists, block_pattern, fit_pattern
 from sparsetrain.ops.attention_patterns.maps import MapSums
-from sparsetrain.ops.block_sparse_attention import block_sparse_attention
+from sparsetrain.ops.block_sparse_attention import block_sparse_attention, dense_is_faster
 from sparsetrain.ops.block_sparse_attention.phantom import add_phantom_zeros
 from sparsetrain.ops.block_sparse_attention.reference import masked_attention
 from sparsetrain.ops.segments import align_segments, has_gaps, places_in_segments
-from sparsetrain.surgery.attention import AttentionCall, SparseAttention
+from sparsetrain.surgery.attention import AttentionCall, SparseAttention, say_dense
 
 STATE = ("mask", "mean_map", "filtered_map", "seen", "reference_map", "history", "switched")
 """Buffers of a site, all None at first.
@@ -127,9 +127,22 @@ class FloodFillSparseAttention(SparseAttention):
             return call.dense()
         if call.q.shape[2] != call.k.shape[2]:
             return self._by_mask(call)
+        if self.config.softmax == "masked" and self._loses(call):
+            return call.dense()
         # a window counts padding inside a sequence, which has no place in a block
         gaps = call.window is not None and call.segments is not None and has_gaps(call.segments)
         return call.with_padding(self._by_mask(call) if gaps else self._by_block(call))
+
+    def _loses(self, call: AttentionCall) -> bool:
+        """Whether dense attention was faster here when both were timed; says so once."""
+        block = self.config.block_tokens
+        if call.segments is not None:
+            return False
+        slots = self._lists_for(-(-call.q.shape[2] // block)).shape[-1]
+        timed = dense_is_faster(call.q, call.k, block_q=block, block_k=block, num_slots=slots, causal=call.causal)
+        if timed is not None:
+            say_dense(type(self.config).__name__, timed)
+        return timed is not None
 
     def _by_block(self, call: AttentionCall) -> Tensor:
         config, block, aligned = self.config, self.config.block_tokens, None

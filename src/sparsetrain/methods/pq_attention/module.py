@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from sparsetrain.core.anatomy import AttentionSite, trained_copy
 from sparsetrain.methods.pq_attention.config import SUBSPACE, PQAttention
-from sparsetrain.ops.block_sparse_attention import block_sparse_attention
+from sparsetrain.ops.block_sparse_attention import block_sparse_attention, dense_is_faster
 from sparsetrain.ops.key_selection import Visibility, select_blocks, select_keys
 from sparsetrain.ops.product_quantization import codebook_loss
 from sparsetrain.ops.segments import align_segments, has_gaps, places_in_segments
 from sparsetrain.ops.token_sparse_attention import token_sparse_attention
-from sparsetrain.surgery.attention import AttentionCall, SparseAttention
+from sparsetrain.surgery.attention import AttentionCall, SparseAttention, say_dense
 from sparsetrain.surgery.idle import attach_zeros, note
 from sparsetrain.surgery.targets import DenseRows
 
@@ -93,11 +93,30 @@ class PQSparseAttention(SparseAttention):
         everything = self._kept(longest) >= longest
         by_block = self.config.granularity == "block"
         dense_phase = self.warming_up or (self.dense_rows is not None and self.dense_rows.everywhere)
-        if dense_phase or (by_block and _needs_dense(call)) or (everything and self.config.logit_clamp is None):
+        if (
+            dense_phase
+            or (by_block and (_needs_dense(call) or self._loses(call)))
+            or (everything and self.config.logit_clamp is None)
+        ):
             return self.with_auxiliary_loss(call.dense(), call)
         rows_bt = None if self.dense_rows is None else self.dense_rows.of(call.q.shape[0] * call.q.shape[2])
         out = call.with_padding(self._by_block(call, rows_bt) if by_block else self._by_token(call))
         return self.with_auxiliary_loss(out if rows_bt is None else call.with_dense_rows(out, rows_bt), call)
+
+    def _loses(self, call: AttentionCall) -> bool:
+        """Whether dense attention was faster here when both were timed; says so once."""
+        config = self.config
+        timed = dense_is_faster(
+            call.q,
+            call.k,
+            block_q=config.block_q,
+            block_k=config.block_k,
+            num_slots=-(-self._kept(call.k.shape[2]) // config.block_k),
+            causal=call.causal,
+        )
+        if timed is not None:
+            say_dense(type(config).__name__, timed)
+        return timed is not None
 
     def _by_block(self, call: AttentionCall, unread_bt: Tensor | None) -> Tensor:
         """[b, h, t, d]; rows of `unread_bt`, bool [b, t], hold anything."""
@@ -121,6 +140,7 @@ class PQSparseAttention(SparseAttention):
             keep_first=config.keep_first,
             block_q=config.block_q,
             block_k=config.block_k,
+            max_slots=None if call.q.device.type == "cpu" else -(-self._most_kept(call.k.shape[2]) // config.block_k),
         )
         if unread_bt is not None:  # a block of queries that nobody reads keeps no keys, and costs nothing
             blocks_bi = F.pad(unread_bt, (0, -unread_bt.shape[1] % config.block_q), value=True)
@@ -158,6 +178,10 @@ class PQSparseAttention(SparseAttention):
     def _kept(self, length: int) -> int:
         """L of a sequence of `length` keys."""
         return length if length < self.config.dense_below else self.config.kept_keys(length)
+
+    def _most_kept(self, length: int) -> int:
+        """The largest L of a sequence of up to `length` keys; one below `dense_below` keeps all."""
+        return max(self._kept(length), min(length, self.config.dense_below - 1))
 
     def _kept_keys(self, call: AttentionCall) -> Tensor:
         """L of every token, [b, s], from the length of its own sequence."""

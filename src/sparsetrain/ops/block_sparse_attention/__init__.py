@@ -10,18 +10,27 @@ i query blocks of `block_q` queries, k list slots, each the id of a block of `bl
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from sparsetrain.core.backend import choose
-from sparsetrain.ops.block_sparse_attention import reference
+from sparsetrain.core.backend import choose, no_triton
+from sparsetrain.core.fastest import Timings
+from sparsetrain.ops.block_sparse_attention import flex, gain, reference
+from sparsetrain.ops.block_sparse_attention.cases import Case
 from sparsetrain.ops.block_sparse_attention.phantom import add_phantom_zeros, pruned_keys
 from sparsetrain.ops.block_sparse_attention.tiles import Geometry
 from sparsetrain.ops.block_sparse_attention.torch import attend as tiled_attend
 from sparsetrain.ops.qkv import check_qkv, check_segments
 
-_RUN = {"torch": tiled_attend, "reference": reference.attend}
+
+def _triton_attend(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from sparsetrain.ops.block_sparse_attention.triton import attend
+
+    return attend(*arguments)
+
+
+_RUN = {"flex": flex.attend, "triton": _triton_attend, "torch": tiled_attend, "reference": reference.attend}
 
 
 @overload
@@ -101,7 +110,7 @@ def block_sparse_attention(
             padded query gives 0).
         softmax: `masked` normalises over N(i) alone; with `phantom_zero` every visible key outside N(i) adds exp(0)
             to the denominator (and to lse), so rows sum to less than 1.
-        backend: auto | reference | torch | triton.
+        backend: auto | reference | torch (a CPU's) | flex (a GPU's, in blocks of 128 n tokens) | triton.
 
     Returns:
         out [b, h, t, d] in q's dtype; with `return_lse` also lse [b, h, t] in fp32 (fp64 for fp64), differentiable.
@@ -115,18 +124,68 @@ def block_sparse_attention(
     """
     geometry = Geometry(q_bhtd.shape[2], k_bgsd.shape[2], block_q, block_k, causal, window)
     _check(q_bhtd, k_bgsd, v_bgsd, blocks_bgik, segments_bs, geometry, softmax)
-    attend = _RUN[choose("block_sparse_attention", backend, _available(q_bhtd))]
+    name = choose("block_sparse_attention", backend, _best_first(q_bhtd, k_bgsd, geometry, blocks_bgik.shape[-1]))
     blocks_blik = blocks_bgik.expand(len(q_bhtd), max(blocks_bgik.shape[1], k_bgsd.shape[1]), -1, -1)
     factor = q_bhtd.shape[3] ** -0.5 if scale is None else scale
-    out, lse = attend(q_bhtd, k_bgsd, v_bgsd, blocks_blik, segments_bs, geometry, factor)
+    out, lse = _RUN[name](q_bhtd, k_bgsd, v_bgsd, blocks_blik, segments_bs, geometry, factor)
     if softmax == "phantom_zero":
         out, lse = add_phantom_zeros(out, lse, pruned_keys(blocks_blik, segments_bs, geometry))
     return (out, lse) if return_lse else out
 
 
-def _available(q: Tensor) -> dict[str, str | None]:
-    reason = None if q.device.type == "cpu" else f"its tiles are for a CPU, and the tensors are on {q.device}"
-    return {"torch": reason, "reference": None}
+def dense_is_faster(
+    q_bhtd: Tensor, k_bgsd: Tensor, *, block_q: int, block_k: int, num_slots: int, causal: bool
+) -> str | None:
+    """Where dense attention takes less time than `num_slots` blocks a list would: what was timed; else None.
+
+    Timed on a GPU, once a shape and machine (forward and backward on random lists, without selection);
+    lengths and lists are rounded up to powers of two. On a CPU nothing is timed: None.
+    """
+    geometry = Geometry(q_bhtd.shape[2], k_bgsd.shape[2], block_q, block_k, causal, None)
+    known = _timings(q_bhtd, k_bgsd, geometry, num_slots)
+    return str(known) if known is not None and known.order[:1] == ["dense"] else None
+
+
+def _best_first(q: Tensor, k: Tensor, geometry: Geometry, num_slots: int) -> dict[str, str | None]:
+    """Backends as `choose` takes them: where they were timed, the fastest first, and none that broke."""
+    found, known = _available(q, geometry), _timings(q, k, geometry, num_slots)
+    if known is None:
+        return found
+    broken = {name: f"it failed when it was timed: {why}" for name, why in known.failed.items() if name in found}
+    return {name: found[name] for name in known.order if name in found} | found | broken
+
+
+def _timings(q: Tensor, k: Tensor, geometry: Geometry, num_slots: int) -> Timings | None:
+    """Of all backends that can run such a call on its GPU; None where nothing is timed."""
+    if not gain.may_time(q, k) or num_slots < 1:
+        return None
+    found = _available(q, geometry)
+    backends = {name: _timed_by(name) for name in ("flex", "triton") if found[name] is None}
+    if not backends:
+        return None
+    case = gain.shape_of(q, k, geometry.block_q, geometry.block_k, num_slots, geometry.causal)
+    return gain.timings(case, q.dtype, q.device, backends)
+
+
+def _timed_by(name: str) -> gain.Attend:
+    def attend(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, case: Case) -> Tensor:
+        geometry = Geometry(q.shape[2], k.shape[2], case.block_q, case.block_k, case.causal, case.window)
+        return _RUN[name](q, k, v, lists, None, geometry, q.shape[3] ** -0.5)[0]
+
+    return attend
+
+
+def _available(q: Tensor, geometry: Geometry) -> dict[str, str | None]:
+    block_q, block_k = geometry.block_q, geometry.block_k
+    tiled = None if q.device.type == "cpu" else f"its tiles are for a CPU, and the tensors are on {q.device}"
+    kernels = no_triton(q)
+    if kernels is None:
+        from sparsetrain.ops.block_sparse_attention.triton import unable
+
+        kernels = unable(q, block_q, block_k)
+    found = {"flex": flex.unable(q, block_q, block_k), "triton": kernels, "torch": tiled, "reference": None}
+    # the interpreter is for tests: it runs where it is asked for by name
+    return found if q.device.type == "cuda" else dict(sorted(found.items(), key=lambda item: item[0] == "triton"))
 
 
 def _check(

@@ -64,6 +64,27 @@ class TileBatch:
     mask: Tensor | None  # additive, [n, 1, r*block_q, k*block_k]; None when every pair is visible
 
 
+def classify_blocks(blocks: Tensor, segments_bs: Tensor | None, geo: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+    """(some pair visible, every pair visible, segments differ inside the pair of blocks), each [b, l, i, k]."""
+    query_block = torch.arange(geo.num_query_blocks, device=blocks.device)[:, None]
+    first_q = geo.num_keys - geo.num_queries + query_block * geo.block_q
+    last_q = (first_q + geo.block_q).clamp(max=geo.num_keys) - 1
+    first_k = blocks * geo.block_k
+    last_k = (first_k + geo.block_k).clamp(max=geo.num_keys) - 1
+    seen, every = geo.classify(first_q - last_k, last_q - first_k)
+    seen, every = seen & (blocks >= 0), every & (first_k + geo.block_k <= geo.num_keys)
+    query_segments, key_segments = segment_blocks(segments_bs, geo)
+    if query_segments is None or key_segments is None:
+        return seen, every, torch.zeros_like(seen)
+    low_q, high_q = (x[:, None, :, None] for x in query_segments.aminmax(dim=-1))
+    low_k, high_k = key_segments.aminmax(dim=-1)
+    safe = blocks.clamp(min=0).long().flatten(1)
+    low_k, high_k = low_k.gather(1, safe).view(blocks.shape), high_k.gather(1, safe).view(blocks.shape)
+    seen = seen & (high_q > 0) & (high_k > 0) & (low_k <= high_q) & (high_k >= low_q)
+    mixed = (low_q != high_q) | (low_k != high_k) | (low_q != low_k)
+    return seen, every & ~mixed, mixed
+
+
 class TilePlan:
     """The visited blocks of every tile, sorted and grouped; everything here is O(b * l * i * k) integers.
 
@@ -79,8 +100,8 @@ class TilePlan:
         self.geometry, self.num_heads, self.num_kv_heads = geometry, num_heads, num_kv_heads
         self.batch, self.list_heads, _, num_slots = blocks_blik.shape
         blocks = blocks_blik.long()
-        self.query_segments, self.key_segments = _segment_blocks(segments_bs, geometry)
-        seen, every, mixed = self._classify(blocks)
+        self.query_segments, self.key_segments = segment_blocks(segments_bs, geometry)
+        seen, every, mixed = classify_blocks(blocks, segments_bs, geometry)
         rank = torch.where(seen, every.long(), 2)
         stride = geometry.num_key_blocks + 1
         slot_nk = (rank * stride + blocks).flatten(0, 2).argsort(dim=-1)
@@ -93,25 +114,6 @@ class TilePlan:
             (code // 2 // (num_slots + 1), code // 2 % (num_slots + 1), bool(code % 2), count)
             for code, count in zip(codes.tolist(), counts.tolist(), strict=True)
         ]
-
-    def _classify(self, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(some pair visible, every pair visible, segments differ inside the pair of blocks), each [b, l, i, k]."""
-        geo = self.geometry
-        first_q = geo.num_keys - geo.num_queries + torch.arange(geo.num_query_blocks)[:, None] * geo.block_q
-        last_q = (first_q + geo.block_q).clamp(max=geo.num_keys) - 1
-        first_k = blocks * geo.block_k
-        last_k = (first_k + geo.block_k).clamp(max=geo.num_keys) - 1
-        seen, every = geo.classify(first_q - last_k, last_q - first_k)
-        seen, every = seen & (blocks >= 0), every & (first_k + geo.block_k <= geo.num_keys)
-        if self.query_segments is None or self.key_segments is None:
-            return seen, every, torch.zeros_like(seen)
-        low_q, high_q = (x[:, None, :, None] for x in self.query_segments.aminmax(dim=-1))
-        low_k, high_k = self.key_segments.aminmax(dim=-1)
-        safe = blocks.clamp(min=0).flatten(1)
-        low_k, high_k = low_k.gather(1, safe).view_as(blocks), high_k.gather(1, safe).view_as(blocks)
-        seen = seen & (high_q > 0) & (high_k > 0) & (low_k <= high_q) & (high_k >= low_q)
-        mixed = (low_q != high_q) | (low_k != high_k) | (low_q != low_k)
-        return seen, every & ~mixed, mixed
 
     def batches(self, max_elements: int, head_dim: int, dtype: torch.dtype) -> Iterator[TileBatch]:
         """Yield the tiles in batches of about `max_elements` gathered numbers (at least one tile each)."""
@@ -167,7 +169,7 @@ class TilePlan:
         return mask.flatten(1, 2)[:, None].expand(len(blocks), -1, -1, -1)
 
 
-def _segment_blocks(segments_bs: Tensor | None, geo: Geometry) -> tuple[Tensor | None, Tensor | None]:
+def segment_blocks(segments_bs: Tensor | None, geo: Geometry) -> tuple[Tensor | None, Tensor | None]:
     """Segment ids cut into query blocks [b, i, block_q] and key blocks [b, j, block_k]; tails repeat the last id."""
     if segments_bs is None:
         return None, None

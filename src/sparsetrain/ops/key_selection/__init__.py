@@ -101,6 +101,7 @@ def select_blocks(
     local_tokens: int = 16,
     keep_first: bool = True,
     num_probes: int = 4,
+    max_slots: int | None = None,
 ) -> Tensor:
     """The best key blocks of every query block; the query heads of a key/value head share one list.
 
@@ -117,9 +118,11 @@ def select_blocks(
         num_slots_bi: integers [b, i], blocks kept by each query block, forced ones included (and never fewer).
         visibility: sequences must start at block boundaries (`ops.segments.align_segments`).
         scale: of the attention scores.
+        max_slots: no entry of `num_slots_bi` is larger. With it the host does not wait for the largest, and l may be
+            more than that, with empty slots.
 
     Returns:
-        Block ids, int32 [b, g, i, l], best first, no id twice.
+        Block ids, int32 [b, g, i, l], best first, then -1, no id twice.
 
     Raises:
         ValueError: t != s, or an unknown score.
@@ -137,7 +140,9 @@ def select_blocks(
     _check(q_bhtd, k_bgsd, None if score == "mean" else codebook_gmew, score, visibility)
     if min(block_q, block_k, num_probes) < 1:
         raise ValueError(f"block_q={block_q}, block_k={block_k}, num_probes={num_probes}: give at least 1 of each.")
-    rule = blocks.BlockRule(visibility, block_q, block_k, scale, score, distance, local_tokens, keep_first, num_probes)
+    rule = blocks.BlockRule(
+        visibility, block_q, block_k, scale, score, distance, local_tokens, keep_first, num_probes, max_slots
+    )
     with torch.autocast(q_bhtd.device.type, enabled=False):  # it would rank blocks by bf16 scores
         return blocks.select(q_bhtd, k_bgsd, codebook_gmew, num_slots_bi, rule)
 

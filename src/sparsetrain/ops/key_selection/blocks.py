@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from sparsetrain.ops.key_selection.probes import attention_mass, mean_products
 from sparsetrain.ops.key_selection.visibility import Visibility, sequences
-from sparsetrain.ops.product_quantization import encode
+from sparsetrain.ops.product_quantization import block_histograms, encode
 
 PROBE_STRIDE = 4
 """Tokens between the probes of a causal block: at strides 1 and 4 the error was alike, and 4 reaches further back."""
@@ -29,6 +29,7 @@ class BlockRule:
     local_tokens: int
     keep_first: bool
     num_probes: int
+    max_slots: int | None = None
 
 
 def select(
@@ -40,7 +41,8 @@ def select(
     rank_bgin = _scores(grid, q_bhtd, k_bgsd, codebook_gmew, rule)
     rank_bgin = rank_bgin.masked_fill(forced[:, None], torch.inf).masked_fill(~seen[:, None], -torch.inf)
     slots_bi = torch.maximum(num_slots_bi, forced.sum(-1))
-    most = min(int(slots_bi.max()), rank_bgin.shape[-1])
+    most = int(slots_bi.max()) if rule.max_slots is None else max(rule.max_slots, grid.most_forced(rule.local_tokens))
+    most = min(most, rank_bgin.shape[-1])
     block = _in_order(rank_bgin, grid).topk(most, dim=-1).indices
     slot = torch.arange(most, device=block.device)
     empty = (rank_bgin.gather(-1, block) == -torch.inf) | (slot >= slots_bi[:, None, :, None])
@@ -94,6 +96,10 @@ class Grid:
             forced = forced | (first[:, None] & self.seen())
         return forced
 
+    def most_forced(self, local_tokens: int) -> int:
+        """At least as many blocks as `forced` keeps for any query block: a run of tokens, and the first block."""
+        return -(-(self.block_q + 2 * local_tokens) // self.block_k) + 2
+
     def _same_segment(self, seen: Tensor) -> Tensor:
         if self.segments_q is None or self.segments_k is None:
             return seen
@@ -127,7 +133,8 @@ def _scores(grid: Grid, q: Tensor, k: Tensor, codebook: Tensor | None, rule: Blo
     assert codebook is not None
     _, m, e, _w = codebook.shape
     codebook = codebook.float().expand(g, -1, -1, -1)
-    hist_bgmne = _histograms(grid, k, codebook, rule.distance)
+    valid_bs = None if segments is None else segments > 0
+    hist_bgmne = block_histograms(k, codebook, grid.block_k, rule.distance, valid_bs)
     probe = q.float().view(b, g, h // g, t, d)[:, :, :, place_ir.clamp(min=0).flatten()]  # [b, g, p, i·r, d]
     # a causal probe at position p may score a block only when it has read all of it
     read_bxn = grid.seen().repeat_interleave(r, 1) & valid_bir.flatten(1)[..., None]
@@ -162,17 +169,3 @@ def _mass(probe: Tensor, hist: Tensor, codebook: Tensor, scale: float, read_bxn:
     total += hist[:, :, None, 0].sum(-1)[..., None, :].clamp(min=1e-9).log() * (1 - m)
     total.masked_fill_(~read_bxn[:, None, None], -torch.inf)
     return total.softmax(-1).nan_to_num_(0).sum(2)
-
-
-def _histograms(grid: Grid, k: Tensor, codebook: Tensor, distance: str) -> Tensor:
-    """Number of valid keys of each code in each block, [b, g, m, n, e]."""
-    b, g, s, _ = k.shape
-    m, e = codebook.shape[1:3]
-    codes = encode(k, codebook, distance).long()
-    n = len(grid.first_k)
-    bin_ = torch.arange(s, device=k.device)[:, None] // grid.block_k * e + codes  # [b, g, s, m]
-    weight = torch.ones_like(bin_, dtype=torch.float32)
-    if grid.visibility.segments_bs is not None:
-        weight = weight * (grid.visibility.segments_bs > 0)[:, None, :, None]
-    hist = torch.zeros(b, g, m, n * e, device=k.device)
-    return hist.scatter_add_(3, bin_.transpose(2, 3), weight.transpose(2, 3)).view(b, g, m, n, e)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -13,14 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsetrain.core.fastest import in_turns
 from sparsetrain.core.remembered import cache_folder, name_here, recall, remember
 from sparsetrain.ops.monarch_linear import monarch_linear
 
 WIDTHS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 """Widths at which `break_even` looks."""
-ROUNDS, SECONDS = 40, 0.2
-"""Rounds are taken up to `ROUNDS`, or to where the dense side has run for `SECONDS`; 3 at least, after two that warm
-up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,31 +123,15 @@ def _measured(
         "dense": lambda: F.linear(x, weight, bias),
         "monarch": lambda: monarch_linear(x, factor, second, bias),
     }
-    times: dict[str, list[float]] = {"dense": [], "monarch": []}
-    for index in range(2 + ROUNDS):
-        for name in list(sides)[:: 1 if index % 2 else -1]:
-            times[name].append(_timed(sides[name], dy, torch.device(device)))
-            for tensor in (x, weight, bias, factor, second):
-                if tensor is not None:
-                    tensor.grad = None
-        if index > 3 and sum(times["dense"][2:]) > SECONDS * 1e3:
-            break
-    dense, ours = times["dense"][2:], times["monarch"][2:]  # two rounds warm up
+    leaves = [tensor for tensor in (x, weight, bias, factor, second) if tensor is not None]
+
+    def step(run: Callable[[], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(run(), leaves, dy, allow_unused=True)
+
+    times = in_turns({name: step(run) for name, run in sides.items()}, torch.device(device))
+    dense, ours = times["dense"], times["monarch"]
     return Gain(
         in_features=inputs, out_features=outputs, num_blocks=k, tokens=tokens, dtype=str(dtype).removeprefix("torch."),
         device=str(device), dense_ms=statistics.median(dense), monarch_ms=statistics.median(ours),
         ratio=statistics.median(a / b for a, b in zip(dense, ours)),
     )  # fmt: skip
-
-
-def _timed(run: Callable[[], Tensor], dy: Tensor, device: torch.device) -> float:
-    """ms of a forward and a backward."""
-    if device.type != "cuda":
-        start = time.process_time()
-        run().backward(dy)
-        return (time.process_time() - start) * 1e3
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run().backward(dy)
-    torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) * 1e3

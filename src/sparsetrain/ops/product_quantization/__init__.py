@@ -6,9 +6,9 @@ m sub-spaces, w width of a sub-space (d = m w; 8 in the paper), e codewords a su
 
 from __future__ import annotations
 
-from torch import Generator, Tensor, no_grad
+from torch import Generator, Tensor, float64, no_grad
 
-from sparsetrain.core.backend import choose
+from sparsetrain.core.backend import choose, no_triton
 from sparsetrain.ops.product_quantization import reference
 from sparsetrain.ops.product_quantization.fit import DISTANCES, cluster
 from sparsetrain.ops.product_quantization.loss import CodebookLoss, check_valid
@@ -45,11 +45,62 @@ def encode(x_bhtd: Tensor, codebook_gmew: Tensor, distance: str = "l1", *, backe
     together for 4,096 tokens of 8 heads of 64, in tiles of 1 MiB.
     """
     _check(x_bhtd, codebook_gmew, distance)
-    reason = None if x_bhtd.device.type == "cpu" else f"its tiles are for a CPU, and the tensors are on {x_bhtd.device}"
-    name = choose("product_quantization", backend, {"torch": reason, "reference": None})
-    run = tiled_encode if name == "torch" else reference.encode
+    name = choose("product_quantization", backend, _available(x_bhtd))
     with no_grad():
-        return run(x_bhtd, codebook_gmew, distance)
+        if name == "triton":
+            from sparsetrain.ops.product_quantization.triton import encode as kernel
+
+            return kernel(x_bhtd, codebook_gmew, distance)
+        return (tiled_encode if name == "torch" else reference.encode)(x_bhtd, codebook_gmew, distance)
+
+
+def block_histograms(
+    x_bhtd: Tensor,
+    codebook_gmew: Tensor,
+    block_tokens: int,
+    distance: str = "l1",
+    valid_bt: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """How many valid tokens of each block have each code.
+
+    Equals:
+        codes = one_hot(encode(x, codebook), e).float() * valid[:, None, :, None, None]
+        counts = codes.view(b, h, n, block_tokens, m, e).sum(3).transpose(2, 3)
+
+    Args:
+        x_bhtd, codebook_gmew, distance: as for `encode`.
+        block_tokens: tokens of a block; the last one may be short.
+        valid_bt: bool [b, t]; tokens that count (all if None).
+        backend: auto | reference | torch | triton; `triton` stores no code.
+
+    Returns:
+        fp32 [b, h, m, n, e].
+
+    Raises:
+        ValueError, Unsupported: as `encode`; or `block_tokens` is below 1.
+    """
+    _check(x_bhtd, codebook_gmew, distance)
+    check_valid(valid_bt, x_bhtd)
+    if block_tokens < 1:
+        raise ValueError(f"block_tokens={block_tokens}: a block holds at least one token.")
+    name = choose("product_quantization", backend, _available(x_bhtd))
+    with no_grad():
+        if name == "triton":
+            from sparsetrain.ops.product_quantization.triton import histograms
+
+            return histograms(x_bhtd, codebook_gmew, block_tokens, distance, valid_bt)
+        codes = encode(x_bhtd, codebook_gmew, distance, backend=name)
+        return reference.count(codes, codebook_gmew.shape[2], block_tokens, valid_bt)
+
+
+def _available(x: Tensor) -> dict[str, str | None]:
+    tiled = None if x.device.type == "cpu" else f"its tiles are for a CPU, and the tensors are on {x.device}"
+    kernel = no_triton(x) or ("the kernel adds up in fp32" if x.dtype == float64 else None)
+    if x.device.type == "cuda":
+        return {"triton": kernel, "torch": tiled, "reference": None}
+    return {"torch": tiled, "reference": None, "triton": kernel}
 
 
 def decode(codes_bhtm: Tensor, codebook_gmew: Tensor) -> Tensor:

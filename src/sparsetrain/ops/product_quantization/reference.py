@@ -32,6 +32,19 @@ def encode(x_bhtd: Tensor, codebook_gmew: Tensor, distance: str) -> Tensor:
     return distances(x_bhtd, codebook_gmew, distance).argmin(-1).to(torch.uint8)
 
 
+def count(codes_bhtm: Tensor, num_codewords: int, block_tokens: int, valid_bt: Tensor | None) -> Tensor:
+    """[b, h, m, n, e]: tokens of each block that have each code, in fp32."""
+    b, h, t, m = codes_bhtm.shape
+    n = -(-t // block_tokens)
+    block = torch.arange(t, device=codes_bhtm.device)[:, None] // block_tokens
+    bins = block * num_codewords + codes_bhtm.long()
+    weight = torch.ones_like(bins, dtype=torch.float32)
+    if valid_bt is not None:
+        weight = weight * valid_bt[:, None, :, None]
+    counts = torch.zeros(b, h, m, n * num_codewords, device=bins.device)
+    return counts.scatter_add_(3, bins.transpose(2, 3), weight.transpose(2, 3)).view(b, h, m, n, num_codewords)
+
+
 def decode(codes_bhtm: Tensor, codebook_gmew: Tensor) -> Tensor:
     """[b, h, t, m w]."""
     h, m = codes_bhtm.shape[1], codes_bhtm.shape[3]

@@ -9,14 +9,14 @@ from torch import Tensor, autocast, dtype, get_autocast_dtype, is_autocast_enabl
 
 from sparsetrain.core.backend import choose
 from sparsetrain.ops.linear_parts import LinearParts
+from sparsetrain.ops.routed_ffn import grouped
 from sparsetrain.ops.routed_ffn.activations import ACTIVATIONS as ACTIVATIONS
 from sparsetrain.ops.routed_ffn.problem import Problem, linear_operands
 from sparsetrain.ops.routed_ffn.reference import reference_ffn
 from sparsetrain.ops.routed_ffn.torch import grouped_ffn
 
 GATE_MODES = ("output", "ste", "spt")
-_RUN = {"torch": grouped_ffn, "reference": reference_ffn}
-_AVAILABLE = {"torch": None, "reference": None, "triton": "no kernel is written for it yet"}
+_RUN = {"grouped_mm": grouped.device_ffn, "torch": grouped_ffn, "reference": reference_ffn}
 
 
 def routed_ffn(
@@ -49,12 +49,13 @@ def routed_ffn(
         gate_tk: c of those blocks [t, k], or None for 1. k = G with None is the plain dense FFN, without sorting.
         block_shift_gd: what stands in for a block that is not chosen [G, d].
         valid_t: bool [t]; a token that is False uses no block. dense_t: one that is True uses the dense FFN instead.
-        backend: auto, torch or reference.
+        backend: auto | reference | torch (tiles; the host reads the loads) | grouped_mm (a GPU's grouped products).
 
     Returns: y_td [t, d] in the dtype of x (of autocast, where it is on).
 
     Raises:
-        ValueError: sizes that do not fit, an unknown activation or gate mode. Unsupported: `backend="triton"`.
+        ValueError: sizes that do not fit, an unknown activation or gate mode.
+        Unsupported: the named backend cannot run this call.
     """
     _check_linears(x_td, up, down, gate, num_shared, num_blocks)
     _check_routes(len(x_td), choice_tk, gate_tk, num_blocks, activation, gate_mode)
@@ -63,22 +64,29 @@ def routed_ffn(
     dense = gate_tk is None and choice_tk.shape[1] == num_blocks
     shift_gd = None if dense or block_shift_gd is None else block_shift_gd.to(work)
     with autocast(x_td.device.type, enabled=False):
-        return _RUN[choose("routed_ffn", backend, _AVAILABLE)](
-            Problem(
-                **linear_operands(x_td, up, down, gate.to(work) if gate else None),
-                start_d=_start(down.bias, shift_gd),
-                shift_gd=shift_gd,
-                choice_tk=None if dense else choice_tk,
-                gate_tk=_gates(gate_tk if gate_tk is None else gate_tk.to(work), gate_mode),
-                valid_t=valid_t,
-                dense_t=None if dense else dense_t,
-                num_shared=up.weight.shape[0] if dense else num_shared,
-                num_blocks=num_blocks,
-                width=(up.weight.shape[0] - num_shared) // num_blocks,
-                activation=activation,
-                gates_base=gate_mode == "spt",
-            )
+        problem = Problem(
+            **linear_operands(x_td, up, down, gate.to(work) if gate else None),
+            start_d=_start(down.bias, shift_gd),
+            shift_gd=shift_gd,
+            choice_tk=None if dense else choice_tk,
+            gate_tk=_gates(gate_tk if gate_tk is None else gate_tk.to(work), gate_mode),
+            valid_t=valid_t,
+            dense_t=None if dense else dense_t,
+            num_shared=up.weight.shape[0] if dense else num_shared,
+            num_blocks=num_blocks,
+            width=(up.weight.shape[0] - num_shared) // num_blocks,
+            activation=activation,
+            gates_base=gate_mode == "spt",
         )
+        return _RUN[choose("routed_ffn", backend, _available(problem))](problem)
+
+
+def _available(p: Problem) -> dict[str, str | None]:
+    """On a CPU grouped products are as fast as tiles and keep more for the backward pass: they run if asked for."""
+    reason = grouped.unable(p)
+    if p.x_td.device.type == "cuda":
+        return {"grouped_mm": reason, "torch": None, "reference": None}
+    return {"torch": None, "grouped_mm": reason, "reference": None}
 
 
 def _dtype(x_td: Tensor) -> dtype:
