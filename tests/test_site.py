@@ -93,11 +93,11 @@ def test_the_settings_name_what_is_there() -> None:
     assert settings["theme"]["font"] is False and "nav" not in settings
 
 
-@pytest.mark.slow  # renders some fifty pages
 @pytest.mark.skipif(
     importlib.util.find_spec("mkdocs") is None, reason="needs the extra `docs`: pip install -e '.[docs]'"
 )
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """Some seconds: it renders fifty pages and reads every public docstring."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
