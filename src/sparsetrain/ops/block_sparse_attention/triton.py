@@ -6,6 +6,10 @@ backward (MagiAttention#335). Whole blocks come first, in a loop that computes n
 Legend: m queries and n keys of a tile, c channels (padded to a power of two), l list heads, r query heads a list.
 """
 
+# Kernels are a language of their own, and types are checked also where Triton is not installed.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import math

@@ -4,6 +4,10 @@ A distance is added up channel by channel as everywhere, on the plain cores: at 
 8 G operations, a tenth of a millisecond, and a product on tensor cores would round codes by where a vector stands.
 """
 
+# Kernels are a language of their own, and types are checked also where Triton is not installed.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import torch
