@@ -6,6 +6,10 @@ backward (MagiAttention#335). Whole blocks come first, in a loop that computes n
 Legend: m queries and n keys of a tile, c channels (padded to a power of two), l list heads, r query heads a list.
 """
 
+# Kernels are a language of their own, and types are checked also where Triton is not installed.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import math
@@ -299,13 +303,14 @@ def attention_op(
     b, h, t, d = q.shape
     out, lse = _outputs(q)
     m, n = _tiles(q, block_q, block_k, 128)
-    _forward[(triton.cdiv(t, m), b * h)](
-        q, k, v, out, lse, full, full_ids, partial, partial_ids, full if segments is None else segments,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_steps(full), full_ids.shape[3],
-        h, h // k.shape[1], h // full.shape[1], t, k.shape[2], d, window or 0, scale * _LOG2E,
-        block_q, block_k, m, n, triton.next_power_of_2(d), causal, window is not None, segments is not None,
-        num_warps=8 if m * d > 64 * 64 else 4, num_stages=_stages(q),
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # kernels go to the current device, wherever their tensors are
+        _forward[(triton.cdiv(t, m), b * h)](
+            q, k, v, out, lse, full, full_ids, partial, partial_ids, full if segments is None else segments,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_steps(full), full_ids.shape[3],
+            h, h // k.shape[1], h // full.shape[1], t, k.shape[2], d, window or 0, scale * _LOG2E,
+            block_q, block_k, m, n, triton.next_power_of_2(d), causal, window is not None, segments is not None,
+            num_warps=8 if m * d > 64 * 64 else 4, num_stages=_stages(q),
+        )  # fmt: skip
     return out, lse
 
 
@@ -342,17 +347,19 @@ def backward_op(
     ids = full if segments is None else segments
     m, n = _tiles(q, block_q, block_k, 128)
     launch = {"num_warps": 8 if m * d > 64 * 64 else 4, "num_stages": _stages(q)}
-    _backward_q[(triton.cdiv(t, m), b * h)](
-        q, k, v, dout, lse, delta, dq, full, full_ids, partial, partial_ids, ids,
-        *strides, *_steps(full), full_ids.shape[3], h, *sizes, m, n, *rules, **launch,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # kernels go to the current device, wherever their tensors are
+        _backward_q[(triton.cdiv(t, m), b * h)](
+            q, k, v, dout, lse, delta, dq, full, full_ids, partial, partial_ids, ids,
+            *strides, *_steps(full), full_ids.shape[3], h, *sizes, m, n, *rules, **launch,
+        )  # fmt: skip
     num_key_blocks = -(-s // block_k)
     whole, part = (invert(Listed(*x), num_key_blocks) for x in ((full, full_ids), (partial, partial_ids)))
     m, n = _tiles(q, block_q, block_k, 64)
-    _backward_kv[(triton.cdiv(s, n), b * g)](
-        q, k, v, dout, lse, delta, dk, dv, *whole, *part, ids,
-        *strides, *_steps(whole.offsets), *_steps(whole.rows), g, *sizes, m, n, *rules, **launch,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # kernels go to the current device, wherever their tensors are
+        _backward_kv[(triton.cdiv(s, n), b * g)](
+            q, k, v, dout, lse, delta, dk, dv, *whole, *part, ids,
+            *strides, *_steps(whole.offsets), *_steps(whole.rows), g, *sizes, m, n, *rules, **launch,
+        )  # fmt: skip
     return dq, dk, dv
 
 

@@ -4,6 +4,10 @@ A distance is added up channel by channel as everywhere, on the plain cores: at 
 8 G operations, a tenth of a millisecond, and a product on tensor cores would round codes by where a vector stands.
 """
 
+# Kernels are a language of their own, and types are checked also where Triton is not installed.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import torch
@@ -80,9 +84,10 @@ def encode(x_bhtd: Tensor, codebook_gmew: Tensor, distance: str) -> Tensor:
     (b, h, t, _), (g, m, e, w) = x.shape, book.shape
     codes = _codes(x_bhtd, codebook_gmew)
     rows = min(_ROWS, triton.next_power_of_2(t))
-    _encode[(triton.cdiv(t, rows), b * h)](
-        x, book, codes, *x.stride()[:3], h, h // g, t, m, e, rows, w, triton.next_power_of_2(e), distance == "l1"
-    )
+    with torch.cuda.device_of(x):  # kernels go to the current device, wherever their tensors are
+        _encode[(triton.cdiv(t, rows), b * h)](
+            x, book, codes, *x.stride()[:3], h, h // g, t, m, e, rows, w, triton.next_power_of_2(e), distance == "l1"
+        )
     return codes
 
 
@@ -94,10 +99,11 @@ def histograms(x_bhtd: Tensor, codebook_gmew: Tensor, block: int, distance: str,
     out = _counts(x_bhtd, codebook_gmew, block)
     valid = x if valid_bt is None else valid_bt.to(torch.int8).contiguous()
     rows = min(_ROWS, triton.next_power_of_2(block))
-    _histograms[(out.shape[3], b * h, m)](
-        x, book, valid, out, *x.stride()[:3], h, h // g, t, out.shape[3], m, e, block,
-        rows, w, triton.next_power_of_2(e), distance == "l1", valid_bt is not None,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # kernels go to the current device, wherever their tensors are
+        _histograms[(out.shape[3], b * h, m)](
+            x, book, valid, out, *x.stride()[:3], h, h // g, t, out.shape[3], m, e, block,
+            rows, w, triton.next_power_of_2(e), distance == "l1", valid_bt is not None,
+        )  # fmt: skip
     return out
 
 
