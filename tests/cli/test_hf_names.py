@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from sparsetrain.cli.app import app
-from sparsetrain.cli.hf_names import RENAMED, SWITCHES, translated
+from sparsetrain.cli.hf_names import REFUSED, RENAMED, SWITCHES, translated
 from tests.cli.conftest import Call
 
 FLAGS = {
@@ -62,6 +62,11 @@ def test_code_of_a_model_is_not_asked_for_by_accident() -> None:
     for given in (["--trust-remote-code"], ["--trust_remote_code=True"]):
         with pytest.raises(ValueError, match="never run here"):
             translated(given, FLAGS)
+
+
+def test_the_page_for_people_who_come_from_there_has_every_name() -> None:
+    page = (Path(__file__).parents[2] / "docs/from-trl.md").read_text()
+    assert not [name for name in (*RENAMED, *SWITCHES, *REFUSED) if f"`{name}`" not in page]
 
 
 def test_rows_of_a_device_are_not_taken_for_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:

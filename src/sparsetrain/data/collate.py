@@ -20,9 +20,8 @@ class Collator:
 
     Args:
         pad_token_id: fills `input_ids`.
-        attention_mask: whether to add the mask of real tokens. Packed rows must go without, and those with
-            `position_ids` do: a 2-D mask keeps transformers from seeing the boundaries in them. Their padding stands
-            at place 0, so that nothing sees it.
+        attention_mask: whether to add the mask of real tokens. Packed rows are full and must go without: a 2-D mask
+            keeps transformers from seeing the document boundaries in `position_ids`.
         multiple_of: lengths are padded to a multiple of this.
     """
 
@@ -40,10 +39,21 @@ class Collator:
                 fill = self.pad_token_id if key == "input_ids" else _PADDING[key]
                 values = [[*value, *[fill] * (length - len(value))] for value in values]
             batch[key] = torch.as_tensor(values, dtype=torch.long)
-        if self.attention_mask and "position_ids" not in batch:
+        if self.attention_mask:
             lengths_b = torch.tensor([len(row["input_ids"]) for row in rows])
             batch["attention_mask"] = (torch.arange(length) < lengths_b[:, None]).long()
         return batch
+
+
+@dataclass(frozen=True)
+class PackedCollator:
+    """Packed rows (those with `position_ids`) without a mask, which would hide their boundaries; others with one. Each
+    token of a packed row's padding stands at place 0, so that nothing sees it."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return Collator(self.pad_token_id, attention_mask="position_ids" not in rows[0])(rows)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsetrain.data.collate import IGNORED_LABEL
+from sparsetrain.data.collate import IGNORED_LABEL, PackedCollator
 from sparsetrain.data.packing import pack_whole
 from sparsetrain.hf.data import DataBundle, load_classify, load_images, load_sft, load_text
 from sparsetrain.hf.data.bundle import Progress
@@ -100,7 +100,11 @@ def _packed(bundle: DataBundle, seq_len: int) -> DataBundle:
     """Several training rows in one, with `position_ids` that restart at each; held-out rows stay apart."""
     train = Dataset.from_dict(pack_whole(bundle.train["input_ids"], bundle.train["labels"], seq_len))  # type: ignore
     said = f"{bundle.description}; packed into {len(train):,} rows of at most {seq_len:,} tokens"
-    return replace(bundle, train=train, description=said, counts={**bundle.counts, "train_packed_rows": len(train)})
+    counts = {**bundle.counts, "train_packed_rows": len(train)}
+    collate: Any = bundle.collate_fn
+    return replace(
+        bundle, train=train, description=said, counts=counts, collate_fn=PackedCollator(collate.pad_token_id)
+    )
 
 
 def _packs(recipe: RunRecipe) -> bool:
