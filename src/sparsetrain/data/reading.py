@@ -67,7 +67,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
             yield file
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(
-            f"{shown(path)} is named as compressed by gzip, and cannot be unpacked: {error}. Try gunzip, or get it again."
+            f"{shown(path)} is to be compressed by gzip, and cannot be unpacked: {error}. Try gunzip, or get it anew."
         ) from None
     except OSError as error:
         raise unreadable(path, error) from None

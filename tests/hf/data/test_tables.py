@@ -77,12 +77,12 @@ def test_a_packed_text_is_a_text(tmp_path: Path, tokenizer: PreTrainedTokenizerF
         (
             "a.txt.gz",
             gzip.compress(b"a" * 9000)[:-20],
-            r"a\.txt\.gz is named as compressed by gzip, and cannot be unpacked: .*ended",
+            r"a\.txt\.gz is to be compressed by gzip, and cannot be unpacked: .*ended",
         ),
         (
             "a.txt.gz",
             b"plain text",
-            r"a\.txt\.gz is named as compressed by gzip, and cannot be unpacked: Not a gzipped file",
+            r"a\.txt\.gz is to be compressed by gzip, and cannot be unpacked: Not a gzipped file",
         ),
         ("a.txt.gz", gzip.compress(b""), r"a\.txt\.gz is empty"),
         ("a.txt.gz", gzip.compress(gzip.compress(b"a")), r"a\.txt\.gz is compressed by gzip"),
