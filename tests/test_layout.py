@@ -147,4 +147,4 @@ def test_files_and_functions_keep_a_readable_size() -> None:
 
 def test_the_edge_stays_small() -> None:
     files = [file for file in (SOURCE / "hf").rglob("*.py") if "assets" not in file.parts]
-    assert sum(len(file.read_text().splitlines()) for file in files) < 11000
+    assert sum(len(file.read_text().splitlines()) for file in files) < 11500

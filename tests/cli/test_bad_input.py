@@ -330,3 +330,16 @@ def test_a_selection_in_a_model_whose_blocks_are_not_known(train, tmp_path: Path
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=300, **sizes)).save_pretrained(folder)
     assert_refused(train(model=folder, method="token_selection"), tmp_path / "run", "GPTNeoX", "FAMILIES")
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [("runs/nope", "is not there: no run"), ("there", "has no recipe.yaml"), ("minilm", "is an embedded model")],
+)  # fmt: skip
+def test_eval_says_what_is_missing(
+    model: str, words: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    result = call("eval", model)
+    assert result.code == 2 and words in result.err and "--data" in result.err

@@ -65,7 +65,11 @@ def opened(path: Path) -> Iterator[BinaryIO]:
             _refuse_zero(head, path)
             file.seek(0)
             yield file
-    except (OSError, EOFError, zlib.error) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"{shown(path)} is to be compressed by gzip, and cannot be unpacked: {error}. Try gunzip, or get it anew."
+        ) from None
+    except OSError as error:
         raise unreadable(path, error) from None
 
 

@@ -74,8 +74,16 @@ def test_a_packed_text_is_a_text(tmp_path: Path, tokenizer: PreTrainedTokenizerF
     [
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text": 3}\n'), r"a\.jsonl\.gz:2: 'text' is int"),
         ("a.csv.gz", gzip.compress(b"text,n\na,1\nb,c,2\n"), r"a\.csv\.gz:3 has 3 fields"),
-        ("a.txt.gz", gzip.compress(b"a" * 9000)[:-20], r"a\.txt\.gz cannot be read: .*ended"),
-        ("a.txt.gz", b"plain text", r"a\.txt\.gz cannot be read: Not a gzipped file"),
+        (
+            "a.txt.gz",
+            gzip.compress(b"a" * 9000)[:-20],
+            r"a\.txt\.gz is to be compressed by gzip, and cannot be unpacked: .*ended",
+        ),
+        (
+            "a.txt.gz",
+            b"plain text",
+            r"a\.txt\.gz is to be compressed by gzip, and cannot be unpacked: Not a gzipped file",
+        ),
         ("a.txt.gz", gzip.compress(b""), r"a\.txt\.gz is empty"),
         ("a.txt.gz", gzip.compress(gzip.compress(b"a")), r"a\.txt\.gz is compressed by gzip"),
         ("a.parquet", b"PAR1 and nothing else", r"a\.parquet is no whole Parquet file"),
