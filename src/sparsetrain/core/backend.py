@@ -18,7 +18,7 @@ from sparsetrain.core.errors import Unsupported
 if TYPE_CHECKING:
     from torch import Tensor
 
-BACKENDS = ("auto", "reference", "torch", "triton", "emulate", "cusparselt", "cutlass")
+BACKENDS = ("auto", "reference", "torch", "triton", "sdpa", "flex", "emulate", "cusparselt", "cutlass")
 _asked: ContextVar[str] = ContextVar("sparsetrain_backend", default="auto")
 
 _watched: ContextVar[set[str] | None] = ContextVar("sparsetrain_watched", default=None)
