@@ -37,8 +37,18 @@ LIMIT = {torch.float32: 5e-6, torch.float16: 4e-3}
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several tiles in a tiny case."""
+    """Several tiles in a tiny case; and the interpreter, which patches the whole language at every call of one jitted
+    function by another, does so once a kernel (a case takes one second instead of five)."""
     monkeypatch.setattr(choice.kernels(), "_tiles", lambda *_: (32, 32, 4, 1))
+    from triton.runtime.interpreter import InterpretedFunction
+
+    call = InterpretedFunction.__call__
+
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = not self.fn.__module__.startswith("triton.")
+        return self.rewrite()(*args, **kwargs) if own else call(self, *args, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "__call__", called)
 
 
 def check(case: Case, dtype: torch.dtype, known: bool, context: bool) -> None:
