@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from sparsetrain.core.autograd import as_output
 from sparsetrain.core.backend import choose
 from sparsetrain.ops.selected_rows.choice import available, kernels
-from sparsetrain.ops.selected_rows.keys import KeyValues
+from sparsetrain.ops.selected_rows.keys import KeyValues, who_sees
 from sparsetrain.ops.selected_rows.library import LIBRARY
 from sparsetrain.ops.selected_rows.rows import Rows
 from sparsetrain.ops.selected_rows.tiles import backward_by_tiles, forward_by_tiles
@@ -109,7 +109,7 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         e, out, lse = KeyValues(keys, values, form[0], form[1], segments, form[2], looks_at), known, None
         if how == "triton":
-            found, lse = kernels().rows_forward(q, keys, values, *_who(e, rows), known is None)
+            found, lse = kernels().rows_forward(q, keys, values, *who_sees(e, rows), known is None)
             out = found if out is None else out
         elif out is None:
             out = forward_by_tiles(q, e, rows)
@@ -128,24 +128,15 @@ class _Attention(torch.autograd.Function):
         if lse is None:
             dq, dk, dv = backward_by_tiles(do, q, e, rows, everywhere)
         else:
-            dq, dk, dv = kernels().rows_backward(do.to(q.dtype), q, keys, values, out, lse, *_who(e, rows), everywhere)
+            dq, dk, dv = kernels().rows_backward(
+                do.to(q.dtype), q, keys, values, out, lse, *who_sees(e, rows), everywhere
+            )
         if not everywhere:
             return dq, dk.to(keys.dtype), dv.to(values.dtype), *(None,) * 10
         offset = keys.shape[2] - rows.num_tokens
         (dk, dk_all), (dv, dv_all) = (_parted(x, rows, offset) for x in (dk, dv))
         of_all = (x.to(dtype) for x, dtype in zip((dk_all, dv_all), ctx.dtypes, strict=True))
         return dq, dk.to(keys.dtype), dv.to(values.dtype), *of_all, *(None,) * 8
-
-
-def _who(e: KeyValues, rows: Rows) -> tuple[Any, ...]:
-    """Who sees whom, as the kernels are given it: nothing of it is read on the host."""
-    offset = e.k_bgsd.shape[2] - rows.num_tokens
-    segments = looks = None
-    if e.segments_bs is not None:
-        looks_at = e.segments_bs[:, offset:] if e.looks_at_bt is None else e.looks_at_bt
-        segments, looks = e.segments_bs.to(torch.int32).contiguous(), rows.gather(looks_at).to(torch.int32)
-    index_bk, counts_b = rows.on_device(offset)
-    return index_bk, counts_b, segments, looks, e.causal, e.scale, e.window or 0
 
 
 def _parted(dx_bgsd: Tensor, rows: Rows, offset: int) -> tuple[Tensor, Tensor]:

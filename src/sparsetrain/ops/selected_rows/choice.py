@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsetrain.ops.selected_rows.keys import KeyValues
+from sparsetrain.ops.selected_rows.keys import KeyValues, who_sees
 from sparsetrain.ops.selected_rows.rows import Rows
 from sparsetrain.ops.selected_rows.tiles import backward_by_tiles, forward_by_tiles
 
@@ -91,8 +91,6 @@ def compare_with_tiles(
     device: torch.device, dtype: torch.dtype, head_dim: int, causal: bool, window: bool, packed: bool, everywhere: bool
 ) -> float:
     """The largest relative error of the output and each gradient against plain PyTorch, on one small call."""
-    from sparsetrain.ops.selected_rows.attention import _who
-
     draw = torch.Generator().manual_seed(0)
     tokens, heads, groups = 272, 4, 2
 
@@ -106,8 +104,8 @@ def compare_with_tiles(
     q, do = random(2, heads, rows.shape[1], head_dim), random(2, heads, rows.shape[1], head_dim)
     if rows.used_bk is not None:
         do = do * rows.used_bk[:, None, :, None]
-    o, lse = kernels().rows_forward(q, e.k_bgsd, e.v_bgsd, *_who(e, rows), True)
-    found = kernels().rows_backward(do, q, e.k_bgsd, e.v_bgsd, o, lse, *_who(e, rows), everywhere)
+    o, lse = kernels().rows_forward(q, e.k_bgsd, e.v_bgsd, *who_sees(e, rows), True)
+    found = kernels().rows_backward(do, q, e.k_bgsd, e.v_bgsd, o, lse, *who_sees(e, rows), everywhere)
     expected = forward_by_tiles(q, e, rows), *backward_by_tiles(do, q, e, rows, everywhere)
     errors = [(a.double() - b.double()).norm() / b.double().norm() for a, b in zip((o, *found), expected, strict=True)]
     return max(float(error) for error in errors)

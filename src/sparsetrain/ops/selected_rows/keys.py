@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from sparsetrain.ops.selected_rows.rows import Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,3 +32,14 @@ class KeyValues:
     segments_bs: Tensor | None = None
     window: int | None = None
     looks_at_bt: Tensor | None = None
+
+
+def who_sees(e: KeyValues, rows: Rows) -> tuple[Any, ...]:
+    """Who sees whom, as the kernels are given it: nothing of it is read on the host."""
+    offset = e.k_bgsd.shape[2] - rows.num_tokens
+    segments = looks = None
+    if e.segments_bs is not None:
+        looks_at = e.segments_bs[:, offset:] if e.looks_at_bt is None else e.looks_at_bt
+        segments, looks = e.segments_bs.to(torch.int32).contiguous(), rows.gather(looks_at).to(torch.int32)
+    index_bk, counts_b = rows.on_device(offset)
+    return index_bk, counts_b, segments, looks, e.causal, e.scale, e.window or 0

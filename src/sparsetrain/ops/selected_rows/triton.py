@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = 1.4426950408889634
-WIDEST = 256
-"""Channels of a head; wider tiles do not fit on chip."""
+FAR: tl.constexpr = tl.constexpr(2**30)
+"""Behind every key, and far from overflow: a tile without rows begins there and ends at key 0."""
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def _key_range(
     KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, LOOKS: tl.constexpr,
 ):  # fmt: skip
     """(first key, first that needs a mask, behind the last) that a tile's queries can see; whole blocks before it."""
-    first = tl.min(tl.where(used, position, 2147483647), 0)
+    first = tl.min(tl.where(used, position, FAR), 0)
     last = tl.max(tl.where(used, position, -1), 0)
     start = num_keys * 0
     stop = num_keys
@@ -282,7 +282,7 @@ def _dkv_kernel(
     sequence = key
     if LOOKS:
         sequence = tl.load(sequence_ptr + sample * num_keys + key, mask=there, other=0)
-    first = tl.min(tl.where(there, key, 1073741823), 0)
+    first = tl.min(tl.where(there, key, FAR), 0)
     last = tl.max(tl.where(there, key, -1), 0)
     begin, end = count * 0, count
     if CAUSAL:
