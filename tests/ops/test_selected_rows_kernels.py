@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
 triton: Any = pytest.importorskip("triton", reason="triton is not installed: the kernels are not run")
 
 from sparsetrain.ops.selected_rows import choice  # noqa: E402

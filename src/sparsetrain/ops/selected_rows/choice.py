@@ -50,6 +50,18 @@ def available(q_bhkd: Tensor, e: KeyValues, rows: Rows, *, trains_others: bool) 
     return {"sdpa": ends, "triton": triton, "torch": None, "flex": found["flex"]}
 
 
+def on_device(device: torch.device) -> tuple[list[str], str | None]:
+    """(backends that run ordinary calls there, the preferred first; why our kernels are not among them, or None).
+
+    On a GPU the kernels are compiled and compared with plain PyTorch for it, in bf16 with heads of 64.
+    """
+    if device.type != "cuda":
+        return ["torch"], no_kernels(device, torch.float32, 64)
+    reason = no_kernels(device, torch.bfloat16, 64)
+    reason = reason or fails(device, torch.bfloat16, 64, True, False, False, False)
+    return ["sdpa where targets end a row", *([] if reason else ["triton"]), "torch"], reason
+
+
 def no_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the Triton kernels cannot run, or None."""
     if importlib.util.find_spec("triton") is None:
