@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from sparsetrain.core.autograd import as_output
 from sparsetrain.core.backend import choose
-from sparsetrain.ops.selected_rows.choice import available, kernels
+from sparsetrain.ops.selected_rows.choice import OP, available, kernels
 from sparsetrain.ops.selected_rows.keys import KeyValues, who_sees
 from sparsetrain.ops.selected_rows.library import LIBRARY
 from sparsetrain.ops.selected_rows.rows import Rows
@@ -53,7 +53,7 @@ def selected_attention(
     dtype = e.k_bgsd.dtype if known is None else known.dtype
     q_bhkd, k_bgkd, v_bgkd, keys, values = (x.to(dtype) for x in (q_bhkd, k_bgkd, v_bgkd, e.k_bgsd, e.v_bgsd))
     e = replace(e, k_bgsd=keys, v_bgsd=values)
-    name = choose("selected_attention", backend, available(q_bhkd, e, rows, trains_others=context is not None))
+    name = _chosen(q_bhkd, e, rows, context is not None, backend)
     if name in LIBRARY:
         out = LIBRARY[name](q_bhkd, k_bgkd, v_bgkd, e, rows)
         return out if known is None else _WithValues.apply(out, known)  # type: ignore[return-value]
@@ -86,6 +86,11 @@ def _multiplies_bf16() -> bool:
 @lru_cache(maxsize=8)
 def _all_rows(b: int, t: int) -> Rows:
     return Rows.of([range(t)] * b, t)
+
+
+@torch.compiler.disable()  # it asks what is installed, not for values
+def _chosen(q_bhkd: Tensor, e: KeyValues, rows: Rows, trains_others: bool, backend: str) -> str:
+    return choose(OP, backend, available(q_bhkd, e, rows, trains_others=trains_others))
 
 
 class _WithValues(torch.autograd.Function):

@@ -30,6 +30,12 @@ def kernels() -> Any:
     return import_module("sparsetrain.ops.selected_rows.triton")
 
 
+@cache
+def has_triton() -> bool:
+    """Is it installed? Asked in every layer, so looked up once."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def available(q_bhkd: Tensor, e: KeyValues, rows: Rows, *, trains_others: bool) -> dict[str, str | None]:
     """Backend -> None if it can run this call, else the reason; in the order of preference on q's device."""
     whole = e.segments_bs is None and e.window is None and e.k_bgsd.shape[2] == rows.num_tokens
@@ -64,7 +70,7 @@ def on_device(device: torch.device) -> tuple[list[str], str | None]:
 
 def no_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the Triton kernels cannot run, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return "triton is not installed"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the kernels need a GPU, and the tensors are on {device.type}"
@@ -79,7 +85,7 @@ def no_flex(q: Tensor) -> str | None:
     """Why FlexAttention is no choice, or None. Uncompiled, on a CPU, it forms all scores and has no backward."""
     if q.device.type == "cpu":
         return "FlexAttention has no backward on a CPU" if q.requires_grad else None
-    return None if importlib.util.find_spec("triton") else "FlexAttention is compiled by triton, which is not installed"
+    return None if has_triton() else "FlexAttention is compiled by triton, which is not installed"
 
 
 @cache

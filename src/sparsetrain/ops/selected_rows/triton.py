@@ -9,6 +9,10 @@ Products a backward, of |S| rows by the keys they see: 1 for the statistics, 3 f
 selected keys (a library's backward: 2 to form its statistics, 5). Scores are in powers of two, statistics in fp32.
 """
 
+# A jitted function is a language of its own, and triton need not be installed where types are checked.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 from typing import Any
