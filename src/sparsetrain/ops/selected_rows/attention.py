@@ -112,7 +112,8 @@ class _Attention(torch.autograd.Function):
         keys: Tensor, values: Tensor, segments: Tensor | None, looks_at: Tensor | None, rows: Rows, form: tuple,
         how: str,
     ) -> Tensor:  # fmt: skip
-        e, out, lse = KeyValues(keys, values, form[0], form[1], segments, form[2], looks_at), known, None
+        causal, scale, window = form
+        e, out, lse = KeyValues(keys, values, causal, scale, segments, window, looks_at), known, None
         if how == "triton":
             found, lse = kernels().rows_forward(q, keys, values, *who_sees(e, rows), known is None)
             out = found if out is None else out
@@ -128,8 +129,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (do,) = grads
         q, keys, values, segments, looks_at, out, lse = ctx.saved_tensors
-        rows, everywhere = ctx.rows, ctx.dtypes is not None
-        e = KeyValues(keys, values, *ctx.form[:2], segments, ctx.form[2], looks_at)
+        rows, everywhere, (causal, scale, window) = ctx.rows, ctx.dtypes is not None, ctx.form
+        e = KeyValues(keys, values, causal, scale, segments, window, looks_at)
         if lse is None:
             dq, dk, dv = backward_by_tiles(do, q, e, rows, everywhere)
         else:
