@@ -100,6 +100,21 @@ def test_launches_of_a_layer_stay_near_those_of_a_dense_one() -> None:
     assert of_a_layer(keep_ratio=0.3) <= 1.8 * of_a_layer()
 
 
+@pytest.mark.slow  # tracing takes some ten seconds
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+def test_a_compiled_model_trains_alike() -> None:
+    """The two passes stay uncompiled: traced, they lost the gradient."""
+    model, batch = model_of(1, keep_ratio=0.3), batch_of(False)
+    found = []
+    for run in (model, torch.compile(model, backend="eager")):
+        model.zero_grad()
+        loss = run(**batch).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_rows_that_move_to_a_device_are_known_to_the_host() -> None:
     rows = Rows.of([[1, 4], [2]], 6)
     moved = rows.to(torch.device("meta"))

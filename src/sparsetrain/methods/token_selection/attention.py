@@ -85,7 +85,5 @@ def trained_keys(call: AttentionCall) -> Context | None:
 
 def _compact(x: Tensor) -> Tensor:
     """x without the rest of a larger storage that it is a view of (GPT-2 makes q, k and v in one product)."""
-    if torch.compiler.is_compiling():  # which lays out its tensors itself
-        return x
     shared = x.untyped_storage().nbytes() > x.numel() * x.element_size()
     return x.clone(memory_format=torch.contiguous_format) if shared else x

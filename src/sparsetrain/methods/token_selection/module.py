@@ -111,6 +111,7 @@ class SelectsTokens:
         return _in_two_passes(self, selected_rows, args, kwargs)
 
 
+@torch.compiler.disable()  # traced, modes that look into its calls lose the gradient, or end in a TypeError
 def _in_two_passes(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) -> Any:
     state: SelectedBlock = block.selected
     attention = block.get_submodule(state.attention)
