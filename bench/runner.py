@@ -280,7 +280,7 @@ def benchmarks() -> dict[str, Benchmark]:
     return found
 
 
-FOLDERS = ("ops", "methods", "planner")
+FOLDERS = ("gpu", "ops", "methods", "planner")
 
 
 def in_own_process(function: str, *arguments: Any, environment: dict[str, str] | None = None) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def test_dropout_uses_the_mask_that_was_drawn() -> None:
 def test_attention_equals_the_detach_definition(
     case: Case, known: bool, context: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparsetrain.ops.selected_rows.attention.TILE_ROWS", 6 * case.heads // case.kv_heads)
+    monkeypatch.setattr("sparsetrain.ops.selected_rows.tiles.TILE_ROWS", 6 * case.heads // case.kv_heads)
     b, t, d = 2, case.tokens, case.head_dim
     segments = case.segment_ids()
     rows = rows_of(case.counts, t)
@@ -150,7 +150,7 @@ def test_attention_equals_the_detach_definition(
 def test_received_mass_is_the_sum_of_the_selected_queries_probabilities(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparsetrain.ops.selected_rows.attention.TILE_ROWS", 6 * case.heads // case.kv_heads)
+    monkeypatch.setattr("sparsetrain.ops.selected_rows.tiles.TILE_ROWS", 6 * case.heads // case.kv_heads)
     b, t, d = 2, case.tokens, case.head_dim
     rows, segments = rows_of(case.counts, t), case.segment_ids()
     torch.manual_seed(1)

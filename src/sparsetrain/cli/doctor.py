@@ -194,7 +194,8 @@ def _machine() -> list[Check]:
         devices.append("mps")
     if len(devices) == 1:
         checks.append(Check("gpu", "note", "none that torch can use", "Runs on the CPU; start with small models."))
-    return checks + [formats(device) for device in devices] + [fact for device in devices for fact in fastest(device)]
+    facts = [fact for device in devices for fact in (formats(device), kernels(device), *fastest(device))]
+    return checks + facts
 
 
 def fastest(device: str) -> list[Check]:
@@ -223,6 +224,17 @@ def formats(device: str) -> Check:
     text = ", ".join(f"{name} {rate:,.{0 if rate >= 10 else 1}f}{shares[name]}" for name, rate in gflops.items())
     each = " GFLOP/s a thread" if found.device == "cpu" else " GFLOP/s"
     return Check(f"formats on {device}", "ok", text + each, f"--dtype auto takes {found.why}.")
+
+
+def kernels(device: str) -> Check:
+    """Who runs the attention of selected tokens on a device, and why our kernels do not, where they do not."""
+    import torch
+
+    from sparsetrain.ops.selected_rows.choice import on_device
+
+    names, reason = on_device(torch.device(device))
+    state: State = "note" if reason and device.startswith("cuda") else "ok"
+    return Check(f"selected tokens on {device}", state, ", ".join(names), "" if state == "ok" else f"{reason}.")
 
 
 def _tools() -> list[Check]:

@@ -21,7 +21,7 @@ from sparsetrain.core.errors import Unsupported
 if TYPE_CHECKING:
     from torch import Tensor
 
-BACKENDS = ("auto", "reference", "torch", "flex", "grouped_mm", "triton", "emulate", "cusparselt", "cutlass")
+BACKENDS = ("auto", "reference", "torch", "flex", "grouped_mm", "triton", "sdpa", "emulate", "cusparselt", "cutlass")
 _asked: ContextVar[str] = ContextVar("sparsetrain_backend", default="auto")
 
 _watched: ContextVar[set[str] | None] = ContextVar("sparsetrain_watched", default=None)

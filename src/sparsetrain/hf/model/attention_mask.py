@@ -9,6 +9,7 @@ Legend: b batch, t queries, s keys.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from sparsetrain.core.errors import Unsupported
 
+_PACKED = {"cu_seq_lens_q", "seq_idx"}
+"""Arguments that say how rows are packed."""
 PADDING, UNWRITTEN = -1, -2
 """Places of padding, and of what a static cache has room for and does not hold yet."""
 
@@ -114,9 +117,26 @@ def _starts(mask_function: Any, batch: int, keys: int, offset: int, device: Any)
 def keys_of(mask: Tensor | None, batch: int, queries: int, keys: int, kwargs: dict[str, Any]) -> Keys:
     """What a call's mask of `sequences_mask` and its packing say of its keys; another's mask says nothing here.
 
+    All layers of a forward are given the same tensors, and the first one's answer is left with them: whether rows are
+    packed is read on the host, and a GPU that was asked in every layer would wait for the host in every layer.
+
     Raises:
         Unsupported: the cache holds more keys than the mask was made for.
     """
+    positions = kwargs.get("position_ids")
+    told: Any = positions if mask is None else mask
+    if queries != keys or told is None or torch.compiler.is_compiling() or _PACKED & kwargs.keys():
+        return _keys_of(mask, batch, queries, keys, kwargs)
+    given = (batch, queries, *((id(x), x._version) for x in (mask, positions) if x is not None))
+    before = getattr(told, "_keys_of", None)
+    if before is not None and before[0] == given and before[1]() is positions:
+        return before[2]
+    found = _keys_of(mask, batch, queries, keys, kwargs)
+    told._keys_of = given, (lambda: None) if positions is None else weakref.ref(positions), found
+    return found
+
+
+def _keys_of(mask: Tensor | None, batch: int, queries: int, keys: int, kwargs: dict[str, Any]) -> Keys:
     if mask is not None and not is_ours(mask):
         return Keys(None, None, None, keys)
     if mask is None:

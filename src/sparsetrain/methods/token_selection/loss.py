@@ -7,7 +7,9 @@ are selected.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,16 +55,18 @@ def has_usual_loss(model: Any, own: Any) -> bool:
     return "_loss_function" not in vars(model) and getattr(own, "__name__", "") == "ForCausalLMLoss"
 
 
-class Targets(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Targets:
     """The targets of a batch, bool [b, t] by the position that predicts them, and those that are selected."""
 
     had_bt: Tensor
     left_bt: Tensor
 
-    @property
+    @cached_property
     def counts(self) -> tuple[int, int]:
-        """(selected, all)."""
-        return int(self.left_bt.sum()), int(self.had_bt.sum())
+        """(selected, all); the device is asked once."""
+        selected, all_of_them = torch.stack((self.left_bt.sum(), self.had_bt.sum())).tolist()
+        return selected, all_of_them
 
 
 def targets_of(given: dict[str, Any], rows: Rows, causal: bool) -> Targets | None:

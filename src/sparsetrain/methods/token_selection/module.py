@@ -77,6 +77,10 @@ RECOMPUTED = (
 )
 
 
+_BACKENDS = ("torch", "triton", "sdpa", "flex", "reference")
+"""Two passes with any of the first four as their attention, or the definition."""
+
+
 class SelectsTokens:
     """Mixed into a block: in training, gradient flows through the selected rows alone."""
 
@@ -102,11 +106,12 @@ class SelectsTokens:
         if not torch.is_grad_enabled() and stand_in_of(attention) is None:
             # the values that a checkpointed block is first run for; beside sparse ones they need the second pass
             return dense_forward(SelectsTokens, self, *args, **kwargs)
-        if choose("token_selection", "auto", {"torch": None, "reference": None}) == "reference":
+        if choose("token_selection", "auto", dict.fromkeys(_BACKENDS)) == "reference":
             return _by_definition(self, selected_rows, args, kwargs)
         return _in_two_passes(self, selected_rows, args, kwargs)
 
 
+@torch.compiler.disable()  # traced, modes that look into its calls lose the gradient, or end in a TypeError
 def _in_two_passes(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) -> Any:
     state: SelectedBlock = block.selected
     attention = block.get_submodule(state.attention)
@@ -153,12 +158,12 @@ def _on_all_rows(
 
 
 def detached(given: Any) -> Any:
-    """A block's arguments, as constants."""
+    """A block's arguments, as constants. What is one already stays the same object, by which layers know it again."""
     if isinstance(given, dict):
         return {name: detached(value) for name, value in given.items()}
     if isinstance(given, (tuple, list)):
         return type(given)(detached(value) for value in given)
-    return given.detach() if isinstance(given, Tensor) else given
+    return given.detach() if isinstance(given, Tensor) and given.requires_grad else given
 
 
 def _written_over(y: Tensor, y_selected: Tensor, rows: Rows) -> Tensor:

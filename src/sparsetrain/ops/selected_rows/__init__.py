@@ -9,9 +9,9 @@ and values of the other rows are constants (arXiv 2501.18824).
 Legend: b samples, t tokens, k selected tokens, h heads, g key/value heads, s keys, d head width.
 """
 
-from sparsetrain.ops.selected_rows.attention import KeyValues as KeyValues
 from sparsetrain.ops.selected_rows.attention import attention_of_all as attention_of_all
 from sparsetrain.ops.selected_rows.attention import selected_attention as selected_attention
+from sparsetrain.ops.selected_rows.keys import KeyValues as KeyValues
 from sparsetrain.ops.selected_rows.linear import adapted_linear as adapted_linear
 from sparsetrain.ops.selected_rows.linear import adapted_product as adapted_product
 from sparsetrain.ops.selected_rows.linear import selected_dropout as selected_dropout

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsetrain.ops.selected_rows.attention import KeyValues
+from sparsetrain.ops.selected_rows.keys import KeyValues
 
 CHUNK = 512
 """Queries at a time: causal ones read no key after their last, and a mask of a chunk is small beside the keys."""

@@ -9,15 +9,9 @@ import torch
 from torch import Tensor
 
 from sparsetrain.core.autograd import unwatched
-from sparsetrain.ops.selected_rows.attention import (
-    KeyValues,
-    _accurate,
-    _of_sample,
-    _probabilities,
-    _rows_of,
-    _tiles,
-)
+from sparsetrain.ops.selected_rows.keys import KeyValues
 from sparsetrain.ops.selected_rows.rows import Rows
+from sparsetrain.ops.selected_rows.tiles import _accurate, _of_sample, _probabilities, _rows_of, _tiles
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,13 +26,16 @@ class Rows:
         counts: used slots of each sample; plain numbers, so that no device has to be asked.
         num_tokens: t, tokens of a sample, padding included.
         weight_bk: fp32 importance weight of each slot, or None for 1 everywhere.
+        masks: what attention has made of the selection, by who sees whom.
     """
 
     index_bk: Tensor
     counts: tuple[int, ...]
     num_tokens: int
     weight_bk: Tensor | None = None
+    masks: dict[Any, Any] = field(default_factory=dict, repr=False)
     _gathered: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _keys: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, positions: Sequence[Sequence[int] | Tensor], num_tokens: int, device: Any = "cpu") -> Rows:
@@ -68,6 +72,24 @@ class Rows:
         return [found[:count] for found, count in zip(self.index_bk.tolist(), self.counts, strict=True)]
 
     @cached_property
+    def ends(self) -> tuple[int, int] | None:
+        """(m, n) where every sample's rows are its m first and n last tokens, or None. The host knows."""
+        found = {_ends(positions, self.num_tokens) for positions in self.positions}
+        return found.pop() if len(found) == 1 else None
+
+    @cached_property
+    def counts_b(self) -> Tensor:
+        """`counts` as int32 [b], where the positions are."""
+        return torch.tensor(self.counts, dtype=torch.int32).to(self.index_bk.device, non_blocking=True)
+
+    def on_device(self, offset: int) -> tuple[Tensor, Tensor]:
+        """(int32 [b, k] the keys at which the rows stand, `offset` of which come before the tokens; `counts_b`)."""
+        found = self._keys.get(offset)
+        if found is None:
+            found = self._keys[offset] = (self.index_bk + offset).to(torch.int32)
+        return found, self.counts_b
+
+    @cached_property
     def flat_n(self) -> Tensor:
         """Positions [b·k] in the flattened [b·t]."""
         b = self.index_bk.shape[0]
@@ -80,21 +102,22 @@ class Rows:
         k = self.shape[1]
         if all(count == k for count in self.counts):
             return None
-        counts = torch.tensor(self.counts, device=self.index_bk.device)
-        return torch.arange(k, device=self.index_bk.device) < counts[:, None]
+        return torch.arange(k, device=self.index_bk.device) < self.counts_b[:, None]
 
     @cached_property
     def selected_bt(self) -> Tensor:
         """bool [b, t]: is the token selected?"""
         mask = torch.zeros(self.shape[0], self.num_tokens, dtype=torch.bool, device=self.index_bk.device)
         mask.scatter_(1, self.index_bk, True)  # an unused slot repeats a position that is used, or there is none
-        return mask & torch.tensor([count > 0 for count in self.counts], device=mask.device)[:, None]
+        return mask if all(self.counts) else mask & (self.counts_b > 0)[:, None]
 
     def to(self, device: torch.device) -> Rows:
         if self.index_bk.device == device:
             return self
         weight = None if self.weight_bk is None else self.weight_bk.to(device)
-        return Rows(self.index_bk.to(device), self.counts, self.num_tokens, weight)
+        moved = Rows(self.index_bk.to(device), self.counts, self.num_tokens, weight)
+        vars(moved)["positions"] = self.positions  # which the device need not be asked for
+        return moved
 
     def gather(self, x: Tensor) -> Tensor:
         """[b, t, ...] or [1, t, ...] -> [b, k, ...]; [b·t, ...] -> [b·k, ...]. No gradient of its own."""
@@ -113,6 +136,12 @@ class Rows:
         return found[1]
 
 
+def _ends(positions: list[int], num_tokens: int) -> tuple[int, int] | None:
+    first = bisect_left(range(len(positions)), 1, key=lambda i: int(positions[i] != i))
+    last = len(positions) - first
+    return (first, last) if not last or positions[first] == num_tokens - last else None
+
+
 def take_rows(x: Tensor, rows: Rows) -> Tensor:
     """The selected rows [b, k, ...] of x [b, t, ...]; the other rows get gradient zero."""
     return _TakeRows.apply(x, rows)  # type: ignore[return-value]
@@ -124,6 +153,11 @@ def replace_rows(x: Tensor, selected: Tensor, rows: Rows) -> Tensor:
     The values of x are returned as they are. Unused slots get gradient zero.
     """
     return _ReplaceRows.apply(selected, x, rows)  # type: ignore[return-value]
+
+
+def with_gradient(x_bgsd: Tensor, selected_bgkd: Tensor, rows: Rows) -> Tensor:
+    """All keys or values, of which the selected ones carry gradient."""
+    return replace_rows(x_bgsd.transpose(1, 2), selected_bgkd.transpose(1, 2), rows).transpose(1, 2)
 
 
 class _TakeRows(torch.autograd.Function):

@@ -1,0 +1,133 @@
+"""Who attends for selected queries: what is installed, what a call's shape asks for, and why others are passed over.
+
+On a GPU, what a library keeps well goes first: where a row's targets stand at its end, PyTorch's own attention. Any
+other rows run in our kernels, which are compared with plain PyTorch on that GPU before they are first used for a kind
+of call, so that a compiler that fails there, or gets something wrong, costs time and not the run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import replace
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsetrain.ops.selected_rows.keys import KeyValues, who_sees
+from sparsetrain.ops.selected_rows.rows import Rows
+from sparsetrain.ops.selected_rows.tiles import backward_by_tiles, forward_by_tiles
+
+OP = "selected_attention"
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
+"""Of the check: relative error of the output and each gradient against plain PyTorch."""
+
+
+def kernels() -> Any:
+    """The module of the kernels, imported when one is first needed."""
+    return import_module("sparsetrain.ops.selected_rows.triton")
+
+
+@cache
+def has_triton() -> bool:
+    """Is it installed? Asked in every layer, so looked up once."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def available(q_bhkd: Tensor, e: KeyValues, rows: Rows, *, trains_others: bool) -> dict[str, str | None]:
+    """Backend -> None if it can run this call, else the reason; in the order of preference on q's device."""
+    whole = e.segments_bs is None and e.window is None and e.k_bgsd.shape[2] == rows.num_tokens
+    plain = None if not trains_others else "keys of tokens that are not selected train too"
+    ends = plain or (None if e.causal and whole else "a call that is not causal over one whole sequence a row")
+    if ends is None and rows.ends is None:
+        ends = "the selected rows are not the first and last ones of every sample"
+    flex = plain or no_flex(q_bhkd)
+    if flex is None and e.k_bgsd.shape[2] != rows.num_tokens:
+        flex = "keys of a cache stand before the tokens"
+    found: dict[str, str | None] = {"sdpa": ends, "flex": flex, "torch": None}
+    triton = no_kernels(q_bhkd.device, q_bhkd.dtype, q_bhkd.shape[3])
+    if q_bhkd.device.type != "cuda":
+        return {"torch": None, "triton": triton, **found}
+    if triton is None and ends is not None:
+        form = (e.causal, e.window is not None, e.segments_bs is not None, trains_others)
+        triton = fails(q_bhkd.device, q_bhkd.dtype, q_bhkd.shape[3], *form)
+    return {"sdpa": ends, "triton": triton, "torch": None, "flex": found["flex"]}
+
+
+def on_device(device: torch.device) -> tuple[list[str], str | None]:
+    """(backends that run ordinary calls there, the preferred first; why our kernels are not among them, or None).
+
+    On a GPU the kernels are compiled and compared with plain PyTorch for it, in bf16 with heads of 64.
+    """
+    if device.type != "cuda":
+        return ["torch"], no_kernels(device, torch.float32, 64)
+    reason = no_kernels(device, torch.bfloat16, 64)
+    reason = reason or fails(device, torch.bfloat16, 64, True, False, False, False)
+    return ["sdpa where targets end a row", *([] if reason else ["triton"]), "torch"], reason
+
+
+def no_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the Triton kernels cannot run, or None."""
+    if not has_triton():
+        return "triton is not installed"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the kernels need a GPU, and the tensors are on {device.type}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the kernels need a GPU of capability 8.0 or newer"
+    if dtype not in TOLERANCE:
+        return f"the kernels take fp32, fp16 and bf16, and not {dtype}"
+    return None if head_dim <= 256 else f"the kernels take heads up to 256 wide, and these are {head_dim}"
+
+
+def no_flex(q: Tensor) -> str | None:
+    """Why FlexAttention is no choice, or None. Uncompiled, on a CPU, it forms all scores and has no backward."""
+    if q.device.type == "cpu":
+        return "FlexAttention has no backward on a CPU" if q.requires_grad else None
+    return None if has_triton() else "FlexAttention is compiled by triton, which is not installed"
+
+
+@cache
+def fails(
+    device: torch.device, dtype: torch.dtype, head_dim: int, causal: bool, window: bool, packed: bool, everywhere: bool
+) -> str | None:
+    """Why the kernels may not be used for calls of this kind on this GPU: what they raise, or how far off they are.
+
+    The compiled kernels are those of the calls that follow, so the check costs a few milliseconds more than these do.
+    """
+    try:
+        error = compare_with_tiles(device, dtype, head_dim, causal, window, packed, everywhere)
+    except Exception as problem:  # of a compiler or driver: there is no list of them
+        return f"the kernels fail on {device}: {type(problem).__name__}: {str(problem)[:200]}"
+    tolerance = TOLERANCE[dtype]
+    return None if error <= tolerance else f"the kernels are off by {error:.2g} on {device}, more than {tolerance:g}"
+
+
+@torch.no_grad()
+def compare_with_tiles(
+    device: torch.device, dtype: torch.dtype, head_dim: int, causal: bool, window: bool, packed: bool, everywhere: bool
+) -> float:
+    """The largest relative error of the output and each gradient against plain PyTorch in fp64, on one small call."""
+    draw = torch.Generator().manual_seed(0)
+    tokens, heads, groups = 272, 4, 2
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw).to(device, dtype)
+
+    rows = Rows.of([range(0, tokens, 3), range(1, tokens, 5)], tokens, device)
+    segments = (torch.arange(tokens, device=device) // 100 + 1).expand(2, -1).to(torch.int32) if packed else None
+    shape = (2, groups, tokens, head_dim)
+    e = KeyValues(random(*shape), random(*shape), causal, head_dim**-0.5, segments, 40 if window else None)
+    q, do = random(2, heads, rows.shape[1], head_dim), random(2, heads, rows.shape[1], head_dim)
+    if rows.used_bk is not None:
+        do = do * rows.used_bk[:, None, :, None]
+    o, lse = kernels().rows_forward(q, e.k_bgsd, e.v_bgsd, *who_sees(e, rows), True)
+    found = kernels().rows_backward(do, q, e.k_bgsd, e.v_bgsd, o, lse, *who_sees(e, rows), everywhere)
+    exact = replace(e, k_bgsd=e.k_bgsd.double(), v_bgsd=e.v_bgsd.double())
+    with torch.autocast(device.type, enabled=False):
+        q, do = q.double(), do.double()
+        expected = forward_by_tiles(q, exact, rows), *backward_by_tiles(do, q, exact, rows, everywhere)
+    errors = [(a.double() - b).norm() / b.norm() for a, b in zip((o, *found), expected, strict=True)]
+    return max(float(error) for error in errors)
