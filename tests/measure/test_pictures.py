@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sparsetrain.core.pictures import Panel, Picture
+from sparsetrain.core.units import bytes_text
 from sparsetrain.measure.pictures import draw
-from sparsetrain.measure.profile_report import _bars
+from sparsetrain.measure.profile_report import Stack, _draw_stack
 
 
 def test_maps_have_a_bar_of_their_colours_and_masks_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,5 +32,6 @@ def test_maps_have_a_bar_of_their_colours_and_masks_none(monkeypatch: pytest.Mon
 
 def test_bars_are_labelled_in_the_unit_of_their_axis() -> None:
     axes: Axes = Figure().add_subplot()
-    _bars(axes, "Tensors", {"dense": {"attention": 3 * 2**30}}, ["attention"], 2**20, "MiB")
-    assert axes.get_xlabel() == "MiB" and "3,072" in [text.get_text() for text in axes.texts]
+    rows = {"dense": {"attention": 3 * 2**30}}
+    _draw_stack(axes, Stack("Tensors", rows, ["attention"], bytes_text, (2.0**20, "MiB")))
+    assert axes.get_xlabel() == "MiB" and "3,072" in [text.get_text().strip() for text in axes.texts]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sparsetrain.core.units import bytes_text, seconds_text
+from sparsetrain.core.units import bytes_text, number_text, seconds_text
 from sparsetrain.measure.bars import stacked
 from sparsetrain.measure.colours import INK, light, part_name
 from sparsetrain.measure.components import COMPONENTS
@@ -109,7 +109,7 @@ def _by_layer(values: dict[Any, dict[str, Any]], layer: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Stack:
-    """Stacked bars: label -> part -> value; `text` says a sum, axes count in `unit`s."""
+    """Stacked bars: label -> part -> value; `text` says a sum, and axes and their labels count in `unit`s."""
 
     title: str
     rows: Parts
@@ -190,8 +190,8 @@ def _draw_stack(axes: Axes, stack: Stack) -> None:
         widths = [row.get(part, 0) / unit for row in stack.rows.values()]
         axes.barh(list(stack.rows), widths, left=ends, color=light(part), edgecolor="white", label=part_name(part))
         ends = [end + width for end, width in zip(ends, widths)]
-    for y, (end, row) in enumerate(zip(ends, stack.rows.values())):
-        axes.text(end, y, f" {stack.text(sum(row.values()))}", va="center", fontsize=8.5, color=INK)
+    for y, end in enumerate(ends):
+        axes.text(end, y, f" {number_text(end, 3)}", va="center", fontsize=8.5, color=INK)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.2 * max(ends) or 1)
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -91,7 +92,7 @@ def measure_network(
 
 
 def _link(groups: Sequence[range], shared_by: int, device: torch.device, sizes: Sequence[int], rounds: int) -> Link:
-    made = [distributed.new_group(list(group)) for group in groups]  # every rank takes part in making all
+    made: list[Any] = [distributed.new_group(list(group)) for group in groups]  # every rank makes all of them
     own = next(group for group, members in zip(made, groups, strict=True) if distributed.get_rank() in members)
     try:
         seconds = {}

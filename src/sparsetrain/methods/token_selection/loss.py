@@ -162,7 +162,7 @@ def of_every_target(out: Any, targets: Targets) -> Any:
     targets becomes n / |S| · Σ_{i ∈ S} g_i ∇log p_i, its estimate from those that are selected.
     """
     places = out.label_mask.shape[1]
-    had_bt, left_bt = (bt[:, :places].to(out.log_probs.device) for bt in targets)
+    had_bt, left_bt = (bt[:, :places].to(out.log_probs.device) for bt in (targets.had_bt, targets.left_bt))
     weight_bt = left_bt * (had_bt.sum(1, keepdim=True) / left_bt.sum(1, keepdim=True).clamp(min=1))
     value_bt = out.log_probs.detach()
     out.log_probs = value_bt + (out.log_probs - value_bt) * weight_bt.to(value_bt.dtype)

@@ -8,7 +8,7 @@ Legend: m queries and n keys of a tile, c channels (padded to a power of two), l
 
 # Kernels are a language of their own, and types are checked also where Triton is not installed.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ A distance is added up channel by channel as everywhere, on the plain cores: at 
 
 # Kernels are a language of their own, and types are checked also where Triton is not installed.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ selected keys (a library's backward: 2 to form its statistics, 5). Scores are in
 
 # A jitted function is a language of its own, and triton need not be installed where types are checked.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
