@@ -41,9 +41,9 @@ def navigation() -> list[dict[str, Any]]:
 
     return [
         {"Start": "index.md"},
-        *named("will_it_fit", "cookbook"),
+        *named("will_it_fit", "exact_tools", "cookbook", "from-trl"),
         {"Methods": [*below("methods"), *named("support")]},
-        {"How to": named("distributed", "grids", "diffusion", "security")},
+        {"How to": named("export", "others", "distributed", "grids", "diffusion", "security")},
         {"Results": below("results")},
         {"Reference": REFERENCE},
         {"The project": [*named("log"), {"Decisions": below("decisions")}, *named("changelog", "contributing")]},

@@ -60,13 +60,18 @@ def shira() -> Iterator[None]:
     from peft import ShiraConfig
 
     from sparsetrain.hf.model import models
+    from sparsetrain.recipes.tasks import task_of
 
-    def config(r: int, target_modules: Any, task_type: Any, modules_to_save: Any, **_lora: Any) -> Any:
+    def config(recipe: Any, modules_to_save: Any = None, **_lora: Any) -> Any:
         return ShiraConfig(
-            r=r, target_modules=target_modules, task_type=task_type, modules_to_save=modules_to_save, random_seed=0
+            r=recipe.lora_r,
+            target_modules=recipe.lora_targets,
+            task_type=task_of(recipe.task).adapter,
+            modules_to_save=modules_to_save,
+            random_seed=0,
         )
 
-    with patch.object(models, "LoraConfig", config):
+    with patch.object(models, "lora_config", config):
         yield
 
 

@@ -324,12 +324,12 @@ def test_a_selection_without_a_single_target(train, tmp_path: Path) -> None:
 
 
 def test_a_selection_in_a_model_whose_blocks_are_not_known(train, tmp_path: Path) -> None:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    from transformers import GPTJConfig, GPTJForCausalLM
 
     folder = save_llama(tmp_path / "model")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=300, **sizes)).save_pretrained(folder)
-    assert_refused(train(model=folder, method="token_selection"), tmp_path / "run", "GPTNeoX", "FAMILIES")
+    sizes = {"n_embd": 32, "n_inner": 48, "n_layer": 1, "n_head": 2, "rotary_dim": 4}
+    GPTJForCausalLM(GPTJConfig(vocab_size=300, bos_token_id=1, eos_token_id=2, **sizes)).save_pretrained(folder)
+    assert_refused(train(model=folder, method="token_selection"), tmp_path / "run", "GPTJ", "FAMILIES")
 
 
 @pytest.mark.parametrize(

@@ -38,13 +38,15 @@ PAGES = (
 NAMES_OF_IDEAS = {
     "LoRA", "AdaLoRA", "DoRA", "ZeRO", "MiB", "GiB", "KiB", "NumPy", "ListOps", "SmolLM2", "MiniLM", "NaN", "ViT",
     "PyTorch", "DeepSpeed", "GitHub", "PytorchStreamWriter", "FullyShardedDataParallel", "SigLIP",
+    "FlexAttention", "CorDA", "LoftQ",
 }  # fmt: skip
-OF_TORCHRUN = {"--nproc-per-node"}
+OF_TORCHRUN = {"--nproc-per-node", "--nnodes"}
+OF_HUGGING_FACE = {"--per-device-train-batch-size"}
 OF_PIP = {"--hash", "--no-deps", "--only-binary", "--require-hashes", "--upgrade", "--help"}
 OF_MODELS = {
     "attention_probs_dropout_prob", "attn_pdrop", "attention_dropout", "image_size", "num_channels", "max_length",
     "max_position_embeddings", "tie_word_embeddings", "use_liger_kernel", "loss_type", "base_model",
-    "output_attentions",
+    "output_attentions", "precompute_ref_log_probs",
 }  # fmt: skip
 ELSEWHERE = {
     "softmax", "gradient_checkpointing_enable", "anatomy", "step", "deepcopy", "get_scale", "callback", "LoraConfig",
@@ -130,7 +132,7 @@ def test_functions_exist() -> None:
 
 
 def test_flags_exist() -> None:
-    known = set().union(*SURFACE.values()) | OF_PIP | OF_TORCHRUN
+    known = set().union(*SURFACE.values()) | OF_PIP | OF_TORCHRUN | OF_HUGGING_FACE
     assert not {n: at for n, at in named(r"(?<![\w-])--[a-z][a-z0-9-]*").items() if n not in known}
 
 

@@ -14,7 +14,7 @@ from sparsetrain.hf.study.recipe_trace import outline
 from sparsetrain.recipes.finetune import Recipe
 from tests.families import llama_config
 
-TYPES = ("mamba", "jamba", "qwen3_next", "gpt_neox", "falcon_h1", "rwkv", "t5", "bart", "whisper", "llava", "qwen2_vl")
+TYPES = ("mamba", "jamba", "qwen3_next", "gptj", "falcon_h1", "rwkv", "t5", "bart", "whisper", "llava", "qwen2_vl")
 TYPES += ("clip", "vit", "dbrx", "deepseek_v3", "gpt_oss", "modernbert", "detr", "lfm2_moe")
 
 

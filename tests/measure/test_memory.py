@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sparsetrain.core.anatomy import Anatomy
-from sparsetrain.core.errors import UnknownFamily
 from sparsetrain.measure import memory
 from sparsetrain.measure.memory import peak_memory, record_saved, reset_peak, saved_activations, static_memory
 from tests.measure.tiny import FFN, FLOAT, VOCAB, WIDTH, Adapted, TinyModel
@@ -192,8 +191,12 @@ def test_errors_say_what_to_do() -> None:
     model, ids_t = TinyModel(), torch.randint(0, VOCAB, (T,))
     with torch.no_grad(), pytest.raises(ValueError, match="Return the loss"):
         saved_activations(model, lambda: model(ids_t, ids_t))
-    with pytest.raises(UnknownFamily, match="anatomy"):
-        saved_activations(nn.Linear(2, 2), lambda: ids_t)
+
+
+def test_a_model_that_no_anatomy_knows_is_measured_without_its_parts() -> None:
+    linear, x = nn.Linear(2, 2), torch.ones(5, 2)
+    found = saved_activations(linear, lambda: linear(x).sum())
+    assert found.total == 5 * 2 * FLOAT
 
 
 def test_static_memory_counts_the_real_objects_once() -> None:

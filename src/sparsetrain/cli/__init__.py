@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -23,6 +24,7 @@ def main() -> None:
         ("TOKENIZERS_PARALLELISM", "false"),
     ):
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it tells of a kernel it lacks
     answer_to_interrupts()
     try:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  (a name may be no text)

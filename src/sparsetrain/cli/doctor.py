@@ -33,6 +33,7 @@ REQUIRED = {
     "typer": "0.12.5",
     "rich": "13",
     "matplotlib": "3.8",
+    "jinja2": "3.1",
     "gguf": "0.16",
 }
 OPTIONAL = {"trl": ("1.8", "needed only to train with TRL's SFTTrainer")}

@@ -1,4 +1,4 @@
-"""`plan` on configs of public models (`configs/`, their JSON from what is published): an answer, or what to do."""
+"""`plan` on configs of public models (`public_configs/`, JSON from what is published): an answer, or what to do."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from sparsetrain.planner.predictor import predict
 from sparsetrain.planner.search import Question
 from tests.cli.conftest import Call
 
-CONFIGS = Path(__file__).parent / "configs"
-BILLIONS = {"gemma-3-4b-it": 4.30, "gpt2-xl": 1.56, "llama-3.2-3b": 3.21, "mistral-nemo-12b": 12.25, "mixtral-8x7b":
-            46.7, "olmoe-1b-7b": 6.92, "opt-6.7b": 6.66, "qwen2.5-14b": 14.77, "qwen3-30b-a3b": 30.53, "qwen3-8b": 8.19,
+CONFIGS = Path(__file__).parent / "public_configs"
+BILLIONS = {"gemma-3-4b-it": 4.30, "gpt2-xl": 1.56, "llama-3.2-3b": 3.21, "mistral-nemo-12b": 12.25,
+            "mixtral-8x7b": 46.7, "olmo-2-7b": 7.30, "olmoe-1b-7b": 6.92, "opt-6.7b": 6.66, "phi-3-mini": 3.82,
+            "qwen2.5-14b": 14.77, "qwen3-30b-a3b": 30.53, "qwen3-8b": 8.19, "roberta-large": 0.355,
             "smollm2-1.7b": 1.71}  # fmt: skip
 """Parameters that are published. What `plan` answers."""
-REFUSED = dict.fromkeys(("deepseek-v3", "falcon-h1-7b", "gemma-2-9b", "gpt-oss-20b", "jamba-1.5-mini", "olmo-2-7b",
-                         "phi-3-mini", "qwen3-next-80b-a3b"), "add a row to FAMILIES")  # fmt: skip
+REFUSED = dict.fromkeys(("deepseek-v3", "falcon-h1-7b", "gemma-2-9b", "gpt-oss-20b", "jamba-1.5-mini",
+                         "qwen3-next-80b-a3b"), "add a row to FAMILIES")  # fmt: skip
 REFUSED |= dict.fromkeys(("llava-1.5-7b", "qwen2.5-vl-7b"), "cannot be loaded as AutoModelForCausalLM. Name a model")
-REFUSED |= {"roberta-large": "add a row to FAMILIES"}
 QUICK = ("llama-3.2-3b", "qwen3-30b-a3b", "gemma-3-4b-it", "opt-6.7b")
 """One of a kind: dense, mixture of experts, vision-language with layers of two kinds, an older decoder."""
 
