@@ -165,6 +165,14 @@ def test_the_evidence_says_where_it_holds(results: dict[str, Any]) -> None:
     assert "+2.0 ± 1.0 % at equal steps" in entry["text"] and "2 seeds" in entry["text"]
 
 
+def test_equal_steps_are_evidence_without_equal_time(results: dict[str, Any]) -> None:
+    for key in [key for key in results["results"] if "tokens-0.15 time" in key]:
+        del results["results"][key]
+    (entry,) = tables.evidence(results)["token_selection"]
+    assert "equal_time" not in entry["deployed"] and entry["deployed"]["equal_steps"] == 0.02
+    assert "± 1.0 % at equal steps beside dense LoRA" in entry["text"]
+
+
 def test_several_methods_are_one_entry_and_labels_have_an_error_rate(results: dict[str, Any]) -> None:
     cells, timed = results["results"], results["results"]["python-docstrings attention step"]
     cells["python-docstrings spt step"] = timed

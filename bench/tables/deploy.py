@@ -193,7 +193,8 @@ def conclude_deploy(found: dict[str, Any]) -> str:
 
 
 def evidence(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Method -> an entry for each of its settings, alone or first of several, on one data; with the usual dense phases.
+    """Method -> an entry for each of its settings that was run for as many steps as dense, alone or first of several, on
+    one data; with the usual dense phases.
 
     As `planner.quality` reads them: facts say where a result holds, the rest is beside dense LoRA. Of the further
     shapes only the long rows are evidence: the others are there to try the choice that is made from it.
@@ -203,7 +204,7 @@ def evidence(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     for data, rows in of_evidence.items():
         facts = results["results"].get(f"{data} rows")
         for row in rows:
-            if facts and row.arm.methods and not row.arm.recipe and "ratio" in row.step and row.pairs("time"):
+            if facts and row.arm.methods and not row.arm.recipe and "ratio" in row.step and row.pairs("steps"):
                 found.setdefault(row.arm.methods[0]["method"], []).append(_entry(row, facts))
     return found
 
@@ -214,6 +215,7 @@ def _entry(row: Row, facts: dict[str, Any]) -> dict[str, Any]:
     peak, share = row.share("peak_bytes"), facts["target_share"]
     of_targets = "" if share is None else f", {100 * share:.0f} % of them targets"
     seeds = "one seed" if len(steps.values) == 1 else f"{len(steps.values)} seeds"
+    at_time = f" and {times.text} at equal time" if times.values else ""
     what = "perplexity" if share is not None else "error rate"
     return {
         "setting": {key: value for key, value in first.items() if key != "method"},
@@ -221,14 +223,14 @@ def _entry(row: Row, facts: dict[str, Any]) -> dict[str, Any]:
         "deployed": {
             **reach(recipe["task"], facts, row.step.get("selected_share")),
             "equal_steps": round(steps.mean, 4),
-            "equal_time": round(times.mean, 4),
+            **({"equal_time": round(times.mean, 4)} if times.values else {}),
             "speedup": round(ratio, 3),
             "peak": None if peak is None else round(peak, 3),
             "seeds": len(steps.values),
         },
         "text": (
-            f"{what} {steps.text} at equal steps and {times.text} at equal time beside dense LoRA; a step is "
-            f"{ratio:.2f} times as fast ({recipe['model']} on {row.data}, up to {recipe['seq_len']:,} tokens"
+            f"{what} {steps.text} at equal steps{at_time} beside dense LoRA; a step is {ratio:.2f} times as "
+            f"fast ({recipe['model']} on {row.data}, up to {recipe['seq_len']:,} tokens"
             f"{of_targets}, {row.pairs('steps')[0][1]['steps']} steps, {seeds})"
         ),
         "from": f"{PAGE}, Deployed dense",
