@@ -193,8 +193,8 @@ def conclude_deploy(found: dict[str, Any]) -> str:
 
 
 def evidence(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Method -> an entry for each of its settings that was run for as many steps as dense, alone or first of several, on
-    one data; with the usual dense phases.
+    """Method -> an entry for each of its settings that was run for as many steps as dense, alone or first of several,
+    on one data; with the usual dense phases.
 
     As `planner.quality` reads them: facts say where a result holds, the rest is beside dense LoRA. Of the further
     shapes only the long rows are evidence: the others are there to try the choice that is made from it.
