@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsetrain.core import backend
 from sparsetrain.core.errors import Unsupported
 from sparsetrain.ops.selected_rows import KeyValues, Rows, choice, selected_attention
 from sparsetrain.ops.selected_rows.cases import TINY, Case
@@ -147,7 +148,7 @@ def test_who_is_chosen_and_why_not_the_others() -> None:
     ("installed", "device", "dtype", "width", "reason"),
     [
         (False, "cpu", torch.float32, 64, "triton is not installed"),
-        (True, "cpu", torch.float32, 64, "need a GPU"),
+        (True, "cpu", torch.float32, 64, "are for a GPU"),
         (True, "mps", torch.float32, 64, "tensors are on mps"),
     ],
 )
@@ -155,7 +156,7 @@ def test_reasons_against_the_kernels(
     installed: bool, device: str, dtype: torch.dtype, width: int, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(choice, "has_triton", lambda: installed)
+    monkeypatch.setattr(backend, "has_triton", lambda: installed)
     assert reason in str(choice.no_kernels(torch.device(device), dtype, width))
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from sparsetrain.core.errors import Unsupported
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, device
 
 BACKENDS = ("auto", "reference", "torch", "flex", "grouped_mm", "triton", "sdpa", "emulate", "cusparselt", "cutlass")
 _asked: ContextVar[str] = ContextVar("sparsetrain_backend", default="auto")
@@ -94,17 +94,18 @@ def choose(op: str, asked: str, available: dict[str, str | None]) -> str:
     return name
 
 
-def no_triton(x: Tensor) -> str | None:
-    """Why Triton kernels cannot run on `x`; None if they can, on a CPU through the interpreter (for tests)."""
-    if not _has_triton():
+def no_triton(place: device) -> str | None:
+    """Why Triton kernels cannot run on a device; None if they can, on a CPU through the interpreter (for tests)."""
+    if not has_triton():
         return "triton is not installed"
-    if x.device.type == "cuda" or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+    if place.type == "cuda" or (place.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return None
-    return f"Triton's kernels are for a GPU, and the tensors are on {x.device} (TRITON_INTERPRET=1 runs them on a CPU)"
+    return f"Triton's kernels are for a GPU, and the tensors are on {place} (TRITON_INTERPRET=1 runs them on a CPU)"
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Is it installed? Asked in every layer, so looked up once."""
     return importlib.util.find_spec("triton") is not None
 
 

@@ -178,7 +178,7 @@ def _timed_by(name: str) -> gain.Attend:
 def _available(q: Tensor, geometry: Geometry) -> dict[str, str | None]:
     block_q, block_k = geometry.block_q, geometry.block_k
     tiled = None if q.device.type == "cpu" else f"its tiles are for a CPU, and the tensors are on {q.device}"
-    kernels = no_triton(q)
+    kernels = no_triton(q.device)
     if kernels is None:
         from sparsetrain.ops.block_sparse_attention.triton import unable
 

@@ -97,7 +97,7 @@ def block_histograms(
 
 def _available(x: Tensor) -> dict[str, str | None]:
     tiled = None if x.device.type == "cpu" else f"its tiles are for a CPU, and the tensors are on {x.device}"
-    kernel = no_triton(x) or ("the kernel adds up in fp32" if x.dtype == float64 else None)
+    kernel = no_triton(x.device) or ("the kernel adds up in fp32" if x.dtype == float64 else None)
     if x.device.type == "cuda":
         return {"triton": kernel, "torch": tiled, "reference": None}
     return {"torch": tiled, "reference": None, "triton": kernel}

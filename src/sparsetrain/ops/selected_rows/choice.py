@@ -7,8 +7,6 @@ of call, so that a compiler that fails there, or gets something wrong, costs tim
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsetrain.core.backend import has_triton, no_triton
 from sparsetrain.ops.selected_rows.keys import KeyValues, who_sees
 from sparsetrain.ops.selected_rows.rows import Rows
 from sparsetrain.ops.selected_rows.tiles import backward_by_tiles, forward_by_tiles
@@ -29,12 +28,6 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 def kernels() -> Any:
     """The module of the kernels, imported when one is first needed."""
     return import_module("sparsetrain.ops.selected_rows.triton")
-
-
-@cache
-def has_triton() -> bool:
-    """Is it installed? Asked in every layer, so looked up once."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def available(q_bhkd: Tensor, e: KeyValues, rows: Rows, *, trains_others: bool) -> dict[str, str | None]:
@@ -71,10 +64,8 @@ def on_device(device: torch.device) -> tuple[list[str], str | None]:
 
 def no_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the Triton kernels cannot run, or None."""
-    if not has_triton():
-        return "triton is not installed"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the kernels need a GPU, and the tensors are on {device.type}"
+    if reason := no_triton(device):
+        return reason
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "the kernels need a GPU of capability 8.0 or newer"
     if dtype not in TOLERANCE:
