@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import CONFIG_MAPPING, MixtralConfig
+from transformers import CONFIG_MAPPING, BloomConfig, BloomForCausalLM, MixtralConfig
 
 from sparsetrain.cli import run
 from sparsetrain.hf.study.recipe_trace import outline
 from sparsetrain.recipes.finetune import Recipe
+from tests.cli.conftest import save_llama, write_text
 from tests.families import llama_config
 
 TYPES = ("mamba", "jamba", "qwen3_next", "gptj", "falcon_h1", "rwkv", "t5", "bart", "whisper", "llava", "qwen2_vl")
@@ -82,3 +83,18 @@ def test_values_that_no_model_has(key: str, value: Any, tmp_path: Path, capsys: 
     for more in (["--method", "token_selection"], ["--memory", "24GB", "--preset", "dense"]):
         code, error = planned(tmp_path / "model", values, capsys, *more)
         assert code == 2 and len(error) < 1200, error
+
+
+def test_dense_training_needs_no_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With attention of the family's own, the loss in chunks, and an adapter that has the run's quality."""
+    folder = save_llama(tmp_path / "model")
+    sizes = {"hidden_size": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
+    BloomForCausalLM(BloomConfig(vocab_size=300, **sizes)).save_pretrained(folder)
+    text, output = str(write_text(tmp_path / "text.txt", 6000)), str(tmp_path / "run")
+    short = ["--preset", "dense", "--seq-len", "64", "--steps", "2", "--device", "cpu", "--dtype", "fp32", "--json"]
+    assert run(["finetune", "--model", str(folder), "--data", text, "--output", output, *short]) == 0
+    trained = json.loads(capsys.readouterr().out)["run"]
+    assert trained["saved_activation_bytes"]
+    assert run(["eval", output, "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["perplexity"] == pytest.approx(trained["perplexity"]["after_training"], rel=1e-5)
