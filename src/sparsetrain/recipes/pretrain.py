@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from sparsetrain.core.fields import shown
-from sparsetrain.recipes.reading import read_yaml
+from sparsetrain.recipes.passed import read_pairs
 from sparsetrain.recipes.run import MOST, RunRecipe
 
 
@@ -75,19 +75,7 @@ class PretrainRecipe(RunRecipe):
             return given
         if not isinstance(given, list | tuple):
             raise ValueError(f"set is {shown(given)}. Give {{key: value, ...}}.")
-        found = {}
-        for entry in given:
-            key, equals, value = str(entry).partition("=")
-            key = key.strip()
-            if not equals or not key:
-                raise ValueError(f"set holds {shown(entry)}, which has no key and '='. Write key=value.")
-            if key in found:
-                raise ValueError(f"set gives {shown(key)} twice. Give it once.")
-            try:
-                found[key] = read_yaml(value)
-            except ValueError as error:
-                raise ValueError(f"set {shown(entry)}: {error}.") from None
-        return found
+        return read_pairs("set", given)
 
     @field_validator("set")
     @classmethod
