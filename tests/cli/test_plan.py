@@ -143,3 +143,9 @@ def test_a_plan_of_several_models_says_each_stage(call: Call, text: Path, tmp_pa
     assert [stage["name"] for stage in found["stages"]] == ["level 1, start", "level 2", "level 1"]
     assert found["forecasts"][1]["peak_bytes"] < found["forecasts"][2]["peak_bytes"]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "code"), [("adamx", 2), ("adagrad", 0), ("adamw_torch", 0)])
+def test_an_optimizer_that_nobody_knows_is_refused(name: str, code: int, call: Call) -> None:
+    result = call("plan", "--model", "smollm2-135m", "--optim", name, "--json")
+    assert result.code == code and (not code or "--optim 'adamx' is unknown" in result.json["error"]["message"])

@@ -152,12 +152,28 @@ def plan(
     """
     for key, other in (("seq_len", seq), ("batch_size", batch)):
         flags[key] = other if flags[key] is None else flags[key]
+    if flags["optim"] is not None:
+        _check_optimizer(flags["optim"])
     if gpus is not None:
         return planned_grids(_asked(recipe, flags), gpus, gpus_per_node, bandwidth, memory, gpu)
     asked_for = Goal(memory=memory, goal=goal, gpu=gpu, fit=fit, write=write, plot=plot, data=flags["data"])
     if asked_for.given:
         return _predicted(recipe, flags, asked_for)
     return _stages(recipe, changes(flags)) or _edits(recipe, flags)
+
+
+def _check_optimizer(name: str) -> None:
+    """Raise ValueError if `finetune` would not know it; one whose state isn't known is planned as AdamW."""
+    from sparsetrain.core.config import suggest
+    from sparsetrain.core.fields import shown
+    from sparsetrain.planner.optimizers import KINDS
+
+    if name in KINDS:  # known without asking transformers, which takes seconds
+        return
+    from sparsetrain.hf.train.passed import optimizers
+
+    if name not in (known := optimizers()):
+        raise ValueError(f"--optim {shown(name)} is unknown.{suggest(name, known)} Give {', '.join(known)}.")
 
 
 def _asked(recipe: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
