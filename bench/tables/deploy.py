@@ -192,6 +192,17 @@ def conclude_deploy(found: dict[str, Any]) -> str:
     return f"**The deployed dense model at equal time, beside dense LoRA's perplexity.** {'. '.join(parts)}."
 
 
+def quality_deployed(found: dict[str, Any], method: str) -> str:
+    """By data: the setting of a method alone that lost least at equal steps; "" where none was run."""
+    said = []
+    for data, rows in rows_of(found.get("deploy", {"results": {}})["results"]).items():
+        own = [row for row in rows if [each["method"] for each in row.arm.methods] == [method] and row.arm.chosen]
+        if data in (*GRID, LONG) and own:
+            best = min(own, key=lambda row: row.difference("steps").mean)
+            said.append(f"{best.difference('steps').text} on {data} ({best.difference('steps').verdict})")
+    return f"perplexity or error rate of the deployed model {', '.join(said)}" if said else ""
+
+
 def evidence(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Method -> an entry for each of its settings that was run for as many steps as dense, alone or first of several,
     on one data; with the usual dense phases.

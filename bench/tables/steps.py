@@ -9,18 +9,38 @@ from pathlib import Path
 from typing import Any
 
 from bench.tables.attention import quality_flood_fill_attention
+from bench.tables.deploy import quality_deployed
 from bench.tables.ffn import quality_routed_ffn
 from bench.tables.format import tally
+from bench.tables.linears import conclude_monarch, conclude_pst, conclude_sara
+from bench.tables.pictures import conclude_concepts, conclude_sparsedm
 from bench.tables.semi_structured import quality_semi_structured
-from bench.tables.tokens import quality_token_selection
 
 ROOT = Path(__file__).parents[2]
+NOT_MEASURED = "not measured at equal steps"
+
+
+def in_a_cell(conclude: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
+    """What a page concludes, as the README's table can hold it."""
+
+    def cell(found: dict[str, Any]) -> str:
+        said = conclude(found)
+        return NOT_MEASURED if said.startswith("Not measured") else said.replace("**", "").rstrip(".")
+
+    return cell
+
+
 QUALITY: dict[str, Callable[[dict[str, Any]], str]] = {
+    "concept_bottleneck": in_a_cell(conclude_concepts),
     "flood_fill_attention": quality_flood_fill_attention,
+    "monarch": in_a_cell(conclude_monarch),
+    "pst": in_a_cell(conclude_pst),
     "routed_ffn": quality_routed_ffn,
+    "sara": in_a_cell(conclude_sara),
     "semi_structured": quality_semi_structured,
-    "token_selection": quality_token_selection,
+    "sparsedm": in_a_cell(conclude_sparsedm),
 }
+"""Where the grid of deployed models has no setting of a method alone."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +121,7 @@ def methods(found: dict[str, Any], described: dict[str, Described]) -> list[str]
         elif row is not None:
             time = f"{row['step']['median']:.2f}, {row['verdict']}"
             saved = f"{row['saved_bytes'] / row['dense_saved_bytes']:.2f}"
-        quality = QUALITY[name](found) if name in QUALITY else "not measured at equal steps"
+        quality = quality_deployed(found, name) or (QUALITY[name](found) if name in QUALITY else NOT_MEASURED)
         papers = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in method.papers)
         results = f"docs/results/{name}.md"
         measured = f"[results]({results})" if (ROOT / results).exists() else "–"
