@@ -20,6 +20,7 @@ from sparsetrain.planner.choosing import (
     pick,
     settled,
     table,
+    untried,
 )
 from sparsetrain.planner.quality import Deployed, Facts, deployed_records
 from sparsetrain.planner.timings import key_of, load_speeds, store_speeds
@@ -190,6 +191,15 @@ def test_facts_that_are_not_known_yet_refuse_nothing_until_the_end() -> None:
     assert [way.methods for way in able(options(RECORDS, unread, asked))] == [()]
     refused = options(RECORDS, replace(SFT, deployed="sparse"), asked)[1].refused
     assert refused == "no evidence for deployed sparse (on record: dense)"
+
+
+def test_a_model_of_another_size_is_told_what_to_try() -> None:
+    large = replace(SFT, parameters=8000 * MB)
+    told = untried(RECORDS, large, Asked())
+    assert told and "2.1 times" in told and "--method token_selection:keep_ratio=0.15,pool=targets" in told
+    assert untried(RECORDS, SFT, Asked()) is None  # on record, and weighed
+    assert untried(RECORDS, replace(large, task="lm", target_share=1.0), Asked()) is None  # beyond the tolerance
+    assert untried(RECORDS, replace(large, target_share=0.5), Asked()) is None  # other data, too
 
 
 def test_nothing_fits() -> None:

@@ -48,6 +48,8 @@ class Formats:
         ratio = self.gemm_flops["bf16"] / self.gemm_flops["fp32"]
         if self.fastest == "bf16":
             return f"bf16: {ratio:.1f}x faster matrix products on this {where}; --dtype fp32 for full precision"
+        if ratio < 0.5:
+            return f"fp32: bf16 is {1 / ratio:.0f}x slower on this {where}"
         return f"fp32: bf16 is {ratio:.1f}x as fast on this {where}; --dtype bf16 halves the frozen weights"
 
 

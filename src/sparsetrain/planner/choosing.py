@@ -166,6 +166,27 @@ def _quality(record: Deployed) -> str:
     return f"{', '.join(found)} ({record.seeds} seed{'s' if record.seeds > 1 else ''})"
 
 
+def untried(records: Iterable[Deployed], facts: Facts, asked: Asked) -> str | None:
+    """What to try beside dense training where nothing but the model's size is beyond the records; None: nothing is.
+
+    Of the ways within the tolerance the one whose step is the fastest beside dense LoRA's, on record.
+    """
+    near = [
+        record
+        for record in records
+        if [why.partition(" ")[0] for why in record.outside(facts, final=False)] == ["parameters"]
+        and _beyond(record, asked.tolerance) is None
+    ]
+    if not near:
+        return None
+    best = max(near, key=lambda record: record.speedup or 0.0)
+    ways = " ".join(f"--method {_written(config)}" for config in best.methods)
+    return (
+        f"Nothing is on record for models of this size; on smaller or larger ones a step was {best.speedup or 1:.2g} "
+        f"times as fast, {_quality(best)}. To see it here: {ways} --compare dense"
+    )
+
+
 def checkpointed(found: Iterable[Option], goal: str) -> list[Option]:
     """The ways that are also to be weighed with checkpointing: those that do not fit, or all if memory is the goal."""
     return [

@@ -27,7 +27,7 @@ from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import lengths_of, refuse_rows
 from sparsetrain.measure.machine import describe_machine, free_bytes
 from sparsetrain.planner.candidates import KEYS
-from sparsetrain.planner.choosing import Asked, Option, Speed, pick, table
+from sparsetrain.planner.choosing import Asked, Option, Speed, pick, table, untried
 from sparsetrain.planner.forecast import Forecast
 from sparsetrain.planner.quality import Facts, deployed_records
 from sparsetrain.planner.this_machine import this_machine
@@ -98,7 +98,7 @@ def choose(recipe: Recipe, asked: Asked | None = None, *, report: Report = silen
     values |= {"reason": taken.reason, "options": [way.to_dict() for way in found], "facts": asdict(weighed.facts)}
     values |= {"asked": asdict(asked), "usable_bytes": weighed.forecast.usable_bytes, "timed": timed}
     values |= {"seconds": time.perf_counter() - began, "machine": describe_machine().to_dict()}
-    for line in _lines(weighed, found, taken, timed):
+    for line in _lines(weighed, found, taken, timed, asked):
         report({"event": "note", "text": line})
     return Choice(recipe=decided(recipe, taken.methods, taken), values=values, opened=rows.parts)
 
@@ -169,7 +169,7 @@ class _Rows:
         refuse_rows(recipe, self.parts.bundle)
 
 
-def _lines(weighed: Weighed, found: list[Option], taken: Option, timed: bool) -> list[str]:
+def _lines(weighed: Weighed, found: list[Option], taken: Option, timed: bool, asked: Asked) -> list[str]:
     facts, usable = weighed.facts, bytes_text(weighed.forecast.usable_bytes)
     share = "" if facts.target_share is None else f", {facts.target_share:.0%} of them targets"
     rows = "" if facts.seq_len is None else f"rows of some {facts.seq_len:,.0f} tokens{share}; "
@@ -180,4 +180,5 @@ def _lines(weighed: Weighed, found: list[Option], taken: Option, timed: bool) ->
         last = f"{taken.label[0].upper()}{taken.label[1:]} is the best choice for this model, data and machine."
     else:
         last = f"Chosen: {taken.label}, deployed dense: {taken.reason}."
-    return [head, *table(found, taken), last]
+    hint = None if taken.methods else untried(deployed_records(), facts, asked)
+    return [head, *table(found, taken), last, *([hint] if hint else [])]
