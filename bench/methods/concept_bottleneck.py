@@ -207,7 +207,7 @@ def _accuracy(chosen: Tensor, found: Features) -> float:
     return (chosen == found.held_out_labels).float().mean().item()
 
 
-def _sparsity(site: Any, found: Features) -> dict[str, float]:
+def _sparsity(site: Any, found: Features) -> dict[str, float | None]:
     """Exact zeros, and how many concepts carry a decision: of the winner's lead over the runner-up."""
     with torch.no_grad():
         psi = site.scores(found.held_out)
@@ -216,13 +216,14 @@ def _sparsity(site: Any, found: Features) -> dict[str, float]:
         adds = (site.layers.head[won] - site.layers.head[second]) * z
     shares = adds.abs() / adds.abs().sum(1, keepdim=True)
     entropy = -(shares * shares.clamp(min=1e-30).log()).sum(1)
+    carried = entropy.exp().mean().item()
     weight = site.layers.bottleneck.detach()
     return {
         "zero_weights": weight.eq(0).float().mean().item(),
         "small_weights": weight.abs().lt(1e-3).float().mean().item(),
         "zero_activations": z.eq(0).float().mean().item(),
         "concepts_that_add": adds.ne(0).float().sum(1).mean().item(),
-        "concepts_that_carry": entropy.exp().mean().item(),
+        "concepts_that_carry": carried if math.isfinite(carried) else None,  # where nothing adds, nothing carries
         "entropy_of_softmax": site.stats()["entropy"],
         "finite": float(math.isfinite(logits.sum().item())),
     }

@@ -51,7 +51,7 @@ def _accuracy(runs: dict[str, Any]) -> str:
 
 
 def _mean(runs: dict[str, Any], key: str) -> str:
-    values = [run[key] for run in runs.values() if key in run]
+    values = [run[key] for run in runs.values() if run.get(key) is not None]
     return f"{statistics.mean(values):.1f}" if values else DASH
 
 
