@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import distributed
 
+PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor", "sparsetrain.cli.finetune"]
+PRELOADED += ["sparsetrain.hf.train.finetune", "peft", "transformers.models.llama.modeling_llama", "matplotlib.figure"]
+PRELOADED += ["tests.families"]
+
 
 def start(work: Callable[..., None], args: tuple[Any, ...], count: int) -> None:
     """`work(rank, *args)` in so many processes; what one of them raises is raised here.
@@ -17,7 +21,7 @@ def start(work: Callable[..., None], args: tuple[Any, ...], count: int) -> None:
     They are forks of one process that has imported what takes long, instead of each importing it: eight of them
     are there in a second, and spawned on one core in a minute.
     """
-    multiprocessing.set_forkserver_preload(["torch.distributed.tensor", "torch.distributed.fsdp", "transformers"])
+    multiprocessing.set_forkserver_preload(PRELOADED)
     torch.multiprocessing.start_processes(work, args, nprocs=count, start_method="forkserver")  # type: ignore[attr-defined]
 
 
