@@ -18,6 +18,7 @@ from bench.tables.automatic import automatic
 from bench.tables.deploy import evidence_files, of_spt
 from bench.tables.machines import machines
 from bench.tables.picture import COLOURS, picture
+from bench.tables.planner import published
 from bench.tables.steps import methods, registered
 from bench.tables.support import support
 
@@ -45,6 +46,7 @@ def pages() -> dict[Path, str]:
         if path.stem in CONCLUSIONS:
             own["conclusion"] = [CONCLUSIONS[path.stem](found)]
         own["pages"], own["machines"] = index(found), machines(found)
+        own["published"] = published()
         own["spt"], own["automatic"] = (table(found.get("deploy", NOTHING)) for table in (of_spt, automatic))
         written[path], names = fill(path.read_text(), own, path.name)
         placed |= names

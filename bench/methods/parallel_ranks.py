@@ -4,7 +4,7 @@ Both train the same recipe, so the same rows of each step. Launches alternate, a
 neighbours: a machine that is busy for a while is busy for both.
 
 - `MODEL ARM ddp`: tokens/s of RANKS ranks of one thread, over those of one process with RANKS threads.
-- `MODEL ARM hooks`: the share of the steps' time that is spent in what a Trainer calls of us between forwards.
+- `MODEL ARM hooks`: the share of the steps' time that is spent in all that a Trainer calls of us (target: under 3 %).
 
     python -m bench run parallel_ranks --output DIR [--cells 'smollm2-135m *'] [--minutes 20]
 """
@@ -19,12 +19,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench.runner import Asked, Benchmark, Cell, in_own_process
 
 ARMS = {"dense": ["--preset", "dense"], "routed_ffn": ["--method", "routed_ffn:num_blocks=8,num_active=4"]}
+EVENTS = ("on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end", "on_log")
+"""What a Trainer calls in each step; with no checkpoint and no evaluation."""
 WARM = 2
 """Steps that are not counted: first calls allocate."""
 
@@ -62,21 +66,11 @@ def hooks(settings: dict[str, Any], arm: str) -> dict[str, Any]:
 
 
 def hook_share(settings: dict[str, Any], arm: str) -> dict[str, Any]:
-    """Seconds inside our callback, as a share of those of the steps that it is called in."""
-    from sparsetrain.hf.train import callbacks
+    """Seconds inside all callbacks of ours, as a share of those of the steps that they are called in."""
     from sparsetrain.hf.train.finetune import finetune
     from sparsetrain.recipes.finetune import Recipe
 
-    spent, inside = [0.0], callbacks.SparsityCallback
-    for name in ("on_step_begin", "on_pre_optimizer_step", "on_optimizer_step"):
-        plain = getattr(inside, name)
-
-        def timed(self: Any, *args: Any, plain: Any = plain, **kwargs: Any) -> None:
-            began = time.perf_counter()
-            plain(self, *args, **kwargs)
-            spent[0] += time.perf_counter() - began
-
-        setattr(inside, name, timed)
+    spent = timed_callbacks()
     with tempfile.TemporaryDirectory() as folder:
         keys = ("model", "data", "seq_len", "batch_size", "grad_accum", "steps")
         values: dict[str, Any] = {key: settings[key] for key in keys}
@@ -86,7 +80,33 @@ def hook_share(settings: dict[str, Any], arm: str) -> dict[str, Any]:
         values |= {"eval_tokens": 1, "calibration_tokens": 1024, "output": f"{folder}/run"}
         result = finetune(Recipe.from_values(values), write=False)
     steps = sum(step["step_time_s"] for step in result.run["steps"])
-    return {"hooks_s": spent[0], "steps_s": steps, "share": spent[0] / steps}
+    hooks_s = sum(spent.values())
+    return {"hooks_s": hooks_s, "steps_s": steps, "share": hooks_s / steps, "seconds": dict(spent)}
+
+
+def timed_callbacks() -> dict[str, float]:
+    """Let the callbacks of ours note, from now on, how long each event of a step takes in them."""
+    from transformers import TrainerCallback
+
+    import sparsetrain.hf.train.run  # noqa: F401  (so that all of them are there)
+
+    spent: dict[str, float] = defaultdict(float)
+    for kind in TrainerCallback.__subclasses__():
+        for event in EVENTS:
+            if kind.__module__.startswith("sparsetrain.") and event in vars(kind):
+                setattr(kind, event, _timed(vars(kind)[event], f"{kind.__name__}.{event}", spent))
+    return spent
+
+
+def _timed(plain: Callable[..., Any], name: str, spent: dict[str, float]) -> Callable[..., Any]:
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            spent[name] += time.perf_counter() - began
+
+    return timed
 
 
 def cells(asked: Asked) -> list[Cell]:

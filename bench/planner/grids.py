@@ -1,8 +1,9 @@
 """Steps on grids of 2, 4 and 8 gloo processes of this machine against the simulator, calibrated on the first of them.
 
 The processes share the machine's cores and its memory instead of links, so the device's rate, the bandwidth and the
-time of a hop are fitted for each number of processes: rate from a grid's own products, bandwidth and hop from sums of
-two lengths. What is tested is the event model, on grids that were not fitted.
+time of a hop are fitted for each number of processes: the rate to one product, bandwidth and hop to the shortest and
+the longest all-reduce. What is tested is the event model, on grids that were not fitted, with messages beside the
+arithmetic and in turn with it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ from typing import Any
 
 import torch
 
-from bench.runner import Benchmark, Cell
+from bench.runner import Asked, Benchmark, Cell
+from sparsetrain.parallel.flow import Overlap
 
+WORLDS = (2, 4, 8)
+FITTED = ("flops", "bytes_per_s", "hop_s")
+IN_TURN = Overlap(False, False, False)
 GRIDS = ("x=2", "y=2", "z=2", "data=2", "x=2,y=2", "z=2,x=2", "data=2,y=2", "z=4", "data=2,x=2,y=2", "z=2,x=2,y=2")
 
 
@@ -59,22 +64,26 @@ def _timed(work: Any, rounds: int) -> float:
     return statistics.median(times[1:])
 
 
-def _rates(settings: dict[str, Any]) -> dict[str, float]:
-    """flops, bytes_per_s and hop_s with all processes at work."""
+def _rates(settings: dict[str, Any]) -> dict[str, Any]:
+    """The messages of this machine with all processes at work (as `doctor --network` times them), and flops,
+    bytes_per_s and hop_s of the simulator's device and links."""
     from torch import distributed
 
+    from sparsetrain.parallel.network import measure_network
+
     rows, hidden = settings["rows"], settings["hidden"]
-    world, rounds = distributed.get_world_size(), settings["rounds"]
     a, b = torch.randn(rows, hidden), torch.randn(hidden, hidden)
-    flops = 2 * rows * hidden * hidden / _timed(lambda: a @ b, 4 * rounds)
-    small, large = torch.zeros(1024), torch.zeros(rows * hidden)
-    short, long = (_timed(lambda x=x: distributed.all_reduce(x), 4 * rounds) for x in (small, large))
-    share = 2 * (world - 1) / world
-    speed = share * 4 * (large.numel() - small.numel()) / max(long - short, 1e-9)
-    return {"flops": flops, "bytes_per_s": speed, "hop_s": short / (2 * (world - 1))}
+    flops = 2 * rows * hidden * hidden / _timed(lambda: a @ b, 4 * settings["rounds"])
+    sizes = (4096, 64 * 1024, 1024**2, 4 * rows * hidden)
+    link = measure_network(distributed.get_world_size(), torch.device("cpu"), sizes, settings["rounds"]).node
+    assert link is not None
+    speed, hop_s = link.line()
+    seconds = {"all_reduce_s": link.seconds, "all_gather_s": link.gathers}
+    return {"flops": flops, "bytes_per_s": speed, "hop_s": hop_s} | seconds
 
 
 def _step(grid_text: str, settings: dict[str, Any]) -> dict[str, float]:
+    """Seconds of a step with messages beside the arithmetic, and with each waited for at once."""
     from sparsetrain.parallel.flow import Flow
     from sparsetrain.parallel.grid import ParallelGrid
     from sparsetrain.parallel.linear import TPLinear
@@ -106,18 +115,31 @@ def _step(grid_text: str, settings: dict[str, Any]) -> dict[str, float]:
                 grid.all_reduce(parameter.grad, "data").wait()
                 parameter.grad = None
 
-        return {"measured_s": _timed(step, settings["rounds"])}
+        beside = _timed(step, settings["rounds"])
+        flow.overlap = IN_TURN
+        return {"measured_s": beside, "in_turn_s": _timed(step, settings["rounds"])}
 
 
-def _spawn(world: int, grid_text: str | None, settings: dict[str, Any]) -> dict[str, float]:
+def _spawn(world: int, grid_text: str | None, settings: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_on_rank, (world, folder, grid_text, settings), nprocs=world)  # type: ignore[attr-defined]
         return torch.load(Path(folder) / "found")
 
 
 @functools.cache
-def _calibrated(world: int, items: tuple[tuple[str, Any], ...]) -> dict[str, float]:
+def _calibrated(world: int, items: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     return _spawn(world, None, dict(items))
+
+
+def network(world: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the machine is taken for with so many processes."""
+    return _calibrated(world, tuple(settings.items()))
+
+
+def cells(asked: Asked) -> list[Cell]:
+    settings = asked.settings
+    links = [Cell(f"network of {world}", functools.partial(network, world, settings)) for world in WORLDS]
+    return links + [Cell(name, functools.partial(both, name, settings)) for name in GRIDS]
 
 
 def both(grid_text: str, settings: dict[str, Any]) -> dict[str, float]:
@@ -127,16 +149,17 @@ def both(grid_text: str, settings: dict[str, Any]) -> dict[str, float]:
     from sparsetrain.parallel.simulate import Device, simulate
 
     shape = GridShape.from_text(grid_text)
-    rates = _calibrated(shape.world, tuple(settings.items()))
+    rates = {name: value for name, value in network(shape.world, settings).items() if name in FITTED}
     task = GridTask(
         layers=layers(settings["hidden"], settings["blocks"]), rows=settings["rows"], tokens=1, dtype_bytes=4
     )
     speed = rates["bytes_per_s"]
-    network = Network(devices_per_node=shape.world, node_bytes_per_s=speed, inter_bytes_per_s=speed)
+    links = Network(devices_per_node=shape.world, node_bytes_per_s=speed, inter_bytes_per_s=speed)
     device = Device(flops=rates["flops"], attention_flops=rates["flops"], hop_s=rates["hop_s"])
     return {
         **_spawn(shape.world, grid_text, settings),
-        "simulated_s": simulate(shape, task, network, device).step_s,
+        "simulated_s": simulate(shape, task, links, device).step_s,
+        "simulated_in_turn_s": simulate(shape, task, links, device, IN_TURN).step_s,
         **rates,
     }
 
@@ -145,10 +168,10 @@ BENCHMARKS = [
     Benchmark(
         name="planner_grids",
         measures="time of a step on grids of 2 to 8 gloo processes: simulated against measured",
-        cells=lambda asked: [Cell(name, lambda name=name: both(name, asked.settings)) for name in GRIDS],
+        cells=cells,
         settings={"hidden": 512, "blocks": 2, "rows": 1024, "rounds": 9},
         quick={"hidden": 128, "rows": 256, "rounds": 3},
         under="rows",
-        shows=("measured_s", "simulated_s"),
+        shows=("measured_s", "simulated_s", "in_turn_s", "simulated_in_turn_s", "flops", "bytes_per_s", "hop_s"),
     )
 ]

@@ -24,6 +24,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "planner_accuracy": planner.accuracy,
     "planner_accuracy_gpu": planner.accuracy_gpu,
     "planner_steps": planner.step_times,
+    "planner_grids": planner.grids,
     "steps": steps.steps,
     "deploy": deploy.deploy,
     "sara": linears.sara,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sparsetrain.parallel.published import RUNS
+
 
 def accuracy(results: dict[str, Any]) -> list[str]:
     """Predicted against measured peak, and the worst relative error among peak and components."""
@@ -52,6 +54,50 @@ def step_times(results: dict[str, Any]) -> list[str]:
             f"| {name} | {row['roofline_s']:.2f} | {row['measured_s']:.2f} "
             f"| {row['roofline_s'] / row['measured_s'] - 1:+.0%} | {dense['roofline_s'] / row['roofline_s']:.2f} "
             f"| {dense['measured_s'] / row['measured_s']:.2f} |"
+        )
+    return lines
+
+
+def grids(results: dict[str, Any]) -> list[str]:
+    """Messages of each number of processes beside the line that is fitted to them, then steps beside the simulator."""
+    settings, cells = results["settings"], results["rows"]
+    lines = ["| processes | bytes | all-reduce, ms | fitted | all-gather, ms | by the fit |", "|" + " ---: |" * 6]
+    for name, cell in cells.items():
+        if not name.startswith("network"):
+            continue
+        world = int(name.rpartition(" ")[2])
+        for size, seconds in cell["all_reduce_s"].items():
+            share, hops = (world - 1) / world * int(size) / cell["bytes_per_s"], (world - 1) * cell["hop_s"]
+            lines.append(
+                f"| {world} | {int(size):,} | {1e3 * seconds:.2f} | {2e3 * (share + hops):.2f} "
+                f"| {1e3 * cell['all_gather_s'][size]:.2f} | {1e3 * (share + hops):.2f} |"
+            )
+    lines += ["", f"Steps of {settings['blocks']} blocks of {settings['hidden']}, {settings['rows']:,} rows, fp32.", ""]
+    lines += ["| grid | beside arithmetic, ms | simulated | off by | in turn, ms | simulated | off by |"]
+    lines.append("| --- |" + " ---: |" * 6)
+    for name, cell in cells.items():
+        if name.startswith("network"):
+            continue
+        parts = [name]
+        for measured, simulated in (("measured_s", "simulated_s"), ("in_turn_s", "simulated_in_turn_s")):
+            here, there = cell[measured], cell[simulated]
+            parts += [f"{1e3 * here:.1f}", f"{1e3 * there:.1f}", f"{there / here - 1:+.0%}"]
+        lines.append(f"| {' | '.join(parts)} |")
+    return lines
+
+
+def published() -> list[str]:
+    """Published runs beside what the simulator says of them; `tests/parallel/test_simulate.py` runs it again."""
+    lines = ["| run | predicted, PFLOP/s | published | off by | waiting for messages | closes it alone | assumed |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | --- | --- |")
+    for run in RUNS:
+        found = run.found
+        ratios = (("rates", found.rate_ratio), ("links", found.link_ratio))
+        closes = " or ".join(f"{what} × {ratio:.2f}" for what, ratio in ratios if ratio is not None)
+        lines.append(
+            f"| {run.name} | {found.flops_per_s / 1e15:,.0f} | {run.flops_per_s / 1e15:,.0f} "
+            f"| {found.flops_per_s / run.flops_per_s - 1:+.0%} | {found.exposed_ratio:.0%} of the step | {closes} "
+            f"| {run.assumed} |"
         )
     return lines
 

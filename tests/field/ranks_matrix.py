@@ -24,25 +24,33 @@ from sparsetrain.core.config import registered_methods
 from sparsetrain.surgery.method import method_of
 from tests.families import FAMILIES
 
-STEPS, HALF, MICRO, ROWS, TOKENS = 20, 10, 4, 2, 48
+STEPS, HALF, ROWS, TOKENS = 20, 10, 2, 48
 METHODS = [name for name, kind in registered_methods().items() if method_of(kind).edits]
 Found = dict[str, Tensor]
 
 
+def passes(ranks: int) -> int:
+    """Micro-batches of a step of a run on so many ranks, and of the one process beside it."""
+    return max(4, ranks)
+
+
 def rows_of(step: int, micro: int) -> dict[str, Tensor]:
     """A micro-batch. Ever fewer of its tokens are targets: a mean of means would weigh them wrongly."""
-    batch = FAMILIES["llama"].batch(ROWS, TOKENS, seed=100 + step * MICRO + micro)
+    batch = FAMILIES["llama"].batch(ROWS, TOKENS, seed=100 + 8 * step + micro)
     labels = batch["input_ids"].clone()
-    labels[:, : 8 * (micro + 1)] = -100
+    labels[:, : 5 * (micro + 1)] = -100
     return batch | {"labels": labels}
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    def __init__(self, micro: int) -> None:
+        self.micro = micro
+
     def __len__(self) -> int:
-        return STEPS * MICRO * ROWS
+        return STEPS * self.micro * ROWS
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        step, place = divmod(index, MICRO * ROWS)
+        step, place = divmod(index, self.micro * ROWS)
         micro, row = divmod(place, ROWS)
         return {name: tensor[row] for name, tensor in rows_of(step, micro).items()}
 
@@ -60,14 +68,14 @@ def converted(method: str) -> tuple[Any, sparsetrain.Handle]:
     return model.double(), handle  # what a method adds is fp32, and FSDP2 takes one dtype
 
 
-def by_trainer(method: str, ranks: int, folder: str) -> Found:
+def by_trainer(method: str, ranks: int, micro: int, folder: str) -> Found:
     """transformers' Trainer, which puts DDP around the model where ranks run."""
     model, handle = converted(method)
     arguments = TrainingArguments(
         output_dir=folder,
         use_cpu=True,
         per_device_train_batch_size=ROWS,
-        gradient_accumulation_steps=MICRO // ranks,
+        gradient_accumulation_steps=micro // ranks,
         max_steps=STEPS,
         learning_rate=1e-3,
         weight_decay=0.1,
@@ -78,17 +86,18 @@ def by_trainer(method: str, ranks: int, folder: str) -> Found:
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
     )
-    trainer = InOrder(model, arguments, train_dataset=Rows(), callbacks=[handle.callback(at_end=False)])
+    trainer = InOrder(model, arguments, train_dataset=Rows(micro), callbacks=[handle.callback(at_end=False)])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     losses = torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     return found_in(model) | {"losses in fp32": losses}
 
 
-def by_hand(method: str, ranks: int, shard: bool, folder: Path | None = None, begin: int = 0) -> Found:
+def by_hand(method: str, ranks: int, micro: int, shard: bool, folder: Path | None = None, begin: int = 0) -> Found:
     """A loop of one's own, with `fully_shard` around each block and the model.
 
     Args:
+        micro: micro-batches of a step, which the ranks share.
         folder: of a distributed checkpoint: written in mid-run, or read at the beginning of what goes on from there.
         begin: the first step.
     """
@@ -107,8 +116,8 @@ def by_hand(method: str, ranks: int, shard: bool, folder: Path | None = None, be
     for step in range(begin, STEPS):
         if folder is not None and step == HALF and not begin:
             checkpoint.save(parts(model, optimizer), checkpoint_id=folder)
-        handle.step(step, STEPS, ranks / MICRO)  # of a pass, as for what is meant over a step
-        batches = [rows_of(step, micro) for micro in range(MICRO)]
+        handle.step(step, STEPS, ranks / micro)  # of a pass, as for what is meant over a step
+        batches = [rows_of(step, part) for part in range(micro)]
         targets = torch.tensor(sum(int(batch["labels"][:, 1:].ne(-100).sum()) for batch in batches))
         mine, loss = batches[place::ranks], torch.zeros((), dtype=torch.float64)
         for batch in mine:
@@ -150,9 +159,10 @@ def work(rank: int, ranks: int, folder: str, methods: list[str], kind: str) -> N
     os.environ.update({"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"})
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     for method in methods:
-        found = (
-            by_trainer(method, ranks, folder) if kind == "ddp" else by_hand(method, ranks, True, Path(folder) / method)
-        )
+        if kind == "ddp":
+            found = by_trainer(method, ranks, passes(ranks), folder)
+        else:
+            found = by_hand(method, ranks, passes(ranks), True, Path(folder) / method)
         torch.save(found, Path(folder) / f"{method}.{rank}")
     distributed.barrier()
     distributed.destroy_process_group()

@@ -15,6 +15,7 @@ import sparsetrain
 from sparsetrain import TokenSelection
 from tests.families import FAMILIES
 from tests.field.test_accumulation import some_rows
+from tests.parallel.ranks import start
 
 CHOICES = {
     "all": TokenSelection(),
@@ -53,7 +54,7 @@ def run(rank: int, size: int, folder: str) -> None:
 @pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
 def test_ranks_and_micro_batches_equal_one_process(tmp_path: Path) -> None:
     run(0, 1, str(tmp_path))
-    torch.multiprocessing.spawn(run, (2, str(tmp_path)), nprocs=2)  # type: ignore
+    start(run, (2, str(tmp_path)), 2)
     alone, first, second = (torch.load(tmp_path / name) for name in ("1_0.pt", "2_0.pt", "2_1.pt"))
     for choice, expected in alone.items():
         loss = (first[choice]["loss"] + second[choice]["loss"]) / 2

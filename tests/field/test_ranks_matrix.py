@@ -9,7 +9,8 @@ import torch
 from torch import distributed
 
 from sparsetrain.surgery.support import why_not
-from tests.field.ranks_matrix import HALF, METHODS, Found, by_hand, by_trainer, work
+from tests.field.ranks_matrix import HALF, METHODS, Found, by_hand, by_trainer, passes, work
+from tests.parallel.ranks import start
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
 SHARDED = [method for method in METHODS if why_not(method, "fsdp2") is None]
@@ -32,14 +33,15 @@ def assert_same(found: Found, expected: Found, method: str) -> None:
 
 
 def check(methods: list[str], kind: str, ranks: int, folder: Path) -> None:
-    torch.multiprocessing.spawn(work, (ranks, str(folder), methods, kind), nprocs=ranks)  # type: ignore[attr-defined]
+    start(work, (ranks, str(folder), methods, kind), ranks)
+    micro = passes(ranks)
     for method in methods:
-        alone = by_trainer(method, 1, str(folder)) if kind == "ddp" else by_hand(method, 1, shard=False)
+        alone = by_trainer(method, 1, micro, str(folder)) if kind == "ddp" else by_hand(method, 1, micro, shard=False)
         for rank in range(ranks):
             assert_same(torch.load(folder / f"{method}.{rank}"), alone, method)
         if kind == "fsdp2" and method in MOVES:
             with pytest.warns(UserWarning, match="single process"):
-                rest = by_hand(method, 1, False, folder / method, begin=HALF)
+                rest = by_hand(method, 1, micro, False, folder / method, begin=HALF)
             assert_same(rest, alone | {"losses": alone["losses"][HALF:]}, method)
 
 
@@ -50,7 +52,9 @@ def test_two_ranks(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize(("kind", "methods"), [("ddp", METHODS), ("fsdp2", SHARDED)], ids=["ddp", "fsdp2"])
-def test_every_method(kind: str, methods: list[str], ranks: int, tmp_path: Path) -> None:
-    check(methods, kind, ranks, tmp_path)
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("kind", "method"), [("ddp", method) for method in METHODS] + [("fsdp2", method) for method in SHARDED]
+)
+def test_every_method(kind: str, method: str, ranks: int, tmp_path: Path) -> None:
+    check([method], kind, ranks, tmp_path)

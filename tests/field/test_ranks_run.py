@@ -1,4 +1,4 @@
-"""The command line under torchrun: one report, one checkpoint, one line of what went wrong; any number goes on.
+"""The command line under a launcher: one report, one checkpoint, one line of what went wrong; any number goes on.
 
 Each launch takes some eight seconds, most of them imports in two processes: nothing less is a launch.
 """
@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,6 +31,17 @@ TINY += " --calibration-tokens 256 --eval-tokens 512"
 ROUTED = "--method routed_ffn:num_blocks=4,num_active=2"
 
 
+ACCELERATE = """compute_environment: LOCAL_MACHINE
+distributed_type: {kind}
+num_machines: 1
+num_processes: 2
+mixed_precision: bf16
+use_cpu: {cpu}
+main_process_port: 0
+"""
+"""What `accelerate config` writes, of a user whose other runs are in bf16."""
+
+
 class Launch:
     """Commands on a tiny model, with or without a launcher."""
 
@@ -38,15 +50,30 @@ class Launch:
         self.text = write_text(folder / "text.txt", 6000)
 
     def command(self, ranks: int, output: str, more: str, verb: str) -> list[str]:
-        model = str(self.model) if verb == "finetune" else "gpt2-nano"
-        flags = f"{verb} --model {model} --data {self.text} --output {self.folder / output} {TINY} {more}".split()
+        flags = self.flags(output, more, verb)
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
         return [*(torchrun if ranks else [sys.executable, "-m"]), "sparsetrain", *flags]
 
+    def flags(self, output: str, more: str = ROUTED, verb: str = "finetune") -> list[str]:
+        model = str(self.model) if verb == "finetune" else "gpt2-nano"
+        return f"{verb} --model {model} --data {self.text} --output {self.folder / output} {TINY} {more}".split()
+
     def start(self, ranks: int, output: str, more: str = ROUTED, verb: str = "finetune") -> subprocess.Popen[str]:
+        return self.run(self.command(ranks, output, more, verb))
+
+    def run(self, command: list[str], **variables: str) -> subprocess.Popen[str]:
         streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        return subprocess.Popen(self.command(ranks, output, more, verb), env=env, **streams)
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)} | variables
+        return subprocess.Popen(command, env=env, **streams)
+
+    def accelerate(self, output: str, kind: str, cpu: str) -> tuple[int, str, str]:
+        """A run by accelerate's launcher and a config file: (exit code, stdout, stderr)."""
+        config = self.folder / f"{kind}.yaml"
+        config.write_text(ACCELERATE.format(kind=kind, cpu=cpu))
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "-m", "sparsetrain"]
+        process = self.run([sys.executable, *launcher, *self.flags(output, f"{ROUTED} --json")])
+        out, err = process.communicate(timeout=300)
+        return process.returncode, out, err
 
     def __call__(self, ranks: int, output: str, more: str = ROUTED, verb: str = "finetune") -> tuple[int, str, str]:
         """(exit code, stdout, stderr)."""
@@ -107,6 +134,38 @@ def test_what_is_wrong_is_told_once_and_leaves_nothing(launch: Launch) -> None:
 
 
 @pytest.mark.slow
+def test_accelerate_launch_trains_as_one_process(launch: Launch) -> None:
+    """The config file says bf16, and the recipe fp32: the recipe says what is trained."""
+    assert launch(0, "one", f"{ROUTED} --json")[0] == 0
+    code, out, err = launch.accelerate("two", "MULTI_GPU", "false")
+    assert code == 0, err
+    found = json.loads(out)  # one document of two processes
+    assert losses(found) == pytest.approx(losses(launch.result("one")), rel=1e-5)
+    assert "ACCELERATE_MIXED_PRECISION=bf16 is passed over: the recipe says dtype" in err
+    folder = launch.folder / "two"
+    assert {path.name for path in own_checkpoints(folder)} == {"checkpoint-4", "checkpoint-6"}
+    assert "rng_state_1.pth" in verify_manifest(folder / "checkpoint-6")["files"]
+    code, out, err = launch.accelerate("none", "MULTI_CPU", "true")  # accelerate starts one process of two
+    assert code != 0 and "--multi_gpu --num_processes N" in out and not (launch.folder / "none").exists()
+
+
+@pytest.mark.slow
+def test_mpirun_trains_as_one_process(launch: Launch) -> None:
+    """What Open MPI's mpirun sets, which `accelerate launch --cpu --mpirun_hostfile` calls."""
+    assert launch(0, "one")[0] == 0
+    port = str(free_port())
+    started = []
+    for rank in "01":
+        told = {"RANK": rank, "SIZE": "2", "LOCAL_RANK": rank, "LOCAL_SIZE": "2"}
+        told = {f"OMPI_COMM_WORLD_{key}": value for key, value in told.items()} | {"MASTER_PORT": port}
+        started.append(launch.run([sys.executable, "-m", "sparsetrain", *launch.flags("two")], **told))
+    for process in started:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    assert losses(launch.result("two")) == pytest.approx(losses(launch.result("one")), rel=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("more", ["semi_structured", "multi_level:levels=2", "masked_growth:ramp_ratio=0.1"])
 def test_pretraining_from_stage_to_stage(more: str, launch: Launch) -> None:
     more = f"--method {more} --steps 20 --set n_layer=2 --set n_head=2 --set n_embd=32"
@@ -139,6 +198,12 @@ def test_a_rank_that_is_killed(seed: int, launch: Launch) -> None:
     assert code == 0, err
     assert launch.result("killed")["resumed_from"] == int(newest.name.rpartition("-")[2])
     assert losses(launch.result("killed")) == losses(launch.result("whole"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def children(pid: int) -> list[int]:

@@ -16,6 +16,7 @@ import sparsetrain
 from sparsetrain import FloodFillAttention, PQAttention, RoutedFFN, SemiStructured, TokenSelection
 from sparsetrain.surgery.idle import attach_zeros
 from tests.families import FAMILIES
+from tests.parallel.ranks import start
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
 
@@ -124,7 +125,7 @@ def test_two_ranks(tmp_path: Path) -> None:
 
     Both get the same rows, so that their mean is what one process computes.
     """
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)  # type: ignore[attr-defined]
+    start(_rank, (str(tmp_path),), 2)
     for name in ("codebook between updates", "router at the dense limit"):
         plain, handle = converted("llama", CASES[name])
         train(plain, plain, handle)

@@ -21,7 +21,8 @@ def two_nodes_of_two() -> None:
     assert (found.nodes, found.devices_per_node) == (2, 2) and found.latency_s > 0
     for link, shared in ((found.node, 1), (found.inter, 2)):
         assert link is not None and link.ranks == 2 and link.shared_by == shared
-        assert tuple(link.seconds) == SIZES and all(seconds > 0 for seconds in link.seconds.values())
+        for found_s in (link.seconds, link.gathers):
+            assert tuple(found_s) == SIZES and all(seconds > 0 for seconds in found_s.values())
     speeds = parse_bandwidth(found.flag)
     assert found.node is not None and speeds["node"] == pytest.approx(found.node.bytes_per_s(), rel=0.01)
     alone = measure_network(4, torch.device("cpu"), SIZES, rounds=2)
@@ -36,9 +37,12 @@ def test_two_nodes_of_two_ranks_are_told_apart() -> None:
 
 
 def test_a_rank_s_bandwidth_is_what_passes_its_link() -> None:
-    link = Link(ranks=4, seconds={1000: 0.5, 8000: 2.0}, shared_by=3)
+    link = Link(ranks=4, seconds={1000: 0.5, 8000: 2.0}, gathers={}, shared_by=3)
     assert link.bytes_per_s(1000) == 3 * 1.5 * 1000 / 0.5
     assert link.bytes_per_s() == 3 * 1.5 * 8000 / 2.0
+    speed, hop_s = link.line()  # of one group: 6 hops and 3/2 of the bytes
+    for size, seconds in link.seconds.items():
+        assert 6 * hop_s + 1.5 * size / speed == pytest.approx(seconds)
     found = Measured(nodes=1, devices_per_node=4, latency_s=1e-6, node=link, inter=None)
     assert found.flag == "node=1.8e-05GB/s"
 

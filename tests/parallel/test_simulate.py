@@ -7,7 +7,7 @@ import pytest
 from sparsetrain.parallel.cost import GridLayer, GridTask, Network, cost
 from sparsetrain.parallel.flow import Overlap
 from sparsetrain.parallel.plan import grids_of
-from sparsetrain.parallel.published import RUNS, predicted
+from sparsetrain.parallel.published import RUNS, Published, predicted
 from sparsetrain.parallel.shape import GridShape
 from sparsetrain.parallel.simulate import Device, model_flops, simulate
 
@@ -57,8 +57,13 @@ def test_recomputing_is_one_forward_more_and_latency_counts_hops() -> None:
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-def test_published_runs_are_predicted_as_the_docs_say(run) -> None:
-    found = predicted(run)
-    assert found.shape.world == run.devices and 0 <= found.exposed_ratio < 1
+def test_published_runs_are_predicted_as_the_docs_say(run: Published) -> None:
+    """A second or two each: dozens of steps on thousands of devices are simulated, and all of their grids priced."""
+    found, said = predicted(run), run.found
+    assert found.shape == said.shape and found.shape.world == run.devices
     assert found.flops_per_s <= run.devices * run.device.flops
-    assert round(found.flops_per_s / run.flops_per_s - 1, 2) == run.error
+    assert found.flops_per_s == pytest.approx(said.flops_per_s, rel=3e-3)
+    for name in ("exposed_ratio", "rate_ratio", "link_ratio"):
+        assert getattr(found, name) == pytest.approx(getattr(said, name), abs=2e-3), name
+    # a prediction within 15 % needs no explanation; the others are explained by links, at a share of the data sheet
+    assert abs(found.flops_per_s / run.flops_per_s - 1) < 0.15 or found.link_ratio is not None

@@ -54,6 +54,7 @@ def run(arguments: Sequence[str]) -> int:
     from sparsetrain.cli.answer import Answer, print_answer, to_json
     from sparsetrain.cli.app import app, flags_of
     from sparsetrain.cli.failure import FAILED, INTERRUPTED, check_arguments, explain
+    from sparsetrain.core.launchers import as_torchrun_says
 
     stdout = sys.stdout
     as_json = "--json" in arguments
@@ -64,6 +65,7 @@ def run(arguments: Sequence[str]) -> int:
             if not debug:
                 warnings.simplefilter("ignore")
             check_arguments(arguments)
+            as_torchrun_says(os.environ)
             command = typer.main.get_command(app)
             answer = command.main(args=list(arguments), prog_name="sparsetrain", standalone_mode=False)
         if isinstance(answer, Answer):

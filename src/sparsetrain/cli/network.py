@@ -31,14 +31,16 @@ def network_answer() -> Answer | None:
         return None
     links = {"inside a node": found.node, "between nodes": found.inter}
     rows = [
-        [name, link.ranks, bytes_text(size), f"{seconds * 1e3:.3g}", f"{link.bytes_per_s(size) / 1e9:.3g}"]
+        [name, link.ranks, bytes_text(size)]
+        + [f"{number:.3g}" for number in (seconds * 1e3, link.bytes_per_s(size) / 1e9, link.gathers[size] * 1e3)]
         for name, link in links.items()
         if link is not None
         for size, seconds in link.seconds.items()
     ]
-    title = f"All-reduces on {device.type}, {found.nodes} x {found.devices_per_node} ranks"
+    title = f"Messages on {device.type}, {found.nodes} x {found.devices_per_node} ranks"
+    heads = ["where", "ranks", "size", "all-reduce, ms", "GB/s", "all-gather, ms"]
     show: list[Any] = [
-        lambda: table(title, ["where", "ranks", "size", "ms", "GB/s"], rows, right=(1, 2, 3, 4)),
+        lambda: table(title, heads, rows, right=(1, 2, 3, 4, 5)),
         f"Latency of an all-reduce among all ranks: {found.latency_s * 1e6:,.0f} µs.",
         f"For the planner: sparsetrain plan --gpus N --bandwidth {found.flag}",
     ]

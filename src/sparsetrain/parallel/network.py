@@ -1,7 +1,7 @@
-"""What the network between ranks carries: all-reduces timed inside a node and between nodes.
+"""What the network between ranks carries: all-reduces and all-gathers timed inside a node and between nodes.
 
 An all-reduce of n ranks moves 2 (n - 1) / n times its bytes over each rank's link, whatever its algorithm; that over
-its time is the rank's bandwidth, as `cost.Network` counts it.
+its time is the rank's bandwidth, as `cost.Network` counts it. An all-gather moves (n - 1) / n of what it ends with.
 """
 
 from __future__ import annotations
@@ -18,25 +18,35 @@ from torch import Tensor, distributed
 from sparsetrain.core import ranks
 
 SIZES = (64 * 1024, 1024**2, 16 * 1024**2, 64 * 1024**2)
-"""Bytes of the all-reduces; the bandwidth is that of the largest."""
+"""Bytes of the messages; the bandwidth is that of the largest all-reduce."""
 ROUNDS, WARM = 7, 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """All-reduces among `ranks` ranks: bytes -> median seconds, each those of the slowest rank.
+    """Messages among `ranks` ranks: bytes -> median seconds, each those of the slowest rank.
 
+    seconds: of all-reduces. gathers: of all-gathers that end with so many bytes.
     shared_by: groups that go over one link at once.
     """
 
     ranks: int
     seconds: dict[int, float]
+    gathers: dict[int, float]
     shared_by: int = 1
 
     def bytes_per_s(self, size: int | None = None) -> float:
         """Of the link, with all-reduces of this size; of the largest if none is given."""
         size = size or max(self.seconds)
         return self.shared_by * 2 * (self.ranks - 1) / self.ranks * size / self.seconds[size]
+
+    def line(self) -> tuple[float, float]:
+        """(bytes a second of one group, seconds a hop) of a ring whose shortest and longest all-reduce take what was
+        measured: 2 (n - 1) hops each."""
+        short, long = min(self.seconds), max(self.seconds)
+        grows = max(self.seconds[long] - self.seconds[short], 1e-9)
+        speed = 2 * (self.ranks - 1) / self.ranks * (long - short) / grows
+        return speed, max(0.0, self.seconds[short] / (2 * (self.ranks - 1)) - short / self.ranks / speed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +72,7 @@ class Measured:
 def measure_network(
     devices_per_node: int, device: torch.device, sizes: Sequence[int] = SIZES, rounds: int = ROUNDS
 ) -> Measured:
-    """Time all-reduces of `sizes` bytes; every rank calls this. Between nodes all devices of a node send at once.
+    """Time messages of `sizes` bytes; every rank calls this. Between nodes all devices of a node send at once.
 
     Args:
         devices_per_node: ranks of each node, which are numbered node by node, as launchers do.
@@ -95,15 +105,20 @@ def _link(groups: Sequence[range], shared_by: int, device: torch.device, sizes: 
     made: list[Any] = [distributed.new_group(list(group)) for group in groups]  # every rank makes all of them
     own = next(group for group, members in zip(made, groups, strict=True) if distributed.get_rank() in members)
     try:
-        seconds = {}
+        seconds, gathers, count = {}, {}, len(groups[0])
         for size in sizes:
             x: Tensor = torch.zeros(size // 4, device=device)
+            part = torch.zeros(size // 4 // count, device=device)
+            whole = torch.zeros(count * part.numel(), device=device)
 
             def reduce(x: Tensor = x) -> object:
                 return distributed.all_reduce(x, group=own)
 
-            seconds[size] = _median(reduce, rounds, device)
-        return Link(ranks=len(groups[0]), seconds=seconds, shared_by=shared_by)
+            def gather(part: Tensor = part, whole: Tensor = whole) -> object:
+                return distributed.all_gather_into_tensor(whole, part, group=own)
+
+            seconds[size], gathers[size] = (_median(each, rounds, device) for each in (reduce, gather))
+        return Link(ranks=count, seconds=seconds, gathers=gathers, shared_by=shared_by)
     finally:
         distributed.destroy_process_group(own)
 

@@ -1,4 +1,4 @@
-"""A run on several ranks, as torchrun, `accelerate launch` or SLURM start them: joining, sharing a step, ending.
+"""A run on several ranks, as torchrun, `accelerate launch`, mpirun and SLURM start them: join, share a step, end.
 
 A recipe says what is trained, and the launch on how many ranks: those share the `batch_size x grad_accum` rows of each
 step, so the same recipe gives the same losses on any number of them, and a run goes on with more or fewer.
@@ -23,6 +23,7 @@ from torch import distributed, nn
 
 from sparsetrain.core import ranks
 from sparsetrain.core.errors import RankFailed
+from sparsetrain.core.launchers import as_torchrun_says
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.claim import claimed
 from sparsetrain.surgery.apply import Handle
@@ -52,8 +53,9 @@ def joined(device: str = "auto") -> Iterator[None]:
 
     Raises:
         RankFailed: this rank ended because another did, which has said why.
-        ValueError: there is no GPU for this rank.
+        ValueError: there is no GPU for this rank; or what `as_torchrun_says` raises.
     """
+    as_torchrun_says(os.environ)
     if asked_ranks() == 1 or distributed.is_initialized():
         yield
         return

@@ -44,8 +44,9 @@ UNPROVEN: dict[str, str] = {
     "fsdp": "accelerate shards on GPUs alone, where no method has been tried so. Train with DDP, or on one device",
     "deepspeed": "sharded parameters have not been tried with any method. Train with DDP, or on one device",
     "tensor_parallel": "split weights have not been tried with any method. Train with DDP, or on one device",
-    "context_parallel": "a rank would select, route and cut patterns by its part of a sequence alone, and torch and "
-    "accelerate split the sequences of no attention but SDPA's or Flash's. Train with DDP, or on one device",
+    "context_parallel": "torch's ring is for GPUs alone and Ulysses for DeepSpeed, both with SDPA or Flash, and no "
+    "method has been tried so; what selects tokens, keys or patterns would go by a rank's part of a sequence. Train "
+    "with DDP, or on one device",
 }
 SWITCHES: dict[str, str] = {
     "ACCELERATE_USE_FSDP": "fsdp",

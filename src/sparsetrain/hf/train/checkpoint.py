@@ -25,6 +25,7 @@ from sparsetrain.runs.checkpoints import about_recipe, begin_checkpoint, complet
 from sparsetrain.runs.events import Report, silent
 from sparsetrain.runs.layout import PROGRESS, checkpoint_folder
 from sparsetrain.runs.manifest import write_json
+from sparsetrain.surgery.buckets import GradientBuckets
 
 
 @contextmanager
@@ -72,6 +73,9 @@ class CheckpointCallback(TrainerCallback):
     It must come after every callback that adds files to a checkpoint. On several ranks each writes the state of its
     random generators, and the first one all else, before and after them. Set the Trainer's `save_total_limit` to None.
 
+    After each, DDP cuts its buckets anew, as it does in a run that goes on from there: where a gradient lies in a
+    bucket decides in what order more than two ranks add theirs, and so its last bit.
+
     Args:
         recipe: whose fingerprint a continuation must have.
         data: `data_fingerprint` of the training rows.
@@ -89,6 +93,11 @@ class CheckpointCallback(TrainerCallback):
     ) -> None:
         self.recipe, self.data, self.progress, self.report, self.place = recipe, data, progress, report, place
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.buckets = GradientBuckets(kwargs["model"])
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not control.should_save:
             return
@@ -98,6 +107,7 @@ class CheckpointCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         ranks.wait()  # for the files of the others
+        self.buckets.rebuild()
         if not ranks.is_first():
             return
         folder = checkpoint_folder(args.output_dir, state.global_step)
