@@ -29,7 +29,7 @@ Temperature = Annotated[
 _LINES = "/new begins anew, /history shows what was said, /exit ends."
 
 
-@takes("seed", "dtype", "device", "threads")
+@takes("trust_remote_code", "seed", "dtype", "device", "threads")
 def chat(
     run: Run,
     prompt: Prompt = None,
@@ -81,7 +81,7 @@ def _loaded(run: str, flags: dict[str, Any]) -> Any:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     device = pick_device(recipe)
-    return load(run, dtype=pick_dtype(recipe, device), device=device)
+    return load(run, dtype=pick_dtype(recipe, device), device=device, trust_remote_code=recipe.trust_remote_code)
 
 
 def _reply(talk: Any, line: str) -> None:

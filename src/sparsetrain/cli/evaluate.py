@@ -21,6 +21,7 @@ All = Annotated[bool, typer.Option("--all", help="Use every row, for data that w
 
 
 @takes(
+    "trust_remote_code",
     "data",
     "task",
     "text_column",
@@ -60,7 +61,8 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
     device = pick_device(recipe)
     with telling() as tell:
         recipe = with_dtype(recipe, tell)
-        loaded = load(model, dtype=pick_dtype(recipe, device), device=device)
+        trust = bool(flags["trust_remote_code"])
+        loaded = load(model, dtype=pick_dtype(recipe, device), device=device, trust_remote_code=trust)
         recipe = recipe.model_copy(update={"task": flags["task"] or loaded.task})
         rows, bundle = _rows(recipe, loaded, all, tell)
         quality = evaluate_rows(
@@ -94,6 +96,8 @@ def _recipe(model: str, given: dict[str, Any]) -> Any:
             "dataset_config": None,
             "dataset_train_split": "train",
             "dataset_test_split": None,
+            "streaming": False,
+            "stream_rows": None,
         }
     run = Path(model) / "recipe.yaml"
     if run.is_file():

@@ -26,12 +26,17 @@ MergeLora = Annotated[
     bool, typer.Option("--merge-lora/--keep-lora", help="Fold LoRA into the weights, or write the adapter as it is.")
 ]
 
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Read it before.")
+]
+
 
 def export(
     run: Run,
     output: Output,
     format: Format = "sparse",
     merge_lora: MergeLora = True,
+    trust_remote_code: Trust = False,
     json: Json = False,
     debug: Debug = False,
 ) -> Answer:
@@ -54,9 +59,9 @@ def export(
 
     with replacing(output):
         if merge_lora:
-            write(run, output, format=format)
+            write(run, output, format=format, trust_remote_code=trust_remote_code)
         else:
-            loaded = load(run)
+            loaded = load(run, trust_remote_code=trust_remote_code)
             if not hasattr(loaded.model, "peft_config") or format != "sparse":
                 asked = f"--format {format}" if format != "sparse" else run
                 raise ValueError(

@@ -39,8 +39,8 @@ SWITCHES: dict[str, tuple[str, str]] = {
 }
 """Those that stand alone, or before true or false -> our flag and its value."""
 REFUSED: dict[str, str] = {
-    "--trust-remote-code": "code that comes with a model is never run here, and models of families that transformers "
-    "has need none",
+    "--trust-remote-code": "this command runs no code that comes with a model, and models of families that "
+    "transformers has need none",
 }
 """Switches that are not taken -> why."""
 

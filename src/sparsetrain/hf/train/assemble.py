@@ -67,7 +67,7 @@ def open_parts(
     planned = check_and_plan(recipe, config, device)
     tokenizer = None if opened is None else opened.tokenizer
     if opened is None and not task_of(recipe.task).images:
-        tokenizer = open_tokenizer(path, config)
+        tokenizer = open_tokenizer(path, config, trust=recipe.trust_remote_code)
     refuse_rows(recipe)
     bundle = load_rows(recipe, tokenizer, config, report) if opened is None else opened.bundle
     refuse_rows(recipe, bundle)
@@ -143,24 +143,41 @@ def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...
         ValueError: no such model, or `seq_len` is longer than its context.
     """
     if recipe.model_revision is not None:
-        path = at_revision(recipe.model, recipe.model_revision)
+        path = at_revision(recipe.model, recipe.model_revision, trust=recipe.trust_remote_code)
     else:
         path = resolve_model(recipe.model, progress=lambda line: report({"event": "note", "text": line}))
-    config = opening.open_config(path, recipe.model)
+    config = opening.open_config(path, recipe.model, trust=recipe.trust_remote_code)
+    check_trust(recipe, config, report)
     check_context(recipe.seq_len, config, recipe.model)
     models.check_lora_targets(recipe, config)
     models.drop_attention_dropout(config, lambda: models.empty_model(config, recipe.task), configs, report)
     return path, config
 
 
-def open_tokenizer(path: str, config: Any = None) -> Any:
-    """The tokenizer of a model's folder, checked against the model's config.
+def check_trust(recipe: Recipe, config: Any, report: Report) -> None:
+    """Say that a model's own code runs; raise ValueError for methods on such a model, whose sites are not known."""
+    if not recipe.trust_remote_code:
+        return
+    if not opening.code_of(config)["trust_remote_code"]:
+        report({"event": "note", "text": f"trust_remote_code: {recipe.model} needs no code of its own, and none ran."})
+        return
+    kind = type(config).__name__
+    report({"event": "note", "text": f"trust_remote_code: Python code that came with {recipe.model} runs ({kind})."})
+    if recipe.methods:
+        raise ValueError(
+            f"{recipe.model} is built by code of its own, in which {recipe.methods[0].method} knows no sites. Train it "
+            "dense: --preset dense."
+        )
+
+
+def open_tokenizer(path: str, config: Any = None, *, trust: bool = False) -> Any:
+    """The tokenizer of a model's folder, checked against the model's config; trust: its own code may run.
 
     Raises:
         ValueError: there is none, it is damaged, or it has more tokens than the model.
     """
     try:
-        tokenizer = opening.open_tokenizer(path)
+        tokenizer = opening.open_tokenizer(path, trust=trust)
     except FileNotFoundError as error:
         raise ValueError(f"the tokenizer of {path} cannot be read: {error}") from None
     if config is not None:
@@ -292,6 +309,7 @@ def training_arguments(parts: Parts, **changes: Any) -> TrainingArguments:
         ddp_find_unused_parameters=False,  # what has no gradient in a step gets zeros (surgery.idle)
         ddp_broadcast_buffers=False,  # what ranks record of their own rows is summed where it is used
         disable_tqdm=True,
+        accelerator_config={"dispatch_batches": False},  # of streamed rows too: the process that reads them trains
         **checkpointing_arguments(recipe.gradient_checkpointing, offloads(recipe, device)),
     )
     arguments = TrainingArguments(**values | changes | passed_on(recipe))

@@ -24,6 +24,7 @@ from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.events import Report
+from sparsetrain.runs.launch import asked_ranks
 from sparsetrain.surgery.method import Read, RowFacts, method_of
 
 
@@ -37,6 +38,10 @@ def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> Da
     def say(line: str) -> None:
         report({"event": "note", "text": line})
 
+    if recipe.streaming and asked_ranks() > 1:
+        raise ValueError(
+            "streaming: one process reads the rows, and several ranks were started. Start one, or leave streaming out."
+        )
     rows = step_rows(recipe)
     # calibration rows are spread over eight times as many: on 8,192 tokens from 4 places a conversion cost 1.47 times
     # the perplexity of other files, from 8 places 1.16
@@ -72,7 +77,13 @@ def eval_images(recipe: RunRecipe, config: Any) -> int | None:
 
 
 def all_rows(recipe: RunRecipe, tokenizer: Any, config: Any, report: Report) -> DataBundle:
-    """Every row of the recipe's data as training rows, text up to `eval_tokens`: for data that was not trained on."""
+    """Every row of the recipe's data as training rows, text up to `eval_tokens`: for data that was not trained on.
+
+    Raises:
+        ValueError: as `load_rows`; the data is streamed.
+    """
+    if getattr(recipe, "streaming", False):
+        raise ValueError(f"--all holds every row, and {recipe.data} was streamed as too large for that. Leave it out.")
     return _with_ids_checked(
         recipe,
         config,

@@ -59,6 +59,11 @@ class RowsAsked:
         told = {"seed": self.recipe.seed, "max_position_embeddings": self.context, "progress": self.progress}
         return {**told, **ratio, **self.hub, "eval_source": self.eval_source, "eval_split": self.eval_split}
 
+    @property
+    def streamed(self) -> dict[str, Any]:
+        """What loaders of text are told beside, where rows are read while it trains."""
+        return {"stream_ahead": self.recipe.stream_rows} if getattr(self.recipe, "streaming", False) else {}  # type: ignore[attr-defined]
+
 
 def load_asked(asked: RowsAsked) -> DataBundle:
     """The rows of a recipe's task.
@@ -85,6 +90,7 @@ def text_rows(asked: RowsAsked) -> DataBundle:
         max_tokens=asked.step_tokens,
         max_eval_tokens=max(recipe.eval_tokens, recipe.seq_len),
         **asked.of_text,
+        **asked.streamed,
     )
 
 
@@ -92,7 +98,8 @@ def sft_rows(asked: RowsAsked) -> DataBundle:
     """Conversations, with labels on what the assistant says."""
     recipe, packs = asked.recipe, _packs(asked.recipe)
     rows = None if packs else asked.step_rows  # how many a packed row holds is known when they are packed
-    bundle = load_sft(asked.source, asked.tokenizer, recipe.seq_len, max_rows=rows, **asked.of_text)
+    options = asked.of_text | asked.streamed
+    bundle = load_sft(asked.source, asked.tokenizer, recipe.seq_len, max_rows=rows, **options)
     return _packed(bundle, recipe.seq_len) if packs else bundle
 
 
