@@ -29,7 +29,7 @@ Temperature = Annotated[
 _LINES = "/new begins anew, /history shows what was said, /exit ends."
 
 
-@takes("trust_remote_code", "seed", "dtype", "device", "threads")
+@takes("trust_remote_code", "seed", "dtype", "load_in_4bit", "device", "threads")
 def chat(
     run: Run,
     prompt: Prompt = None,

@@ -31,6 +31,7 @@ All = Annotated[bool, typer.Option("--all", help="Use every row, for data that w
     "eval_tokens",
     "seed",
     "dtype",
+    "load_in_4bit",
     "device",
     "threads",
 )
@@ -39,7 +40,8 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
 
     Uses the rows that finetune holds out of the same data with the same --seed, so that a trained model is never
     measured on what it learnt; with --all, every row. Where MODEL is a run's --output, its own recipe.yaml stands in
-    for flags that are not given.
+    for flags that are not given: so an adapter trained on weights in 4 bits is measured on these;
+    --no-load-in-4bit measures it on the weights of the model's files, as it is exported.
 
     \b
     Examples:
@@ -55,14 +57,17 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
     from sparsetrain.hf.train.evaluate import evaluate as evaluate_rows
     from sparsetrain.hf.train.evaluate import held_out_tokens
 
+    from sparsetrain.hf.model.four_bit import held_in_four_bit
+
     recipe = _pretraining(model, changes(flags)) or _recipe(model, changes(flags))
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     device = pick_device(recipe)
     with telling() as tell:
         recipe = with_dtype(recipe, tell)
-        trust = bool(flags["trust_remote_code"])
-        loaded = load(model, dtype=pick_dtype(recipe, device), device=device, trust_remote_code=trust)
+        held = held_in_four_bit(model, flags["load_in_4bit"], device)
+        options = {"trust_remote_code": bool(flags["trust_remote_code"]), "four_bit": held}
+        loaded = load(model, dtype=pick_dtype(recipe, device), device=device, **options)
         recipe = recipe.model_copy(update={"task": flags["task"] or loaded.task})
         rows, bundle = _rows(recipe, loaded, all, tell)
         quality = evaluate_rows(
@@ -77,9 +82,11 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
         )
     part = "all" if all else "held-out"
     about = {"model": model, "data": recipe.data, "part": part, "task": recipe.task, "sparse": bool(loaded.handle)}
+    about |= {"load_in_4bit": True} if held else {}
     value = METRICS[quality.metric].text(quality.value)
     rows_text = f"{quality.rows:,} {'' if all else 'held-out '}rows"
     line = f"{quality.metric} {value} on {rows_text} of {recipe.data} ({quality.tokens:,} tokens)"
+    line += ", on weights in 4 bits" if held else ""
     return Answer(data={**about, **quality.to_dict()}, show=[line])
 
 
@@ -156,7 +163,7 @@ def _bundle(recipe: Any, loaded: Any, every: bool, tell: Any) -> Any:
     from sparsetrain.hf.train.pretrain_data import held_out
     from sparsetrain.hf.train.rows import all_rows, load_rows
 
-    if loaded.tokenizer is not None:
+    if loaded.tokenizer is not None and not task_of(recipe.task).images:
         check_vocabulary(loaded.tokenizer, loaded.model.config, recipe.model)
     given = (recipe, loaded.tokenizer, loaded.model.config, tell)
     pretrained = isinstance(recipe, PretrainRecipe)

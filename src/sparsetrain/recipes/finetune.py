@@ -58,9 +58,9 @@ class Recipe(RunRecipe):
     packed in any case; with this, none of a row's documents sees another."""
     output: str = "runs/finetune"
     """Folder for checkpoints, the trained adapter and the report. It must be empty or absent unless --resume."""
-    task: Literal["lm", "sft", "classify", "diffusion"] = "lm"
-    """lm: predict every token of packed text. sft: learn the completions only. classify: learn a label a text.
-    diffusion: remove noise from images."""
+    task: Literal["lm", "sft", "classify", "image", "diffusion"] = "lm"
+    """lm: predict every token of packed text. sft: learn the completions only. classify: learn a label a text. image: a
+    label a picture. diffusion: remove noise from images."""
     lr: float | None = Field(2e-4, gt=0, le=10)
     """Peak learning rate. LoRA: about 2e-4. Full fine-tuning: about 2e-5. A method may say another where none is
     given."""

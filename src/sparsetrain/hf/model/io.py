@@ -22,8 +22,9 @@ from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.model.adapter import WEIGHTS, base_place, check_adapter, made_for, with_adapter
 from sparsetrain.hf.model.embedding_rows import SITE, give_vocabulary
 from sparsetrain.hf.model.foreign import own_classes, set_options
+from sparsetrain.hf.model.four_bit import four_bit_options
 from sparsetrain.hf.model.merge import check_merge
-from sparsetrain.hf.model.opening import code_of, open_config, open_tokenizer, quiet, told
+from sparsetrain.hf.model.opening import code_of, open_config, open_image_processor, open_tokenizer, quiet, told
 from sparsetrain.hf.model.saving import conversion_of, dense_state, save_alone, write_along
 from sparsetrain.hf.model.weights import auto_class, class_of_adapter, known_class, load_weights
 from sparsetrain.hf.model.whole import check_finite
@@ -92,11 +93,13 @@ def load(
     device: torch.device | str = "cpu",
     trainable: bool = False,
     trust_remote_code: bool = False,
+    four_bit: bool = False,
 ) -> Loaded:
     """Read what `save` or `export` wrote, a run's output folder, or any plain model by name or path.
 
     Args:
         trust_remote_code: Python code that comes with the model may run. Whatever was trained with it takes it again.
+        four_bit: hold an adapter's base in 4 bits, as a run with load_in_4bit did.
 
     Raises:
         CheckpointError: a file is missing, truncated or altered; the sidecar is of a newer format; or an adapter holds
@@ -119,7 +122,8 @@ def load(
     set_options(config, about, folder / SIDECAR)
     own = code_of(config)["trust_remote_code"]  # the class of the model comes with it, too
     kind = auto_class(str(about.get("task"))).__name__ if own else str(about.get("model_class"))
-    model, new = load_weights(base, kind, dtype, config, new_head=adapter)
+    options = four_bit_options(torch.device(device), dtype) if four_bit and adapter else {}
+    model, new = load_weights(base, kind, dtype, config, new_head=adapter, options=options)
     vars(model.config).pop(ENTRY, None)  # of the weights as they were saved: it is not to be saved once more
     deployed = about.get("deploy") == "dense"  # what it was trained with is no part of it
     saved = read_state(folder) if about["configs"] or (folder / STATE).is_file() else {}
@@ -266,4 +270,4 @@ def _tokenizer(trust: bool, *places: str | Path) -> Any:
             return open_tokenizer(place, trust=trust)
         except FileNotFoundError:
             continue
-    return None
+    return next(filter(None, (open_image_processor(place, None) for place in places)), None)

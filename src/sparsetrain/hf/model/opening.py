@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.utils import logging
 
 from sparsetrain.core.plain_files import read_plain_object
@@ -119,6 +119,22 @@ def open_tokenizer(place: str | Path, name: str | None = None, *, trust: bool = 
             raise ValueError(model_not_found(name, error)) from None
         raise ValueError(f"the tokenizer of {name} cannot be read: {told(error)}") from None
     return tokenizer
+
+
+@quiet()
+def open_image_processor(place: str | Path, config: Any) -> Any:
+    """What prepares pictures for a model; None where its files do not say.
+
+    Raises:
+        ValueError: it is damaged, or needs code that comes with it.
+    """
+    folder = Path(place)
+    if folder.is_dir() and not (folder / "preprocessor_config.json").exists():
+        return None
+    try:
+        return AutoImageProcessor.from_pretrained(str(place), config=config, backend="pil", **NO_CODE)
+    except Exception as error:  # the hub client and each processor have a dozen kinds
+        raise ValueError(f"the image processor of {quoted(str(place))} cannot be read: {told(error)}") from None
 
 
 def model_not_found(name: str, error: BaseException) -> str:

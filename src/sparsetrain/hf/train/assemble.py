@@ -15,7 +15,7 @@ from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.model import models, opening
-from sparsetrain.hf.model.architectures import check_images, sequence_tokens, tokens_per_input
+from sparsetrain.hf.model.architectures import check_images, check_patches, sequence_tokens, tokens_per_input
 from sparsetrain.hf.model.checkpointing import check_offload, checkpointing_arguments, offloads
 from sparsetrain.hf.model.four_bit import check_four_bit, four_bit_options, keep_trainable
 from sparsetrain.hf.model.model_config import check_context
@@ -66,7 +66,10 @@ def open_parts(
     check_offload(recipe, config, device, report)
     planned = check_and_plan(recipe, config, device)
     tokenizer = None if opened is None else opened.tokenizer
-    if opened is None and not task_of(recipe.task).images:
+    if opened is None and task_of(recipe.task).images:
+        check_patches(config, recipe.model)
+        tokenizer = opening.open_image_processor(path, config) if task_of(recipe.task).labelled else None
+    elif opened is None:
         tokenizer = open_tokenizer(path, config, trust=recipe.trust_remote_code)
     refuse_rows(recipe)
     bundle = load_rows(recipe, tokenizer, config, report) if opened is None else opened.bundle
@@ -200,7 +203,7 @@ def load_model(parts: Parts, *, cut: bool = False) -> tuple[Any, list[str]]:
         config.num_labels = bundle.num_labels
         config.id2label = dict(enumerate(bundle.label_names))
         config.label2id = {name: i for i, name in enumerate(bundle.label_names)}
-        if config.pad_token_id is None:
+        if config.pad_token_id is None and not task_of(recipe.task).images:
             config.pad_token_id = bundle.collate_fn.pad_token_id  # type: ignore[attr-defined]
     set_seed(recipe.seed)  # a new head is drawn here
     dtype = pick_dtype(recipe, parts.device)

@@ -55,6 +55,7 @@ def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> Da
             tokenizer=tokenizer,
             step_rows=rows,
             step_tokens=None if rows is None else max(rows, calibration_rows, 1) * recipe.seq_len,
+            channels=getattr(config, "num_channels", 3),
             context=context_length(config),
             max_eval_rows=eval_images(recipe, config),
             eval_source=None if recipe.eval_data is None else resolve_data(recipe.eval_data, progress=say),
@@ -91,6 +92,7 @@ def all_rows(recipe: RunRecipe, tokenizer: Any, config: Any, report: Report) -> 
             recipe=recipe,
             source=recipe.data,
             tokenizer=tokenizer,
+            channels=getattr(config, "num_channels", 3),
             step_tokens=max(recipe.eval_tokens, recipe.seq_len),
             context=context_length(config),
             eval_ratio=0.0,
@@ -166,7 +168,11 @@ def calibration_batches(parts: Parts) -> list[dict[str, Tensor]] | None:
 
 def text_reader(parts: Parts) -> Read | None:
     """What makes a batch of texts for a method that starts from texts; None for a model without a tokenizer."""
-    return None if parts.tokenizer is None else reader(parts.tokenizer, parts.recipe.seq_len, parts.device)
+    return (
+        None
+        if parts.tokenizer is None or task_of(parts.recipe.task).images
+        else reader(parts.tokenizer, parts.recipe.seq_len, parts.device)
+    )
 
 
 def reader(tokenizer: Any, max_tokens: int, device: torch.device | str) -> Read:

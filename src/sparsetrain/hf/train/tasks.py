@@ -28,7 +28,8 @@ Batch = Mapping[str, Tensor]
 class RowsAsked:
     """What a run asks of its rows.
 
-    source: a file, folder or name, as `hf.data` takes it. tokenizer: None for what is no text.
+    source: a file, folder or name, as `hf.data` takes it. tokenizer: of text; of pictures the image processor of a
+        trained model; else None. channels: of the pictures that the model takes.
     step_rows: rows that the steps read; None: all there are. step_tokens: the same where text is cut into rows.
     max_rows, max_eval_rows: labelled rows to use, as the recipe limits them; None: all.
     context: tokens that the model takes; None: unknown, or checked already.
@@ -41,6 +42,7 @@ class RowsAsked:
     recipe: RunRecipe
     source: Any
     tokenizer: Any = None
+    channels: int = 3
     step_rows: int | None = None
     step_tokens: int | None = None
     max_rows: int | None = None
@@ -132,8 +134,15 @@ def classify_rows(asked: RowsAsked) -> DataBundle:
 
 
 def image_rows(asked: RowsAsked) -> DataBundle:
-    """Images with a label each."""
-    return load_images(asked.source, max_rows=asked.max_rows, max_eval_rows=asked.max_eval_rows, seed=asked.recipe.seed)
+    """Images with a label each; those of a trained model as its processor makes them."""
+    return load_images(
+        asked.source,
+        max_rows=asked.max_rows,
+        max_eval_rows=asked.max_eval_rows,
+        seed=asked.recipe.seed,
+        processor=asked.tokenizer,
+        channels=asked.channels,
+    )
 
 
 class Scores(NamedTuple):
