@@ -21,6 +21,7 @@ from sparsetrain.recipes.pretrain import PretrainRecipe
 from tests.cli.conftest import Call
 
 ALWAYS = {"--json", "--debug"}
+FOUR = {"--load-in-4bit", "--no-load-in-4bit"}
 TRUST = {"--trust-remote-code", "--no-trust-remote-code"}
 RECIPE = {
     "--model", "--data", "--task", "--text-column", "--holdout", "--output", "--seq-len", "--batch-size",
@@ -52,9 +53,9 @@ SURFACE = {
     | {"--memory", "--tolerance", "--goal", "--choose-seconds", "--choose-again"},
     "pretrain": ALWAYS | PRETRAIN | {"--recipe", "--dry-run", "--grid", "--grid-mode"},
     "eval": ALWAYS | {"MODEL", "--all", "--data", "--task", "--text-column", "--holdout", "--seq-len", "--batch-size"}
-    | {"--eval-tokens", "--seed", "--dtype", "--device", "--threads"} | TRUST,
+    | {"--eval-tokens", "--seed", "--dtype", "--device", "--threads"} | TRUST | FOUR,
     "chat": ALWAYS | {"RUN", "--prompt", "--system", "--max-new-tokens", "--temperature"}
-    | {"--seed", "--dtype", "--device", "--threads"} | TRUST,
+    | {"--seed", "--dtype", "--device", "--threads"} | TRUST | FOUR,
     "explain": ALWAYS | {"RUN", "IMAGE_OR_TEXT", "--output", "--top"},
     "export": ALWAYS | {"RUN", "--output", "--format", "--merge-lora", "--keep-lora", "--trust-remote-code"},
     "sample": ALWAYS | {"RUN", "--num", "--output", "--steps", "--guidance", "--class", "--columns", "--quality"}

@@ -51,13 +51,12 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
     """
     import torch
 
+    from sparsetrain.hf.model.four_bit import held_in_four_bit
     from sparsetrain.hf.model.io import load
     from sparsetrain.hf.train.assemble import autocasts, pick_device, pick_dtype
     from sparsetrain.hf.train.dtype import with_dtype
     from sparsetrain.hf.train.evaluate import evaluate as evaluate_rows
     from sparsetrain.hf.train.evaluate import held_out_tokens
-
-    from sparsetrain.hf.model.four_bit import held_in_four_bit
 
     recipe = _pretraining(model, changes(flags)) or _recipe(model, changes(flags))
     if recipe.threads:

@@ -31,6 +31,29 @@ def four_bit_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]
     return {"quantization_config": quantization, "device_map": {"": device}}
 
 
+def held_in_four_bit(source: str, asked: bool | None, device: torch.device) -> bool:
+    """Is a trained model to be held in 4 bits: as asked, else as it was trained.
+
+    Raises:
+        ValueError: it is, and cannot be here; or it was asked of a model that was trained otherwise.
+    """
+    from sparsetrain.hf.model.io import sidecar_of  # which knows of this module
+
+    trained = sidecar_of(source).get("load_in_4bit") is True
+    if asked and not trained:
+        raise ValueError(f"load_in_4bit: {source} is no adapter that was trained on weights in 4 bits. Leave it out.")
+    held = trained if asked is None else asked
+    if held:
+        try:
+            check_four_bit(device)
+        except ValueError as error:
+            raise ValueError(
+                f"{source} was trained on weights in 4 bits: {error} Or give --no-load-in-4bit, to use the adapter on "
+                "the weights of the model's files, where its loss is another."
+            ) from None
+    return held
+
+
 def keep_trainable(model: nn.Module) -> None:
     """Let evaluation leave a model's 4-bit weights as they are.
 
