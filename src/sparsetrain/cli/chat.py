@@ -72,7 +72,7 @@ def _loaded(run: str, flags: dict[str, Any]) -> Any:
     import torch
 
     from sparsetrain.hf.model.four_bit import held_in_four_bit
-    from sparsetrain.hf.model.io import load
+    from sparsetrain.hf.model.io import load, sidecar_of
     from sparsetrain.hf.train.assemble import pick_device, pick_dtype
     from sparsetrain.hf.train.dtype import with_dtype
     from sparsetrain.recipes.finetune import Recipe
@@ -83,7 +83,7 @@ def _loaded(run: str, flags: dict[str, Any]) -> Any:
         torch.set_num_threads(recipe.threads)
     device = pick_device(recipe)
     options = {"trust_remote_code": recipe.trust_remote_code}
-    options["four_bit"] = held_in_four_bit(run, flags["load_in_4bit"], device)
+    options["four_bit"] = held_in_four_bit(run, sidecar_of(run), flags["load_in_4bit"], device)
     return load(run, dtype=pick_dtype(recipe, device), device=device, **options)
 
 

@@ -52,7 +52,7 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
     import torch
 
     from sparsetrain.hf.model.four_bit import held_in_four_bit
-    from sparsetrain.hf.model.io import load
+    from sparsetrain.hf.model.io import load, sidecar_of
     from sparsetrain.hf.train.assemble import autocasts, pick_device, pick_dtype
     from sparsetrain.hf.train.dtype import with_dtype
     from sparsetrain.hf.train.evaluate import evaluate as evaluate_rows
@@ -64,7 +64,7 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
     device = pick_device(recipe)
     with telling() as tell:
         recipe = with_dtype(recipe, tell)
-        held = held_in_four_bit(model, flags["load_in_4bit"], device)
+        held = held_in_four_bit(model, sidecar_of(model), flags["load_in_4bit"], device)
         options = {"trust_remote_code": bool(flags["trust_remote_code"]), "four_bit": held}
         loaded = load(model, dtype=pick_dtype(recipe, device), device=device, **options)
         recipe = recipe.model_copy(update={"task": flags["task"] or loaded.task})

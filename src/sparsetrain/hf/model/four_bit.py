@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -31,15 +32,13 @@ def four_bit_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]
     return {"quantization_config": quantization, "device_map": {"": device}}
 
 
-def held_in_four_bit(source: str, asked: bool | None, device: torch.device) -> bool:
-    """Is a trained model to be held in 4 bits: as asked, else as it was trained.
+def held_in_four_bit(source: str, about: Mapping[str, Any], asked: bool | None, device: torch.device) -> bool:
+    """Is a trained model to be held in 4 bits: as asked, else as it was trained (about: its sidecar).
 
     Raises:
         ValueError: it is, and cannot be here; or it was asked of a model that was trained otherwise.
     """
-    from sparsetrain.hf.model.io import sidecar_of  # which knows of this module
-
-    trained = sidecar_of(source).get("load_in_4bit") is True
+    trained = about.get("load_in_4bit") is True
     if asked and not trained:
         raise ValueError(f"load_in_4bit: {source} is no adapter that was trained on weights in 4 bits. Leave it out.")
     held = trained if asked is None else asked
