@@ -57,12 +57,9 @@ def load_images(
 
 def prepared(processor: Any, channels: int, picture: Any) -> np.ndarray:
     """A picture of PIL as a model's processor scales and cuts it: uint8 [h, w, channels]."""
-    pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"), dtype=np.uint8)
-    if channels == 1:
-        pixels = pixels[:, :, None]
-    options = {"do_rescale": False, "do_normalize": False, "input_data_format": "channels_last"}
-    made = processor(images=[pixels], return_tensors="np", data_format="channels_last", **options)["pixel_values"][0]
-    return np.clip(np.rint(made), 0, 255).astype(np.uint8)
+    shown = picture.convert("L" if channels == 1 else "RGB")
+    made_chw = processor(images=[shown], return_tensors="np", do_rescale=False, do_normalize=False)["pixel_values"][0]
+    return np.clip(np.rint(made_chw), 0, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
 def normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | tuple[()]:

@@ -65,17 +65,12 @@ def open_config(path: str, name: str | None = None, *, trust: bool = False) -> A
     except Exception as error:  # the hub client and the config classes raise a dozen kinds, and their code any
         raise ValueError(model_not_found(name, error)) from None
     check_values(config.to_dict(), name)
-    return _with_our_attention(config) if trust and _is_foreign(config) else _without_code(config)
+    return _with_our_attention(config) if trust else _without_code(config)
 
 
 def code_of(config: Any) -> dict[str, bool]:
-    """What a loader is told of running a model's code: True for a config whose own code was run already."""
-    return {"trust_remote_code": _is_foreign(config)}
-
-
-def _is_foreign(config: Any) -> bool:
-    """Is it of a class that came with a model?"""
-    return type(config).__module__.startswith("transformers_modules.")
+    """What a loader is told of running a model's code: True for a config that was opened with trust and names code."""
+    return {"trust_remote_code": bool(getattr(config, "auto_map", None))}
 
 
 @quiet()
