@@ -151,7 +151,8 @@ def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...
         path = resolve_model(recipe.model, progress=lambda line: report({"event": "note", "text": line}))
     config = opening.open_config(path, recipe.model, trust=recipe.trust_remote_code)
     check_trust(recipe, config, report)
-    check_context(recipe.seq_len, config, recipe.model)
+    if not task_of(recipe.task).images:
+        check_context(recipe.seq_len, config, recipe.model)
     models.check_lora_targets(recipe, config)
     models.drop_attention_dropout(config, lambda: models.empty_model(config, recipe.task), configs, report)
     return path, config
