@@ -60,11 +60,9 @@ docs: setup ## rewrite the docs' tables, pages and picture from bench/results
 	$(PY) -m bench docs
 
 docs-site: setup ## build the site of docs/, the READMEs and the docstrings into build/site
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(PY) -m mkdocs build --strict
 
 docs-serve: setup ## the same at http://127.0.0.1:8000, again at every change
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(PY) -m mkdocs serve
 
 dist: setup ## wheel and source distribution into dist/, checked

@@ -21,6 +21,8 @@ from sparsetrain.recipes.pretrain import PretrainRecipe
 from tests.cli.conftest import Call
 
 ALWAYS = {"--json", "--debug"}
+FOUR = {"--load-in-4bit", "--no-load-in-4bit"}
+TRUST = {"--trust-remote-code", "--no-trust-remote-code"}
 RECIPE = {
     "--model", "--data", "--task", "--text-column", "--holdout", "--output", "--seq-len", "--batch-size",
     "--grad-accum", "--steps", "--epochs", "--preset", "--method", "--calibration-tokens", "--compare", "--lora-r",
@@ -31,6 +33,7 @@ RECIPE = {
     "--keep-checkpoints", "--eval-every", "--eval-tokens", "--resume", "--no-resume", "--seed", "--dtype",
     "--gradient-checkpointing", "--device", "--threads", "--distill-steps", "--distill-lr",
     "--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary",
+    "--streaming", "--no-streaming", "--stream-rows", *TRUST,
     "--lora-dtype", "--activation-offloading", "--no-activation-offloading", "--tiled-mlp",
 }  # fmt: skip
 PASSED = {"--set", "--optim", "--report-to", "--run-name"}
@@ -39,6 +42,7 @@ DEPLOY = {"--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--n
 EXACT = {"--activation-offloading", "--no-activation-offloading", "--tiled-mlp"}
 ADAPTER = {"--lora-dtype", "--preset", "--distill-steps", "--distill-lr", "--lora-r", "--lora-alpha", "--lora-targets"}
 DATA = {"--eval-data", "--dataset-config", "--dataset-train-split", "--dataset-test-split", "--model-revision"}
+DATA |= {"--streaming", "--no-streaming", "--stream-rows", *TRUST}
 DATA |= {"--packing", "--no-packing", "--load-in-4bit", "--no-load-in-4bit"}
 PRETRAIN = RECIPE - DEPLOY - ADAPTER - EXACT - DATA | PASSED | {
     "--set", "--data-folder", "--tokenizer", "--train-rows", "--min-lr-ratio", "--beta1", "--beta2", "--eps",
@@ -49,17 +53,18 @@ SURFACE = {
     | {"--memory", "--tolerance", "--goal", "--choose-seconds", "--choose-again"},
     "pretrain": ALWAYS | PRETRAIN | {"--recipe", "--dry-run", "--grid", "--grid-mode"},
     "eval": ALWAYS | {"MODEL", "--all", "--data", "--task", "--text-column", "--holdout", "--seq-len", "--batch-size"}
-    | {"--eval-tokens", "--seed", "--dtype", "--device", "--threads"},
+    | {"--eval-tokens", "--seed", "--dtype", "--device", "--threads"} | TRUST | FOUR,
     "chat": ALWAYS | {"RUN", "--prompt", "--system", "--max-new-tokens", "--temperature"}
-    | {"--seed", "--dtype", "--device", "--threads"},
+    | {"--seed", "--dtype", "--device", "--threads"} | TRUST | FOUR,
     "explain": ALWAYS | {"RUN", "IMAGE_OR_TEXT", "--output", "--top"},
-    "export": ALWAYS | {"RUN", "--output", "--format", "--merge-lora", "--keep-lora"},
+    "export": ALWAYS | {"RUN", "--output", "--format", "--merge-lora", "--keep-lora", "--trust-remote-code"},
     "sample": ALWAYS | {"RUN", "--num", "--output", "--steps", "--guidance", "--class", "--columns", "--quality"}
     | {"--features", "--data", "--seed", "--device", "--threads"},
     "plan": ALWAYS | {"--recipe", "--model", "--data", "--task", "--preset", "--method", "--seq-len", "--batch-size"}
     | {"--grad-accum", "--lora-r", "--dtype", "--gradient-checkpointing", "--memory", "--goal", "--gpu", "--fit"}
     | {"--write", "--plot", "--seq", "--batch", "--gpus", "--gpus-per-node", "--bandwidth"}
-    | {"--lora-dtype", "--load-in-4bit", "--no-load-in-4bit", "--optim"},
+    | {"--lora-dtype", "--load-in-4bit", "--no-load-in-4bit", "--optim"}
+    | {"--streaming", "--no-streaming", "--stream-rows"},
     "sensitivity": ALWAYS | {"--recipe", "--budget", "--write", "--model", "--data", "--task", "--text-column"}
     | {"--seq-len", "--preset", "--method", "--calibration-tokens", "--eval-tokens", "--steps", "--seed", "--dtype"}
     | {"--device", "--threads", "--holdout"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from sparsetrain.cli import run
 from sparsetrain.hf.model import four_bit
 from sparsetrain.hf.model.io import load
 from sparsetrain.hf.train.finetune import finetune
@@ -42,6 +44,28 @@ def test_linears_are_held_in_4_bits_and_lora_is_trained(tmp_path: Path, changes:
     assert result.parameters == whole + result.trainable_parameters
     logits = load(tmp_path / "out").model(torch.tensor([[4, 5, 6]])).logits  # on the weights as they are
     assert torch.isfinite(logits).all()
+
+
+def test_a_run_is_measured_on_the_weights_it_was_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="its 4-bit linears are what is tried")
+    out = str(tmp_path / "out")
+    trained = finetune(recipe(tmp_path), write=False).run["evals"][-1]["loss"]
+
+    def measured(*more: str) -> dict[str, Any]:
+        assert run(["eval", out, "--json", *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    held, files = measured(), measured("--no-load-in-4bit")
+    assert held["load_in_4bit"] and held["loss"] == pytest.approx(trained, rel=1e-5)
+    assert "load_in_4bit" not in files and abs(files["loss"] - trained) > 1e-4
+    assert run(["export", out, "--output", str(tmp_path / "merged")]) == 0
+    assert "in 4 bits and is merged into those of the model's files" in capsys.readouterr().out
+    assert run(["eval", str(tmp_path / "model"), "--data", str(tmp_path / "text"), "--load-in-4bit"]) == 2
+    assert "is no adapter that was trained on weights in 4 bits" in capsys.readouterr().err
+    monkeypatch.setattr(four_bit, "find_spec", lambda _name: None)
+    assert run(["eval", out]) == 2 and "Or give --no-load-in-4bit" in capsys.readouterr().err
 
 
 def test_it_is_refused_where_it_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ All = Annotated[bool, typer.Option("--all", help="Use every row, for data that w
 
 
 @takes(
+    "trust_remote_code",
     "data",
     "task",
     "text_column",
@@ -30,6 +31,7 @@ All = Annotated[bool, typer.Option("--all", help="Use every row, for data that w
     "eval_tokens",
     "seed",
     "dtype",
+    "load_in_4bit",
     "device",
     "threads",
 )
@@ -38,7 +40,8 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
 
     Uses the rows that finetune holds out of the same data with the same --seed, so that a trained model is never
     measured on what it learnt; with --all, every row. Where MODEL is a run's --output, its own recipe.yaml stands in
-    for flags that are not given.
+    for flags that are not given: so an adapter trained on weights in 4 bits is measured on these;
+    --no-load-in-4bit measures it on the weights of the model's files, as it is exported.
 
     \b
     Examples:
@@ -48,7 +51,8 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
     """
     import torch
 
-    from sparsetrain.hf.model.io import load
+    from sparsetrain.hf.model.four_bit import held_in_four_bit
+    from sparsetrain.hf.model.io import load, sidecar_of
     from sparsetrain.hf.train.assemble import autocasts, pick_device, pick_dtype
     from sparsetrain.hf.train.dtype import with_dtype
     from sparsetrain.hf.train.evaluate import evaluate as evaluate_rows
@@ -60,7 +64,9 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
     device = pick_device(recipe)
     with telling() as tell:
         recipe = with_dtype(recipe, tell)
-        loaded = load(model, dtype=pick_dtype(recipe, device), device=device)
+        held = held_in_four_bit(model, sidecar_of(model), flags["load_in_4bit"], device)
+        options = {"trust_remote_code": bool(flags["trust_remote_code"]), "four_bit": held}
+        loaded = load(model, dtype=pick_dtype(recipe, device), device=device, **options)
         recipe = recipe.model_copy(update={"task": flags["task"] or loaded.task})
         rows, bundle = _rows(recipe, loaded, all, tell)
         quality = evaluate_rows(
@@ -75,9 +81,11 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
         )
     part = "all" if all else "held-out"
     about = {"model": model, "data": recipe.data, "part": part, "task": recipe.task, "sparse": bool(loaded.handle)}
+    about |= {"load_in_4bit": True} if held else {}
     value = METRICS[quality.metric].text(quality.value)
     rows_text = f"{quality.rows:,} {'' if all else 'held-out '}rows"
     line = f"{quality.metric} {value} on {rows_text} of {recipe.data} ({quality.tokens:,} tokens)"
+    line += ", on weights in 4 bits" if held else ""
     return Answer(data={**about, **quality.to_dict()}, show=[line])
 
 
@@ -94,6 +102,8 @@ def _recipe(model: str, given: dict[str, Any]) -> Any:
             "dataset_config": None,
             "dataset_train_split": "train",
             "dataset_test_split": None,
+            "streaming": False,
+            "stream_rows": None,
         }
     run = Path(model) / "recipe.yaml"
     if run.is_file():
@@ -152,7 +162,7 @@ def _bundle(recipe: Any, loaded: Any, every: bool, tell: Any) -> Any:
     from sparsetrain.hf.train.pretrain_data import held_out
     from sparsetrain.hf.train.rows import all_rows, load_rows
 
-    if loaded.tokenizer is not None:
+    if loaded.tokenizer is not None and not task_of(recipe.task).images:
         check_vocabulary(loaded.tokenizer, loaded.model.config, recipe.model)
     given = (recipe, loaded.tokenizer, loaded.model.config, tell)
     pretrained = isinstance(recipe, PretrainRecipe)

@@ -26,12 +26,17 @@ MergeLora = Annotated[
     bool, typer.Option("--merge-lora/--keep-lora", help="Fold LoRA into the weights, or write the adapter as it is.")
 ]
 
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Read it before.")
+]
+
 
 def export(
     run: Run,
     output: Output,
     format: Format = "sparse",
     merge_lora: MergeLora = True,
+    trust_remote_code: Trust = False,
     json: Json = False,
     debug: Debug = False,
 ) -> Answer:
@@ -48,15 +53,15 @@ def export(
       sparsetrain export runs/two-four --output my-model --format 24
     """
     from sparsetrain.hf.model.io import export as write
-    from sparsetrain.hf.model.io import load, save
+    from sparsetrain.hf.model.io import load, save, sidecar_of
     from sparsetrain.runs.claim import replacing
     from sparsetrain.runs.sidecar import WRITTEN
 
     with replacing(output):
         if merge_lora:
-            write(run, output, format=format)
+            write(run, output, format=format, trust_remote_code=trust_remote_code)
         else:
-            loaded = load(run)
+            loaded = load(run, trust_remote_code=trust_remote_code)
             if not hasattr(loaded.model, "peft_config") or format != "sparse":
                 asked = f"--format {format}" if format != "sparse" else run
                 raise ValueError(
@@ -67,4 +72,9 @@ def export(
             save(loaded.model, loaded.handle, output, tokenizer=loaded.tokenizer, **about)
     files = {path.name: path.stat().st_size for path in sorted(output.iterdir()) if path.is_file()}
     shown = [f"  {name}  {size / 1e6:,.2f} MB" for name, size in files.items()]
+    if sidecar_of(run).get("load_in_4bit") and merge_lora:
+        shown.append(
+            "It was trained on weights in 4 bits and is merged into those of the model's files, where its loss is "
+            f"another: sparsetrain eval {run} --no-load-in-4bit"
+        )
     return Answer(data={"output": output, "format": format, "files": files}, show=[f"Wrote {output}", *shown])

@@ -80,12 +80,17 @@ FLAGS: dict[str, Flag] = {
     for flag in (
         Flag("model", "NAME|DIR", "", MAIN, "Embedded model (`sparsetrain models list`), local folder, or hub name."),
         Flag("model_revision", "NAME", "", MAIN, "Branch, tag or commit of a hub model."),
+        Flag("trust_remote_code", "", "no", MAIN, "Run Python code that comes with the model. Read it before.", bool),
         Flag("data", "NAME|PATH", "", MAIN, "Text file, folder or glob; JSONL or a JSON array (text, messages, "
              "prompt/completion, or instruction/output); CSV; Parquet; texts also .gz; an embedded set; a hub name."),
         Flag("eval_data", "NAME|PATH", "", MAIN, "Held-out data of its own; a share of --data if not given."),
         Flag("dataset_config", "NAME", "", MAIN, "Subset of a hub data set."),
         Flag("dataset_train_split", "NAME", "train", MAIN, "Split that is trained on."),
         Flag("dataset_test_split", "NAME", "", MAIN, "Split that is held out; a share of the other if not given."),
+        Flag("streaming", "", "no", MAIN, "Read the data while it trains, for what is too large to hold; with --steps.",
+             bool),
+        Flag("stream_rows", INT, "1000", MAIN, "With --streaming: rows (documents of text) read ahead; the held-out "
+             "part is of these."),
         Flag("task", "|".join(offered("finetune")), "lm", MAIN, says("finetune")),
         Flag("text_column", "NAME", "text", MAIN, "Column that holds the text, in JSONL, JSON and CSV."),
         Flag("holdout", "tokens|documents", "tokens", MAIN, "What the held-out part of text is a share of. tokens: a "

@@ -31,6 +31,7 @@ RENAMED: dict[str, str] = {
     "--adam-beta2": "--beta2",
     "--adam-epsilon": "--eps",
 }
+RENAMED_SWITCHES = {"--dataset-streaming": "--streaming"}
 SWITCHES: dict[str, tuple[str, str]] = {
     "--bf16": ("--dtype", "bf16"),
     "--use-dora": ("--lora-variant", "dora"),
@@ -39,8 +40,8 @@ SWITCHES: dict[str, tuple[str, str]] = {
 }
 """Those that stand alone, or before true or false -> our flag and its value."""
 REFUSED: dict[str, str] = {
-    "--trust-remote-code": "code that comes with a model is never run here, and models of families that transformers "
-    "has need none",
+    "--trust-remote-code": "this command runs no code that comes with a model, and models of families that "
+    "transformers has need none",
 }
 """Switches that are not taken -> why."""
 
@@ -58,7 +59,7 @@ def translated(arguments: Sequence[str], flags: Collection[str]) -> list[str]:
     rest = list(arguments)
     while rest:
         name, equals, value = rest.pop(0).partition("=")
-        dashed = name.replace("_", "-")
+        dashed = RENAMED_SWITCHES.get(name.replace("_", "-"), name.replace("_", "-"))
         if name.startswith("--") and f"--no-{dashed[2:]}" in flags:  # a switch of ours
             found.append(dashed if _truth(equals, value, rest) else f"--no-{dashed[2:]}")
         elif not name.startswith("--") or (name in flags and name not in SWITCHES):

@@ -107,6 +107,8 @@ Batch = Annotated[str | None, typer.Option("--batch", metavar="INT", help="The s
     "optim",
     "dtype",
     "data",
+    "streaming",
+    "stream_rows",
     "gradient_checkpointing",
     table=STUDY_FLAGS | PASSED,
 )

@@ -65,7 +65,7 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     rows = _rows(recipe, model, goal)
     tokens = _row_tokens(recipe, model)
     question = Question(
-        tokens=tokens if rows is None else min(tokens, rows.longest),
+        tokens=tokens if rows is None or rows.sampled else min(tokens, rows.longest),
         batch=recipe.batch_size,
         grad_accum=recipe.grad_accum,
         memory_bytes=None if memory is None else rates.usable_bytes(memory),

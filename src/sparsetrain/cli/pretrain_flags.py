@@ -15,7 +15,10 @@ _NOT_HERE |= {
     "dataset_train_split",
     "dataset_test_split",
     "model_revision",
+    "trust_remote_code",
     "load_in_4bit",
+    "streaming",
+    "stream_rows",
 }
 _NOT_HERE |= {"packing", "deploy", "dense_first", "dense_last", "train_auxiliary"}
 _NOT_HERE |= {"lora_dtype", "activation_offloading", "tiled_mlp"}

@@ -71,14 +71,24 @@ class PairCollator:
 
 @dataclass(frozen=True)
 class ImageCollator:
-    """uint8 images (b, height, width) or (b, height, width, 3) -> `pixel_values` (b, 1 or 3, height, width) in [-1, 1],
-    `labels` (b,), and what else a row has (b,)."""
+    """uint8 images (b, height, width) or (b, height, width, c) -> `pixel_values` (b, 1 or c, height, width), `labels`
+    (b,), and what else a row has (b,).
+
+    Args:
+        mean, std: of each channel, in [0, 1], subtracted and divided by; not given: pixels are in [-1, 1].
+    """
+
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         pixels = torch.as_tensor(np.asarray([row["pixel_values"] for row in rows], dtype=np.uint8))
         pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
         others = {name: torch.tensor([row[name] for row in rows]) for name in rows[0] if name != "pixel_values"}
-        return {"pixel_values": pixels.float().div_(127.5).sub_(1), **others}
+        if (self.mean, self.std) == ((0.5,), (0.5,)):
+            return {"pixel_values": pixels.float().div_(127.5).sub_(1), **others}
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return {"pixel_values": (pixels.float().div_(255) - mean) / std, **others}
 
 
 def check_length(length: int, argument: str, max_position_embeddings: int | None) -> None:

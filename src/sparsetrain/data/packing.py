@@ -1,7 +1,7 @@
 """Texts in pieces for a tokenizer, and a stream of tokens cut into rows of equal length."""
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +29,33 @@ def take_pieces(pieces: Iterator[tuple[str, bool, bool]], chars: int) -> list[tu
     return batch
 
 
+def take_chars(texts: Iterator[str], chars: int) -> list[str]:
+    """The next texts, of about `chars` characters."""
+    batch = []
+    while chars > 0 and (text := next(texts, None)) is not None:
+        batch.append(text)
+        chars -= len(text)
+    return batch
+
+
 def piece_end(text: str, begin: int) -> int:
     """Where the piece that begins at `begin` ends: at a line break where there is one."""
     if len(text) - begin <= _PIECE_CHARS:
         return len(text)
     return text.rfind("\n", begin, begin + _PIECE_CHARS) + 1 or begin + _PIECE_CHARS
+
+
+def sections(lines: Iterable[str]) -> Iterator[str]:
+    """A text of any length in parts of about 65,536 characters that end at a line break, each to be a document."""
+    part, chars = list[str](), 0
+    for line in lines:
+        part.append(line)
+        chars += len(line)
+        if chars >= _PIECE_CHARS:
+            yield "".join(part)
+            part, chars = [], 0
+    if part:
+        yield "".join(part)
 
 
 def cut_at_line(text: str, ratio: float) -> tuple[str, str]:

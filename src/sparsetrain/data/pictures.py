@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,28 +18,43 @@ from sparsetrain.data.split import split_rows
 
 DIGITS = "digits"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+_HELD_OUT = ("test", "validation", "valid", "val")
 _MOST_PIXELS = 2**31
 """Numbers of all images together."""
 
 
 def has_pictures(folder: Path) -> bool:
     """Does a folder, or a subfolder of it, hold a picture file?"""
-    return next(_files(folder), None) is not None
+    return next(_files(folder), None) is not None or _parts(folder) is not None
+
+
+Prepare = Callable[[Any], np.ndarray]
+"""A picture of PIL -> uint8 [h, w] or [h, w, c], as a model takes it."""
 
 
 def read_pictures(
-    folder: Path, *, max_rows: int | None, max_eval_rows: int | None, seed: int, eval_ratio: float = 0.1
+    folder: Path,
+    *,
+    max_rows: int | None,
+    max_eval_rows: int | None,
+    seed: int,
+    eval_ratio: float = 0.1,
+    prepare: Prepare | None = None,
 ) -> Images:
-    """The pictures of a folder: those of each subfolder are a class, in the order of their names; or all are one.
+    """The pictures of a folder: those of each subfolder are a class, in the order of their names; or all are one. With
+    subfolders `train` and `test` (or `validation`) of such folders, the second is what is held out.
 
     Grey pictures have one channel; where one has colours, all have three.
 
     Args:
         max_rows, max_eval_rows: use this many of each part, chosen by `seed`. eval_ratio: share that is held out.
+        prepare: makes of each what a model takes; without it all must be of one size.
 
     Raises:
         ValueError: no picture in it, fewer than two, one that cannot be read, or pictures of more than one size.
     """
+    if (parts := _parts(folder)) is not None:
+        return _read_parts(*parts, max_rows=max_rows, max_eval_rows=max_eval_rows, seed=seed, prepare=prepare)
     files = list(_files(folder))
     if not files:
         raise ValueError(f"{shown(folder)} holds no picture ({', '.join(SUFFIXES)}), nor a subfolder with one.")
@@ -51,14 +67,50 @@ def read_pictures(
             f"{shown(folder)} holds {quoted(lone.name)} beside subfolders with pictures, which are classes. Put it "
             "into one of them."
         )
-    pictures = [_read(path) for _, path in files]
-    _check_sizes([path for _, path in files], pictures)
-    coloured = any(picture.ndim == 3 for picture in pictures)
-    if coloured:
-        pictures = [p if p.ndim == 3 else np.repeat(p[:, :, None], 3, axis=2) for p in pictures]
     labels = np.array([names.index(name) for name, _ in files], dtype=np.int64)
-    return split(np.stack(pictures), labels, tuple(names) if names != [""] else ("image",), max_rows=max_rows,
+    pixels = _pixels([path for _, path in files], prepare)
+    return split(pixels, labels, tuple(names) if names != [""] else ("image",), max_rows=max_rows,
                  max_eval_rows=max_eval_rows, seed=seed, eval_ratio=eval_ratio)  # fmt: skip
+
+
+def _parts(folder: Path) -> tuple[Path, Path] | None:
+    """The folders of what is trained on and of what is held out, where there are two and each has classes."""
+    train, held_out = folder / "train", next((folder / n for n in _HELD_OUT if (folder / n).is_dir()), None)
+    if held_out is None or not train.is_dir():
+        return None
+    have_classes = all(any(name for name, _ in _files(part)) for part in (train, held_out))
+    return (train, held_out) if have_classes else None
+
+
+def _read_parts(
+    train: Path, held_out: Path, *, max_rows: int | None, max_eval_rows: int | None, seed: int, prepare: Prepare | None
+) -> Images:
+    """Pictures that somebody has divided; the classes are those of the first part."""
+    names = sorted({name for name, _ in _files(train) if name})
+    generator, sides = np.random.default_rng(seed), []
+    for part, limit in ((train, max_rows), (held_out, max_eval_rows)):
+        files = [(name, path) for name, path in _files(part)]
+        for name, path in files:
+            if name not in names:
+                raise ValueError(
+                    f"{shown(path)} is of no class of {shown(train)}: {quoted(', '.join(names))}. Move it."
+                )
+        kept = [files[i] for i in generator.permutation(len(files))[:limit]]
+        labels = np.array([names.index(name) for name, _ in kept], dtype=np.int64)
+        sides.append({"pixel_values": _pixels([path for _, path in kept], prepare), "labels": labels})
+    one, other = (side["pixel_values"].shape[1:] for side in sides)
+    if one != other:
+        raise ValueError(f"{shown(train)} has pictures of {one}, and {shown(held_out)} of {other}. Bring them to one.")
+    return Images(train=sides[0], held_out=sides[1], size=one[:2], classes=len(names), names=tuple(names))
+
+
+def _pixels(paths: list[Path], prepare: Prepare | None) -> np.ndarray:
+    """uint8 [n, h, w], or [n, h, w, 3] where one has colours."""
+    pictures = [_read(path, prepare) for path in paths]
+    _check_sizes(paths, pictures)
+    if any(picture.ndim == 3 for picture in pictures):
+        pictures = [p if p.ndim == 3 else np.repeat(p[:, :, None], 3, axis=2) for p in pictures]
+    return np.stack(pictures)
 
 
 def read_digits(*, max_rows: int | None, max_eval_rows: int | None, seed: int) -> Images:
@@ -126,14 +178,14 @@ def _is_picture(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
-def _read(path: Path) -> np.ndarray:
-    """uint8, [h, w] of a grey picture and [h, w, 3] of another."""
+def _read(path: Path, prepare: Prepare | None) -> np.ndarray:
+    """uint8, [h, w] of a grey picture and [h, w, 3] of another, or as `prepare` makes it."""
     from PIL import Image  # comes with matplotlib
 
     check_regular(path)
     try:
         with Image.open(path) as picture:
-            return as_pixels(picture)
+            return (prepare or as_pixels)(picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{shown(path)} cannot be read as a picture: {quoted(str(error))}. Get it again, or take it out."

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from sparsetrain.core.config import MethodConfig, registered_methods
 from sparsetrain.core.fields import shown
+from sparsetrain.core.quote import quoted
 from sparsetrain.recipes.entries import read_methods
 from sparsetrain.recipes.presets import AUTO, DEFAULT_PRESET, PRESETS
 from sparsetrain.recipes.run import RunRecipe
@@ -28,6 +30,9 @@ class Recipe(RunRecipe):
     """Model to fine-tune: an embedded asset (`sparsetrain models`), a local folder, or a name on the hub."""
     model_revision: str | None = None
     """Branch, tag or commit of a model on the hub; its newest if not given."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model, which may do anything: read it before. A recipe file cannot say so: it
+    takes the flag at each run."""
     load_in_4bit: bool = False
     """Hold the frozen weights in 4 bits (QLoRA's NF4, by bitsandbytes). Half-precision weights are what is loaded
     afterwards, so a later evaluation differs a little."""
@@ -42,14 +47,20 @@ class Recipe(RunRecipe):
     """Which split of a data set of the hub, or of a saved one, is trained on."""
     dataset_test_split: str | None = None
     """Which split is held out; a share of what is trained on if not given."""
+    streaming: bool = False
+    """Read the data while it trains, for what is too large to hold: JSONL, CSV, Parquet, text files, a data set of the
+    hub. The length is given by steps."""
+    stream_rows: int = Field(1000, ge=2, le=2**31 - 1)
+    """With streaming: rows (of text: documents) that are read ahead. The held-out part, and what a conversion or a
+    choice looks at, is of the first so many; the order of the others is random within as many."""
     packing: bool = False
     """sft: several training examples in a row, as many as seq_len holds, none of which sees another. lm: rows are
     packed in any case; with this, none of a row's documents sees another."""
     output: str = "runs/finetune"
     """Folder for checkpoints, the trained adapter and the report. It must be empty or absent unless --resume."""
-    task: Literal["lm", "sft", "classify", "diffusion"] = "lm"
-    """lm: predict every token of packed text. sft: learn the completions only. classify: learn a label a text.
-    diffusion: remove noise from images."""
+    task: Literal["lm", "sft", "classify", "image", "diffusion"] = "lm"
+    """lm: predict every token of packed text. sft: learn the completions only. classify: learn a label a text. image: a
+    label a picture. diffusion: remove noise from images."""
     lr: float | None = Field(2e-4, gt=0, le=10)
     """Peak learning rate. LoRA: about 2e-4. Full fine-tuning: about 2e-5. A method may say another where none is
     given."""
@@ -116,6 +127,23 @@ class Recipe(RunRecipe):
             raise ValueError(
                 f"packing is for tasks that learn tokens, and task={self.task} has a label or image a row."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _streams(self) -> Self:
+        if not self.streaming:
+            if self.stream_rows != type(self).model_fields["stream_rows"].default:
+                raise ValueError(
+                    f"stream_rows={self.stream_rows} is for streaming=true. Give that too, or leave it out."
+                )
+            return self
+        for refused, why in (
+            (self.task not in ("lm", "sft"), f"task={self.task} needs all rows at once, for its labels"),
+            (self.epochs is not None, f"epochs={self.epochs} needs the number of rows. Give steps in its place"),
+            (self.packing and self.task == "sft", "packing puts rows together by their lengths, all at once"),
+        ):
+            if refused:
+                raise ValueError(f"streaming: rows are read while it trains, and {why}. Leave one out.")
         return self
 
     @model_validator(mode="after")
@@ -204,6 +232,21 @@ class Recipe(RunRecipe):
             if values.get(key) is None:
                 values[key] = value
         return values
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, changes: Mapping[str, Any] | None = None) -> Self:
+        """As of `RunRecipe`; a file that would run a model's code takes a change that says so, too.
+
+        Raises:
+            ValueError: as of `RunRecipe`; or that change is missing.
+        """
+        made = super().from_yaml(path, changes)
+        if made.trust_remote_code and not (changes or {}).get("trust_remote_code"):
+            raise ValueError(
+                f"recipe {quoted(str(path))} runs Python code that comes with {quoted(made.model)}, and no file "
+                "decides that. Read that code, and give --trust-remote-code too (in Python: trust_remote_code=True)."
+            )
+        return made
 
     def decided(self, methods: tuple[MethodConfig, ...], **changes: Any) -> Self:
         """The recipe with these methods in place of the preset auto, and other keys changed."""

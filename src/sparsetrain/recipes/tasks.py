@@ -129,9 +129,10 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             name="image",
-            says={"pretrain": "image a label an image"},
+            says={"finetune": "image a label an image", "pretrain": "image a label an image"},
             images=True,
             model="transformers:AutoModelForImageClassification",
+            adapter="",
             rows="sparsetrain.hf.train.tasks:image_rows",
             **_LABEL,
         ),

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from datasets import Dataset
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from sparsetrain.data.collate import Collate
@@ -16,7 +17,8 @@ class DataBundle:
     """Training and held-out rows with their collator.
 
     `counts` says how many rows, documents and tokens were used, cut or dropped, and why; `description` is one line
-    for a report. `label_names` is set by the classification loaders, in the order of the label ids.
+    for a report. `label_names` is set by the classification loaders, in the order of the label ids. `stream`: what is
+    trained on where the data is too large to hold; `train` are then its first rows.
     """
 
     train: Dataset
@@ -25,6 +27,12 @@ class DataBundle:
     description: str
     counts: dict[str, int] = field(default_factory=dict)
     label_names: tuple[str, ...] = ()
+    stream: IterableDataset | None = None
+
+    @property
+    def trained_on(self) -> Dataset | IterableDataset:
+        """What a trainer is given."""
+        return self.train if self.stream is None else self.stream
 
     @property
     def num_labels(self) -> int:

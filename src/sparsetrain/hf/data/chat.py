@@ -1,5 +1,9 @@
 """Conversations for supervised fine-tuning: rendered with the chat template, only assistant tokens are targets."""
 
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import islice
+
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -16,7 +20,8 @@ from sparsetrain.hf.data.bundle import (
     end_id,
     padding_id,
 )
-from sparsetrain.hf.data.sources import EvalChoice, HubChoice, Source, load_sides, source_name
+from sparsetrain.hf.data.sources import EvalChoice, HubChoice, Source, load_rows, load_sides, source_name
+from sparsetrain.hf.data.streams import Stream, ahead, first_rows, stream_rows
 from sparsetrain.hf.data.template import RowTemplate
 
 
@@ -35,6 +40,7 @@ def load_sft(
     eval_split: str | None = None,
     max_position_embeddings: int | None = None,
     progress: Progress | None = None,
+    stream_ahead: int | None = None,
 ) -> DataBundle:
     """Rows of one conversation each, with labels on what the assistant says (its end-of-turn token included).
 
@@ -58,6 +64,7 @@ def load_sft(
         dataset_config, split: for hub data sets and saved folders.
         max_position_embeddings: the model's context, to check `max_length` against.
         progress: called with one line every 1,000 rows.
+        stream_ahead: read this many rows, and all others when training comes to them (`hf.data.streams`).
 
     Raises:
         ValueError: `max_length` does not fit the model; missing or malformed source or row; no chat template where one
@@ -66,20 +73,43 @@ def load_sft(
     check_length(max_length, "max_length", max_position_embeddings)
     name = source_name(source)
     choice = EvalChoice(source=eval_source, split=eval_split, ratio=eval_ratio)
-    rows, eval_rows, remarks = load_sides(source, HubChoice(config=dataset_config, split=split), choice)
+    hub = HubChoice(config=dataset_config, split=split)
+    read = load_rows if stream_ahead is None else partial(first_rows, count=stream_ahead)
+    rows, eval_rows, remarks = load_sides(source, hub, choice, read)
     train_rows, eval_rows, num_dropped = divide(rows, eval_rows, eval_ratio, seed, key=row_key)
     counts = {"rows": len(rows), "duplicates_of_eval": num_dropped}
     train = _encode(train_rows, tokenizer, max_length, max_rows, "train", counts, remarks, progress)
     held_out = None
     if eval_rows is not None:
         held_out = _encode(eval_rows, tokenizer, max_length, max_eval_rows, "eval", counts, remarks, progress)
+    stream = None
+    if stream_ahead is not None:
+        known = {row_key(row) for row in eval_rows or []}
+
+        def rest() -> Iterator[dict[str, list[int]]]:
+            later = islice(stream_rows(source, hub, Remarks()), stream_ahead, None)
+            return _encoded((row for row in later if row_key(row) not in known), tokenizer, max_length)
+
+        stream = Stream(train, rest, seed, progress)
     return DataBundle(
         train=train,
         eval=held_out,
         collate_fn=Collator(padding_id(tokenizer)),
-        description=describe(name, counts) + remarks.text(),
+        description=describe(name, counts) + remarks.text() + ahead(stream_ahead, len(rows)),
         counts=counts,
+        stream=stream,
     )
+
+
+def _encoded(
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Iterator[dict[str, list[int]]]:
+    """Rows with a target, as `_encode` makes them, one after the other."""
+    for row in rows:
+        ids, labels = encode_row(row, tokenizer, max_length)
+        labels = [IGNORED_LABEL, *labels[1:max_length]]
+        if any(label != IGNORED_LABEL for label in labels):
+            yield {"input_ids": ids[:max_length], "labels": labels}
 
 
 def _encode(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,53 +18,92 @@ from sparsetrain.hf.data.bundle import DataBundle
 
 
 def load_images(
-    source: str = "fashion-mnist", *, max_rows: int | None = None, max_eval_rows: int | None = None, seed: int = 0
+    source: str = "fashion-mnist",
+    *,
+    max_rows: int | None = None,
+    max_eval_rows: int | None = None,
+    seed: int = 0,
+    processor: Any = None,
+    channels: int = 3,
 ) -> DataBundle:
     """Images from "fashion-mnist", "digits", a folder with MNIST's files, a folder of pictures (a class a subfolder),
     or a data set of `datasets`: a folder that it saved, or a name on the hub.
 
     Args:
         max_rows, max_eval_rows: use this many of each part, chosen by `seed`.
+        processor: the image processor of a trained model, by which pictures are scaled, cut and normalised.
+        channels: that model's.
 
     Raises:
         ValueError: nothing of the kind is there, or as `read_images` and `read_pictures`.
     """
-    found = _read(source, max_rows=max_rows, max_eval_rows=max_eval_rows, seed=seed)
+    prepare = None if processor is None else partial(prepared, processor, channels)
+    found = _read(source, prepare, max_rows=max_rows, max_eval_rows=max_eval_rows, seed=seed)
     train, held_out = Dataset.from_dict(found.train), Dataset.from_dict(found.held_out)
+    if processor is not None:  # as lists, a picture of 224 x 224 takes 10 ms
+        train, held_out = train.with_format("numpy"), held_out.with_format("numpy")
     name = embedded_name(source)
     names = FASHION_LABELS if name == "fashion-mnist" else found.names
     height, width = found.size
     return DataBundle(
         train=train,
         eval=held_out,
-        collate_fn=ImageCollator(),
+        collate_fn=ImageCollator(*normalisation(processor)),
         description=f"{name or source}: {len(train):,} images of {height}x{width}; held out: {len(held_out):,}",
         counts={"train_rows": len(train), "eval_rows": len(held_out)},
         label_names=names or tuple(str(i) for i in range(found.classes)),
     )
 
 
-def _read(source: str, **options: Any) -> Images:
+def prepared(processor: Any, channels: int, picture: Any) -> np.ndarray:
+    """A picture of PIL as a model's processor scales and cuts it: uint8 [h, w, channels]."""
+    shown = picture.convert("L" if channels == 1 else "RGB")
+    made_chw = processor(images=[shown], return_tensors="np", do_rescale=False, do_normalize=False)["pixel_values"][0]
+    return np.clip(np.rint(made_chw), 0, 255).astype(np.uint8).transpose(1, 2, 0)
+
+
+def normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | tuple[()]:
+    """(mean, std) of each channel by which a processor normalises; () without a processor.
+
+    Raises:
+        ValueError: it makes of bytes something else than numbers in [0, 1] first.
+    """
+    if processor is None:
+        return ()
+    factor = processor.rescale_factor if getattr(processor, "do_rescale", False) else 1.0
+    if abs(255 * factor - 1) > 1e-3:
+        raise ValueError(
+            f"the model's image processor multiplies bytes by {factor:g}, not by 1/255, and that is not built here. "
+            "Set rescale_factor in its preprocessor_config.json."
+        )
+    if not getattr(processor, "do_normalize", False):
+        return (0.0,), (1.0,)
+    return tuple(processor.image_mean), tuple(processor.image_std)
+
+
+def _read(source: str, prepare: Any, **options: Any) -> Images:
+    if prepare is not None and source in (DIGITS, "fashion-mnist"):
+        raise ValueError(f"data={source} are arrays, which no image processor reads. Give pictures, or use pretrain.")
     if source == DIGITS:
         return read_digits(**options)
     folder = Path(resolve_data(source))
     if not folder.exists():
-        return _of_datasets(source, load_dataset, **options)
+        return _of_datasets(source, load_dataset, prepare, **options)
     if not folder.is_dir():
         raise ValueError(f"data={quoted(source)} is a file. Give a folder of pictures, or one with MNIST's four files.")
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        return _of_datasets(source, load_from_disk, **options)
-    if any(folder.glob("*-ubyte.gz")):
+        return _of_datasets(source, load_from_disk, prepare, **options)
+    if prepare is None and any(folder.glob("*-ubyte.gz")):
         return read_images(folder, **options)
     if has_pictures(folder):
-        return read_pictures(folder, **options)
+        return read_pictures(folder, prepare=prepare, **options)
     raise ValueError(
         f"data={quoted(source)} holds no images: no picture ({', '.join(SUFFIXES)}) in it or in a subfolder, none of "
         "MNIST's four files, and no data set that `datasets` has saved. Give a folder with images."
     )
 
 
-def _of_datasets(source: str, read: Any, **options: Any) -> Images:
+def _of_datasets(source: str, read: Any, prepare: Any, **options: Any) -> Images:
     """The training part of a data set of images, its column of images and its labels, if it has any."""
     try:
         found = read(source)
@@ -80,7 +120,7 @@ def _of_datasets(source: str, read: Any, **options: Any) -> Images:
         raise ValueError(f"data={quoted(source)} has no column of images. Its columns: {', '.join(features)}.")
     if len(rows) < 2:
         raise ValueError(f"data={quoted(source)} has {len(rows)} images, and one must be held out. Give two or more.")
-    pictures = [as_pixels(picture) for picture in rows[column]]
+    pictures = [(prepare or as_pixels)(picture) for picture in rows[column]]
     if len({picture.shape for picture in pictures}) > 1:
         sizes = sorted({f"{picture.shape[0]}x{picture.shape[1]}" for picture in pictures})
         raise ValueError(

@@ -1,7 +1,7 @@
 """Rows and documents of a source, whatever it is: an embedded set, local files, a saved `Dataset` or the hub."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,7 @@ from sparsetrain.data.remarks import Remarks
 from sparsetrain.data.rows import Row, read_rows
 from sparsetrain.data.split import check_ratio
 from sparsetrain.hf.assets import ASSETS, embedded_name, resolve_data
-from sparsetrain.hf.data.tables import PARQUET, HubChoice, hub_table, is_saved, parquet_table, saved_table
+from sparsetrain.hf.data.tables import PARQUET, HubChoice, Table, hub_table, is_saved, parquet_table, saved_table
 
 Source = str | Path | Sequence[str | Path]
 
@@ -46,14 +46,22 @@ def load_rows(source: Source, choice: HubChoice, remarks: Remarks) -> list[Row]:
     embedded = embedded_name(source)
     if embedded is not None:
         return _embedded_rows(embedded)
-    opened = _open(source, choice, remarks)
-    if isinstance(opened, datasets.Dataset):
-        name = source_name(source)
-        return [(_without_nulls(row), f"{name}[{i}]") for i, row in enumerate(_rows_of(opened, name))]
+    opened = open_source(source, choice, remarks)
+    if not isinstance(opened, list):
+        return list(table_rows(opened, source_name(source)))
     return [row for path in opened for row in read_rows(path, remarks)]
 
 
-def _rows_of(table: datasets.Dataset, name: str) -> Iterator[dict[str, Any]]:
+def table_rows(table: Table, name: str) -> Iterator[Row]:
+    """The rows of a table, each with its place.
+
+    Raises:
+        ValueError: a row cannot be read.
+    """
+    return ((_without_nulls(row), f"{name}[{i}]") for i, row in enumerate(_rows_of(table, name)))
+
+
+def _rows_of(table: Table, name: str) -> Iterator[dict[str, Any]]:
     count = 0
     try:
         for row in table:
@@ -80,7 +88,12 @@ def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
     return {key: cleared(value) for key, value in row.items()}
 
 
-def load_sides(source: Source, hub: HubChoice, choice: EvalChoice) -> tuple[list[Row], list[Row] | None, Remarks]:
+Read = Callable[[Source, HubChoice, Remarks], list[Row]]
+
+
+def load_sides(
+    source: Source, hub: HubChoice, choice: EvalChoice, read: Read = load_rows
+) -> tuple[list[Row], list[Row] | None, Remarks]:
     """All rows of the source, those of a source or split of its own for evaluation (None: still to be divided), and
     what there is to say on their reading.
 
@@ -89,11 +102,11 @@ def load_sides(source: Source, hub: HubChoice, choice: EvalChoice) -> tuple[list
     """
     check_ratio(choice.ratio)
     remarks = Remarks()
-    rows = load_rows(source, hub, remarks)
+    rows = read(source, hub, remarks)
     if choice.source is None and choice.split is None:
         return rows, None, remarks
     other = source if choice.source is None else choice.source
-    return rows, load_rows(other, HubChoice(config=hub.config, split=choice.split or hub.split), remarks), remarks
+    return rows, read(other, HubChoice(config=hub.config, split=choice.split or hub.split), remarks), remarks
 
 
 def load_documents(source: Source, choice: HubChoice, text_column: str, remarks: Remarks) -> Documents:
@@ -107,8 +120,9 @@ def load_documents(source: Source, choice: HubChoice, text_column: str, remarks:
         return stdlib_documents(Path(resolve_data(embedded)))
     if embedded is not None:
         return texts_as_documents([row_as_text(row) for row in _embedded_rows(embedded)], "rows")
-    opened = _open(source, choice, remarks)
+    opened = open_source(source, choice, remarks)
     if not isinstance(opened, datasets.Dataset):
+        assert isinstance(opened, list)
         return file_documents(opened, text_column, remarks)
     name = source_name(source)
     document_of((dict.fromkeys(opened.column_names, ""), name), text_column)
@@ -131,17 +145,21 @@ def _text_sizes(table: datasets.Dataset, column: str) -> list[int]:
     return pc.fill_null(lengths, 0).to_pylist()
 
 
-def _open(source: Source, choice: HubChoice, remarks: Remarks) -> datasets.Dataset | list[Path]:
-    """The files of a local source, or its table: Parquet, a folder written by `save_to_disk`, or of the hub."""
+def open_source(source: Source, choice: HubChoice, remarks: Remarks, streaming: bool = False) -> Table | list[Path]:
+    """The files of a local source, or its table: Parquet, a folder written by `save_to_disk`, or of the hub.
+
+    Args:
+        streaming: tables are read row by row, where they are not mapped from disk already.
+    """
     if isinstance(source, str | Path) and os.path.isdir(folder := path_of(source)):
         if is_saved(folder):
             return saved_table(folder, choice, source_name(source))
         source = folder / (choice.config or "")  # as the hub lays its subsets out
     files = find_files(source, remarks)
     if files is None:
-        return hub_table(str(source), choice)
+        return hub_table(str(source), choice, streaming)
     if any(kind_of(path) == PARQUET for path in files):
-        return parquet_table(files, source, choice, remarks)
+        return parquet_table(files, source, choice, remarks, streaming)
     if choice.split != HubChoice().split:
         raise ValueError(
             f"{source_name(source)} is text files, which have no split {choice.split!r}. Name the files of that part."

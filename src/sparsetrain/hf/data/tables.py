@@ -42,14 +42,17 @@ def is_saved(folder: Path) -> bool:
     return any(os.path.lexists(folder / name) for name in _SAVED)
 
 
-def hub_table(name: str, choice: HubChoice) -> datasets.Dataset:
-    """A data set of the hub.
+Table = datasets.Dataset | datasets.IterableDataset
+
+
+def hub_table(name: str, choice: HubChoice, streaming: bool = False) -> Table:
+    """A data set of the hub; streaming: read from there row by row, without a copy here.
 
     Raises:
         ValueError: there is none, or it cannot be loaded.
     """
     try:
-        return cast(datasets.Dataset, datasets.load_dataset(name, choice.config, split=choice.split))
+        return cast(Table, datasets.load_dataset(name, choice.config, split=choice.split, streaming=streaming))
     except Exception as error:  # the hub client raises a dozen kinds, from offline to unknown split
         raise ValueError(
             f"'{quoted(name)}' is no local file, folder or glob, no embedded set ({', '.join(ASSETS)}), and as a "
@@ -58,8 +61,13 @@ def hub_table(name: str, choice: HubChoice) -> datasets.Dataset:
         ) from error
 
 
-def parquet_table(files: list[Path], source: object, choice: HubChoice, remarks: Remarks) -> datasets.Dataset:
+def parquet_table(
+    files: list[Path], source: object, choice: HubChoice, remarks: Remarks, streaming: bool = False
+) -> Table:
     """Parquet files as one table; of a folder those of the split, as the hub tells splits apart: by their names.
+
+    Args:
+        streaming: read them row by row, without a copy in the cache.
 
     Raises:
         ValueError: a file that is none or has other columns, other files among them, no such split, no rows.
@@ -80,9 +88,10 @@ def parquet_table(files: list[Path], source: object, choice: HubChoice, remarks:
         if not any(str(path.absolute()) in part for part in splits.values()):
             remarks.add("Parquet files of no split not read", path)
     _check_footers({path: footers[path] for path in chosen})
-    table = _loaded({name: [glob.escape(str(path.absolute())) for path in chosen]}, choice.split, chosen[0])
+    asked = {name: [glob.escape(str(path.absolute())) for path in chosen]}
+    table = _loaded(asked, choice.split, chosen[0], streaming)
     rows = sum(footers[path].num_rows for path in chosen)
-    if choice.split == name and len(table) != rows:
+    if isinstance(table, datasets.Dataset) and choice.split == name and len(table) != rows:
         raise ValueError(f"{shown(chosen[0])}: {len(table):,} rows were loaded, of {rows:,}. Name the files singly.")
     return table
 
@@ -118,9 +127,9 @@ def _check_footers(footers: Mapping[Path, Any]) -> None:
         raise ValueError(f"{shown(first)} has no rows. Fill it or leave it out of the source.")
 
 
-def _loaded(files: dict[str, list[str]], split: str, first: Path) -> datasets.Dataset:
+def _loaded(files: dict[str, list[str]], split: str, first: Path, streaming: bool) -> Table:
     try:
-        return cast(datasets.Dataset, datasets.load_dataset("parquet", data_files=files, split=split))
+        return cast(Table, datasets.load_dataset("parquet", data_files=files, split=split, streaming=streaming))
     except Exception as error:  # Arrow's and the library's own, a dozen kinds
         raise ValueError(f"{shown(first)} cannot be read as a Parquet table: {_told(error)}. Get it again.") from error
 

@@ -16,8 +16,9 @@ the number of predictions, the loss's denominator.
 import hashlib
 import random
 from array import array
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain, islice
 from typing import Literal, get_args
 
 import numpy as np
@@ -26,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsetrain.data.collate import Collator, check_length
 from sparsetrain.data.documents import Documents
-from sparsetrain.data.packing import Tokens, cut_at_line, describe, packed_rows, piece_end, take_pieces
+from sparsetrain.data.packing import Tokens, cut_at_line, describe, packed_rows, piece_end, take_chars, take_pieces
 from sparsetrain.data.remarks import Remarks
 from sparsetrain.data.split import check_ratio, num_held_out, share_of_text
 from sparsetrain.hf.data.bundle import (
@@ -37,6 +38,7 @@ from sparsetrain.hf.data.bundle import (
     padding_id,
 )
 from sparsetrain.hf.data.sources import EvalChoice, HubChoice, Source, load_documents, source_name
+from sparsetrain.hf.data.streams import Encoded, Stream, ahead, first_documents, stream_texts
 
 Holdout = Literal["tokens", "documents"]
 # Characters tokenised in one call: enough to keep the tokenizer busy, few enough to stop early.
@@ -61,6 +63,7 @@ def load_text(
     eval_split: str | None = None,
     max_position_embeddings: int | None = None,
     progress: Progress | None = None,
+    stream_ahead: int | None = None,
 ) -> DataBundle:
     """Rows of `seq_len` tokens for next-token prediction, made as described above.
 
@@ -77,6 +80,8 @@ def load_text(
         dataset_config, split: for hub data sets and saved folders.
         max_position_embeddings: the model's context, to check `seq_len` against.
         progress: called with one line every quarter million tokens.
+        stream_ahead: read this many documents, and all others when training comes to them (`hf.data.streams`); long
+            text files are then cut into several.
 
     Raises:
         ValueError: `seq_len` does not fit the model; the source is missing, empty, binary, not UTF-8 or malformed;
@@ -88,31 +93,62 @@ def load_text(
     if max_tokens is not None and max_eval_tokens is None:
         max_eval_tokens = max(seq_len, int((eval_ratio or 0.05) * max_tokens))
     hub = HubChoice(config=dataset_config, split=split)
-    documents = load_documents(source, hub, text_column, remarks := Remarks())
+    read = load_documents if stream_ahead is None else partial(first_documents, count=stream_ahead)
+    documents = read(source, hub, text_column, remarks := Remarks())
     choice = EvalChoice(source=eval_source, split=eval_split, ratio=eval_ratio)
-    others = _own_eval(source, hub, choice, text_column, remarks)
+    others = _own_eval(source, hub, choice, text_column, remarks, read)
     parts, limit = _Split(tokenizer, progress, documents, seed), max_eval_tokens
     tokens_eval, texts = parts.by_others(others, limit) if others else parts.by(holdout, eval_ratio, limit, seq_len)
     tokens_train = parts.stream.encode(texts, max_tokens, "train")
     counts = {"documents": documents.count, **documents.counts, **parts.stream.counts}
     train, held_out = _sides(tokens_train, tokens_eval, seq_len, pack, source_name(source), counts, seed)
+    stream = None
+    if stream_ahead is not None:
+
+        def rest() -> Iterator[Encoded]:
+            texts = islice(stream_texts(source, hub, text_column, Remarks()), stream_ahead, None)
+            return _later_rows(texts, parts.stream, seq_len, pack)
+
+        stream = Stream(train, rest, seed, progress)
     return DataBundle(
         train=train,
         eval=held_out,
         collate_fn=Collator(padding_id(tokenizer), attention_mask=False),
-        description=describe(source_name(source), documents.unit, seq_len, counts) + remarks.text(),
+        description=describe(source_name(source), documents.unit, seq_len, counts)
+        + remarks.text()
+        + ahead(stream_ahead, documents.count),
         counts=counts,
+        stream=stream,
     )
 
 
+def _later_rows(texts: Iterator[str], tokens: "_TokenStream", seq_len: int, pack: str) -> Iterator[Encoded]:
+    """Rows of texts that are read as they are asked for, in their order; tokens that fill no row wait for the next."""
+    tokens, left = tokens.silent(), Tokens(np.empty(0, dtype=np.int32), np.empty(0, dtype=bool))
+    while some := take_chars(texts, _BATCH_CHARS):
+        more = tokens.encode(some, None, "train")
+        left = Tokens(np.append(left.ids_n, more.ids_n), np.append(left.starts_n, more.starts_n))
+        used = len(left.ids_n) // seq_len * seq_len
+        if used:
+            columns = packed_rows(left, seq_len, pack, "train", "", {})
+            for i in range(used // seq_len):
+                yield {name: column[i].tolist() for name, column in columns.items()}
+            left = Tokens(left.ids_n[used:], left.starts_n[used:])
+
+
 def _own_eval(
-    source: Source, hub: HubChoice, choice: EvalChoice, text_column: str, remarks: Remarks
+    source: Source,
+    hub: HubChoice,
+    choice: EvalChoice,
+    text_column: str,
+    remarks: Remarks,
+    read: Callable[[Source, HubChoice, str, Remarks], Documents],
 ) -> Documents | None:
     """Documents of a source or split of their own for evaluation; None: a share of the training documents."""
     if choice.source is None and choice.split is None:
         return None
     other = source if choice.source is None else choice.source
-    return load_documents(other, HubChoice(config=hub.config, split=choice.split or hub.split), text_column, remarks)
+    return read(other, HubChoice(config=hub.config, split=choice.split or hub.split), text_column, remarks)
 
 
 class _TokenStream:
@@ -158,6 +194,12 @@ class _TokenStream:
         starts_n = np.zeros(len(ids_n), dtype=bool)
         starts_n[[start for start in starts if start < len(ids_n)]] = True
         return Tokens(ids_n, starts_n)
+
+    def silent(self) -> "_TokenStream":
+        """The same tokenizer and held-out texts, counting for itself."""
+        made = _TokenStream(self.tokenizer, None)
+        made._held_out = self._held_out
+        return made
 
     def keep_out(self, text: str) -> None:
         """Drop training documents with this text from now on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -29,6 +30,27 @@ def four_bit_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]
         bnb_4bit_compute_dtype=dtype,
     )
     return {"quantization_config": quantization, "device_map": {"": device}}
+
+
+def held_in_four_bit(source: str, about: Mapping[str, Any], asked: bool | None, device: torch.device) -> bool:
+    """Is a trained model to be held in 4 bits: as asked, else as it was trained (about: its sidecar).
+
+    Raises:
+        ValueError: it is, and cannot be here; or it was asked of a model that was trained otherwise.
+    """
+    trained = about.get("load_in_4bit") is True
+    if asked and not trained:
+        raise ValueError(f"load_in_4bit: {source} is no adapter that was trained on weights in 4 bits. Leave it out.")
+    held = trained if asked is None else asked
+    if held:
+        try:
+            check_four_bit(device)
+        except ValueError as error:
+            raise ValueError(
+                f"{source} was trained on weights in 4 bits: {error} Or give --no-load-in-4bit, to use the adapter on "
+                "the weights of the model's files, where its loss is another."
+            ) from None
+    return held
 
 
 def keep_trainable(model: nn.Module) -> None:

@@ -22,10 +22,11 @@ from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.model.adapter import WEIGHTS, base_place, check_adapter, made_for, with_adapter
 from sparsetrain.hf.model.embedding_rows import SITE, give_vocabulary
 from sparsetrain.hf.model.foreign import own_classes, set_options
+from sparsetrain.hf.model.four_bit import four_bit_options
 from sparsetrain.hf.model.merge import check_merge
-from sparsetrain.hf.model.opening import open_config, open_tokenizer, quiet, told
+from sparsetrain.hf.model.opening import code_of, open_config, open_image_processor, open_tokenizer, quiet, told
 from sparsetrain.hf.model.saving import conversion_of, dense_state, save_alone, write_along
-from sparsetrain.hf.model.weights import class_of_adapter, known_class, load_weights
+from sparsetrain.hf.model.weights import auto_class, class_of_adapter, known_class, load_weights
 from sparsetrain.hf.model.whole import check_finite
 from sparsetrain.runs.card import CARD
 from sparsetrain.runs.folders import ADAPTER, stored_shapes
@@ -91,8 +92,14 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     trainable: bool = False,
+    trust_remote_code: bool = False,
+    four_bit: bool = False,
 ) -> Loaded:
     """Read what `save` or `export` wrote, a run's output folder, or any plain model by name or path.
+
+    Args:
+        trust_remote_code: Python code that comes with the model may run. Whatever was trained with it takes it again.
+        four_bit: hold an adapter's base in 4 bits, as a run with load_in_4bit did.
 
     Raises:
         CheckpointError: a file is missing, truncated or altered; the sidecar is of a newer format; or an adapter holds
@@ -101,7 +108,7 @@ def load(
     """
     folder = _final_folder(Path(source))
     if not (folder / SIDECAR).is_file():
-        return _load_plain(str(source), folder, dtype, device, trainable)
+        return _load_plain(str(source), folder, dtype, device, trainable, trust_remote_code)
     if (folder / MANIFEST).is_file():
         verify_manifest(folder)
     about = read_sidecar(folder)
@@ -111,9 +118,12 @@ def load(
         raise CheckpointError(f"{folder / SIDECAR} names no base_model for the adapter. Save it with base_model=….")
     base = base_place(about["base_model"], folder, about.get("base_revision")) if adapter else str(folder)
     asked = check_adapter(folder) if adapter else None
-    config = open_config(base)
+    config = open_config(base, trust=trust_remote_code)
     set_options(config, about, folder / SIDECAR)
-    model, new = load_weights(base, str(about.get("model_class")), dtype, config, new_head=adapter)
+    own = code_of(config)["trust_remote_code"]  # the class of the model comes with it, too
+    kind = auto_class(str(about.get("task"))).__name__ if own else str(about.get("model_class"))
+    options = four_bit_options(torch.device(device), dtype) if four_bit and adapter else {}
+    model, new = load_weights(base, kind, dtype, config, new_head=adapter, options=options)
     vars(model.config).pop(ENTRY, None)  # of the weights as they were saved: it is not to be saved once more
     deployed = about.get("deploy") == "dense"  # what it was trained with is no part of it
     saved = read_state(folder) if about["configs"] or (folder / STATE).is_file() else {}
@@ -124,11 +134,15 @@ def load(
     if asked is not None:
         model = with_adapter(model, folder, asked, trainable, new)
     model = model.to(device)
-    return Loaded(model=model.train(trainable), tokenizer=_tokenizer(folder, base), handle=handle, about=about)
+    return Loaded(
+        model=model.train(trainable), tokenizer=_tokenizer(trust_remote_code, folder, base), handle=handle, about=about
+    )
 
 
 @quiet()
-def export(source: str | Path | Loaded, folder: str | Path, *, format: str = "sparse") -> Path:
+def export(
+    source: str | Path | Loaded, folder: str | Path, *, format: str = "sparse", trust_remote_code: bool = False
+) -> Path:
     """Write a trained model with LoRA merged in, as full weights that plain transformers loads.
 
     Args:
@@ -137,6 +151,7 @@ def export(source: str | Path | Loaded, folder: str | Path, *, format: str = "sp
         format: `sparse`: dense weights and the sidecar, so that `load` runs it sparse and others run it dense.
             `dense`: no sidecar; only where the dense model gives the same outputs.
             A format of a method (`24`): no sidecar; what it trained (zeros) is written into the weights.
+        trust_remote_code: as of `load`.
 
     Raises:
         ValueError: unknown format; `dense` for a model that routes, selects or runs 2:4; a method's format for a model
@@ -147,7 +162,7 @@ def export(source: str | Path | Loaded, folder: str | Path, *, format: str = "sp
         raise ValueError(f"export format {format!r} is unknown. Choose from {', '.join(formats)}.")
     if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder. Choose another, or remove it.")
-    loaded = source if isinstance(source, Loaded) else load(source)
+    loaded = source if isinstance(source, Loaded) else load(source, trust_remote_code=trust_remote_code)
     model, handle = loaded.model, loaded.handle
     if isinstance(model, PeftModel):
         check_merge(model, handle)
@@ -184,7 +199,7 @@ def _written_in(handle: Handle | None, format: str, method: str) -> nn.Module:
     return method_of(method_config(method)).exports[format](handle)
 
 
-def _load_plain(name: str, folder: Path, dtype: torch.dtype, device: Any, trainable: bool) -> Loaded:
+def _load_plain(name: str, folder: Path, dtype: torch.dtype, device: Any, trainable: bool, trust: bool) -> Loaded:
     """A model or PEFT adapter that `save` did not write."""
     if (folder / ADAPTER).is_file():
         asked = check_adapter(folder)
@@ -192,18 +207,18 @@ def _load_plain(name: str, folder: Path, dtype: torch.dtype, device: Any, traina
         refuse_lone_weights(folder, mark_of(folder))
         base = base_place(asked.base_model_name_or_path, folder, asked.revision)
         kind = class_of_adapter(asked.task_type) if asked.task_type else known_class(*made_for(folder))[1]
-        model, new = load_weights(base, kind, dtype, new_head=True)
+        model, new = load_weights(base, kind, dtype, open_config(base, trust=trust), new_head=True)
         model = with_adapter(model, folder, asked, trainable, new)
         return Loaded(
-            model=model.to(device).train(trainable), tokenizer=_tokenizer(folder, base), handle=None, about={}
+            model=model.to(device).train(trainable), tokenizer=_tokenizer(trust, folder, base), handle=None, about={}
         )
     path = resolve_model(name)
-    config = open_config(path, name)
+    config = open_config(path, name, trust=trust)
     refuse_lone_weights(name, getattr(config, ENTRY, None))
     _, kind = known_class(*own_classes(config, name))
     model, _ = load_weights(path, kind, dtype, config, name=name)
     model = model.to(device).train(trainable)
-    return Loaded(model=model, tokenizer=_tokenizer(Path(path), path), handle=None, about={})
+    return Loaded(model=model, tokenizer=_tokenizer(trust, Path(path)), handle=None, about={})
 
 
 def _converted(model: Any, about: dict[str, Any], folder: Path, state: State) -> Handle | None:
@@ -249,10 +264,10 @@ def _final_folder(path: Path) -> Path:
     return path
 
 
-def _tokenizer(*places: str | Path) -> Any:
+def _tokenizer(trust: bool, *places: str | Path) -> Any:
     for place in places:
         try:
-            return open_tokenizer(place)
+            return open_tokenizer(place, trust=trust)
         except FileNotFoundError:
             continue
-    return None
+    return next(filter(None, (open_image_processor(place, None) for place in places)), None)

@@ -1,6 +1,8 @@
-"""The one door to transformers' loaders of configs and tokenizers: no code of a model runs, and every fault is a line.
+"""The one door to transformers' loaders of configs and tokenizers: no code of a model runs unless the user has said so
+(`trust`), and every fault is a line.
 
-`trust_remote_code=False` is passed to every loader, here and in `weights`: left out, transformers asks on stdin.
+`trust_remote_code` is passed to every loader, here and in `weights`: left out, transformers asks on stdin. A config of
+code that ran keeps its `auto_map`, which no other config has (`code_of`).
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.utils import logging
 
 from sparsetrain.core.plain_files import read_plain_object
@@ -41,11 +43,12 @@ def quiet() -> Iterator[None]:
 
 
 @quiet()
-def open_config(path: str, name: str | None = None) -> Any:
+def open_config(path: str, name: str | None = None, *, trust: bool = False) -> Any:
     """The config of a model's folder or hub name, checked; it chooses no attention, whatever it says.
 
     Args:
         name: what the user called it, for messages.
+        trust: Python code that comes with the model may run.
 
     Raises:
         ValueError: there is none, it is damaged, its sizes are none, or it needs code that comes with the model.
@@ -58,11 +61,16 @@ def open_config(path: str, name: str | None = None) -> Any:
             if values["model_type"] == DiffusionConfig.model_type:
                 return make_config(values | {"name_or_path": path}, name)
     try:
-        config = AutoConfig.from_pretrained(path, **NO_CODE)
-    except Exception as error:  # the hub client and the config classes raise a dozen kinds
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+    except Exception as error:  # the hub client and the config classes raise a dozen kinds, and their code any
         raise ValueError(model_not_found(name, error)) from None
     check_values(config.to_dict(), name)
-    return _without_code(config)
+    return _with_our_attention(config) if trust else _without_code(config)
+
+
+def code_of(config: Any) -> dict[str, bool]:
+    """What a loader is told of running a model's code: True for a config that was opened with trust and names code."""
+    return {"trust_remote_code": bool(getattr(config, "auto_map", None))}
 
 
 @quiet()
@@ -83,8 +91,8 @@ def make_config(values: dict[str, Any], name: str) -> Any:
 
 
 @quiet()
-def open_tokenizer(place: str | Path, name: str | None = None) -> Any:
-    """The tokenizer of a folder or hub name.
+def open_tokenizer(place: str | Path, name: str | None = None, *, trust: bool = False) -> Any:
+    """The tokenizer of a folder or hub name; trust: Python code that comes with it may run.
 
     Raises:
         FileNotFoundError: there is none.
@@ -97,7 +105,7 @@ def open_tokenizer(place: str | Path, name: str | None = None) -> Any:
             raise FileNotFoundError(f"{name} holds no tokenizer (tokenizer.json). Save one into it.")
         _check_tokenizer_configs(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(place), **NO_CODE)
+        tokenizer = AutoTokenizer.from_pretrained(str(place), trust_remote_code=trust)
         tokenizer("a")  # some that load cannot read a letter
     except BaseException as error:  # the reader in Rust panics with an exception that is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
@@ -108,13 +116,29 @@ def open_tokenizer(place: str | Path, name: str | None = None) -> Any:
     return tokenizer
 
 
+@quiet()
+def open_image_processor(place: str | Path, config: Any) -> Any:
+    """What prepares pictures for a model; None where its files do not say.
+
+    Raises:
+        ValueError: it is damaged, or needs code that comes with it.
+    """
+    folder = Path(place)
+    if folder.is_dir() and not (folder / "preprocessor_config.json").exists():
+        return None
+    try:
+        return AutoImageProcessor.from_pretrained(str(place), config=config, backend="pil", **NO_CODE)
+    except Exception as error:  # the hub client and each processor have a dozen kinds
+        raise ValueError(f"the image processor of {quoted(str(place))} cannot be read: {told(error)}") from None
+
+
 def model_not_found(name: str, error: BaseException) -> str:
     """The message for a model that transformers could not load."""
     shown = quoted(name)
     if _needs_code(error):
         return (
-            f"{shown} needs Python code that comes with it, and code of a model is never run here. Use a model of a "
-            "family that transformers has."
+            f"{shown} needs Python code that comes with it, which is run with --trust-remote-code alone (in Python: "
+            "trust_remote_code=True). Read that code before, or use a model of a family that transformers has."
         )
     if Path(name).is_dir():
         return f"{shown} holds no model that can be read: {told(error)}"
@@ -138,13 +162,17 @@ def _needs_code(error: BaseException) -> bool:
 
 
 def _without_code(config: Any) -> Any:
+    for inner in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if inner is not None and getattr(inner, "auto_map", None):
+            del inner.auto_map
+    return _with_our_attention(config)
+
+
+def _with_our_attention(config: Any) -> Any:
     config._attn_implementation = None
     for inner in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        if inner is None:
-            continue
-        if getattr(inner, "auto_map", None):
-            del inner.auto_map
-        inner._experts_implementation = None
+        if inner is not None:
+            inner._experts_implementation = None
     return config
 
 
@@ -173,5 +201,5 @@ def _may_be_tokenizer(name: object) -> bool:
 def _unknown_type(name: str, kind: object) -> str:
     return (
         f"{quoted(name)} is of a family that this transformers does not know (model_type {quoted(kind)}). It needs a "
-        "newer transformers, or Python code that comes with it, which is never run here."
+        "newer transformers, or Python code that comes with it, which is run with --trust-remote-code alone."
     )

@@ -11,12 +11,15 @@ from sparsetrain.hf.assets import ASSETS
 from sparsetrain.hf.model.opening import model_not_found, quiet
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-"""What is read of a model; no pickles and no code."""
+"""What is read of a model; no pickles, and no code unless it may run."""
 
 
 @quiet()
-def at_revision(name: str, revision: str) -> str:
+def at_revision(name: str, revision: str, *, trust: bool = False) -> str:
     """The folder of a hub model's files at a revision, fetched where they are not in the hub's cache.
+
+    Args:
+        trust: fetch its Python code, too.
 
     Raises:
         ValueError: the model is no hub's, or there is no such revision, or it cannot be had.
@@ -27,6 +30,6 @@ def at_revision(name: str, revision: str) -> str:
             "hub. Leave it out."
         )
     try:
-        return snapshot_download(name, revision=revision, allow_patterns=list(_FILES))
+        return snapshot_download(name, revision=revision, allow_patterns=[*_FILES, *(["*.py"] if trust else [])])
     except Exception as error:  # the hub client raises a dozen kinds
         raise ValueError(f"at revision {quoted(revision)}: {model_not_found(name, error)}") from None

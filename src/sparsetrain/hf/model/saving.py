@@ -98,7 +98,8 @@ def model_options(config: Any, task: Task) -> dict[str, Any]:
     options: dict[str, Any] = {name: 0.0 for name in ATTENTION_DROPOUT if getattr(config, name, None) == 0.0}
     if task.labelled:
         options |= {"id2label": config.id2label, "label2id": config.label2id}
-        options |= {"pad_token_id": config.pad_token_id, "ignore_mismatched_sizes": True}
+        options |= {"pad_token_id": config.pad_token_id} if hasattr(config, "pad_token_id") else {}
+        options |= {"ignore_mismatched_sizes": True}
     return options
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.core.quote import quoted
-from sparsetrain.hf.model.opening import NO_CODE, model_not_found, open_config, quiet, told
+from sparsetrain.hf.model.opening import code_of, model_not_found, open_config, quiet, told
 from sparsetrain.hf.model.whole import check_layers, check_loaded, check_stored
 from sparsetrain.planner.config_values import refuse_foreign
 from sparsetrain.recipes.tasks import TASKS, Task, named, task_of
@@ -93,7 +93,7 @@ def load_weights(
             ignore_mismatched_sizes=True,  # told below, by name
             output_loading_info=True,
             **options,
-            **NO_CODE,
+            **code_of(config),
         )
     except (OSError, SafetensorError, ValueError, RuntimeError, TypeError, KeyError) as error:
         if "memory" in str(error):  # the machine's fault, not the model's
@@ -112,7 +112,7 @@ def empty_of(kind: Any, config: Any, name: str) -> Any:
     """
     config = copy.deepcopy(config)  # building sets its dtype
     build = getattr(kind, "from_config", None) or kind._from_config
-    options = {} if issubclass(kind, PreTrainedModel) else NO_CODE
+    options = {} if issubclass(kind, PreTrainedModel) else code_of(config)
     try:
         with torch.device("meta"):
             # a config names the dtype that its weights were stored in, which is not the one they are trained in
@@ -126,6 +126,8 @@ def empty_of(kind: Any, config: Any, name: str) -> Any:
 def attention_of(kind: Any, config: Any) -> str | None:
     """SDPA, or None where a family has attention of its own alone: transformers then takes that."""
     known = getattr(kind, "_model_mapping", None)
+    if known is not None and type(config) not in known:  # of code that came with the model: it says itself what it has
+        return None
     found = kind if known is None else known[type(config)]
     found = found[0] if isinstance(found, (list, tuple)) else found
     return "sdpa" if getattr(found, "_supports_sdpa", True) else None
@@ -140,6 +142,8 @@ def fitting_class(model_class: str, config: Any, name: str) -> Any:
         )
     known: Any = getattr(kind, "_model_mapping", None)
     own = getattr(kind, "config_class", None)
+    if known is not None and kind.__name__ in (getattr(config, "auto_map", None) or ()):
+        return kind  # by code that came with the model, which may run: no other config has an auto_map
     if (known is not None and type(config) not in known) or (own is not None and not isinstance(config, own)):
         raise ValueError(
             f"{quoted(name)} is a model of the family {quoted(config.model_type)}, which has no "

@@ -47,4 +47,4 @@ def _read(recipe: Recipe, model: ModelConfig, say: Callable[[str], None]) -> Row
     assert model.folder is not None
     bundle = load_rows(uncut, open_tokenizer(model.folder, config), config, lambda event: say(event["text"]))
     sides = [rows for rows in (bundle.train, bundle.eval) if rows is not None]
-    return RowLengths.of([n for rows in sides for n in lengths_of(rows, "input_ids")], recipe.seq_len)
+    return RowLengths.of([n for rows in sides for n in lengths_of(rows, "input_ids")], recipe.seq_len, recipe.streaming)

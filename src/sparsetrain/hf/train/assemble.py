@@ -15,7 +15,7 @@ from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.model import models, opening
-from sparsetrain.hf.model.architectures import check_images, sequence_tokens, tokens_per_input
+from sparsetrain.hf.model.architectures import check_images, check_patches, sequence_tokens, tokens_per_input
 from sparsetrain.hf.model.checkpointing import check_offload, checkpointing_arguments, offloads
 from sparsetrain.hf.model.four_bit import check_four_bit, four_bit_options, keep_trainable
 from sparsetrain.hf.model.model_config import check_context
@@ -66,8 +66,11 @@ def open_parts(
     check_offload(recipe, config, device, report)
     planned = check_and_plan(recipe, config, device)
     tokenizer = None if opened is None else opened.tokenizer
-    if opened is None and not task_of(recipe.task).images:
-        tokenizer = open_tokenizer(path, config)
+    if opened is None and task_of(recipe.task).images:
+        check_patches(config, recipe.model)
+        tokenizer = opening.open_image_processor(path, config) if task_of(recipe.task).labelled else None
+    elif opened is None:
+        tokenizer = open_tokenizer(path, config, trust=recipe.trust_remote_code)
     refuse_rows(recipe)
     bundle = load_rows(recipe, tokenizer, config, report) if opened is None else opened.bundle
     refuse_rows(recipe, bundle)
@@ -143,24 +146,42 @@ def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...
         ValueError: no such model, or `seq_len` is longer than its context.
     """
     if recipe.model_revision is not None:
-        path = at_revision(recipe.model, recipe.model_revision)
+        path = at_revision(recipe.model, recipe.model_revision, trust=recipe.trust_remote_code)
     else:
         path = resolve_model(recipe.model, progress=lambda line: report({"event": "note", "text": line}))
-    config = opening.open_config(path, recipe.model)
-    check_context(recipe.seq_len, config, recipe.model)
+    config = opening.open_config(path, recipe.model, trust=recipe.trust_remote_code)
+    check_trust(recipe, config, report)
+    if not task_of(recipe.task).images:
+        check_context(recipe.seq_len, config, recipe.model)
     models.check_lora_targets(recipe, config)
     models.drop_attention_dropout(config, lambda: models.empty_model(config, recipe.task), configs, report)
     return path, config
 
 
-def open_tokenizer(path: str, config: Any = None) -> Any:
-    """The tokenizer of a model's folder, checked against the model's config.
+def check_trust(recipe: Recipe, config: Any, report: Report) -> None:
+    """Say that a model's own code runs; raise ValueError for methods on such a model, whose sites are not known."""
+    if not recipe.trust_remote_code:
+        return
+    if not opening.code_of(config)["trust_remote_code"]:
+        report({"event": "note", "text": f"trust_remote_code: {recipe.model} needs no code of its own, and none ran."})
+        return
+    kind = type(config).__name__
+    report({"event": "note", "text": f"trust_remote_code: Python code that came with {recipe.model} runs ({kind})."})
+    if recipe.methods:
+        raise ValueError(
+            f"{recipe.model} is built by code of its own, in which {recipe.methods[0].method} knows no sites. Train it "
+            "dense: --preset dense."
+        )
+
+
+def open_tokenizer(path: str, config: Any = None, *, trust: bool = False) -> Any:
+    """The tokenizer of a model's folder, checked against the model's config; trust: its own code may run.
 
     Raises:
         ValueError: there is none, it is damaged, or it has more tokens than the model.
     """
     try:
-        tokenizer = opening.open_tokenizer(path)
+        tokenizer = opening.open_tokenizer(path, trust=trust)
     except FileNotFoundError as error:
         raise ValueError(f"the tokenizer of {path} cannot be read: {error}") from None
     if config is not None:
@@ -183,7 +204,7 @@ def load_model(parts: Parts, *, cut: bool = False) -> tuple[Any, list[str]]:
         config.num_labels = bundle.num_labels
         config.id2label = dict(enumerate(bundle.label_names))
         config.label2id = {name: i for i, name in enumerate(bundle.label_names)}
-        if config.pad_token_id is None:
+        if config.pad_token_id is None and not task_of(recipe.task).images:
             config.pad_token_id = bundle.collate_fn.pad_token_id  # type: ignore[attr-defined]
     set_seed(recipe.seed)  # a new head is drawn here
     dtype = pick_dtype(recipe, parts.device)
@@ -292,6 +313,7 @@ def training_arguments(parts: Parts, **changes: Any) -> TrainingArguments:
         ddp_find_unused_parameters=False,  # what has no gradient in a step gets zeros (surgery.idle)
         ddp_broadcast_buffers=False,  # what ranks record of their own rows is summed where it is used
         disable_tqdm=True,
+        accelerator_config={"dispatch_batches": False},  # of streamed rows too: the process that reads them trains
         **checkpointing_arguments(recipe.gradient_checkpointing, offloads(recipe, device)),
     )
     arguments = TrainingArguments(**values | changes | passed_on(recipe))

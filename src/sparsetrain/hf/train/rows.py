@@ -24,6 +24,7 @@ from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.events import Report
+from sparsetrain.runs.launch import asked_ranks
 from sparsetrain.surgery.method import Read, RowFacts, method_of
 
 
@@ -37,6 +38,10 @@ def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> Da
     def say(line: str) -> None:
         report({"event": "note", "text": line})
 
+    if recipe.streaming and asked_ranks() > 1:
+        raise ValueError(
+            "streaming: one process reads the rows, and several ranks were started. Start one, or leave streaming out."
+        )
     rows = step_rows(recipe)
     # calibration rows are spread over eight times as many: on 8,192 tokens from 4 places a conversion cost 1.47 times
     # the perplexity of other files, from 8 places 1.16
@@ -50,6 +55,7 @@ def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> Da
             tokenizer=tokenizer,
             step_rows=rows,
             step_tokens=None if rows is None else max(rows, calibration_rows, 1) * recipe.seq_len,
+            channels=getattr(config, "num_channels", 3),
             context=context_length(config),
             max_eval_rows=eval_images(recipe, config),
             eval_source=None if recipe.eval_data is None else resolve_data(recipe.eval_data, progress=say),
@@ -72,7 +78,13 @@ def eval_images(recipe: RunRecipe, config: Any) -> int | None:
 
 
 def all_rows(recipe: RunRecipe, tokenizer: Any, config: Any, report: Report) -> DataBundle:
-    """Every row of the recipe's data as training rows, text up to `eval_tokens`: for data that was not trained on."""
+    """Every row of the recipe's data as training rows, text up to `eval_tokens`: for data that was not trained on.
+
+    Raises:
+        ValueError: as `load_rows`; the data is streamed.
+    """
+    if getattr(recipe, "streaming", False):
+        raise ValueError(f"--all holds every row, and {recipe.data} was streamed as too large for that. Leave it out.")
     return _with_ids_checked(
         recipe,
         config,
@@ -80,6 +92,7 @@ def all_rows(recipe: RunRecipe, tokenizer: Any, config: Any, report: Report) -> 
             recipe=recipe,
             source=recipe.data,
             tokenizer=tokenizer,
+            channels=getattr(config, "num_channels", 3),
             step_tokens=max(recipe.eval_tokens, recipe.seq_len),
             context=context_length(config),
             eval_ratio=0.0,
@@ -155,7 +168,11 @@ def calibration_batches(parts: Parts) -> list[dict[str, Tensor]] | None:
 
 def text_reader(parts: Parts) -> Read | None:
     """What makes a batch of texts for a method that starts from texts; None for a model without a tokenizer."""
-    return None if parts.tokenizer is None else reader(parts.tokenizer, parts.recipe.seq_len, parts.device)
+    return (
+        None
+        if parts.tokenizer is None or task_of(parts.recipe.task).images
+        else reader(parts.tokenizer, parts.recipe.seq_len, parts.device)
+    )
 
 
 def reader(tokenizer: Any, max_tokens: int, device: torch.device | str) -> Read:

@@ -208,7 +208,7 @@ def _trainer(course: Course, span: Span, model: Any, handle: Handle | None) -> T
     trainer = Trainer(
         model=model,
         args=course.arguments(handle),
-        train_dataset=parts.bundle.train,
+        train_dataset=parts.bundle.trained_on,
         data_collator=course.collator,
         processing_class=parts.tokenizer,
         callbacks=[

@@ -28,7 +28,8 @@ Batch = Mapping[str, Tensor]
 class RowsAsked:
     """What a run asks of its rows.
 
-    source: a file, folder or name, as `hf.data` takes it. tokenizer: None for what is no text.
+    source: a file, folder or name, as `hf.data` takes it. tokenizer: of text; of pictures the image processor of a
+        trained model; else None. channels: of the pictures that the model takes.
     step_rows: rows that the steps read; None: all there are. step_tokens: the same where text is cut into rows.
     max_rows, max_eval_rows: labelled rows to use, as the recipe limits them; None: all.
     context: tokens that the model takes; None: unknown, or checked already.
@@ -41,6 +42,7 @@ class RowsAsked:
     recipe: RunRecipe
     source: Any
     tokenizer: Any = None
+    channels: int = 3
     step_rows: int | None = None
     step_tokens: int | None = None
     max_rows: int | None = None
@@ -58,6 +60,11 @@ class RowsAsked:
         ratio = {} if self.eval_ratio is None else {"eval_ratio": self.eval_ratio}
         told = {"seed": self.recipe.seed, "max_position_embeddings": self.context, "progress": self.progress}
         return {**told, **ratio, **self.hub, "eval_source": self.eval_source, "eval_split": self.eval_split}
+
+    @property
+    def streamed(self) -> dict[str, Any]:
+        """What loaders of text are told beside, where rows are read while it trains."""
+        return {"stream_ahead": self.recipe.stream_rows} if getattr(self.recipe, "streaming", False) else {}  # type: ignore[attr-defined]
 
 
 def load_asked(asked: RowsAsked) -> DataBundle:
@@ -85,6 +92,7 @@ def text_rows(asked: RowsAsked) -> DataBundle:
         max_tokens=asked.step_tokens,
         max_eval_tokens=max(recipe.eval_tokens, recipe.seq_len),
         **asked.of_text,
+        **asked.streamed,
     )
 
 
@@ -92,7 +100,8 @@ def sft_rows(asked: RowsAsked) -> DataBundle:
     """Conversations, with labels on what the assistant says."""
     recipe, packs = asked.recipe, _packs(asked.recipe)
     rows = None if packs else asked.step_rows  # how many a packed row holds is known when they are packed
-    bundle = load_sft(asked.source, asked.tokenizer, recipe.seq_len, max_rows=rows, **asked.of_text)
+    options = asked.of_text | asked.streamed
+    bundle = load_sft(asked.source, asked.tokenizer, recipe.seq_len, max_rows=rows, **options)
     return _packed(bundle, recipe.seq_len) if packs else bundle
 
 
@@ -125,8 +134,15 @@ def classify_rows(asked: RowsAsked) -> DataBundle:
 
 
 def image_rows(asked: RowsAsked) -> DataBundle:
-    """Images with a label each."""
-    return load_images(asked.source, max_rows=asked.max_rows, max_eval_rows=asked.max_eval_rows, seed=asked.recipe.seed)
+    """Images with a label each; those of a trained model as its processor makes them."""
+    return load_images(
+        asked.source,
+        max_rows=asked.max_rows,
+        max_eval_rows=asked.max_eval_rows,
+        seed=asked.recipe.seed,
+        processor=asked.tokenizer,
+        channels=asked.channels,
+    )
 
 
 class Scores(NamedTuple):

@@ -1,0 +1,101 @@
+"""finetune on pictures: a vision transformer and its image processor, PNG and JPEG of any size, a class a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from sparsetrain.cli import run
+from sparsetrain.hf.data import load_images
+from sparsetrain.hf.model.io import load
+from tests.hf import runs
+
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+
+
+def vit(folder: Path, channels: int = 3) -> Path:
+    """A random ViT of two layers for pictures of 16 x 16, with an image processor of its own mean and deviation."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = ViTConfig(**sizes, image_size=16, patch_size=4, num_channels=channels, num_labels=3)
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=MEAN, image_std=STD).save_pretrained(folder)
+    return folder
+
+
+def pictures(folder: Path, count: int = 14, parts: tuple[str, ...] = ("",)) -> Path:
+    """Red and blue pictures of many sizes, PNG and JPEG, in a folder a class, below each of the parts."""
+    draw = np.random.default_rng(0)
+    for part in parts:
+        for channel, name in ((0, "red"), (2, "blue")):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = draw.integers(0, 90, (17 + i, 30 - i, 3), dtype=np.uint8)
+                pixels[..., channel] += 150
+                Image.fromarray(pixels).save(folder / part / name / f"{i}.{'png' if i % 2 else 'jpg'}")
+    return folder
+
+
+def arguments(place: Path, *more: str) -> list[str]:
+    asked = {"model": place / "vit", "data": place / "data", "output": place / "out", "steps": 30, "batch_size": 4}
+    pairs = [word for key, value in asked.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    return ["finetune", "--task", "image", "--device", "cpu", "--lr", "0.01", *pairs, *more]
+
+
+def test_a_vision_transformer_learns_two_colours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vit(tmp_path / "vit")
+    pictures(tmp_path / "data")
+    assert run(arguments(tmp_path, "--json")) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["run"]["evals"][-1]["accuracy"] == 1.0 and result["recipe"]["methods"] == []
+    out = str(tmp_path / "out")
+    assert run(["eval", out, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(result["run"]["evals"][-1]["loss"], rel=1e-4)
+    loaded = load(out)
+    with Image.open(tmp_path / "data" / "red" / "3.png") as picture:
+        seen = loaded.tokenizer(picture, return_tensors="pt")
+    assert loaded.model.config.id2label[int(loaded.model(**seen).logits.argmax())] == "red"
+    assert (tmp_path / "out" / "adapter" / "preprocessor_config.json").is_file()
+
+
+def test_a_picture_is_seen_as_its_processor_shows_it(tmp_path: Path) -> None:
+    processor = AutoImageProcessor.from_pretrained(vit(tmp_path / "vit"), backend="pil")
+    bundle = load_images(str(pictures(tmp_path / "data", parts=("train", "test"))), processor=processor)
+    assert (len(bundle.train), len(bundle.eval or ())) == (28, 28) and bundle.label_names == ("blue", "red")
+    files = [path for name in ("blue", "red") for path in sorted((tmp_path / "data" / "train" / name).iterdir())]
+    made = bundle.collate_fn(list(bundle.train))["pixel_values"]
+    for path in files[::9]:
+        with Image.open(path) as picture:
+            shown = processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
+        assert min(float((each - shown[0]).abs().max()) for each in made) < 1e-5
+
+
+def test_what_cannot_be_trained_on_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vit(tmp_path / "vit")
+    pictures(tmp_path / "data", count=2)
+
+    def refused(*more: str) -> str:
+        assert run(arguments(tmp_path, *more)) == 2
+        return capsys.readouterr().err
+
+    runs.llama(tmp_path / "llama")
+    assert "cannot be loaded as AutoModelForImageClassification" in refused("--model", str(tmp_path / "llama"))
+    assert "no image processor reads" in refused("--data", "digits")
+    (tmp_path / "empty").mkdir()
+    assert "holds no images: no picture" in refused("--data", str(tmp_path / "empty"))
+    assert "eval_data is for data of text" in refused("--eval-data", str(tmp_path / "data"))
+    (tmp_path / "data" / "red" / "bad.png").write_bytes(b"no picture")
+    assert "bad.png cannot be read as a picture" in refused()
+    (tmp_path / "data" / "red" / "bad.png").unlink()
+    large = ViTImageProcessorPil(size={"height": 24, "width": 24})
+    large.save_pretrained(tmp_path / "vit")
+    assert "has images of (3, 24, 24) (channels, height, width)" in refused()
+    pictures(tmp_path / "divided", count=2, parts=("train", "test"))
+    (tmp_path / "divided" / "test" / "red").rename(tmp_path / "divided" / "test" / "green")
+    assert "is of no class of" in refused("--data", str(tmp_path / "divided"))
