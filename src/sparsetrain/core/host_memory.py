@@ -45,18 +45,29 @@ class OnHost:
         self._ready: Any = None
         self._host = tuple(map(self._out, tensors)) if self.moves else tensors
 
-    def back(self) -> tuple[Tensor, ...]:
-        """The tensors, on the device."""
+    @contextmanager
+    def on_device(self) -> Iterator[tuple[Tensor, ...]]:
+        """The tensors, on the device again inside."""
         if not self.moves:
-            return self._host
+            yield self._host
+            return
+        if self.count is not None:
+            ahead = self._empty() if self.before is not None else ()  # as of the block that sets out meanwhile
+            found = self._empty()
+            self.count(sum(x.numel() * x.element_size() for x in found))
+            yield found
+            del ahead
+            return
         self._set_out()
         if self.before is not None:
             self.before._set_out()
-        if self._ready is not None:
-            torch.cuda.current_stream(self.place).wait_event(self._ready)
+        torch.cuda.current_stream(self.place).wait_event(self._ready)
         found, self._back = self._back, None
         assert found is not None
-        return found
+        yield found
+
+    def _empty(self) -> tuple[Tensor, ...]:
+        return tuple(torch.empty(shape, dtype=dtype, device=self.place) for shape, dtype in self._host)
 
     def _out(self, x: Tensor) -> Any:
         if self.count is not None:
@@ -71,10 +82,6 @@ class OnHost:
 
     def _set_out(self) -> None:
         if self._back is not None:
-            return
-        if self.count is not None:
-            self._back = tuple(torch.empty(shape, dtype=dtype, device=self.place) for shape, dtype in self._host)
-            self.count(sum(x.numel() * x.element_size() for x in self._back))
             return
         found = tuple(torch.empty_like(x, device=self.place) for x in self._host)
         side = _side_stream(self.place)

@@ -57,6 +57,7 @@ class TokenSelection(MethodConfig, method="token_selection"):
     changes_outputs: ClassVar[bool] = False
     ops: ClassVar[tuple[str, ...]] = ("selected_rows",)
     own_dropout: ClassVar[bool] = True
+    frees_inputs: ClassVar[bool] = True
 
     keep_ratio: float | None = None
     num_tokens: int | None = None

@@ -107,6 +107,8 @@ def choose(model: Any, given: dict[str, Any], scores: Tensor | None) -> Chosen:
     policy = config.policy if scores is None and config.policy in ("loss", "gradient_norm") else None
     known = {"token_scores": scores}
     selector.kept, note = {}, None
+    if config.recompute and "use_cache" in model.argument_names():
+        given = {"use_cache": False} | given  # or a cache, which nobody asked for, holds what waits on the host
     if policy and config.scores == "previous" and not selector.dense:
         known["token_scores"], note = remembered(model, given, policy, _pad_token(model))
         policy = None

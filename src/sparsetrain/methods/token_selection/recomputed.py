@@ -8,6 +8,7 @@ pieces of them, so that no [t, d_ff] exists. The backward costs |S| / n of a for
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -78,14 +79,12 @@ class _Recomputed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, keys, values, *parameters = ctx.saved_tensors
-        if ctx.host is not None:
-            keys, values = ctx.host.back()
-        everything = replace(ctx.form, k_bgsd=keys, v_bgsd=values)
         x = x.detach().requires_grad_(ctx.needs_input_grad[0])
         asked = [p for p in (x, *parameters) if p.requires_grad]
-        with torch.enable_grad(), torch.autocast(**ctx.autocast):
-            y = ctx.again(x, everything, list(ctx.masks))
-        found = iter(torch.autograd.grad(y, asked, grads[0], allow_unused=True))
+        waits = nullcontext((keys, values)) if ctx.host is None else ctx.host.on_device()
+        with waits as (keys, values), torch.enable_grad(), torch.autocast(**ctx.autocast):
+            y = ctx.again(x, replace(ctx.form, k_bgsd=keys, v_bgsd=values), list(ctx.masks))
+            found = iter(torch.autograd.grad(y, asked, grads[0], allow_unused=True))
         dx, *of_parameters = (next(found) if p.requires_grad else None for p in (x, *parameters))
         return dx, *(None,) * 7, *of_parameters
 
