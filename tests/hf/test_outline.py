@@ -42,6 +42,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "tiled, full": {"lora_r": 0, "tiled_mlp": 8},
     "tiled, attention": {"lora_r": 4, "tiled_mlp": 4, "methods": [PQ]},
     "tokens": {"lora_r": 4, "methods": [TOKENS]},
+    "tokens, again": {"lora_r": 4, "methods": [{**TOKENS, "recompute": True}]},
     "spt": {"lora_r": 4, "methods": [PQ, FFN]},
     "all": {"lora_r": 4, "methods": [TOKENS, PQ, FFN], **AGAIN},
     "2:4": {"lora_r": 0, "methods": [{"method": "semi_structured"}]},

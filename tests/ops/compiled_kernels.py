@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparsetrain.ops.block_sparse_attention import triton as attention
+from sparsetrain.ops.monarch_linear import triton as monarch
 from sparsetrain.ops.product_quantization import triton as codes
 
 TILES = {"BLOCK_Q": 128, "BLOCK_K": 128, "N": 64, "C": 128, "CAUSAL": True}
@@ -26,9 +27,10 @@ KERNELS = [
     (attention._backward_kv, TILES | RULES | {"M": 64}, 8),
     (codes._encode, CODES, 4),
     (codes._histograms, CODES | {"MASKED": True}, 4),
+    (monarch._products, {"ROWS": 128, "COLUMNS": 128, "INNER": 32, "BIAS": True, "PRECISION": "tf32"}, 8),
 ]
 POINTERS = {"lse": "fp32", "delta": "fp32", "book": "fp32", "codes": "u8", "valid": "i8"}
-HALF = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "x")
+HALF = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "x", "a_ptr", "b_ptr", "bias_ptr", "out_ptr")
 NUMBERS = {"factor": "fp32", "scale": "fp32"}
 LISTS = ("_counts", "_ids", "_offsets", "_rows", "segments")
 

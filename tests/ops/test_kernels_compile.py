@@ -23,5 +23,5 @@ def test_kernels_compile_and_fit_shared_memory(capability: int) -> None:
     done = subprocess.run(run, env=without, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 6
+    assert len(found) == 7
     assert all(0 < kernel["shared"] <= SHARED_BYTES[capability] for kernel in found), found

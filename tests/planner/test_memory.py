@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from sparsetrain.planner.memory import Layout, StaticBytes, fit, peak_bytes, total_work
@@ -59,6 +61,16 @@ def test_lengths_and_batches_are_fitted() -> None:
     assert two.forward[0].work["attention"][0] == pytest.approx(128)
     with pytest.raises(ValueError, match="three lengths"):
         fit({4: step(4)}, 5)
+
+
+def test_a_peak_whose_moment_changes_with_the_length_is_no_parabola() -> None:
+    def fixed_then_tokens(n: int) -> StepTrace:
+        return dataclasses.replace(step(n), before=Segment(0.0, max(100.0, 50.0 * n)))
+
+    traces = {n: fixed_then_tokens(n) for n in (1, 2, 4)}
+    assert fit(traces, 1000).before.peak == pytest.approx(50_000)
+    squares = {n: dataclasses.replace(step(n), before=Segment(0.0, 7.0 + n * n)) for n in (1, 2, 4)}
+    assert fit(squares, 1000).before.peak == pytest.approx(1_000_007)
 
 
 def test_work_is_summed_over_all_blocks() -> None:

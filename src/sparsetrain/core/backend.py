@@ -43,6 +43,11 @@ def tuned_for(x: Tensor) -> str:
     return _planned.get() or x.device.type
 
 
+def is_planned(x: Tensor) -> bool:
+    """Does `x` stand, without values, for a tensor on another type of device?"""
+    return _planned.get() not in (None, x.device.type)
+
+
 @contextmanager
 def watch_ops() -> Iterator[set[str]]:
     """Collect the names of the ops that choose a backend inside the `with` block."""

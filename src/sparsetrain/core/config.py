@@ -40,6 +40,8 @@ class MethodConfig:
     """The operations (folders of `sparsetrain.ops`) that the method's modules call, for a plan that imports none."""
     own_dropout: ClassVar[bool] = False
     """Does the method draw the dropout masks of the blocks itself, in bytes, as a GPU's kernels do?"""
+    frees_inputs: ClassVar[bool] = False
+    """Do blocks keep none of their inputs whole? A caller holds them for a block longer, so a plan traces a third."""
     listed: ClassVar[bool] = True
     """May a user ask for it? A config that a method makes for itself says False."""
     trains_own: ClassVar[bool] = False

@@ -67,6 +67,10 @@ class Hollow(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled in here, and guarding each of 10,000 calls against it takes a tenth
 
+    def moved(self, size: int) -> None:
+        """So many bytes went to the CPU's memory, or came back."""
+        self.to_host += size
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         out = self._run(func, args, kwargs or {})
         if self.after is not None:

@@ -163,7 +163,9 @@ def fit(traces: dict[int, StepTrace], tokens: int, batch: int = 1) -> StepTrace:
         kinds = {kind for part in parts for kind in part.work}
         none = (0.0, 0.0, 0.0)
         work = {k: tuple(max(0.0, mix([p.work.get(k, none)[i] for p in parts])) for i in range(3)) for k in kinds}
-        return Segment(mix([p.kept for p in parts]), max(0.0, mix([p.peak for p in parts])), work)  # type: ignore[arg-type]
+        peaks = [p.peak for p in parts]
+        line = None if _is_parabola(lengths, peaks) else _line(lengths, peaks, tokens, batch)
+        return Segment(mix([p.kept for p in parts]), max(0.0, mix(peaks) if line is None else line), work)  # type: ignore[arg-type]
 
     count = range(len(first.forward))
     return StepTrace(
@@ -174,6 +176,22 @@ def fit(traces: dict[int, StepTrace], tokens: int, batch: int = 1) -> StepTrace:
         saved=table([t.saved for t in parts_of]),
         block_saved=tuple(table([t.block_saved[i] for t in parts_of]) for i in count),
     )
+
+
+def _is_parabola(lengths: list[int], values: list[float]) -> bool:
+    """Could a + b·T + c·T² with c ≥ 0 and b ≥ 0 have these values? A peak is the largest of several moments: where two
+    lengths have different ones, their parabola leads to a hundred times what is there at 256k tokens."""
+    (x, y, z), (u, v, w) = lengths, values
+    slopes = (v - u) / (y - x), (w - v) / (z - y)
+    near = 0.02 * max(map(abs, slopes))
+    return slopes[0] - near <= slopes[1] <= slopes[0] * (z + y) / (y + x) + near
+
+
+def _line(lengths: list[int], values: list[float], tokens: int, batch: int) -> float:
+    """Through the two longest."""
+    slope = (values[2] - values[1]) / (lengths[2] - lengths[1])
+    start = max(0.0, values[2] - slope * lengths[2])
+    return start + batch * (values[2] - start + slope * (tokens - lengths[2]))
 
 
 def _lagrange(points: list[int], at: int) -> list[float]:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from sparsetrain.core.anatomy import describe, submodule
+from sparsetrain.core.host_memory import counting_moves
 from sparsetrain.measure.memory import held_tensors, record_saved
 from sparsetrain.planner.hollow import Hollow, tensors_in
 from sparsetrain.planner.traced_step import Segment, StepTrace
@@ -210,7 +211,7 @@ def _following(live: LiveBytes, hollow: Hollow | None) -> Iterator[None]:
         return
     hollow.after = live.after
     try:
-        with hollow:
+        with hollow, counting_moves(hollow.moved):
             yield
     finally:
         hollow.after = None

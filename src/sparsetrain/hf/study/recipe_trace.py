@@ -186,7 +186,8 @@ class _Built:
         new = [name for name, _ in model.named_children() if name in ("classifier", "score", "pre_classifier")]
         new = new if task_of(recipe.task).labelled else []
         # the caller of a block holds its input until it has ended, so what is kept by none settles from the third on
-        alone = 2 if gpu and recipe.activation_offloading else 1
+        frees = any(config.frees_inputs for config in recipe.configs) and recipe.gradient_checkpointing == "none"
+        alone = 2 if frees or (gpu and recipe.activation_offloading) else 1
         if _names_a_layer(recipe):
             model = models.add_lora(model, recipe, self.handle, new)
             self.layout = thin_out(model, alone)

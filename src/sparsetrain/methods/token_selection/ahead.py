@@ -22,9 +22,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sparsetrain.core.modes import evaluating, flagged_evaluating, modules_of
+from sparsetrain.methods.token_selection.arguments import detached
 from sparsetrain.methods.token_selection.attention import attend_to_all, key_values, trained_keys
 from sparsetrain.methods.token_selection.loss import head_of, takes_rows
-from sparsetrain.methods.token_selection.module import SelectedBlock, detached
+from sparsetrain.methods.token_selection.module import SelectedBlock
 from sparsetrain.methods.token_selection.passes import Context, adapters_on_all_rows
 from sparsetrain.methods.token_selection.policies import Batch
 from sparsetrain.methods.token_selection.scores import scores_at_head

@@ -38,6 +38,10 @@ class TokenSelection(MethodConfig, method="token_selection"):
         train_keys: keys and values of tokens that are not selected train what makes them too: their gradient reaches
             the projections of their own block (its LoRA) and goes no further down. Saved then: what enters the
             projections, for all tokens.
+        recompute: of a block keep the selected rows of its input, and keys and values of all rows; the rest is computed
+            again on the selected rows in the backward (keep_ratio of a forward), and norms and FFNs run in pieces of a
+            row. For very long rows, in place of gradient checkpointing.
+        offload: those keys and values wait in the CPU's memory, pinned, until the backward. Needs recompute.
         always_keep: positions of every sample that are always selected: `first`, `last`.
         extra: the always-kept tokens come on top of |S| = floor(keep_ratio·(n - 2)) or num_tokens (published).
         ensure_target: if no selected token has a target, one that has takes the place of one that has not.
@@ -53,6 +57,7 @@ class TokenSelection(MethodConfig, method="token_selection"):
     changes_outputs: ClassVar[bool] = False
     ops: ClassVar[tuple[str, ...]] = ("selected_rows",)
     own_dropout: ClassVar[bool] = True
+    frees_inputs: ClassVar[bool] = True
 
     keep_ratio: float | None = None
     num_tokens: int | None = None
@@ -62,6 +67,8 @@ class TokenSelection(MethodConfig, method="token_selection"):
     keep_all_targets: bool = False
     context: str = "random"
     train_keys: bool = False
+    recompute: bool = False
+    offload: bool = False
     always_keep: tuple[str, ...] = ("first",)
     extra: bool = False
     ensure_target: bool = True
@@ -88,7 +95,8 @@ class TokenSelection(MethodConfig, method="token_selection"):
         return cls(keep_ratio=0.3)
 
     def shortest_trace(self) -> float:
-        return 128 / (self.keep_ratio or 1.0)  # the loss head works in chunks of 128 rows, and fewer fill none
+        # the loss head works in chunks of 128 rows, and fewer fill none; shorter rows are selected whole
+        return max(128 / (self.keep_ratio or 1.0), 2.0 * (self.num_tokens or 0))
 
     @property
     def needs_scores(self) -> bool:
@@ -131,6 +139,20 @@ class TokenSelection(MethodConfig, method="token_selection"):
             raise ValueError(
                 f"token_selection: unbiased=True needs known probabilities of selection, and policy={self.policy!r} "
                 f"with pool={self.pool!r} has none. Use policy='random' with pool='all' or 'targets'."
+            )
+
+        self._check_recompute()
+
+    def _check_recompute(self) -> None:
+        if self.offload and not self.recompute:
+            raise ValueError(
+                "token_selection: offload=True moves what recompute=True leaves of a block, and recompute=False. Give "
+                "recompute=True too, or leave offload out."
+            )
+        if self.recompute and self.train_keys:
+            raise ValueError(
+                "token_selection: train_keys=True keeps what enters the projections for all tokens, and recompute=True "
+                "keeps selected rows alone. Give one of them."
             )
 
     def _check_targets(self) -> None:

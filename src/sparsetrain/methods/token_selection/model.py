@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sparsetrain.core.anatomy import Anatomy, Undo, submodule
 from sparsetrain.core.modes import parameters_of
 from sparsetrain.methods.token_selection.ahead import look_ahead, remembered
+from sparsetrain.methods.token_selection.last_norm import NormOnRows
 from sparsetrain.methods.token_selection.logits import LogitsOnDemand, cut_rows
 from sparsetrain.methods.token_selection.loss import (
     Finish,
@@ -106,6 +107,8 @@ def choose(model: Any, given: dict[str, Any], scores: Tensor | None) -> Chosen:
     policy = config.policy if scores is None and config.policy in ("loss", "gradient_norm") else None
     known = {"token_scores": scores}
     selector.kept, note = {}, None
+    if config.recompute and "use_cache" in model.argument_names():
+        given = {"use_cache": False} | given  # or a cache, which nobody asked for, holds what waits on the host
     if policy and config.scores == "previous" and not selector.dense:
         known["token_scores"], note = remembered(model, given, policy, _pad_token(model))
         policy = None
@@ -234,8 +237,9 @@ def _argument_names(kind: Any) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind in named and p.name not in kind.extra_arguments)
 
 
-def install_model(model: nn.Module, anatomy: Anatomy, selector: Selector) -> Undo:
-    """Let a described model select when it is called, and its backbone when that is called alone; its head follows."""
+def install_model(model: nn.Module, anatomy: Anatomy, selector: Selector, *, cuts_last: bool) -> Undo:
+    """Let a described model select when it is called, and its backbone when that is called alone; its head follows, and
+    behind a last block that is cut (`cuts_last`) the norm before the head."""
     outer: Any = submodule(model, anatomy.model)
     models = [outer, *_backbones(outer, anatomy)]
     head = outer.get_output_embeddings() if hasattr(outer, "get_output_embeddings") else None
@@ -243,14 +247,17 @@ def install_model(model: nn.Module, anatomy: Anatomy, selector: Selector) -> Und
     for module in models:
         reclass_model(module, SelectsInTraining)
         vars(module)["selector"] = selector
-    if head is not None:
-        reclass(head, HeadOnRows)
-        vars(head)["selector"] = selector
+    norm = submodule(model, anatomy.last_norm) if cuts_last and anatomy.last_norm else None
+    norm = norm if norm is not None and not {"forward", "_hf_hook"} & vars(norm).keys() else None
+    follow = [(module, kind) for module, kind in ((head, HeadOnRows), (norm, NormOnRows)) if module is not None]
+    for module, kind in follow:
+        reclass(module, kind)
+        vars(module)["selector"] = selector
 
     def undo() -> None:
-        if head is not None:
-            del vars(head)["selector"]
-            declass(head)
+        for module, kind in follow:
+            del vars(module)["selector"]
+            declass(module, kind)
         for module in reversed(models):
             del vars(module)["selector"]
             declass_model(module, SelectsInTraining)

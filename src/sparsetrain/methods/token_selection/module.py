@@ -5,38 +5,48 @@ x_{l+1} = block(x_l) on all rows; gradient flows through the selected rows of x,
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsetrain.core.autograd import in_backward
 from sparsetrain.core.backend import choose
+from sparsetrain.core.host_memory import OnHost
+from sparsetrain.core.modes import modules_of, parameters_of
+from sparsetrain.methods.token_selection.arguments import detached, first_of, on_rows, with_first
 from sparsetrain.methods.token_selection.attention import AttentionOfAllRows, AttentionOfSelectedRows, attaches_loss
 from sparsetrain.methods.token_selection.passes import (
     Adapters,
     AllRows,
     FoundKeys,
+    Note,
     Notes,
     SelectedRows,
     adapters_on_all_rows,
     adapters_on_selected_rows,
 )
+from sparsetrain.methods.token_selection.recomputed import in_pieces, recomputed
 from sparsetrain.methods.token_selection.selector import Selector
-from sparsetrain.ops.selected_rows import Rows, keep, replace_rows, selected_attention_reference, take_rows
+from sparsetrain.ops.selected_rows import KeyValues, Rows, keep, replace_rows, selected_attention_reference
 from sparsetrain.surgery.attention import AttentionCall, stand_in_of, standing_in
-from sparsetrain.surgery.lora import plain_lora
+from sparsetrain.surgery.lora import plain_lora, runs_as
 from sparsetrain.surgery.reclass import dense_forward
 from sparsetrain.surgery.site import Site
 from sparsetrain.surgery.targets import ROWS as DENSE
 
 
 class SelectedBlock(Site):
-    """State of one converted block; it has no parameters. What drives schedules calls it."""
+    """State of one converted block; it has no parameters. What drives schedules calls it.
 
-    def __init__(self, selector: Selector, attention: str) -> None:
+    Args:
+        attention: the attention's name in the block. rowwise: those of modules that treat rows one by one.
+    """
+
+    def __init__(self, selector: Selector, attention: str, rowwise: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.selector, self.attention = selector, attention
+        self.selector, self.attention, self.rowwise = selector, attention, rowwise
         self.last: dict[str, float] = {}
 
     def set_step(self, step: int, total_steps: int | None) -> None:
@@ -54,6 +64,11 @@ class SelectedBlock(Site):
             return (
                 f"label_smoothing_factor={arguments.label_smoothing_factor} lets the trainer compute the loss of all "
                 "tokens, selected or not, from logits. Set it to 0"
+            )
+        if self.selector.config.recompute and getattr(arguments, "gradient_checkpointing", False):
+            return (
+                "gradient checkpointing keeps the inputs of all rows, and recompute=True in its place keeps less. "
+                "Give one of them"
             )
         return None
 
@@ -108,6 +123,8 @@ class SelectsTokens:
             return dense_forward(SelectsTokens, self, *args, **kwargs)
         if choose("token_selection", "auto", dict.fromkeys(_BACKENDS)) == "reference":
             return _by_definition(self, selected_rows, args, kwargs)
+        if self.selected.selector.config.recompute and not getattr(self, "gradient_checkpointing", False):
+            return _recomputing(self, selected_rows, args, kwargs)
         return _in_two_passes(self, selected_rows, args, kwargs)
 
 
@@ -126,20 +143,91 @@ def _in_two_passes(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
         out, notes.everything, notes.context = kept
     else:
         out = _on_all_rows(block, attention, notes, adapters, x, args, first)
-    own_args, own_kwargs = _on_rows(args, kwargs, rows)
+    own_args, own_kwargs = on_rows(args, kwargs, rows)
     if dense_bt is not None:
         own_kwargs[DENSE] = torch.ones_like(rows.index_bk, dtype=torch.bool)
     attends = AttentionOfSelectedRows(notes)
     with SelectedRows(notes), standing_in(attention, attends), adapters_on_selected_rows(adapters, notes):
         selected = dense_forward(SelectsTokens, block, *own_args, **own_kwargs)
     state.note(rows, notes.everything)
-    y, y_selected = _first(out), _first(selected)
+    y, y_selected = first_of(out), first_of(selected)
     if recomputing:
         # Checkpointing one block asks for no value of the recomputed output. What did ask would read NaN.
         y, out = torch.full_like(x, float("nan")), selected
     if notes.diverged and kept is None:
         y = _written_over(y, y_selected.detach(), rows)
-    return _with_first(out, replace_rows(y, y_selected, rows))
+    return with_first(out, replace_rows(y, y_selected, rows))
+
+
+@torch.compiler.disable()  # as above
+def _recomputing(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """One pass over all rows, of which the selected ones run again in the backward."""
+    state: SelectedBlock = block.selected
+    attention = block.get_submodule(state.attention)
+    _refuse_recompute(block, attention, args, kwargs)
+    notes, kept = Notes(rows), state.selector.take_kept(state)
+    if kept is not None:
+        out, notes.everything, _ = kept
+    else:
+        out = _in_pieces(block, attention, notes, args, kwargs)
+    state.note(rows, notes.everything)
+    own_args, own_kwargs = on_rows(args, kwargs, rows)
+    x_bkd = own_args[0] if own_args else own_kwargs.pop("hidden_states")
+
+    def again(x: Tensor, everything: KeyValues, masks: list[Note | None]) -> Tensor:
+        second = Notes(rows, diverges=True)
+        second.said, second.everything, second.diverged = masks, everything, True
+        adapters = plain_lora(block)
+        attends = AttentionOfSelectedRows(second)
+        with SelectedRows(second), standing_in(attention, attends), adapters_on_selected_rows(adapters, second):
+            return first_of(dense_forward(SelectsTokens, block, x, *own_args[1:], **own_kwargs))
+
+    e, host = notes.everything, None
+    assert e is not None, "a block whose attention was not called"
+    if state.selector.config.offload:
+        host = state.selector.waiting = OnHost((e.k_bgsd, e.v_bgsd), state.selector.waiting)
+    trained = [parameter for parameter in parameters_of(block) if parameter.requires_grad]
+    y = first_of(out)
+    y_bkd = recomputed(x_bkd, rows.gather(y), e, notes.said, again, trained, host)
+    return with_first(out, replace_rows(y, y_bkd, rows))
+
+
+def _in_pieces(block: Any, attention: Any, notes: Notes, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The block on all rows, without gradient; of what it says only masks of dropouts are noted."""
+    adapters = plain_lora(block)
+    modules: list[Any] = [block.get_submodule(name) for name in block.selected.rowwise]
+    modules = [module for module in modules if not any(map(_reads_rows_together, modules_of(module)))]
+    pieces = {module: partial(in_pieces, partial(type(module).forward, module)) for module in modules}
+    attends = AttentionOfAllRows(notes, None)
+    with (
+        torch.no_grad(),
+        AllRows(notes, only="dropout"),
+        standing_in(attention, attends),
+        adapters_on_all_rows(adapters, None),
+        runs_as(pieces),
+    ):
+        out = dense_forward(SelectsTokens, block, *detached(args), **detached(kwargs))
+    notes.attended = None
+    return out
+
+
+def _reads_rows_together(module: nn.Module) -> bool:
+    """A dropout is drawn once for all rows, and a method's own module (a router) may count them."""
+    return isinstance(module, Site) or (isinstance(module, nn.Dropout) and module.p > 0 and module.training)
+
+
+def _refuse_recompute(block: Any, attention: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    if stand_in_of(attention) is not None or kwargs.get(DENSE) is not None:
+        raise ValueError(
+            "token_selection: recompute=True runs the selected rows of a block again with a dense attention, and "
+            f"{type(block).__name__} has a sparse one. Leave recompute out, or the sparse attention."
+        )
+    others = [*args[1:], *(value for name, value in kwargs.items() if name != "hidden_states")]
+    if any(isinstance(value, Tensor) and value.requires_grad for value in others):
+        raise ValueError(
+            "token_selection: recompute=True gives gradient to what a block was given first, and "
+            f"{type(block).__name__} was given another tensor that trains (an encoder's states). Leave recompute out."
+        )
 
 
 def _on_all_rows(
@@ -155,15 +243,6 @@ def _on_all_rows(
             return dense_forward(SelectsTokens, block, *args, **kwargs)
         except FoundKeys:  # a block that is recomputed for its backward needs no more of the other rows
             return x
-
-
-def detached(given: Any) -> Any:
-    """A block's arguments, as constants. What is one already stays the same object, by which layers know it again."""
-    if isinstance(given, dict):
-        return {name: detached(value) for name, value in given.items()}
-    if isinstance(given, (tuple, list)):
-        return type(given)(detached(value) for value in given)
-    return given.detach() if isinstance(given, Tensor) and given.requires_grad else given
 
 
 def _written_over(y: Tensor, y_selected: Tensor, rows: Rows) -> Tensor:
@@ -202,32 +281,4 @@ def _by_definition(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
         kwargs = {**kwargs, "hidden_states": keep(kwargs["hidden_states"], selected_bt)}
     with standing_in(attention, attend):
         out = dense_forward(SelectsTokens, block, *args, **kwargs)
-    return _with_first(out, keep(_first(out), selected_bt))
-
-
-def _on_rows(args: tuple, kwargs: dict[str, Any], rows: Rows) -> tuple[tuple, dict[str, Any]]:
-    """A block's arguments with the selected rows of every tensor that has one row a token."""
-    kwargs = {name: _rows_of(value, rows) for name, value in kwargs.items() if name != DENSE}
-    if not args:
-        kwargs["hidden_states"] = take_rows(kwargs["hidden_states"], rows)
-        return args, kwargs
-    return (take_rows(args[0], rows), *(_rows_of(value, rows) for value in args[1:])), kwargs
-
-
-def _rows_of(value: Any, rows: Rows) -> Any:
-    if isinstance(value, (tuple, list)):
-        return type(value)(_rows_of(item, rows) for item in value)
-    if hasattr(value, "get_seq_length"):  # a cache has its keys from the first pass
-        return None
-    if not isinstance(value, Tensor) or value.requires_grad or value.ndim < 2:
-        return value
-    per_token = value.shape[1] == rows.num_tokens and value.shape[0] in (1, rows.shape[0])
-    return rows.gather_constant(value) if per_token else value
-
-
-def _first(out: Any) -> Tensor:
-    return out[0] if isinstance(out, (tuple, list)) else out
-
-
-def _with_first(out: Any, x: Tensor) -> Any:
-    return type(out)((x, *out[1:])) if isinstance(out, (tuple, list)) else x
+    return with_first(out, keep(first_of(out), selected_bt))

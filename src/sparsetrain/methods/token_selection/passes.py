@@ -102,17 +102,19 @@ def _stream(x: Any, first: tuple[int, int]) -> bool:
 
 
 class AllRows(TorchFunctionMode):
-    """The first pass: everything runs as it is, and is noted."""
+    """The first pass: everything runs as it is, and is noted; `only`: of one kind alone."""
 
-    def __init__(self, notes: Notes) -> None:
+    def __init__(self, notes: Notes, only: str | None = None) -> None:
         super().__init__()
-        self.notes = notes
+        self.notes, self.only = notes, only
         self.shape = (notes.rows.shape[0], notes.rows.num_tokens)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         kind = None if "out" in kwargs or self.notes.paused else _KINDS.get(func)  # an op's own products are no layer's
-        if kind is None or not _stream(args[1] if kind == "addmm" else args[0], self.shape):
+        if kind is None or self.only not in (None, kind):
+            return func(*args, **kwargs)
+        if not _stream(args[1] if kind == "addmm" else args[0], self.shape):
             return func(*args, **kwargs)
         if kind == "dropout":
             return self._dropout(*args, **kwargs)

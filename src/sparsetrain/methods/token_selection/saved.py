@@ -51,7 +51,11 @@ def saved_share(
         that begins with padding.
     """
     sites = list(handle.sites("token_selection").values())
-    if len(handle.configs) > 1 or any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if (
+        sites[0].selector.config.recompute
+        or len(handle.configs) > 1
+        or any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    ):
         return None
     selector, t = sites[0].selector, batch["input_ids"].shape[1]
     short = {n: x[:1, :SHORT] if x.shape[1:] == (t,) else x[:1] for n, x in batch.items()}

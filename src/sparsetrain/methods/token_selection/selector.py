@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from sparsetrain.core.host_memory import OnHost
 from sparsetrain.methods.token_selection.config import TokenSelection
 from sparsetrain.methods.token_selection.policies import Batch, draw, everything, segments_of
 from sparsetrain.methods.token_selection.previous import Previous
@@ -44,6 +45,7 @@ class Selector:
         kept: what blocks have said already of the batch that trains, by their state, call by call.
         previous: scores of the samples' last visits.
         mean: the optimizer step that is being accumulated.
+        waiting: the keys and values that went to the CPU's memory last in the forward that runs.
     """
 
     def __init__(self, config: TokenSelection, causal: bool, keep_last: bool) -> None:
@@ -59,6 +61,7 @@ class Selector:
         self.kept: dict[Any, list[Kept]] = {}
         self.previous = Previous()
         self.mean = StepMean()
+        self.waiting: OnHost | None = None
         self._forced: Rows | None = None
         self._draw: Callable[[int], Rows] | None = None
 
@@ -114,7 +117,7 @@ class Selector:
             with self.head_is(head):
                 yield
         finally:
-            self.running, self.loss, self._draw, self.kept = False, None, None, {}
+            self.running, self.loss, self._draw, self.kept, self.waiting = False, None, None, {}, None
 
     @contextmanager
     def head_is(self, head: Head | None) -> Iterator[None]:

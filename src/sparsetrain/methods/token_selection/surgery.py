@@ -26,7 +26,7 @@ def edits(config: TokenSelection, anatomy: Anatomy, model: nn.Module) -> list[Ed
     taken = [block for block in anatomy.blocks if config.takes(block.name, block.layer, len(anatomy.blocks))]
     for block in taken:
         _check(block, anatomy)
-    causal = all(site.causal for site in anatomy.attentions)
+    causal, cuts_last = all(site.causal for site in anatomy.attentions), taken[-1:] == list(anatomy.blocks[-1:])
     selectors: list[Selector] = []  # made when the first edit is installed: a plan holds no state
 
     def shared(first: bool) -> Selector:
@@ -41,7 +41,7 @@ def edits(config: TokenSelection, anatomy: Anatomy, model: nn.Module) -> list[Ed
             layer=block.layer,
             claims=frozenset({f"the gradient of {block.name}"}),
             cost=lambda tokens, block=block: costs(config, block, tokens),
-            install=lambda m, _, block=block, first=i == 0: install(m, anatomy, block, shared(first), first),
+            install=lambda m, _, block=block, first=i == 0: install(m, anatomy, block, shared(first), first, cuts_last),
             note=_note(config),
         )
         for i, block in enumerate(taken)
@@ -89,21 +89,30 @@ def costs(config: TokenSelection, block: Block, num_tokens: int) -> tuple[Cost, 
         dense = dense + Cost(flops=ffn.flops + projections, saved_elements=ffn.saved_elements + 3 * hidden)
     r = config.ratio(num_tokens)
     others = kv_width + (site.num_heads * site.head_dim if config.train_keys else 0)
-    saved = dense.saved_elements if r == 1 else r * dense.saved_elements + (1 - r) * others
+    own = dense.saved_elements
+    if config.recompute and block.ffn is not None:  # the input and the output's gradient, beside keys and values
+        own = kv_width + block.ffn.hidden_size
+    saved = dense.saved_elements if r == 1 else r * own + (1 - r) * others
     return dense, Cost(flops=dense.flops, saved_elements=saved)
 
 
-def install(model: nn.Module, anatomy: Anatomy, block: Block, selector: Selector, first: bool) -> tuple[Undo, Site]:
-    """Give a block its new forward; with the first one, the model itself learns to select."""
+def install(
+    model: nn.Module, anatomy: Anatomy, block: Block, selector: Selector, first: bool, cuts_last: bool
+) -> tuple[Undo, Site]:
+    """Give a block its new forward; with the first one, the model itself learns to select.
+
+    Args:
+        cuts_last: the model's last block is among those that are taken.
+    """
     assert block.attention is not None and anatomy.install_attention is not None
     module = submodule(model, block.name)
     reclass(module, SelectsTokens)
     try:
-        undo_model = install_model(model, anatomy, selector) if first else None
+        undo_model = install_model(model, anatomy, selector, cuts_last=cuts_last) if first else None
     except ValueError:
         declass(module)
         raise
-    state = SelectedBlock(selector, block.attention.name.removeprefix(f"{block.name}."))
+    state = SelectedBlock(selector, block.attention.name.removeprefix(f"{block.name}."), rowwise(block))
     module.selected = state
     uninstall = anatomy.install_attention(model)
 
@@ -115,6 +124,16 @@ def install(model: nn.Module, anatomy: Anatomy, block: Block, selector: Selector
         declass(module)
 
     return undo, state
+
+
+def rowwise(block: Block) -> tuple[str, ...]:
+    """The parts of a block, by their names in it, that treat [b, t, d] row by row: norms, and the FFN."""
+    assert block.attention is not None
+    attention = f"{block.attention.name}."
+    found = [name for name in block.norms if not name.startswith(attention)]
+    if block.ffn is not None and block.ffn.refused is None and block.ffn.name != block.name:
+        found.append(block.ffn.name)
+    return tuple(name.removeprefix(f"{block.name}.") for name in found)
 
 
 def refuse(config: TokenSelection, facts: RowFacts) -> str | None:

@@ -14,13 +14,10 @@ from __future__ import annotations
 from torch import Tensor, autocast, get_autocast_dtype, is_autocast_enabled
 
 from sparsetrain.core.backend import choose
+from sparsetrain.ops.monarch_linear.choice import best_first, run
 from sparsetrain.ops.monarch_linear.projection import dense_of as dense_of
 from sparsetrain.ops.monarch_linear.projection import project as project
 from sparsetrain.ops.monarch_linear.projection import project_diagonal as project_diagonal
-from sparsetrain.ops.monarch_linear.reference import reference_monarch
-from sparsetrain.ops.monarch_linear.torch import strided_monarch
-
-_NO_KERNEL = "no kernel is written: two batched products with the permutation in their strides move no data"
 
 
 def monarch_linear(
@@ -44,7 +41,8 @@ def monarch_linear(
         bias: [o] or None.
         columns: leave the result as it was computed, strides (1, n): right where element-wise functions and another
             linear of this kind follow. Its gradient is laid out as x is.
-        backend: auto, torch (any device) or reference.
+        backend: auto, torch (any device), triton (a GPU's: reads and writes any strides, so nothing is copied) or
+            reference. On a GPU `auto` takes the faster of the first two, timed once a shape.
 
     Returns:
         y [..., o], in x's dtype, or autocast's.
@@ -57,13 +55,11 @@ def monarch_linear(
     _check(x, right, left, bias)
     device = x.device.type
     dtype = get_autocast_dtype(device) if is_autocast_enabled(device) else x.dtype
-    name = choose("monarch_linear", backend, {"torch": None, "reference": None, "triton": _NO_KERNEL})
+    name = choose("monarch_linear", backend, best_first(x, right, left, dtype))
     given = [None if t is None else t.to(dtype) for t in (right, left, bias)]
     with autocast(device, enabled=False):
         x_ni = x.reshape(-1, x.shape[-1]).to(dtype)
-        y_no = (
-            reference_monarch(x_ni, *given) if name == "reference" else strided_monarch(x_ni, *given, columns)  # type: ignore[arg-type]
-        )
+        y_no = run(name, x_ni, *given, columns)  # type: ignore[arg-type]
     return y_no.view(*x.shape[:-1], y_no.shape[1])
 
 

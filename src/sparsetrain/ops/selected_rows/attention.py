@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsetrain.core.autograd import as_output
-from sparsetrain.core.backend import choose
+from sparsetrain.core.backend import choose, is_planned
 from sparsetrain.ops.selected_rows.choice import OP, available, kernels
 from sparsetrain.ops.selected_rows.keys import KeyValues, who_sees
 from sparsetrain.ops.selected_rows.library import LIBRARY
+from sparsetrain.ops.selected_rows.planned import attention_as_planned
 from sparsetrain.ops.selected_rows.rows import Rows
 from sparsetrain.ops.selected_rows.tiles import backward_by_tiles, forward_by_tiles
 
@@ -54,6 +55,8 @@ def selected_attention(
     q_bhkd, k_bgkd, v_bgkd, keys, values = (x.to(dtype) for x in (q_bhkd, k_bgkd, v_bgkd, e.k_bgsd, e.v_bgsd))
     e = replace(e, k_bgsd=keys, v_bgsd=values)
     name = _chosen(q_bhkd, e, rows, context is not None, backend)
+    if is_planned(q_bhkd):
+        return attention_as_planned(q_bhkd, k_bgkd, v_bgkd, e, rows, known, context, name)
     if name in LIBRARY:
         out = LIBRARY[name](q_bhkd, k_bgkd, v_bgkd, e, rows)
         return out if known is None else _WithValues.apply(out, known)  # type: ignore[return-value]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsetrain.core.backend import has_triton, no_triton
+from sparsetrain.core.backend import has_triton, is_planned, no_triton
 from sparsetrain.ops.selected_rows.keys import KeyValues, who_sees
 from sparsetrain.ops.selected_rows.rows import Rows
 from sparsetrain.ops.selected_rows.tiles import backward_by_tiles, forward_by_tiles
@@ -37,6 +37,8 @@ def available(q_bhkd: Tensor, e: KeyValues, rows: Rows, *, trains_others: bool) 
     ends = plain or (None if e.causal and whole else "a call that is not causal over one whole sequence a row")
     if ends is None and rows.ends is None:
         ends = "the selected rows are not the first and last ones of every sample"
+    if is_planned(q_bhkd):  # a GPU that our kernels know, with Triton
+        return {"sdpa": ends, "triton": None}
     flex = plain or no_flex(q_bhkd)
     if flex is None and e.k_bgsd.shape[2] != rows.num_tokens:
         flex = "keys of a cache stand before the tokens"
