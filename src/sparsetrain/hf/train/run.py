@@ -125,6 +125,7 @@ def _open(recipe: RunRecipe, job: Job, report: Report, callbacks: tuple[TrainerC
     ranks.check_same("set of training rows", rows, "Give all nodes the same data, and the same version of sparsetrain.")
     if resumed is not None:
         check_data(resumed, rows)
+    journal.planned = [] if job.forecast is None else job.forecast(parts)
     return Course(
         recipe=recipe,
         job=job,
