@@ -232,10 +232,11 @@ def test_a_uvit_from_random_weights_to_samples(tmp_path: Path) -> None:
     assert tuned_result.sparsity["edits"] and any("skips.*" in note for note in tuned_result.sparsity["notes"])
     with pytest.raises(ValueError, match="an odd number of blocks"):
         pretrain(recipe(tmp_path / "even", model="uvit-nano", set=sizes | {"num_layers": 2}))
-    unlabelled: Any = pretrain(
-        recipe(tmp_path / "none", model="uvit-nano", set=sizes | {"num_class_embeds": 0}, steps=2)
-    )
+    bright = str(Path(pictures(tmp_path / "pictures")) / "bright")
+    unconditional = {"set": sizes | {"num_class_embeds": 0}, "steps": 2, "data": bright}
+    unlabelled: Any = pretrain(recipe(tmp_path / "none", model="uvit-nano", **unconditional))
     assert num_labels(load(unlabelled.saved).model.config) == 0
+    assert "by how many quarters they were turned" in unlabelled.run["images"]["features"]
 
 
 def test_a_unet_with_and_without_labels(tmp_path: Path) -> None:
@@ -297,11 +298,26 @@ def test_features_are_the_same_in_any_order_and_kept(tmp_path: Path, monkeypatch
     monkeypatch.setattr(image_features, "_train", None)  # it is read, not trained anew
     again = features_of("trained", (pixels[::-1].copy(), labels[::-1].copy()), (pixels, labels))
     np.testing.assert_array_equal(again.features(pixels), found)
-    with pytest.raises(ValueError, match="all images have one label"):
-        features_of("trained", (pixels, labels * 0), (pixels, labels))
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     with pytest.raises(ValueError, match="torchmetrics', which is not installed"):
         features_of("inception", (pixels, labels), (pixels, labels))
+
+
+def test_images_of_one_label_are_measured_by_how_they_are_turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    pixels = np.zeros((40, 8, 8, 1), dtype=np.uint8)
+    pixels[:, :4] = random.integers(100, 255, (40, 4, 8, 1))  # bright above, dark below
+    one = np.zeros(40, dtype=np.int64)
+    monkeypatch.setattr(image_features, "_STEPS", 150)
+    found = features_of("trained", (pixels, one), (pixels[:20], one[:20]))
+    assert "by how many quarters they were turned (100.0% of the held-out ones right)" in found.says
+    mean, spread = found.features(pixels).mean(0), found.features(pixels).std(0)
+    assert np.abs(mean).max() < 1e-3 and spread.max() < 1.1
+    images, quarters = image_features.turned(pixels)
+    assert images.shape == (160, 8, 8, 1) and np.bincount(quarters).tolist() == [40] * 4
+    assert np.array_equal(images[40], np.rot90(pixels[0]))
+    with pytest.raises(ValueError, match="are 8x4: features would come from telling how they are turned"):
+        features_of("trained", (pixels[:, :, :4], one), (pixels[:, :, :4], one))
 
 
 def test_inceptions_features_are_read_off_torchmetrics(monkeypatch: pytest.MonkeyPatch) -> None:
