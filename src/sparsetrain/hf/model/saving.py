@@ -97,8 +97,9 @@ def model_options(config: Any, task: Task) -> dict[str, Any]:
     """What `from_pretrained` must be told to make a model of this config again around its adapter."""
     options: dict[str, Any] = {name: 0.0 for name in ATTENTION_DROPOUT if getattr(config, name, None) == 0.0}
     if task.labelled:
-        options |= {"id2label": config.id2label, "label2id": config.label2id}
-        options |= {"pad_token_id": config.pad_token_id, "ignore_mismatched_sizes": True}
+        options |= {"id2label": config.id2label, "label2id": config.label2id, "ignore_mismatched_sizes": True}
+    if task.labelled and not task.images:
+        options["pad_token_id"] = config.pad_token_id
     return options
 
 

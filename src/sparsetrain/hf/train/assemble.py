@@ -66,12 +66,13 @@ def open_parts(
     check_offload(recipe, config, device, report)
     planned = check_and_plan(recipe, config, device)
     tokenizer = None if opened is None else opened.tokenizer
-    if opened is None and not task_of(recipe.task).images:
+    task = task_of(recipe.task)
+    if opened is None and (task.texts or not task.images):
         tokenizer = open_tokenizer(path, config)
     refuse_rows(recipe)
     bundle = load_rows(recipe, tokenizer, config, report) if opened is None else opened.bundle
     refuse_rows(recipe, bundle)
-    if task_of(recipe.task).images:
+    if task.images:
         check_images(config, recipe, bundle)
     return Parts(
         recipe=recipe,
@@ -147,7 +148,8 @@ def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...
     else:
         path = resolve_model(recipe.model, progress=lambda line: report({"event": "note", "text": line}))
     config = opening.open_config(path, recipe.model)
-    check_context(recipe.seq_len, config, recipe.model)
+    if not task_of(recipe.task).images:
+        check_context(recipe.seq_len, config, recipe.model)
     models.check_lora_targets(recipe, config)
     models.drop_attention_dropout(config, lambda: models.empty_model(config, recipe.task), configs, report)
     return path, config
@@ -183,7 +185,7 @@ def load_model(parts: Parts, *, cut: bool = False) -> tuple[Any, list[str]]:
         config.num_labels = bundle.num_labels
         config.id2label = dict(enumerate(bundle.label_names))
         config.label2id = {name: i for i, name in enumerate(bundle.label_names)}
-        if config.pad_token_id is None:
+        if not task_of(recipe.task).images and config.pad_token_id is None:
             config.pad_token_id = bundle.collate_fn.pad_token_id  # type: ignore[attr-defined]
     set_seed(recipe.seed)  # a new head is drawn here
     dtype = pick_dtype(recipe, parts.device)

@@ -110,6 +110,7 @@ def refuse_rows(recipe: RunRecipe, bundle: DataBundle | None = None) -> None:
         seq_len=recipe.seq_len,
         labelled=task.labelled,
         one_sequence=not task.images and task.sequences == 1,
+        reads_texts=task.texts or (not task.images and task.sequences == 1),
     )
     if bundle is not None and "input_ids" in bundle.train.column_names:
         facts = replace(
@@ -155,7 +156,12 @@ def calibration_batches(parts: Parts) -> list[dict[str, Tensor]] | None:
 
 def text_reader(parts: Parts) -> Read | None:
     """What makes a batch of texts for a method that starts from texts; None for a model without a tokenizer."""
-    return None if parts.tokenizer is None else reader(parts.tokenizer, parts.recipe.seq_len, parts.device)
+    if parts.tokenizer is None:
+        return None
+    tokens = parts.recipe.seq_len
+    if task_of(parts.recipe.task).images:  # rows are none of the texts, which have lengths of their own
+        tokens = context_length(parts.config) or tokens
+    return reader(parts.tokenizer, tokens, parts.device)
 
 
 def reader(tokenizer: Any, max_tokens: int, device: torch.device | str) -> Read:

@@ -211,7 +211,7 @@ def _trainer(course: Course, span: Span, model: Any, handle: Handle | None) -> T
         args=course.arguments(handle),
         train_dataset=parts.bundle.train,
         data_collator=course.collator,
-        processing_class=parts.tokenizer,
+        processing_class=None if task_of(course.recipe.task).images else parts.tokenizer,  # of rows of text
         callbacks=[
             *course.callbacks,
             *course.job.callbacks,
