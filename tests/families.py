@@ -324,5 +324,16 @@ def _unet2d() -> nn.Module:
     )
 
 
+def _uvit() -> nn.Module:
+    from sparsetrain.hf.model.uvit import UViT
+
+    return UViT(sample_size=8, patch_size=2, num_layers=3, num_attention_heads=2, attention_head_dim=8)
+
+
 UNET = Family("unet2d", _unet2d, causal=False, diffusion=True)
-DIFFUSION: dict[str, Callable[[], nn.Module]] = {"dit": _dit, "transformer2d": _transformer2d, "unet2d": _unet2d}
+DIFFUSION: dict[str, Callable[[], nn.Module]] = {
+    "dit": _dit,
+    "transformer2d": _transformer2d,
+    "unet2d": _unet2d,
+    "uvit": _uvit,
+}

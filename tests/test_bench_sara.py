@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from bench.methods.sara import BENCHMARKS, DATA, shira, train
+from bench.methods.super_tuning import super_tuning
 from bench.runner import asked_of, cells_of
+from sparsetrain.core.anatomy import describe
+from sparsetrain.hf.model.io import load
 from sparsetrain.hf.train.finetune import finetune
 from tests.hf import runs
 
@@ -21,6 +24,18 @@ def test_shira_goes_through_the_same_run(tmp_path: Path) -> None:
         runs.recipe(tmp_path, deploy="dense", steps=1, save_every=0, output=str(tmp_path / "b")), write=False
     )
     assert found.trainable_parameters == lora.trainable_parameters
+
+
+@pytest.mark.parametrize("select_top", [True, False])
+def test_super_tuning_goes_through_the_same_run(select_top: bool, tmp_path: Path) -> None:
+    asked = runs.recipe(tmp_path, deploy="dense", lr=0.05, save_every=0, steps=6)
+    with super_tuning(select_top):
+        found = finetune(asked, write=False)
+    assert found.run["perplexity"]["after_training"] < found.run["perplexity"]["dense"]
+    entries = sum(
+        site.in_features * site.out_features for site in describe(load(str(tmp_path / "model")).model).linears
+    )
+    assert found.trainable_parameters == pytest.approx(0.1 * entries, rel=0.01)
 
 
 def test_a_cell_is_a_run(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "steps": steps.steps,
     "deploy": deploy.deploy,
     "sara": linears.sara,
+    "super_tuning": linears.sara,
     "pst": linears.pst,
     "monarch_quality": linears.monarch,
     "multi_level_gpt": growth.multi_level,

@@ -18,6 +18,7 @@ from sparsetrain import ConceptBottleneck, SparseDM, TokenSelection
 from sparsetrain.data.captions import CLOTHES, all_attributes
 from sparsetrain.hf.model.architectures import check_task, open_architecture
 from sparsetrain.hf.train import image_quality
+from sparsetrain.hf.train.pretrain import stage_models
 from sparsetrain.measure import image_features
 from sparsetrain.methods.concept_bottleneck.config import read_concepts
 from sparsetrain.recipes.finetune import Recipe
@@ -134,6 +135,17 @@ def test_the_recipe_of_a_growing_gpt(call: Call, text: Path, tmp_path: Path) -> 
     shown = call("pretrain", "--recipe", EXAMPLES / "grow.yaml", *flags)
     assert shown.code == 0 and "hidden*2 heads*2 ffn*2, masked" in shown.out
     assert "1,601 to 1,680" in shown.out and "2,481 to 4,000" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"), [("vit-multi-level", [4, 2, 4]), ("vit-grow", [2, 2, 2, 4, 4])], ids=["V-cycle", "growth"]
+)
+def test_the_recipes_of_vits_that_grow(name: str, layers: list[int]) -> None:
+    recipe = PretrainRecipe.from_yaml(EXAMPLES / f"{name}.yaml")
+    config = open_architecture(recipe)
+    check_task(config, recipe)
+    assert recipe.compare == "dense" and (recipe.task, recipe.data) == ("image", "fashion-mnist")
+    assert [grown.model.config.num_hidden_layers for grown in stage_models(config, recipe)] == layers
 
 
 def test_the_recipe_of_a_diffusion_model(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

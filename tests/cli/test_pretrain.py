@@ -46,6 +46,7 @@ def test_a_growing_model_is_trained_and_its_bad_plans_are_refused(call: Call, te
     assert done.code == 0, done.err
     stages = json.loads(done.out)["run"]["stages"]
     assert [(stage["from_step"], stage["to_step"]) for stage in stages] == [(0, 4), (4, 6), (6, 8)]
+    assert all(cost["planned"]["time_s"] > 0 for cost in json.loads(done.out)["run"]["stage_costs"])
     assert not json.loads(call("eval", tmp_path / "run", "--json").out)["sparse"]
     for plan, word in (
         ("width/2|width*2", "unknown axis 'width'"),

@@ -21,6 +21,7 @@ from sparsetrain.hf.model.denoising import DiffusionModel, num_labels
 from sparsetrain.hf.model.diffusion_config import DiffusionConfig
 from sparsetrain.hf.model.io import export, load
 from sparsetrain.hf.model.sampling import label_of, sample
+from sparsetrain.hf.model.uvit import UViT
 from sparsetrain.hf.study.compare import compare
 from sparsetrain.hf.study.preview import preview
 from sparsetrain.hf.train import image_quality
@@ -216,6 +217,28 @@ def test_a_perfect_denoiser_draws_the_image_it_knows(monkeypatch: pytest.MonkeyP
     assert np.abs(made.astype(float) - expected).max() <= 2
 
 
+def test_a_uvit_from_random_weights_to_samples(tmp_path: Path) -> None:
+    sizes = {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8, "patch_size": 2}
+    result: Any = pretrain(recipe(tmp_path, model="uvit-nano", set=sizes, steps=2))
+    model = load(result.saved).model
+    assert describe(model).family == "UViT" and len(describe(model).blocks) == 3 and num_labels(model.config) == 2
+    drawn = [sample(model, 2, labels=labels, steps=2) for labels in ([0, 0], [1, 1])]
+    assert drawn[0].shape == (2, 8, 8, 1) and not np.array_equal(*drawn)
+    plain: Any = UViT.from_pretrained(str(result.saved))
+    x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([3, 500]), torch.tensor([0, 1])
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(x, t, labels).sample, model.denoise(x, t, labels))
+    tuned_result: Any = finetune(tuned(tmp_path, str(result.saved), lora_r=0, methods=[{"method": "sparsedm"}]))
+    assert tuned_result.sparsity["edits"] and any("skips.*" in note for note in tuned_result.sparsity["notes"])
+    with pytest.raises(ValueError, match="an odd number of blocks"):
+        pretrain(recipe(tmp_path / "even", model="uvit-nano", set=sizes | {"num_layers": 2}))
+    bright = str(Path(pictures(tmp_path / "pictures")) / "bright")
+    unconditional = {"set": sizes | {"num_class_embeds": 0}, "steps": 2, "data": bright}
+    unlabelled: Any = pretrain(recipe(tmp_path / "none", model="uvit-nano", **unconditional))
+    assert num_labels(load(unlabelled.saved).model.config) == 0
+    assert "by how many quarters they were turned" in unlabelled.run["images"]["features"]
+
+
 def test_a_unet_with_and_without_labels(tmp_path: Path) -> None:
     result: Any = pretrain(recipe(tmp_path, model="unet-nano", set=UNET, steps=2))
     model = load(result.saved).model
@@ -275,11 +298,26 @@ def test_features_are_the_same_in_any_order_and_kept(tmp_path: Path, monkeypatch
     monkeypatch.setattr(image_features, "_train", None)  # it is read, not trained anew
     again = features_of("trained", (pixels[::-1].copy(), labels[::-1].copy()), (pixels, labels))
     np.testing.assert_array_equal(again.features(pixels), found)
-    with pytest.raises(ValueError, match="all images have one label"):
-        features_of("trained", (pixels, labels * 0), (pixels, labels))
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     with pytest.raises(ValueError, match="torchmetrics', which is not installed"):
         features_of("inception", (pixels, labels), (pixels, labels))
+
+
+def test_images_of_one_label_are_measured_by_how_they_are_turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    pixels = np.zeros((40, 8, 8, 1), dtype=np.uint8)
+    pixels[:, :4] = random.integers(100, 255, (40, 4, 8, 1))  # bright above, dark below
+    one = np.zeros(40, dtype=np.int64)
+    monkeypatch.setattr(image_features, "_STEPS", 150)
+    found = features_of("trained", (pixels, one), (pixels[:20], one[:20]))
+    assert "by how many quarters they were turned (100.0% of the held-out ones right)" in found.says
+    mean, spread = found.features(pixels).mean(0), found.features(pixels).std(0)
+    assert np.abs(mean).max() < 1e-3 and spread.max() < 1.1
+    images, quarters = image_features.turned(pixels)
+    assert images.shape == (160, 8, 8, 1) and np.bincount(quarters).tolist() == [40] * 4
+    assert np.array_equal(images[40], np.rot90(pixels[0]))
+    with pytest.raises(ValueError, match="are 8x4: features would come from telling how they are turned"):
+        features_of("trained", (pixels[:, :, :4], one), (pixels[:, :, :4], one))
 
 
 def test_inceptions_features_are_read_off_torchmetrics(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,16 +372,19 @@ def test_what_does_not_fit_is_told_before_training(tmp_path: Path) -> None:
         finetune(tuned(tmp_path, str(tmp_path / "two")))
 
 
-@pytest.mark.parametrize("kind", ["dit", "unet"])
+@pytest.mark.parametrize("kind", ["dit", "unet", "uvit"])
 def test_recomputed_blocks_give_the_same_gradients(kind: str) -> None:
     blocks = {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
     unet = {**UNET, **blocks, "denoiser": "UNet2DModel", "in_channels": 1, "out_channels": 1, "num_class_embeds": 4}
-    model = dit() if kind == "dit" else DiffusionModel.from_config(DiffusionConfig(**unet))
+    uvit = {"denoiser": "UViT", "sample_size": 8, "patch_size": 2, "num_layers": 3, "num_class_embeds": 4}
+    config = DiffusionConfig(**(unet if kind == "unet" else uvit))
+    model = dit() if kind == "dit" else DiffusionModel.from_config(config)
     x, noise = torch.randn(2, 3, 1, 8, 8).unbind(0)
     given = {"labels": torch.tensor([0, 1, 2]), "noise": noise, "timesteps": torch.tensor([5, 300, 900])}
     model.config.label_dropout = 0.0
     found, ran = [], list[int]()
-    part: Any = model.transformer_blocks[0].ff if kind == "dit" else model.down_blocks[0].resnets[0].conv1
+    block = {"dit": "transformer_blocks.0.ff", "unet": "down_blocks.0.resnets.0.conv1", "uvit": "blocks.0.attn1"}[kind]
+    part = model.get_submodule(block)
     part.register_forward_hook(lambda *_: ran.append(1))
     for again in (False, True):
         if again:

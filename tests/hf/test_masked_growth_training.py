@@ -56,7 +56,10 @@ def test_masks_rise_in_a_stage_of_their_own_and_are_gone_after_it(tmp_path: Path
     assert rates == sorted(rates, reverse=True)
 
 
-@pytest.mark.parametrize("changes", [{}, {"ramp_first": True, "rewind": "all", "new_layers": "interpolate"}], ids=str)
+ALSO = {"ramp_first": True, "rewind": "all", "new_layers": "interpolate", "new_entry_steps": "own"}
+
+
+@pytest.mark.parametrize("changes", [{}, ALSO], ids=["as published", "otherwise"])
 def test_killed_at_every_step_a_run_gives_the_same_losses(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Twelve runs of one step each, so it takes longer than other tests."""
     asked = recipe(tmp_path, PLAN | changes, grad_accum=2, warmup_steps=1)

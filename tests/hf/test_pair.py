@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_an_image_is_explained_from_the_command_line(call: Call, tmp_path: Path)
     save(model, handle, tmp_path / "saved", tokenizer=small_pair.tokenizer(), task="pair-image")
     image = np.random.default_rng(0).integers(0, 256, (28, 28, 1), dtype=np.uint8)
     (tmp_path / "shoe.png").write_bytes(as_png(image))
-    assert np.array_equal(read_picture(tmp_path / "shoe.png", 28, 1), image)
+    assert np.array_equal(read_picture(tmp_path / "shoe.png", (28, 28), 1), image)
     said = call("explain", tmp_path / "saved", tmp_path / "shoe.png", "--output", tmp_path / "page.html")
     assert said.code == 0 and "sum: the lead" in said.out and "search of the concept matrix" in said.out, said.err
     page = (tmp_path / "page.html").read_text()
@@ -94,6 +95,36 @@ def test_an_image_is_explained_from_the_command_line(call: Call, tmp_path: Path)
     for wrong, message in (("none.png", "does not exist"), ("text.png", "no picture that can be read")):
         said = call("explain", tmp_path / "saved", tmp_path / wrong)
         assert said.code == 2 and message in said.err
+
+
+def test_a_pair_is_trained_and_asked_from_the_command_line(call: Call, tmp_path: Path) -> None:  # noqa: F811
+    clip_folder(tmp_path / "clip")
+    generator = np.random.default_rng(0)
+    for name, low in (("bright", 150), ("dark", 0)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(12):
+            image = generator.integers(low, low + 100, (28, 28, 1), dtype=np.uint8)
+            (tmp_path / "data" / name / f"{i}.png").write_bytes(as_png(image))
+    (tmp_path / "concepts.txt").write_text("a collar\nlong sleeves\nthick and warm\n")
+    method = f"concept_bottleneck:concepts={tmp_path / 'concepts.txt'},loss=contrastive"
+    run = ("finetune", "--task", "pair-image", "--data", tmp_path / "data", "--device", "cpu", "--dtype", "fp32")
+    given = (*run, "--method", method, "--steps", 4, "--batch-size", 4, "--save-every", 2)
+    said = call(*given, "--model", tmp_path / "clip", "--output", tmp_path / "out", "--json")
+    assert said.code == 0, said.err
+    assert json.loads(said.out)["trainable_parameters"] == 3 * 3 + 2 * 3
+    loaded = load(tmp_path / "out")
+    assert isinstance(loaded.model, PairClassifier) and loaded.task == "pair-image" and loaded.tokenizer is not None
+    before = CLIPModel.from_pretrained(tmp_path / "clip").state_dict()
+    assert all(torch.equal(weight, before[name]) for name, weight in loaded.model.pair.state_dict().items())
+    said = call("explain", tmp_path / "out", tmp_path / "data" / "dark" / "0.png")
+    assert said.code == 0 and "long sleeves" in said.out and "sum: the lead" in said.out, said.err
+    (tmp_path / "clip" / "tokenizer.json").unlink()
+    (tmp_path / "clip" / "tokenizer_config.json").unlink()
+    said = call(*given, "--model", tmp_path / "clip", "--output", tmp_path / "none")
+    assert said.code == 2 and "holds no tokenizer" in said.err
+    BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(tmp_path / "b")
+    said = call(*given, "--model", tmp_path / "b", "--output", tmp_path / "none")
+    assert said.code == 2 and "is no pair of encoders" in said.err and not (tmp_path / "none").exists()
 
 
 def test_pixels_are_scaled_as_for_training() -> None:

@@ -19,6 +19,7 @@ from sparsetrain.core.anatomy import describe
 from sparsetrain.hf.model.classifier import EncoderClassifier
 from sparsetrain.methods.masked_growth.masks import Place, places
 from sparsetrain.methods.masked_growth.module import MaskedNorm, RampSite
+from sparsetrain.methods.masked_growth.own_steps import correct, settle
 from sparsetrain.methods.masked_growth.resize import layer_sources
 from sparsetrain.surgery.reclass import reclass
 from sparsetrain.surgery.record import handles_of
@@ -308,6 +309,60 @@ def test_weight_decay_waits_for_the_mask() -> None:
     assert not torch.equal(new.transformer.ln_f.weight[:16], old)
     step(5)
     assert sum(not torch.equal(a, b) for a, b in zip(news(), before, strict=True)) > len(before) / 2
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_new_entries_may_count_their_own_steps(amsgrad: bool) -> None:
+    """As an optimizer of their own, to rounding; after the ramp the parameter's count goes on where theirs was."""
+    torch.manual_seed(0)
+    options: Any = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1, "amsgrad": amsgrad}
+    whole = nn.Parameter(torch.randn(6, dtype=torch.float64))
+    optimizer = torch.optim.AdamW([whole], **options)
+    for _ in range(2000):  # under way for long: 1 - beta^t is 1
+        whole.grad = torch.cat([torch.randn(4).double(), torch.zeros(2).double()])
+        optimizer.step()
+    alone = nn.Parameter(whole.detach()[4:].clone())
+    fresh, new = torch.optim.AdamW([alone], **options), torch.arange(6) >= 4
+    for count in range(1, 21):
+        gradient = torch.randn(6).double()
+        whole.grad, alone.grad = gradient.clone(), gradient[4:].clone()
+        optimizer.step()
+        fresh.step()
+        correct(whole, new, optimizer.state[whole], optimizer.param_groups[0], count)
+        assert (whole.detach()[4:] - alone.detach()).abs().max() < 1e-9
+    settle(new, optimizer.state[whole], optimizer.param_groups[0], 20)
+    for name, beta in (("exp_avg", 0.9), ("exp_avg_sq", 0.99)):
+        expected = fresh.state[alone][name] / (1 - beta**20)
+        assert torch.allclose(optimizer.state[whole][name][4:], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("steps", ["kept", "own"])
+def test_the_first_update_of_new_entries(steps: str) -> None:
+    """3.16 learning rates by the weight's own count, and one by theirs; of new layers one in any case."""
+    config = config_of("gpt2", "all", new_entry_steps=steps)
+    small, _, _ = pair("gpt2", config, torch.float64)
+    small.train()
+    optimizer = torch.optim.Adam(small.parameters(), lr=1e-4)
+    inputs = batch("gpt2", torch.float64)
+    for _ in range(3):
+        small(**inputs).logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for state in optimizer.state.values():
+        state["step"].fill_(100_000.0)
+    model: Any = sparsetrain.grow(small, config, optimizer, stage=1).train()
+    (handle,) = handles_of(model)
+    site = site_of(handle)
+    handle.step(5, 8)  # the second step of the ramp: c is above 0
+    model(**inputs).logits.square().mean().backward()
+    before = [new_part(p.detach(), corner, parts) for p, corner, parts in site.entries]
+    optimizer.step()
+    moved = {"old weights": 0.0, "new layers": 0.0}
+    for (p, corner, parts), old in zip(site.entries, before, strict=True):
+        name = "new layers" if corner is None else "old weights"
+        moved[name] = max(moved[name], float((new_part(p.detach(), corner, parts) - old).abs().max()))
+    assert moved["old weights"] == pytest.approx(1e-4 * (1.0 if steps == "own" else 10**0.5), rel=2e-2)
+    assert moved["new layers"] == pytest.approx(1e-4, rel=2e-2)
 
 
 def test_layers_are_stacked_or_interpolated() -> None:

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertConfig
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import sparsetrain
 from sparsetrain import PST
@@ -140,8 +140,6 @@ def test_until_it_prunes_outputs_are_the_dense_ones(name: str) -> None:
 
 def test_trained_parameters_are_17_times_the_sides_and_a_seventieth_of_movement_prunings() -> None:
     """Of a BERT-base on the meta device."""
-    from transformers import BertModel
-
     with torch.device("meta"):
         model = BertModel(BertConfig())
     sites = describe(model).linears
@@ -152,6 +150,28 @@ def test_trained_parameters_are_17_times_the_sides_and_a_seventieth_of_movement_
     matrices = sum(site.in_features * site.out_features for site in sites)
     movement = sum(p.numel() for p in model.parameters()) + matrices
     assert added <= 0.017 * movement and added / (2 * matrices) == pytest.approx(0.0166, abs=5e-5)
+
+
+NARROW = {
+    "minilm": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "vocab_size": 30522},
+    "smollm2": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    | {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize(("name", "at_rank_8", "at_rank_6"), [("minilm", 0.0212, 0.0162), ("smollm2", 0.0216, 0.0165)])
+def test_narrow_models_train_a_larger_share_and_rank_6_comes_below_the_pages(
+    name: str, at_rank_8: float, at_rank_6: float
+) -> None:
+    """(2 r + 1)(out + in) over out · in falls with the width; the page's 1.7 % is of a width of 768."""
+    with torch.device("meta"):
+        config = BertConfig(**NARROW[name]) if name == "minilm" else LlamaConfig(**NARROW[name])
+        model = BertModel(config) if name == "minilm" else LlamaForCausalLM(config)
+    matrices = sum(site.in_features * site.out_features for site in describe(model).linears)
+    movement = sum(p.numel() for p in model.parameters()) + matrices
+    for rank, share in ((8, at_rank_8), (6, at_rank_6)):
+        rows = sparsetrain.plan(model, PST(weight_rank=rank, score_rank=rank)).rows()
+        assert sum(row["added_params"] for row in rows) / movement == pytest.approx(share, abs=5e-5)
 
 
 def test_it_keeps_no_more_than_lora_for_the_backward() -> None:

@@ -20,7 +20,6 @@ from sparsetrain.methods.sparsedm.export import pack_24, to_dense
 from sparsetrain.methods.sparsedm.macs import count_macs
 from sparsetrain.methods.sparsedm.targets import dense_layers, target_layers
 from tests.families import DIFFUSION, FAMILIES, UNET
-from tests.uvit import UViT
 
 
 class Net(nn.Module):
@@ -85,7 +84,7 @@ def unet() -> tuple[Any, dict[str, Tensor]]:
 
 def uvit() -> tuple[Any, dict[str, Tensor]]:
     torch.manual_seed(0)
-    return UViT().eval(), {"sample": picture(2, 1, 8, 8), "timestep": torch.tensor([3, 40])}
+    return DIFFUSION["uvit"]().eval(), {"sample": picture(2, 1, 8, 8), "timestep": torch.tensor([3, 40])}
 
 
 PICTURES: dict[str, Callable[[], tuple[Any, dict[str, Tensor]]]] = {"dit": dit, "unet2d": unet, "uvit": uvit}
@@ -287,7 +286,7 @@ def test_to_dense_has_the_outputs_of_the_masked_model_and_exact_zeros(name: str)
 
 
 def test_the_target_list_is_the_published_one() -> None:
-    uvit_model, dit_model, unet_model = UViT(), DIFFUSION["dit"](), DIFFUSION["unet2d"]()
+    uvit_model, dit_model, unet_model = (DIFFUSION[name]() for name in ("uvit", "dit", "unet2d"))
     ends = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
     for model, count in ((uvit_model, 18), (dit_model, 18)):
         names = [site.name for site in target_layers(describe(model))]

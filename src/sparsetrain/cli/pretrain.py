@@ -122,9 +122,10 @@ def _refuse_alone(recipe: Any) -> None:
 
 
 def _trained(recipe: Any, tell: Any) -> Answer:
+    from sparsetrain.hf.study.stage_trace import planned_stages
     from sparsetrain.hf.train.pretrain import pretrain as train
     from sparsetrain.hf.train.run import run_report
     from sparsetrain.measure import render_text
 
-    result = train(recipe, report=tell)
+    result = train(recipe, report=tell, forecast=planned_stages)
     return Answer(data=result.to_dict(), show=[*render_text(run_report(result)), *next_steps(recipe, recipe.output)])

@@ -24,7 +24,7 @@ _NOT_HERE |= {"packing", "deploy", "dense_first", "dense_last", "train_auxiliary
 _NOT_HERE |= {"lora_dtype", "activation_offloading", "tiled_mlp"}
 _OWN = (
     Flag("model", "NAME|FILE|DIR", "", MAIN, "Architecture: gpt2-nano (decoder), sequence-encoder (SPION's sizes), "
-         "vit-nano, dit-nano, unet-nano (28x28 images), or your config.json, or a folder with one."),
+         "vit-nano, dit-nano, uvit-nano, unet-nano (28x28 images), or your config.json, or a folder with one."),
     Flag("set", "KEY=VALUE", "", MAIN, "A key of the model's config, in place of the architecture's; or "
          "training.KEY, of transformers' TrainingArguments. Repeat for more.", list[str]),
     Flag("data", "NAME|PATH", "", MAIN, "Text (lm), labelled CSV or JSONL (classify), an embedded set; a task: "

@@ -13,11 +13,11 @@ from torch import Tensor
 from sparsetrain.data.files import check_regular, shown
 
 
-def read_picture(path: Path, size: int, channels: int) -> np.ndarray:
-    """A picture file as uint8 [size, size, channels], scaled to fit.
+def read_picture(path: Path, size: tuple[int, int], channels: int) -> np.ndarray:
+    """A picture file as uint8 [height, width, channels], scaled to fit.
 
     Args:
-        channels: 1 for grey, 3 for colour.
+        size: (height, width). channels: 1 for grey, 3 for colour.
 
     Raises:
         ValueError: there is no such file, or no picture can be read from it.
@@ -29,14 +29,14 @@ def read_picture(path: Path, size: int, channels: int) -> np.ndarray:
     check_regular(path)
     try:
         with Image.open(path) as picture:
-            scaled = picture.convert("L" if channels == 1 else "RGB").resize((size, size))
-            return np.asarray(scaled, dtype=np.uint8).reshape(size, size, channels)
+            scaled = picture.convert("L" if channels == 1 else "RGB").resize(size[::-1])
+            return np.asarray(scaled, dtype=np.uint8).reshape(*size, channels)
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{shown(path)} is no picture that can be read ({error}). Give a PNG or JPEG.") from None
 
 
 def pixels_of(pictures: Sequence[np.ndarray]) -> Tensor:
-    """uint8 pictures [size, size, channels] -> `pixel_values` [n, channels, size, size] in [-1, 1]."""
+    """uint8 pictures [h, w, channels] -> `pixel_values` [n, channels, h, w] in [-1, 1]."""
     return torch.as_tensor(np.stack(pictures)).float().div_(127.5).sub_(1).permute(0, 3, 1, 2).contiguous()
 
 

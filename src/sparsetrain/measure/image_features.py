@@ -73,20 +73,22 @@ def features_of(kind: str, train: tuple[np.ndarray, np.ndarray], held_out: tuple
         kind: of `KINDS`. train, held_out: images (uint8 [n, h, w, c]) and their labels [n].
 
     Raises:
-        ValueError: images of one class, which no classifier can be trained on; no torchmetrics, or no weights for it.
+        ValueError: images of one class that are not square; no torchmetrics, or no weights for it.
     """
     return inception() if kind == "inception" else trained(train, held_out)
 
 
 def trained(train: tuple[np.ndarray, np.ndarray], held_out: tuple[np.ndarray, np.ndarray]) -> Features:
-    """Of a classifier that is trained on the data, in some 15 seconds; the same for the same images in any order."""
+    """Of a classifier that is trained on the data, in some 15 seconds; the same for the same images in any order.
+
+    Images of one label are turned, and it learns to tell by how much (arXiv 1803.07728).
+    """
+    what, upright = "", train[0]
+    if len(np.unique(train[1])) < 2:
+        what = ", which have one label, by how many quarters they were turned"
+        train, held_out = turned(train[0][: _MOST // 4]), turned(held_out[0])
     pixels, labels = train
     classes = int(labels.max()) + 1
-    if len(np.unique(labels)) < 2:
-        raise ValueError(
-            "all images have one label, and the features come from a classifier of them. Give data with two classes or "
-            "more."
-        )
     keys = [sha256(image.tobytes() + bytes([label % 256])).hexdigest() for image, label in zip(pixels, labels)]
     order = sorted(range(len(keys)), key=keys.__getitem__)
     name = sha256("\n".join([keys[i] for i in order] + [str(_VERSION)]).encode()).hexdigest()[:24]
@@ -95,13 +97,29 @@ def trained(train: tuple[np.ndarray, np.ndarray], held_out: tuple[np.ndarray, np
     if not _recalled(model, recall(path)):
         chosen = order[:_MOST]
         _train(model, pixels[chosen], labels[chosen])
+        _standardise(model, upright[:_MOST] if what else pixels[chosen])
         remember(path, base64.b64encode(save(model.state_dict())).decode("ascii"))
     right = np.concatenate(_read(model, held_out[0])).argmax(1) == held_out[1]
     return Features(
         features=lambda images: np.concatenate(_read(model.standard, images)),
-        says=f"{WIDTH} features of a classifier that was trained here on the same images ({right.mean():.1%} of the "
-        "held-out ones right); comparable between models of these data here, and with no published number",
+        says=f"{WIDTH} features of a classifier that was trained here on the same images{what} ({right.mean():.1%} of "
+        "the held-out ones right); comparable between models of these data here, and with no published number",
     )
+
+
+def turned(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images [4 n, h, w, c], each turned by 0 to 3 quarters, and by how many.
+
+    Raises:
+        ValueError: they are not square.
+    """
+    if pixels.shape[1] != pixels.shape[2]:
+        raise ValueError(
+            f"all images have one label and are {pixels.shape[1]}x{pixels.shape[2]}: features would come from telling "
+            "how they are turned, which wants square ones. Give data with two classes or more, or square images."
+        )
+    quarters = [np.rot90(pixels, quarter, axes=(1, 2)) for quarter in range(4)]
+    return np.concatenate(quarters), np.repeat(np.arange(4), len(pixels))
 
 
 def inception() -> Features:
@@ -160,6 +178,10 @@ def _train(model: SmallClassifier, pixels: np.ndarray, labels: np.ndarray) -> No
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+def _standardise(model: SmallClassifier, pixels: np.ndarray) -> None:
+    """Take mean and spread of the features of these images as theirs over the data."""
     found = torch.from_numpy(np.concatenate(_read(model.features, pixels)))
     model.mean.copy_(found.mean(0))
     model.spread.copy_(found.std(0).clamp(min=1e-3))

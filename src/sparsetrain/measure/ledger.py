@@ -16,7 +16,7 @@ from torch import nn
 from sparsetrain.core.anatomy import describe
 from sparsetrain.core.units import number_text, seconds_text
 from sparsetrain.measure.curves import eval_curve, number, run_seconds
-from sparsetrain.measure.schema import Ledger, ModelSize, Run
+from sparsetrain.measure.schema import Ledger, ModelSize, Run, StageCost
 
 _LOOKED_UP = ("vocab", "positions", "types")
 
@@ -48,6 +48,15 @@ def size_text(size: Any) -> str:
     """'4 layers x 128, 0.83 million parameters'"""
     millions = size["parameters"] / 1e6
     return f"{size['layers']} layers x {size['width']}, {millions:,.{0 if millions >= 100 else 2}f} million parameters"
+
+
+def stage_memory(cost: StageCost) -> tuple[float, float | None]:
+    """(bytes that a stage held, bytes planned): at a GPU's peak; else what lasts and what a step keeps."""
+    planned = cost.get("planned")
+    if cost["peak_bytes"] is not None:
+        return cost["peak_bytes"], None if planned is None else planned["peak_bytes"]
+    held = cost["static_bytes"] + cost["saved_bytes"]
+    return held, None if planned is None else planned["static_bytes"] + planned["saved_bytes"]
 
 
 def flops_text(flops: float) -> str:

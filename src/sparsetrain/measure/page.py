@@ -16,7 +16,7 @@ from sparsetrain.measure.components import COMPONENTS
 from sparsetrain.measure.curves import setup_seconds, step_seconds, tokens_per_second
 from sparsetrain.measure.first_screen import samples, verdict
 from sparsetrain.measure.judge import TIE_BYTES
-from sparsetrain.measure.ledger import charged, flops_text, size_text
+from sparsetrain.measure.ledger import charged, flops_text, size_text, stage_memory
 from sparsetrain.measure.markup import Bullets, Figure, Fold, Group, Heading, Picture, Section, Table, document
 from sparsetrain.measure.schema import RUNS, STAGES, Report, Run
 from sparsetrain.measure.timing import LEVEL, MARGIN
@@ -107,12 +107,24 @@ def _by_cost(costs: dict[str, Run], lines: str, ends: dict[str, str]) -> list[Fi
 def _stages(name: str, run: Run) -> Table:
     """What each stage trained, and what it cost."""
     rows = []
-    for stage in run.get("stages") or []:
+    for i, stage in enumerate(run.get("stages") or []):
         steps = [row for row in run["steps"] if stage["from_step"] < row["step"] <= stage["to_step"]]
         tokens, seconds = sum(row["tokens"] for row in steps), sum(row["step_time_s"] for row in steps)
         cells = (stage["name"], size_text(stage), f"{len(steps):,}", f"{tokens:,}")
-        rows.append([*cells, flops_text(tokens * stage["flops_per_token"]), seconds_text(seconds)])
-    return Table((f"Stages of {name}", "model", "steps", "tokens", "FLOPs", "time"), rows, "numbers")
+        rows.append([*cells, flops_text(tokens * stage["flops_per_token"]), *_planned_and_measured(run, i, seconds)])
+    names = (f"Stages of {name}", "model", "steps", "tokens", "FLOPs", "time", "planned", "memory", "planned")
+    return Table(names, rows, "numbers")
+
+
+def _planned_and_measured(run: Run, stage: int, seconds: float) -> list[str]:
+    """Time and memory of a stage, each beside its plan. Memory is what lasts and what a step keeps for its backward,
+    or a GPU's peak."""
+    costs = run.get("stage_costs") or []
+    if stage >= len(costs):
+        return [seconds_text(seconds), "", "", ""]
+    held, planned = stage_memory(costs[stage])
+    time = seconds_text(costs[stage]["planned"]["time_s"]) if planned is not None else ""
+    return [seconds_text(seconds), time, bytes_text(held), "" if planned is None else bytes_text(planned)]
 
 
 def _last_loss(run: Run) -> float | None:

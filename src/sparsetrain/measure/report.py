@@ -15,7 +15,7 @@ from sparsetrain.core.units import bytes_text, number_text, seconds_text
 from sparsetrain.measure.advice import advice, headline
 from sparsetrain.measure.curves import loss_curves, step_seconds, tokens_per_second
 from sparsetrain.measure.judge import judge
-from sparsetrain.measure.ledger import ledger
+from sparsetrain.measure.ledger import ledger, stage_memory
 from sparsetrain.measure.page import render_page
 from sparsetrain.measure.schema import RUNS, SCHEMA, STAGES, Checkpointing, Report, Run
 
@@ -147,6 +147,19 @@ def _run_lines(name: str, run: Run) -> list[str]:
         stages: dict[str, Any] = run.get(metric.name) or {}  # type: ignore[assignment]
         if found := [f"{stage.replace('_', ' ')} {metric.text(stages[stage])}" for stage in STAGES if stage in stages]:
             lines.append(f"  {name} {metric.name}: {', '.join(found)}")
+    return lines + _stage_lines(name, run)
+
+
+def _stage_lines(name: str, run: Run) -> list[str]:
+    """What each stage took, and what it was planned to take."""
+    lines = []
+    for i, (stage, cost) in enumerate(zip(run.get("stages") or [], run.get("stage_costs") or [], strict=False), 1):
+        steps = [row for row in run["steps"] if stage["from_step"] < row["step"] <= stage["to_step"]]
+        took, (held, planned) = sum(row["step_time_s"] for row in steps), stage_memory(cost)
+        found = f"  {name}, stage {i}, {stage['name']}: {seconds_text(took)} and {bytes_text(held)}"
+        if planned is not None:
+            found += f"; planned {seconds_text(cost['planned']['time_s'])} and {bytes_text(planned)}"
+        lines.append(found)
     return lines
 
 

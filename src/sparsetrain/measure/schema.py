@@ -61,6 +61,19 @@ class StageRecord(ModelSize):
     to_step: int
 
 
+class StageCost(TypedDict):
+    """What a stage held, and what it was planned to take.
+
+    static_bytes: parameters, buffers, gradients and optimizer state. saved_bytes: what a step kept for its backward.
+    peak_bytes: allocated on a GPU at most. planned: static_bytes, saved_bytes, peak_bytes and time_s of the plan.
+    """
+
+    static_bytes: int
+    saved_bytes: int
+    peak_bytes: int | None
+    planned: NotRequired[dict[str, float]]
+
+
 class ImageQuality(TypedDict):
     """How far a model's images are from real ones (`measure.image_distance`).
 
@@ -86,7 +99,7 @@ class Run(TypedDict):
     static_bytes: `StaticMemory.to_dict()`.
     forward_time_s: component -> seconds of one forward.
     peak_rss_bytes: of a process that ran this run alone.
-    stages: where a run has more than one.
+    stages: where a run has more than one. stage_costs: of those that were trained, in their order.
     switch_s: seconds in which later stages began, of their first steps' `wall_s`.
     kept: name -> sha256 of weights that one stage kept for a later one.
     samples: of a language model in a comparison: the same prompts on both sides.
@@ -106,6 +119,7 @@ class Run(TypedDict):
     peak_rss_bytes: NotRequired[int | None]
     peak_gpu_bytes: NotRequired[int | None]
     stages: NotRequired[list[StageRecord]]
+    stage_costs: NotRequired[list[StageCost]]
     switch_s: NotRequired[float]
     kept: NotRequired[dict[str, str]]
     samples: NotRequired[list[Sample]]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsetrain.core.config import MethodConfig
 from sparsetrain.planner.hollow import Hollow
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.surgery.apply import Handle, sparsify
@@ -15,11 +16,15 @@ from sparsetrain.surgery.plan import plan
 from sparsetrain.surgery.site import Site
 
 
-def convert_empty(model: Any, recipe: RunRecipe, bf16: bool) -> Handle | None:
-    """Convert a model on the meta device with blank states."""
+def convert_empty(model: Any, recipe: RunRecipe, bf16: bool, first: tuple[MethodConfig, ...] = ()) -> Handle | None:
+    """Convert a model on the meta device with blank states.
+
+    Args:
+        first: edits that are made before the recipe's own.
+    """
     if bf16:
         model.to(torch.bfloat16)
-    configs = edits_of(recipe.configs)
+    configs = (*first, *edits_of(recipe.configs))
     if not configs:
         return None
     state = blank_state(plan(model, *configs).edits)

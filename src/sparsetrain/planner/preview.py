@@ -14,12 +14,17 @@ from sparsetrain.surgery.plan import Plan
 
 class StageForecast(TypedDict):
     """What a stage will take: FLOPs of the ledger, seconds by the machine's rates, bytes at the peak of a step (of
-    parameters, gradients, optimizer and what a step keeps; the libraries come on top)."""
+    parameters, gradients, optimizer and what a step keeps; the libraries come on top).
+
+    static_bytes: parameters, buffers, gradients and optimizer state. saved_bytes: kept for the backward.
+    """
 
     flops: float
     step_s: float
     time_s: float
     peak_bytes: float
+    static_bytes: float
+    saved_bytes: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,9 +58,9 @@ class Recipe(RunRecipe):
     packed in any case; with this, none of a row's documents sees another."""
     output: str = "runs/finetune"
     """Folder for checkpoints, the trained adapter and the report. It must be empty or absent unless --resume."""
-    task: Literal["lm", "sft", "classify", "image", "diffusion"] = "lm"
+    task: Literal["lm", "sft", "classify", "image", "diffusion", "pair-image"] = "lm"
     """lm: predict every token of packed text. sft: learn the completions only. classify: learn a label a text. image: a
-    label a picture. diffusion: remove noise from images."""
+    label a picture. diffusion: remove noise from images. pair-image: a label an image, by a pair of encoders (CLIP)."""
     lr: float | None = Field(2e-4, gt=0, le=10)
     """Peak learning rate. LoRA: about 2e-4. Full fine-tuning: about 2e-5. A method may say another where none is
     given."""

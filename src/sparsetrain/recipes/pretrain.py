@@ -19,8 +19,8 @@ class PretrainRecipe(RunRecipe):
     default_steps: ClassVar[int] = 1000
 
     model: str
-    """Architecture: a built-in name (gpt2-nano, sequence-encoder, vit-nano, dit-nano, unet-nano), or a config.json or a
-    folder with one."""
+    """Architecture: a built-in name (gpt2-nano, sequence-encoder, vit-nano, dit-nano, uvit-nano, unet-nano), or a
+    config.json or a folder with one."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Keys of the model's config and their values, in place of the architecture's; on the command line key=value."""
     data: str

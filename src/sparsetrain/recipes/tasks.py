@@ -26,6 +26,7 @@ class Task:
     labelled: it has one label, and the model a head for these labels, which is new and trained.
     padded: rows differ in length, and a batch has a mask.
     images: it is an image and no sequence of tokens; the model's config gives its size.
+    texts: the model reads texts beside such rows, by a tokenizer of its own.
     sequences: how many sequences one encoder reads of it.
 
     Facts of the model:
@@ -49,6 +50,7 @@ class Task:
     labelled: bool = False
     padded: bool = False
     images: bool = False
+    texts: bool = False
     sequences: int = 1
     causal: bool = False
     model: str
@@ -152,10 +154,12 @@ TASKS: dict[str, Task] = {
             average=0.999,
         ),
         Task(
-            name="pair-image",  # no job offers it yet: it is for models that are trained by a loop of one's own
-            says={},
+            name="pair-image",
+            says={"finetune": "pair-image a label an image, by a pair of encoders (CLIP)"},
             images=True,
+            texts=True,
             model="sparsetrain.hf.model.pair:PairClassifier",
+            adapter="",
             rows="sparsetrain.hf.train.tasks:image_rows",
             **_LABEL,
         ),

@@ -88,6 +88,7 @@ class RowFacts:
 
     task: as in the recipe. seq_len: tokens in a row at most.
     labelled: a row has one label, and no label a token. one_sequence: a row is one sequence of tokens.
+    reads_texts: the model takes a text as it takes a row, or in the place of one.
     lengths, eval_lengths: give the tokens of every sequence of the training rows and of the held-out ones; None before
         rows are read, and for rows that are no sequences.
     """
@@ -96,6 +97,7 @@ class RowFacts:
     seq_len: int
     labelled: bool = False
     one_sequence: bool = True
+    reads_texts: bool = True
     lengths: Callable[[], Sequence[int]] | None = None
     eval_lengths: Callable[[], Sequence[int]] | None = None
 

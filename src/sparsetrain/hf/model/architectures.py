@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def check_patches(config: Any, name: str) -> None:
 def check_images(config: Any, recipe: RunRecipe, bundle: DataBundle) -> None:
     """Raise ValueError if images are of another size, or have more labels, than the config's."""
     found = bundle.collate_fn([bundle.train[0]])["pixel_values"].shape[1:]
-    asked = (config.num_channels, *image_size(config))
+    asked = image_shape(config)
     if tuple(found) != asked:
         raise ValueError(
             f"{recipe.data} has images of {tuple(found)} (channels, height, width), and {recipe.model} takes "
@@ -158,10 +159,20 @@ def check_task(config: Any, recipe: PretrainRecipe) -> None:
         )
 
 
+def of_images(config: Any) -> Any:
+    """The config that tells of images: of a pair of encoders, that of the one that reads them."""
+    return getattr(config, "vision_config", config)
+
+
 def image_size(config: Any) -> tuple[int, int]:
     """(height, width) of the images that a config takes."""
-    size = config.image_size
+    size = of_images(config).image_size
     return (size[0], size[1]) if isinstance(size, list | tuple) else (size, size)
+
+
+def image_shape(config: Any) -> tuple[int, int, int]:
+    """(channels, height, width) of these images."""
+    return (of_images(config).num_channels, *image_size(config))
 
 
 def sequence_tokens(config: Any, recipe: RunRecipe) -> int:
@@ -169,7 +180,8 @@ def sequence_tokens(config: Any, recipe: RunRecipe) -> int:
     if not task_of(recipe.task).images:
         return recipe.seq_len
     height, width = image_size(config)
-    patch = config.patch_size if isinstance(config.patch_size, list | tuple) else [config.patch_size] * 2
+    size = of_images(config).patch_size
+    patch = size if isinstance(size, list | tuple) else [size] * 2
     return (height // patch[0]) * (width // patch[1]) + task_of(recipe.task).labelled
 
 
@@ -178,8 +190,7 @@ def tokens_per_input(config: Any, recipe: RunRecipe) -> float:
     task = task_of(recipe.task)
     if not task.images:
         return float(task.sequences)
-    height, width = image_size(config)
-    return sequence_tokens(config, recipe) / (config.num_channels * height * width)
+    return sequence_tokens(config, recipe) / math.prod(image_shape(config))
 
 
 def _config(values: dict[str, Any]) -> Any:

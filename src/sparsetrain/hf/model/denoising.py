@@ -25,9 +25,12 @@ from sparsetrain.runs.folders import DIFFUSERS_WEIGHTS, WEIGHTS
 from sparsetrain.runs.manifest import read_json, write_json
 from sparsetrain.runs.mark import ENTRY
 
-LABEL_KEYS = {"DiTTransformer2DModel": ("num_embeds_ada_norm", 0), "UNet2DModel": ("num_class_embeds", 1)}
+LABEL_KEYS = {
+    "DiTTransformer2DModel": ("num_embeds_ada_norm", 0),
+    "UNet2DModel": ("num_class_embeds", 1),
+    "UViT": ("num_class_embeds", 1),
+}
 """Class of a denoiser -> (its config's number of labels, how many of them stand for no label: a DiT adds its own)."""
-
 
 _KEPT = ("model_type", "architectures", "id2label", "label2id")
 
@@ -269,11 +272,22 @@ def _build(config: DiffusionConfig) -> Any:
         ValueError: diffusers is not installed, or the class is none that is known here.
     """
     _label_key(config)  # no other class of diffusers is made
-    kind = getattr(_diffusers(), config.denoiser)
+    kind = _class_of(config.denoiser)
     given = {key: getattr(config, key) for key in vars(config).keys() & _keys(kind)}
+    if given.get("num_class_embeds") == 0:  # asked to take no labels
+        given["num_class_embeds"] = None
     if "out_channels" in given and given["out_channels"] is None:
         given["out_channels"] = config.in_channels
     return kind(**given)
+
+
+def _class_of(name: str) -> Any:
+    found = getattr(_diffusers(), name, None)
+    if found is not None:
+        return found
+    from sparsetrain.hf.model import uvit  # of diffusers' blocks, and ours
+
+    return getattr(uvit, name)
 
 
 def _keys(kind: Any) -> set[str]:

@@ -97,9 +97,8 @@ def model_options(config: Any, task: Task) -> dict[str, Any]:
     """What `from_pretrained` must be told to make a model of this config again around its adapter."""
     options: dict[str, Any] = {name: 0.0 for name in ATTENTION_DROPOUT if getattr(config, name, None) == 0.0}
     if task.labelled:
-        options |= {"id2label": config.id2label, "label2id": config.label2id}
+        options |= {"id2label": config.id2label, "label2id": config.label2id, "ignore_mismatched_sizes": True}
         options |= {"pad_token_id": config.pad_token_id} if hasattr(config, "pad_token_id") else {}
-        options |= {"ignore_mismatched_sizes": True}
     return options
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from sparsetrain.core.config import registered_methods
 from sparsetrain.core.explanation import Explanation
 from sparsetrain.core.fields import shown
 from sparsetrain.data.picture import as_png, pixels_of, read_picture
+from sparsetrain.hf.model.architectures import image_shape
 from sparsetrain.hf.model.io import Loaded, load
 from sparsetrain.hf.train.rows import reader
 from sparsetrain.surgery.method import method_of
@@ -66,6 +66,6 @@ def _texts(
 
 
 def _pictures(loaded: Loaded, subjects: Sequence[str]) -> tuple[dict[str, Tensor], list[bytes | None]]:
-    config: Any = getattr(loaded.model.config, "vision_config", loaded.model.config)
-    pictures = [read_picture(Path(subject), config.image_size, config.num_channels) for subject in subjects]
+    channels, height, width = image_shape(loaded.model.config)
+    pictures = [read_picture(Path(subject), (height, width), channels) for subject in subjects]
     return {"pixel_values": pixels_of(pictures)}, [as_png(picture) for picture in pictures]

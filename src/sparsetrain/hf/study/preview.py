@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from sparsetrain.hf.assets import ASSETS, asset_status
 from sparsetrain.hf.model import models
-from sparsetrain.hf.study.stage_trace import stage_forecasts
+from sparsetrain.hf.study.stage_trace import stage_forecasts, stage_records
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.dtype import with_dtype
 from sparsetrain.hf.train.jobs import JOBS, job_of
-from sparsetrain.hf.train.parts import Parts
-from sparsetrain.measure.ledger import size_of
-from sparsetrain.measure.schema import StageRecord
 from sparsetrain.planner.preview import Preview
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.checkpoints import find_resumable
 from sparsetrain.runs.claim import check_claim
 from sparsetrain.runs.events import Event, Report, silent
-from sparsetrain.runs.spans import spans, total_steps
-from sparsetrain.surgery.grow import growth_method
-from sparsetrain.surgery.method import growth_of
+from sparsetrain.runs.spans import total_steps
 
 
 def preview(recipe: RunRecipe, *, report: Report = silent) -> Preview:
@@ -45,11 +39,11 @@ def preview(recipe: RunRecipe, *, report: Report = silent) -> Preview:
     job = JOBS[job_of(recipe)]
     parts = job.open_parts(recipe, note)
     made = job.empty_models(parts.config, recipe)
-    model, tokens = made[-1], job.row_tokens(parts.config, recipe)
+    model, tokens = made[-1].model, job.row_tokens(parts.config, recipe)
     weights, _ = models.num_parameters(model)
     added = sum(row["added_params"] for row in parts.plan.rows()) if parts.plan is not None else 0
     total, trainable = models.num_parameters(job.adapted(model, recipe))
-    stages = _stages(recipe, parts, made, tokens)
+    stages = stage_records(recipe, parts, made, tokens)
     rows_per_step = recipe.batch_size * recipe.grad_accum
     return Preview(
         recipe=recipe,
@@ -75,11 +69,3 @@ def check_fetched(recipe: RunRecipe) -> None:
     for name in (recipe.model, recipe.data, str(getattr(recipe, "eval_data", ""))):
         if name in ASSETS and asset_status(name).state == "absent":
             raise ValueError(f"{name} is not fetched yet. Run: sparsetrain models fetch {name}")
-
-
-def _stages(recipe: RunRecipe, parts: Parts[Any], made: list[Any], tokens: int) -> list[StageRecord]:
-    growth = growth_of(recipe.configs)
-    if growth is None:
-        return []
-    found = spans(growth_method(growth).stages(growth), recipe, len(parts.bundle.train))
-    return [span.record(size_of(model, tokens)) for span, model in zip(found, made, strict=True)]

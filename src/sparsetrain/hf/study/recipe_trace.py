@@ -20,7 +20,7 @@ from torch import Tensor
 from sparsetrain.core.anatomy import describe, submodule
 from sparsetrain.core.backend import planning_for, watch_ops
 from sparsetrain.hf.model import models
-from sparsetrain.hf.model.architectures import image_size, sequence_tokens
+from sparsetrain.hf.model.architectures import image_shape, sequence_tokens
 from sparsetrain.hf.model.checkpointing import recompute
 from sparsetrain.hf.model.model_config import context_length
 from sparsetrain.hf.train.tasks import training_loss
@@ -230,7 +230,7 @@ def example_batch(recipe: Recipe, config: Any, tokens: int, rows: int) -> dict[s
     tokens."""
     if task_of(recipe.task).images:
         images = rows * max(1, tokens // sequence_tokens(config, recipe))
-        pixels = torch.zeros(images, config.num_channels, *image_size(config))
+        pixels = torch.zeros(images, *image_shape(config))
         return {"pixel_values": pixels, "labels": torch.zeros(images, dtype=torch.int64)}
     vocab = config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(recipe.seed)

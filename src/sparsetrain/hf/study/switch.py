@@ -73,7 +73,7 @@ def judged_switch(said: dict[str, Any], made: Made) -> str:
 
 def _predicted(recipe: RunRecipe, kind: JobKind, steps: int, report: Report) -> dict[str, Any]:
     parts = kind.open_parts(recipe, silent)
-    models = kind.empty_models(parts.config, recipe)
+    models = [grown.model for grown in kind.empty_models(parts.config, recipe)]
     row_tokens = kind.row_tokens(parts.config, recipe)
     sizes = {"small": min(models, key=_numel), "large": max(models, key=_numel)}
     laws, tokens = {}, 0.0

@@ -16,7 +16,7 @@ from transformers import set_seed
 
 from sparsetrain.hf.data.random_tokens import RANDOM, random_images, random_rows
 from sparsetrain.hf.model import models
-from sparsetrain.hf.model.architectures import image_size
+from sparsetrain.hf.model.architectures import image_shape
 from sparsetrain.hf.model.checkpointing import offloads, recompute
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.parts import Parts
@@ -97,7 +97,7 @@ def open_measured_parts(recipe: Recipe, report: Report = silent, like: Recipe | 
     rows = max(recipe.batch_size * recipe.grad_accum * 2, -(-CALIBRATION_TOKENS // recipe.seq_len))
     task = task_of(recipe.task)
     if task.images:
-        bundle = random_images(rows, (config.num_channels, *image_size(config)), recipe.seed)
+        bundle = random_images(rows, image_shape(config), recipe.seed)
     else:
         bundle = random_rows(rows, recipe.seq_len, config.vocab_size, classify=task.labelled, seed=recipe.seed)
     return Parts(

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sparsetrain.hf.study.stage_trace import planned_stages
 from sparsetrain.hf.train.jobs import JOBS
 from sparsetrain.measure.memory import peak_memory
 from sparsetrain.runs.quality import Quality
@@ -31,6 +32,7 @@ def train_side(job: dict[str, Any], line: Line) -> None:
         return None if known is None else Quality.from_dict(known)
 
     kind = JOBS[job["job"]]
+    planned = {"forecast": planned_stages} if job["job"] == "pretrain" else {}
     kind.train(
         kind.recipe(**job["recipe"]),
         report=line.tell,
@@ -38,6 +40,7 @@ def train_side(job: dict[str, Any], line: Line) -> None:
         like=kind.recipe(**job["like"]),
         dense_quality=ask if job["recipe"]["methods"] else None,
         write=False,
+        **planned,
     )
 
 

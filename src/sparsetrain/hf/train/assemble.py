@@ -66,15 +66,17 @@ def open_parts(
     check_offload(recipe, config, device, report)
     planned = check_and_plan(recipe, config, device)
     tokenizer = None if opened is None else opened.tokenizer
-    if opened is None and task_of(recipe.task).images:
-        check_patches(config, recipe.model)
-        tokenizer = opening.open_image_processor(path, config) if task_of(recipe.task).labelled else None
+    task = task_of(recipe.task)
+    if opened is None and task.images and not task.texts:
+        if task.labelled:
+            check_patches(config, recipe.model)
+            tokenizer = opening.open_image_processor(path, config)
     elif opened is None:
         tokenizer = open_tokenizer(path, config, trust=recipe.trust_remote_code)
     refuse_rows(recipe)
     bundle = load_rows(recipe, tokenizer, config, report) if opened is None else opened.bundle
     refuse_rows(recipe, bundle)
-    if task_of(recipe.task).images:
+    if task.images:
         check_images(config, recipe, bundle)
     return Parts(
         recipe=recipe,

@@ -12,6 +12,7 @@ from sparsetrain.hf.train.held_out import KnownQuality
 from sparsetrain.hf.train.journal import Journal
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.stages import Enter
+from sparsetrain.planner.preview import StageForecast
 from sparsetrain.runs.checkpoints import Checkpoint
 from sparsetrain.runs.events import Report
 from sparsetrain.runs.spans import ONE_STAGE
@@ -34,6 +35,7 @@ class Job:
     stages: what the run trains, one after the other.
     enter: makes the model of a later stage.
     samples: record what the trained model answers to held-out prompts.
+    forecast: (parts) -> what each of several stages is planned to take.
     """
 
     open_parts: Callable[[Report], Parts]
@@ -46,3 +48,4 @@ class Job:
     stages: tuple[Stage, ...] = ONE_STAGE
     enter: Enter | None = None
     samples: bool = False
+    forecast: Callable[[Parts], list[StageForecast]] | None = None

@@ -16,6 +16,7 @@ from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.pretrain import PretrainRecipe
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.events import Report
+from sparsetrain.surgery.method import Grown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class JobKind:
 
     recipe: the class of its recipes. train: trains one. title: what is trained, in a line.
     open_parts: (recipe, report) -> everything but the weights.
-    empty_models: (config, recipe) -> its models without weights, one a stage.
+    empty_models: (config, recipe) -> its models without weights, one a stage, with what a stage installs in its own.
     adapted: (one of them, recipe) -> as it is trained.
     row_tokens: (config, recipe) -> tokens of a row.
     dense: recipe keys that a dense counterpart has in place of its own, beside `methods`.
@@ -34,7 +35,7 @@ class JobKind:
     train: Callable[..., Result]
     title: Callable[[Any], str]
     open_parts: Callable[[Any, Report], Parts[Any]]
-    empty_models: Callable[[Any, Any], list[Any]]
+    empty_models: Callable[[Any, Any], list[Grown]]
     adapted: Callable[[Any, Any], Any]
     row_tokens: Callable[[Any, Any], int]
     dense: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +47,7 @@ JOBS: dict[str, JobKind] = {
         train=finetuning.finetune,
         title=finetuning.title,
         open_parts=assemble.open_parts,
-        empty_models=lambda config, recipe: [models.empty_model(config, recipe.task)],
+        empty_models=lambda config, recipe: [Grown(model=models.empty_model(config, recipe.task))],
         adapted=lambda model, recipe: models.add_lora(model, recipe, None, []),
         row_tokens=architectures.sequence_tokens,
         dense={"distill_steps": 0},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from sparsetrain.hf.train.tasks import training_loss
 from sparsetrain.measure.curves import number
 from sparsetrain.measure.ledger import size_text
 from sparsetrain.measure.memory import peak_memory, saved_activations, static_memory
-from sparsetrain.measure.schema import Run, StageRecord
+from sparsetrain.measure.schema import Run, StageCost, StageRecord
 from sparsetrain.runs.checkpoints import Checkpoint
 from sparsetrain.runs.events import Event, Report
 from sparsetrain.runs.quality import Quality
@@ -32,6 +32,8 @@ class Journal:
     Args:
         report: told of everything that is recorded.
         resumed: the checkpoint that is continued; its records come first.
+
+    `planned` may be set: what each stage was planned to take, as `planner.preview.StageForecast`.
     """
 
     def __init__(self, report: Report, resumed: Checkpoint | None = None) -> None:
@@ -42,6 +44,8 @@ class Journal:
         self.auxiliary: dict[str, dict[str, float]] = progress.get("auxiliary", {})
         self.recorder = StepRecorder(report, self.run["steps"])  # type: ignore[arg-type]
         self.run["steps"] = self.recorder.records  # type: ignore[typeddict-item]
+        self.planned: Sequence[Mapping[str, Any]] = ()
+        self._stage: int | None = None
 
     def report(self, event: Event) -> None:
         """Pass an event on; notes are kept for the report as well."""
@@ -54,6 +58,7 @@ class Journal:
 
     def stage(self, index: int, record: StageRecord, of: int) -> None:
         """Say that a stage begins or goes on, and record it once."""
+        self._stage = index
         stages = self.run.setdefault("stages", [])
         stages[index:] = [record]
         told = {"name": record["name"], "index": index, "of": of, "size": size_text(record)}
@@ -94,8 +99,22 @@ class Journal:
 
     def between_steps(self, model: Any, optimizer: Any, handle: Handle | None) -> None:
         """Record what training holds between two steps, and the auxiliary losses of the last one, by site."""
-        self.run["static_bytes"] = static_memory(model, optimizer).to_dict()
+        static = self.run["static_bytes"] = static_memory(model, optimizer).to_dict()
         self.auxiliary = auxiliary_losses(handle)
+        if self._stage is not None:
+            self._stage_cost(self._stage, static, next(model.parameters()).device)
+
+    def _stage_cost(self, index: int, static: dict[str, int], device: torch.device) -> None:
+        """Record what the stage holds; its gradients are freed between steps, and are as large as what they are of."""
+        gradients = static["gradients"] or static["parameters_trainable"]
+        cost: StageCost = {
+            "static_bytes": static["total"] - static["gradients"] + gradients,
+            "saved_bytes": sum(self.run.get("saved_activation_bytes", {}).values()),
+            "peak_bytes": peak_memory(device).gpu_allocated_peak_bytes,
+        }
+        if index < len(self.planned):
+            cost["planned"] = {key: self.planned[index][key] for key in ("time_s", *cost)}
+        self.run.setdefault("stage_costs", [])[index:] = [cost]
 
     def progress(self, model: Any, optimizer: Any, handle: Handle | None) -> dict[str, Any]:
         """What a checkpoint stores, for `resumed` of a later run; all of the run's records after the last step."""

@@ -6,7 +6,7 @@ What is shared with `finetune` is in `hf.run`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from itertools import islice
 from typing import Any
 
@@ -35,6 +35,7 @@ from sparsetrain.hf.train.pretrain_data import load_rows, open_tokenizer
 from sparsetrain.hf.train.rows import calibration_batches, reads_longest, refuse_rows
 from sparsetrain.hf.train.run import Job, Result, run
 from sparsetrain.hf.train.stages import kept_weights
+from sparsetrain.planner.preview import StageForecast
 from sparsetrain.recipes.pretrain import PretrainRecipe as PretrainRecipe
 from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.checkpoints import Checkpoint
@@ -57,6 +58,7 @@ def pretrain(
     like: PretrainRecipe | None = None,
     dense_quality: KnownQuality = None,
     write: bool = True,
+    forecast: Callable[[PretrainRecipe, Parts], list[StageForecast]] | None = None,
 ) -> Result:
     """Train a model from random weights and write its output folder.
 
@@ -71,6 +73,8 @@ def pretrain(
         dense_quality: of the untrained dense model, where another run has measured it on the same rows; a function is
             asked when it is needed.
         write: write the report.
+        forecast: plans a run of several stages (`hf.study.stage_trace.planned_stages`), for the report to have what was
+            planned beside what was measured.
 
     Raises:
         ValueError, PlanError: the recipe does not fit the architecture or the data; nothing was written.
@@ -89,6 +93,7 @@ def pretrain(
         callbacks=(ClipValue(recipe.clip_value),) if recipe.clip_value else (),
         stages=ONE_STAGE if growth is None else growth_method(growth).stages(growth),
         enter=_enter,
+        forecast=None if forecast is None else lambda parts: forecast(recipe, parts),
     )
     return run(recipe, job, report=report, callbacks=callbacks, dense_quality=dense_quality, write=write)
 
@@ -119,7 +124,7 @@ def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | No
     fit_to_data(config, recipe, bundle, tokenizer)
     refuse_rows(recipe, bundle)
     planned = None
-    for grown in _stages(config, recipe) if recipe.methods else ():  # the last one is what comes out
+    for grown in stage_models(config, recipe) if recipe.methods else ():  # the last one is what comes out
         planned = assemble.plan_on(grown.model, recipe, device, tokens, grown.edits)
     _refuse_replaced(recipe, planned)
     return Parts(
@@ -134,12 +139,8 @@ def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | No
     )
 
 
-def stage_models(config: Any, recipe: PretrainRecipe) -> list[Any]:
-    """The models that a recipe trains, one a stage, on the meta device."""
-    return [grown.model for grown in _stages(config, recipe)]
-
-
-def _stages(config: Any, recipe: PretrainRecipe) -> list[Grown]:
+def stage_models(config: Any, recipe: PretrainRecipe) -> list[Grown]:
+    """The models that a recipe trains, one a stage, on the meta device, with what each stage installs in its own."""
     model, growth = empty_model(config, recipe.task), growth_of(recipe.configs)
     return [Grown(model=model)] if growth is None else list(grown_in_stages(model, growth, recipe.seed))
 

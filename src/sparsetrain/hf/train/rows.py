@@ -123,6 +123,7 @@ def refuse_rows(recipe: RunRecipe, bundle: DataBundle | None = None) -> None:
         seq_len=recipe.seq_len,
         labelled=task.labelled,
         one_sequence=not task.images and task.sequences == 1,
+        reads_texts=task.texts or (not task.images and task.sequences == 1),
     )
     if bundle is not None and "input_ids" in bundle.train.column_names:
         facts = replace(
@@ -168,11 +169,13 @@ def calibration_batches(parts: Parts) -> list[dict[str, Tensor]] | None:
 
 def text_reader(parts: Parts) -> Read | None:
     """What makes a batch of texts for a method that starts from texts; None for a model without a tokenizer."""
-    return (
-        None
-        if parts.tokenizer is None or task_of(parts.recipe.task).images
-        else reader(parts.tokenizer, parts.recipe.seq_len, parts.device)
-    )
+    task = task_of(parts.recipe.task)
+    if parts.tokenizer is None or (task.images and not task.texts):
+        return None
+    tokens = parts.recipe.seq_len
+    if task.images:  # rows are none of the texts, which have lengths of their own
+        tokens = context_length(parts.config) or tokens
+    return reader(parts.tokenizer, tokens, parts.device)
 
 
 def reader(tokenizer: Any, max_tokens: int, device: torch.device | str) -> Read:

@@ -125,6 +125,7 @@ def _open(recipe: RunRecipe, job: Job, report: Report, callbacks: tuple[TrainerC
     ranks.check_same("set of training rows", rows, "Give all nodes the same data, and the same version of sparsetrain.")
     if resumed is not None:
         check_data(resumed, rows)
+    journal.planned = [] if job.forecast is None else job.forecast(parts)
     return Course(
         recipe=recipe,
         job=job,
@@ -210,7 +211,7 @@ def _trainer(course: Course, span: Span, model: Any, handle: Handle | None) -> T
         args=course.arguments(handle),
         train_dataset=parts.bundle.trained_on,
         data_collator=course.collator,
-        processing_class=parts.tokenizer,
+        processing_class=None if task_of(course.recipe.task).images else parts.tokenizer,  # of rows of text
         callbacks=[
             *course.callbacks,
             *course.job.callbacks,

@@ -46,7 +46,7 @@ def edits(config: ConceptBottleneck, anatomy: Anatomy, model: nn.Module) -> list
     if not found:
         raise ValueError(
             f"concept_bottleneck replaces the head of a classifier on an encoder, and {anatomy.model_class} has none. "
-            "Load an encoder with --task classify (or AutoModelForSequenceClassification)."
+            "Load an encoder with --task classify (AutoModelForSequenceClassification), or CLIP with --task pair-image."
         )
 
     def check(head: Head) -> None:
@@ -175,11 +175,11 @@ def refuse(config: ConceptBottleneck, facts: RowFacts) -> str | None:
     if config.is_probe:
         return "no concepts are given. Write concepts=FILE, a text file with one a line"
     if not facts.labelled:
-        return f"it classifies, and task={facts.task} has no label a row. Use task=classify"
-    if not facts.one_sequence:
+        return f"it classifies, and task={facts.task} has no label a row. Use task=classify, or pair-image for images"
+    if not facts.reads_texts:
         return (
             "its concepts are texts, and this model reads none of them beside such rows. For images take a pair of "
-            "encoders (`sparsetrain.hf.model.pair`)"
+            "encoders, such as CLIP, with task=pair-image"
         )
     return None
 

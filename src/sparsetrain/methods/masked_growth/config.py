@@ -12,6 +12,7 @@ from sparsetrain.core.fields import shown
 
 AXES = ("hidden", "ffn", "heads", "layers")
 DEPTHS, REWINDS = ("stack", "interpolate"), ("none", "official", "all")
+COUNTS = ("kept", "own")
 SYNTAX = (
     "Write sizes as hidden=64, ffn/2 or layers*2, separated by spaces, after a share of the steps if parts are "
     "not even: 30% ffn/2 layers/2|ffn*2|40% layers*2."
@@ -60,9 +61,11 @@ class MaskedGrowth(MethodConfig, method="masked_growth"):
         ramp_ratio: share of the run's steps over which a mask rises; the ramp is part of its part of the plan.
         ramp_first: the mask rises before the first step of a ramp, not after it.
         new_layers: `stack` puts copies of the layers on top of them, `interpolate` each beside its source.
+        new_entry_steps: Adam's count of steps, by which it corrects moments that begin at 0, for new entries of a
+            weight: `kept` is the weight's, so that their first updates are 3 to 7 learning rates; `own` begins anew.
         rewind: the learning rate goes back to its peak as a growth begins: `none` of them, the first two (`official`:
             the rate then ends above 0), or `all`.
-        faithful: as published: masks before the activation and on queries, keys and values; `stack`; `official`.
+        faithful: as published: masks before the activation and on queries, keys and values; `stack`, `kept`, `official`.
     """
 
     about: ClassVar[str] = (
@@ -77,6 +80,7 @@ class MaskedGrowth(MethodConfig, method="masked_growth"):
     ramp_ratio: float = 0.02
     ramp_first: bool = False
     new_layers: str = "stack"
+    new_entry_steps: str = "kept"
     rewind: str = "none"
     faithful: bool = False
 
@@ -150,6 +154,7 @@ class MaskedGrowth(MethodConfig, method="masked_growth"):
         name = self.method
         in_range(name, "ramp_ratio", self.ramp_ratio, 0, 1, low_open=True)
         one_of(name, "new_layers", self.new_layers, DEPTHS)
+        one_of(name, "new_entry_steps", self.new_entry_steps, COUNTS)
         one_of(name, "rewind", self.rewind, REWINDS)
         if self.targets != ("*",) or self.layers is not None or self.from_depth:
             raise ValueError(f"{name}: targets, layers and from_depth choose sites, and a model grows as a whole. "
@@ -195,6 +200,7 @@ class GrowthRamp(MethodConfig, method="masked_growth_ramp"):
         old: sizes before the growth, as `("hidden=64", …)`, of all axes.
         old_layers: places, in the enlarged model, of the layers that were there before.
         begin, end: shares of the run's steps between which the mask rises.
+        own_steps: new entries have a count of steps of their own.
         ramp_first, faithful: as of `MaskedGrowth`.
     """
 
@@ -205,6 +211,7 @@ class GrowthRamp(MethodConfig, method="masked_growth_ramp"):
     old_layers: tuple[int, ...] = ()
     begin: float = 0.0
     end: float = 1.0
+    own_steps: bool = False
     ramp_first: bool = False
     faithful: bool = False
 
@@ -218,10 +225,19 @@ class GrowthRamp(MethodConfig, method="masked_growth_ramp"):
         Args:
             step: optimizer steps done in the run; total_steps: of the whole run.
         """
+        done, of = self.counted(step, total_steps)
+        return done / of if of else 1.0
+
+    def counted(self, step: int, total_steps: int) -> tuple[int, int]:
+        """(k, n) of a training step: it is the k-th in which new entries have a gradient."""
         first, last = round(total_steps * self.begin), round(total_steps * self.end)
-        done = min(max(0, step - first + self.ramp_first), last - first)
-        return done / (last - first) if last > first else 1.0
+        return min(max(0, step - first + self.ramp_first), last - first), last - first
+
+    def is_last(self, step: int, total_steps: int) -> bool:
+        """Is it the ramp's last step?"""
+        return step + 1 == round(total_steps * self.end)
 
 
 def ramp_of(config: MaskedGrowth, **values: Any) -> GrowthRamp:
-    return GrowthRamp(ramp_first=config.ramp_first, faithful=config.faithful, **values)
+    own = config.new_entry_steps == "own" and not config.faithful
+    return GrowthRamp(ramp_first=config.ramp_first, faithful=config.faithful, own_steps=own, **values)

@@ -78,7 +78,7 @@ def _hidden(config: GrowthRamp, anatomy: Anatomy, model: Any) -> Iterator[Place]
             continue
         outside = not name.startswith(blocks)
         if weight.ndim == 1:
-            yield _norm(name)
+            yield _norm(name, anatomy.norm_offset)
             read_linear &= not outside
             streamed |= outside and "embed" in name
         elif outside and isinstance(module, nn.Linear):
@@ -93,8 +93,10 @@ def _linear(name: str, reads: str | None, writes: str | None) -> Place:
     return Place(name=name, mixin=MaskedLinear, value=lambda site, _: (site, reads, writes))
 
 
-def _norm(name: str) -> Place:
+def _norm(name: str, offset: float) -> Place:
     def value(site: RampSite, module: Any) -> tuple[RampSite, float]:
-        return site, 0.0 if isinstance(module, nn.LayerNorm) else added_to_gain(module, name)
+        if isinstance(module, nn.LayerNorm):
+            return site, 0.0
+        return site, offset if module.weight.is_meta else added_to_gain(module, name)
 
     return Place(name=name, mixin=MaskedNorm, value=value)

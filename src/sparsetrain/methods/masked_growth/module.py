@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.methods.masked_growth.config import GrowthRamp
+from sparsetrain.methods.masked_growth.own_steps import follow
 from sparsetrain.ops.masked_norm import masked_layer_norm, masked_rms_norm
 from sparsetrain.surgery.reclass import dense_forward
 from sparsetrain.surgery.site import Site
@@ -24,6 +25,9 @@ class RampSite(Site):
         old: axis -> which of its channels were there before, bool.
         entries: the parameters with new entries: (parameter, shape of its old corner or None if there is none,
             (dimension, number) of its fused parts or None).
+
+    Attributes:
+        count: the steps in which new entries had a gradient, the present one among them. is_last: of the ramp.
     """
 
     def __init__(
@@ -34,6 +38,7 @@ class RampSite(Site):
     ) -> None:
         super().__init__()
         self.config, self.entries, self.value = config, tuple(entries), 0.0
+        self.count, self.is_last = 0, False
         self.num_old = {axis: int(there.sum()) for axis, there in old.items()}
         self._before: list[Tensor] | None = None
         first = entries[0][0]
@@ -42,6 +47,13 @@ class RampSite(Site):
         for axis, there in old.items():
             self.register_buffer(f"new_{axis}", ~there.to(first.device), persistent=False)
             self.register_buffer(f"mask_{axis}", there.to(first.device, dtype), persistent=False)
+        if config is not None and config.own_steps:
+            follow(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.config is not None and self.config.own_steps:
+            follow(self)
 
     def mask(self, axis: str) -> Tensor:
         return getattr(self, f"mask_{axis}")
@@ -62,6 +74,7 @@ class RampSite(Site):
         if total_steps is None:  # unknown yet: nothing has risen
             return
         self.value = self.config.value(step, total_steps)
+        (self.count, _), self.is_last = self.config.counted(step, total_steps), self.config.is_last(step, total_steps)
         self.fill(1.0 if self.held_dense else self.value)
         self._before = [p.detach().clone() for p, *_ in self.entries] if self.value == 0 else None
 
