@@ -17,6 +17,9 @@ from tests.families import llama_config
 
 TYPES = ("mamba", "jamba", "qwen3_next", "gptj", "falcon_h1", "rwkv", "t5", "bart", "whisper", "llava", "qwen2_vl")
 TYPES += ("clip", "vit", "dbrx", "deepseek_v3", "gpt_oss", "modernbert", "detr", "lfm2_moe")
+DECODERS = ("mamba", "jamba", "qwen3_next", "gptj", "falcon_h1", "rwkv", "bart", "whisper", "dbrx", "deepseek_v3")
+DECODERS += ("gpt_oss", "lfm2_moe")
+"""Those whose dense training can be planned: see `tests/hf/test_outline.py`."""
 
 
 def planned(folder: Path, values: dict[str, Any], capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str]:
@@ -31,9 +34,23 @@ def planned(folder: Path, values: dict[str, Any], capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("kind", TYPES)
 def test_families_without_a_row(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = CONFIG_MAPPING[kind]().to_dict() | {"model_type": kind}
-    for more in (["--preset", "tokens"], ["--memory", "24GB", "--preset", "dense"]):
+    for more in (["--preset", "tokens"], *([] if kind in DECODERS else [["--memory", "24GB", "--preset", "dense"]])):
         code, error = planned(tmp_path / "model", values, capsys, *more)
         assert code == 2 and len(error.splitlines()) == 1 and len(error) < 1200, error
+
+
+def test_dense_ways_of_a_family_without_a_row_are_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"vocab_size": 300, "hidden_size": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
+    (tmp_path / "config.json").write_text(json.dumps(BloomConfig(**sizes).to_dict()))
+    words = ["plan", "--model", str(tmp_path), "--seq-len", "64", "--memory", "2GB", "--method", "token_selection"]
+    assert run([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    known = {row["candidate"]["label"] for row in found["rows"] if row["peak"] is not None}
+    assert known == {"LoRA", "LoRA + checkpointing", "all weights"} and found["picked"] == "LoRA"
+    assert found["refused"]["token_selection"].startswith(
+        "BloomForCausalLM: no block class is in the table of families"
+    )
+    assert "FFN" in found["refused"]["LoRA + tiled MLP"]
 
 
 @pytest.mark.parametrize("lora_r", [0, 8])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
@@ -148,6 +149,41 @@ def test_hybrid_layers_are_traced_once_a_kind_and_the_walk_equals_the_whole() ->
     whole = trace_step(model, step, None)
     again = peak_bytes(whole, type(found.layout)(of_block=(0, 1, 2, 3)), found.static)
     assert found.peak(128).total == pytest.approx(again.total, rel=0.01)
+
+
+_SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+WITHOUT_A_ROW: dict[str, dict[str, Any]] = {
+    "bloom": {"vocab_size": 97, "hidden_size": 32, "n_layer": 4, "n_head": 4},
+    "falcon": {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "gemma2": {**_SIZES, "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 32},
+    "gpt_oss": {**_SIZES, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4},
+    "lfm2": {**_SIZES, "layer_types": ["conv", "conv", "full_attention", "conv"], "num_hidden_layers": 4,
+             "num_key_value_heads": 2},
+    "mamba2": {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 8, "num_heads": 8,
+               "head_dim": 8, "n_groups": 2, "chunk_size": 32},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WITHOUT_A_ROW)
+def test_dense_training_of_a_family_without_a_row_is_predicted(kind: str) -> None:
+    """Its blocks are found by the list that they stand in; their parts are not told from one another."""
+    config = AutoConfig.for_model(kind, **WITHOUT_A_ROW[kind])
+    asked = recipe(lora_r=0, seq_len=64)
+    found = outline(asked, copy.deepcopy(config), bf16=False, lengths=(64,))
+    assert len(found.layout.of_block) == config.num_hidden_layers > len(found.traces[64].forward) - 1
+    model, step = real(asked, config)
+    saved = saved_activations(model, step)
+    step().backward()
+    static = static_memory(model, None)
+    assert (found.static.parameters_trainable, found.static.buffers) == (static.parameters_trainable, static.buffers)
+    assert found.static.gradients == static.gradients
+    assert sum(found.peak(64).saved_in_full.values()) == pytest.approx(saved.total, rel=0.03)
+
+
+def test_a_scan_token_by_token_is_not_traced() -> None:
+    config = AutoConfig.for_model("mamba", vocab_size=97, hidden_size=16, num_hidden_layers=2, state_size=4)
+    with pytest.raises(ValueError, match="token by token: what it keeps is not known"):
+        outline(recipe(lora_r=0), config, bf16=False, lengths=(512,))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from sparsetrain.surgery.deploy import DeployDense
 from sparsetrain.surgery.method import RowFacts, method_of
 from tests.families import FAMILIES
 from tests.methods.test_contract import with_head
+from tests.turns import in_turn
 
 IGNORED = -100
 METHODS = {
@@ -106,9 +107,7 @@ def assert_alike(found: Any, expected: Any, tolerance: float = 1e-9) -> None:
         torch.testing.assert_close(found[1][name], grad, rtol=tolerance, atol=tolerance * scale, msg=name)
 
 
-@each
-@pytest.mark.parametrize("family", LANGUAGE)
-@pytest.mark.parametrize("form", ["plain", "padded", "packed"])
+@in_turn("methods, family, form", list(METHODS), LANGUAGE, ["plain", "padded", "packed"], turns=3)
 def test_equals_the_definition_in_outputs_and_gradients(form: str, family: str, methods: str) -> None:
     batch, rows_bt = batch_of(family, form)
     model, reference = model_of(family), model_of(family)

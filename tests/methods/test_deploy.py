@@ -12,15 +12,14 @@ from transformers.pytorch_utils import Conv1D
 
 import sparsetrain
 from sparsetrain.surgery.deploy import DeployDense
-from tests.methods.test_contract import CASES, KINDS, PAIRS, assert_near, example, gradients, logits
+from tests.methods.test_contract import CASES, KINDS, PAIRS, assert_near, example, gradients, logits, of_its_own, own
 
 LANGUAGE = [
     (method, family)
     for method, family in PAIRS
     if not CASES[family].vision and not CASES[family].diffusion and not KINDS[method].trains_own
 ]
-every = pytest.mark.parametrize(("method", "family"), PAIRS)
-adapted = pytest.mark.parametrize(("method", "family"), LANGUAGE)
+adapted = pytest.mark.parametrize(("method", "family"), of_its_own(LANGUAGE))
 
 
 def deployed(model: Any, family: str, method: str, **options: Any) -> sparsetrain.Handle:
@@ -40,7 +39,7 @@ def dense_stays(method: str, family: str) -> None:
         pytest.skip("replaces dense weights, and is refused")
 
 
-@every
+@own
 def test_evaluation_is_the_dense_model_and_training_is_not(method: str, family: str) -> None:
     dense_stays(method, family)
     case = CASES[family]

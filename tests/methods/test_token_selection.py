@@ -21,6 +21,7 @@ from sparsetrain.measure.memory import saved_activations
 from sparsetrain.methods.token_selection import TokenSelection
 from sparsetrain.ops.selected_rows import Rows, keep
 from tests.families import FAMILIES, Family
+from tests.turns import in_turn
 
 NAMES = list(FAMILIES)
 every = pytest.mark.parametrize("family", NAMES)
@@ -450,10 +451,14 @@ def test_lora_dropout_survives_checkpointing(reentrant: bool, train_keys: bool) 
     assert_same(found, expected, 1e-9)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "opt"])
-@pytest.mark.parametrize("checkpointing", [None, False, True])
-@pytest.mark.parametrize("methods", ["routed_ffn", "pq_attention", "both"])
-@keys
+@in_turn(
+    "family, checkpointing, methods, train_keys",
+    ["llama", "gpt2", "bert", "opt"],
+    [None, False, True],
+    ["routed_ffn", "pq_attention", "both"],
+    [False, True],
+    turns=3,
+)
 def test_sparse_context_and_selected_targets_equal_the_definition(
     family: str, methods: str, checkpointing: bool | None, train_keys: bool
 ) -> None:

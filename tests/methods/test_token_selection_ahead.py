@@ -16,6 +16,7 @@ from sparsetrain.methods.token_selection.policies import Batch
 from sparsetrain.methods.token_selection.previous import Previous
 from tests.families import FAMILIES
 from tests.methods.test_token_selection import assert_same, cut_by_hooks, doubled, exact, selector_of, with_lora
+from tests.turns import in_turn
 
 LOOKS = [
     TokenSelection(policy="loss"),
@@ -60,9 +61,7 @@ def all_rows_ran(model: Any, batch: dict[str, Tensor]) -> int:
     return counted.count(batch["input_ids"].shape[1])
 
 
-@looks
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mistral", "gemma3", "qwen3"])
-@pytest.mark.parametrize("lora", [False, True])
+@in_turn("config, family, lora", LOOKS, ["llama", "gpt2", "opt", "mistral", "gemma3", "qwen3"], [False, True], turns=2)
 def test_what_a_look_kept_gives_the_loss_and_gradients_of_another_forward(
     config: TokenSelection, family: str, lora: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

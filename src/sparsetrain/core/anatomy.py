@@ -230,11 +230,31 @@ def describe(model: nn.Module) -> Anatomy:
 
 
 def known_parts(model: nn.Module) -> Anatomy:
-    """The anatomy, or one without parts of a family that no adapter knows: its dense training can be measured, too."""
+    """The anatomy; of a family that no adapter knows its blocks alone, so that dense training is planned and measured.
+
+    Its blocks are the entries of the list of modules that holds the most parameters.
+    """
     try:
         return describe(model)
     except UnknownFamily:
-        return Anatomy(family="unknown", model_class=type(model).__name__, blocks=())
+        names = _largest_list(model)
+        return Anatomy(
+            family=str(getattr(getattr(model, "config", None), "model_type", "unknown")),
+            model_class=type(model).__name__,
+            blocks=tuple(Block(name=name, layer=layer, attention=None, ffn=None) for layer, name in enumerate(names)),
+        )
+
+
+def _largest_list(model: nn.Module) -> list[str]:
+    """Names of the modules in the largest list that stands in no other."""
+    lists: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and not any(name.startswith(f"{over}.") for over in lists):
+            lists[name] = module
+    if not lists:
+        return []
+    largest = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
+    return [f"{largest}.{i}" for i in range(len(lists[largest]))]  # type: ignore[arg-type]
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:

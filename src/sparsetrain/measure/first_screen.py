@@ -7,6 +7,7 @@ from typing import Any
 from sparsetrain.core.metrics import METRICS
 from sparsetrain.core.units import bytes_text, seconds_text
 from sparsetrain.measure.advice import by_checkpointing
+from sparsetrain.measure.called import called, in_words
 from sparsetrain.measure.curves import run_seconds, setup_seconds
 from sparsetrain.measure.judge import LABELS
 from sparsetrain.measure.markup import Bar, Bars, Chip, Group, Heading, Piece, Quote, Section, Table, Text
@@ -23,23 +24,24 @@ def verdict(report: Report) -> Section:
         parts.append(Text(report["advice"], "advice"))
     judgements = {j["quantity"]: j for j in report["judgements"]}
     if judgements:
-        drawn = (_time(report, judgements), _memory(judgements), _quality(report["runs"], judgements))
+        runs = report["runs"]
+        drawn = (_time(report, judgements), _memory(runs, judgements), _quality(runs, judgements))
         parts.append(Group("bars", [block for block in drawn if block]))
-        rows = [(LABELS[q], _chip(j), j["text"]) for q, j in judgements.items()]
+        rows = [(LABELS[q], _chip(j, runs), j["text"]) for q, j in judgements.items()]
         parts.append(Table(("Quantity", "Result", "Numbers"), rows, "judgements"))
     return Section("Verdict", "verdict", [*parts, *(Text(note, "note") for note in report["notes"])])
 
 
-def _chip(judgement: Judgement) -> Chip:
+def _chip(judgement: Judgement, runs: dict[str, Run]) -> Chip:
     if by_checkpointing(judgement):
         return Chip("checkpointing", f"{RECOMPUTED} wins")
-    return Chip(judgement["winner"], WON[judgement["winner"]])
+    return Chip(judgement["winner"], in_words(WON[judgement["winner"]], runs))
 
 
-def _block(title: str, judgement: Judgement | None, rows: list[Bar], words: str) -> Group | None:
-    if judgement is None or not rows:
+def _block(title: str, judgement: Judgement, runs: dict[str, Run], rows: list[Bar], words: str) -> Group | None:
+    if not rows:
         return None
-    return Group("block", [Heading(title, _chip(judgement)), Bars(rows), Text(words)])
+    return Group("block", [Heading(title, _chip(judgement, runs)), Bars(rows), Text(words)])
 
 
 def _time(report: Report, judgements: dict[str, Judgement]) -> Group | None:
@@ -55,15 +57,15 @@ def _time(report: Report, judgements: dict[str, Judgement]) -> Group | None:
     if beside := report.get("checkpointing"):
         c = d * beside["time_ratio"]
         rows.append(Bar(RECOMPUTED, {"checkpointing": c}, f"about {seconds_text(c)}"))
-    rows.append(Bar("sparse", {"setup": setup, "sparse": s - setup}, seconds_text(s)))
+    rows.append(Bar(called("sparse", runs), {"setup": setup, "sparse": s - setup}, seconds_text(s)))
     words = [f"set-up {seconds_text(setup)}, the light part" if setup else "no set-up"]
     if beside:
         words.append(f"{RECOMPUTED} from {beside['num_pairs']} steps beside dense ones")
     title = f"Time of {steps:,} steps" if whole else "Time per step"
-    return _block(title, judgement, rows, f"Less is better; {'; '.join(words)}.")
+    return _block(title, judgement, runs, rows, f"Less is better; {'; '.join(words)}.")
 
 
-def _memory(judgements: dict[str, Judgement]) -> Group | None:
+def _memory(runs: dict[str, Run], judgements: dict[str, Judgement]) -> Group | None:
     judgement = judgements.get("peak_memory")
     if judgement is None:
         return None
@@ -75,11 +77,11 @@ def _memory(judgements: dict[str, Judgement]) -> Group | None:
     rows = [
         Bar(RECOMPUTED, {name: value}, f"about {bytes_text(value)}")
         if name == "checkpointing" and value is not None
-        else Bar(name, {name: value or 0.0}, bytes_text(value))
+        else Bar(called(name, runs), {name: value or 0.0}, bytes_text(value))
         for name, value in found.items()
         if value is not None
     ]
-    return _block("Peak memory", judgement, rows, "Less is better; each side in a process of its own.")
+    return _block("Peak memory", judgement, runs, rows, "Less is better; each side in a process of its own.")
 
 
 def _quality(runs: dict[str, Run], judgements: dict[str, Judgement]) -> Group | None:
@@ -92,9 +94,11 @@ def _quality(runs: dict[str, Run], judgements: dict[str, Judgement]) -> Group | 
     rows = [] if before is None else [Bar("before training", {"before": before}, metric.text(before))]
     for name in RUNS:
         value = judgement[name]
-        rows.append(Bar(name, {name: value or 0.0}, "not a number" if value is None else metric.text(value)))
+        rows.append(
+            Bar(called(name, runs), {name: value or 0.0}, "not a number" if value is None else metric.text(value))
+        )
     words = f"{'More' if metric.more_is_better else 'Less'} is better; of the model as it is saved, on held-out rows."
-    return _block(metric.title, judgement, rows, words)
+    return _block(metric.title, judgement, runs, rows, words)
 
 
 def samples(runs: dict[str, Run]) -> Section | None:
@@ -108,7 +112,7 @@ def samples(runs: dict[str, Run]) -> Section | None:
         present = {name: row[i] for name, row in asked.items() if i < len(row)}
         first = next(iter(present.values()))
         said = [("prompt, its end", "", "prompt", first["prompt"]), ("the data say", "", "", first["reference"])]
-        said += [(f"{name} says", name, "", each["completion"]) for name, each in present.items()]
+        said += [(f"{called(name, runs)} says", name, "", each["completion"]) for name, each in present.items()]
         parts: list[Piece] = []
         for title, who, kind, text in said:
             parts += [Heading(title, who=who), Quote(text.strip() or "(nothing)", kind)]

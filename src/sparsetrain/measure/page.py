@@ -11,6 +11,7 @@ from sparsetrain.core.metrics import METRICS
 from sparsetrain.core.units import bytes_text, number_text, seconds_text
 from sparsetrain.measure import plots
 from sparsetrain.measure.bars import MEMORY_PARTS, memory_parts, memory_row, saved_by_component
+from sparsetrain.measure.called import called
 from sparsetrain.measure.colours import part_name
 from sparsetrain.measure.components import COMPONENTS
 from sparsetrain.measure.curves import setup_seconds, step_seconds, tokens_per_second
@@ -52,7 +53,7 @@ def pictures(report: Report, folder: Path) -> list[Section]:
     """What the trained models make, side by side, and the pictures of the run's methods."""
     runs = report["runs"]
     made = [
-        (path, f"{name}: {title}" if len(runs) > 1 else title)
+        (path, f"{called(name, runs)}: {title}" if len(runs) > 1 else title)
         for name in RUNS
         if name in runs
         for file, title in (runs[name].get("pictures") or {}).items()
@@ -79,8 +80,8 @@ def _curves(runs: dict[str, Run]) -> Section | None:
     if plots.has_held_out(runs):
         lines = f"Strong: held-out loss of the model as it is saved. Faint: {training}, of the model as it trains."
     setup = " The time before the first step is set-up." if any(setup_seconds(run) for run in runs.values()) else ""
-    ends = {name: f"{name} {number_text(_last_loss(runs[name]))}" for name in RUNS if name in runs}
-    paces = {name: f"{name} {seconds_text(step_seconds(runs[name]))}" for name in RUNS if name in runs}
+    ends = {name: f"{called(name, runs)} {number_text(_last_loss(runs[name]))}" for name in RUNS if name in runs}
+    paces = {name: f"{called(name, runs)} {seconds_text(step_seconds(runs[name]))}" for name in RUNS if name in runs}
     costs = charged(runs)
     figures = [
         Figure("Loss by step", plots.loss_by_step(runs), lines, ends),
@@ -89,7 +90,7 @@ def _curves(runs: dict[str, Run]) -> Section | None:
         Figure("Time per step", plots.step_times(runs), "Faint: every step. Strong: the median.", paces),
         Group("block", [Heading("Run by run"), _runs_table(runs)]),
     ]
-    stages = [_stages(name, run) for name, run in costs.items() if run.get("stages")]
+    stages = [_stages(called(name, runs), run) for name, run in costs.items() if run.get("stages")]
     return Section("Loss and time", "curves", [Group("figures", figures), *stages])
 
 
@@ -135,7 +136,7 @@ def _last_loss(run: Run) -> float | None:
 
 
 def _runs_table(runs: dict[str, Run]) -> Table:
-    present = {name: runs[name] for name in RUNS if name in runs}
+    present = {called(name, runs): runs[name] for name in RUNS if name in runs}
     facts: dict[str, Callable[[Run], str]] = {
         "steps": lambda run: f"{len(run['steps']):,}",
         "tokens": lambda run: f"{sum(record['tokens'] for record in run['steps']):,}",
@@ -149,13 +150,14 @@ def _runs_table(runs: dict[str, Run]) -> Table:
 
 
 def _memory(runs: dict[str, Run]) -> Section | None:
-    saved = {name: value for name in RUNS if name in runs and (value := runs[name].get("saved_activation_bytes"))}
-    parts = {name: value for name in RUNS if name in runs and (value := memory_row(runs[name]))}
+    sides = {called(name, runs): runs[name] for name in RUNS if name in runs}
+    saved = {name: value for name, run in sides.items() if (value := run.get("saved_activation_bytes"))}
+    parts = {name: value for name, run in sides.items() if (value := memory_row(run))}
     figures, tables = [], []
     if saved:
         caption = "What one step's forward keeps for its backward; each storage once, weights excluded."
         figures.append(Figure("Saved activations by component", saved_by_component(runs), caption))
-        times = {name: value for name in saved if (value := runs[name].get("forward_time_s"))}
+        times = {name: value for name in saved if (value := sides[name].get("forward_time_s"))}
         tables.append(_component_table(saved, times))
     if parts:
         caption = "Known parts; the rest is what they do not explain of the measured peak."
@@ -192,7 +194,9 @@ def _parts_table(parts: dict[str, dict[str, int]]) -> Table:
 def _quality(runs: dict[str, Run]) -> Section:
     tables = []
     for metric in METRICS.values():
-        stages: dict[str, Any] = {name: runs[name].get(metric.name) or {} for name in RUNS if name in runs}
+        stages: dict[str, Any] = {
+            called(name, runs): runs[name].get(metric.name) or {} for name in RUNS if name in runs
+        }
         used = [stage for stage in STAGES if any(stage in row for row in stages.values())]
         if not used:
             continue

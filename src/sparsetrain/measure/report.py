@@ -13,6 +13,7 @@ from sparsetrain.core.files import plain, to_json, write_whole
 from sparsetrain.core.metrics import METRICS
 from sparsetrain.core.units import bytes_text, number_text, seconds_text
 from sparsetrain.measure.advice import advice, headline
+from sparsetrain.measure.called import called, in_words
 from sparsetrain.measure.curves import loss_curves, step_seconds, tokens_per_second
 from sparsetrain.measure.judge import judge
 from sparsetrain.measure.ledger import ledger, stage_memory
@@ -51,12 +52,14 @@ def build_report(
     if not runs or not set(runs) <= set(RUNS):
         raise ValueError(f"runs are named {sorted(runs)}. Give one or both of {', '.join(map(repr, RUNS))}.")
     judgements = judge(runs, timing, checkpointing)
+    for judgement in judgements:
+        judgement["text"] = in_words(judgement["text"], runs)
     report: Report = {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "title": title,
-        "headline": headline(judgements) if judgements else _single_headline(runs),
-        "advice": advice(judgements),
+        "headline": in_words(headline(judgements) if judgements else _single_headline(runs), runs),
+        "advice": in_words(advice(judgements), runs),
         "judgements": judgements,
         "runs": runs,
         "recipe": recipe or {},
@@ -109,7 +112,7 @@ def render_text(report: Report) -> list[str]:
         lines.append(f"  {found['text']}")
     for name in RUNS:
         if name in report["runs"]:
-            lines += _run_lines(name, report["runs"][name])
+            lines += _run_lines(called(name, report["runs"]), report["runs"][name])
     return lines + _sample_lines(report["runs"])
 
 
@@ -120,7 +123,7 @@ def _sample_lines(runs: dict[str, Run]) -> list[str]:
         return []
     first = next(iter(asked.values()))
     said = {"a held-out prompt": "… " + _short(first["prompt"], end=True), "the data say": _short(first["reference"])}
-    said |= {f"{name} says": _short(sample["completion"]) for name, sample in asked.items()}
+    said |= {f"{called(name, runs)} says": _short(sample["completion"]) for name, sample in asked.items()}
     return [f"  {who}: {words or '(nothing)'}" for who, words in said.items()]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sparsetrain.core.anatomy import describe, submodule
+from sparsetrain.core.anatomy import known_parts, submodule
 from sparsetrain.recipes.run import RunRecipe
 
 
@@ -23,7 +23,7 @@ def drop_as_on_a_gpu(model: Any, recipe: RunRecipe) -> None:
     """Let the model's dropouts keep what they keep on a GPU."""
     if any(config.own_dropout for config in recipe.configs):
         return  # masks are of bytes already, and attention has no dropout
-    parts = [submodule(model, site.name) for site in describe(model).attentions]
+    parts = [submodule(model, site.name) for site in known_parts(model).attentions]
     parts += [module for module in model.modules() if isinstance(module, nn.Dropout)]
     # checkpointing recomputes blocks in the backward, where a mode that the model's forward turns on is off
     for module in parts if recipe.gradient_checkpointing != "none" else [model]:

@@ -52,7 +52,7 @@ class Hollow(TorchDispatchMode):
     """Inside this mode new floating-point tensors are hollow; `with Hollow(): ...` traces a training step.
 
     `after`, if set, is called with every op and its results. `to_host`: bytes that were moved to the CPU's memory and
-    back (`planner.host`).
+    back (`planner.host`). `most_calls`: more operations than this are a ValueError.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -62,6 +62,7 @@ class Hollow(TorchDispatchMode):
         self.random = torch.Generator()
         self.after: Any = None
         self.to_host = 0
+        self.calls, self.most_calls = 0, 0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -72,6 +73,11 @@ class Hollow(TorchDispatchMode):
         self.to_host += size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        if 0 < self.most_calls < self.calls:
+            raise ValueError(
+                f"its step takes more than {self.most_calls:,} operations, token by token: what it keeps is not known"
+            )
         out = self._run(func, args, kwargs or {})
         if self.after is not None:
             self.after(func, args, kwargs or {}, out)

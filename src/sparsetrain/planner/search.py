@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+from sparsetrain.core.errors import UnknownFamily
 from sparsetrain.planner.machines import MachineRates
 from sparsetrain.planner.memory import PeakBytes
 from sparsetrain.planner.outline import Outline
@@ -137,13 +138,21 @@ def answer(
     """
     rows = []
     base: Outline | None = None
+    unknown: str | None = None
     for candidate in candidates:
         risk = risk_of(methods_of(candidate))
         if candidate.rounds:
             risk = replace(risk, ratio=None, exact=False, texts=(*risk.texts, candidate.rounds))
         row = Row(candidate=candidate, risk=risk)
+        if unknown is not None and candidate.values.get("methods"):  # no method finds its sites: known from the first
+            rows.append(replace(row, refused=unknown, fits=False))
+            continue
         try:
             found = outline_of(candidate)
+        except UnknownFamily as error:
+            unknown = f"{_line(error).partition('. ')[0]}, and without a row no method knows the model's parts"
+            rows.append(replace(row, refused=unknown, fits=False))
+            continue
         except ValueError as error:
             rows.append(replace(row, refused=_line(error), fits=False))
             continue

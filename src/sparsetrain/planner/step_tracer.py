@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from sparsetrain.core.anatomy import describe, submodule
+from sparsetrain.core.anatomy import known_parts, submodule
 from sparsetrain.core.host_memory import counting_moves
 from sparsetrain.measure.memory import held_tensors, record_saved
 from sparsetrain.planner.hollow import Hollow, tensors_in
@@ -128,7 +128,7 @@ def trace_step(model: nn.Module, step: Callable[[], Tensor], hollow: Hollow | No
     """
     live = LiveBytes(hollow)
     live.know(_tensors_of(model))
-    blocks = [submodule(model, block.name) for block in describe(model).blocks]
+    blocks = [submodule(model, block.name) for block in known_parts(model).blocks]
     with _cut_at(blocks, live) as segments:
         with _following(live, hollow), record_saved(model) as record:
             loss = step()

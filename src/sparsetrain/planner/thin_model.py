@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 
-from sparsetrain.core.anatomy import Anatomy, describe, submodule
+from sparsetrain.core.anatomy import Anatomy, known_parts, submodule
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.measure.memory import StaticMemory, static_memory
 from sparsetrain.planner.memory import Layout
@@ -19,7 +20,7 @@ def thin_out(model: Any, alone: int = 1) -> Layout:
 
     Blocks that do not lie in one list (a UNet's) read one another's outputs by place: all of them are kept.
     """
-    anatomy = describe(model)
+    anatomy = known_parts(model)
     if len({block.name.rpartition(".")[0] for block in anatomy.blocks}) > 1:
         return Layout(of_block=tuple(range(len(anatomy.blocks))))
     kinds = _kinds(model, anatomy)
@@ -44,7 +45,8 @@ def thin_out(model: Any, alone: int = 1) -> Layout:
     config.num_hidden_layers = len(kept)
     types = getattr(config, "layer_types", None)
     if types:
-        config.layer_types = [types[layer] for layer in kept]
+        with suppress(AttributeError):  # Mamba's follow from the number of layers
+            config.layer_types = [types[layer] for layer in kept]
     return Layout(of_block=tuple(of_block))
 
 
@@ -70,7 +72,7 @@ def _kinds(model: nn.Module, anatomy: Anatomy) -> list[str]:
 def whole_memory(model: Any, layout: Layout) -> StaticMemory:
     """Bytes of the whole model, from one with a block of each kind."""
     total = asdict(static_memory(model))
-    blocks = [submodule(model, block.name) for block in describe(model).blocks]
+    blocks = [submodule(model, block.name) for block in known_parts(model).blocks]
     for i, block in enumerate(blocks):
         more = layout.of_block.count(i) - 1
         for name, size in asdict(static_memory(block)).items():
@@ -80,7 +82,7 @@ def whole_memory(model: Any, layout: Layout) -> StaticMemory:
 
 def trained_parameters(model: Any) -> tuple[list[dict[str, nn.Parameter]], list[nn.Parameter]]:
     """(relative name -> trained parameter of each block, those outside the blocks); tied ones once."""
-    blocks = [submodule(model, block.name) for block in describe(model).blocks]
+    blocks = [submodule(model, block.name) for block in known_parts(model).blocks]
     inside = [{name: p for name, p in block.named_parameters() if p.requires_grad} for block in blocks]
     known = {id(p) for params in inside for p in params.values()}
     return inside, [p for p in model.parameters() if p.requires_grad and id(p) not in known]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparsetrain.core.anatomy import Block, describe, submodule
+from sparsetrain.core.anatomy import Block, known_parts, submodule
 from sparsetrain.surgery.method import Edit
 from sparsetrain.surgery.reclass import dense_forward, reclass
 
@@ -57,7 +57,7 @@ def refused(block: Block, edits: Iterable[Edit]) -> str | None:
 def check_tiled(model: nn.Module, pieces: int, edits: Iterable[Edit] = ()) -> None:
     """Raise ValueError if an FFN of a model cannot run in pieces."""
     edits = tuple(edits)
-    for block in describe(model).blocks if pieces > 1 else ():
+    for block in known_parts(model).blocks if pieces > 1 else ():
         if reason := refused(block, edits):
             raise ValueError(f"tiled_mlp={pieces} cannot be: {reason}. Give tiled_mlp=1.")
 
@@ -74,7 +74,7 @@ def use_tiled_mlp(model: nn.Module, pieces: int, edits: Iterable[Edit] = ()) -> 
             method edits.
     """
     check_tiled(model, pieces, edits)
-    for block in describe(model).blocks if pieces > 1 else ():
+    for block in known_parts(model).blocks if pieces > 1 else ():
         assert block.ffn is not None
         module: Any = submodule(model, block.ffn.name)
         reclass(module, Tiled)

@@ -12,6 +12,7 @@ from multiprocessing import get_context
 
 import torch
 
+from sparsetrain.core.errors import UnknownFamily
 from sparsetrain.hf.model.opening import make_config
 from sparsetrain.hf.study.recipe_trace import outline
 from sparsetrain.planner.model_config import ModelConfig
@@ -57,7 +58,7 @@ def _trace(recipe: Recipe, model: ModelConfig, bf16: bool, gpu: bool) -> str | V
     try:
         return outline(recipe, make_config(model.values, model.name), bf16=bf16, gpu=gpu).to_json()
     except ValueError as error:
-        return ValueError(str(error))
+        return (UnknownFamily if isinstance(error, UnknownFamily) else ValueError)(str(error))
     except Exception:
         return None
 
