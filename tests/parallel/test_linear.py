@@ -22,8 +22,9 @@ def test_two_ranks() -> None:
 
 
 @pytest.mark.slow
-def test_four_ranks() -> None:
-    assert_on_ranks(every_check, 4, FOURS)
+@pytest.mark.parametrize("shape", FOURS, ids=str)
+def test_four_ranks(shape: GridShape) -> None:
+    assert_on_ranks(every_check, 4, [shape])
 
 
 @pytest.mark.slow
