@@ -23,6 +23,7 @@ from sparsetrain.hf.model.revision import at_revision
 from sparsetrain.hf.model.vocabulary import check_vocabulary
 from sparsetrain.hf.model.weights import auto_class, load_weights
 from sparsetrain.hf.model.whole import check_causal
+from sparsetrain.hf.train.own_code import check_trust
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.passed import check_passed, passed_on
 from sparsetrain.hf.train.rows import first_batch, load_rows, refuse_rows
@@ -158,22 +159,6 @@ def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...
     return path, config
 
 
-def check_trust(recipe: Recipe, config: Any, report: Report) -> None:
-    """Say that a model's own code runs; raise ValueError for methods on such a model, whose sites are not known."""
-    if not recipe.trust_remote_code:
-        return
-    if not opening.code_of(config)["trust_remote_code"]:
-        report({"event": "note", "text": f"trust_remote_code: {recipe.model} needs no code of its own, and none ran."})
-        return
-    kind = type(config).__name__
-    report({"event": "note", "text": f"trust_remote_code: Python code that came with {recipe.model} runs ({kind})."})
-    if recipe.methods:
-        raise ValueError(
-            f"{recipe.model} is built by code of its own, in which {recipe.methods[0].method} knows no sites. Train it "
-            "dense: --preset dense."
-        )
-
-
 def open_tokenizer(path: str, config: Any = None, *, trust: bool = False) -> Any:
     """The tokenizer of a model's folder, checked against the model's config; trust: its own code may run.
 
@@ -204,7 +189,7 @@ def load_model(parts: Parts, *, cut: bool = False) -> tuple[Any, list[str]]:
         config.num_labels = bundle.num_labels
         config.id2label = dict(enumerate(bundle.label_names))
         config.label2id = {name: i for i, name in enumerate(bundle.label_names)}
-        if config.pad_token_id is None and not task_of(recipe.task).images:
+        if not task_of(recipe.task).images and config.pad_token_id is None:
             config.pad_token_id = bundle.collate_fn.pad_token_id  # type: ignore[attr-defined]
     set_seed(recipe.seed)  # a new head is drawn here
     dtype = pick_dtype(recipe, parts.device)
