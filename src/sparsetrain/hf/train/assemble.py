@@ -20,12 +20,11 @@ from sparsetrain.hf.model.checkpointing import check_offload, checkpointing_argu
 from sparsetrain.hf.model.four_bit import check_four_bit, four_bit_options, keep_trainable
 from sparsetrain.hf.model.model_config import check_context
 from sparsetrain.hf.model.revision import at_revision
-from sparsetrain.hf.model.vocabulary import check_vocabulary
 from sparsetrain.hf.model.weights import auto_class, load_weights
 from sparsetrain.hf.model.whole import check_causal
-from sparsetrain.hf.train.own_code import check_trust
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.passed import check_passed, passed_on
+from sparsetrain.hf.train.readers import check_trust, open_reader
 from sparsetrain.hf.train.rows import first_batch, load_rows, refuse_rows
 from sparsetrain.measure.rates import device_of
 from sparsetrain.recipes.finetune import Recipe
@@ -66,12 +65,7 @@ def open_parts(
     path, config = open_config(recipe, report, (like or recipe).configs)
     check_offload(recipe, config, device, report)
     planned = check_and_plan(recipe, config, device)
-    tokenizer = None if opened is None else opened.tokenizer
-    if opened is None and task_of(recipe.task).images:
-        check_patches(config, recipe.model)
-        tokenizer = opening.open_image_processor(path, config) if task_of(recipe.task).labelled else None
-    elif opened is None:
-        tokenizer = open_tokenizer(path, config, trust=recipe.trust_remote_code)
+    tokenizer = open_reader(recipe, path, config) if opened is None else opened.tokenizer
     refuse_rows(recipe)
     bundle = load_rows(recipe, tokenizer, config, report) if opened is None else opened.bundle
     refuse_rows(recipe, bundle)
@@ -152,26 +146,13 @@ def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...
         path = resolve_model(recipe.model, progress=lambda line: report({"event": "note", "text": line}))
     config = opening.open_config(path, recipe.model, trust=recipe.trust_remote_code)
     check_trust(recipe, config, report)
-    if not task_of(recipe.task).images:
+    if task_of(recipe.task).images:
+        check_patches(config, recipe)
+    else:
         check_context(recipe.seq_len, config, recipe.model)
     models.check_lora_targets(recipe, config)
     models.drop_attention_dropout(config, lambda: models.empty_model(config, recipe.task), configs, report)
     return path, config
-
-
-def open_tokenizer(path: str, config: Any = None, *, trust: bool = False) -> Any:
-    """The tokenizer of a model's folder, checked against the model's config; trust: its own code may run.
-
-    Raises:
-        ValueError: there is none, it is damaged, or it has more tokens than the model.
-    """
-    try:
-        tokenizer = opening.open_tokenizer(path, trust=trust)
-    except FileNotFoundError as error:
-        raise ValueError(f"the tokenizer of {path} cannot be read: {error}") from None
-    if config is not None:
-        check_vocabulary(tokenizer, config, path)
-    return tokenizer
 
 
 def load_model(parts: Parts, *, cut: bool = False) -> tuple[Any, list[str]]:
