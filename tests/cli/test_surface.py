@@ -119,6 +119,7 @@ def test_flags_are_the_recipes_keys_with_its_defaults() -> None:
     recipe = Recipe(model="m", data="d")
     for key, flag in FLAGS.items():
         switches = ("resume", "train_auxiliary", "load_in_4bit", "packing", "activation_offloading")
+        switches += ("streaming", "trust_remote_code")
         if key in ("preset", "methods", "threads", *switches) or not flag.default:
             continue
         assert flag.default == str(getattr(recipe, key)), key

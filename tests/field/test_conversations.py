@@ -10,9 +10,9 @@ import datasets
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from sparsetrain.data.encoding import encode_row
 from sparsetrain.data.remarks import Remarks
 from sparsetrain.hf.data import load_sft
-from sparsetrain.hf.data.chat import encode_row
 from tests.hf.data.files import CHAT, MARKED, byte_tokenizer, targets, write_jsonl
 
 WITH_TOOLS = (

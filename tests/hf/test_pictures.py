@@ -85,7 +85,7 @@ def test_what_cannot_be_trained_on_says_so(tmp_path: Path, capsys: pytest.Captur
         return capsys.readouterr().err
 
     runs.llama(tmp_path / "llama")
-    assert "cannot be loaded as AutoModelForImageClassification" in refused("--model", str(tmp_path / "llama"))
+    assert "(llama) does not cut images of one size into patches" in refused("--model", str(tmp_path / "llama"))
     assert "no image processor reads" in refused("--data", "digits")
     (tmp_path / "empty").mkdir()
     assert "holds no images: no picture" in refused("--data", str(tmp_path / "empty"))

@@ -67,10 +67,8 @@ Write = Annotated[
         help="Write the picked recipe, for `finetune --recipe`.",
     ),
 ]
-Plot = Annotated[
-    Path | None,
-    typer.Option("--plot", metavar="FILE.png", rich_help_panel=_PREDICT, help="Draw predicted memory by component."),
-]
+_DRAW = "Draw predicted memory by component."
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", rich_help_panel=_PREDICT, help=_DRAW)]
 _GRID = "Grid of devices"
 Gpus = Annotated[
     int | None,

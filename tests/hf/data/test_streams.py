@@ -13,8 +13,8 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from sparsetrain.data.streams import mixed
 from sparsetrain.hf.data import load_sft, load_text
-from sparsetrain.hf.data.streams import mixed
 from tests.hf.data.files import all_text, write_jsonl
 
 AHEAD, ROWS = 20, 60

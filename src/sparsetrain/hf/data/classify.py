@@ -10,7 +10,8 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from sparsetrain.data.collate import Collator, check_length
 from sparsetrain.data.labelled import check_trained, describe, divide_examples, label_names_of, read_examples
 from sparsetrain.data.rows import Row
-from sparsetrain.hf.data.bundle import DataBundle, Progress, padding_id
+from sparsetrain.data.special_tokens import padding_id
+from sparsetrain.hf.data.bundle import DataBundle, Progress
 from sparsetrain.hf.data.sources import EvalChoice, HubChoice, Source, load_sides, source_name
 
 _BATCH_ROWS = 1000

@@ -13,6 +13,7 @@ from sparsetrain.core.quote import quoted
 from sparsetrain.data.collate import ImageCollator
 from sparsetrain.data.images import FASHION_LABELS, Images, read_images
 from sparsetrain.data.pictures import DIGITS, SUFFIXES, as_pixels, has_pictures, read_digits, read_pictures, split
+from sparsetrain.data.processors import normalisation, prepared
 from sparsetrain.hf.assets import embedded_name, resolve_data
 from sparsetrain.hf.data.bundle import DataBundle
 
@@ -53,32 +54,6 @@ def load_images(
         counts={"train_rows": len(train), "eval_rows": len(held_out)},
         label_names=names or tuple(str(i) for i in range(found.classes)),
     )
-
-
-def prepared(processor: Any, channels: int, picture: Any) -> np.ndarray:
-    """A picture of PIL as a model's processor scales and cuts it: uint8 [h, w, channels]."""
-    shown = picture.convert("L" if channels == 1 else "RGB")
-    made_chw = processor(images=[shown], return_tensors="np", do_rescale=False, do_normalize=False)["pixel_values"][0]
-    return np.clip(np.rint(made_chw), 0, 255).astype(np.uint8).transpose(1, 2, 0)
-
-
-def normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | tuple[()]:
-    """(mean, std) of each channel by which a processor normalises; () without a processor.
-
-    Raises:
-        ValueError: it makes of bytes something else than numbers in [0, 1] first.
-    """
-    if processor is None:
-        return ()
-    factor = processor.rescale_factor if getattr(processor, "do_rescale", False) else 1.0
-    if abs(255 * factor - 1) > 1e-3:
-        raise ValueError(
-            f"the model's image processor multiplies bytes by {factor:g}, not by 1/255, and that is not built here. "
-            "Set rescale_factor in its preprocessor_config.json."
-        )
-    if not getattr(processor, "do_normalize", False):
-        return (0.0,), (1.0,)
-    return tuple(processor.image_mean), tuple(processor.image_std)
 
 
 def _read(source: str, prepare: Any, **options: Any) -> Images:

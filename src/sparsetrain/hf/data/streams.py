@@ -1,21 +1,14 @@
-"""Data too large to hold: its first rows are read as ever, all others when training comes to them.
-
-The first `stream_rows` of a source (documents, for text) are in memory. Of them are the held-out rows, and what a
-conversion, a choice or a plan looks at. Training takes the other rows of these, then the rest of the source in its
-order, mixed by a buffer of as many rows; at the end it begins again, in another order. So a stream is a function of the
-source and the seed, and a run goes on at its row by reading up to there.
-"""
+"""Sources read row by row, for data too large to hold (`data.streams`)."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
-from torch.utils.data import IterableDataset
 
 from sparsetrain.data.documents import Documents, document_of, texts_as_documents
 from sparsetrain.data.files import kind_of, shown
@@ -23,57 +16,53 @@ from sparsetrain.data.packing import sections
 from sparsetrain.data.reading import read_lines
 from sparsetrain.data.remarks import Remarks
 from sparsetrain.data.rows import ROW_SUFFIXES, Row, read_rows
+from sparsetrain.data.streams import Stream
 from sparsetrain.hf.assets import embedded_name
-from sparsetrain.hf.data.sources import Source, open_source, source_name, table_rows
+from sparsetrain.hf.data.bundle import Progress
+from sparsetrain.hf.data.sources import Source, load_documents, load_rows, open_source, source_name, table_rows
 from sparsetrain.hf.data.tables import HubChoice, Table
 
-Encoded = dict[str, Any]
 
+@dataclass(frozen=True)
+class Ahead:
+    """How much of a source is read at once: so many rows (of text: documents), and others follow; None: all."""
 
-class Stream(IterableDataset):
-    """Training rows without an end: `head`, then what `rest()` gives, mixed; then both again.
+    count: int | None
 
-    Args:
-        head: rows in memory; so many are in the buffer from which the next one is drawn.
-        rest: makes an iterator of the rows that follow, from their first.
-        seed: of the order, with the number of the pass.
-        say: told when a pass ends.
-    """
+    def rows(self, source: Source, choice: HubChoice, remarks: Remarks) -> list[Row]:
+        """Those that are read at once; errors as of `load_rows` and `stream_rows`."""
+        if self.count is None:
+            return load_rows(source, choice, remarks)
+        return list(islice(stream_rows(source, choice, remarks), self.count))
 
-    def __init__(
-        self,
-        head: datasets.Dataset,
-        rest: Callable[[], Iterator[Encoded]],
-        seed: int,
-        say: Callable[[str], object] | None,
-    ) -> None:
-        self.head, self.rest, self.seed, self.say = head, rest, seed, say
+    def documents(self, source: Source, choice: HubChoice, text_column: str, remarks: Remarks) -> Documents:
+        """The same for texts; errors as of `load_documents` and `stream_texts`."""
+        if self.count is None:
+            return load_documents(source, choice, text_column, remarks)
+        if not (found := list(islice(stream_texts(source, choice, text_column, remarks), self.count))):
+            raise ValueError(f"{source_name(source)} has no rows. Give other data.")
+        return texts_as_documents(found, "first documents")
 
-    def __iter__(self) -> Iterator[Encoded]:
-        passes = 0
-        while True:
-            rows = chain(cast(Iterable[Encoded], self.head), self.rest())
-            count = 0
-            for row in mixed(rows, len(self.head), random.Random(f"{self.seed}/{passes}")):
-                yield row
-                count += 1
-            passes += 1
-            if self.say is not None:
-                self.say(f"The data ended after {count:,} training rows; pass {passes + 1} begins, in another order.")
+    def later_rows(self, source: Source, choice: HubChoice) -> Iterator[Row]:
+        """The rows behind them."""
+        return islice(stream_rows(source, choice, Remarks()), self.count, None)
 
+    def later_texts(self, source: Source, choice: HubChoice, text_column: str) -> Iterator[str]:
+        """The texts behind them."""
+        return islice(stream_texts(source, choice, text_column, Remarks()), self.count, None)
 
-def mixed(rows: Iterable[Encoded], size: int, draw: random.Random) -> Iterator[Encoded]:
-    """Rows in an order drawn from a buffer of `size` of them: no row comes more than `size` - 1 places early."""
-    waiting: list[Encoded] = []
-    for row in rows:
-        if len(waiting) < size:
-            waiting.append(row)
-            continue
-        place = draw.randrange(size)
-        yield waiting[place]
-        waiting[place] = row
-    draw.shuffle(waiting)
-    yield from waiting
+    def stream(
+        self, head: datasets.Dataset, rest: Callable[[], Iterator[Any]], seed: int, say: Progress | None
+    ) -> Stream | None:
+        """Training rows without an end, where not all were read."""
+        return None if self.count is None else Stream(head, rest, seed, say)
+
+    def says(self, found: int) -> str:
+        """To follow a description: that these rows are the first of a stream."""
+        if self.count is None:
+            return ""
+        follow = "others follow" if found == self.count else "there are no more"
+        return f"; streamed: these are the first {found:,}, and {follow}"
 
 
 def stream_rows(source: Source, choice: HubChoice, remarks: Remarks) -> Iterator[Row]:
@@ -88,20 +77,6 @@ def stream_rows(source: Source, choice: HubChoice, remarks: Remarks) -> Iterator
     return table_rows(opened, source_name(source))
 
 
-def first_rows(source: Source, choice: HubChoice, remarks: Remarks, count: int) -> list[Row]:
-    """The first rows of a source, in memory; errors as of `stream_rows`."""
-    return list(islice(stream_rows(source, choice, remarks), count))
-
-
-def ahead(asked: int | None, found: int) -> str:
-    """To follow a description: that these rows are the first of a stream."""
-    if asked is None:
-        return ""
-    return (
-        f"; streamed: these are the first {found:,}, and {'others follow' if found == asked else 'there are no more'}"
-    )
-
-
 def stream_texts(source: Source, choice: HubChoice, text_column: str, remarks: Remarks) -> Iterator[str]:
     """The texts of a source, read as they are asked for: rows' texts, or sections of text files (`sections`).
 
@@ -112,17 +87,6 @@ def stream_texts(source: Source, choice: HubChoice, text_column: str, remarks: R
     if not isinstance(opened, list):
         return (document_of(row, text_column) for row in table_rows(opened, source_name(source)))
     return chain.from_iterable(_file_texts(path, text_column, remarks) for path in opened)
-
-
-def first_documents(source: Source, choice: HubChoice, text_column: str, remarks: Remarks, count: int) -> Documents:
-    """The first texts of a source, in memory.
-
-    Raises:
-        ValueError: see `stream_texts`; or there is none.
-    """
-    if not (found := list(islice(stream_texts(source, choice, text_column, remarks), count))):
-        raise ValueError(f"{source_name(source)} has no rows. Give other data.")
-    return texts_as_documents(found, "first documents")
 
 
 def _opened(source: Source, choice: HubChoice, remarks: Remarks) -> Table | list[Path]:

@@ -88,12 +88,13 @@ def fit_to_data(config: Any, recipe: PretrainRecipe, bundle: DataBundle, tokeniz
         config.classifier_pairs = task.sequences > 1
 
 
-def check_patches(config: Any, name: str) -> None:
-    """Raise ValueError if a model of images does not cut them into patches, of which rows are counted here."""
-    if any(getattr(config, key, None) is None for key in ("image_size", "patch_size", "num_channels")):
+def check_patches(config: Any, recipe: RunRecipe) -> None:
+    """Raise ValueError if a classifier of images does not cut them into patches, of which rows are counted here."""
+    lacking = [key for key in ("image_size", "patch_size", "num_channels") if getattr(config, key, None) is None]
+    if task_of(recipe.task).labelled and lacking:
         raise ValueError(
-            f"{name} ({config.model_type}) does not cut images of one size into patches, so nothing here knows its "
-            "tokens. Use a vision transformer: ViT, DeiT or DINOv2."
+            f"{recipe.model} ({config.model_type}) does not cut images of one size into patches, so nothing here knows "
+            "its tokens. Use a vision transformer: ViT, DeiT or DINOv2."
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import TextStreamer
 
 from sparsetrain.core.modes import evaluating
-from sparsetrain.hf.data.bundle import padding_id
+from sparsetrain.data.special_tokens import padding_id
 from sparsetrain.hf.model.io import Loaded
 from sparsetrain.hf.model.model_config import context_length
 from sparsetrain.hf.model.saving import base_of

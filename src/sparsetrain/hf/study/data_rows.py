@@ -39,7 +39,7 @@ def data_rows(recipe: Recipe, model: ModelConfig, say: Callable[[str], None]) ->
 
 def _read(recipe: Recipe, model: ModelConfig, say: Callable[[str], None]) -> RowLengths:
     from sparsetrain.hf.model.opening import make_config
-    from sparsetrain.hf.train.assemble import open_tokenizer
+    from sparsetrain.hf.train.readers import open_tokenizer
     from sparsetrain.hf.train.rows import lengths_of, load_rows
 
     config: Any = make_config(model.values, model.name)

@@ -20,11 +20,11 @@ from sparsetrain.hf.model.checkpointing import check_offload, checkpointing_argu
 from sparsetrain.hf.model.four_bit import check_four_bit, four_bit_options, keep_trainable
 from sparsetrain.hf.model.model_config import check_context
 from sparsetrain.hf.model.revision import at_revision
-from sparsetrain.hf.model.vocabulary import check_vocabulary
 from sparsetrain.hf.model.weights import auto_class, load_weights
 from sparsetrain.hf.model.whole import check_causal
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.passed import check_passed, passed_on
+from sparsetrain.hf.train.readers import check_trust, open_reader
 from sparsetrain.hf.train.rows import first_batch, load_rows, refuse_rows
 from sparsetrain.measure.rates import device_of
 from sparsetrain.recipes.finetune import Recipe
@@ -65,18 +65,11 @@ def open_parts(
     path, config = open_config(recipe, report, (like or recipe).configs)
     check_offload(recipe, config, device, report)
     planned = check_and_plan(recipe, config, device)
-    tokenizer = None if opened is None else opened.tokenizer
-    task = task_of(recipe.task)
-    if opened is None and task.images and not task.texts:
-        if task.labelled:
-            check_patches(config, recipe.model)
-            tokenizer = opening.open_image_processor(path, config)
-    elif opened is None:
-        tokenizer = open_tokenizer(path, config, trust=recipe.trust_remote_code)
+    tokenizer = open_reader(recipe, path, config) if opened is None else opened.tokenizer
     refuse_rows(recipe)
     bundle = load_rows(recipe, tokenizer, config, report) if opened is None else opened.bundle
     refuse_rows(recipe, bundle)
-    if task.images:
+    if task_of(recipe.task).images:
         check_images(config, recipe, bundle)
     return Parts(
         recipe=recipe,
@@ -153,42 +146,13 @@ def open_config(recipe: Recipe, report: Report, configs: tuple[MethodConfig, ...
         path = resolve_model(recipe.model, progress=lambda line: report({"event": "note", "text": line}))
     config = opening.open_config(path, recipe.model, trust=recipe.trust_remote_code)
     check_trust(recipe, config, report)
-    if not task_of(recipe.task).images:
+    if task_of(recipe.task).images:
+        check_patches(config, recipe)
+    else:
         check_context(recipe.seq_len, config, recipe.model)
     models.check_lora_targets(recipe, config)
     models.drop_attention_dropout(config, lambda: models.empty_model(config, recipe.task), configs, report)
     return path, config
-
-
-def check_trust(recipe: Recipe, config: Any, report: Report) -> None:
-    """Say that a model's own code runs; raise ValueError for methods on such a model, whose sites are not known."""
-    if not recipe.trust_remote_code:
-        return
-    if not opening.code_of(config)["trust_remote_code"]:
-        report({"event": "note", "text": f"trust_remote_code: {recipe.model} needs no code of its own, and none ran."})
-        return
-    kind = type(config).__name__
-    report({"event": "note", "text": f"trust_remote_code: Python code that came with {recipe.model} runs ({kind})."})
-    if recipe.methods:
-        raise ValueError(
-            f"{recipe.model} is built by code of its own, in which {recipe.methods[0].method} knows no sites. Train it "
-            "dense: --preset dense."
-        )
-
-
-def open_tokenizer(path: str, config: Any = None, *, trust: bool = False) -> Any:
-    """The tokenizer of a model's folder, checked against the model's config; trust: its own code may run.
-
-    Raises:
-        ValueError: there is none, it is damaged, or it has more tokens than the model.
-    """
-    try:
-        tokenizer = opening.open_tokenizer(path, trust=trust)
-    except FileNotFoundError as error:
-        raise ValueError(f"the tokenizer of {path} cannot be read: {error}") from None
-    if config is not None:
-        check_vocabulary(tokenizer, config, path)
-    return tokenizer
 
 
 def load_model(parts: Parts, *, cut: bool = False) -> tuple[Any, list[str]]:
@@ -206,7 +170,7 @@ def load_model(parts: Parts, *, cut: bool = False) -> tuple[Any, list[str]]:
         config.num_labels = bundle.num_labels
         config.id2label = dict(enumerate(bundle.label_names))
         config.label2id = {name: i for i, name in enumerate(bundle.label_names)}
-        if config.pad_token_id is None and not task_of(recipe.task).images:
+        if not task_of(recipe.task).images and config.pad_token_id is None:
             config.pad_token_id = bundle.collate_fn.pad_token_id  # type: ignore[attr-defined]
     set_seed(recipe.seed)  # a new head is drawn here
     dtype = pick_dtype(recipe, parts.device)

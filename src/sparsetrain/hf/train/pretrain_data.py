@@ -13,7 +13,7 @@ from sparsetrain.hf.data import DataBundle
 from sparsetrain.hf.data.byte_tokens import byte_tokenizer
 from sparsetrain.hf.data.tasks import load_task
 from sparsetrain.hf.model.architectures import sequence_tokens
-from sparsetrain.hf.train import assemble
+from sparsetrain.hf.train import readers
 from sparsetrain.hf.train.rows import step_rows
 from sparsetrain.hf.train.tasks import RowsAsked, load_asked
 from sparsetrain.recipes.pretrain import PretrainRecipe
@@ -33,7 +33,7 @@ def open_tokenizer(recipe: PretrainRecipe) -> Any:
         return None
     if recipe.tokenizer is None:
         return byte_tokenizer()
-    return assemble.open_tokenizer(resolve_model(recipe.tokenizer))
+    return readers.open_tokenizer(resolve_model(recipe.tokenizer))
 
 
 def load_rows(recipe: PretrainRecipe, tokenizer: Any, row_tokens: int, report: Report) -> DataBundle:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from sparsetrain.data.collate import Collator
 from sparsetrain.data.ids import CheckedIds
+from sparsetrain.data.special_tokens import padding_id
 from sparsetrain.hf.assets import resolve_data
 from sparsetrain.hf.data import DataBundle
-from sparsetrain.hf.data.bundle import padding_id
 from sparsetrain.hf.model.architectures import sequence_tokens
 from sparsetrain.hf.model.model_config import context_length
 from sparsetrain.hf.model.vocabulary import vocabulary_rows

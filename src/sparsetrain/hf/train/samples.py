@@ -9,7 +9,7 @@ import torch
 
 from sparsetrain.core.modes import evaluating
 from sparsetrain.data.prompts import prompt_of, spread
-from sparsetrain.hf.data.bundle import padding_id
+from sparsetrain.data.special_tokens import padding_id
 from sparsetrain.hf.train.journal import Journal
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.measure.schema import Sample

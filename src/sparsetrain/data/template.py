@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from sparsetrain.core.quote import quoted
 from sparsetrain.data.conversations import Conversation, Message, with_arguments_read
 from sparsetrain.data.remarks import Remarks
@@ -28,7 +26,7 @@ class RowTemplate:
         ValueError: the template cannot render the row, or has no place for its calls.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, talk: Conversation, remarks: Remarks) -> None:
+    def __init__(self, tokenizer: Any, talk: Conversation, remarks: Remarks) -> None:
         self.tokenizer, self.talk = tokenizer, talk
         self.source = self._asked(tokenizer.get_chat_template, tools=talk.context.get("tools"))
         self.marks_spans = _MARKS.search(self.source) is not None
