@@ -51,8 +51,9 @@ RESULTS ?= runs/bench-results
 bench: assets ## measure every benchmark on this machine into RESULTS; goes on where it stopped
 	$(PY) -m bench run all --output $(RESULTS)
 
-bench-gpu: setup ## on a GPU, in ten minutes: what is right, whole steps, then its tests and the planner's accuracy; into RESULTS
-	$(PY) -m bench run gpu_steps --minutes 5 --output $(RESULTS)
+bench-gpu: setup ## on a GPU, in ten minutes: what is right, whole steps, very long rows, then its tests and the planner's accuracy; into RESULTS
+	$(PY) -m bench run gpu_steps --minutes 4 --output $(RESULTS)
+	$(PY) -m bench run gpu_long_rows --minutes 2 --output $(RESULTS)
 	$(PY) -m pytest -m gpu
 	$(PY) -m bench run planner_accuracy_gpu --minutes 2 --output $(RESULTS)
 

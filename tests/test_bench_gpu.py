@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import steps
+from bench.gpu import long_rows, steps
 from bench.runner import asked_of, run
 
 (BENCHMARK,) = steps.BENCHMARKS
@@ -23,6 +23,15 @@ def test_it_runs_from_correctness_to_a_ratio(tmp_path: Path) -> None:
     assert found["correctness"]["passed"] and found["correctness"]["all tokens beside dense"] < 1e-4
     (row,) = (row for key, row in found.items() if key != "correctness")
     assert row["ratio"] == row["eager"]["median"] > 0 and row["against"] == "lora+checkpointing"
+
+
+@pytest.mark.slow  # four models are built and train, and one is traced
+def test_very_long_rows_run_to_the_whole_model(tmp_path: Path) -> None:
+    (benchmark,) = long_rows.BENCHMARKS
+    run(benchmark, asked_of(benchmark, quick=True), output=tmp_path, say=lambda _: None)
+    found = json.loads((tmp_path / "gpu_long_rows.json").read_text())["results"]
+    assert found["correctness"]["passed"] and found["8b 200"]["ratio"] > 0
+    assert found["whole 8b 200, keys and values on the host"]["planned_bytes"] > 0
 
 
 def test_the_most_telling_cells_come_first() -> None:

@@ -59,18 +59,24 @@ def config_of(model: str, layers: int, width: int | None) -> Any:
 
 
 class Side:
-    """A model in LoRA and its optimizer: dense, or converted with what selects tokens."""
+    """A model in LoRA and its optimizer: dense, or converted with what selects tokens.
 
-    def __init__(self, config: Any, device: torch.device, chosen: dict[str, Any] | None) -> None:
+    Args:
+        pieces: in which FFNs run.
+    """
+
+    def __init__(self, config: Any, device: torch.device, chosen: dict[str, Any] | None, pieces: int = 1) -> None:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 
         from sparsetrain import TokenSelection, sparsify
+        from sparsetrain.surgery.tiled import use_tiled_mlp
 
         torch.manual_seed(0)
         with device:
             base: Any = AutoModelForCausalLM.from_config(config, dtype=dtype_on(device), attn_implementation="sdpa")
         self.handle = None if chosen is None else sparsify(base, TokenSelection(**chosen))
+        use_tiled_mlp(base, pieces)
         self.base, self.device = base, device
         self.model = get_peft_model(base, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear")).train()
         self.model.to(device)
@@ -81,10 +87,10 @@ class Side:
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, fused=True)
         self.steps = 0
 
-    def recompute(self) -> None:
+    def recompute(self, offload: bool = False) -> None:
         from sparsetrain.hf.model.checkpointing import recompute
 
-        recompute(self.base)
+        recompute(self.base, offload=offload)
 
     def compile_blocks(self) -> None:
         for layer in self.base.model.layers:

@@ -56,12 +56,13 @@ def block_products(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> No
     fp32 = a.dtype == torch.float32
     tile_rows, tile_columns = (min(64, _tile(size)) if fp32 else _tile(size) for size in (rows, columns))
     grid = (triton.cdiv(rows, tile_rows) * triton.cdiv(columns, tile_columns), blocks)
-    _products[grid](
-        a, b, out if bias is None else bias, out, rows, columns, a.shape[2],
-        *a.stride(), *b.stride(), *out.stride(), *((0, 0) if bias is None else bias.stride()),
-        ROWS=tile_rows, COLUMNS=tile_columns, INNER=32, BIAS=bias is not None,
-        PRECISION="tf32x3" if fp32 else "tf32", num_warps=4 if fp32 else 8, num_stages=3,
-    )  # fmt: skip
+    with torch.cuda.device_of(a):  # kernels go to the current device, wherever their tensors are
+        _products[grid](
+            a, b, out if bias is None else bias, out, rows, columns, a.shape[2],
+            *a.stride(), *b.stride(), *out.stride(), *((0, 0) if bias is None else bias.stride()),
+            ROWS=tile_rows, COLUMNS=tile_columns, INNER=32, BIAS=bias is not None,
+            PRECISION="tf32x3" if fp32 else "tf32", num_warps=4 if fp32 else 8, num_stages=3,
+        )  # fmt: skip
 
 
 @block_products.register_fake
