@@ -13,8 +13,7 @@ from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import suggest
 from sparsetrain.hf.data import DataBundle
 from sparsetrain.hf.model.classifier import EncoderClassifier
-from sparsetrain.hf.model.denoising import check_labels, set_labels
-from sparsetrain.hf.model.diffusion_config import DiffusionConfig
+from sparsetrain.hf.model.diffusion_config import DiffusionConfig, check_labels, set_labels
 from sparsetrain.hf.model.model_config import context_length
 from sparsetrain.hf.model.opening import NO_CODE, make_config, told
 from sparsetrain.hf.model.weights import attention_of, new_class

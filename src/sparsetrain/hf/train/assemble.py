@@ -65,8 +65,7 @@ def open_parts(
     path, config = open_config(recipe, report, (like or recipe).configs)
     check_offload(recipe, config, device, report)
     planned = check_and_plan(recipe, config, device)
-    tokenizer = None if opened is None else opened.tokenizer
-    task = task_of(recipe.task)
+    task, tokenizer = task_of(recipe.task), None if opened is None else opened.tokenizer
     if opened is None and (task.texts or not task.images):
         tokenizer = open_tokenizer(path, config)
     refuse_rows(recipe)
