@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from sparsetrain.core.anatomy import describe
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.hf.model.checkpointing import recompute
-from sparsetrain.hf.model.denoising import DiffusionModel, num_labels
-from sparsetrain.hf.model.diffusion_config import DiffusionConfig
+from sparsetrain.hf.model.denoising import DiffusionModel
+from sparsetrain.hf.model.diffusion_config import DiffusionConfig, num_labels
 from sparsetrain.hf.model.io import export, load
 from sparsetrain.hf.model.sampling import label_of, sample
 from sparsetrain.hf.model.uvit import UViT

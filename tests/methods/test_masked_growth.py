@@ -355,7 +355,7 @@ def test_the_first_update_of_new_entries(steps: str) -> None:
     site = site_of(handle)
     handle.step(5, 8)  # the second step of the ramp: c is above 0
     model(**inputs).logits.square().mean().backward()
-    before = [new_part(p.detach(), corner, parts) for p, corner, parts in site.entries]
+    before = [new_part(p.detach().clone(), corner, parts) for p, corner, parts in site.entries]
     optimizer.step()
     moved = {"old weights": 0.0, "new layers": 0.0}
     for (p, corner, parts), old in zip(site.entries, before, strict=True):

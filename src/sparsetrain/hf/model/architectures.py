@@ -13,8 +13,7 @@ from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import suggest
 from sparsetrain.hf.data import DataBundle
 from sparsetrain.hf.model.classifier import EncoderClassifier
-from sparsetrain.hf.model.denoising import check_labels, set_labels
-from sparsetrain.hf.model.diffusion_config import DiffusionConfig
+from sparsetrain.hf.model.diffusion_config import DiffusionConfig, check_labels, set_labels
 from sparsetrain.hf.model.model_config import context_length
 from sparsetrain.hf.model.opening import NO_CODE, make_config, told
 from sparsetrain.hf.model.weights import attention_of, new_class
@@ -91,7 +90,8 @@ def fit_to_data(config: Any, recipe: PretrainRecipe, bundle: DataBundle, tokeniz
 def check_patches(config: Any, recipe: RunRecipe) -> None:
     """Raise ValueError if a classifier of images does not cut them into patches, of which rows are counted here."""
     lacking = [key for key in ("image_size", "patch_size", "num_channels") if getattr(config, key, None) is None]
-    if task_of(recipe.task).labelled and lacking:
+    task = task_of(recipe.task)
+    if task.labelled and not task.texts and lacking:  # a pair has the sizes of two encoders
         raise ValueError(
             f"{recipe.model} ({config.model_type}) does not cut images of one size into patches, so nothing here knows "
             "its tokens. Use a vision transformer: ViT, DeiT or DINOv2."

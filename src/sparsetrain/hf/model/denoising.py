@@ -18,19 +18,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from sparsetrain.core.config import suggest
-from sparsetrain.core.quote import quoted
-from sparsetrain.hf.model.diffusion_config import DiffusionConfig
+from sparsetrain.hf.model.diffusion_config import LABEL_KEYS, DiffusionConfig, label_key, num_labels
 from sparsetrain.runs.folders import DIFFUSERS_WEIGHTS, WEIGHTS
 from sparsetrain.runs.manifest import read_json, write_json
 from sparsetrain.runs.mark import ENTRY
-
-LABEL_KEYS = {
-    "DiTTransformer2DModel": ("num_embeds_ada_norm", 0),
-    "UNet2DModel": ("num_class_embeds", 1),
-    "UViT": ("num_class_embeds", 1),
-}
-"""Class of a denoiser -> (its config's number of labels, how many of them stand for no label: a DiT adds its own)."""
 
 _KEPT = ("model_type", "architectures", "id2label", "label2id")
 
@@ -227,51 +218,13 @@ def denoiser_of(model: Any) -> Any:
     return model.denoiser if isinstance(model, DiffusionModel) else model
 
 
-def num_labels(config: Any) -> int:
-    """Labels that a diffusion model takes, the one that stands for none not counted; 0: it takes none."""
-    key, spare = _label_key(config)
-    return max(0, (getattr(config, key, None) or 0) - spare)
-
-
-def set_labels(config: Any, labels: int) -> None:
-    """Give a config the labels of its data, where it does not name a number.
-
-    Raises:
-        ValueError: it takes fewer.
-    """
-    key, spare = _label_key(config)
-    if getattr(config, key, None) is None:
-        setattr(config, key, labels + spare)
-    check_labels(config, labels)
-
-
-def check_labels(config: Any, labels: int) -> None:
-    """Raise ValueError if a model takes labels, and the data have more."""
-    if 0 < num_labels(config) < labels:
-        key, spare = _label_key(config)
-        raise ValueError(
-            f"the data have {labels} labels, and the model takes {num_labels(config)} ({key}="
-            f"{getattr(config, key)}). Use data with fewer, or a model with {key}={labels + spare}."
-        )
-
-
-def _label_key(config: Any) -> tuple[str, int]:
-    name = config.denoiser
-    if name not in LABEL_KEYS:
-        raise ValueError(
-            f"denoiser={quoted(name)} is no class that can be trained here.{suggest(str(name), LABEL_KEYS)} Known: "
-            f"{', '.join(LABEL_KEYS)}."
-        )
-    return LABEL_KEYS[name]
-
-
 def _build(config: DiffusionConfig) -> Any:
     """The denoiser of a config, with random weights.
 
     Raises:
         ValueError: diffusers is not installed, or the class is none that is known here.
     """
-    _label_key(config)  # no other class of diffusers is made
+    label_key(config)  # no other class of diffusers is made
     kind = _class_of(config.denoiser)
     given = {key: getattr(config, key) for key in vars(config).keys() & _keys(kind)}
     if given.get("num_class_embeds") == 0:  # asked to take no labels

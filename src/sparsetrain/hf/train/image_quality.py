@@ -12,7 +12,7 @@ import numpy as np
 from sparsetrain.core.files import write_whole
 from sparsetrain.hf.data import DataBundle
 from sparsetrain.hf.data.images import arrays_of
-from sparsetrain.hf.model.denoising import num_labels
+from sparsetrain.hf.model.diffusion_config import num_labels
 from sparsetrain.hf.model.sampling import diffusion_model, sample
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.measure.image_distance import frechet_distance, kernel_distance

@@ -65,8 +65,7 @@ class MaskedGrowth(MethodConfig, method="masked_growth"):
             weight: `kept` is the weight's, so that their first updates are 3 to 7 learning rates; `own` begins anew.
         rewind: the learning rate goes back to its peak as a growth begins: `none` of them, the first two (`official`:
             the rate then ends above 0), or `all`.
-        faithful: as published: masks before the activation and on queries, keys and values; `stack`, `kept`,
-            `official`.
+        faithful: as published: masks before the activation, on queries, keys and values; `stack`, `kept`, `official`.
     """
 
     about: ClassVar[str] = (
