@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -42,6 +45,23 @@ def test_linears_are_held_in_4_bits_and_lora_is_trained(tmp_path: Path, changes:
     assert result.parameters == whole + result.trainable_parameters
     logits = load(tmp_path / "out").model(torch.tensor([[4, 5, 6]])).logits  # on the weights as they are
     assert torch.isfinite(logits).all()
+
+
+def test_nothing_is_fetched_as_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = ModuleType("kernels")
+    monkeypatch.setitem(sys.modules, "kernels", installed)
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+    monkeypatch.setattr(four_bit, "find_spec", lambda name: name)
+    asked = []
+
+    def imported(name: str) -> None:
+        with pytest.raises(ImportError):
+            importlib.import_module("kernels")
+        asked.append(name)
+
+    monkeypatch.setattr(four_bit, "import_module", imported)
+    four_bit.import_bitsandbytes()
+    assert asked == ["bitsandbytes"] and sys.modules["kernels"] is installed
 
 
 def test_it_is_refused_where_it_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
+from sparsetrain.core.config import suggest
 from sparsetrain.core.plain_files import read_plain_object
 from sparsetrain.core.quote import quoted
 from sparsetrain.hf.model.diffusion_config import DiffusionConfig
@@ -57,12 +58,27 @@ def open_config(path: str, name: str | None = None) -> Any:
             values = config_values(folder / "config.json")
             if values["model_type"] == DiffusionConfig.model_type:
                 return make_config(values | {"name_or_path": path}, name)
+    elif name == path:
+        check_place(path)
     try:
         config = AutoConfig.from_pretrained(path, **NO_CODE)
     except Exception as error:  # the hub client and the config classes raise a dozen kinds
         raise ValueError(model_not_found(name, error)) from None
     check_values(config.to_dict(), name)
     return _without_code(config)
+
+
+def check_place(name: str) -> None:
+    """Raise ValueError if a name that is no folder stands in one that exists: it is a path, and none of the hub's."""
+    path = Path(name)
+    if len(path.parts) > 1 and path.parent.is_dir() and not path.exists():
+        there = sorted(other.name for other in path.parent.iterdir() if other.is_dir())
+        held = f"{', '.join(map(quoted, there[:8])) or 'no folder'}{' …' if there[8:] else ''}"
+        raise ValueError(
+            f"model {quoted(name)!r} is not an embedded asset, not a local folder, and not asked of the hub, because "
+            f"the folder {quoted(str(path.parent))} exists.{suggest(path.name, there)} It holds {held}. Check the name; "
+            "for a model of the hub, start elsewhere."
+        )
 
 
 @quiet()
