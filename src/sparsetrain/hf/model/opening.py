@@ -76,8 +76,8 @@ def check_place(name: str) -> None:
         held = f"{', '.join(map(quoted, there[:8])) or 'no folder'}{' …' if there[8:] else ''}"
         raise ValueError(
             f"model {quoted(name)!r} is not an embedded asset, not a local folder, and not asked of the hub, because "
-            f"the folder {quoted(str(path.parent))} exists.{suggest(path.name, there)} It holds {held}. Check the name; "
-            "for a model of the hub, start elsewhere."
+            f"the folder {quoted(str(path.parent))} exists.{suggest(path.name, there)} It holds {held}. Check the "
+            "name; for a model of the hub, start elsewhere."
         )
 
 
