@@ -261,7 +261,7 @@ _MORE: dict[str, dict[str, Any]] = {
 def _further(kind: str) -> Family:
     if kind in ("deit", "dinov2"):
         sizes, model = _IMAGES | ({"intermediate_size": FFN} if kind == "deit" else {"mlp_ratio": 2}), _IMAGE_CLASSES
-    elif kind in ("camembert", "electra", "roberta", "xlm-roberta"):
+    elif kind in ("camembert", "electra", "ernie", "roberta", "xlm-roberta"):
         sizes, model = _ENCODER, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     else:
         sizes, model = _DECODER | _MORE.get(kind, {}), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

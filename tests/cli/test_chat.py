@@ -133,3 +133,13 @@ def test_what_cannot_be_spoken_to(plain: Path, call: Call, tmp_path: Path):
     finally:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (tmp_path / name).rename(plain / name)
+
+
+def test_a_path_that_is_not_there_is_not_asked_of_the_hub(tmp_path: Path, call: Call) -> None:
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    result = call("chat", tmp_path / "runs" / "frist", "--prompt", "a")
+    assert (
+        result.code == 2
+        and "not asked of the hub" in result.err
+        and "Did you mean 'first'? It holds first." in result.err
+    ), result.err

@@ -14,6 +14,8 @@ from transformers import LlamaForCausalLM
 
 import sparsetrain
 from sparsetrain import PQAttention, RoutedFFN
+from sparsetrain.hf.model.models import add_lora
+from sparsetrain.recipes.finetune import Recipe
 from tests.families import FAMILIES, Family, llama_config
 
 CASES = {
@@ -235,3 +237,12 @@ def test_a_linear_of_another_class_is_refused_by_its_class() -> None:
     model.model.layers[1].mlp.up_proj.__class__ = Doubling
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj is a Doubling"):
         model(**case.batch())
+
+
+def test_a_run_refuses_an_adapter_before_it_trains() -> None:
+    values = {"model": "m", "data": "d", "lora_variant": "dora", "methods": [{"method": "routed_ffn", "num_blocks": 4}]}
+    recipe, case = Recipe.from_values(values), CASES["llama"][0]
+    model = case.model()
+    handle = sparsetrain.sparsify(model, *recipe.configs, calibration=[case.batch()])
+    with pytest.raises(ValueError, match="DoRA is one"):
+        add_lora(model, recipe, handle, [])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 from sparsetrain.hf.model.io import load
-from sparsetrain.hf.model.models import add_lora, empty_model
+from sparsetrain.hf.model.models import add_lora, empty_model, trained_of
 from sparsetrain.hf.study.recipe_trace import outline
 from sparsetrain.hf.train.finetune import finetune
 from sparsetrain.measure.memory import static_memory
@@ -85,6 +85,7 @@ def test_the_plan_knows_its_bytes() -> None:
     found = outline(asked, config, bf16=False, lengths=(64,)).static
     model: Any = AutoModelForSequenceClassification.from_config(config)
     handle = sparsify(model, *asked.configs, state=blank_state(plan(model, *asked.configs).edits))
+    assert trained_of(model, asked, ["classifier"]) == [], "the new head is not what trains"
     model = add_lora(model, asked, handle, ["classifier"]).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     ids = torch.arange(4, 68)[None].repeat(2, 1)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -66,6 +69,23 @@ def test_a_run_is_measured_on_the_weights_it_was_trained_on(
     assert "is no adapter that was trained on weights in 4 bits" in capsys.readouterr().err
     monkeypatch.setattr(four_bit, "find_spec", lambda _name: None)
     assert run(["eval", out]) == 2 and "Or give --no-load-in-4bit" in capsys.readouterr().err
+
+
+def test_nothing_is_fetched_as_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = ModuleType("kernels")
+    monkeypatch.setitem(sys.modules, "kernels", installed)
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+    monkeypatch.setattr(four_bit, "find_spec", lambda name: name)
+    asked = []
+
+    def imported(name: str) -> None:
+        with pytest.raises(ImportError):
+            importlib.import_module("kernels")
+        asked.append(name)
+
+    monkeypatch.setattr(four_bit, "import_module", imported)
+    four_bit.import_bitsandbytes()
+    assert asked == ["bitsandbytes"] and sys.modules["kernels"] is installed
 
 
 def test_it_is_refused_where_it_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -343,3 +343,17 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text('{"schema": 99}')
     with pytest.raises(ValueError, match="layout 99"):
         load_report(tmp_path / "b.json")
+
+
+def test_a_run_whose_model_grew_is_not_called_sparse(tmp_path: Path) -> None:
+    size: Any = {"parameters": 10, "layers": 1, "width": 4, "flops_per_token": 60}
+    runs = {"dense": make_run(0.5, 3.0), "sparse": make_run(0.4, 3.1)}
+    runs["sparse"]["stages"] = [{**size, "name": "whole", "from_step": 0, "to_step": 40}]
+    runs["dense"]["stages"] = []
+    report = build_report(title="t", runs=runs)
+    text = "\n".join(render_text(report))
+    assert "Grown wins on time per step" in text and "grown: 40 steps" in text
+    assert not re.search(r"\bsparse|sparsity\b", text, re.IGNORECASE)
+    page = write_report(report, tmp_path)[1].read_text()
+    shown = re.findall(r">([^<]+)<", page.partition("How this was measured")[0].partition("<body")[2])
+    assert not [words for words in shown if re.search(r"\b[Ss]parse\b", words)]

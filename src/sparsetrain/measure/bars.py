@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from sparsetrain.core.units import bytes_text
+from sparsetrain.measure.called import called
 from sparsetrain.measure.colours import part_name
 from sparsetrain.measure.components import COMPONENTS
 from sparsetrain.measure.markup import Bar, Bars
@@ -15,14 +16,16 @@ MEMORY_PARTS = ("weights", "gradients", "optimizer", "saved activations", "rest"
 
 def saved_by_component(runs: dict[str, Run]) -> Bars:
     """Saved activations of one step, stacked by component."""
-    rows = {name: saved for name in RUNS if name in runs and (saved := runs[name].get("saved_activation_bytes"))}
+    sides = {called(name, runs): runs[name] for name in RUNS if name in runs}
+    rows = {name: saved for name, run in sides.items() if (saved := run.get("saved_activation_bytes"))}
     parts = [name for name in COMPONENTS if any(row.get(name) for row in rows.values())]
     return stacked(rows, parts, {})
 
 
 def memory_parts(runs: dict[str, Run]) -> Bars:
     """Weights, gradients, optimizer state, saved activations and the rest, up to the measured peak."""
-    rows = {name: row for name in RUNS if name in runs and (row := memory_row(runs[name]))}
+    sides = {called(name, runs): runs[name] for name in RUNS if name in runs}
+    rows = {name: row for name, run in sides.items() if (row := memory_row(run))}
     peaks = {name: f"peak {bytes_text(row['peak'])}" for name, row in rows.items() if "peak" in row}
     parts = [part for part in MEMORY_PARTS if any(row.get(part) for row in rows.values())]
     sums = {name: bytes_text(sum(row.get(part, 0) for part in parts)) for name, row in rows.items()}

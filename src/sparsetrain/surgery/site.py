@@ -57,6 +57,13 @@ class Site(nn.Module):
     def derive(self) -> None:
         """Make anew what follows from the weights (packed copies), after they changed outside the optimizer."""
 
+    def check_adapters(self, owner: nn.Module) -> None:
+        """Raise ValueError if the owner carries an adapter that the site would compute wrongly, before it trains.
+
+        Args:
+            owner: the module at the edit's site.
+        """
+
     def run_dense(self, dense: bool) -> None:
         """Compute what the dense model computes, or what the method does."""
         self.held_dense = dense

@@ -21,6 +21,7 @@ from sparsetrain.core.patterns import check_pattern
 from sparsetrain.core.plain_files import read_plain_object
 from sparsetrain.core.quote import quoted
 from sparsetrain.hf.assets import ASSETS, resolve_model
+from sparsetrain.hf.model.four_bit import import_bitsandbytes
 from sparsetrain.hf.model.opening import told
 from sparsetrain.hf.model.revision import at_revision
 from sparsetrain.hf.model.whole import check_finite
@@ -117,6 +118,7 @@ def with_adapter(model: Any, folder: Path, config: PeftConfig, trainable: bool, 
         CheckpointError: it is of another model: names that match nothing, tensors that are missing or too many, or of
             another size; or it holds NaN.
     """
+    import_bitsandbytes()
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
     except Exception as error:  # PEFT and torch have a kind of error for each fault

@@ -167,6 +167,7 @@ _FURTHER = (
         {
             "CamembertLayer": "camembert",
             "ElectraLayer": "electra",
+            "ErnieLayer": "ernie",
             "RobertaLayer": "roberta",
             "XLMRobertaLayer": "xlm-roberta",
         },
@@ -240,7 +241,10 @@ FAMILIES: tuple[Row, ...] = (
     ),
     _VIT,
     Row(
-        blocks=("MixtralDecoderLayer", "Qwen2MoeDecoderLayer", "Qwen3MoeDecoderLayer", "OlmoeDecoderLayer"),
+        blocks=(
+            *("MixtralDecoderLayer", "Qwen2MoeDecoderLayer", "Qwen3MoeDecoderLayer", "OlmoeDecoderLayer"),
+            *("GraniteMoeDecoderLayer", "Glm4MoeDecoderLayer", "Ernie4_5_MoeDecoderLayer"),
+        ),
         attention="self_attn",
         projections=_LLAMA.projections,
         experts=True,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,10 +17,33 @@ from transformers import BitsAndBytesConfig
 _DEVICES = ("cpu", "cuda")
 
 
+def import_bitsandbytes() -> None:
+    """Import bitsandbytes, as PEFT does wherever it is installed, and nothing from the hub with it.
+
+    On a CPU with AVX512-BF16, 0.50 fetches a compiled kernel as it is imported, where the package `kernels` is
+    installed. It is of a product without a gradient, which is not used here (`keep_trainable`).
+    """
+    if "bitsandbytes" in sys.modules or find_spec("bitsandbytes") is None:
+        return
+    log, known = logging.getLogger("bitsandbytes.backends.cpu.ops"), sys.modules.get("kernels")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns where it has none
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # importing it is an ImportError now
+    try:
+        with suppress(ImportError):  # whoever needs it says so
+            import_module("bitsandbytes")
+    finally:
+        log.setLevel(level)
+        del sys.modules["kernels"]
+        if known is not None:
+            sys.modules["kernels"] = known
+
+
 def check_four_bit(device: torch.device) -> None:
     """Raise ValueError if bitsandbytes is not installed, or has no 4-bit linears for the device."""
     if find_spec("bitsandbytes") is None:
         raise ValueError("load_in_4bit needs bitsandbytes, which is not installed (pip install bitsandbytes).")
+    import_bitsandbytes()
     if device.type not in _DEVICES:
         raise ValueError(f"load_in_4bit: bitsandbytes has no 4-bit weights on {device.type}. Give device=cuda or cpu.")
 

@@ -19,6 +19,7 @@ from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import MethodConfig, suggest
 from sparsetrain.core.fields import shown
 from sparsetrain.hf.model.chunked_loss import use_chunked_loss
+from sparsetrain.hf.model.four_bit import import_bitsandbytes
 from sparsetrain.hf.model.passed import lora_config
 from sparsetrain.hf.model.weights import auto_class, empty_of, fitting_class
 from sparsetrain.recipes.finetune import Recipe
@@ -88,20 +89,31 @@ def check_tools(model: Any, recipe: Recipe, weights: torch.dtype, planned: Plan 
     check_tiled(model, recipe.tiled_mlp, () if planned is None else planned.edits)
 
 
+def trained_of(model: Any, recipe: Recipe, new_modules: list[str]) -> list[str]:
+    """Of the modules that a model had no weights for, those that train; and what else of its own a method trains."""
+    for config in recipe.configs:
+        if config.trains_own:
+            new_modules = method_of(config).trains(config, describe(model), new_modules)
+    return new_modules
+
+
 def add_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: list[str]) -> Any:
     """The model as it is trained: inside PEFT with LoRA and with everything new trainable; the model itself if `lora_r`
     is 0, with its own weights frozen where the recipe's methods train nothing but what they add. A language model's
     loss is computed in chunks.
 
     Raises:
-        ValueError: `lora_targets` matches nothing; an FFN that cannot run in the pieces asked for.
+        ValueError: `lora_targets` matches nothing; an FFN that cannot run in the pieces asked for; an adapter that a
+            method would compute wrongly.
     """
     use_tiled_mlp(model, recipe.tiled_mlp, () if handle is None else handle.plan.edits)
-    for config in recipe.configs:
-        if config.trains_own:
-            new_modules = method_of(config).trains(config, describe(model), new_modules)
+    new_modules = trained_of(model, recipe, new_modules)
     if recipe.lora_r > 0:
-        model = _with_lora(model, recipe, handle, new_modules)
+        plain, model = model, _with_lora(model, recipe, handle, new_modules)
+        owners = dict(plain.named_modules())
+        for edit, module in handle.installed if handle is not None else ():
+            if edit.site in owners:  # a plan keeps a block of each kind
+                module.check_adapters(owners[edit.site])
     if recipe.trains_own:
         if recipe.lora_r == 0:
             model.requires_grad_(False)
@@ -125,6 +137,7 @@ def _with_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: l
     )
     if any(parameter.is_meta for parameter in model.parameters()):
         config.init_lora_weights = True  # there are no weights to start from
+    import_bitsandbytes()
     set_seed(recipe.seed)  # the same LoRA start for every recipe of the same seed
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 by a name that is deprecated there

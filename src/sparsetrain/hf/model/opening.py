@@ -17,6 +17,7 @@ import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.utils import logging
 
+from sparsetrain.core.config import suggest
 from sparsetrain.core.plain_files import read_plain_object
 from sparsetrain.core.quote import quoted
 from sparsetrain.hf.model.diffusion_config import DiffusionConfig
@@ -60,6 +61,8 @@ def open_config(path: str, name: str | None = None, *, trust: bool = False) -> A
             values = config_values(folder / "config.json")
             if values["model_type"] == DiffusionConfig.model_type:
                 return make_config(values | {"name_or_path": path}, name)
+    elif name == path:
+        check_place(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     except Exception as error:  # the hub client and the config classes raise a dozen kinds, and their code any
@@ -71,6 +74,19 @@ def open_config(path: str, name: str | None = None, *, trust: bool = False) -> A
 def code_of(config: Any) -> dict[str, bool]:
     """What a loader is told of running a model's code: True for a config that was opened with trust and names code."""
     return {"trust_remote_code": bool(getattr(config, "auto_map", None))}
+
+
+def check_place(name: str) -> None:
+    """Raise ValueError if a name that is no folder stands in one that exists: it is a path, and none of the hub's."""
+    path = Path(name)
+    if len(path.parts) > 1 and path.parent.is_dir() and not path.exists():
+        there = sorted(other.name for other in path.parent.iterdir() if other.is_dir())
+        held = f"{', '.join(map(quoted, there[:8])) or 'no folder'}{' …' if there[8:] else ''}"
+        raise ValueError(
+            f"model {quoted(name)!r} is not an embedded asset, not a local folder, and not asked of the hub, because "
+            f"the folder {quoted(str(path.parent))} exists.{suggest(path.name, there)} It holds {held}. Check the "
+            "name; for a model of the hub, start elsewhere."
+        )
 
 
 @quiet()

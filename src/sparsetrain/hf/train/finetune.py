@@ -98,8 +98,8 @@ def _build(
     """The model, converted and with LoRA, its quality recorded at each stage; a continued run is rebuilt."""
     journal.phase("loading the model", 0.0)
     model, new_modules = assemble.load_model(parts)
-    if new_modules:
-        journal.report({"event": "note", "text": f"New in the model, and trained: {', '.join(new_modules)}."})
+    if new := [name for name in models.trained_of(model, recipe, new_modules) if name in new_modules]:
+        journal.report({"event": "note", "text": f"New in the model, and trained: {', '.join(new)}."})
     if resumed is None:
         known = dense_start(dense_quality, model, parts, journal, "evaluating the dense model")
         journal.quality("dense", known, step=None if recipe.methods and recipe.deploy == "sparse" else 0)
