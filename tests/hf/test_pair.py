@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, CLIPConfig, CLIPModel
+from PIL import Image
+from transformers import BertConfig, CLIPConfig, CLIPImageProcessor, CLIPModel
 
 import sparsetrain
 from bench.methods import small_pair
@@ -17,9 +18,11 @@ from sparsetrain import ConceptBottleneck
 from sparsetrain.data.captions import CLOTHES, all_attributes, caption
 from sparsetrain.data.images import FASHION_LABELS
 from sparsetrain.data.picture import as_png, pixels_of, read_picture
+from sparsetrain.hf.data import load_images
 from sparsetrain.hf.model.io import load, save
 from sparsetrain.hf.model.pair import PairClassifier
 from sparsetrain.hf.model.weights import load_weights
+from sparsetrain.hf.study.explain import _pictures
 from sparsetrain.hf.train.rows import reader
 from tests.cli.conftest import Call, call  # noqa: F401
 
@@ -125,6 +128,36 @@ def test_a_pair_is_trained_and_asked_from_the_command_line(call: Call, tmp_path:
     BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(tmp_path / "b")
     said = call(*given, "--model", tmp_path / "b", "--output", tmp_path / "none")
     assert said.code == 2 and "is no pair of encoders" in said.err and not (tmp_path / "none").exists()
+
+
+def test_pictures_of_any_size_as_the_pair_s_processor_prepares_them(call: Call, tmp_path: Path) -> None:  # noqa: F811
+    clip_folder(tmp_path / "clip")
+    size = {"height": 28, "width": 28}
+    mean, std = [0.4], [0.2]
+    processor = CLIPImageProcessor(
+        size=size, do_center_crop=False, image_mean=mean, image_std=std, do_convert_rgb=False
+    )
+    processor.save_pretrained(tmp_path / "clip")
+    generator = np.random.default_rng(0)
+    for name, low in (("bright", 150), ("dark", 0)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(6):
+            image = generator.integers(low, low + 100, (30 + i, 40, 1), dtype=np.uint8)
+            (tmp_path / "data" / name / f"{i}.png").write_bytes(as_png(image))
+    (tmp_path / "concepts.txt").write_text("a collar\nlong sleeves\n")
+    method = f"concept_bottleneck:concepts={tmp_path / 'concepts.txt'}"
+    given = ("finetune", "--task", "pair-image", "--data", tmp_path / "data", "--device", "cpu", "--dtype", "fp32")
+    given = (*given, "--method", method, "--steps", 2, "--batch-size", 4, "--model", tmp_path / "clip")
+    said = call(*given, "--output", tmp_path / "out")
+    assert said.code == 0, said.err
+    picture = tmp_path / "data" / "dark" / "3.png"
+    explained = _pictures(load(tmp_path / "out"), [str(picture)])[0]["pixel_values"]
+    with Image.open(picture) as opened:
+        pixels = np.asarray(opened.convert("L").resize((28, 28), Image.Resampling.BICUBIC), dtype=np.float32)
+    expected = (torch.from_numpy(pixels)[None, None] / 255 - mean[0]) / std[0]
+    assert (explained - expected).abs().max() < 0.03  # a byte
+    rows = load_images(str(tmp_path / "data"), processor=load(tmp_path / "out").tokenizer.pictures, channels=1)
+    assert rows.collate_fn([rows.train[0]])["pixel_values"].shape == (1, 1, 28, 28)
 
 
 def test_pixels_are_scaled_as_for_training() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 from sparsetrain.data.files import check_regular, shown
 
 
-def read_picture(path: Path, size: tuple[int, int], channels: int) -> np.ndarray:
-    """A picture file as uint8 [height, width, channels], scaled to fit.
+def read_picture(
+    path: Path, size: tuple[int, int], channels: int, prepare: Callable[[Any], np.ndarray] | None = None
+) -> np.ndarray:
+    """A picture file as uint8 [height, width, channels], scaled to fit, or as `prepare` makes it of PIL's picture.
 
     Args:
         size: (height, width). channels: 1 for grey, 3 for colour.
@@ -29,6 +32,8 @@ def read_picture(path: Path, size: tuple[int, int], channels: int) -> np.ndarray
     check_regular(path)
     try:
         with Image.open(path) as picture:
+            if prepare is not None:
+                return prepare(picture)
             scaled = picture.convert("L" if channels == 1 else "RGB").resize(size[::-1])
             return np.asarray(scaled, dtype=np.uint8).reshape(*size, channels)
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:

@@ -25,6 +25,7 @@ from sparsetrain.hf.model.foreign import own_classes, set_options
 from sparsetrain.hf.model.four_bit import four_bit_options
 from sparsetrain.hf.model.merge import check_merge
 from sparsetrain.hf.model.opening import code_of, open_config, open_image_processor, open_tokenizer, quiet, told
+from sparsetrain.hf.model.pair import PairClassifier, PairReader
 from sparsetrain.hf.model.saving import conversion_of, dense_state, save_alone, write_along
 from sparsetrain.hf.model.weights import auto_class, class_of_adapter, known_class, load_weights
 from sparsetrain.hf.model.whole import check_finite
@@ -135,7 +136,10 @@ def load(
         model = with_adapter(model, folder, asked, trainable, new)
     model = model.to(device)
     return Loaded(
-        model=model.train(trainable), tokenizer=_tokenizer(trust_remote_code, folder, base), handle=handle, about=about
+        model=model.train(trainable),
+        tokenizer=_reader(model, trust_remote_code, folder, base),
+        handle=handle,
+        about=about,
     )
 
 
@@ -210,7 +214,10 @@ def _load_plain(name: str, folder: Path, dtype: torch.dtype, device: Any, traina
         model, new = load_weights(base, kind, dtype, open_config(base, trust=trust), new_head=True)
         model = with_adapter(model, folder, asked, trainable, new)
         return Loaded(
-            model=model.to(device).train(trainable), tokenizer=_tokenizer(trust, folder, base), handle=None, about={}
+            model=model.to(device).train(trainable),
+            tokenizer=_reader(model, trust, folder, base),
+            handle=None,
+            about={},
         )
     path = resolve_model(name)
     config = open_config(path, name, trust=trust)
@@ -218,7 +225,7 @@ def _load_plain(name: str, folder: Path, dtype: torch.dtype, device: Any, traina
     _, kind = known_class(*own_classes(config, name))
     model, _ = load_weights(path, kind, dtype, config, name=name)
     model = model.to(device).train(trainable)
-    return Loaded(model=model, tokenizer=_tokenizer(trust, Path(path)), handle=None, about={})
+    return Loaded(model=model, tokenizer=_reader(model, trust, Path(path)), handle=None, about={})
 
 
 def _converted(model: Any, about: dict[str, Any], folder: Path, state: State) -> Handle | None:
@@ -264,10 +271,20 @@ def _final_folder(path: Path) -> Path:
     return path
 
 
+def _reader(model: Any, trust: bool, *places: str | Path) -> Any:
+    """A model's tokenizer, its image processor, or both of a pair; from the first place that has them."""
+    tokenizer = _tokenizer(trust, *places)
+    is_pair = isinstance(getattr(model, "get_base_model", lambda: model)(), PairClassifier)
+    if tokenizer is not None and not is_pair:
+        return tokenizer
+    pictures = next(filter(None, (open_image_processor(place, None) for place in places)), None)
+    return PairReader(tokenizer, pictures) if is_pair and tokenizer is not None else pictures
+
+
 def _tokenizer(trust: bool, *places: str | Path) -> Any:
     for place in places:
         try:
             return open_tokenizer(place, trust=trust)
         except FileNotFoundError:
             continue
-    return next(filter(None, (open_image_processor(place, None) for place in places)), None)
+    return None

@@ -6,6 +6,7 @@ texts with the model (`Method.texts`) finds them beside the images, as the pair 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +18,26 @@ from sparsetrain.core.anatomy import Anatomy
 from sparsetrain.core.quote import quoted
 from sparsetrain.hf.model.headed import Headed
 from sparsetrain.hf.model.opening import NO_CODE
+
+
+@dataclass(frozen=True)
+class PairReader:
+    """What a pair brings for reading: the tokenizer of its texts, and what prepares its pictures; None: they go in as
+    they are."""
+
+    tokenizer: Any
+    pictures: Any = None
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write both beside the weights."""
+        self.tokenizer.save_pretrained(folder)
+        if self.pictures is not None:
+            self.pictures.save_pretrained(folder)
+
+
+def of_texts(reader: Any) -> Any:
+    """The tokenizer of what a model reads with; None if it reads no texts."""
+    return reader.tokenizer if isinstance(reader, PairReader) else reader
 
 
 class PairClassifier(Headed):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -11,9 +12,12 @@ from torch import Tensor
 from sparsetrain.core.config import registered_methods
 from sparsetrain.core.explanation import Explanation
 from sparsetrain.core.fields import shown
-from sparsetrain.data.picture import as_png, pixels_of, read_picture
+from sparsetrain.data.collate import ImageCollator
+from sparsetrain.data.picture import as_png, read_picture
+from sparsetrain.hf.data.images import normalisation, prepared
 from sparsetrain.hf.model.architectures import image_shape
 from sparsetrain.hf.model.io import Loaded, load
+from sparsetrain.hf.model.pair import of_texts
 from sparsetrain.hf.train.rows import reader
 from sparsetrain.surgery.method import method_of
 
@@ -56,16 +60,19 @@ def explain_run(run: str | Path, subjects: Sequence[str], *, max_tokens: int | N
 def _texts(
     loaded: Loaded, subjects: Sequence[str], max_tokens: int | None
 ) -> tuple[dict[str, Tensor], list[bytes | None]]:
-    if loaded.tokenizer is None:
+    if (tokenizer := of_texts(loaded.tokenizer)) is None:
         raise ValueError("the model has no tokenizer beside its weights, so it reads no text. Save one there.")
     if blank := [i for i, subject in enumerate(subjects, 1) if not subject.strip()]:
         raise ValueError(f"text {blank[0]} of {len(subjects)} is blank. Give something to explain.")
-    context = getattr(loaded.model.config, "max_position_embeddings", None) or loaded.tokenizer.model_max_length
-    read = reader(loaded.tokenizer, min(max_tokens or context, context), "cpu")
+    context = getattr(loaded.model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    read = reader(tokenizer, min(max_tokens or context, context), "cpu")
     return read(subjects), [None] * len(subjects)
 
 
 def _pictures(loaded: Loaded, subjects: Sequence[str]) -> tuple[dict[str, Tensor], list[bytes | None]]:
     channels, height, width = image_shape(loaded.model.config)
-    pictures = [read_picture(Path(subject), (height, width), channels) for subject in subjects]
-    return {"pixel_values": pixels_of(pictures)}, [as_png(picture) for picture in pictures]
+    processor = getattr(loaded.tokenizer, "pictures", None)
+    prepare = None if processor is None else partial(prepared, processor, channels)
+    pictures = [read_picture(Path(subject), (height, width), channels, prepare) for subject in subjects]
+    batch = ImageCollator(*normalisation(processor))([{"pixel_values": picture} for picture in pictures])
+    return batch, [as_png(picture) for picture in pictures]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sparsetrain.hf.model import opening
+from sparsetrain.hf.model.pair import PairReader
 from sparsetrain.hf.model.vocabulary import check_vocabulary
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.tasks import task_of
@@ -28,13 +29,17 @@ def check_trust(recipe: Recipe, config: Any, report: Report) -> None:
 
 
 def open_reader(recipe: Recipe, path: str, config: Any) -> Any:
-    """What makes rows of the task's data: a tokenizer, or an image processor; None where images go in as they are.
+    """What makes rows of the task's data: a tokenizer, an image processor, or both for a pair of encoders; None where
+    images go in as they are.
 
     Raises:
         ValueError: it cannot be read, or does not fit the model.
     """
     task = task_of(recipe.task)
-    if task.texts or not task.images:
+    if task.texts:
+        tokenizer = open_tokenizer(path, config, trust=recipe.trust_remote_code)
+        return PairReader(tokenizer, opening.open_image_processor(path, config))
+    if not task.images:
         return open_tokenizer(path, config, trust=recipe.trust_remote_code)
     return opening.open_image_processor(path, config) if task.labelled else None
 

@@ -17,6 +17,7 @@ from sparsetrain.hf.assets import resolve_data
 from sparsetrain.hf.data import DataBundle
 from sparsetrain.hf.model.architectures import sequence_tokens
 from sparsetrain.hf.model.model_config import context_length
+from sparsetrain.hf.model.pair import of_texts
 from sparsetrain.hf.model.vocabulary import vocabulary_rows
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.tasks import RowsAsked, load_asked
@@ -55,7 +56,7 @@ def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> Da
             tokenizer=tokenizer,
             step_rows=rows,
             step_tokens=None if rows is None else max(rows, calibration_rows, 1) * recipe.seq_len,
-            channels=getattr(config, "num_channels", 3),
+            channels=channels_of(config),
             context=context_length(config),
             max_eval_rows=eval_images(recipe, config),
             eval_source=None if recipe.eval_data is None else resolve_data(recipe.eval_data, progress=say),
@@ -92,7 +93,7 @@ def all_rows(recipe: RunRecipe, tokenizer: Any, config: Any, report: Report) -> 
             recipe=recipe,
             source=recipe.data,
             tokenizer=tokenizer,
-            channels=getattr(config, "num_channels", 3),
+            channels=channels_of(config),
             step_tokens=max(recipe.eval_tokens, recipe.seq_len),
             context=context_length(config),
             eval_ratio=0.0,
@@ -167,6 +168,11 @@ def calibration_batches(parts: Parts) -> list[dict[str, Tensor]] | None:
     return batches or None
 
 
+def channels_of(config: Any) -> int:
+    """Of the pictures that a model takes."""
+    return getattr(getattr(config, "vision_config", config), "num_channels", 3)
+
+
 def text_reader(parts: Parts) -> Read | None:
     """What makes a batch of texts for a method that starts from texts; None for a model without a tokenizer."""
     task = task_of(parts.recipe.task)
@@ -175,7 +181,7 @@ def text_reader(parts: Parts) -> Read | None:
     tokens = parts.recipe.seq_len
     if task.images:  # rows are none of the texts, which have lengths of their own
         tokens = context_length(parts.config) or tokens
-    return reader(parts.tokenizer, tokens, parts.device)
+    return reader(of_texts(parts.tokenizer), tokens, parts.device)
 
 
 def reader(tokenizer: Any, max_tokens: int, device: torch.device | str) -> Read:

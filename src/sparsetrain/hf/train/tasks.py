@@ -140,7 +140,7 @@ def image_rows(asked: RowsAsked) -> DataBundle:
         max_rows=asked.max_rows,
         max_eval_rows=asked.max_eval_rows,
         seed=asked.recipe.seed,
-        processor=None if task_of(asked.recipe.task).texts else asked.tokenizer,
+        processor=getattr(asked.tokenizer, "pictures", asked.tokenizer),  # of a pair's reader
         channels=asked.channels,
     )
 
