@@ -277,8 +277,18 @@ def _further(kind: str) -> Family:
 FURTHER = {kind: _further(kind) for kind in further_families()}
 
 
+def _experts(kind: str, **sizes: Any) -> Callable[[], nn.Module]:
+    made = {**_DECODER, "num_experts_per_tok": 2, **sizes}
+    return lambda: getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])(AutoConfig.for_model(kind, **made))
+
+
 EXPERTS = {
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**_DECODER, num_local_experts=4, num_experts_per_tok=2)),
+    "granitemoe": _experts("granitemoe", num_local_experts=4),
+    "glm4_moe": _experts(
+        "glm4_moe", n_routed_experts=4, moe_intermediate_size=16, n_group=1, topk_group=1, first_k_dense_replace=1
+    ),
+    "ernie4_5_moe": _experts("ernie4_5_moe", moe_num_experts=4, moe_intermediate_size=16, moe_layer_start_index=1),
 }
 
 

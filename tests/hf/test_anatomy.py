@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from sparsetrain import MultiLevel, RoutedFFN, SemiStructured, grow, plan, sparsify
+from sparsetrain import MultiLevel, PQAttention, RoutedFFN, SemiStructured, grow, plan, sparsify
 from sparsetrain.core.anatomy import Anatomy, describe, innermost, trained_copy
 from sparsetrain.core.errors import UnknownFamily, Unsupported
 from sparsetrain.hf.model.attention import attention_function
@@ -69,6 +69,19 @@ def test_a_mixture_of_experts_offers_its_attention() -> None:
     _assert_linears_are_the_model_s(model, anatomy)
     assert [linear.role for linear in anatomy.blocks[0].linears] == ["q", "k", "v", "o"]
     assert all("mixture of experts" in (site.refused or "") for site in anatomy.ffns)
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_the_attention_of_a_mixture_is_edited_and_its_experts_are_not(kind: str) -> None:
+    torch.manual_seed(0)
+    model: Any = EXPERTS[kind]().eval()
+    batch = {"input_ids": torch.arange(3, 53)[None], "attention_mask": torch.ones(1, 50, dtype=torch.int64)}
+    anatomy = describe(model)
+    assert all({"q", "k", "v", "o"} == {linear.role for linear in block.linears} for block in anatomy.blocks)
+    assert all("mixture of experts" in (site.refused or "") for site in anatomy.ffns)
+    expected = model(**batch).logits
+    sparsify(model, PQAttention.dense_limit(), calibration=[batch])
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert", "distilbert"])

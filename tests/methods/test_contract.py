@@ -61,12 +61,14 @@ TURNS = 3
 
 
 def in_turn(pairs: list[tuple[Any, ...]], turn: int) -> list[Any]:
-    """Of further families, which are built like others, each pair has every third of such tests, so that each test
-    meets each method and each family; the others are slow."""
+    """Of families that are built like others, each pair has every third of such tests, so that each test meets each
+    method and each family; the others are slow."""
     families = list(CASES)
 
     def waits(method: str, family: str) -> bool:
-        return family in FURTHER and (METHODS.index(method) + families.index(family) + turn) % TURNS != 0
+        return (family in FURTHER or family in KIN) and (
+            METHODS.index(method) + families.index(family) + turn
+        ) % TURNS != 0
 
     return [pytest.param(*pair, marks=pytest.mark.slow) if waits(*pair[:2]) else pair for pair in pairs]
 
