@@ -62,7 +62,7 @@ class Ranks:
 
     def launch(self, output: Path, *more: str, kill: Killer | None = None) -> tuple[int, float, str]:
         """(the first exit code that is not 0, seconds since the folder appeared, what was said)."""
-        store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
         log = self.folder / f"{output.name}.log"
         log.unlink(missing_ok=True)
         flags = [*self.flags, "--output", str(output), *more]
