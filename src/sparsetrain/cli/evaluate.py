@@ -103,7 +103,7 @@ def _recipe(model: str, given: dict[str, Any]) -> Any:
             "dataset_train_split": "train",
             "dataset_test_split": None,
             "streaming": False,
-            "stream_rows": None,
+            "stream_rows": Recipe.model_fields["stream_rows"].default,
         }
     run = Path(model) / "recipe.yaml"
     if run.is_file():

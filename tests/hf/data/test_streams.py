@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
@@ -119,3 +120,20 @@ def test_what_can_be_no_stream_says_so(tmp_path: Path, tokenizer: PreTrainedToke
         load_sft("chitchat", tokenizer, 50, stream_ahead=AHEAD)
     with pytest.raises(ValueError, match=r"a\.jsonl.* has no rows|a\.jsonl is empty"):
         load_text(write_jsonl(tmp_path / "a.jsonl", []), tokenizer, 50, stream_ahead=AHEAD)
+
+
+def test_a_data_set_of_the_hub_is_read_row_by_row(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def load_dataset(*asked: Any, **how: Any) -> Any:
+        calls.append((asked, how))
+        return Dataset.from_list(pairs()).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    bundle = load_sft("org/name", tokenizer, 50, dataset_config="small", stream_ahead=AHEAD)
+    assert bundle.stream is not None
+    rows = {tokenizer.decode(row["input_ids"]) for row in islice(bundle.stream, ROWS - 1)}
+    assert len(rows) == ROWS - 1 and bundle.counts["rows"] == AHEAD
+    assert calls == [(("org/name", "small"), {"split": "train", "streaming": True})] * 2

@@ -72,14 +72,14 @@ def made_for(folder: Path) -> list[str]:
     return [found] if isinstance(found, str) else []
 
 
-def base_place(base: object, folder: Path, revision: object = None) -> str:
+def base_place(base: object, folder: Path, revision: object = None, *, trust: bool = False) -> str:
     """Where the model is that an adapter's folder names: an embedded asset, a folder, or a name on the hub.
 
     A folder is read as any other: as data, never as code. One inside the adapter's own is refused: nobody but its maker
     has named it.
 
     Args:
-        revision: of a model on the hub, None for its newest.
+        revision: of a model on the hub, None for its newest. trust: its Python code may run, so it is fetched, too.
 
     Raises:
         CheckpointError: it is no name, or lies inside the adapter's folder, or is not there.
@@ -101,7 +101,7 @@ def base_place(base: object, folder: Path, revision: object = None) -> str:
                 )
         return base
     if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base):
-        return base if revision is None else at_revision(base, str(revision))
+        return base if revision is None else at_revision(base, str(revision), trust=trust)
     raise CheckpointError(
         f"the base model of the adapter in {quoted(str(folder))}, {quoted(base)}, is not there. Put it in its place, "
         "or name it as base_model."

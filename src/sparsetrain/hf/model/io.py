@@ -117,7 +117,9 @@ def load(
     adapter = (folder / ADAPTER).is_file()
     if adapter and not about.get("base_model"):
         raise CheckpointError(f"{folder / SIDECAR} names no base_model for the adapter. Save it with base_model=….")
-    base = base_place(about["base_model"], folder, about.get("base_revision")) if adapter else str(folder)
+    base = str(folder)
+    if adapter:
+        base = base_place(about["base_model"], folder, about.get("base_revision"), trust=trust_remote_code)
     asked = check_adapter(folder) if adapter else None
     config = open_config(base, trust=trust_remote_code)
     set_options(config, about, folder / SIDECAR)
@@ -209,7 +211,7 @@ def _load_plain(name: str, folder: Path, dtype: torch.dtype, device: Any, traina
         asked = check_adapter(folder)
         _refuse_orphan(folder)
         refuse_lone_weights(folder, mark_of(folder))
-        base = base_place(asked.base_model_name_or_path, folder, asked.revision)
+        base = base_place(asked.base_model_name_or_path, folder, asked.revision, trust=trust)
         kind = class_of_adapter(asked.task_type) if asked.task_type else known_class(*made_for(folder))[1]
         model, new = load_weights(base, kind, dtype, open_config(base, trust=trust), new_head=True)
         model = with_adapter(model, folder, asked, trainable, new)
