@@ -46,4 +46,5 @@ def test_llama_3_8b_fits_one_card(gigabytes: int, tokens: int, asked: dict[str, 
         assert peak.host == keys and held < 0.1 * keys
     else:
         assert peak.host == 0 and keys <= held < 1.1 * keys
-    assert peak.temporary < 8 * tokens * 4096 * 2, "eight times the stream of a block, and nothing as wide as the FFN"
+    # times the stream of a block: nothing as wide as the FFN; beside 4-bit linears LoRA's update is PEFT's, in fp32
+    assert peak.temporary < (14 if "four_bit" in asked else 8) * tokens * 4096 * 2
