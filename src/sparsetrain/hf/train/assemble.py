@@ -13,6 +13,7 @@ from transformers import TrainingArguments, set_seed
 
 from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import MethodConfig
+from sparsetrain.data.vocabulary import check_vocabulary
 from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.model import models, opening
 from sparsetrain.hf.model.architectures import check_images, sequence_tokens, tokens_per_input
@@ -20,7 +21,6 @@ from sparsetrain.hf.model.checkpointing import check_offload, checkpointing_argu
 from sparsetrain.hf.model.four_bit import check_four_bit, four_bit_options, keep_trainable
 from sparsetrain.hf.model.model_config import check_context
 from sparsetrain.hf.model.revision import at_revision
-from sparsetrain.hf.model.vocabulary import check_vocabulary
 from sparsetrain.hf.model.weights import auto_class, load_weights
 from sparsetrain.hf.model.whole import check_causal
 from sparsetrain.hf.train.parts import Parts
