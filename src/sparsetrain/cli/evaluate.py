@@ -157,7 +157,7 @@ def _rows(recipe: Any, loaded: Any, every: bool, tell: Any) -> tuple[Any, Any]:
 
 
 def _bundle(recipe: Any, loaded: Any, every: bool, tell: Any) -> Any:
-    from sparsetrain.hf.model.vocabulary import check_vocabulary
+    from sparsetrain.data.vocabulary import check_vocabulary
     from sparsetrain.hf.train.pretrain import PretrainRecipe
     from sparsetrain.hf.train.pretrain_data import held_out
     from sparsetrain.hf.train.rows import all_rows, load_rows

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsetrain.core.anatomy import submodule
-from sparsetrain.hf.model.sites import model_inside
+from sparsetrain.core.sites import model_inside
 from sparsetrain.ops.selected_loss import selected_loss
 from sparsetrain.surgery.outermost import reclass_model
 from sparsetrain.surgery.reclass import dense_forward, reclass

@@ -14,8 +14,8 @@ from torch import nn
 
 from sparsetrain.core.anatomy import Anatomy, AttentionSite, Block, FFNSite, LinearSite, innermost, submodule
 from sparsetrain.core.errors import UnknownFamily
+from sparsetrain.core.sites import convolution_sites, linear_site, model_inside, own_modules
 from sparsetrain.hf.model.denoising import denoiser_of
-from sparsetrain.hf.model.sites import convolution_sites, linear_site, model_inside, own_modules
 
 _BLOCKS = {"BasicTransformerBlock": "attn1", "Attention": "", "ResnetBlock2D": None, "ResnetBlockCondNorm2D": None}
 """Class of a block -> its self-attention, relative to the block; None: it has none."""

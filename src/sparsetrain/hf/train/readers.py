@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from sparsetrain.data.vocabulary import check_vocabulary
 from sparsetrain.hf.model import opening
 from sparsetrain.hf.model.pair import PairReader
-from sparsetrain.hf.model.vocabulary import check_vocabulary
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.events import Report

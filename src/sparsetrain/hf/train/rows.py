@@ -13,12 +13,12 @@ from torch import Tensor
 from sparsetrain.data.collate import Collator
 from sparsetrain.data.ids import CheckedIds
 from sparsetrain.data.special_tokens import padding_id
+from sparsetrain.data.vocabulary import vocabulary_rows
 from sparsetrain.hf.assets import resolve_data
 from sparsetrain.hf.data import DataBundle
 from sparsetrain.hf.model.architectures import sequence_tokens
 from sparsetrain.hf.model.model_config import context_length
 from sparsetrain.hf.model.pair import of_texts
-from sparsetrain.hf.model.vocabulary import vocabulary_rows
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.tasks import RowsAsked, load_asked
 from sparsetrain.recipes.finetune import Recipe
