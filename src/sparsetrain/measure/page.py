@@ -123,8 +123,8 @@ def _planned_and_measured(run: Run, stage: int, seconds: float) -> list[str]:
     costs = run.get("stage_costs") or []
     if stage >= len(costs):
         return [seconds_text(seconds), "", "", ""]
-    held, planned = stage_memory(costs[stage])
-    time = seconds_text(costs[stage]["planned"]["time_s"]) if planned is not None else ""
+    (held, planned), forecast = stage_memory(costs[stage]), costs[stage].get("planned")
+    time = "" if forecast is None else seconds_text(forecast["time_s"])
     return [seconds_text(seconds), time, bytes_text(held), "" if planned is None else bytes_text(planned)]
 
 

@@ -160,8 +160,8 @@ def _stage_lines(name: str, run: Run) -> list[str]:
         steps = [row for row in run["steps"] if stage["from_step"] < row["step"] <= stage["to_step"]]
         took, (held, planned) = sum(row["step_time_s"] for row in steps), stage_memory(cost)
         found = f"  {name}, stage {i}, {stage['name']}: {seconds_text(took)} and {bytes_text(held)}"
-        if planned is not None:
-            found += f"; planned {seconds_text(cost['planned']['time_s'])} and {bytes_text(planned)}"
+        if planned is not None and (forecast := cost.get("planned")) is not None:
+            found += f"; planned {seconds_text(forecast['time_s'])} and {bytes_text(planned)}"
         lines.append(found)
     return lines
 

@@ -72,8 +72,8 @@ class UViT(ModelMixin, ConfigMixin):
         for i, block in enumerate(self.blocks):
             if i > depth:
                 x = self.skips[i - depth - 1](torch.cat([x, kept.pop()], -1))
-            recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-            x = self._gradient_checkpointing_func(block, x) if recompute else block(x)
+            recompute: Any = self._gradient_checkpointing_func if self.gradient_checkpointing else None
+            x = block(x) if recompute is None or not torch.is_grad_enabled() else recompute(block, x)
             if i < depth:
                 kept.append(x)
         y = self.decode(self.norm(x))[:, len(tokens) :]
