@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from sparsetrain.core.anatomy import Anatomy, AttentionSite, Block, FFNSite, LinearSite, innermost, submodule
+from sparsetrain.core.axes import axes_of, embedding_scale, last_norm
 from sparsetrain.core.errors import UnknownFamily
 from sparsetrain.core.sites import convolution_sites, linear_site, model_inside, own_modules
-from sparsetrain.hf.model.axes import axes_of, embedding_scale, last_norm
 from sparsetrain.hf.model.denoising import denoiser_of
 from sparsetrain.hf.model.families import FAMILIES, Row, row_of
 from sparsetrain.hf.model.resized import resized

@@ -146,7 +146,7 @@ def mapped_anatomy(model: nn.Module, config: MultiLevel) -> Anatomy:
         what = f"the axes of {', '.join(unknown[:3])} are not known" if unknown else "its adapter makes no other sizes"
         raise ValueError(
             f"{config.method}: {anatomy.model_class} cannot be mapped: {what}. Add them to its adapter "
-            "(sparsetrain/hf/model/axes.py), or train another model."
+            "(sparsetrain/core/axes.py), or train another model."
         )
     uneven = [linear.name for linear in anatomy.linears if len({size for _, size in linear.parts}) > 1]
     if uneven and config.width > 1:
