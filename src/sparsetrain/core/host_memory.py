@@ -67,7 +67,8 @@ class OnHost:
         yield found
 
     def _empty(self) -> tuple[Tensor, ...]:
-        return tuple(torch.empty(shape, dtype=dtype, device=self.place) for shape, dtype in self._host)
+        sizes: Any = self._host  # where nothing is moved but counted
+        return tuple(torch.empty(shape, dtype=dtype, device=self.place) for shape, dtype in sizes)
 
     def _out(self, x: Tensor) -> Any:
         if self.count is not None:

@@ -34,7 +34,7 @@ def read_picture(
         with Image.open(path) as picture:
             if prepare is not None:
                 return prepare(picture)
-            scaled = picture.convert("L" if channels == 1 else "RGB").resize(size[::-1])
+            scaled = picture.convert("L" if channels == 1 else "RGB").resize((size[1], size[0]))
             return np.asarray(scaled, dtype=np.uint8).reshape(*size, channels)
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{shown(path)} is no picture that can be read ({error}). Give a PNG or JPEG.") from None

@@ -52,7 +52,7 @@ def hub_table(name: str, choice: HubChoice, streaming: bool = False) -> Table:
         ValueError: there is none, or it cannot be loaded.
     """
     try:
-        how = {"streaming": True} if streaming else {}
+        how: dict[str, Any] = {"streaming": True} if streaming else {}
         return cast(Table, datasets.load_dataset(name, choice.config, split=choice.split, **how))
     except Exception as error:  # the hub client raises a dozen kinds, from offline to unknown split
         raise ValueError(

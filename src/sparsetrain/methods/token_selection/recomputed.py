@@ -32,7 +32,7 @@ def in_pieces(run: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any
     if args or kwargs or not isinstance(x, Tensor) or x.ndim != 3 or torch.is_grad_enabled():
         return run(x, *args, **kwargs)
     size = -(-x.shape[1] // PIECES)
-    out: Tensor | None = None
+    out: Any = None
     for start in range(0, x.shape[1], size):
         y = run(x[:, start : start + size].contiguous())  # as the whole is: GPT-2's linears take views of it
         out = y.new_empty(*x.shape[:2], y.shape[-1]) if out is None else out
