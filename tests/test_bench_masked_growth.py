@@ -46,7 +46,7 @@ def test_the_rate_rises_falls_and_goes_back() -> None:
 
 
 def test_when_an_arm_had_the_ordinary_loss() -> None:
-    costs = {"switch_s": 0.1, "ramp_extra_s": -1.0}
+    costs = {"switch_s": 0.1, "ramp_extra_s": -1.0, "stages": [["half", 2, 1.0], ["whole", 1, 0.9]]}
 
     def run(*losses: float) -> dict[str, Any]:
         evals = [{"loss": x, "flops": i + 1.0, "wall_s": i + 1.0, "cpu_s": i + 1.0} for i, x in enumerate(losses)]
@@ -55,7 +55,7 @@ def test_when_an_arm_had_the_ordinary_loss() -> None:
     found = masked_growth.against(run(5.0, 3.0, 2.0), run(6.0, 5.0, 4.0, 3.0))
     assert found["loss_less_ordinary"] == -1.0 and found["reached_at"] == {"flops": 0.5, "wall_s": 0.5, "cpu_s": 0.5}
     assert masked_growth.against(run(5.0, 4.0), run(3.0))["reached_at"] is None
-    assert found["growing_share"] == pytest.approx(0.1 / 3)
+    assert found["growing_share"] == pytest.approx(0.1 / 3.0)
 
 
 def test_cells_come_in_order_of_what_matters() -> None:

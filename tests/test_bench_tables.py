@@ -58,8 +58,8 @@ def test_a_loss_that_is_not_reached_is_said() -> None:
 def test_growth_at_shares_of_the_ordinary_run() -> None:
     told = {
         "loss_less_ordinary": -0.05,
-        "of_its": {"wall_s": 0.6},
-        "reached_at": {"wall_s": 0.5},
+        "of_its": {"cpu_s": 0.6},
+        "reached_at": {"cpu_s": 0.5},
         "growing_share": 0.01,
     }
     cells = {"gpt2 ordinary 1 0": run(2.0), "gpt2 grown 0.65 0": run(1.95, **told)}

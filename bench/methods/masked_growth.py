@@ -316,11 +316,13 @@ class Run:
 def against(ours: dict[str, Any], ordinary: dict[str, Any]) -> dict[str, Any]:
     """What an arm's finished run cost of the ordinary one, and when in between it had the ordinary's final loss."""
     reached = next((point for point in ours["evals"] if point["loss"] <= ordinary["loss"]), None)
+    trained_s = sum(count * median for _, count, median in ours["stages"])  # whatever else the machine did
+    growing_s = ours["switch_s"] + max(0.0, ours["ramp_extra_s"])
     return {
         "loss_less_ordinary": ours["loss"] - ordinary["loss"],
         "of_its": {name: ours[name] / ordinary[name] for name in ("flops", "wall_s", "cpu_s")},
         "reached_at": reached and {name: reached[name] / ordinary[name] for name in ("flops", "wall_s", "cpu_s")},
-        "growing_share": (ours["switch_s"] + max(0.0, ours["ramp_extra_s"])) / ours["wall_s"],
+        "growing_share": growing_s / (trained_s + ours["switch_s"]),
     }
 
 

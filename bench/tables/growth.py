@@ -53,8 +53,8 @@ def masked_growth(results: dict[str, Any]) -> list[str]:
             "seeds",
             "held-out loss",
             "less the ordinary's",
-            "time of its run",
-            "time to its loss",
+            "processor time of its run",
+            "processor time to its loss",
             "growing itself",
         )
         for name, own in runs.items():
@@ -64,8 +64,8 @@ def masked_growth(results: dict[str, Any]) -> list[str]:
             arm, _, share = rest.rpartition(" ")
             differences = [run["loss_less_ordinary"] for run in own.values() if "loss_less_ordinary" in run]
             told = [run for run in own.values() if "of_its" in run]
-            took = f"{statistics.mean(run['of_its']['wall_s'] for run in told):.2f}" if told else DASH
-            reached = [run["reached_at"]["wall_s"] for run in told if run["reached_at"]]
+            took = f"{statistics.mean(run['of_its']['cpu_s'] for run in told):.2f}" if told else DASH
+            reached = [run["reached_at"]["cpu_s"] for run in told if run["reached_at"]]
             until = f"{statistics.mean(reached):.2f}" if reached else "not reached" if told else DASH
             missed = len(told) - len(reached)
             until += f" ({missed} not)" if reached and missed else ""
