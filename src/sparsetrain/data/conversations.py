@@ -21,6 +21,11 @@ _READ = frozenset(
     {"messages", "conversations", "prompt", "completion", "instruction", "input", "output"}
     | {"tools", "documents", "chat_template_kwargs"}
 )
+_PAIRS = tuple(
+    (asked, answered)
+    for asked in ("prompt", "question", "query", "instruction", "input", "source", "document", "article")
+    for answered in ("answer", "response", "output", "target", "completion", "summary", "highlights")
+)
 _CALLS = ("tool_calls", "function_call")
 _RESERVED = frozenset(
     {"conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "padding"}
@@ -78,10 +83,16 @@ def conversation_of(row: Row) -> Conversation:
     else:
         raise ValueError(
             f"{origin} is no conversation. Found: {quoted(', '.join(map(str, values)))}. A row needs 'messages', "
-            "'prompt' and 'completion', or 'instruction' and 'output'; rows of 'text' are for task=lm."
+            f"'prompt' and 'completion', or 'instruction' and 'output'; rows of 'text' are for task=lm.{_renamed(values)}"
         )
     messages = [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     return Conversation(messages=messages, trained=[False, True], context=context, plain=plain, origin=origin)
+
+
+def _renamed(values: dict[str, Any]) -> str:
+    """What to do with columns that are asked and answered under other names."""
+    found = next((pair for pair in _PAIRS if set(pair) <= values.keys()), None)
+    return "" if found is None else f" Rename {found[0]!r} to 'prompt' and {found[1]!r} to 'completion'."
 
 
 def _instruction(row: Row) -> tuple[tuple[str, str], tuple[str, str]]:

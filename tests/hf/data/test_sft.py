@@ -84,6 +84,8 @@ def test_sft_mistakes(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, chat_t
     user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     good = {"messages": [user, answer]}
     assert_refused(r"a\.jsonl:2 is no conversation. Found: text", [good, {"text": "x"}])
+    told = r"Rename 'question' to 'prompt' and 'answer' to 'completion'\.$"
+    assert_refused(told, [good, {"id": 1, "question": "x", "answer": "y"}])
     assert_refused(
         r"a\.jsonl:1: messages\[1\] is .*needs 'role' and 'content'", [{"messages": [user, {"role": "assistant"}]}]
     )
