@@ -83,7 +83,8 @@ def conversation_of(row: Row) -> Conversation:
     else:
         raise ValueError(
             f"{origin} is no conversation. Found: {quoted(', '.join(map(str, values)))}. A row needs 'messages', "
-            f"'prompt' and 'completion', or 'instruction' and 'output'; rows of 'text' are for task=lm.{_renamed(values)}"
+            "'prompt' and 'completion', or 'instruction' and 'output'; rows of 'text' are for task=lm."
+            + _renamed(values)
         )
     messages = [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     return Conversation(messages=messages, trained=[False, True], context=context, plain=plain, origin=origin)
