@@ -38,9 +38,10 @@ PAGES = (
 NAMES_OF_IDEAS = {
     "LoRA", "AdaLoRA", "DoRA", "ZeRO", "MiB", "GiB", "KiB", "NumPy", "ListOps", "SmolLM2", "MiniLM", "NaN", "ViT",
     "PyTorch", "DeepSpeed", "GitHub", "PytorchStreamWriter", "FullyShardedDataParallel", "SigLIP",
-    "FlexAttention", "CorDA", "LoftQ",
+    "FlexAttention", "CorDA", "LoftQ", "DeiT",
 }  # fmt: skip
 OF_TORCHRUN = {"--nproc-per-node", "--nnodes"}
+OF_ACCELERATE = {"--cpu", "--mpirun_hostfile", "--multi_gpu", "--num_processes", "--main_process_ip"}
 OF_HUGGING_FACE = {"--per-device-train-batch-size"}
 OF_PIP = {"--hash", "--no-deps", "--only-binary", "--require-hashes", "--upgrade", "--help"}
 OF_MODELS = {
@@ -132,8 +133,8 @@ def test_functions_exist() -> None:
 
 
 def test_flags_exist() -> None:
-    known = set().union(*SURFACE.values()) | OF_PIP | OF_TORCHRUN | OF_HUGGING_FACE
-    assert not {n: at for n, at in named(r"(?<![\w-])--[a-z][a-z0-9-]*").items() if n not in known}
+    known = set().union(*SURFACE.values()) | OF_PIP | OF_TORCHRUN | OF_ACCELERATE | OF_HUGGING_FACE
+    assert not {n: at for n, at in named(r"(?<![\w-])--[a-z][a-z0-9_-]*").items() if n not in known}
 
 
 @pytest.mark.filterwarnings("ignore")
