@@ -207,7 +207,7 @@ def test_beside_the_ordinary_run_at_its_best_rate(tmp_path: Path) -> None:
     sizes = [event["size"] for event in told if event["event"] == "stage"]
     assert sizes == [size_text(stage) for stage in made.sparse["run"]["stages"]]
     page = (tmp_path / "out" / "report.html").read_text()
-    assert all(f"Loss by {what}" in page for what in ("FLOPs", "tokens", "time")) and "Stages of sparse" in page
+    assert all(f"Loss by {what}" in page for what in ("FLOPs", "tokens", "time")) and "Stages of grown" in page
     assert (found := made.report.get("ledger")) is not None and found["sparse_flops"] < found["dense_flops"]
     assert found["text"] in " ".join(render_text(made.report))
     time = made.report["judgements"][0]

@@ -76,7 +76,7 @@ def test_method_values_are_read_as_the_config_holds_them() -> None:
         ({"keep_checkpoints": 1}, "keep_checkpoints=1"),
         ({"steps": 3, "epochs": 1}, "both given"),
         ({"steps": 3, "warmup_steps": 3}, "leaves nothing"),
-        ({"task": "lmm"}, "'lm', 'sft', 'classify' or 'diffusion'"),
+        ({"task": "lmm"}, "'lm', 'sft', 'classify', 'image', 'diffusion' or 'pair-image'"),
         ({"preset": "spt_paper"}, "Did you mean 'spt-paper'"),
         ({"preset": "auto", "methods": ["routed_ffn"]}, "preset=auto chooses the methods, and routed_ffn is given"),
         ({"lora_targets": 3}, "lora_targets=3"),

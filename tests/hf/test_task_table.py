@@ -72,7 +72,8 @@ def test_a_slip_is_answered_with_the_nearest() -> None:
     with pytest.raises(ValueError, match="Did you mean 'classify'"):
         task_of("clasify")
     with pytest.raises(
-        ValueError, match=r"give 'lm', 'sft', 'classify', 'diffusion' or 'pair-image'\. Did you mean 'classify'"
+        ValueError,
+        match=r"give 'lm', 'sft', 'classify', 'image', 'diffusion' or 'pair-image'\. Did you mean 'classify'",
     ):
         Recipe.from_values({"model": "m", "data": "d", "task": "clasify"})
 

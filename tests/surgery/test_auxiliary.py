@@ -53,7 +53,8 @@ def test_scaler_and_accumulation_change_no_auxiliary_gradient(config: Any, micro
     found = gradients(model, scaler, micro_batches)
     assert expected and any(grad.abs().max() > 0 for grad in expected.values())
     for name, grad in expected.items():
-        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-8)
+        rounding = 1e-6 * grad.abs().max().item()  # sums in another order: of its largest entries
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=rounding)
 
 
 ADDED = {"pq_attention": PQAttention.example(), "routed_ffn": RoutedFFN.example()}

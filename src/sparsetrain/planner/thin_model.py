@@ -42,10 +42,10 @@ def thin_out(model: Any, alone: int = 1) -> Layout:
             if hasattr(module, "layer_idx"):  # its place in the key-value cache
                 module.layer_idx = i  # type: ignore[assignment]
     config = model.config.get_text_config()
-    config.num_hidden_layers = len(kept)
     types = getattr(config, "layer_types", None)
+    config.num_hidden_layers = len(kept)
     if types:
-        with suppress(AttributeError):  # Mamba's follow from the number of layers
+        with suppress(AttributeError):  # Mamba's and Jamba's follow from the number of layers
             config.layer_types = [types[layer] for layer in kept]
     return Layout(of_block=tuple(of_block))
 
