@@ -25,7 +25,6 @@ TOO_LARGE = {"deepseek-v3": 671.0, "qwen3-next-80b-a3b": 79.7}
 """Planned, and more than the GPU that is asked about holds."""
 REFUSED = {"falcon-h1-7b": "remove it from `target_modules`", "jamba-1.5-mini": "what it keeps is not known"}
 REFUSED |= dict.fromkeys(("llava-1.5-7b", "qwen2.5-vl-7b"), "cannot be loaded as AutoModelForCausalLM. Name a model")
-SCANS = "jamba-1.5-mini"  # a hundred thousand operations until it is given up, a quarter of a minute
 QUICK = ("llama-3.2-3b", "qwen3-30b-a3b", "gemma-3-4b-it", "opt-6.7b")
 """One of a kind: dense, mixture of experts, vision-language with layers of two kinds, an older decoder."""
 
@@ -58,7 +57,7 @@ def test_an_answer(name: str) -> None:
             planner.outline(tiled)
 
 
-@pytest.mark.parametrize("name", [n if n != SCANS else pytest.param(n, marks=pytest.mark.slow) for n in REFUSED])
+@pytest.mark.parametrize("name", REFUSED)
 def test_a_refusal_that_says_what_to_do(name: str) -> None:
     planner = predictor_of(read_config(str(CONFIGS / f"{name}.json")), {"lora_r": 16}, bf16=True, cache=None, gpu=True)
     with pytest.raises(ValueError, match=REFUSED[name]):

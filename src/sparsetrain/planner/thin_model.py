@@ -19,6 +19,9 @@ def thin_out(model: Any, alone: int = 1) -> Layout:
     """Keep the first `alone` blocks and one of each kind of the others; returns which stands for which.
 
     Blocks that do not lie in one list (a UNet's) read one another's outputs by place: all of them are kept.
+
+    Raises:
+        ValueError: the config derives a layer's kind from its number, so the kept ones would be of other kinds.
     """
     anatomy = known_parts(model)
     if len({block.name.rpartition(".")[0] for block in anatomy.blocks}) > 1:
@@ -45,8 +48,14 @@ def thin_out(model: Any, alone: int = 1) -> Layout:
     types = getattr(config, "layer_types", None)
     config.num_hidden_layers = len(kept)
     if types:
+        wanted = [types[layer] for layer in kept]
         with suppress(AttributeError):  # Mamba's and Jamba's follow from the number of layers
-            config.layer_types = [types[layer] for layer in kept]
+            config.layer_types = wanted
+        if list(config.layer_types) != wanted:
+            raise ValueError(
+                f"{config.model_type} says the kind of a layer by its number, so a few of them cannot stand for all: "
+                "what it keeps is not known. Plan a model of one kind of layer, or measure a step (`profile`)."
+            )
     return Layout(of_block=tuple(of_block))
 
 
