@@ -123,6 +123,13 @@ def memory(way: str, tokens: int) -> dict[str, Any]:
     return accuracy.cell("smollm2-135m", way, tokens)
 
 
+def recipe_values(data: str, arm: dict[str, Any], seed: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of one run, but for where it writes."""
+    values = {**SHARED, **DATA[data], "data": data, **arm, "seed": seed}
+    values |= {name: settings[name] for name in ("steps", "dtype")} | {"warmup_steps": settings["steps"] // 16}
+    return values if settings["eval_tokens"] is None else values | {"eval_tokens": settings["eval_tokens"]}
+
+
 def cells(asked: Asked) -> list[Cell]:
     settings, threads = asked.settings, asked.threads
     found = [Cell(f"memory {way}", lambda way=way: memory(way, settings["memory_tokens"])) for way in WAYS]
@@ -133,10 +140,7 @@ def cells(asked: Asked) -> list[Cell]:
     runs = [(data, arm, seed) for seed in asked.seeds for data in DATA for arm in ARMS]
     runs += [(data, arm, first) for data in DATA for arm in FURTHER]
     for data, arm, seed in runs:
-        values = {**SHARED, **DATA[data], "data": data, **(ARMS | FURTHER)[arm], "seed": seed}
-        values |= {name: settings[name] for name in ("steps", "dtype")} | {"warmup_steps": settings["steps"] // 16}
-        if settings["eval_tokens"] is not None:
-            values["eval_tokens"] = settings["eval_tokens"]
+        values = recipe_values(data, (ARMS | FURTHER)[arm], seed, settings)
         given = (values, arm.startswith("shira"), threads)
         found.append(Cell(f"{data} {arm} {seed}", lambda given=given: in_own_process(f"{__name__}:train", *given)))
     return found

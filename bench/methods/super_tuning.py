@@ -57,10 +57,7 @@ def cells(asked: Asked) -> list[Cell]:
     runs = [(data, arm, seed) for seed in asked.seeds for data in sara.DATA for arm in ARMS]
     runs += [(data, arm, asked.seeds[0]) for data in sara.DATA for arm in FURTHER]
     for data, arm, seed in runs:
-        values = {**sara.SHARED, **sara.DATA[data], "data": data, **(ARMS | FURTHER)[arm], "seed": seed}
-        values |= {name: settings[name] for name in ("steps", "dtype")} | {"warmup_steps": settings["steps"] // 16}
-        if settings["eval_tokens"] is not None:
-            values["eval_tokens"] = settings["eval_tokens"]
+        values = sara.recipe_values(data, (ARMS | FURTHER)[arm], seed, settings)
         given = (values, "bottom" not in arm, asked.threads)
         found.append(Cell(f"{data} {arm} {seed}", lambda given=given: in_own_process(f"{__name__}:train", *given)))
     return found
