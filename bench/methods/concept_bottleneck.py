@@ -104,14 +104,17 @@ def _encoder(folder: str) -> Any:
 def clothes(seed: int, rows: int | None, tokens: int) -> Features:
     """Embeddings of Fashion-MNIST by a small pair, trained on it with captions; the classes are its labels."""
     from bench.methods import small_pair
+    from sparsetrain.data.collate import ImageCollator
     from sparsetrain.data.images import FASHION_LABELS, read_images
-    from sparsetrain.data.picture import pixels_of
     from sparsetrain.hf.assets import resolve_data
     from sparsetrain.hf.train.rows import reader
     from sparsetrain.methods.concept_bottleneck.config import read_concepts
 
     found = read_images(Path(resolve_data("fashion-mnist")), max_rows=rows, max_eval_rows=rows, seed=seed)
-    sides = [pixels_of(side["pixel_values"][..., None]) for side in (found.train, found.held_out)]
+    sides = [
+        ImageCollator()([{"pixel_values": image} for image in side["pixel_values"]])["pixel_values"]
+        for side in (found.train, found.held_out)
+    ]
     labels = [torch.as_tensor(side["labels"]) for side in (found.train, found.held_out)]
     pair = small_pair.train(sides[0], labels[0], epochs=PAIR_EPOCHS, seed=seed)
     concepts, classes = read_concepts(EXAMPLES / "fashion.txt"), tuple(f"a {name}" for name in FASHION_LABELS)

@@ -16,8 +16,9 @@ import sparsetrain
 from bench.methods import small_pair
 from sparsetrain import ConceptBottleneck
 from sparsetrain.data.captions import CLOTHES, all_attributes, caption
+from sparsetrain.data.collate import ImageCollator
 from sparsetrain.data.images import FASHION_LABELS
-from sparsetrain.data.picture import as_png, pixels_of, read_picture
+from sparsetrain.data.picture import as_png, read_picture
 from sparsetrain.hf.data import load_images
 from sparsetrain.hf.model.io import load, save
 from sparsetrain.hf.model.pair import PairClassifier
@@ -162,7 +163,7 @@ def test_pictures_of_any_size_as_the_pair_s_processor_prepares_them(call: Call, 
 
 def test_pixels_are_scaled_as_for_training() -> None:
     image = np.array([[[0], [255]], [[128], [64]]], dtype=np.uint8)
-    found = pixels_of([image])
+    found = ImageCollator()([{"pixel_values": image}])["pixel_values"]
     assert found.shape == (1, 1, 2, 2)
     assert found.flatten().tolist() == pytest.approx([-1, 1, 128 / 127.5 - 1, 64 / 127.5 - 1], abs=1e-6)
 

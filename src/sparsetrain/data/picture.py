@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from sparsetrain.data.files import check_regular, shown
 
@@ -38,11 +36,6 @@ def read_picture(
             return np.asarray(scaled, dtype=np.uint8).reshape(*size, channels)
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{shown(path)} is no picture that can be read ({error}). Give a PNG or JPEG.") from None
-
-
-def pixels_of(pictures: Sequence[np.ndarray]) -> Tensor:
-    """uint8 pictures [h, w, channels] -> `pixel_values` [n, channels, h, w] in [-1, 1]."""
-    return torch.as_tensor(np.stack(pictures)).float().div_(127.5).sub_(1).permute(0, 3, 1, 2).contiguous()
 
 
 def as_png(picture: np.ndarray) -> bytes:
