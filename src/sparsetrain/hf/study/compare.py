@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.core.files import write_whole
-from sparsetrain.hf.study.switch import judged_switch, with_predicted_switch
-from sparsetrain.hf.study.tuned import tuned_rate
 from sparsetrain.hf.study.turns import WORK
 from sparsetrain.hf.train.dtype import with_dtype
 from sparsetrain.hf.train.jobs import JOBS, job_of
@@ -40,6 +38,8 @@ from sparsetrain.runs.lock import LOCK, wait_released
 from sparsetrain.runs.manifest import disk_errors, read_json
 from sparsetrain.runs.pictures import illustrate
 from sparsetrain.runs.sides import ORPHANED_S
+from sparsetrain.runs.switch import judged_switch, with_predicted_switch
+from sparsetrain.runs.tuned import tuned_rate
 from sparsetrain.runs.turns import train_in_turns
 
 

@@ -1,45 +1,16 @@
-"""The table of jobs: what trains a recipe of each kind, and what can be said of it before."""
+"""The table of jobs."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 from sparsetrain.hf.model import architectures, models
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train import finetune as finetuning
 from sparsetrain.hf.train import pretrain as pretraining
-from sparsetrain.hf.train.parts import Parts
-from sparsetrain.hf.train.run import Result
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.pretrain import PretrainRecipe
 from sparsetrain.recipes.run import RunRecipe
-from sparsetrain.runs.events import Report
+from sparsetrain.runs.job import JobKind
 from sparsetrain.surgery.method import Grown
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobKind:
-    """One kind of job.
-
-    recipe: the class of its recipes. train: trains one. title: what is trained, in a line.
-    open_parts: (recipe, report) -> everything but the weights.
-    empty_models: (config, recipe) -> its models without weights, one a stage, with what a stage installs in its own.
-    adapted: (one of them, recipe) -> as it is trained.
-    row_tokens: (config, recipe) -> tokens of a row.
-    dense: recipe keys that a dense counterpart has in place of its own, beside `methods`.
-    """
-
-    recipe: type[RunRecipe]
-    train: Callable[..., Result]
-    title: Callable[[Any], str]
-    open_parts: Callable[[Any, Report], Parts[Any]]
-    empty_models: Callable[[Any, Any], list[Grown]]
-    adapted: Callable[[Any, Any], Any]
-    row_tokens: Callable[[Any, Any], int]
-    dense: dict[str, Any] = field(default_factory=dict)
-
 
 JOBS: dict[str, JobKind] = {
     "finetune": JobKind(

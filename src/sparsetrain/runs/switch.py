@@ -9,7 +9,6 @@ from typing import Any
 
 from sparsetrain.core.files import write_whole
 from sparsetrain.core.units import number_text
-from sparsetrain.hf.train.jobs import JobKind
 from sparsetrain.measure.ledger import charged, flops_text, size_of
 from sparsetrain.measure.schema import Report as Made
 from sparsetrain.measure.switching import best_switch, fitted
@@ -17,6 +16,7 @@ from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.checkpoints import own_checkpoints
 from sparsetrain.runs.comparison import side_recipe
 from sparsetrain.runs.events import Event, Report, silent
+from sparsetrain.runs.job import JobKind
 from sparsetrain.runs.manifest import json_in
 from sparsetrain.runs.spans import total_steps
 from sparsetrain.surgery.grow import growth_method

@@ -6,12 +6,12 @@ import math
 from pathlib import Path
 
 from sparsetrain.core.units import number_text
-from sparsetrain.hf.train.jobs import JobKind
 from sparsetrain.measure.curves import number
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.checkpoints import own_checkpoints
 from sparsetrain.runs.comparison import side_recipe
 from sparsetrain.runs.events import Event, Report
+from sparsetrain.runs.job import JobKind
 from sparsetrain.runs.layout import RESULT
 from sparsetrain.runs.manifest import read_json
 
