@@ -45,8 +45,8 @@ def test_monarch_beside_dense_at_its_steps() -> None:
 
 def test_a_loss_that_is_not_reached_is_said() -> None:
     cells = {"ordinary 0": run(2.0, flops=10), "ordinary 1": run(2.0, flops=10)}
-    ratios = {"flops_ratio": 0.8, "time_s_ratio": 0.9, "loss_over_ordinary": -0.1}
-    missed = {"flops_ratio": None, "time_s_ratio": None, "loss_over_ordinary": 0.1}
+    ratios = {"flops_ratio": 0.8, "cpu_s_ratio": 0.9, "loss_over_ordinary": -0.1}
+    missed = {"flops_ratio": None, "cpu_s_ratio": None, "loss_over_ordinary": 0.1}
     cells |= {"v-cycle 0": run(1.9, flops=9, **ratios), "v-cycle 1": run(2.1, flops=9, **missed)}
     cells["small alone 0"] = run(2.5, flops=5, **missed)
     lines = growth.multi_level(of(cells))

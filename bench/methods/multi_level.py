@@ -11,8 +11,8 @@ layers of width 64 on Fashion-MNIST.
 - Controls: `small alone` (the merged size, all steps), `stacking` (the small model first, expanded without a start),
   `re-init` (the small model first, then the large one from random weights), `no mixing` (alpha = 1).
 
-What a cell is compared with is the ordinary run of its seed: the FLOPs and seconds at which its held-out loss first was
-the ordinary run's last, over the ordinary run's own.
+What a cell is compared with is the ordinary run of its seed: the FLOPs and seconds (of the clock, and of the processor)
+at which its held-out loss first was the ordinary run's last, over the ordinary run's own.
 
     python -m bench run multi_level_gpt --output DIR [--cells 'v-cycle*'] [--minutes 60]
 """
@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,19 @@ def recipe_values(task: str, arm: str, seed: int, settings: dict[str, Any]) -> d
     return values | ({"set": HALF[task]} if chosen.get("half") else {})
 
 
-class Sizes(TrainerCallback):
-    """Notes the size of the model that a run of one stage trains."""
+class Noted(TrainerCallback):
+    """Notes the size of the model that a run of one stage trains, and the processor's seconds after each step of any:
+    what a busy machine makes longer is a step's time, and less so what the processor works for it."""
 
     def __init__(self, row_tokens: int) -> None:
         self.row_tokens, self.found = row_tokens, {}
+        self.spent_s, self._began = [0.0], 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.spent_s.append(self.spent_s[-1] + time.process_time() - self._began)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         from sparsetrain.measure.ledger import size_of
@@ -104,17 +113,20 @@ def trained(values: dict[str, Any], threads: int, device: str) -> dict[str, Any]
             values = {**values, "model": folder}
         values = {**values, "output": f"{folder}/run", "threads": threads, "device": device}
         recipe = PretrainRecipe.from_values(values)
-        sizes = Sizes(50 if recipe.task == "image" else recipe.seq_len)
-        result = pretrain(recipe, callbacks=[sizes], write=False)
+        noted = Noted(50 if recipe.task == "image" else recipe.seq_len)
+        result = pretrain(recipe, callbacks=[noted], write=False)
     run: Any = result.run
-    whole = [{"name": "all", "from_step": 0, "to_step": run["steps"][-1]["step"], **sizes.found}]
+    whole = [{"name": "all", "from_step": 0, "to_step": run["steps"][-1]["step"], **noted.found}]
     run = charged({"run": {**run, "stages": run.get("stages") or whole}})["run"]
-    keys = ("step", "flops", "tokens_seen", "wall_s", "loss", "accuracy")
+    for point in run["evals"]:
+        point["cpu_s"] = noted.spent_s[point["step"]]
+    keys = ("step", "flops", "tokens_seen", "wall_s", "cpu_s", "loss", "accuracy")
     return {
         "loss": run["evals"][-1]["loss"],
         "accuracy": run["evals"][-1].get("accuracy"),
         "flops": run["steps"][-1]["flops"],
         "time_s": run_seconds(run),
+        "cpu_s": noted.spent_s[-1],
         "switch_s": run.get("switch_s", 0.0),
         "steps": run["steps"][-1]["step"],
         "parameters": result.parameters,
@@ -132,7 +144,7 @@ def beside(ordinary: dict[str, Any], values: dict[str, Any], threads: int, devic
     return {**found, **ratios, "loss_over_ordinary": found["loss"] - ordinary["loss"]}
 
 
-SPENT = {"flops": "flops", "time_s": "wall_s"}
+SPENT = {"flops": "flops", "time_s": "wall_s", "cpu_s": "cpu_s"}
 
 
 def first_at(evals: list[dict[str, Any]], key: str, target: float) -> float | None:
@@ -173,7 +185,7 @@ BENCHMARKS = [
         quick={"steps": 40, "warmup_steps": 4, "evals": 4, "eval_tokens": 2048, "batch_size": 4},
         seeds=(0, 1, 2),
         threads=2,
-        shows=("loss", "flops_ratio", "time_s_ratio", "loss_over_ordinary"),
+        shows=("loss", "flops_ratio", "cpu_s_ratio", "loss_over_ordinary"),
     )
     for task, values in TASKS.items()
 ]

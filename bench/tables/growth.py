@@ -19,7 +19,7 @@ def multi_level(results: dict[str, Any]) -> list[str]:
         "less the ordinary's",
         "FLOPs of its run",
         "FLOPs to its loss",
-        "time to its loss",
+        "processor time to its loss",
     )
     for arm, own in runs.items():
         ordinary = runs.get("ordinary", {})
@@ -27,7 +27,7 @@ def multi_level(results: dict[str, Any]) -> list[str]:
         differences = [run["loss_over_ordinary"] for run in own.values() if "loss_over_ordinary" in run]
         less = signed(differences) if differences else DASH
         share = f"{statistics.mean(spent):.2f}" if spent else DASH
-        until = [_reached(own, f"{key}_ratio") for key in ("flops", "time_s")]
+        until = [_reached(own, f"{key}_ratio") for key in ("flops", "cpu_s")]
         lines.append(line(arm, len(own), mean_of(own, "loss"), less, share, *until))
     return lines
 
@@ -80,8 +80,8 @@ def conclude_growth(found: dict[str, Any]) -> str:
     for task in ("gpt", "bert", "vit"):
         runs = seeds_of(found.get(f"multi_level_{task}", {"results": {}})["results"])
         if own := runs.get("v-cycle"):
-            flops, time = (_reached(own, f"{key}_ratio") for key in ("flops", "time_s"))
-            said.append(f"V-cycle, {task}: FLOPs {flops}, time {time}")
+            flops, time = (_reached(own, f"{key}_ratio") for key in ("flops", "cpu_s"))
+            said.append(f"V-cycle, {task}: FLOPs {flops}, processor time {time}")
     runs = seeds_of(found.get("masked_growth", {"results": {}})["results"])
     for name, own in runs.items():
         if " grown " in name:
