@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.methods import deploy
+from bench.methods.deploy import grid, quality
 from bench.runner import asked_of
 from bench.tables import automatic
 from bench.tables import deploy as tables
@@ -31,7 +31,7 @@ def values(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_the_rows_of_a_run(values: dict[str, Any]) -> None:
-    found = deploy.rows(values, 4)
+    found = quality.rows(values, 4)
     assert (found["rows"], found["tokens"], found["row_of_a_token"]) == (4, 224, 56)  # 48 + 7 letters, and the end
     assert 10_000 < found["parameters"] < 1_000_000
     assert found["target_share"] == pytest.approx(8 / 56) and found["target_shares"] == [0.1429, 0.1429]
@@ -39,18 +39,18 @@ def test_the_rows_of_a_run(values: dict[str, Any]) -> None:
 
 def test_a_step_and_its_memory(values: dict[str, Any]) -> None:
     sparse = {**values, "methods": [TOKENS, ATTENTION]}
-    timed = deploy.ratio(sparse, 3, 1)
+    timed = quality.ratio(sparse, 3, 1)
     assert timed["ratio"]["median"] > 0 and len(timed["ratio"]["candidate_s"]) >= 3
     assert timed["dense_phase_ratio"] > 0  # attention ends dense
-    dense, ours = deploy.memory(values, 1), deploy.memory(sparse, 1)
+    dense, ours = quality.memory(values, 1), quality.memory(sparse, 1)
     assert dense["selected_share"] is None and ours["selected_share"] == pytest.approx(0.25, abs=0.01)
     assert ours["saved_bytes"] < dense["saved_bytes"] and ours["peak_bytes"] > 0
 
 
 def test_a_run_has_the_quality_of_the_dense_model_along_its_way(values: dict[str, Any]) -> None:
-    dense = deploy.train(values, 4, 0, None, SETTINGS, 1)
+    dense = quality.train(values, 4, 0, None, SETTINGS, 1)
     assert [point["step"] for point in dense["evals"]] == [0, 2, 4] and dense["loss"] == dense["evals"][-1]["loss"]
-    ours = deploy.train({**values, "methods": [TOKENS]}, 6, 0, dense["start"], SETTINGS, 1)
+    ours = quality.train({**values, "methods": [TOKENS]}, 6, 0, dense["start"], SETTINGS, 1)
     assert ours["steps"] == 6 and ours["evals"][0]["loss"] == dense["evals"][0]["loss"] == dense["start"]["loss"]
     assert ours["loss"] != dense["loss"] and ours["setup_s"] > 0
 
@@ -72,18 +72,18 @@ def test_as_many_steps_as_the_time_has_room_for(
 ) -> None:
     recipe = {"model": "none", "data": "none", "methods": [ATTENTION], **shares}
     measured = {"ratio": {"median": sparse}, "dense_phase_ratio": phase}
-    assert deploy.equal_time_steps(recipe, 80, measured) == steps
+    assert quality.equal_time_steps(recipe, 80, measured) == steps
 
 
 def test_every_arm_is_a_recipe_and_what_a_cell_uses_stands_before_it() -> None:
     from sparsetrain.recipes.finetune import Recipe
 
-    settings = deploy.BENCHMARKS[0].settings
-    for data in deploy.DATA:
-        for arm in deploy.arms(data).values():
-            assert Recipe.from_values(deploy.recipe_of(data, arm, settings)).task == deploy.DATA[data]["task"]
+    settings = quality.BENCHMARKS[0].settings
+    for data in grid.DATA:
+        for arm in grid.arms(data).values():
+            assert Recipe.from_values(grid.recipe_of(data, arm, settings)).task == grid.DATA[data]["task"]
     before: set[str] = set()
-    for cell in deploy.cells(asked_of(deploy.BENCHMARKS[0])):
+    for cell in quality.cells(asked_of(quality.BENCHMARKS[0])):
         assert set(cell.uses) <= before, cell.key
         before.add(cell.key)
     assert "gsm8k tokens-0.5 time 2" in before and "chitchat-256 tokens-0.5 time 1" not in before
@@ -116,7 +116,7 @@ def results() -> dict[str, Any]:
         "python-docstrings attention time 0": recorded(2.0 + up[5], 130),
         "python-docstrings spt steps 1": recorded(2.5),  # its step is not timed yet
     }
-    return {"settings": deploy.BENCHMARKS[0].settings, "results": cells}
+    return {"settings": quality.BENCHMARKS[0].settings, "results": cells}
 
 
 def test_the_table_says_who_won_at_equal_time(results: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from bench.methods.deploy import DATA, MEMORY, Arm, arms, recipe_of
+from bench.methods.deploy.grid import DATA, MEMORY, Arm, arms, recipe_of
 from bench.tables.deploy import TOLERANCE, Row, rows_of
 
 DENSE = "dense"

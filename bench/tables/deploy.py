@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bench.methods.deploy import DATA, GRID, LONG, TIMES_STEPS, Arm, arms
+from bench.methods.deploy.grid import DATA, GRID, LONG, TIMES_STEPS, Arm, arms
 from bench.tables.format import listed
 
 ROOT = Path(__file__).parents[2]

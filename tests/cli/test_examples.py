@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.methods import deploy
+from bench.methods.deploy.grid import DEMO
 from sparsetrain import ConceptBottleneck, SparseDM, TokenSelection
 from sparsetrain.data.captions import CLOTHES, all_attributes
 from sparsetrain.hf.model.architectures import check_task, open_architecture
@@ -60,7 +60,7 @@ def test_the_recipe_of_spt(call: Call, text: Path, tmp_path: Path) -> None:
     recipe = Recipe.from_yaml(EXAMPLES / "spt.yaml")
     assert recipe.compare == "dense" and (recipe.model, recipe.data) == ("smollm2-135m", "python-stdlib")
     assert [config.method for config in recipe.methods] == ["pq_attention", "routed_ffn"]
-    assert recipe.methods[1].layers == deploy.DEMO  # the layers that the results are of
+    assert recipe.methods[1].layers == DEMO  # the layers that the results are of
     tiny = ("--model", llama, "--data", text, "--seq-len", 64, "--output", tmp_path / "run")
     assert call("finetune", "--recipe", EXAMPLES / "spt.yaml", *tiny, "--dry-run").code == 0
 
