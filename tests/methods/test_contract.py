@@ -23,7 +23,7 @@ import sparsetrain.methods  # enters every method in the registry
 from sparsetrain.core.anatomy import Anatomy, describe, submodule
 from sparsetrain.core.config import MethodConfig, registered_methods
 from sparsetrain.hf.model.families import family_limits, further_families
-from sparsetrain.hf.model.four_bit import keep_trainable
+from sparsetrain.hf.model.four_bit import keep_unpacked
 from sparsetrain.surgery.grow import growth_method
 from sparsetrain.surgery.method import method_of
 from sparsetrain.surgery.record import handles_of
@@ -568,7 +568,7 @@ def test_four_bit_weights_train(method: str, family: str) -> None:
                 new.weight, new.bias = bnb.nn.Params4bit(old.weight.data, requires_grad=False), old.bias
                 setattr(parent, name, new.to("cpu"))
     assert any(type(module).__name__ == "Linear4bit" for module in model.modules())
-    keep_trainable(model)
+    keep_unpacked(model)
     expected = logits(model, batch)
     convert(model, case, example(method))
     if not example(method).changes_outputs:

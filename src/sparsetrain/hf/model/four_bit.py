@@ -21,7 +21,7 @@ def import_bitsandbytes() -> None:
     """Import bitsandbytes, as PEFT does wherever it is installed, and nothing from the hub with it.
 
     On a CPU with AVX512-BF16, 0.50 fetches a compiled kernel as it is imported, where the package `kernels` is
-    installed. It is of a product without a gradient, which is not used here (`keep_trainable`).
+    installed. It is of a product without a gradient, which is not used here (`keep_unpacked`).
     """
     if "bitsandbytes" in sys.modules or find_spec("bitsandbytes") is None:
         return
@@ -80,11 +80,12 @@ def held_in_four_bit(source: str, about: Mapping[str, Any], asked: bool | None, 
     return held
 
 
-def keep_trainable(model: nn.Module) -> None:
+def keep_unpacked(model: nn.Module) -> None:
     """Let evaluation leave a model's 4-bit weights as they are.
 
     On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks them at the first forward in evaluation mode, for a product
     that has no gradient: what is trained after an evaluation would get none through that layer, with a warning alone.
+    That product is one of bf16, so that a run and its evaluation elsewhere would not come to one loss.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

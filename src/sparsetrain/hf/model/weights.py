@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from sparsetrain.core.errors import CheckpointError
 from sparsetrain.core.quote import quoted
+from sparsetrain.hf.model.four_bit import keep_unpacked
 from sparsetrain.hf.model.opening import code_of, model_not_found, open_config, quiet, told
 from sparsetrain.hf.model.whole import check_layers, check_loaded, check_stored
 from sparsetrain.planner.config_values import refuse_foreign
@@ -100,6 +101,7 @@ def load_weights(
             raise
         raise ValueError(model_not_found(name, error)) from None
     new = check_loaded(model, info, name, new_head=new_head, cut=cut)
+    keep_unpacked(model)
     return model, new
 
 

@@ -17,7 +17,7 @@ from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.model import models, opening
 from sparsetrain.hf.model.architectures import check_images, check_patches, sequence_tokens, tokens_per_input
 from sparsetrain.hf.model.checkpointing import check_offload, checkpointing_arguments, offloads
-from sparsetrain.hf.model.four_bit import check_four_bit, four_bit_options, keep_trainable
+from sparsetrain.hf.model.four_bit import check_four_bit, four_bit_options
 from sparsetrain.hf.model.model_config import check_context
 from sparsetrain.hf.model.revision import at_revision
 from sparsetrain.hf.model.weights import auto_class, load_weights
@@ -184,8 +184,6 @@ def load_model(parts: Parts, *, cut: bool = False) -> tuple[Any, list[str]]:
         cut=cut,
         options=four_bit_options(parts.device, dtype) if recipe.load_in_4bit else {},
     )
-    if recipe.load_in_4bit:
-        keep_trainable(model)
     if recipe.packing:  # with a cache, transformers does not see the boundaries of packed rows
         model.config.use_cache = False
     return model.to(parts.device), new
