@@ -65,7 +65,7 @@ def test_growth_at_shares_of_the_ordinary_run() -> None:
     cells = {"gpt2 ordinary 1 0": run(2.0), "gpt2 grown 0.65 0": run(1.95, **told)}
     lines = growth.masked_growth(of(cells))
     assert "| grown | 0.65 | 1 | 1.950 | -0.050 | 0.60 | 0.50 | 1.0% |" in lines
-    assert "at 0.65 of the FLOPs: loss -0.050" in growth.conclude_growth({"masked_growth": of(cells)})
+    assert "gpt2 -0.050 at 0.65 of its FLOPs" in growth.conclude_growth({"masked_growth": of(cells)})
 
 
 def test_sparsedm_beside_dense_of_as_many_steps() -> None:

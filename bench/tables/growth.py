@@ -75,19 +75,30 @@ def masked_growth(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def conclude_growth(found: dict[str, Any]) -> str:
+def conclude_multi_level(found: dict[str, Any]) -> str:
     said = []
     for task in ("gpt", "bert", "vit"):
         runs = seeds_of(found.get(f"multi_level_{task}", {"results": {}})["results"])
         if own := runs.get("v-cycle"):
             flops, time = (_reached(own, f"{key}_ratio") for key in ("flops", "cpu_s"))
-            said.append(f"V-cycle, {task}: FLOPs {flops}, processor time {time}")
-    runs = seeds_of(found.get("masked_growth", {"results": {}})["results"])
-    for name, own in runs.items():
+            said.append(f"{task}: FLOPs {flops}, processor time {time}")
+    if not said:
+        return "Not measured yet: `python -m bench run multi_level_gpt`."
+    return f"To the ordinary run's final loss a V-cycle took, of what that run took: {'; '.join(said)}."
+
+
+def conclude_masked_growth(found: dict[str, Any]) -> str:
+    said = []
+    for name, own in seeds_of(found.get("masked_growth", {"results": {}})["results"]).items():
         if " grown " in name:
             less = [run["loss_less_ordinary"] for run in own.values() if "loss_less_ordinary" in run]
             model, share = name.split(" grown ")
-            said += [f"masked growth, {model}, at {share} of the FLOPs: loss {signed(less)}"] if less else []
+            said += [f"{model} {signed(less)} at {share} of its FLOPs"] if less else []
     if not said:
-        return "Not measured yet: `python -m bench run multi_level_gpt`, `masked_growth`."
-    return f"**What it takes to the ordinary run's final loss, of what the ordinary run took.** {'; '.join(said)}."
+        return "Not measured yet: `python -m bench run masked_growth`."
+    return f"A growing model's held-out loss less the ordinary run's: {'; '.join(said)}."
+
+
+def conclude_growth(found: dict[str, Any]) -> str:
+    said = [conclude_multi_level(found), conclude_masked_growth(found)]
+    return " ".join(said)

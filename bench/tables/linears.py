@@ -137,6 +137,12 @@ def conclude_sara(found: dict[str, Any]) -> str:
     return f"**SaRA's held-out loss less that of others at equal steps.** {'; '.join(said)}."
 
 
+def step_sara(found: dict[str, Any]) -> str | None:
+    """A step of full fine-tuning's time over SaRA's, which has no LoRA beside it."""
+    cell = found.get("sara", {"results": {}})["results"].get("step sara")
+    return cell and f"{cell['ratio']['median']:.2f}, {cell['ratio']['verdict']}, beside full fine-tuning"
+
+
 def conclude_pst(found: dict[str, Any]) -> str:
     runs = seeds_of(found["pst"]["results"]) if "pst" in found else {}
     said = []

@@ -12,7 +12,8 @@ from bench.tables.attention import quality_flood_fill_attention
 from bench.tables.deploy import quality_deployed
 from bench.tables.ffn import quality_routed_ffn
 from bench.tables.format import tally
-from bench.tables.linears import conclude_monarch, conclude_pst, conclude_sara
+from bench.tables.growth import conclude_masked_growth, conclude_multi_level
+from bench.tables.linears import conclude_monarch, conclude_pst, conclude_sara, step_sara
 from bench.tables.pictures import conclude_concepts, conclude_sparsedm
 from bench.tables.semi_structured import quality_semi_structured
 
@@ -33,7 +34,10 @@ def in_a_cell(conclude: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, 
 QUALITY: dict[str, Callable[[dict[str, Any]], str]] = {
     "concept_bottleneck": in_a_cell(conclude_concepts),
     "flood_fill_attention": quality_flood_fill_attention,
+    "masked_growth": in_a_cell(conclude_masked_growth),
     "monarch": in_a_cell(conclude_monarch),
+    "monarch_then_dense": in_a_cell(conclude_monarch),
+    "multi_level": in_a_cell(conclude_multi_level),
     "pst": in_a_cell(conclude_pst),
     "routed_ffn": quality_routed_ffn,
     "sara": in_a_cell(conclude_sara),
@@ -41,6 +45,8 @@ QUALITY: dict[str, Callable[[dict[str, Any]], str]] = {
     "sparsedm": in_a_cell(conclude_sparsedm),
 }
 """Where the grid of deployed models has no setting of a method alone."""
+PAGES = {"masked_growth": "growth", "monarch_then_dense": "monarch", "multi_level": "growth"}
+"""Results of a method whose page is not named after it."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ def methods(found: dict[str, Any], described: dict[str, Described]) -> list[str]
     ]
     for name, method in described.items():
         row = outcomes.get(name)
-        time, saved = "not measured", "–"
+        time, saved = (step_sara(found) if name == "sara" else None) or "not measured", "–"
         if row is not None and row["step"] is None:
             time = "refused beside LoRA"
         elif row is not None:
@@ -123,7 +129,7 @@ def methods(found: dict[str, Any], described: dict[str, Described]) -> list[str]
             saved = f"{row['saved_bytes'] / row['dense_saved_bytes']:.2f}"
         quality = quality_deployed(found, name) or (QUALITY[name](found) if name in QUALITY else NOT_MEASURED)
         papers = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in method.papers)
-        results = f"docs/results/{name}.md"
+        results = f"docs/results/{PAGES.get(name, name)}.md"
         measured = f"[results]({results})" if (ROOT / results).exists() else "–"
         cells = [f"[`{method.config}`]({method.page})", f"{method.text} ({papers})", time, saved, quality, measured]
         lines.append(f"| {' | '.join(cells)} |")
