@@ -98,4 +98,4 @@ def test_what_cannot_be_trained_on_says_so(tmp_path: Path, capsys: pytest.Captur
     assert "has images of (3, 24, 24) (channels, height, width)" in refused()
     pictures(tmp_path / "divided", count=2, parts=("train", "test"))
     (tmp_path / "divided" / "test" / "red").rename(tmp_path / "divided" / "test" / "green")
-    assert "is of no class of" in refused("--data", str(tmp_path / "divided"))
+    assert "is of class 'green', and those trained on are blue, red" in refused("--data", str(tmp_path / "divided"))
