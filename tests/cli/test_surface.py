@@ -33,7 +33,7 @@ RECIPE = {
     "--keep-checkpoints", "--eval-every", "--eval-tokens", "--resume", "--no-resume", "--seed", "--dtype",
     "--gradient-checkpointing", "--device", "--threads", "--distill-steps", "--distill-lr",
     "--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary",
-    "--streaming", "--no-streaming", "--stream-rows", *TRUST,
+    "--dataset-revision", "--streaming", "--no-streaming", "--stream-rows", *TRUST,
     "--lora-dtype", "--activation-offloading", "--no-activation-offloading", "--tiled-mlp",
 }  # fmt: skip
 PASSED = {"--set", "--optim", "--report-to", "--run-name"}
@@ -41,10 +41,8 @@ LORA = {"--lora-variant", "--lora-dropout", "--lora-bias"}
 DEPLOY = {"--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary"}
 EXACT = {"--activation-offloading", "--no-activation-offloading", "--tiled-mlp"}
 ADAPTER = {"--lora-dtype", "--preset", "--distill-steps", "--distill-lr", "--lora-r", "--lora-alpha", "--lora-targets"}
-DATA = {"--eval-data", "--dataset-config", "--dataset-train-split", "--dataset-test-split", "--model-revision"}
-DATA |= {"--streaming", "--no-streaming", "--stream-rows", *TRUST}
-DATA |= {"--packing", "--no-packing", "--load-in-4bit", "--no-load-in-4bit"}
-PRETRAIN = RECIPE - DEPLOY - ADAPTER - EXACT - DATA | PASSED | {
+PRETRAINED = {"--model-revision", *TRUST, "--packing", "--no-packing", "--load-in-4bit", "--no-load-in-4bit"}
+PRETRAIN = RECIPE - DEPLOY - ADAPTER - EXACT - PRETRAINED | PASSED | {
     "--set", "--data-folder", "--tokenizer", "--train-rows", "--min-lr-ratio", "--beta1", "--beta2", "--eps",
     "--clip-value", "--compare-lr", "--find-switch",
 }  # fmt: skip
@@ -106,7 +104,7 @@ def test_flags_of_pretrain_are_its_recipes_keys_with_its_defaults() -> None:
     assert set(PRETRAIN_FLAGS) == set(PretrainRecipe.model_fields) - {"training"}
     recipe = PretrainRecipe.from_values({"model": "m", "data": "d"})
     for key, flag in PRETRAIN_FLAGS.items():
-        if flag.default and key not in ("tokenizer", "train_rows", "threads", "resume"):
+        if flag.default and key not in ("tokenizer", "train_rows", "threads", "resume", "streaming"):
             assert flag.default == str(getattr(recipe, key)), key
     assert recipe.tokenizer is recipe.train_rows is recipe.threads is None
     choices = set(str(PRETRAIN_FLAGS["task"].metavar).split("|"))

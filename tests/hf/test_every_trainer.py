@@ -114,3 +114,37 @@ def plainly(found: Trained, folder: Path) -> Any:
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
         return model.eval()(**FAMILIES["llama"].batch(2, TOKENS, seed=8)).logits.float()
+
+
+@pytest.mark.parametrize(
+    "method", [table.METHODS[0], *(pytest.param(m, marks=pytest.mark.slow) for m in table.METHODS[1:])]
+)
+def test_activations_that_trl_offloads(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's own bookkeeping, which ends a run whose saved tensors are read twice or never; its copies go from a CPU to
+    a CPU, without streams."""
+    from trl.models import activation_offloading as offloading
+
+    kept: list[torch.Size] = []
+
+    class Offload(offloading.OffloadActivations):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options | {"use_streams": False, "use_pin_memory": False})
+            pack = self.pack_hook
+
+            def note(tensor: Tensor) -> Any:
+                kept.append(tensor.shape)
+                return pack(tensor)
+
+            self.pack_hook = note
+
+    monkeypatch.setattr(offloading, "OffloadActivations", Offload)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cpu"))
+    monkeypatch.setattr(torch, "get_device_module", lambda *_: torch.cpu)
+    monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)
+    options = {"gradient_checkpointing": True}
+    plain = trainers.train("sft", Asked(tmp_path / "plain", method, options=options)).evaluate()
+    assert not kept
+    AcceleratorState._reset_state(reset_partial_state=True)
+    offloaded = Asked(tmp_path / "offloaded", method, options=options | {"activation_offloading": True})
+    assert trainers.train("sft", offloaded).evaluate() == plain
+    assert kept

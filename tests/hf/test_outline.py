@@ -13,13 +13,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
+    CLIPConfig,
     Gemma3TextConfig,
     LlamaConfig,
 )
 
+from bench.methods import small_pair
 from sparsetrain import plan, sparsify
 from sparsetrain.hf.model.checkpointing import recompute
 from sparsetrain.hf.model.models import add_lora
+from sparsetrain.hf.model.pair import PairClassifier
 from sparsetrain.hf.study.recipe_trace import example_batch, fit_lengths, outline, training_step
 from sparsetrain.measure.memory import saved_activations, static_memory
 from sparsetrain.planner.memory import PeakBytes, peak_bytes
@@ -178,6 +181,25 @@ def test_dense_training_of_a_family_without_a_row_is_predicted(kind: str) -> Non
     assert (found.static.parameters_trainable, found.static.buffers) == (static.parameters_trainable, static.buffers)
     assert found.static.gradients == static.gradients
     assert sum(found.peak(64).saved_in_full.values()) == pytest.approx(saved.total, rel=0.03)
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_a_pair_of_encoders_without_blocks_of_its_own_is_predicted(lora_r: int) -> None:
+    config = CLIPConfig(**small_pair.config(40, width=32, layers=2).to_dict())
+    asked = recipe(task="pair-image", lora_r=lora_r)
+    found = outline(asked, copy.deepcopy(config), bf16=False)
+    model: Any = add_lora(PairClassifier(config), asked, None, ["classifier"]).train()
+    batch = example_batch(asked, config, 2 * 17, rows=1)
+    assert batch["pixel_values"].shape[0] == 2
+    step = training_step(model, batch, False, asked.task)
+    kept = found.peak(34).saved_in_full
+    assert sum(kept.values()) == pytest.approx(saved_activations(model, step).total, rel=0.02)
+    step().backward()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.grad is not None], lr=1e-4)
+    optimizer.step()
+    static = static_memory(model, optimizer)
+    assert (found.static.gradients, found.static.optimizer) == (static.gradients, static.optimizer_trainable)
+    assert found.peak(34).total > static.gradients + static.optimizer_trainable + sum(kept.values()) / 2
 
 
 def test_a_scan_token_by_token_is_not_traced() -> None:

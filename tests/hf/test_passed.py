@@ -210,6 +210,20 @@ def test_dora_on_a_linear_that_a_method_computes_itself_is_refused(tmp_path: Pat
         finetune(recipe(tmp_path, lora_variant="dora", methods=[runs.ROUTED]), write=False)
 
 
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"init_lora_weights": "loftq"}, r"init_lora_weights='loftq' is not taken: it puts quantised weights in place"),
+        ({"init_lora_weight": "pissa"}, "LoraConfig has no 'init_lora_weight'"),
+    ],
+)
+def test_what_peft_would_not_take_is_told_before_a_weight_is_read(
+    tmp_path: Path, lora: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_parts(recipe(tmp_path, lora=lora), lambda _event: None)
+
+
 @pytest.mark.parametrize("name", ["adamw_8bit", "galore_adamw", "lion_8bit"])
 def test_an_optimizer_whose_library_is_missing_is_told_before_training(tmp_path: Path, name: str) -> None:
     from importlib.util import find_spec

@@ -76,6 +76,22 @@ def test_a_picture_is_seen_as_its_processor_shows_it(tmp_path: Path) -> None:
         assert min(float((each - shown[0]).abs().max()) for each in made) < 1e-5
 
 
+def test_classes_of_metadata_and_a_split_are_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vit(tmp_path / "vit")
+    pictures(tmp_path / "by", parts=("train", "validation"))
+    lines = ["file_name,label"]
+    for part in ("train", "validation"):  # all in one folder, as exported by a tool for labels
+        (tmp_path / "data" / part).mkdir(parents=True)
+        for path in sorted((tmp_path / "by" / part).rglob("*.*")):
+            path.rename(tmp_path / "data" / part / f"{path.parent.name}-{path.name}")
+            lines.append(f"{part}/{path.parent.name}-{path.name},{path.parent.name}")
+    (tmp_path / "data" / "metadata.csv").write_text("\n".join(lines))
+    assert run(arguments(tmp_path, "--json")) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["run"]["evals"][-1]["accuracy"] == 1.0 and "28 images of 16x16; held out: 28" in result["data"]
+    assert load(str(tmp_path / "out")).model.config.label2id == {"blue": 0, "red": 1}
+
+
 def test_what_cannot_be_trained_on_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     vit(tmp_path / "vit")
     pictures(tmp_path / "data", count=2)
@@ -96,6 +112,7 @@ def test_what_cannot_be_trained_on_says_so(tmp_path: Path, capsys: pytest.Captur
     large = ViTImageProcessorPil(size={"height": 24, "width": 24})
     large.save_pretrained(tmp_path / "vit")
     assert "has images of (3, 24, 24) (channels, height, width)" in refused()
+    assert "of one class, 'image', and to classify takes two" in refused("--data", str(tmp_path / "data" / "red"))
     pictures(tmp_path / "divided", count=2, parts=("train", "test"))
     (tmp_path / "divided" / "test" / "red").rename(tmp_path / "divided" / "test" / "green")
-    assert "is of no class of" in refused("--data", str(tmp_path / "divided"))
+    assert "is of class 'green', and those trained on are blue, red" in refused("--data", str(tmp_path / "divided"))

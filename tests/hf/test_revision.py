@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from huggingface_hub import constants
@@ -14,6 +15,7 @@ from sparsetrain.hf.model.io import load
 from sparsetrain.hf.train.finetune import finetune
 from sparsetrain.recipes.finetune import Recipe
 from tests.hf import runs
+from tests.hf.test_checkpoint import resume, stopped
 
 NAME = "people/tiny"
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
@@ -63,3 +65,23 @@ def test_a_revision_that_is_not_there_or_of_no_hub_is_told(tmp_path: Path, cache
     with pytest.raises(ValueError, match="is on this machine"):
         finetune(recipe(tmp_path, model_revision="v1", model=str(tmp_path / "model")))
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_are_of_a_revision_of_their_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {
+        f"v{n}": datasets.Dataset.from_dict({"text": [f"{runs.WORDS[i]} {runs.WORDS[n]} " * 40 for i in range(12)]})
+        for n in (1, 2)
+    }
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, *, split, revision: table[revision])
+    asked = runs.recipe(tmp_path, data="people/texts", dataset_revision="v1", holdout="documents")
+    stopped(asked, 3)
+    resume(asked)
+    card = (tmp_path / "out" / "adapter" / "README.md").read_text()
+    assert "`people/texts` at revision `v1`" in card and "dataset_revision: v1" in card
+    stale = asked.model_copy(update={"output": str(tmp_path / "stale")})
+    stopped(stale, 3)
+    with pytest.raises(ValueError, match="dataset_revision: 'v1' there, 'v2' here"):
+        finetune(stale.model_copy(update={"dataset_revision": "v2", "resume": True}), write=False)
+    with pytest.raises(ValueError, match=r"dataset_revision=v1: .*text is on this machine"):
+        finetune(runs.recipe(tmp_path, dataset_revision="v1", output=str(tmp_path / "other")), write=False)
+    assert "dataset_revision" not in runs.recipe(tmp_path).training_values()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from sparsetrain import SaRA, sparsify
+from sparsetrain.core.errors import CheckpointError
 from sparsetrain.hf.model.io import export, load
 from sparsetrain.hf.study.recipe_trace import outline
 from sparsetrain.hf.train.finetune import finetune
@@ -112,6 +113,19 @@ def test_lora_on_top_trains_too_and_both_are_loaded(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(load(tmp_path / "beside").model), expected)
     with pytest.raises(ValueError, match=r"deploy=dense with lora_r=4 and sara"):
         runs.recipe(tmp_path, **OWN | {"lora_r": 4, "deploy": "dense"})
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_was_trained_under_lora_loads_on_its_own_base_alone(dtype: str, tmp_path: Path) -> None:
+    asked = runs.recipe(tmp_path, **OWN | {"lora_r": 4, "save_every": 0, "deploy": "sparse", "dtype": dtype})
+    finetune(asked, write=False)
+    load(asked.output)  # in fp32, whatever it was trained in
+    load(asked.output, dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    base.model.layers[1].mlp.up_proj.weight.data[3, 4] += 0.5
+    base.save_pretrained(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight belongs to other weights than this"):
+        load(asked.output)
 
 
 @pytest.mark.parametrize("reentrant", ["non-reentrant", "reentrant"])

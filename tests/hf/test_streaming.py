@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from sparsetrain.hf.train.finetune import finetune
+from sparsetrain.hf.train.pretrain import pretrain
 from sparsetrain.recipes.finetune import Recipe
 from tests.hf import runs
+from tests.hf import test_pretrain as pretraining
 from tests.hf.data.files import write_jsonl
-from tests.hf.test_checkpoint import losses, resume, stopped
+from tests.hf.test_checkpoint import StopAt, losses, resume, stopped
 
 
 def streamed(folder: Path, **changes: Any) -> Recipe:
@@ -65,3 +67,22 @@ def test_several_ranks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match="one process reads the rows"):
         load_rows(streamed(tmp_path), None, None, print)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"task": "mlm"}, {"methods": ["multi_level:start_share=0.2,small_share=0.4"]}],
+    ids=["lm", "mlm", "in stages"],
+)
+def test_random_weights_are_trained_on_a_stream(changes: dict[str, Any], tmp_path: Path) -> None:
+    data = runs.text(tmp_path / "text", files=20, words=90)
+    model = "sequence-encoder" if changes.get("task") == "mlm" else "gpt2-nano"
+    asked = {"data": str(data), "streaming": True, "stream_rows": 4, "steps": 14, "save_every": 5}
+    recipe = pretraining.recipe(tmp_path, model, **asked | changes)
+    whole = pretrain(recipe, write=False)
+    again = recipe.model_copy(update={"output": str(tmp_path / "again")})
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(again, callbacks=[StopAt(13)], write=False)
+    continued = pretrain(again.model_copy(update={"resume": True}), write=False)
+    assert losses(continued) == losses(whole) and len(set(losses(whole))) == 14 and continued.resumed_from == 10
+    assert "streamed: these are the first 4, and others follow" in whole.data

@@ -30,6 +30,7 @@ def test_short_keys_and_sections_are_one() -> None:
         "label_smoothing_factor": 0.1,
     }
     assert recipe(lora_dropout="0.1").lora == {"lora_dropout": 0.1}
+    assert recipe(report_to="wandb, tensorboard").training == {"report_to": ["wandb", "tensorboard"]}
 
 
 def test_it_survives_the_file_and_the_command_line_changes_single_keys(tmp_path: Path) -> None:

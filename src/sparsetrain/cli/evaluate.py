@@ -102,6 +102,7 @@ def _recipe(model: str, given: dict[str, Any]) -> Any:
             "dataset_config": None,
             "dataset_train_split": "train",
             "dataset_test_split": None,
+            "dataset_revision": None,
             "streaming": False,
             "stream_rows": Recipe.model_fields["stream_rows"].default,
         }

@@ -87,6 +87,7 @@ FLAGS: dict[str, Flag] = {
         Flag("dataset_config", "NAME", "", MAIN, "Subset of a hub data set."),
         Flag("dataset_train_split", "NAME", "train", MAIN, "Split that is trained on."),
         Flag("dataset_test_split", "NAME", "", MAIN, "Split that is held out; a share of the other if not given."),
+        Flag("dataset_revision", "NAME", "", MAIN, "Branch, tag or commit of a hub data set."),
         Flag("streaming", "", "no", MAIN, "Read the data while it trains, for what is too large to hold; with --steps.",
              bool),
         Flag("stream_rows", INT, "1000", MAIN, "With --streaming: rows (documents of text) read ahead; the held-out "

@@ -49,6 +49,7 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     from sparsetrain.planner.predictor import predict
     from sparsetrain.planner.search import Question
     from sparsetrain.planner.this_machine import this_machine
+    from sparsetrain.recipes.tasks import task_of
 
     _check(goal)
     rates = this_machine(cache_folder() / "machine") if goal.gpu is None else machine_rates(goal.gpu)
@@ -72,7 +73,7 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
         goal=goal.goal or "fit",
         dtype="bf16" if bf16 else "fp32",
         rates=rates,
-        context=model.context,
+        context=None if task_of(recipe.task).images else model.context,
         lengths=_lengths(recipe, model.context, rows),
     )
     only = dense_and(recipe, base, gpu=not rates.is_cpu) if given_methods else None

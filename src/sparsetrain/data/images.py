@@ -29,6 +29,7 @@ class Images:
     size: tuple[int, int]
     classes: int
     names: tuple[str, ...] = ()
+    said: str = ""
 
 
 def read_images(folder: Path, *, max_rows: int | None, max_eval_rows: int | None, seed: int) -> Images:

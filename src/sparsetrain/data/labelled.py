@@ -1,7 +1,7 @@
 """Texts with labels, from rows: checked, without repeats, divided so that every label is on both sides."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from sparsetrain.core.quote import quoted
 from sparsetrain.data.rows import Row, field_of, text_of
@@ -56,6 +56,12 @@ def label_names_of(examples: list[Row], name: str) -> tuple[str, ...]:
         raise ValueError(
             f"{name} has only the label {quoted(found)}; to classify takes two. Check label_column and where."
         )
+    return in_order(found)
+
+
+def in_order(labels: Iterable[str]) -> tuple[str, ...]:
+    """Labels, each once, in the order of their numbers: by value where all are whole numbers."""
+    found = set(labels)
     numbers = all(label.removeprefix("-").isdecimal() and len(label) < 20 for label in found)
     return tuple(sorted(found, key=(lambda label: (int(label), label)) if numbers else (lambda label: (0, label))))
 

@@ -1,10 +1,11 @@
-"""Images from a folder of picture files, a class a subfolder, and scikit-learn's digits."""
+"""Images from picture files (`data.picture_files` says which, and of what class), and scikit-learn's digits."""
 
 from __future__ import annotations
 
 import gzip
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,13 @@ import numpy as np
 from sparsetrain.core.quote import quoted
 from sparsetrain.data.files import check_regular, shown
 from sparsetrain.data.images import Images
+from sparsetrain.data.picture_files import SUFFIXES, Labelled, find_pictures
+from sparsetrain.data.remarks import Remarks
 from sparsetrain.data.split import split_rows
 
 DIGITS = "digits"
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-_HELD_OUT = ("test", "validation", "valid", "val")
 _MOST_PIXELS = 2**31
 """Numbers of all images together."""
-
-
-def has_pictures(folder: Path) -> bool:
-    """Does a folder, or a subfolder of it, hold a picture file?"""
-    return next(_files(folder), None) is not None or _parts(folder) is not None
-
 
 Prepare = Callable[[Any], np.ndarray]
 """A picture of PIL -> uint8 [h, w] or [h, w, c], as a model takes it."""
@@ -40,74 +35,118 @@ def read_pictures(
     seed: int,
     eval_ratio: float = 0.1,
     prepare: Prepare | None = None,
+    split: str = "train",
+    eval_split: str | None = None,
+    captions: bool = False,
 ) -> Images:
-    """The pictures of a folder: those of each subfolder are a class, in the order of their names; or all are one. With
-    subfolders `train` and `test` (or `validation`) of such folders, the second is what is held out.
+    """The pictures of a folder, with the classes of `find_pictures`; a share is held out, or a split of its own.
 
     Grey pictures have one channel; where one has colours, all have three.
 
     Args:
         max_rows, max_eval_rows: use this many of each part, chosen by `seed`. eval_ratio: share that is held out.
         prepare: makes of each what a model takes; without it all must be of one size.
+        split, eval_split, captions: as `find_pictures` takes them (eval_split: its held_out).
 
     Raises:
-        ValueError: no picture in it, fewer than two, one that cannot be read, or pictures of more than one size.
+        ValueError: no picture in it, fewer than two, one that cannot be read, pictures of more than one size, or as
+            `find_pictures`.
     """
-    if (parts := _parts(folder)) is not None:
-        return _read_parts(*parts, max_rows=max_rows, max_eval_rows=max_eval_rows, seed=seed, prepare=prepare)
-    files = list(_files(folder))
-    if not files:
-        raise ValueError(f"{shown(folder)} holds no picture ({', '.join(SUFFIXES)}), nor a subfolder with one.")
-    if len(files) < 2:
-        raise ValueError(f"{shown(folder)} holds one picture, and one must be held out. Give more.")
-    names = sorted({name for name, _ in files})
-    if "" in names and len(names) > 1:
-        lone = next(path for name, path in files if not name)
-        raise ValueError(
-            f"{shown(folder)} holds {quoted(lone.name)} beside subfolders with pictures, which are classes. Put it "
-            "into one of them."
-        )
-    labels = np.array([names.index(name) for name, _ in files], dtype=np.int64)
-    pixels = _pixels([path for _, path in files], prepare)
-    return split(pixels, labels, tuple(names) if names != [""] else ("image",), max_rows=max_rows,
-                 max_eval_rows=max_eval_rows, seed=seed, eval_ratio=eval_ratio)  # fmt: skip
+    remarks = Remarks()
+    found = find_pictures(folder, split=split, held_out=eval_split, captions=captions, remarks=remarks)
+    if not found.train or found.held_out == []:
+        side = "picture to train on" if not found.train else "picture in the split that is held out"
+        raise ValueError(f"{shown(folder)} holds no {side} ({', '.join(SUFFIXES)}). Put some there.")
+    made = images_of(
+        _side(found.train, prepare),
+        None if found.held_out is None else _side(found.held_out, prepare),
+        found.names,
+        name=shown(folder),
+        max_rows=max_rows,
+        max_eval_rows=max_eval_rows,
+        seed=seed,
+        eval_ratio=eval_ratio,
+    )
+    return replace(made, said=remarks.text())
 
 
-def _parts(folder: Path) -> tuple[Path, Path] | None:
-    """The folders of what is trained on and of what is held out, where there are two and each has classes."""
-    train, held_out = folder / "train", next((folder / n for n in _HELD_OUT if (folder / n).is_dir()), None)
-    if held_out is None or not train.is_dir():
-        return None
-    have_classes = all(any(name for name, _ in _files(part)) for part in (train, held_out))
-    return (train, held_out) if have_classes else None
+@dataclass(frozen=True)
+class Side:
+    """Pictures to train on, or held out.
+
+    classes: of each, by name; "" for none. read: gives that of a number, uint8 [h, w] or [h, w, c]. place: says where
+    it is from.
+    """
+
+    classes: Sequence[str]
+    read: Callable[[int], np.ndarray]
+    place: Callable[[int], str]
 
 
-def _read_parts(
-    train: Path, held_out: Path, *, max_rows: int | None, max_eval_rows: int | None, seed: int, prepare: Prepare | None
+def _side(files: list[Labelled], prepare: Prepare | None) -> Side:
+    paths = [path for _, path in files]
+    return Side([name for name, _ in files], lambda i: _read(paths[i], prepare), lambda i: shown(paths[i]))
+
+
+def images_of(
+    train: Side,
+    held_out: Side | None,
+    names: tuple[str, ...],
+    *,
+    name: str,
+    max_rows: int | None,
+    max_eval_rows: int | None,
+    seed: int,
+    eval_ratio: float = 0.1,
 ) -> Images:
-    """Pictures that somebody has divided; the classes are those of the first part."""
-    names = sorted({name for name, _ in _files(train) if name})
+    """Images of classes that `names` numbers, those to train on and those held out; None: a share of the first.
+
+    Raises:
+        ValueError: too few, of several sizes, or one held out is of no class that is trained on.
+    """
+    titles = names if names != ("",) else ("image",)
+    if held_out is None:
+        if len(train.classes) < 2:
+            raise ValueError(f"{name} holds one picture, and one must be held out. Give more.")
+        pixels, labels = _pixels(train, range(len(train.classes))), _numbers(train, names, range(len(train.classes)))
+        limits = {"max_rows": max_rows, "max_eval_rows": max_eval_rows, "seed": seed, "eval_ratio": eval_ratio}
+        return divided(pixels, labels, titles, **limits)
     generator, sides = np.random.default_rng(seed), []
-    for part, limit in ((train, max_rows), (held_out, max_eval_rows)):
-        files = [(name, path) for name, path in _files(part)]
-        for name, path in files:
-            if name not in names:
-                raise ValueError(
-                    f"{shown(path)} is of no class of {shown(train)}: {quoted(', '.join(names))}. Move it."
-                )
-        kept = [files[i] for i in generator.permutation(len(files))[:limit]]
-        labels = np.array([names.index(name) for name, _ in kept], dtype=np.int64)
-        sides.append({"pixel_values": _pixels([path for _, path in kept], prepare), "labels": labels})
+    for side, limit in ((train, max_rows), (held_out, max_eval_rows)):
+        kept = generator.permutation(len(side.classes))[:limit].tolist()
+        _numbers(side, names, range(len(side.classes)))  # of those left out, too
+        sides.append({"pixel_values": _pixels(side, kept), "labels": _numbers(side, names, kept)})
     one, other = (side["pixel_values"].shape[1:] for side in sides)
     if one != other:
-        raise ValueError(f"{shown(train)} has pictures of {one}, and {shown(held_out)} of {other}. Bring them to one.")
-    return Images(train=sides[0], held_out=sides[1], size=one[:2], classes=len(names), names=tuple(names))
+        raise ValueError(f"{name} has pictures of {one} to train on, and of {other} held out. Bring them to one.")
+    return Images(train=sides[0], held_out=sides[1], size=one[:2], classes=len(titles), names=titles)
 
 
-def _pixels(paths: list[Path], prepare: Prepare | None) -> np.ndarray:
+def _numbers(side: Side, names: tuple[str, ...], kept: Sequence[int]) -> np.ndarray:
+    numbers = {name: i for i, name in enumerate(names)}
+    for i in kept:
+        if side.classes[i] not in numbers:
+            raise ValueError(
+                f"{side.place(i)} is of class {quoted(side.classes[i])!r}, and those trained on are "
+                f"{quoted(', '.join(names))}. Move it."
+            )
+    return np.array([numbers[side.classes[i]] for i in kept], dtype=np.int64)
+
+
+def _pixels(side: Side, kept: Sequence[int]) -> np.ndarray:
     """uint8 [n, h, w], or [n, h, w, 3] where one has colours."""
-    pictures = [_read(path, prepare) for path in paths]
-    _check_sizes(paths, pictures)
+    pictures = [side.read(i) for i in kept]
+    height, width = pictures[0].shape[:2]
+    for i, picture in zip(kept, pictures, strict=True):
+        if picture.shape[:2] != (height, width):
+            raise ValueError(
+                f"{side.place(i)} is {picture.shape[0]}x{picture.shape[1]} (height x width), and "
+                f"{side.place(kept[0])} is {height}x{width}. Bring all pictures to one size."
+            )
+    if len(pictures) * height * width > _MOST_PIXELS:
+        raise ValueError(
+            f"{len(pictures):,} pictures of {height}x{width} are more than memory may hold. Use fewer or smaller ones."
+        )
     if any(picture.ndim == 3 for picture in pictures):
         pictures = [p if p.ndim == 3 else np.repeat(p[:, :, None], 3, axis=2) for p in pictures]
     return np.stack(pictures)
@@ -131,12 +170,12 @@ def read_digits(*, max_rows: int | None, max_eval_rows: int | None, seed: int) -
         table = np.loadtxt(file, delimiter=",")
     pixels = np.rint(table[:, :64].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     names = tuple(str(i) for i in range(10))
-    return split(
+    return divided(
         pixels, table[:, 64].astype(np.int64), names, max_rows=max_rows, max_eval_rows=max_eval_rows, seed=seed
     )
 
 
-def split(
+def divided(
     pixels: np.ndarray,
     labels: np.ndarray,
     names: tuple[str, ...],
@@ -165,19 +204,6 @@ def split(
     )
 
 
-def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """(name of the subfolder, "" for none; file), in the order of their names."""
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.name.startswith("."):
-            yield from ((path.name, inner) for inner in sorted(path.iterdir()) if _is_picture(inner))
-        elif _is_picture(path):
-            yield "", path
-
-
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-
-
 def _read(path: Path, prepare: Prepare | None) -> np.ndarray:
     """uint8, [h, w] of a grey picture and [h, w, 3] of another, or as `prepare` makes it."""
     from PIL import Image  # comes with matplotlib
@@ -196,17 +222,3 @@ def as_pixels(picture: object) -> np.ndarray:
     """A picture of PIL as uint8, [h, w] where it is grey and [h, w, 3] where it is not."""
     kind = "L" if picture.mode in ("1", "L", "LA") else "RGB"  # type: ignore[attr-defined]
     return np.asarray(picture.convert(kind), dtype=np.uint8)  # type: ignore[attr-defined]
-
-
-def _check_sizes(paths: list[Path], pictures: list[np.ndarray]) -> None:
-    height, width = pictures[0].shape[:2]
-    for path, picture in zip(paths, pictures, strict=True):
-        if picture.shape[:2] != (height, width):
-            raise ValueError(
-                f"{shown(path)} is {picture.shape[0]}x{picture.shape[1]} (height x width), and {shown(paths[0])} is "
-                f"{height}x{width}. Bring all pictures to one size."
-            )
-    if len(pictures) * height * width > _MOST_PIXELS:
-        raise ValueError(
-            f"{len(pictures):,} pictures of {height}x{width} are more than memory may hold. Use fewer or smaller ones."
-        )

@@ -140,7 +140,7 @@ def trace_step(model: nn.Module, step: Callable[[], Tensor], hollow: Hollow | No
     inside = tuple({name: float(size) for name, size in saved.by_layer.get(i, {}).items()} for i in range(len(blocks)))
     outside = {name: size - sum(layer.get(name, 0.0) for layer in inside) for name, size in saved.by_component.items()}
     return StepTrace(
-        before=segments.before[0],
+        before=segments.before[0] if blocks else Segment(0.0, 0.0),  # without blocks, all is the head's
         forward=tuple(segments.forward),
         head=segments.head[0],
         backward=tuple(reversed(segments.backward)),
@@ -194,7 +194,7 @@ class _Segments:
 def _cut_at(blocks: list[nn.Module], live: LiveBytes) -> Iterator[_Segments]:
     """Inside, a step is cut where a block begins or ends."""
     segments = _Segments(live, len(blocks))
-    hooks = [blocks[0].register_forward_pre_hook(segments.begins)]
+    hooks = [block.register_forward_pre_hook(segments.begins) for block in blocks[:1]]
     hooks += [block.register_forward_hook(segments.ends) for block in blocks]
     try:
         yield segments

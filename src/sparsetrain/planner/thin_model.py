@@ -18,13 +18,14 @@ from sparsetrain.planner.memory import Layout
 def thin_out(model: Any, alone: int = 1) -> Layout:
     """Keep the first `alone` blocks and one of each kind of the others; returns which stands for which.
 
-    Blocks that do not lie in one list (a UNet's) read one another's outputs by place: all of them are kept.
+    Blocks that do not lie in one list (a UNet's) read one another's outputs by place: all of them are kept. So
+    is all of a model without known blocks (a pair of encoders).
 
     Raises:
         ValueError: the config derives a layer's kind from its number, so the kept ones would be of other kinds.
     """
     anatomy = known_parts(model)
-    if len({block.name.rpartition(".")[0] for block in anatomy.blocks}) > 1:
+    if len({block.name.rpartition(".")[0] for block in anatomy.blocks}) != 1:
         return Layout(of_block=tuple(range(len(anatomy.blocks))))
     kinds = _kinds(model, anatomy)
     alone = min(alone, len(kinds))
@@ -89,9 +90,9 @@ def whole_memory(model: Any, layout: Layout) -> StaticMemory:
     return StaticMemory(**total)
 
 
-def trained_parameters(model: Any) -> tuple[list[dict[str, nn.Parameter]], list[nn.Parameter]]:
-    """(relative name -> trained parameter of each block, those outside the blocks); tied ones once."""
+def trained_parameters(model: Any) -> tuple[list[dict[str, nn.Parameter]], dict[str, nn.Parameter]]:
+    """(relative name -> trained parameter of each block, name -> those outside the blocks); tied ones once."""
     blocks = [submodule(model, block.name) for block in known_parts(model).blocks]
     inside = [{name: p for name, p in block.named_parameters() if p.requires_grad} for block in blocks]
     known = {id(p) for params in inside for p in params.values()}
-    return inside, [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    return inside, {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in known}

@@ -14,7 +14,7 @@ from sparsetrain.core.quote import quoted
 from sparsetrain.recipes.entries import read_methods
 from sparsetrain.recipes.presets import AUTO, DEFAULT_PRESET, PRESETS
 from sparsetrain.recipes.run import RunRecipe
-from sparsetrain.recipes.tasks import TASKS, task_of
+from sparsetrain.recipes.tasks import TASKS
 from sparsetrain.surgery.deploy import Deploy, DeployDense
 
 
@@ -39,20 +39,6 @@ class Recipe(RunRecipe):
     data: str
     """Training data: a text file, folder or glob; JSONL or a JSON array (text, messages, prompt/completion, or
     instruction/output); CSV; Parquet; texts also as .gz; an embedded or `datasets` name."""
-    eval_data: str | None = None
-    """Held-out data of its own, as data is given; a share of data if not given."""
-    dataset_config: str | None = None
-    """Which part ("subset") of a data set of the hub."""
-    dataset_train_split: str = "train"
-    """Which split of a data set of the hub, or of a saved one, is trained on."""
-    dataset_test_split: str | None = None
-    """Which split is held out; a share of what is trained on if not given."""
-    streaming: bool = False
-    """Read the data while it trains, for what is too large to hold: JSONL, CSV, Parquet, text files, a data set of the
-    hub. The length is given by steps."""
-    stream_rows: int = Field(1000, ge=2, le=2**31 - 1)
-    """With streaming: rows (of text: documents) that are read ahead. The held-out part, and what a conversion or a
-    choice looks at, is of the first so many; the order of the others is random within as many."""
     packing: bool = False
     """sft: several training examples in a row, as many as seq_len holds, none of which sees another. lm: rows are
     packed in any case; with this, none of a row's documents sees another."""
@@ -118,32 +104,16 @@ class Recipe(RunRecipe):
         return list(names)
 
     @model_validator(mode="after")
-    def _reads_text(self) -> Self:
-        keys = ("eval_data", "dataset_config", "dataset_train_split", "dataset_test_split")
-        given = [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
-        if given and task_of(self.task).images:
-            raise ValueError(f"{given[0]} is for data of text, and task={self.task} reads images. Leave it out.")
+    def _packs(self) -> Self:
         if self.packing and self.task not in ("lm", "sft"):
             raise ValueError(
                 f"packing is for tasks that learn tokens, and task={self.task} has a label or image a row."
             )
-        return self
-
-    @model_validator(mode="after")
-    def _streams(self) -> Self:
-        if not self.streaming:
-            if self.stream_rows != type(self).model_fields["stream_rows"].default:
-                raise ValueError(
-                    f"stream_rows={self.stream_rows} is for streaming=true. Give that too, or leave it out."
-                )
-            return self
-        for refused, why in (
-            (self.task not in ("lm", "sft"), f"task={self.task} needs all rows at once, for its labels"),
-            (self.epochs is not None, f"epochs={self.epochs} needs the number of rows. Give steps in its place"),
-            (self.packing and self.task == "sft", "packing puts rows together by their lengths, all at once"),
-        ):
-            if refused:
-                raise ValueError(f"streaming: rows are read while it trains, and {why}. Leave one out.")
+        if self.packing and self.streaming and self.task == "sft":
+            raise ValueError(
+                "streaming: rows are read while it trains, and packing puts rows together by their lengths, all at "
+                "once. Leave one out."
+            )
         return self
 
     @model_validator(mode="after")

@@ -38,6 +38,8 @@ def gathered(values: Mapping[str, Any], sections: Collection[str]) -> dict[str, 
         if (value := found.pop(key)) is None:
             continue
         value = read_yaml(value) if key == "lora_dropout" and isinstance(value, str) else value
+        if key == "report_to" and isinstance(value, str) and "," in value:
+            value = [name.strip() for name in value.split(",")]
         moved = variant_keys(value) if key == "lora_variant" else {SHORT[key][1]: value}
         section = "lora" if key == "lora_variant" else SHORT[key][0]
         there = found.get(section) or {}

@@ -14,8 +14,6 @@ from typing import Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -29,6 +27,7 @@ from sparsetrain.core.fields import shown
 from sparsetrain.core.files import write_whole
 from sparsetrain.core.quote import quoted
 from sparsetrain.recipes import identity
+from sparsetrain.recipes.data import DataRecipe
 from sparsetrain.recipes.entries import read_methods, short_entry
 from sparsetrain.recipes.passed import check_section, gathered, merged, short_keys
 from sparsetrain.recipes.reading import read_mapping
@@ -39,17 +38,8 @@ MOST = 2**24
 """Tokens in a sequence, and sequences or passes in a step, that no machine has trained with: a slip of the hand."""
 
 
-class RunRecipe(BaseModel):
+class RunRecipe(DataRecipe):
     """The keys that every training run has; `Recipe` and `PretrainRecipe` add theirs."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-        arbitrary_types_allowed=True,
-        allow_inf_nan=False,
-        str_min_length=1,
-    )
 
     job: ClassVar[str] = ""
     """What the command is called, and the key of its tasks in the table."""
@@ -59,19 +49,6 @@ class RunRecipe(BaseModel):
     sections: ClassVar[tuple[str, ...]] = ("training",)
     """Keys that hold keys of other libraries."""
 
-    model: str
-    """What is trained."""
-    data: str
-    """What it is trained on."""
-    output: str
-    """Folder for checkpoints, the trained model and the report. It must be empty or absent unless --resume."""
-    task: str
-    """What is learned."""
-    text_column: str = "text"
-    """Column that holds the text, in JSONL, JSON and CSV data."""
-    holdout: Literal["tokens", "documents"] = "tokens"
-    """What the held-out part of text is a share of. tokens: a long document among short ones is cut in two, its end
-    held out. documents: they stay whole."""
     seq_len: int = Field(1024, ge=8, le=MOST)
     """Tokens in a sequence: windows of packed text (lm), or where longer examples are cut. At most the model's
     context length."""
@@ -159,13 +136,6 @@ class RunRecipe(BaseModel):
         if values.get("steps") is None and values.get("epochs") is None:
             values["steps"] = cls.default_steps
         return values
-
-    @field_validator("data", "text_column")
-    @classmethod
-    def _named(cls, value: str, field: ValidationInfo) -> str:
-        if not value.strip():
-            raise ValueError(f"{field.field_name}={value!r} is blank. Give a name.")
-        return value
 
     @field_validator("task", mode="plain")
     @classmethod

@@ -73,7 +73,7 @@ def model_card(about: Trained) -> str:
         [
             f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
             f"# {'Adapter' if about.adapter else 'Model'} trained with sparsetrain",
-            f"{what} {about.origin.says}, trained on {public_name(about.recipe.data)} with {how}. "
+            f"{what} {about.origin.says}, trained on {_source(about.recipe)} with {how}. "
             f"{about.trainable:,} of {about.parameters:,} parameters were trained.",
             *("## How to load it", _loading(about)),
             *("## Quality", _quality(about.run)),
@@ -130,8 +130,14 @@ def _quality(run: Run) -> str:
 
 def _data(about: Trained) -> str:
     counted = ", ".join(f"{name.replace('_', ' ')}: {count:,}" for name, count in about.counts.items())
-    text = f"{public_name(about.recipe.data)}. {counted.capitalize()}." if counted else public_name(about.recipe.data)
+    text = f"{_source(about.recipe)}. {counted.capitalize()}." if counted else _source(about.recipe)
     return f"{text}\n\nHash of the training rows as the model was given them: `{about.rows}`."
+
+
+def _source(recipe: RunRecipe) -> str:
+    """The training data, and which revision of it."""
+    at = "" if recipe.dataset_revision is None else f" at revision `{recipe.dataset_revision}`"
+    return public_name(recipe.data) + at
 
 
 def _recipe(recipe: RunRecipe) -> str:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as HFImage
 from PIL import Image
 
@@ -115,6 +115,109 @@ def test_pictures_that_cannot_be_used(tmp_path: Path):
         load_images(str(twice))
     with pytest.raises(ValueError, match="is a file"):
         load_images(str(twice / "0.png"))
+
+
+def with_metadata(folder: Path, lines: list[str], name: str = "metadata.csv") -> Path:
+    """Six pictures in a folder, and what the lines say of them."""
+    pictures(folder, ("",))
+    (folder / name).write_text("\n".join(lines) + "\n")
+    return folder
+
+
+ROWS = [f"{i}.png,00{i % 2}" for i in range(6)]
+
+
+def test_metadata_names_the_class_of_each_picture(tmp_path: Path):
+    bundle = load_images(str(with_metadata(tmp_path / "csv", ["file_name,label", *ROWS])))
+    assert bundle.label_names == ("000", "001") and bundle.eval is not None
+    seen = {
+        np.asarray(row["pixel_values"], dtype=np.uint8).tobytes(): row["labels"]
+        for row in [*bundle.train, *bundle.eval]
+    }
+    assert seen == {_pixels(tmp_path / "csv" / f"{i}.png").tobytes(): i % 2 for i in range(6)}
+    lines = [f'{{"file_name": "{i}.png", "text": "a {"cat" if i % 2 else "dog"}"}}' for i in range(6)]
+    assert load_images(str(with_metadata(tmp_path / "jsonl", lines, "metadata.jsonl"))).label_names == (
+        "a cat",
+        "a dog",
+    )
+    numbers = [f'{{"file_name": "{i}.png", "label": {(2, 10)[i % 2]}}}' for i in range(6)]
+    assert load_images(str(with_metadata(tmp_path / "ints", numbers, "metadata.jsonl"))).label_names == ("2", "10")
+
+
+def test_captions_are_no_classes(tmp_path: Path):
+    folder = with_metadata(tmp_path, ["file_name,text", *(f"{i}.png,picture number {i}" for i in range(6))])
+    with pytest.raises(ValueError, match="another text for each of its 6 pictures, as captions are"):
+        load_images(str(folder))
+    bundle = load_images(str(folder), captions=True)
+    assert bundle.label_names == ("image",) and "captions, which no model here reads" in bundle.description
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["file_name,label", *ROWS[1:]], r"0\.png has no row in .*metadata\.csv, which has 5"),
+        (["file_name,label", *ROWS, "7.png,a"], r"metadata\.csv:8 names 7\.png, which does not exist"),
+        (["file_name,label", *ROWS, "0.png,a"], r"metadata\.csv:8 names 0\.png a second time"),
+        (["file_name,label", *ROWS[1:], "0.png,"], r"metadata\.csv:7: 'label' is  \(str\); a class is text"),
+        (["file,label", *ROWS], r"metadata\.csv:2 names no picture in 'file_name'\. Found: file, label"),
+        (["file_name,label", *ROWS, "../x.png,a"], r"which is not below"),
+        (["file_name,label", *ROWS, "metadata.csv,a"], r"names metadata\.csv, which is no picture"),
+    ],
+)
+def test_metadata_that_does_not_fit_is_refused(lines: list[str], message: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=message):
+        load_images(str(with_metadata(tmp_path, lines)))
+
+
+def test_splits_of_a_folder(tmp_path: Path):
+    lines = ["file_name,label", *ROWS]
+    for part in ("train", "test", "validation"):
+        with_metadata(tmp_path / "own" / part, lines)
+    bundle = load_images(str(tmp_path / "own"), max_rows=4)
+    assert bundle.eval is not None and (len(bundle.train), len(bundle.eval)) == (4, 6)
+    assert "1 pictures of another split not read (first:" in bundle.description and "validation" in bundle.description
+    assert "/test)" in load_images(str(tmp_path / "own"), eval_split="validation").description
+    with pytest.raises(ValueError, match=r"has no split 'dev'\. Found: test, train, validation"):
+        load_images(str(tmp_path / "own"), eval_split="dev")
+    (tmp_path / "own" / "test" / "metadata.csv").unlink()
+    with pytest.raises(ValueError, match=r"test has no metadata\.csv, and another split has one"):
+        load_images(str(tmp_path / "own"))
+    pictures(tmp_path / "above", ("train", "val"))
+    rows = [f"{part}/{row}" for part in ("train", "val") for row in ROWS]
+    (tmp_path / "above" / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    bundle = load_images(str(tmp_path / "above"))
+    assert bundle.label_names == ("000", "001") and bundle.eval is not None
+    assert (len(bundle.train), len(bundle.eval)) == (6, 6)
+    pictures(tmp_path / "flat", ("train", "test"), mode="RGB")  # of no class, as for a diffusion model
+    bundle = load_images(str(tmp_path / "flat"))
+    assert bundle.label_names == ("image",) and (len(bundle.train), len(bundle.eval or ())) == (6, 6)
+
+
+def test_pictures_out_of_place_are_named(tmp_path: Path):
+    pictures(tmp_path / "deep", ("cat/old", "dog"))
+    with pytest.raises(ValueError, match=r"cat/old/0\.png lies below the class 'cat'"):
+        load_images(str(tmp_path / "deep"))
+    pictures(tmp_path / "below")
+    (tmp_path / "below" / "cat" / "metadata.csv").write_text("file_name,label\n0.png,a\n")
+    with pytest.raises(ValueError, match=r"cat/metadata\.csv is read neither with"):
+        load_images(str(tmp_path / "below"))
+    (tmp_path / "below" / "cat" / "metadata.csv").rename(tmp_path / "below" / "cat" / "notes.txt")
+    assert "1 files that are no pictures not read (first:" in load_images(str(tmp_path / "below")).description
+
+
+def test_tables_with_splits_and_labels_of_text(tmp_path: Path):
+    files = sorted(pictures(tmp_path / "pictures").rglob("*.png"))
+    kinds = Features({"image": HFImage(), "label": Value("string")})
+    columns = {"image": [str(f) for f in files], "label": [f.parent.name for f in files]}
+    table = Dataset.from_dict(columns, features=kinds)
+    DatasetDict({"train": table, "test": table.select(range(6))}).save_to_disk(str(tmp_path / "saved"))
+    bundle = load_images(str(tmp_path / "saved"), eval_split="test")
+    assert bundle.label_names == ("cat", "dog") and (len(bundle.train), len(bundle.eval or ())) == (12, 6)
+    table.to_parquet(str(tmp_path / "one.parquet"))
+    bundle = load_images(str(tmp_path / "one.parquet"))
+    assert bundle.label_names == ("cat", "dog") and (len(bundle.train), len(bundle.eval or ())) == (10, 2)
+    with pytest.raises(ValueError, match=r"dataset_revision=main: .*is on this machine"):
+        load_images(str(tmp_path / "one.parquet"), revision="main")
 
 
 def test_a_saved_data_set(tmp_path: Path):

@@ -40,6 +40,7 @@ def load_sft(
     seed: int = 0,
     dataset_config: str | None = None,
     split: str = "train",
+    revision: str | None = None,
     eval_split: str | None = None,
     max_position_embeddings: int | None = None,
     progress: Progress | None = None,
@@ -55,7 +56,7 @@ def load_sft(
         max_length: most tokens a row.
         eval_source, eval_split: held-out rows of their own, instead of the share `eval_ratio` (0 for none).
         max_rows, max_eval_rows: stop at this many rows with targets, in the seeded order; None for all.
-        dataset_config, split: of hub data sets and saved folders.
+        dataset_config, split, revision: of hub data sets and saved folders.
         max_position_embeddings: the model's context, to check `max_length` against.
         progress: called with one line every 1,000 rows.
         stream_ahead: read this many rows, and all others when training comes to them (`data.streams`).
@@ -67,7 +68,7 @@ def load_sft(
     check_length(max_length, "max_length", max_position_embeddings)
     name = source_name(source)
     choice = EvalChoice(source=eval_source, split=eval_split, ratio=eval_ratio)
-    hub, ahead = HubChoice(config=dataset_config, split=split), Ahead(stream_ahead)
+    hub, ahead = HubChoice(config=dataset_config, split=split, revision=revision), Ahead(stream_ahead)
     rows, eval_rows, remarks = load_sides(source, hub, choice, ahead.rows)
     train_rows, eval_rows, num_dropped = divide(rows, eval_rows, eval_ratio, seed, key=row_key)
     counts = {"rows": len(rows), "duplicates_of_eval": num_dropped}

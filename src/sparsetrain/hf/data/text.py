@@ -52,6 +52,7 @@ def load_text(
     text_column: str = "text",
     dataset_config: str | None = None,
     split: str = "train",
+    revision: str | None = None,
     eval_split: str | None = None,
     max_position_embeddings: int | None = None,
     progress: Progress | None = None,
@@ -66,7 +67,7 @@ def load_text(
         max_tokens: stop tokenising training documents here (rounded down to whole rows).
         max_eval_tokens: the same for evaluation; `eval_ratio * max_tokens` when only that is given (0.05 for 0).
         seed: of the document order, the split and the row order.
-        text_column, dataset_config, split: for sources with rows; for hub data sets and saved folders.
+        text_column; dataset_config, split, revision: for sources with rows; for hub data sets and saved folders.
         max_position_embeddings: the model's context, to check `seq_len` against.
         progress: called with one line every quarter million tokens.
         stream_ahead: read this many documents, and all others when training comes to them (`data.streams`).
@@ -77,7 +78,7 @@ def load_text(
     """
     _check_asked(pack, holdout, seq_len, eval_ratio, max_tokens, max_eval_tokens, max_position_embeddings)
     limit = _most_held_out(seq_len, eval_ratio, max_tokens, max_eval_tokens)
-    hub, ahead = HubChoice(config=dataset_config, split=split), Ahead(stream_ahead)
+    hub, ahead = HubChoice(config=dataset_config, split=split, revision=revision), Ahead(stream_ahead)
     documents = ahead.documents(source, hub, text_column, remarks := Remarks())
     choice = EvalChoice(source=eval_source, split=eval_split, ratio=eval_ratio)
     others = _own_eval(source, hub, choice, text_column, remarks, ahead)
@@ -116,7 +117,7 @@ def _own_eval(
     if choice.source is None and choice.split is None:
         return None
     other = source if choice.source is None else choice.source
-    return ahead.documents(other, HubChoice(config=hub.config, split=choice.split or hub.split), text_column, remarks)
+    return ahead.documents(other, choice.part(hub), text_column, remarks)
 
 
 def _sides(

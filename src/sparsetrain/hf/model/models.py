@@ -82,8 +82,10 @@ def check_lora_targets(recipe: Recipe, config: Any) -> None:
 
 
 def check_tools(model: Any, recipe: Recipe, weights: torch.dtype, planned: Plan | None) -> None:
-    """Raise ValueError if LoRA's dtype does not go with that of the weights, or an FFN cannot run in the pieces asked
-    for."""
+    """Raise ValueError if PEFT does not take LoRA's keys, its dtype does not go with that of the weights, or an FFN
+    cannot run in the pieces asked for."""
+    if recipe.lora_r > 0:
+        lora_config(recipe)
     if recipe.lora_dtype == "bf16" and weights == torch.float32:
         raise ValueError("lora_dtype=bf16 goes with a model in bf16, and this run is in fp32. Give dtype=bf16 too.")
     check_tiled(model, recipe.tiled_mlp, () if planned is None else planned.edits)

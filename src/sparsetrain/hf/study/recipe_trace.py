@@ -138,6 +138,7 @@ class ThinStep:
         if gpu and getattr(recipe, "activation_offloading", False):
             keep_on_host(model, self.hollow)
         self.without_gradient: list[set[str]] = []
+        self.idle: set[str] = set()  # outside the blocks: of a pair of encoders, the texts'
 
     def trace(self, batch: dict[str, Tensor]) -> StepTrace:
         step = training_step(self.model, batch, self.cast, self.recipe.task)
@@ -146,6 +147,7 @@ class ThinStep:
         self.without_gradient = [
             {name for name, p in block.named_parameters() if p.requires_grad and p.grad is None} for block in blocks
         ]
+        self.idle = {name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None}
         for parameter in self.model.parameters():
             parameter.grad = None
         return trace
@@ -157,7 +159,8 @@ class ThinStep:
             for params, without in zip(self.in_blocks, self.without_gradient, strict=True)
         ]
         own = [kept[i] for i in self.layout.of_block]
-        trained = [*self.outside, *(p for params in own for p in params)]
+        outside = [p for name, p in self.outside.items() if name not in self.idle]
+        trained = [*outside, *(p for params in own for p in params)]
         gradients = sum(_size(p) for p in trained)
         shapes = [Shape(tuple(p.shape), p.element_size()) for p in trained]
         optimizer, on_host = state_bytes(self.recipe.training.get("optim", DEFAULT), shapes)

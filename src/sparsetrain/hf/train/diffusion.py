@@ -21,7 +21,13 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 def rows(asked: RowsAsked) -> DataBundle:
     """Images; a held-out one has its number, from which its noise is drawn."""
     found = load_images(
-        asked.source, max_rows=asked.max_rows, max_eval_rows=asked.max_eval_rows, seed=asked.recipe.seed
+        asked.source,
+        max_rows=asked.max_rows,
+        max_eval_rows=asked.max_eval_rows,
+        seed=asked.recipe.seed,
+        eval_split=asked.eval_split,
+        captions=True,
+        **asked.hub,
     )
     assert found.eval is not None
     return replace(found, eval=found.eval.add_column("row", list(range(len(found.eval)))))  # type: ignore[call-arg]

@@ -79,6 +79,7 @@ def _check(recipe: PretrainRecipe, shape: GridShape) -> None:
             "it holds something already. Give another folder, or --resume",
         ),
         "epochs": (recipe.epochs, "a grid counts steps. Give --steps"),
+        "streaming": (recipe.streaming, "each process reads all rows. Leave it out"),
     }
     for key, (wrong, why) in given.items():
         if wrong:

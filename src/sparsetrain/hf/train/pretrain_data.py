@@ -14,7 +14,7 @@ from sparsetrain.hf.data.byte_tokens import byte_tokenizer
 from sparsetrain.hf.data.tasks import load_task
 from sparsetrain.hf.model.architectures import sequence_tokens
 from sparsetrain.hf.train import readers
-from sparsetrain.hf.train.rows import step_rows
+from sparsetrain.hf.train.rows import check_streaming, parts_of, step_rows
 from sparsetrain.hf.train.tasks import RowsAsked, load_asked
 from sparsetrain.recipes.pretrain import PretrainRecipe
 from sparsetrain.recipes.tasks import task_of
@@ -49,6 +49,7 @@ def load_rows(recipe: PretrainRecipe, tokenizer: Any, row_tokens: int, report: R
     eval_rows = max(1, recipe.eval_tokens // row_tokens)
     if is_task(recipe.data):
         return _task_rows(recipe, eval_rows)
+    check_streaming(recipe)
     _check_name(recipe.data)
     _check_source(recipe)
     rows = step_rows(recipe)
@@ -61,7 +62,7 @@ def load_rows(recipe: PretrainRecipe, tokenizer: Any, row_tokens: int, report: R
             step_tokens=None if rows is None else rows * recipe.seq_len,
             max_rows=recipe.train_rows,
             max_eval_rows=eval_rows,
-            progress=say,
+            **parts_of(recipe, say),
         )
     )
 
@@ -94,6 +95,10 @@ def _check_source(recipe: PretrainRecipe) -> None:
 
 
 def _task_rows(recipe: PretrainRecipe, eval_rows: int) -> DataBundle:
+    if given := recipe.parts_given:
+        raise ValueError(
+            f"{given[0]} is for data that is read from files or the hub, and {recipe.data} is a task's. Leave it out."
+        )
     wanted = "pairs" if recipe.data.endswith("retrieval") else "classify"
     if recipe.task != wanted:
         raise ValueError(f"data={recipe.data} is for task={wanted}, and task={recipe.task} was asked. Use that.")

@@ -16,6 +16,7 @@ from sparsetrain.data.special_tokens import padding_id
 from sparsetrain.data.vocabulary import vocabulary_rows
 from sparsetrain.hf.assets import resolve_data
 from sparsetrain.hf.data import DataBundle
+from sparsetrain.hf.data.bundle import Progress
 from sparsetrain.hf.model.architectures import sequence_tokens
 from sparsetrain.hf.model.model_config import context_length
 from sparsetrain.hf.model.pair import of_texts
@@ -39,10 +40,7 @@ def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> Da
     def say(line: str) -> None:
         report({"event": "note", "text": line})
 
-    if recipe.streaming and asked_ranks() > 1:
-        raise ValueError(
-            "streaming: one process reads the rows, and several ranks were started. Start one, or leave streaming out."
-        )
+    check_streaming(recipe)
     rows = step_rows(recipe)
     # calibration rows are spread over eight times as many: on 8,192 tokens from 4 places a conversion cost 1.47 times
     # the perplexity of other files, from 8 places 1.16
@@ -59,18 +57,33 @@ def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> Da
             channels=channels_of(config),
             context=context_length(config),
             max_eval_rows=eval_images(recipe, config),
-            eval_source=None if recipe.eval_data is None else resolve_data(recipe.eval_data, progress=say),
-            eval_split=recipe.dataset_test_split,
-            hub=_part_of(recipe),
-            progress=say,
+            **parts_of(recipe, say),
         ),
     )
 
 
-def _part_of(recipe: RunRecipe) -> dict[str, Any]:
-    """Which part of a data set of the hub, for recipes that say."""
-    keys = {"dataset_config": "dataset_config", "split": "dataset_train_split"}
-    return {name: getattr(recipe, key) for name, key in keys.items() if hasattr(recipe, key)}
+def check_streaming(recipe: RunRecipe) -> None:
+    """Raise ValueError if a stream of rows is to be read by several ranks."""
+    if recipe.streaming and asked_ranks() > 1:
+        raise ValueError(
+            "streaming: one process reads the rows, and several ranks were started. Start one, or leave streaming out."
+        )
+
+
+def hub_of(recipe: RunRecipe) -> dict[str, Any]:
+    """Which part of the data is trained on, as loaders take it."""
+    keys = {"dataset_config": "dataset_config", "split": "dataset_train_split", "revision": "dataset_revision"}
+    return {name: getattr(recipe, key) for name, key in keys.items()}
+
+
+def parts_of(recipe: RunRecipe, progress: Progress | None = None) -> dict[str, Any]:
+    """What `RowsAsked` is told of the parts of the data: which are trained on, and which are held out."""
+    return {
+        "hub": hub_of(recipe),
+        "eval_source": None if recipe.eval_data is None else resolve_data(recipe.eval_data, progress=progress),
+        "eval_split": recipe.dataset_test_split,
+        "progress": progress,
+    }
 
 
 def eval_images(recipe: RunRecipe, config: Any) -> int | None:
@@ -84,7 +97,7 @@ def all_rows(recipe: RunRecipe, tokenizer: Any, config: Any, report: Report) -> 
     Raises:
         ValueError: as `load_rows`; the data is streamed.
     """
-    if getattr(recipe, "streaming", False):
+    if recipe.streaming:
         raise ValueError(f"--all holds every row, and {recipe.data} was streamed as too large for that. Leave it out.")
     return _with_ids_checked(
         recipe,
@@ -97,7 +110,7 @@ def all_rows(recipe: RunRecipe, tokenizer: Any, config: Any, report: Report) -> 
             step_tokens=max(recipe.eval_tokens, recipe.seq_len),
             context=context_length(config),
             eval_ratio=0.0,
-            hub=_part_of(recipe),
+            hub=hub_of(recipe),
             progress=lambda line: report({"event": "note", "text": line}),
         ),
     )

@@ -64,7 +64,7 @@ class RowsAsked:
     @property
     def streamed(self) -> dict[str, Any]:
         """What loaders of text are told beside, where rows are read while it trains."""
-        return {"stream_ahead": self.recipe.stream_rows} if getattr(self.recipe, "streaming", False) else {}  # type: ignore[attr-defined]
+        return {"stream_ahead": self.recipe.stream_rows} if self.recipe.streaming else {}
 
 
 def load_asked(asked: RowsAsked) -> DataBundle:
@@ -135,14 +135,22 @@ def classify_rows(asked: RowsAsked) -> DataBundle:
 
 def image_rows(asked: RowsAsked) -> DataBundle:
     """Images with a label each; those of a trained model as its processor makes them."""
-    return load_images(
+    bundle = load_images(
         asked.source,
         max_rows=asked.max_rows,
         max_eval_rows=asked.max_eval_rows,
         seed=asked.recipe.seed,
         processor=getattr(asked.tokenizer, "pictures", asked.tokenizer),  # of a pair's reader
         channels=asked.channels,
+        eval_split=asked.eval_split,
+        **asked.hub,
     )
+    if bundle.num_labels < 2:
+        raise ValueError(
+            f"data={asked.source} has pictures of one class, {bundle.label_names[0]!r}, and to classify takes two. "
+            "Give a folder a class, or name each picture's in the column label of a metadata.csv."
+        )
+    return bundle
 
 
 class Scores(NamedTuple):

@@ -78,10 +78,7 @@ class Part(nn.Module):
         return self._read(self.places)
 
     def _read(self, places: Tensor) -> Tensor:
-        if self.shape is None:
-            return entries_of(self.weight, places)
-        grid = blocks_of(self.weight, self.shape)
-        return grid[places // grid.shape[1], places % grid.shape[1]]
+        return read_at(self.weight, places, self.shape)
 
     def _put(self, places: Tensor, values: Tensor) -> None:
         (put_entries if self.shape is None else put_blocks)(self.weight, places, values)
@@ -194,6 +191,14 @@ class Part(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         _follow(self)
+
+
+def read_at(weight: Tensor, places: Tensor, shape: tuple[int, int] | None) -> Tensor:
+    """What a weight holds at these entries, [n], or blocks of a shape, [k, high, wide]."""
+    if shape is None:
+        return entries_of(weight, places)
+    grid = blocks_of(weight, shape)
+    return grid[places // grid.shape[1], places % grid.shape[1]]
 
 
 def _follow(part: Part) -> None:

@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsetrain.core.anatomy import Anatomy, Undo, innermost, submodule
 from sparsetrain.core.cost import Cost
+from sparsetrain.core.errors import CheckpointError
 from sparsetrain.core.units import bytes_text
 from sparsetrain.methods.sara.choice import Choice
 from sparsetrain.methods.sara.config import SaRA, learning_rate
 from sparsetrain.methods.sara.delta import save_delta, weight_digest
 from sparsetrain.methods.sara.module import Entries, TrainsEntries, tensors_of
-from sparsetrain.methods.sara.part import Part
+from sparsetrain.methods.sara.part import Part, read_at
 from sparsetrain.methods.sara.schedule import Schedule
 from sparsetrain.ops.partial_weight import blocks_of
 from sparsetrain.surgery.apply import Handle
@@ -206,8 +208,9 @@ def install(
     for name in place.tensors:
         weight = module._parameters[name]
         if name in place.owned:
-            shape = choice.shapes[f"{place.name}.{name}"]
-            made[id(weight)] = Part(module, name, shape, tensors_of(name, tensors))
+            shape, own = choice.shapes[f"{place.name}.{name}"], tensors_of(name, tensors)
+            _check_base(f"{place.name}.{name}", weight.detach(), shape, own)
+            made[id(weight)] = Part(module, name, shape, own)
         parts[name] = made[id(weight)]
     site = Entries(config, place.transposed, parts, place.owned)
     if (device := module._parameters[place.tensors[0]].device).type != "meta":
@@ -222,6 +225,24 @@ def install(
         _set_trained(module, trained)
 
     return back, site
+
+
+def _check_base(name: str, weight: Tensor, shape: tuple[int, int] | None, tensors: dict[str, Tensor]) -> None:
+    """Raise CheckpointError if saved values meet another weight than they were trained in: neither its base nor one
+    that holds them already (all weights were saved). In a narrower dtype than that of training it cannot be told."""
+    if "values" not in tensors or weight.is_meta or isinstance(weight, FakeTensor):
+        return
+    trained_in = tensors["left_values"].dtype
+    if weight.element_size() < trained_in.itemsize:
+        return
+    if torch.equal(weight_digest(weight.to(trained_in)), tensors["base"].cpu()):
+        return
+    places, values = tensors["places"].to(weight.device), tensors["values"].to(weight.device, weight.dtype)
+    if not torch.equal(read_at(weight, places, shape), values):
+        raise CheckpointError(
+            f"sara: what was trained of {name} belongs to other weights than this model's. Load the base model that it "
+            "was trained on, at the same revision and unchanged."
+        )
 
 
 def _set_trained(module: nn.Module, trained: dict[str, bool]) -> None:
