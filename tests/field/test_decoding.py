@@ -15,6 +15,7 @@ from sparsetrain import FloodFillAttention, PQAttention, sparsify
 from sparsetrain.core.backend import use_backend
 from sparsetrain.core.config import MethodConfig
 from tests.families import _DECODER, FAMILIES, VOCAB, llama_config
+from tests.turns import in_turn
 
 TOKENS, WINDOW = 40, 12
 _FLOOD: dict[str, Any] = {"block_tokens": 4, "filter_edge": 3, "quantile": 0.5, "max_dense_steps": 0}
@@ -25,6 +26,7 @@ METHODS = {
     "pq_table": PQAttention(**_PQ, num_keys=6),
     "pq_match": PQAttention(**_PQ, num_keys=6, score="match_count"),
 }
+CHUNKS = {"steps": [20, *[1] * 20], "chunks": [10, 10, 3, 1, 4, 12]}
 
 
 def model_of(family: str, config: MethodConfig) -> Any:
@@ -69,14 +71,18 @@ def gap(model: Any, mask: Tensor, chunks: list[int], cache: Any) -> float:
     return float((torch.cat(found, 1) - whole)[mask > 0].abs().max())
 
 
-@pytest.mark.parametrize("chunks", [[20, *[1] * 20], [10, 10, 3, 1, 4, 12]], ids=["steps", "chunks"])
-@pytest.mark.parametrize("kind", ["full", "left", "inside"])
-@pytest.mark.parametrize("family", ["mistral", "gemma3", "llama"])
-@pytest.mark.parametrize("method", list(METHODS))
-def test_cached_logits_are_those_of_the_whole_forward(method: str, family: str, kind: str, chunks: list[int]) -> None:
+@in_turn(
+    "method, family, kind, chunks",
+    list(METHODS),
+    ["mistral", "gemma3", "llama"],
+    ["full", "left", "inside"],
+    list(CHUNKS),
+    turns=3,
+)
+def test_cached_logits_are_those_of_the_whole_forward(method: str, family: str, kind: str, chunks: str) -> None:
     model = model_of(family, METHODS[method])
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=50)):
-        assert gap(model, mask_of(kind), chunks, cache) < 2e-4
+        assert gap(model, mask_of(kind), CHUNKS[chunks], cache) < 2e-4
 
 
 def test_a_sequence_is_as_long_as_it_is_not_as_what_a_sliding_cache_holds() -> None:

@@ -40,12 +40,12 @@ warnings.simplefilter("ignore")
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 asked, found = json.loads(sys.stdin.read()), {}
-for name, folder in asked["folders"].items():
+for name, (base, folder) in asked["folders"].items():
     try:
         if name.startswith("auto "):
             model = AutoPeftModelForCausalLM.from_pretrained(folder)
         else:
-            base = AutoModelForCausalLM.from_pretrained(asked["base"], dtype="float32")
+            base = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
             model = PeftModel.from_pretrained(base, folder)
         x = torch.tensor(asked["ids"])
         with torch.no_grad():
@@ -61,9 +61,10 @@ def lora() -> LoraConfig:
     return LoraConfig(r=4, target_modules="all-linear")  # PEFT writes the base model's name into it
 
 
-def in_a_plain_process(base: Path | str, folders: dict[str, Path], x: torch.Tensor) -> Any:
-    """Loss by name, or the error; of a name that begins with `auto`, by AutoPeftModelForCausalLM."""
-    asked = {"base": str(base), "folders": {n: str(f) for n, f in folders.items()}, "ids": x.tolist()}
+def in_a_plain_process(folders: dict[str, tuple[Path | str, Path]], x: torch.Tensor) -> Any:
+    """Loss by name, or the error, of a base model and an adapter; of a name that begins with `auto`, by
+    AutoPeftModelForCausalLM."""
+    asked = {"folders": {name: [str(place) for place in places] for name, places in folders.items()}, "ids": x.tolist()}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PLAIN], input=json.dumps(asked), capture_output=True, text=True
     )
@@ -94,20 +95,23 @@ def six_lines(base: Path | str, out: Path, methods: list[Any], batches: list[Any
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.filterwarnings("ignore:.*tie")
-@pytest.mark.parametrize("kind", ["llama", "tied", "gpt2"])
-def test_deployed_dense_it_is_a_plain_adapter_with_the_same_loss(kind: str, tmp_path: Path) -> None:
-    base, x = tmp_path / "base", ids(1, 5)
-    if kind == "gpt2":
-        gpt2(base)
-    else:
-        runs.llama(base, tie_word_embeddings=kind == "tied")
-    batches = [{"input_ids": ids(1, seed)} for seed in range(4)]
-    said = {name: loss(six_lines(base, tmp_path / name, methods, batches), x) for name, methods in METHODS.items()}
-    untrained = loss(AutoModelForCausalLM.from_pretrained(base), x)
-    assert all(abs(value - untrained) > 1e-3 for value in said.values())
-    assert in_a_plain_process(base, {name: tmp_path / name / "final" for name in said}, x) == pytest.approx(
-        said, rel=1e-5
-    )
+def test_deployed_dense_it_is_a_plain_adapter_with_the_same_loss(tmp_path: Path) -> None:
+    """Of every method on a Llama, one with a tied head, and a GPT-2; one process loads all of them."""
+    runs.llama(tmp_path / "llama")
+    runs.llama(tmp_path / "tied", tie_word_embeddings=True)
+    gpt2(tmp_path / "gpt2")
+    x, batches = ids(1, 5), [{"input_ids": ids(1, seed)} for seed in range(4)]
+    said: dict[str, float] = {}
+    folders: dict[str, tuple[Path | str, Path]] = {}
+    for kind in ("llama", "tied", "gpt2"):
+        base = tmp_path / kind
+        untrained = loss(AutoModelForCausalLM.from_pretrained(base), x)
+        for name, methods in METHODS.items():
+            out, which = tmp_path / kind / name, f"{kind}, {name}"
+            said[which] = loss(six_lines(base, out, methods, batches), x)
+            folders[which] = (base, out / "final")
+            assert abs(said[which] - untrained) > 1e-3, which
+    assert in_a_plain_process(folders, x) == pytest.approx(said, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -119,7 +123,7 @@ def test_six_lines_on_a_real_model(tmp_path: Path) -> None:
     methods = [PQAttention(keep_ratio=0.25, from_depth=0.7), RoutedFFN.converted()]
     x = batches[0]["input_ids"]
     said = loss(six_lines(base, tmp_path, methods, batches), x)
-    assert in_a_plain_process(base, {"six": tmp_path / "final"}, x)["six"] == pytest.approx(said, rel=1e-5)
+    assert in_a_plain_process({"six": (base, tmp_path / "final")}, x)["six"] == pytest.approx(said, rel=1e-5)
 
 
 def trained_sparse(folder: Path, name: str) -> Any:
@@ -131,8 +135,9 @@ def trained_sparse(folder: Path, name: str) -> Any:
 
 def test_deployed_sparse_plain_peft_refuses_it_in_a_process_without_us(tmp_path: Path) -> None:
     said = {name: loss(trained_sparse(tmp_path, name), ids(1, 5)) for name in METHODS}
-    places = {f"{way}{name}": tmp_path / name for name in METHODS for way in ("", "auto ")}
-    found = in_a_plain_process(tmp_path / "base", places, ids(1, 5))
+    base = tmp_path / "base"
+    places = {f"{way}{name}": (base, tmp_path / name) for name in METHODS for way in ("", "auto ")}
+    found = in_a_plain_process(places, ids(1, 5))
     # selected tokens run as in the dense model
     assert [found.pop(name) for name in ("tokens", "auto tokens")] == pytest.approx([said["tokens"]] * 2, rel=1e-5)
     assert set(found.values()) == {"KeyError 'SPARSETRAIN_LORA'"} and len(found) == 2 * len(METHODS) - 2

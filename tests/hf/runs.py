@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -17,7 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from sparsetrain.hf.study import compare as comparing
 from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.runs.extra_turns import Extra
 from tests.families import llama_config
 
 WORDS = ["red", "green", "blue", "sun", "moon", "star", "runs", "sits", "over", "under", "the", "a", "and", "not", "."]
@@ -101,3 +104,9 @@ def recipe(folder: Path, **changes: Any) -> Recipe:
     if "epochs" in changes:
         del values["steps"]
     return Recipe.from_values(values | changes)
+
+
+def time_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison ends with its two sides: what is timed after them, in up to three more processes, is
+    `test_both_sides_train_as_they_would_alone_in_turns`' and `tests.runs.test_extra_turns`'."""
+    monkeypatch.setattr(comparing, "extra_turns", lambda *_: Extra())

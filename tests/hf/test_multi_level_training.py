@@ -23,6 +23,7 @@ from sparsetrain.methods.multi_level.module import decoalesce, interpolate
 from sparsetrain.runs.manifest import read_json
 from sparsetrain.surgery.grow import fill, growth_method
 from tests.families import FAMILIES
+from tests.hf import runs
 from tests.hf.test_pretrain import images
 from tests.hf.test_stages import Kill, losses, named, same_weights, tiny_gpt
 
@@ -191,43 +192,42 @@ def test_a_preview_says_what_each_stage_takes(tmp_path: Path) -> None:
     assert "Stage   2 of 3, level 2: 1 layers x 8" in text and "as many steps of the last model alone" in text
 
 
-def test_beside_the_ordinary_run_at_its_best_rate(tmp_path: Path) -> None:
-    """Two ordinary runs, then both sides in processes of their own: half a minute, which importing torch takes."""
-    asked = recipe(tmp_path, compare="dense", compare_lr=["1e-4,3e-2"], eval_every=2, save_every=0, lr=1e-2)
+def test_beside_the_ordinary_run_at_its_best_rate_switched_when_two_short_runs_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four short runs, then both sides in processes of their own: ten seconds, which importing torch takes."""
+    runs.time_nothing_more(monkeypatch)
     told: list[dict[str, Any]] = []
+    searched = {"compare_lr": ["1e-4,3e-2"], "find_switch": 24}
+    asked = recipe(tmp_path, compare="dense", **searched, eval_every=5, save_every=0, lr=1e-2, steps=40)
     made = compare(asked, report=told.append)
+    out, notes = tmp_path / "out", made.report["notes"]
+
     assert made.dense["recipe"]["lr"] == 3e-2 and made.sparse["recipe"]["lr"] == 1e-2
-    alone = {path.name: read_json(path / "result.json") for path in (tmp_path / "out" / "dense-lr").iterdir()}
+    alone = {path.name: read_json(path / "result.json") for path in (out / "dense-lr").iterdir()}
     assert set(alone) == {"0.0001", "0.03"}
     rates = {name: result["run"]["evals"][-1]["loss"] for name, result in alone.items()}
     assert rates["0.03"] < rates["0.0001"]
-    again = [[row["loss"] for row in result["run"]["steps"]] for result in (alone["0.03"], made.dense)]
+    again = [[row["loss"] for row in result["run"]["steps"]][:10] for result in (alone["0.03"], made.dense)]
     assert again[0] == pytest.approx(again[1], rel=1e-4)  # other processes may have other threads
-    assert any("it is compared at lr=0.03, the other side at 0.01" in note for note in made.report["notes"])
+    assert any("it is compared at lr=0.03, the other side at 0.01" in note for note in notes)
+
+    said = read_json(out / "switch" / "found.json")
+    tried = {name: read_json(out / "switch" / f"{name}-config" / "config.json") for name in ("small", "large")}
+    assert (tried["small"]["n_layer"], tried["large"]["n_layer"]) == (1, 2) and said["steps"] == 24
+    taken = made.sparse["recipe"]["methods"][0]["small_share"]
+    assert taken == (pytest.approx(min(said["small_share"], 0.7), abs=1e-4) if said["small_flops"] else 0.4)
+    assert said["text"] in notes and any("The ordinary run ended at" in note for note in notes)
+    assert "find_switch" not in made.dense["recipe"] or not made.dense["recipe"]["find_switch"]
+
     sizes = [event["size"] for event in told if event["event"] == "stage"]
     assert sizes == [size_text(stage) for stage in made.sparse["run"]["stages"]]
-    page = (tmp_path / "out" / "report.html").read_text()
+    page = (out / "report.html").read_text()
     assert all(f"Loss by {what}" in page for what in ("FLOPs", "tokens", "time")) and "Stages of grown" in page
     assert (found := made.report.get("ledger")) is not None and found["sparse_flops"] < found["dense_flops"]
     assert found["text"] in " ".join(render_text(made.report))
     time = made.report["judgements"][0]
     assert "all steps of all models and the switches" in time["text"]
-
-
-def test_it_leaves_the_small_model_when_two_short_runs_say_so(tmp_path: Path) -> None:
-    """Two short runs and both sides, in processes of their own: half a minute, which importing torch takes."""
-    asked = recipe(tmp_path, compare="dense", find_switch=24, eval_every=5, save_every=0, lr=1e-2, steps=40)
-    made = compare(asked)
-    said = read_json(tmp_path / "out" / "switch" / "found.json")
-    sizes = {
-        name: read_json(tmp_path / "out" / "switch" / f"{name}-config" / "config.json") for name in ("small", "large")
-    }
-    assert (sizes["small"]["n_layer"], sizes["large"]["n_layer"]) == (1, 2) and said["steps"] == 24
-    taken = made.sparse["recipe"]["methods"][0]["small_share"]
-    assert taken == (pytest.approx(min(said["small_share"], 0.7), abs=1e-4) if said["small_flops"] else 0.4)
-    notes = made.report["notes"]
-    assert said["text"] in notes and any("The ordinary run ended at" in note for note in notes)
-    assert "find_switch" not in made.dense["recipe"] or not made.dense["recipe"]["find_switch"]
 
 
 def test_nothing_to_switch_from(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from sparsetrain.planner.step_tracer import trace_step
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.surgery.method import blank_state
 from tests.families import FAMILIES, llama_config
+from tests.turns import in_turn
 
 PQ = {"method": "pq_attention", "keep_ratio": 0.5, "block_q": 16, "block_k": 8, "layers": [2, 3], "local_tokens": 4}
 FFN = {"method": "routed_ffn", "num_blocks": 4, "shared_ratio": 0.25, "partition": "clustered", "layers": [1, 3],
@@ -125,9 +126,13 @@ def test_prediction_equals_a_real_step_of_all_layers(way: str) -> None:
     assert moved - found.static.buffers - found.static.optimizer == pytest.approx(most, rel=0.1)
 
 
-@pytest.mark.parametrize("again", [{}, AGAIN])
-@pytest.mark.parametrize("gpu", [False, True])
-@pytest.mark.parametrize("name", [name for name, case in FAMILIES.items() if not case.vision])
+@in_turn(
+    "name, gpu, again",
+    [name for name, case in FAMILIES.items() if not case.vision],
+    [False, True],
+    [{}, AGAIN],
+    turns=2,
+)
 def test_static_parts_of_every_family_are_exact(name: str, gpu: bool, again: dict[str, Any]) -> None:
     case = FAMILIES[name]
     config = case.model().config

@@ -206,7 +206,9 @@ def test_resumed_runs_give_the_same_losses(tmp_path: Path, method: dict[str, Any
         pretrain(changed)
 
 
-def test_compared_with_its_dense_twin(tmp_path: Path) -> None:
+def test_compared_with_its_dense_twin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides are processes of their own: some ten seconds, which importing torch takes."""
+    runs.time_nothing_more(monkeypatch)
     made = compare(text(tmp_path, methods=[FLOOD]))
     first = [[row["loss"] for row in side["run"]["steps"]][:4] for side in (made.sparse, made.dense)]
     assert first[0] == first[1]  # the same start, rows and order, until attention turns sparse
