@@ -11,7 +11,9 @@ TRAINERS = """
 Each yes is a training of three steps by the real trainer (`tests/hf/test_every_trainer.py`) with `deploy="dense"`: the
 method is on in training, evaluation is the dense model's, and plain PEFT loads what was saved and computes the same.
 Each no is a refusal, tested too. DPO, KTO, GRPO and RLOO read the log-probability of every token: with token selection
-these are exact, and gradient flows through selected tokens. axolotl and LLaMA-Factory: [others.md](others.md).
+these are exact, and gradient flows through selected tokens. TRL's own `activation_offloading` changes no loss beside
+each method (tested through its bookkeeping, with copies from a CPU to a CPU; TRL needs a GPU for it). axolotl and
+LLaMA-Factory: [others.md](others.md).
 """
 
 
