@@ -10,9 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from sparsetrain.hf.model.io import export, load
+from sparsetrain.hf.study.recipe_trace import outline
 from sparsetrain.hf.train.finetune import finetune
 from sparsetrain.hf.train.pretrain import PretrainRecipe, pretrain
 from tests.cli.conftest import Call, call, text, write_text  # noqa: F401
+from tests.families import llama_config
 from tests.hf import runs
 from tests.hf.test_stages import Kill, losses, named, same_weights
 from tests.hf.test_stages import recipe as staged
@@ -100,6 +102,8 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     up = {**PROJECTED, "roles": ["up"]}
     with pytest.raises(ValueError, match=r"lora.*PEFT wraps none of its linears.*lora_r=0"):
         finetune(runs.recipe(tmp_path, methods=[up], lora_r=4))
+    with pytest.raises(ValueError, match=r"monarch leaves no linear for LoRA\. Set lora_r=0"):
+        outline(runs.recipe(tmp_path, methods=[PROJECTED], lora_r=4), llama_config(), bf16=False)
     with pytest.raises(ValueError, match="monarch_then_dense"):
         finetune(runs.recipe(tmp_path, methods=[SWITCHED], lora_r=0))
 

@@ -300,6 +300,8 @@ def test_one_run_alone_is_reported_without_a_comparison(tmp_path: Path) -> None:
     report = build_report(title="t", runs={"sparse": make_run(0.5, 3.0)})
     assert report["judgements"] == [] and report["advice"] == ""
     assert report["headline"].startswith("One sparse run: held-out loss 4.000 → 3.000 in 40 steps. Nothing is compared")
+    dense = build_report(title="t", runs={"dense": make_run(0.5, 3.0)})
+    assert dense["headline"] == "One dense run: held-out loss 4.000 → 3.000 in 40 steps."
     page = write_report(report, tmp_path)[1].read_text()
     assert 'id="verdict"' in page and 'id="curves"' in page and "sparse wins" not in page
     lines = render_text(report)

@@ -173,4 +173,6 @@ def _single_headline(runs: dict[str, Run]) -> str:
     if not curve.x:
         return f"One {name} run without a step."
     took = f"One {name} run: {what} {number_text(curve.y[0])} → {number_text(curve.y[-1])} in {curve.x[-1]:.0f} steps"
+    if name == "dense":
+        return f"{took}."
     return f"{took}. Nothing is compared; run with compare=dense to see what the sparsity gains."

@@ -53,11 +53,10 @@ def load_sft(
 
     Args:
         source: JSONL, JSON (or CSV with prompt and completion), "chitchat", "gsm8k", a saved folder or a hub name.
-        max_length: most tokens a row.
+        max_length, max_position_embeddings: most tokens a row, and the model's context to check that against.
         eval_source, eval_split: held-out rows of their own, instead of the share `eval_ratio` (0 for none).
         max_rows, max_eval_rows: stop at this many rows with targets, in the seeded order; None for all.
         dataset_config, split, revision: of hub data sets and saved folders.
-        max_position_embeddings: the model's context, to check `max_length` against.
         progress: called with one line every 1,000 rows.
         stream_ahead: read this many rows, and all others when training comes to them (`data.streams`).
 

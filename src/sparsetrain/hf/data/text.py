@@ -66,9 +66,8 @@ def load_text(
         eval_source, eval_split: held-out documents of their own, instead of the share `eval_ratio` (0 for none).
         max_tokens: stop tokenising training documents here (rounded down to whole rows).
         max_eval_tokens: the same for evaluation; `eval_ratio * max_tokens` when only that is given (0.05 for 0).
-        seed: of the document order, the split and the row order.
+        seed: of document order, split and row order. max_position_embeddings: the model's context, for `seq_len`.
         text_column; dataset_config, split, revision: for sources with rows; for hub data sets and saved folders.
-        max_position_embeddings: the model's context, to check `seq_len` against.
         progress: called with one line every quarter million tokens.
         stream_ahead: read this many documents, and all others when training comes to them (`data.streams`).
 

@@ -144,7 +144,13 @@ def _with_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: l
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 by a name that is deprecated there
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=recipe.lora_dtype == "fp32")
+        try:
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=recipe.lora_dtype == "fp32")
+        except ValueError as error:
+            if recipe.lora_targets != "all-linear" or "No `target_modules`" not in str(error):
+                raise
+            names = " and ".join(config.method for config in recipe.configs)
+            raise ValueError(f"{names} leaves no linear for LoRA. Set lora_r=0, or narrow its targets.") from None
     if recipe.model_revision is not None:  # PEFT would name the folder of its snapshot
         config.base_model_name_or_path, config.revision = recipe.model, recipe.model_revision
     return adapted

@@ -66,6 +66,6 @@ def preview(recipe: RunRecipe, *, report: Report = silent) -> Preview:
 
 def check_fetched(recipe: RunRecipe) -> None:
     """Raise ValueError for an embedded model or data set that is not fetched yet."""
-    for name in (recipe.model, recipe.data, recipe.eval_data):
+    for name in filter(None, (recipe.model, recipe.data, recipe.eval_data)):
         if name in ASSETS and asset_status(name).state == "absent":
             raise ValueError(f"{name} is not fetched yet. Run: sparsetrain models fetch {name}")
