@@ -11,13 +11,8 @@ TRAINERS = """
 Each yes is a training of three steps by the real trainer (`tests/hf/test_every_trainer.py`) with `deploy="dense"`: the
 method is on in training, evaluation is the dense model's, and plain PEFT loads what was saved and computes the same.
 Each no is a refusal, tested too. DPO, KTO, GRPO and RLOO read the log-probability of every token: with token selection
-<<<<<<< HEAD
-these are exact, and gradient flows through selected tokens. TRL's own `activation_offloading` beside each method changes
-no loss (tested through its bookkeeping, with copies from a CPU to a CPU; TRL needs a GPU for it). axolotl and
-=======
 these are exact, and gradient flows through selected tokens. TRL's own `activation_offloading` changes no loss beside
 each method (tested through its bookkeeping, with copies from a CPU to a CPU; TRL needs a GPU for it). axolotl and
->>>>>>> ecosystem
 LLaMA-Factory: [others.md](others.md).
 """
 
