@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from sparsetrain.hf.model.model_config import read_config
 from sparsetrain.hf.study.recipe_trace import outline
+from sparsetrain.ops.selected_rows import attention
 from sparsetrain.planner.memory import PeakBytes
 from sparsetrain.recipes.finetune import Recipe
 
@@ -48,3 +49,13 @@ def test_llama_3_8b_fits_one_card(gigabytes: int, tokens: int, asked: dict[str, 
         assert peak.host == 0 and keys <= held < 1.1 * keys
     # times the stream of a block: nothing as wide as the FFN; beside 4-bit linears LoRA's update is PEFT's, in fp32
     assert peak.temporary < (14 if "four_bit" in asked else 8) * tokens * 4096 * 2
+
+
+def test_a_plan_for_a_gpu_is_the_same_on_every_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AutoConfig.for_model(**read_config("smollm2-135m").values)
+    found = []
+    for multiplies in (False, True):
+        monkeypatch.setattr(attention, "_multiplies_bf16", lambda multiplies=multiplies: multiplies)
+        made = outline(recipe_of(), config, bf16=True, gpu=True, lengths=(512,))
+        found.append(made.peak(512))
+    assert found[0] == found[1]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsetrain.core.autograd import as_output
-from sparsetrain.core.backend import choose, is_planned
+from sparsetrain.core.backend import choose, is_planned, tuned_for
 from sparsetrain.ops.selected_rows.choice import OP, available, kernels
 from sparsetrain.ops.selected_rows.keys import KeyValues, who_sees
 from sparsetrain.ops.selected_rows.library import LIBRARY
@@ -73,7 +73,7 @@ def attention_of_all(q_bhtd: Tensor, everything: KeyValues) -> Tensor | None:
     2.4 times faster there (9 heads of 64, 1,024 to 4,096 tokens), and no faster in fp32. Scores are rounded to bf16, as
     in transformers' eager attention.
     """
-    if q_bhtd.device.type != "cpu" or q_bhtd.dtype != torch.bfloat16 or not _multiplies_bf16():
+    if tuned_for(q_bhtd) != "cpu" or q_bhtd.dtype != torch.bfloat16 or not _multiplies_bf16():
         return None
     b, _, t, _ = q_bhtd.shape
     return forward_by_tiles(q_bhtd, everything, _all_rows(b, t))
