@@ -29,10 +29,10 @@ demo-spt: assets ## the same comparison with SPT's sparse attention and routed F
 	$(RUN) finetune --recipe examples/spt.yaml --output runs/spt
 
 test: assets ## all tests that run without a GPU; says which ten took longest
-	$(PY) -m pytest -n auto --durations=10 -m "not gpu and not slow"
+	$(PY) -m pytest -n auto --dist worksteal --durations=10 -m "not gpu and not slow"
 
 test-slow: assets ## the slow tests
-	$(PY) -m pytest -n auto -m "slow and not gpu"
+	$(PY) -m pytest -n auto --dist worksteal -m "slow and not gpu"
 
 torture: setup ## bad inputs, kills, full disks and doubled starts over every command; prints counts
 	$(PY) -m tests.torture

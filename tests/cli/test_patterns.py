@@ -26,7 +26,7 @@ def saved(folder: Path, **options: object) -> sparsetrain.Handle:
 
 
 def test_draws_every_layer_and_puts_them_into_the_report_once(tmp_path: Path, call: Call) -> None:
-    handle = saved(tmp_path / "run" / "model", share_heads=False)
+    handle = saved(tmp_path / "run" / "model")
     report = tmp_path / "run" / "report.html"
     write_report(build_report(title="t", runs={"sparse": {"steps": []}}), tmp_path / "run")
     for _ in range(2):
@@ -43,6 +43,15 @@ def test_draws_every_layer_and_puts_them_into_the_report_once(tmp_path: Path, ca
     assert page.count('id="patterns"') == 1 and page.count("data:image/png") == LAYERS and 'id="verdict"' in page
     shown = call("patterns", tmp_path / "run", "--output", tmp_path / "elsewhere").out
     assert "transformer.h.1.attn" in shown and (tmp_path / "elsewhere" / "layer-00.png").exists()
+
+
+def test_heads_of_their_own_are_drawn_one_by_one(tmp_path: Path, call: Call) -> None:
+    handle = saved(tmp_path / "run" / "model", share_heads=False, layers=[1])
+    result = call("patterns", tmp_path / "run", "--json")
+    (layer,) = result.json["layers"]
+    (stats,) = handle.report()["stats"].values()
+    assert layer["site"] == "transformer.h.1.attn" and layer["density"] == pytest.approx(stats["density"])
+    assert [file.name for file in (tmp_path / "run" / "patterns").iterdir()] == ["layer-00.png"]
 
 
 def test_the_newest_checkpoint_of_a_dense_phase(tmp_path: Path, call: Call) -> None:

@@ -14,8 +14,16 @@ from tests.cli.conftest import Call
 from tests.hf.test_predict import config_file  # noqa: F401
 
 
+@pytest.fixture(scope="session")
+def outlines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("outlines")
+
+
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_cache(tmp_path: Path, outlines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each test its own but for the traces, which take seconds: most tests ask of one tiny model."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "outlines").symlink_to(outlines)
     monkeypatch.setenv("SPARSETRAIN_CACHE", str(tmp_path / "cache"))
 
 
@@ -146,6 +154,6 @@ def test_a_plan_of_several_models_says_each_stage(call: Call, text: Path, tmp_pa
 
 
 @pytest.mark.parametrize(("name", "code"), [("adamx", 2), ("adagrad", 0), ("adamw_torch", 0)])
-def test_an_optimizer_that_nobody_knows_is_refused(name: str, code: int, call: Call) -> None:
-    result = call("plan", "--model", "smollm2-135m", "--optim", name, "--json")
+def test_an_optimizer_that_nobody_knows_is_refused(name: str, code: int, call: Call, config_file: Path) -> None:  # noqa: F811
+    result = call("plan", "--model", config_file, "--preset", "dense", "--gpu", "cpu", "--optim", name, "--json")
     assert result.code == code and (not code or "--optim 'adamx' is unknown" in result.json["error"]["message"])

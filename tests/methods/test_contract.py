@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -60,17 +60,17 @@ KIN = ("qwen2", "qwen3", "mistral")
 TURNS = 3
 
 
-def in_turn(pairs: list[tuple[Any, ...]], turn: int) -> list[Any]:
+def in_turn(pairs: list[tuple[str, str]], turn: int, ways: Sequence[Any] = ()) -> list[Any]:
     """Of families that are built like others, each pair has every third of such tests, so that each test meets each
-    method and each family; the others are slow."""
+    method and each family; the others are slow. Of the two `ways` of a test, a pair of other families has one."""
     families = list(CASES)
 
-    def waits(method: str, family: str) -> bool:
-        return (family in FURTHER or family in KIN) and (
-            METHODS.index(method) + families.index(family) + turn
-        ) % TURNS != 0
+    def waits(method: str, family: str, *way: Any) -> bool:
+        place = METHODS.index(method) + families.index(family) + turn + sum(map(ways.index, way))
+        return place % (TURNS if family in FURTHER or family in KIN else len(ways) or 1) != 0
 
-    return [pytest.param(*pair, marks=pytest.mark.slow) if waits(*pair[:2]) else pair for pair in pairs]
+    cells = [(*pair, *way) for pair in pairs for way in ([(each,) for each in ways] or [()])]
+    return [pytest.param(*cell, marks=pytest.mark.slow) if waits(*cell) else cell for cell in cells]
 
 
 def of_its_own(pairs: list[tuple[str, str]]) -> list[Any]:
@@ -78,27 +78,25 @@ def of_its_own(pairs: list[tuple[str, str]]) -> list[Any]:
     return [pytest.param(*pair, marks=pytest.mark.slow) if pair[1] in KIN else pair for pair in pairs]
 
 
-every = pytest.mark.parametrize(("method", "family"), PAIRS)
 own = pytest.mark.parametrize(("method", "family"), of_its_own(PAIRS))
 wide = pytest.mark.parametrize(("method", "family"), WIDE)
 causal = pytest.mark.parametrize(("method", "family"), [pair for pair in PAIRS if CASES[pair[1]].causal])
 all_or_some = pytest.mark.parametrize(
     ("method", "family", "some"),
-    in_turn(
-        [(*pair, some) for some in (False, True) for pair in (PAIRS if some else WIDE) if CASES[pair[1]].causal],
-        turn=2,
-    ),
+    [
+        *in_turn([pair for pair in PAIRS if CASES[pair[1]].causal], turn=2, ways=(False, True)),
+        *in_turn([pair for pair in WIDE if pair[1] in FURTHER and CASES[pair[1]].causal], turn=2, ways=(False,)),
+    ],
 )
-"""`wide` are further families, too, which are built like others; `every` are those that keep the whole contract, and
-`own` those of them that differ in their row."""
+"""`wide` are further families, too, which are built like others; `own` those that differ in their row."""
 
 
-def claimed(feature: str, further: int | None = None) -> Any:
-    """Every method on every family where the support matrix says yes, on further ones `in_turn`."""
+def claimed(feature: str, further: int | None = None, **ways: Sequence[Any]) -> Any:
+    """Every method on every family where the support matrix says yes, on further ones and in both `ways` `in_turn`."""
     limits = family_limits() | (further_families() if further is not None else {})
     pairs = [(m, f) for m, f in WIDE if f in limits and why_not(m, feature, limits[f]) is None]
     assert pairs or feature in UNPROVEN, f"nobody claims {feature}"
-    return pytest.mark.parametrize(("method", "family"), in_turn(pairs, further or 0))
+    return pytest.mark.parametrize(("method", "family", *ways), in_turn(pairs, further or 0, *ways.values()))
 
 
 def convert(model: Any, family: Family, *configs: MethodConfig) -> sparsetrain.Handle:
@@ -211,8 +209,7 @@ def test_causality(method: str, family: str, some: bool) -> None:
         assert moved[:, t].min() > 1e-5
 
 
-@claimed("padding", further=0)
-@pytest.mark.parametrize("side", ["left", "right"])
+@claimed("padding", further=0, side=("left", "right"))
 def test_padding_changes_nothing(method: str, family: str, side: str) -> None:
     case = CASES[family]
     model = case.model()
@@ -263,8 +260,7 @@ def test_same_seed_same_result_and_the_global_generator_is_left_alone(method: st
     assert torch.equal(torch.rand(1), results[0][1])
 
 
-@claimed("checkpointing")
-@pytest.mark.parametrize("reentrant", [False, True])
+@claimed("checkpointing", reentrant=(False, True))
 def test_gradients_with_checkpointing_equal_those_without(method: str, family: str, reentrant: bool) -> None:
     if reentrant and (reason := why_not(method, "checkpointing_reentrant", family_limits()[family])):
         pytest.skip(reason)
@@ -336,7 +332,7 @@ def test_dense_checkpoints_load_and_ours_hold_the_dense_order(method: str, famil
         assert torch.equal(logits(model, batch), logits(other, batch))
 
 
-@every
+@own
 def test_inside_dense_the_model_is_the_dense_one(method: str, family: str) -> None:
     case = CASES[family]
     model, batch = case.model(), case.batch()

@@ -47,7 +47,16 @@ def plans(family: str) -> dict[str, tuple[str, str]]:
 
 CASES = [(family, name) for family in FAMILIES for name in plans(family)]
 every = pytest.mark.parametrize(("family", "name"), CASES)
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+in_both = pytest.mark.parametrize(
+    ("family", "name", "dtype"),
+    [
+        pytest.param(*case, dtype, id=f"{'-'.join(case)}-{kind}", marks=() if (i + j) % 2 else pytest.mark.slow)
+        for i, case in enumerate(CASES)
+        for j, (kind, dtype) in enumerate(DTYPES.items())
+    ],
+)
+"""Every case in one of the two dtypes, in turn; in the other it is slow."""
 
 
 def config_of(family: str, name: str, **changes: Any) -> MaskedGrowth:
@@ -135,8 +144,7 @@ def site_of(handle: Any) -> RampSite:
     return site
 
 
-@every
-@dtypes
+@in_both
 def test_growth_changes_no_bit_of_the_outputs(family: str, name: str, dtype: torch.dtype) -> None:
     small, new, handle = pair(family, config_of(family, name), dtype)
     inputs = batch(family, dtype)
@@ -189,8 +197,7 @@ def new_part(grad: Tensor | None, corner: Any, parts: Any) -> Tensor | None:
     return rest
 
 
-@every
-@dtypes
+@in_both
 def test_after_the_ramp_it_is_the_plain_model(family: str, name: str, dtype: torch.dtype) -> None:
     _, new, handle = pair(family, config_of(family, name), dtype)
     kind, inputs = type(FAMILIES[family].model()), batch(family, dtype)
@@ -454,7 +461,7 @@ MLM = ("bert", "roberta-prelayernorm", "distilbert")
 
 
 @pytest.mark.parametrize("family", MLM)
-@dtypes
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_masked_token_heads_grow_too(family: str, dtype: torch.dtype) -> None:
     full = AutoModelForMaskedLM.from_config(FAMILIES[family].model().config).to(dtype)
     config = config_of(family, "all")
