@@ -165,6 +165,11 @@ def test_a_finished_run_has_nothing_to_resume(tmp_path: Path) -> None:
     finetune(recipe, write=False)
     with pytest.raises(CheckpointError, match="finished run"):
         resume(recipe)
+    with pytest.raises(ValueError, match=r"result.json\)|…\)\. Choose another\."):
+        check_output(recipe.output, resume=False)
+    (Path(recipe.output) / "result.json").unlink()
+    with pytest.raises(ValueError, match="Add --resume"):
+        check_output(recipe.output, resume=False)
     with pytest.raises(ValueError, match="is a file"):
         check_output(tmp_path / "text" / "0.txt", resume=False)
     assert find_resumable(tmp_path / "absent", recipe) is None

@@ -19,7 +19,7 @@ from sparsetrain.core.files import is_scratch
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.runs.events import Report, silent
 from sparsetrain.runs.finite import not_finite
-from sparsetrain.runs.layout import PROGRESS
+from sparsetrain.runs.layout import PROGRESS, RESULT, RUN
 from sparsetrain.runs.lock import LOCK
 from sparsetrain.runs.manifest import FORMAT, MANIFEST, json_in, read_json, verify_manifest, write_json, write_manifest
 from sparsetrain.runs.places import check_folder
@@ -191,7 +191,9 @@ def check_output(output: str | Path, *, resume: bool) -> None:
         check_folder(output, "output")
     if held and not resume:
         shown = ", ".join(held[:4]) + (", …" if len(held) > 4 else "")
-        raise ValueError(f"output folder {output} is not empty (it holds {shown}). Add --resume, or choose another.")
+        begun = RUN in held or bool(own_checkpoints(output))
+        advice = "Add --resume, or choose another." if begun and RESULT not in held else "Choose another."
+        raise ValueError(f"output folder {output} is not empty (it holds {shown}). {advice}")
 
 
 def held_in(output: Path) -> list[str]:
