@@ -21,7 +21,7 @@ from sparsetrain.hf.train.finetune import finetune
 from sparsetrain.planner.choosing import Asked
 from sparsetrain.planner.forecast import MARGIN
 from sparsetrain.planner.machines import RESERVE_BYTES
-from sparsetrain.planner.quality import Deployed, Facts
+from sparsetrain.planner.quality import Deployed
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.runs.choice import recorded_choice
 from tests.cli.conftest import Call
