@@ -57,6 +57,8 @@ def test_a_vision_transformer_learns_two_colours(tmp_path: Path, capsys: pytest.
     out = str(tmp_path / "out")
     assert run(["eval", out, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(result["run"]["evals"][-1]["loss"], rel=1e-4)
+    assert run(["eval", out, "--all", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 28
     loaded = load(out)
     with Image.open(tmp_path / "data" / "red" / "3.png") as picture:
         seen = loaded.tokenizer(picture, return_tensors="pt")

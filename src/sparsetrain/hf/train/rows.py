@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 
 from sparsetrain.data.collate import Collator
@@ -92,14 +92,15 @@ def eval_images(recipe: RunRecipe, config: Any) -> int | None:
 
 
 def all_rows(recipe: RunRecipe, tokenizer: Any, config: Any, report: Report) -> DataBundle:
-    """Every row of the recipe's data as training rows, text up to `eval_tokens`: for data that was not trained on.
+    """Every row of the recipe's data as training rows, text up to `eval_tokens`, pictures of both parts: for data that
+    was not trained on.
 
     Raises:
         ValueError: as `load_rows`; the data is streamed.
     """
     if recipe.streaming:
         raise ValueError(f"--all holds every row, and {recipe.data} was streamed as too large for that. Leave it out.")
-    return _with_ids_checked(
+    bundle = _with_ids_checked(
         recipe,
         config,
         RowsAsked(
@@ -114,6 +115,8 @@ def all_rows(recipe: RunRecipe, tokenizer: Any, config: Any, report: Report) -> 
             progress=lambda line: report({"event": "note", "text": line}),
         ),
     )
+    # of pictures some are held out whatever is asked
+    return bundle if bundle.eval is None else replace(bundle, train=concatenate_datasets([bundle.train, bundle.eval]))
 
 
 def _with_ids_checked(recipe: RunRecipe, config: Any, asked: RowsAsked) -> DataBundle:
