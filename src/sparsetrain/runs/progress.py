@@ -44,11 +44,11 @@ class ProgressBar:
         side = f"{event['side']}: " if "side" in event else ""
         kind = event["event"]
         if kind == "note":
-            self.console.print(f"{side}{event['text']}", markup=False, highlight=False)
+            self._line(f"{side}{event['text']}")
         elif kind == "quality":
             shown = METRICS[event["metric"]].text(event["value"])
             stage = event["stage"].replace("_", " ")
-            self.console.print(f"{side}{event['metric']} {stage}: {shown}", markup=False, highlight=False)
+            self._line(f"{side}{event['metric']} {stage}: {shown}")
         elif kind == "phase":
             self._show(side + event["name"], event["share"], 1.0, f"{event['share']:.0%}")
         elif kind == "step":
@@ -61,7 +61,11 @@ class ProgressBar:
         elif kind == "stage":
             self._stages[side] = f", stage {event['index'] + 1} of {event['of']}: {event['name']}"
             size = f" ({event['size']})" if "size" in event else ""
-            self.console.print(f"{side}training{self._stages[side]}{size}", markup=False, highlight=False)
+            self._line(f"{side}training{self._stages[side]}{size}")
+
+    def _line(self, text: str) -> None:
+        """Without a terminal it is not broken: a log is searched, and a command in it copied."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=not self.console.is_terminal)
 
     def _show(self, name: str, done: float, total: float, figures: str, stage: str = "") -> None:
         if name not in self._tasks:
