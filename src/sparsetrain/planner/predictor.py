@@ -17,6 +17,7 @@ from sparsetrain.planner.kernels import ops_of, unable
 from sparsetrain.planner.measured import measured_speedup
 from sparsetrain.planner.model_config import ModelConfig
 from sparsetrain.planner.nearest import nearest
+from sparsetrain.planner.optimizers import DEFAULT
 from sparsetrain.planner.outline import Outline, load_outline, store_outline
 from sparsetrain.planner.search import Answer, Candidate, Question, answer
 from sparsetrain.recipes.finetune import Recipe
@@ -115,7 +116,7 @@ class Predictor:
     def _key(self, recipe: Recipe) -> str:
         """Names what an outline depends on: the model, how it is trained, and the code that was traced."""
         keys = (*KEYS, "activation_offloading", "tiled_mlp")
-        trained = {key: getattr(recipe, key) for key in keys} | {"training": recipe.training.get("optim")}
+        trained = {key: getattr(recipe, key) for key in keys} | {"training": recipe.training.get("optim", DEFAULT)}
         trained |= {"again": recipe.gradient_checkpointing != "none", "bf16": self.bf16, "gpu": self.gpu}
         trained["config"] = self.model.values
         trained["methods"] = [plain_values(config) for config in recipe.configs]
