@@ -200,7 +200,7 @@ def test_output_folder_not_empty(train, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("precious")
     result = train()
-    assert result.code == 2 and "not empty" in result.err and "thesis.tex" in result.err and "--resume" in result.err
+    assert result.code == 2 and "not empty (it holds thesis.tex). Choose another." in result.err
     assert os.listdir(tmp_path / "run") == ["thesis.tex"]
     assert train(output=tmp_path / "run" / "thesis.tex").code == 2
     assert (tmp_path / "run" / "thesis.tex").read_text() == "precious"
