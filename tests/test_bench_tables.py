@@ -21,7 +21,9 @@ def test_sara_beside_lora_by_seed() -> None:
     lines = linears.sara(of(cells, steps=10))
     assert "| sara | 100 | 1.0e-03 | 2 | 2.100 ± 0.100 | +0.150 ± 0.050 | 1.00 |" in lines
     said = linears.conclude_sara({"sara": of(cells)})
-    assert "+0.150 ± 0.050 (lora), – (full), – (shira)" in said and "Not measured" in linears.conclude_sara({})
+    assert said.endswith("python-stdlib: +0.150 ± 0.050 (lora).")
+    alone = linears.conclude_sara({"sara": of({"python-stdlib sara 0": run(2.0)})})  # beside nothing yet
+    assert "Not measured" in alone and "Not measured" in linears.conclude_sara({})
 
 
 def test_pst_s_trained_numbers_beside_movement_s() -> None:

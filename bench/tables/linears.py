@@ -126,14 +126,14 @@ def monarch(results: dict[str, Any]) -> list[str]:
 
 def conclude_sara(found: dict[str, Any]) -> str:
     runs = seeds_of(found["sara"]["results"]) if "sara" in found else {}
-    data = [name.removesuffix(" sara") for name in runs if name.endswith(" sara")]
-    if not data:
-        return "Not measured yet: `python -m bench run sara`."
     said = []
-    for each in data:
-        own = runs[f"{each} sara"]
-        less = [f"{beside(own, runs.get(f'{each} {arm}', {}), 'loss')} ({arm})" for arm in ("lora", "full", "shira")]
-        said.append(f"{each}: {', '.join(less)}")
+    for data in (name.removesuffix(" sara") for name in runs if name.endswith(" sara")):
+        own = runs[f"{data} sara"]
+        others = {arm: runs[f"{data} {arm}"] for arm in ("lora", "full", "shira") if f"{data} {arm}" in runs}
+        less = [f"{beside(own, other, 'loss')} ({arm})" for arm, other in others.items()]
+        said += [f"{data}: {', '.join(less)}"] if less else []
+    if not said:
+        return "Not measured yet: `python -m bench run sara`."
     return f"**SaRA's held-out loss less that of others at equal steps.** {'; '.join(said)}."
 
 
