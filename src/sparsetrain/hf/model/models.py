@@ -149,7 +149,7 @@ def _with_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: l
         except ValueError as error:
             if recipe.lora_targets != "all-linear" or "No `target_modules`" not in str(error):
                 raise
-            names = " and ".join(config.method for config in recipe.configs)
+            names = " and ".join(config.method for config in recipe.configs) or "the model"
             raise ValueError(f"{names} leaves no linear for LoRA. Set lora_r=0, or narrow its targets.") from None
     if recipe.model_revision is not None:  # PEFT would name the folder of its snapshot
         config.base_model_name_or_path, config.revision = recipe.model, recipe.model_revision
