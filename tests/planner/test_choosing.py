@@ -250,3 +250,13 @@ def test_exact_tools_follow_where_nothing_fits_and_never_else() -> None:
     assert gpu[1].exact == keys and dense.exact == {}
     assert not leaner([dense, replace(again, fits=True)], gpu=True)
     assert not leaner([replace(dense, fits=True)], gpu=True)
+
+
+def test_what_gained_nothing_on_record_is_not_timed() -> None:
+    tie = record(HALF, equal_steps=0.002, speedup=1.03, peak=1.11)
+    _, found = choose(SFT, records=(tie,))
+    assert [way.refused for way in found if way.methods] == [
+        "on record it gains nothing: a step 1.03x dense, 1.11x its peak memory"
+    ]
+    for gains in (replace(tie, peak=0.6), replace(tie, speedup=1.2)):
+        assert [way.refused for way in choose(SFT, records=(gains,))[1] if way.methods] == [None]

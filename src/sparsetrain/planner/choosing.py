@@ -2,7 +2,7 @@
 
 1. A way with methods comes from a record of it, deployed dense (`quality`), and only where its facts hold.
 2. It is admitted if it was within the tolerance of dense LoRA after as many steps: a run has the steps that it is asked
-   for, so a lead after as much time is none of its user's.
+   for, so a lead after as much time is none of its user's. And it was faster there, or leaner.
 3. It has to fit. Of what does, `time` takes the fastest, `memory` the leanest whose step takes at most 1.5 times as
    long as the fastest. Dense training is always weighed, and wins a tie.
 """
@@ -23,6 +23,8 @@ from sparsetrain.recipes.presets import PIECES
 GOALS = ("time", "memory")
 SLOWEST = 1.5
 """With goal=memory: a step may take this many times the fastest one's."""
+GAIN = 1.05
+"""Of a record that isn't leaner, the step has to be so many times as fast to be worth timing here."""
 ROUGH = 1.1
 """A speed-up that isn't measured here has to be above this: predicted steps are 7 to 28 % too short."""
 
@@ -149,6 +151,8 @@ def options(
 
 def _beyond(record: Deployed, tolerance: float) -> str | None:
     """Why a record doesn't admit its methods; None if it does."""
+    if record.speedup is not None and record.speedup < GAIN and (record.peak or 0.0) >= 1:
+        return f"on record it gains nothing: a step {record.speedup:.2f}x dense, {record.peak:.2f}x its peak memory"
     if record.equal_steps is not None and record.equal_steps <= tolerance:
         return None
     ahead = record.equal_time is not None and record.equal_time < 0
