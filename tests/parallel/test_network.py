@@ -50,3 +50,15 @@ def test_a_rank_s_bandwidth_is_what_passes_its_link() -> None:
 def test_one_process_has_no_network() -> None:
     with pytest.raises(ValueError, match="torchrun"):
         measure_network(1, torch.device("cpu"))
+
+
+def test_a_disturbed_message_does_not_make_the_line() -> None:
+    """A slow shortest message once read as 33 GB/s: as much time as the longest, so no slope at all."""
+    true_speed, hop_s = 1e9, 1e-3
+    seconds = {size: 6 * hop_s + 1.5 * size / true_speed for size in (4096, 2**16, 2**20, 2**24)}
+    exact = Link(ranks=4, seconds=seconds, gathers={}).line()
+    assert exact == pytest.approx((true_speed, hop_s))
+    disturbed = Link(ranks=4, seconds=seconds | {4096: 3 * seconds[4096]}, gathers={}).line()
+    assert disturbed[0] == pytest.approx(true_speed, rel=0.3)
+    flat = Link(ranks=4, seconds={1000: 2.0, 8000: 1.0}, gathers={}).line()
+    assert flat[1] == 0 and flat[0] > 0

@@ -15,8 +15,8 @@ from sparsetrain.parallel.shape import AXES, GridShape
 from sparsetrain.parallel.volume import gathered, reduced, scattered
 
 # renamed in torch 2.13; the floor is 2.11
-_gather: Any = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
-_scatter: Any = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+all_gather_single: Any = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+reduce_scatter_single: Any = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
 
 
 @dataclass
@@ -124,7 +124,7 @@ class ParallelGrid:
             return Pending(x)
         self.traffic.add("gather", axis, gathered(x.numel(), size))
         found = x.new_empty((size * x.shape[0], *x.shape[1:]))
-        return Pending(found, _gather(found, x.contiguous(), group=self._groups[axis], async_op=True))
+        return Pending(found, all_gather_single(found, x.contiguous(), group=self._groups[axis], async_op=True))
 
     def reduce_scatter(self, x: Tensor, axis: str) -> Pending:
         """[G s] -> [s]: this rank's part of the sum."""
@@ -133,7 +133,7 @@ class ParallelGrid:
             return Pending(x)
         self.traffic.add("scatter", axis, scattered(x.numel(), size))
         found = x.new_empty((x.shape[0] // size, *x.shape[1:]))
-        return Pending(found, _scatter(found, x.contiguous(), group=self._groups[axis], async_op=True))
+        return Pending(found, reduce_scatter_single(found, x.contiguous(), group=self._groups[axis], async_op=True))
 
     def gather_features(self, x: Tensor, axis: str) -> Tensor:
         """[…, f] -> […, G f]."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, distributed
 
 from sparsetrain.core import ranks
+from sparsetrain.parallel.grid import all_gather_single
 
 SIZES = (64 * 1024, 1024**2, 16 * 1024**2, 64 * 1024**2)
 """Bytes of the messages; the bandwidth is that of the largest all-reduce."""
@@ -41,12 +42,16 @@ class Link:
         return self.shared_by * 2 * (self.ranks - 1) / self.ranks * size / self.seconds[size]
 
     def line(self) -> tuple[float, float]:
-        """(bytes a second of one group, seconds a hop) of a ring whose shortest and longest all-reduce take what was
-        measured: 2 (n - 1) hops each."""
-        short, long = min(self.seconds), max(self.seconds)
-        grows = max(self.seconds[long] - self.seconds[short], 1e-9)
-        speed = 2 * (self.ranks - 1) / self.ranks * (long - short) / grows
-        return speed, max(0.0, self.seconds[short] / (2 * (self.ranks - 1)) - short / self.ranks / speed)
+        """(bytes a second of one group, seconds a hop) of a ring whose all-reduces take, as nearly as may be, what was
+        measured at every size: 2 (n - 1) hops each, least squares of the relative error."""
+        hops, share = 2 * (self.ranks - 1), 2 * (self.ranks - 1) / self.ranks
+        terms = torch.tensor([[hops / s, share * size / s] for size, s in self.seconds.items()], dtype=torch.float64)
+        scale = terms.amax(0)
+        ones = terms.new_ones(len(terms), 1)
+        hop_s, byte_s = (torch.linalg.lstsq(terms / scale, ones).solution[:, 0] / scale).tolist()
+        if hop_s < 0 or byte_s <= 0:  # no slope, or one through less than nothing: bytes alone
+            hop_s, byte_s = 0.0, float((terms[:, 1] / terms[:, 1].square().sum()).sum())
+        return 1 / byte_s, hop_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +120,7 @@ def _link(groups: Sequence[range], shared_by: int, device: torch.device, sizes: 
                 return distributed.all_reduce(x, group=own)
 
             def gather(part: Tensor = part, whole: Tensor = whole) -> object:
-                return distributed.all_gather_into_tensor(whole, part, group=own)
+                return all_gather_single(whole, part, group=own)
 
             seconds[size], gathers[size] = (_median(each, rounds, device) for each in (reduce, gather))
         return Link(ranks=count, seconds=seconds, gathers=gathers, shared_by=shared_by)
