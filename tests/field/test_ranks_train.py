@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparsetrain
 from sparsetrain import FloodFillAttention, PQAttention, RoutedFFN, SemiStructured, TokenSelection
-from sparsetrain.surgery.idle import attach_zeros
+from sparsetrain.surgery.idle import attach_zeros, places_of
 from tests.families import FAMILIES
 from tests.parallel.ranks import start
 
@@ -94,19 +94,20 @@ def test_routers_that_stand_in_a_larger_forward(family: str, one_rank: None) -> 
 
 def test_zeros_are_written_so_that_nothing_spreads(one_rank: None) -> None:
     idle, x = nn.Parameter(torch.full((3,), float("nan"))), torch.ones(2, requires_grad=True)
-    out, rest = attach_zeros((x * float("inf"), "rest"), [idle])
+    places = places_of(nn.ParameterDict({"p": idle}))
+    out, rest = attach_zeros((x * float("inf"), "rest"), places)
     out.sum().backward()
     assert rest == "rest" and idle.grad is not None and torch.equal(idle.grad, torch.zeros(3))
-    assert attach_zeros(x, [nn.Parameter(torch.ones(1), requires_grad=False)]) is x
+    assert attach_zeros(x, places_of(nn.Linear(1, 1).requires_grad_(False))) is x
     with torch.no_grad():
-        assert attach_zeros(x, [idle]) is x
+        assert attach_zeros(x, places) is x
     torch.optim.AdamW([idle], weight_decay=0.1).step()
     assert idle.grad is None
 
 
 def test_alone_nothing_is_attached() -> None:
     x = torch.ones(2, requires_grad=True)
-    assert attach_zeros(x, [nn.Parameter(torch.ones(1))]) is x
+    assert attach_zeros(x, places_of(nn.Linear(1, 1))) is x
 
 
 def _rank(rank: int, folder: str) -> None:

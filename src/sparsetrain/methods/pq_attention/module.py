@@ -19,7 +19,7 @@ from sparsetrain.ops.product_quantization import codebook_loss
 from sparsetrain.ops.segments import align_segments, has_gaps, places_in_segments
 from sparsetrain.ops.token_sparse_attention import token_sparse_attention
 from sparsetrain.surgery.attention import AttentionCall, SparseAttention, say_dense
-from sparsetrain.surgery.idle import attach_zeros, note
+from sparsetrain.surgery.idle import attach_zeros, note, places_of
 from sparsetrain.surgery.targets import DenseRows
 
 
@@ -205,7 +205,7 @@ class PQSparseAttention(SparseAttention):
         codewords = self.codebook(q)
         if not codewords.requires_grad:
             return out
-        note([trained_copy(self.codebook).weight], idle=False)
+        note(places_of(trained_copy(self.codebook)), idle=False)
         if self.config.detach_qk:
             q, k = q.detach(), k.detach()
         valid = None if call.segments is None else call.segments > 0
@@ -217,7 +217,7 @@ class PQSparseAttention(SparseAttention):
 
     def _with_zeros(self, out: Tensor, *, idle: bool) -> Tensor:
         """out; in a run of several ranks, with gradients of zeros for a codebook that gets none from this call."""
-        return attach_zeros(out, [trained_copy(self.codebook).weight], idle=idle) if self.training else out
+        return attach_zeros(out, places_of(trained_copy(self.codebook)), idle=idle) if self.training else out
 
 
 def _needs_dense(call: AttentionCall) -> bool:

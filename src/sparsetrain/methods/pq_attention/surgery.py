@@ -169,7 +169,6 @@ register_method(
         refuse=refuse_rows,
         limits={
             "four_bit": "it has not been tried on quantised models. Load the model in bf16 or fp32",
-            "fsdp2": "a sharded codebook decays while it waits for its next update. Train with DDP, or on one device",
         },
     ),
 )

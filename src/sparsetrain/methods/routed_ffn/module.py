@@ -16,7 +16,7 @@ from sparsetrain.methods.routed_ffn.config import RoutedFFN
 from sparsetrain.methods.routed_ffn.permute import reorder
 from sparsetrain.ops.routed_ffn import routed_ffn
 from sparsetrain.ops.routing import balance_loss, choose_blocks, load_stats
-from sparsetrain.surgery.idle import attach_zeros
+from sparsetrain.surgery.idle import Place, attach_zeros, places_of
 from sparsetrain.surgery.lora import has_lora_bias, linear_parts, refused_adapter
 from sparsetrain.surgery.reclass import View, dense_forward, pass_through
 from sparsetrain.surgery.site import Site
@@ -138,13 +138,13 @@ class Routing(Site):
             y_td = y_td + (skip_td if dense_t is None else skip_td.masked_fill(dense_t[:, None], 0))
         return self._with_balance_loss(y_td, logits_tg, choice_tk, _context(valid_t, dense_t)).view(x.shape)
 
-    def idle_parameters(self) -> list[nn.Parameter]:
+    def idle_parameters(self) -> list[Place]:
         """What gets no gradient in the present phase: all of it while the FFN is dense, in the warm-up what stands in
         for dropped blocks, for none is dropped."""
         if not (self.dense or self.warming_up):
             return []
         used = () if self.dense else ("weight", "bias")
-        return [p for name, p in trained_copy(self.router).named_parameters() if name not in used]
+        return [place for place in places_of(trained_copy(self.router)) if place[1] not in used]
 
     def gates(self, logits_tg: Tensor) -> Tensor:
         """c [t, G]: 2σ(logit), as a value and gradient (`output`, `spt`) or as a gradient only (`ste`)."""
@@ -218,9 +218,7 @@ class Routed:
         routed.check_adapters(self)  # type: ignore[arg-type]
         if routed.dense_rows is not None and routed.dense_rows.everywhere and not routed.dense:
             out = dense_forward(Routed, self, *args, **kwargs)
-            return attach_zeros(
-                out, trained_copy(routed.router).parameters(), idle=False
-            )  # another rank has other rows
+            return attach_zeros(out, places_of(trained_copy(routed.router)), idle=False)  # another rank has other rows
         out = self._in_phase(*args, **kwargs)
         return attach_zeros(out, routed.idle_parameters()) if routed.training else out
 

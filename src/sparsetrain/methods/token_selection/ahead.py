@@ -6,7 +6,7 @@ kept is the model's width a token and layer, as in gradient checkpointing, besid
 needs anyway; a block's share is freed when the block has run, before the others' activations are saved.
 
 Where the training forward computes something else than the look (dropout, sparse sites, checkpointed blocks) nothing is
-kept, and both forwards are paid.
+kept, and both forwards are paid; as where keys train behind weights that `fully_shard` takes away after each forward.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sparsetrain.core.modes import evaluating, flagged_evaluating, modules_of
+from sparsetrain.core.shards import is_sharded
 from sparsetrain.methods.token_selection.arguments import detached
 from sparsetrain.methods.token_selection.attention import attend_to_all, key_values, trained_keys
 from sparsetrain.methods.token_selection.loss import head_of, takes_rows
@@ -61,7 +62,7 @@ def look_ahead(model: Any, given: dict[str, Any], *, policy: str | None, attende
     names = model.argument_names()
     inputs = {name: value for name, value in given.items() if name in names and name not in ("labels", SHIFTED)}
     modules = modules_of(model)
-    alike = _runs_alike(modules, given)
+    alike = _runs_alike(modules, given) and not (selector.config.train_keys and any(map(is_sharded, modules)))
     evaluates = flagged_evaluating(modules) if alike else evaluating(model)
     with evaluates, selector.head_is(look.note_head), look.into(modules):
         model.forward(**inputs)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import Anatomy, Undo, submodule
-from sparsetrain.core.modes import parameters_of
+from sparsetrain.core.shards import gradients_of
 from sparsetrain.methods.token_selection.ahead import look_ahead, remembered
 from sparsetrain.methods.token_selection.last_norm import NormOnRows
 from sparsetrain.methods.token_selection.logits import LogitsOnDemand, cut_rows
@@ -176,13 +176,13 @@ def _finish(model: Any, given: dict[str, Any], targets: Targets, whole_step: boo
     mean, (selected, all_of_them) = model.selector.mean, targets.counts
     outside = leaves_of(given.get("inputs_embeds")) if whole_step else []
     if whole_step:
-        mean.begin_if_fresh([*parameters_of(model), *outside])
+        mean.begin_if_fresh(gradients_of(model, outside))
 
     def finish(loss: Tensor, weight: Tensor | None = None, spread: Tensor | None = None) -> Tensor:
         if not whole_step:
             return loss
         counted = float(selected if weight is None else weight.sum())
-        return mean.add(loss, counted, all_of_them, lambda: {*parameters_of(model), *outside}, spread)
+        return mean.add(loss, counted, all_of_them, lambda: gradients_of(model, outside), spread)
 
     return finish
 

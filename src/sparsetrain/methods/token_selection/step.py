@@ -10,7 +10,7 @@ its loss holds the correction of the losses before it. Whoever sums losses and g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparsetrain.core import ranks
 
-Parameters = Callable[[], Iterable[Tensor]]
+Gradients = Callable[[], Iterable[Tensor]]
 
 
 def leaves_of(x: Tensor | None) -> list[Tensor]:
@@ -64,14 +64,14 @@ class StepMean:
         """A step begins: there are no gradients of its own yet."""
         self.tally = Tally()
 
-    def begin_if_fresh(self, parameters: Iterable[Tensor]) -> None:
-        """A step begins when no parameter has a gradient."""
-        if all(parameter.grad is None for parameter in parameters):
+    def begin_if_fresh(self, gradients: Collection[Tensor]) -> None:
+        """A step begins when there is no gradient."""
+        if not gradients:
             self.begin()
 
     @torch.compiler.disable()
     def add(
-        self, x: Tensor, selected: float, targets: float, parameters: Parameters, spread: Tensor | None = None
+        self, x: Tensor, selected: float, targets: float, gradients: Gradients, spread: Tensor | None = None
     ) -> Tensor:
         """x as its share of the step's mean.
 
@@ -79,22 +79,22 @@ class StepMean:
             x: the micro-batch's selected losses over N; a scalar, or entries that are summed later.
             selected: targets that are selected here, in this micro-batch on this rank.
             targets: all of them.
-            parameters: gives whatever gets gradients.
+            gradients: gives those that are there.
             spread: bool, like x: the entries that carry the correction of earlier micro-batches.
         """
         if ranks.size() > 1:
             both = torch.tensor([selected, targets], dtype=torch.float64, device=x.device)
             selected, targets = ranks.all_reduce_(both).tolist()
         part = Tally(selected, targets, x.detach().sum())
-        return _Add.apply(x, self, part, parameters, spread)  # type: ignore[return-value]
+        return _Add.apply(x, self, part, gradients, spread)  # type: ignore[return-value]
 
 
 class _Add(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, mean: StepMean, part: Tally, parameters: Parameters, spread: Tensor | None
+        ctx: Any, x: Tensor, mean: StepMean, part: Tally, gradients: Gradients, spread: Tensor | None
     ) -> Tensor:
-        ctx.mean, ctx.part, ctx.parameters, ctx.scale = mean, part, parameters, None
+        ctx.mean, ctx.part, ctx.gradients, ctx.scale = mean, part, gradients, None
         before, after = mean.tally, mean.tally + part
         if after.scale == before.scale:
             return x * after.scale
@@ -111,7 +111,6 @@ class _Add(torch.autograd.Function):
             ctx.mean.tally = before + ctx.part
             ctx.scale = ctx.mean.tally.scale
             if before.scale not in (0.0, ctx.scale):
-                for parameter in ctx.parameters():
-                    if parameter.grad is not None:
-                        parameter.grad.mul_(ctx.scale / before.scale)
+                for gradient in ctx.gradients():
+                    gradient.mul_(ctx.scale / before.scale)
         return dy * ctx.scale, None, None, None, None

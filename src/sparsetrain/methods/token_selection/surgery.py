@@ -171,9 +171,5 @@ register_method(
         site_names=site_names,
         refuse=refuse,
         measure=measure,
-        limits={
-            "fsdp2": "over several passes it scales the gradients that are there, and shards are out of its reach. "
-            "Train with DDP, or on one device"
-        },
     ),
 )

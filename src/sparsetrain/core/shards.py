@@ -1,0 +1,53 @@
+"""What PyTorch's `fully_shard` keeps from a model's own names: gradients, while a module's weights are gathered.
+
+Between a forward and its backward the outermost module holds whole weights under the names of its parameters, and the
+gradients of earlier passes hang on the shards, which no public name reaches then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsetrain.core.modes import modules_of, parameters_of
+
+
+def gradients_of(model: nn.Module, more: Iterable[Tensor] = ()) -> list[Tensor]:
+    """The gradients that are there, of a model's parameters and of more tensors; shards are DTensors.
+
+    Raises:
+        RuntimeError: this version of torch keeps shards elsewhere.
+    """
+    holders = dict.fromkeys([*parameters_of(model), *more, *_behind(model)])
+    found = [holder.grad for holder in holders if holder.grad is not None]
+    return found + [grad for param in _sharded(model) if (grad := param.unsharded_accumulated_grad) is not None]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on this module."""
+    return hasattr(module, "_get_fsdp_state")
+
+
+def _behind(model: nn.Module) -> Iterator[Tensor]:
+    """Both forms of every sharded parameter: the gradient hangs on one of them."""
+    for param in _sharded(model):
+        yield param.sharded_param
+        if hasattr(param, "_unsharded_param"):  # since the first time that it was gathered
+            yield param._unsharded_param
+
+
+def _sharded(model: nn.Module) -> Iterator[Any]:
+    for module in modules_of(model):
+        if not is_sharded(module):
+            continue
+        state = module._get_fsdp_state()  # type: ignore[operator]
+        try:  # several groups of a module since torch 2.13; one before
+            groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+            yield from [param for group in groups if group is not None for param in group.fsdp_params]
+        except AttributeError as error:
+            raise RuntimeError(
+                f"fully_shard of this torch keeps its shards in another place ({error}), so gradients of earlier "
+                "passes cannot be found. Give one pass a step, train with DDP, or use torch 2.11 to 2.13."
+            ) from None
