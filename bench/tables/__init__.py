@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bench.tables import attention, deploy, ffn, growth, linears, pictures, planner, semi_structured, steps, tokens
+from bench.tables import (
+    attention,
+    deploy,
+    ffn,
+    growth,
+    linears,
+    pictures,
+    planner,
+    ranks,
+    semi_structured,
+    steps,
+    tokens,
+)
 
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "selected_attention": attention.attention,
@@ -25,6 +37,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "planner_accuracy_gpu": planner.accuracy_gpu,
     "planner_steps": planner.step_times,
     "planner_grids": planner.grids,
+    "parallel_ranks": ranks.parallel_ranks,
     "steps": steps.steps,
     "deploy": deploy.deploy,
     "sara": linears.sara,
@@ -55,5 +68,6 @@ CONCLUSIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "sparsedm": pictures.conclude_sparsedm,
     "concept_bottleneck": pictures.conclude_concepts,
     "planner": planner.conclude_planner,
+    "ranks": ranks.conclude_ranks,
 }
 """Page of docs/results -> what its numbers say, in the order of the index."""

@@ -132,9 +132,16 @@ def conclude_sara(found: dict[str, Any]) -> str:
         others = {arm: runs[f"{data} {arm}"] for arm in ("lora", "full", "shira") if f"{data} {arm}" in runs}
         less = [f"{beside(own, other, 'loss')} ({arm})" for arm, other in others.items()]
         said += [f"{data}: {', '.join(less)}"] if less else []
-    if not said:
-        return "Not measured yet: `python -m bench run sara`."
-    return f"**SaRA's held-out loss less that of others at equal steps.** {'; '.join(said)}."
+    told = [f"**SaRA's held-out loss less that of others at equal steps.** {'; '.join(said)}."] if said else []
+    cells = found["sara"]["results"] if "sara" in found else {}
+    if {"memory full", "memory sara", "step sara"} <= cells.keys():
+        full, own = (cells[f"memory {name}"]["measured"] for name in ("full", "sara"))
+        held = (own["optimizer"] + own["gradients"]) / (full["optimizer"] + full["gradients"])
+        told.append(
+            f"**Memory and time beside full fine-tuning**: {held:.3f} of its optimizer state and gradients, "
+            f"{own['peak'] / full['peak']:.2f} of its peak, a step {cells['step sara']['ratio']['median']:.2f}× as fast."
+        )
+    return " ".join(told) or "Not measured yet: `python -m bench run sara`."
 
 
 def step_sara(found: dict[str, Any]) -> str | None:
