@@ -21,9 +21,12 @@ import pytest
 from torch import distributed
 
 from sparsetrain.cli import run
+from sparsetrain.core import ranks as run_ranks
 from sparsetrain.runs.checkpoints import own_checkpoints
+from sparsetrain.runs.launch import joined
 from sparsetrain.runs.manifest import MANIFEST, verify_manifest
 from tests.cli.conftest import save_llama, write_text
+from tests.parallel.ranks import start
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
 
@@ -218,3 +221,22 @@ def children(pid: int) -> list[int]:
         if int(text.rpartition(")")[2].split()[1]) == pid:
             found.append(int(path.parent.name))
     return sorted(found)
+
+
+def _leaves(place: int, folder: str, port: int) -> None:
+    os.environ.update({"RANK": str(place), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    passed = Path(folder) / "passed"
+    with pytest.MonkeyPatch.context() as patch:
+        if place == 1:
+            patch.setattr(run_ranks, "wait", lambda: (distributed.barrier(), time.sleep(0.5), passed.touch()))
+        with joined("cpu"):
+            pass
+    assert passed.exists()
+
+
+def test_no_rank_closes_its_connections_before_all_have_ended(tmp_path: Path) -> None:
+    """One of a hundred runs that had ended well was said to have lost a rank: the others had gone while it read."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start(_leaves, (str(tmp_path), port), 2)

@@ -9,6 +9,7 @@ The first rank writes and speaks. A rank that fails says why, once; the others e
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -30,7 +31,9 @@ from sparsetrain.surgery.apply import Handle
 
 AGAIN = "The same command with --resume goes on from the last whole checkpoint, on any number of ranks."
 PATIENCE_S = 10.0
-"""For a rank that tells of a failure: a launcher ends all others, and it too, as soon as the first has exited."""
+"""For a rank that tells of a failure: a launcher ends all others, and it too, as soon as the first has exited. And for
+one that has ended well, until all have."""
+_ends = itertools.count()
 _LOST = re.compile(
     r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|timed? ?out|remote process|process group",
     re.IGNORECASE,
@@ -67,7 +70,7 @@ def joined(device: str = "auto") -> Iterator[None]:
     try:
         with _ended_by_launcher(stopped):
             yield
-            ranks.wait()
+            _leave_together()
     except BaseException as error:
         failed, was_stopped = True, stopped.is_set()
         stopped.set()
@@ -126,13 +129,29 @@ def _of_all(error: BaseException, stopped: bool) -> BaseException:
     return error
 
 
+def _leave_together() -> None:
+    """Wait for all ranks, and let none close its connections while another still reads from them: to that one it would
+    be a rank that has died, after a run that has ended well."""
+    ranks.wait()
+    key, until = f"ended/{next(_ends)}", time.monotonic() + PATIENCE_S
+    here = _count(key, 1)
+    while here is not None and here < ranks.total() and time.monotonic() < until:
+        time.sleep(0.01)
+        here = _count(key, 0)
+
+
 def _first_to_tell() -> bool:
     """Is this the first rank to tell of a failure? Where nobody can be asked: yes."""
-    key = f"sparsetrain/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return _count("told", 1) in (None, 1)
+
+
+def _count(what: str, add: int) -> int | None:
+    """A number that all ranks add to, after this rank has; None where whoever holds it is gone."""
+    key = f"sparsetrain/{what}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     try:
-        return distributed.distributed_c10d._get_default_store().add(key, 1) == 1
-    except Exception:  # whoever held the store is gone
-        return True
+        return int(distributed.distributed_c10d._get_default_store().add(key, add))
+    except Exception:
+        return None
 
 
 @contextmanager
