@@ -42,8 +42,9 @@ def export(
 ) -> Answer:
     """Write a trained model for use elsewhere.
 
-    By default full weights in the dense layout, which `from_pretrained` loads, with LoRA merged in. The model was
-    trained sparse: its quality is measured sparse, so measure it again (`sparsetrain eval`) before running it dense.
+    By default full weights in the dense layout, which `from_pretrained` loads, with LoRA merged in. A run is
+    measured as it is deployed, which is dense; one of --deploy sparse was measured sparse, so measure what is exported
+    (`sparsetrain eval`) before running it dense.
 
     \b
     Examples:
