@@ -11,7 +11,7 @@ from sparsetrain.measure.components import COMPONENTS
 from sparsetrain.measure.markup import Bar, Bars
 from sparsetrain.measure.schema import RUNS, Run
 
-MEMORY_PARTS = ("weights", "gradients", "optimizer", "saved activations", "rest")
+MEMORY_PARTS = ("libraries and data", "weights", "gradients", "optimizer", "saved activations", "rest")
 
 
 def saved_by_component(runs: dict[str, Run]) -> Bars:
@@ -23,7 +23,8 @@ def saved_by_component(runs: dict[str, Run]) -> Bars:
 
 
 def memory_parts(runs: dict[str, Run]) -> Bars:
-    """Weights, gradients, optimizer state, saved activations and the rest, up to the measured peak."""
+    """What a process holds before its model, weights, gradients, optimizer state, saved activations and the rest, up to
+    the measured peak."""
     sides = {called(name, runs): runs[name] for name in RUNS if name in runs}
     rows = {name: row for name, run in sides.items() if (row := memory_row(run))}
     peaks = {name: f"peak {bytes_text(row['peak'])}" for name, row in rows.items() if "peak" in row}
@@ -45,6 +46,7 @@ def memory_row(run: Run) -> dict[str, int]:
     """Bytes by part, `peak` where it was measured, and `rest`: what the peak holds beyond the parts."""
     static = run.get("static_bytes") or {}
     row = {
+        "libraries and data": 0 if run.get("peak_gpu_bytes") else run.get("resident_before") or 0,
         "weights": sum(static.get(key, 0) for key in ("parameters_trainable", "parameters_frozen", "buffers")),
         "gradients": static.get("gradients", 0),
         "optimizer": static.get("optimizer_trainable", 0) + static.get("optimizer_frozen", 0),

@@ -18,6 +18,7 @@ COLOURS: dict[str, tuple[str, str]] = {
     "adapters": ("#14919b", "#4fc4cd"),
     "other": ("#bfa98a", "#8c7b63"),
     # parts of a process's memory
+    "libraries and data": ("#a8b5a2", "#5d6b57"),
     "weights": ("#34495e", "#7d93aa"),
     "gradients": ("#65a30d", "#a3e635"),
     "optimizer": ("#b794f4", "#6d4fb0"),

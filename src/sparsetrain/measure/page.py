@@ -244,7 +244,10 @@ def _settings(title: str, name: str, values: dict[str, Any]) -> Section | None:
     if not values:
         return None
     rows = [(key, _value(bytes_text(value) if key.endswith("_bytes") else value)) for key, value in values.items()]
-    return Section(title, name, [Table((), rows, "settings")])
+    unset = (None, False, "none", [], {}) if name == "recipe" else ()
+    off = [row for row, value in zip(rows, values.values(), strict=True) if value in unset]
+    fold = [Fold(f"{len(off)} settings that are off", [Table((), off, "settings")])] if off else []
+    return Section(title, name, [Table((), [row for row in rows if row not in off], "settings"), *fold])
 
 
 def _value(value: Any) -> str:

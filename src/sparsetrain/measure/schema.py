@@ -98,7 +98,7 @@ class Run(TypedDict):
     saved_by_layer: layer -> component -> bytes.
     static_bytes: `StaticMemory.to_dict()`.
     forward_time_s: component -> seconds of one forward.
-    peak_rss_bytes: of a process that ran this run alone.
+    peak_rss_bytes: of a process that ran this run alone. resident_before: what it held before its weights were loaded.
     stages: where a run has more than one. stage_costs: of those that were trained, in their order.
     switch_s: seconds in which later stages began, of their first steps' `wall_s`.
     kept: name -> sha256 of weights that one stage kept for a later one.
@@ -118,6 +118,7 @@ class Run(TypedDict):
     forward_time_s: NotRequired[dict[str, float]]
     peak_rss_bytes: NotRequired[int | None]
     peak_gpu_bytes: NotRequired[int | None]
+    resident_before: NotRequired[int | None]
     stages: NotRequired[list[StageRecord]]
     stage_costs: NotRequired[list[StageCost]]
     switch_s: NotRequired[float]

@@ -47,6 +47,11 @@ class Journal:
         self.planned: Sequence[Mapping[str, Any]] = ()
         self._stage: int | None = None
 
+    def opened(self, tokens_per_input: float) -> None:
+        """The data are there, and no model yet: record what the process holds so far."""
+        self.recorder.tokens_per_input = tokens_per_input
+        self.run.setdefault("resident_before", peak_memory().rss_bytes)
+
     def report(self, event: Event) -> None:
         """Pass an event on; notes are kept for the report as well."""
         if event["event"] == "note" and event["text"] not in self.notes:

@@ -120,7 +120,7 @@ def _open(recipe: RunRecipe, job: Job, report: Report, callbacks: tuple[TrainerC
         raise ValueError(f"{resumed.path} is not there on every node. Put output on storage that all nodes share.")
     journal = Journal(report, resumed)
     parts = job.open_parts(journal.report)
-    journal.recorder.tokens_per_input = parts.tokens_per_input
+    journal.opened(parts.tokens_per_input)
     rows = data_fingerprint(parts.bundle.train)
     ranks.check_same("set of training rows", rows, "Give all nodes the same data, and the same version of sparsetrain.")
     if resumed is not None:

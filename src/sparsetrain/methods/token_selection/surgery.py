@@ -68,8 +68,10 @@ def _check(block: Block, anatomy: Anatomy) -> None:
 
 def _note(config: TokenSelection) -> str:
     kept = f"{config.num_tokens} tokens" if config.num_tokens is not None else f"{config.keep_ratio:.3g} of the tokens"
-    more = ", and through every target" if config.keep_all_targets else ""
-    return f"gradient through {kept}, {config.policy} of {config.pool}{more}"
+    if not config.keep_all_targets:
+        return f"gradient through {kept}, {config.policy} of {config.pool}"
+    others = {"near": "the nearest before them", "attended": "what they attend to most"}
+    return f"gradient through {kept}: every target, and {others.get(config.context, f'others, {config.policy}')}"
 
 
 def costs(config: TokenSelection, block: Block, num_tokens: int) -> tuple[Cost, Cost]:
