@@ -29,22 +29,29 @@ METHODS = [name for name, kind in registered_methods().items() if method_of(kind
 Found = dict[str, Tensor]
 
 
+def family_of(method: str) -> str:
+    """What it is tried on: a bottleneck needs a classifier."""
+    return "bert" if method == "concept_bottleneck" else "llama"
+
+
 def passes(ranks: int) -> int:
     """Micro-batches of a step of a run on so many ranks, and of the one process beside it."""
     return max(4, ranks)
 
 
-def rows_of(step: int, micro: int) -> dict[str, Tensor]:
+def rows_of(step: int, micro: int, family: str = "llama") -> dict[str, Tensor]:
     """A micro-batch. Ever fewer of its tokens are targets: a mean of means would weigh them wrongly."""
-    batch = FAMILIES["llama"].batch(ROWS, TOKENS, seed=100 + 8 * step + micro)
+    batch = FAMILIES[family].batch(ROWS, TOKENS, seed=100 + 8 * step + micro)
+    if family == "bert":
+        return batch | {"labels": batch["input_ids"].sum(1) % 2}
     labels = batch["input_ids"].clone()
     labels[:, : 5 * (micro + 1)] = -100
     return batch | {"labels": labels}
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    def __init__(self, micro: int) -> None:
-        self.micro = micro
+    def __init__(self, micro: int, family: str) -> None:
+        self.micro, self.family = micro, family
 
     def __len__(self) -> int:
         return STEPS * self.micro * ROWS
@@ -52,7 +59,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         step, place = divmod(index, self.micro * ROWS)
         micro, row = divmod(place, ROWS)
-        return {name: tensor[row] for name, tensor in rows_of(step, micro).items()}
+        return {name: tensor[row] for name, tensor in rows_of(step, micro, self.family).items()}
 
 
 class InOrder(Trainer):
@@ -62,9 +69,13 @@ class InOrder(Trainer):
 
 def converted(method: str) -> tuple[Any, sparsetrain.Handle]:
     torch.manual_seed(0)
-    model = FAMILIES["llama"].model().double()
-    given: dict[str, Any] = {"calibration": [FAMILIES["llama"].batch(4, TOKENS, seed=5)], "seed": 0}
+    case = FAMILIES[family_of(method)]
+    model = case.model().double()
+    given: dict[str, Any] = {"calibration": [case.batch(8, TOKENS, seed=5)], "seed": 0}
     handle = sparsetrain.sparsify(model, registered_methods()[method].example(), **given)
+    if method == "concept_bottleneck":  # trains nothing of its encoder
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("concept_layers" in name)
     return model.double(), handle  # what a method adds is fp32, and FSDP2 takes one dtype
 
 
@@ -86,11 +97,12 @@ def by_trainer(method: str, ranks: int, micro: int, folder: str) -> Found:
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
     )
-    trainer = InOrder(model, arguments, train_dataset=Rows(micro), callbacks=[handle.callback(at_end=False)])
+    rows = Rows(micro, family_of(method))
+    trainer = InOrder(model, arguments, train_dataset=rows, callbacks=[handle.callback(at_end=False)])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     losses = torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    return found_in(model) | {"losses in fp32": losses}
+    return found_in(model, method) | {"losses in fp32": losses}
 
 
 def by_hand(method: str, ranks: int, micro: int, shard: bool, folder: Path | None = None, begin: int = 0) -> Found:
@@ -104,8 +116,8 @@ def by_hand(method: str, ranks: int, micro: int, shard: bool, folder: Path | Non
     model, handle = converted(method)
     place, losses = (distributed.get_rank() if ranks > 1 else 0), []
     if shard:
-        for block in model.model.layers:
-            fully_shard(block)
+        for block in handle.anatomy.blocks:
+            fully_shard(model.get_submodule(block.name))
         fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     if begin:
@@ -117,11 +129,14 @@ def by_hand(method: str, ranks: int, micro: int, shard: bool, folder: Path | Non
         if folder is not None and step == HALF and not begin:
             checkpoint.save(parts(model, optimizer), checkpoint_id=folder)
         handle.step(step, STEPS, ranks / micro)  # of a pass, as for what is meant over a step
-        batches = [rows_of(step, part) for part in range(micro)]
-        targets = torch.tensor(sum(int(batch["labels"][:, 1:].ne(-100).sum()) for batch in batches))
+        batches = [rows_of(step, part, family_of(method)) for part in range(micro)]
+        whole: dict[str, Any] = {}
+        if batches[0]["labels"].ndim > 1:
+            targets = sum(int(batch["labels"][:, 1:].ne(-100).sum()) for batch in batches)
+            whole = {"num_items_in_batch": torch.tensor(targets)}
         mine, loss = batches[place::ranks], torch.zeros((), dtype=torch.float64)
         for batch in mine:
-            part = model(**batch, num_items_in_batch=targets).loss * ranks  # ranks' gradients are averaged
+            part = model(**batch, **whole).loss * (ranks if whole else ranks / micro)  # gradients are averaged
             part.backward()
             loss += part.detach() / ranks
         if ranks > 1:
@@ -131,7 +146,7 @@ def by_hand(method: str, ranks: int, micro: int, shard: bool, folder: Path | Non
         optimizer.step()
         handle.updated()
         optimizer.zero_grad()
-    return found_in(model) | {"losses": torch.tensor(losses, dtype=torch.float64)}
+    return found_in(model, method) | {"losses": torch.tensor(losses, dtype=torch.float64)}
 
 
 def parts(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -140,14 +155,14 @@ def parts(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"model": weights, "optimizer": states}
 
 
-def found_in(model: nn.Module) -> Found:
+def found_in(model: nn.Module, method: str) -> Found:
     """The trained parameters in full, and the loss of rows that were not trained on."""
     found = {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in model.named_parameters()
     }
     with torch.no_grad():
-        found["held-out loss"] = model.eval()(**rows_of(STEPS, 0)).loss
+        found["held-out loss"] = model.eval()(**rows_of(STEPS, 0, family_of(method))).loss
     return found
 
 

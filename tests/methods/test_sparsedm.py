@@ -137,6 +137,21 @@ def test_the_backward_is_the_written_one(lam: float) -> None:
         assert torch.equal(weight.grad, at.grad + lam * weight.detach().masked_fill(masks[name], 0)), name
 
 
+def test_lambda_comes_once_a_step_in_any_number_of_passes_and_is_scaled_as_the_loss_is() -> None:
+    case, gradients = FAMILIES["llama"], []
+    batch = case.batch(4, 20)
+    batch |= {"labels": batch["input_ids"]}
+    for rows, scale in ((4, 1.0), (1, 1.0), (2, 1024.0)):
+        model = case.model().double().train()
+        sparsetrain.sparsify(model, SparseDM(lam=0.3))
+        for start in range(0, 4, rows):
+            part = {name: tensor[start : start + rows] for name, tensor in batch.items()}
+            (scale * model(**part, num_items_in_batch=torch.tensor(4 * 19)).loss).backward()
+        gradients.append(model.model.layers[0].mlp.up_proj.weight.grad / scale)
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-6, atol=1e-7)
+
+
 def test_lambda_is_live_and_a_decoupled_one_changes_weights() -> None:
     gradients = {}
     for lam in (0.0, 0.3):

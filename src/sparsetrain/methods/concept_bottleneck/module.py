@@ -47,11 +47,11 @@ class Seen:
 
 
 def pooled(states_bte: Tensor, mask_bt: Tensor | None) -> Tensor:
-    """The mean of the real tokens' states, [b, e], in fp32."""
-    states_bte = states_bte.float()
+    """The mean of the real tokens' states, [b, e], in fp32 or wider."""
+    states_bte = states_bte.to(torch.promote_types(states_bte.dtype, torch.float32))
     if mask_bt is None:
         return states_bte.mean(1)
-    real_bt1 = mask_bt[..., None].float()
+    real_bt1 = mask_bt[..., None].to(states_bte.dtype)
     return (states_bte * real_bt1).sum(1) / real_bt1.sum(1).clamp(min=1)
 
 
@@ -68,8 +68,8 @@ class ConceptLayers(nn.Module):
 
     def forward(self, psi_bd: Tensor, cut: bool = False) -> tuple[Tensor, Tensor]:
         """(z [b, d], logits [b, c]); `cut` keeps the gradient of the logits from W."""
-        z_bd = psi_bd @ self.bottleneck.t()
-        return z_bd, (z_bd.detach() if cut else z_bd) @ self.head.t()
+        z_bd = psi_bd @ self.bottleneck.t().to(psi_bd.dtype)
+        return z_bd, (z_bd.detach() if cut else z_bd) @ self.head.t().to(psi_bd.dtype)
 
 
 class Concepts(Site):
@@ -102,8 +102,14 @@ class Concepts(Site):
         return trained_copy(self.concept_layers)
 
     def scores(self, x_be: Tensor) -> Tensor:
-        """ψ [b, d]: scaled cosines with the concepts, less their mean."""
-        return torch.addmm(-self.center, self.scale * F.normalize(x_be.float(), dim=-1), self.vectors.t())
+        """ψ [b, d]: scaled cosines with the concepts, less their mean; in fp32 or wider, whatever the model was cast
+        to."""
+        center, scale, vectors = self._wide("center", "scale", "vectors")
+        return torch.addmm(-center, scale * F.normalize(x_be.to(vectors.dtype), dim=-1), vectors.t())
+
+    def _wide(self, *names: str) -> tuple[Tensor, ...]:
+        dtype = torch.promote_types(self.vectors.dtype, torch.float32)
+        return tuple(getattr(self, name).to(dtype) for name in names)
 
     def forward(self, x_be: Tensor) -> Tensor:
         """Logits [b, c], with the bottleneck's loss on their path in training.
@@ -148,7 +154,8 @@ class Concepts(Site):
         if labels_b is None or len(self.profiles) == 0:
             profiles_bd, labels_b = F.normalize(psi_bd, dim=-1), None
         else:
-            profiles_bd = F.normalize(self.scale * self.profiles - self.center, dim=-1)[labels_b]
+            center, scale, profiles = self._wide("center", "scale", "profiles")
+            profiles_bd = F.normalize(scale * profiles - center, dim=-1)[labels_b]
         scores_bb = z_bd @ profiles_bd.t()
         if config.loss == "contrastive":
             return contrastive_loss(scores_bb, labels_b)

@@ -37,7 +37,7 @@ class MaskedWeight(Site):
 
     def __init__(self, layer: nn.Module, config: SparseDM, dim: int, tensors: dict[str, Tensor]) -> None:
         super().__init__()
-        self.config, self.dim, self.lam = config, dim, config.lam
+        self.config, self.dim, self.lam, self.adds_losses = config, dim, config.lam, not config.decoupled
         self.keep, self.group = config.ratio_at(0)
         self._layer: list[Any] = [layer]  # in a list, or it would be a child of its own child
         self.register_buffer("mask", None, persistent=False)
@@ -65,8 +65,9 @@ class MaskedWeight(Site):
         return nm_mask(self.weight, self.keep, self.group, self.dim) if self.mask is None else self.mask
 
     def masked(self) -> Tensor:
-        """W ∘ M, with λ in its backward."""
-        return masked_weight(self.weight, self.find_mask(), 0.0 if self.config.decoupled else self.lam)
+        """W ∘ M, with λ in its backward, scaled as the loss is: passes and ranks of a step together bring it once."""
+        lam = 0.0 if self.config.decoupled else self.lam
+        return masked_weight(self.weight, self.find_mask(), lam, self.loss_scale.factor)
 
     @torch.no_grad()
     def pruned(self) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, float32, promote_types
 from torch.autograd import Function
 
 from sparsetrain.core.backend import choose
@@ -89,7 +89,7 @@ def flip_rate(new: Tensor, old: Tensor) -> Tensor:
     return (new != old).float().mean()
 
 
-def masked_weight(weight: Tensor, mask: Tensor, decay: float = 0.0) -> Tensor:
+def masked_weight(weight: Tensor, mask: Tensor, decay: float = 0.0, scale: Tensor | None = None) -> Tensor:
     """W ∘ M with a straight-through backward: dW = G + decay · (1 − M) ∘ W, where G is the gradient at W ∘ M.
 
     decay = 0 is the plain straight-through estimator, else SR-STE (arXiv 2102.04010; SparseDM, arXiv 2404.10445).
@@ -98,19 +98,20 @@ def masked_weight(weight: Tensor, mask: Tensor, decay: float = 0.0) -> Tensor:
         weight: any shape.
         mask: of the same shape.
         decay: λ ≥ 0; it pulls pruned weights towards zero, so that masks settle.
+        scale: a scalar on λ, read in the backward: the part of a step that this one is, and a gradient scaler's.
 
     Raises:
         ValueError: λ < 0.
     """
     if decay < 0:
         raise ValueError(f"masked_weight: decay={decay} is negative. It must be at least 0.")
-    return _Masked.apply(weight, mask, decay)  # type: ignore[return-value]
+    return _Masked.apply(weight, mask, decay, scale)  # type: ignore[return-value]
 
 
 class _Masked(Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
-        ctx.decay = decay
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float, scale: Tensor | None) -> Tensor:
+        ctx.decay, ctx.scale = decay, scale
         if decay:
             ctx.save_for_backward(weight, mask)
         return weight * mask
@@ -120,5 +121,7 @@ class _Masked(Function):
         (grad,) = grads
         if ctx.decay:
             weight, mask = ctx.saved_tensors
-            grad = grad + ctx.decay * weight.masked_fill(mask, 0)
-        return grad, None, None
+            wide = promote_types(weight.dtype, float32)
+            decay = ctx.decay if ctx.scale is None else (ctx.decay * ctx.scale.to(wide)).to(weight.dtype)
+            grad = grad + decay * weight.masked_fill(mask, 0)
+        return grad, None, None, None
