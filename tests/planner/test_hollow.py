@@ -1,9 +1,22 @@
 from __future__ import annotations
 
+import importlib.util
+
+import pytest
 import torch
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from sparsetrain.planner import hollow
 from sparsetrain.planner.hollow import Hollow
+
+
+def test_a_torch_without_the_private_names_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(fake_tensor, "in_kernel_invocation_manager")
+    spec = importlib.util.spec_from_file_location("hollow_again", str(hollow.__file__))
+    assert spec is not None and spec.loader is not None
+    with pytest.raises(ValueError, match=r"in_kernel_invocation_manager.*2\.11 to 2\.13.*--preset dense"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_integers_are_real_and_floats_are_hollow() -> None:

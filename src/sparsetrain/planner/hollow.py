@@ -14,15 +14,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-    in_kernel_invocation_manager,
-)
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+
+try:
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensor,
+        FakeTensorMode,
+        in_kernel_invocation_manager,
+    )
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_map_only
+except ImportError as error:
+    raise ValueError(
+        f"plan follows a step on PyTorch's own fake tensors, and torch {torch.__version__} has them in another place "
+        f"({error}). It is known to work with torch 2.11 to 2.13. Training needs no plan: give --preset dense, or a "
+        "method."
+    ) from error
 
 MOST_VALUES = 2**22
 """Integer tensors above this size (4 M values) are hollow too: at 32k tokens a dense mask would be 1 GiB."""
