@@ -1,7 +1,8 @@
-"""What PyTorch's `fully_shard` keeps from a model's own names: gradients, while a module's weights are gathered.
+"""Models under PyTorch's `fully_shard`: whole weights of shards, and gradients where no name of the model leads.
 
-Between a forward and its backward the outermost module holds whole weights under the names of its parameters, and the
-gradients of earlier passes hang on the shards, which no public name reaches then.
+Between two steps a parameter is this rank's shard, a DTensor. Between a forward and its backward the outermost module
+holds whole weights under the same names, and the gradients of earlier passes hang on the shards, which no public name
+reaches then.
 """
 
 from __future__ import annotations
@@ -10,8 +11,29 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed import is_available
 
 from sparsetrain.core.modes import modules_of, parameters_of
+
+
+def is_shard(x: Tensor) -> bool:
+    """Whether this is a rank's part of a tensor."""
+    return is_available() and hasattr(x, "full_tensor")
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor in full, gathered where it is a shard; then every rank calls this."""
+    return x.full_tensor() if is_shard(x) else x  # type: ignore[operator]
+
+
+def as_shard(x: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that every rank holds in full, cut as `like` is; x itself where that is whole."""
+    if not is_shard(like):
+        return x
+    from torch.distributed.tensor import distribute_tensor  # not in every build of torch
+
+    shard: Any = like
+    return distribute_tensor(x, shard.device_mesh, shard.placements, src_data_rank=None)
 
 
 def gradients_of(model: nn.Module, more: Iterable[Tensor] = ()) -> list[Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import FFNSite, Undo
+from sparsetrain.core.shards import as_shard, whole
 
 
 def hidden_dim(site: FFNSite, name: str) -> int | None:
@@ -77,11 +78,5 @@ def _translate(state: dict[str, Any], prefix: str, site: FFNSite, order: Tensor)
 
 def _reordered(tensor: Tensor, dim: int, order: Tensor) -> Tensor:
     """tensor.index_select(dim, order). Of a shard, units move between ranks: all of them call this together."""
-    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
-    moved = whole.index_select(dim, order.to(whole.device))
-    if whole is tensor:
-        return moved
-    from torch.distributed.tensor import distribute_tensor  # not in every build of torch
-
-    shards: Any = tensor
-    return distribute_tensor(moved, shards.device_mesh, shards.placements, src_data_rank=None)
+    full = whole(tensor)
+    return as_shard(full.index_select(dim, order.to(full.device)), tensor)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from sparsetrain.core.shards import as_shard, is_shard, whole
 from sparsetrain.methods.semi_structured.config import SemiStructured
 from sparsetrain.ops.nm_mask import flip_rate, nm_mask, transposable_mask
 from sparsetrain.ops.soft_threshold24 import soft_scale24, soft_threshold24
@@ -91,7 +92,7 @@ class Sparse24:
 
     def find_mask(self) -> Tensor:
         """The mask that the present weights would have."""
-        config, weight = self.config24, self.weight.detach()
+        config, weight = self.config24, whole(self.weight.detach())
         if config.mask_mode == "row":
             return nm_mask(weight, dim=self.groups_dim)
         if config.mask_mode == "soft":
@@ -110,10 +111,11 @@ class Sparse24:
     @torch.no_grad()
     def pruned(self) -> Tensor:
         """W̃ of the present weights, in the layout of the weight."""
+        weight = whole(self.weight)
         if self.config24.mask_mode == "soft":
-            return soft_threshold24(self.weight, self.groups_dim).mul_(self.beta.to(self.weight.dtype))
+            return soft_threshold24(weight, self.groups_dim).mul_(self.beta.to(weight.dtype))
         # bytes convert four times as fast as bools on a CPU
-        return self.mask.view(torch.uint8).to(self.weight.dtype).mul_(self.weight)
+        return self.mask.view(torch.uint8).to(weight.dtype).mul_(weight)
 
     def repack(self) -> None:
         """Make W̃ of the present weights; in the dense phase there is none."""
@@ -127,7 +129,7 @@ class Sparse24:
             pruned = pruned.to(torch.bfloat16)  # sparse tensor cores take no fp32; the master weight stays fp32
         transposable = self.config24.transposable
         self.packed = pack(pruned, transposed=self.transposed, transposable=transposable, backend=self.kernel)
-        has_values = not self.weight.is_meta and not isinstance(self.weight, FakeTensor)
+        has_values = not (self.weight.is_meta or isinstance(self.weight, FakeTensor) or is_shard(self.weight))
         self.seen = (id(self.weight), self.weight._version, self._sample()) if has_values else None
 
     def _sample(self) -> Tensor:
@@ -174,7 +176,8 @@ class Sparse24:
             )
         if self.weight.grad is not None:
             dropped = self.mask.logical_not().view(torch.uint8).to(self.weight.dtype)
-            self.weight.grad.addcmul_(dropped, self.weight, value=decay)  # masked_fill takes ten times as long
+            # masked_fill takes ten times as long
+            self.weight.grad.addcmul_(as_shard(dropped, self.weight.grad), self.weight, value=decay)
 
     # ---- nn.Module's own: where weights change outside the optimizer ----
 

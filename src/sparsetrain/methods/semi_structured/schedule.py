@@ -214,5 +214,10 @@ class Schedule24(Site):
     def _zero_ratio(self) -> float:
         if self.dense:
             return 0.0
-        counts = [(int((p := linear.pruned()).eq(0).sum()), p.numel()) for linear in self.linears.values()]
+        # not pruned(), for which the ranks of a sharded model would have to meet
+        held = [
+            linear.packed.forward if linear.packed and linear.packed.backend == "emulate" else linear.pruned()
+            for linear in self.linears.values()
+        ]
+        counts = [(int(weight.eq(0).sum()), weight.numel()) for weight in held]
         return sum(zeros for zeros, _ in counts) / sum(size for _, size in counts)

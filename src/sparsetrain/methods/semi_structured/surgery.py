@@ -154,7 +154,6 @@ register_method(
         merge_adapter_error=merge_adapter_error,
         pictures=pictures,
         limits={
-            "fsdp2": "its masks are found in whole weights. Train with DDP, or on one device",
             "cost": "without sparse tensor cores its products are emulated by dense ones",
             "four_bit": "its quantised linears would be read as plain weights. Load the model in bf16 or fp32",
         },
