@@ -73,6 +73,20 @@ def test_a_peak_whose_moment_changes_with_the_length_is_no_parabola() -> None:
     assert fit(squares, 1000).before.peak == pytest.approx(1_000_007)
 
 
+def test_bytes_that_bend_down_are_a_line() -> None:
+    """Falcon-H1 runs in chunks of 256 and the first carries no state: 32k tokens were said to take less than 1,024."""
+    kept = {256: 94.0, 512: 210.0, 1024: 416.0}
+    traces = {
+        n: dataclasses.replace(
+            step(n), saved={"other": size}, before=Segment(size, size), head=Segment(-size, 2.0 * size)
+        )
+        for n, size in kept.items()
+    }
+    found, line = fit(traces, 32768), 416.0 + (416.0 - 210.0) / 512 * (32768 - 1024)
+    assert found.saved["other"] == found.before.kept == -found.head.kept == pytest.approx(line)
+    assert fit(traces, 1024, batch=3).saved["other"] == pytest.approx(3 * 416.0 - 2 * 4.0)
+
+
 def test_work_is_summed_over_all_blocks() -> None:
     assert total_work(step(), Layout(of_block=(0, 1, 1)))["gemm"] == (600.0, 60.0, 24.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -64,32 +65,35 @@ def axes_of(
         if block.attention is not None:
             for norm in _OF_ONE_HEAD:
                 axes[f"{block.attention.name}.{norm}.weight"] = ("head_dim",)
-    for name, _ in model.named_parameters():
-        if name not in axes and not any(name.startswith(f"{block.name}.") for block in blocks):
-            _outside(name, axes, reads)
+    known = {name: parameter.ndim for name, parameter in model.named_parameters()}
+    inside = tuple(f"{block.name}." for block in blocks)
+    for name in known:
+        if name not in axes and not name.startswith(inside) and (found := _outside(name)) is not None:
+            axes[name], is_read = found
+            if is_read:
+                reads[name] = 1
     if head:
         axes[f"{head}.weight"], axes[f"{head}.bias"] = ("vocab", "embed"), ("vocab",)
         reads[f"{head}.weight"] = 1
     if embedding and isinstance(model.get_submodule(embedding), nn.Embedding):
         axes[f"{embedding}.weight"] = ("vocab", "embed")
-    known = {name: parameter.ndim for name, parameter in model.named_parameters()}
     axes = {name: value for name, value in axes.items() if known.get(name) == len(value)}
     return axes, {name: dim for name, dim in reads.items() if name in axes}
 
 
-def _outside(name: str, axes: dict[str, tuple[str, ...]], reads: dict[str, int]) -> None:
-    """Axes of a parameter outside the blocks, where a table has the end of its name."""
+@cache
+def _outside(name: str) -> tuple[tuple[str, ...], bool] | None:
+    """(axes, whether it is a linear's weight) of a parameter outside the blocks, where a table has its name's end."""
     module, _, kind = name.rpartition(".")
     if found := next((value for end, value in _PARAMETERS.items() if _ends(name, end)), None):
-        axes[name] = found
-    elif any(_ends(module, end) for end in _NORMS):
-        axes[name] = ("embed",)
-    elif table := next((axis for end, axis in _TABLES.items() if _ends(module, end)), None):
-        axes[name] = (table, "embed")
-    elif found := next((value for end, value in _OUTSIDE.items() if _ends(module, end)), None):
-        axes[name] = found[:1] if kind == "bias" else found
-        if kind == "weight" and len(found) == 2:
-            reads[name] = 1
+        return found, False
+    if any(_ends(module, end) for end in _NORMS):
+        return ("embed",), False
+    if table := next((axis for end, axis in _TABLES.items() if _ends(module, end)), None):
+        return (table, "embed"), False
+    if found := next((value for end, value in _OUTSIDE.items() if _ends(module, end)), None):
+        return found[:1] if kind == "bias" else found, kind == "weight" and len(found) == 2
+    return None
 
 
 def _ends(name: str, end: str) -> bool:

@@ -155,17 +155,22 @@ def fit(traces: dict[int, StepTrace], tokens: int, batch: int = 1) -> StepTrace:
     def mix(values: list[float]) -> float:
         return sum(weight * value for weight, value in zip(weights, values, strict=True))
 
+    def size(values: list[float]) -> float:
+        if max(values) <= 0 > min(values):  # bytes that go
+            return -size([-value for value in values])
+        if min(values) < 0 or _is_parabola(lengths, values):
+            return mix(values)
+        return _line(lengths, values, tokens, batch)
+
     def table(tables: list[dict[str, float]]) -> dict[str, float]:
         names = {name for each in tables for name in each}
-        return {name: max(0.0, mix([each.get(name, 0.0) for each in tables])) for name in names}
+        return {name: max(0.0, size([each.get(name, 0.0) for each in tables])) for name in names}
 
     def segment(parts: list[Segment]) -> Segment:
         kinds = {kind for part in parts for kind in part.work}
         none = (0.0, 0.0, 0.0)
         work = {k: tuple(max(0.0, mix([p.work.get(k, none)[i] for p in parts])) for i in range(3)) for k in kinds}
-        peaks = [p.peak for p in parts]
-        line = None if _is_parabola(lengths, peaks) else _line(lengths, peaks, tokens, batch)
-        return Segment(mix([p.kept for p in parts]), max(0.0, mix(peaks) if line is None else line), work)  # type: ignore[arg-type]
+        return Segment(size([p.kept for p in parts]), max(0.0, size([p.peak for p in parts])), work)  # type: ignore[arg-type]
 
     count = range(len(first.forward))
     return StepTrace(
@@ -180,7 +185,8 @@ def fit(traces: dict[int, StepTrace], tokens: int, batch: int = 1) -> StepTrace:
 
 def _is_parabola(lengths: list[int], values: list[float]) -> bool:
     """Could a + b·T + c·T² with c ≥ 0 and b ≥ 0 have these values? A peak is the largest of several moments: where two
-    lengths have different ones, their parabola leads to a hundred times what is there at 256k tokens."""
+    lengths have different ones, their parabola leads to a hundred times what is there at 256k tokens. And a state space
+    that runs in chunks keeps no state between chunks where there is one: its parabola bends down, to nothing."""
     (x, y, z), (u, v, w) = lengths, values
     slopes = (v - u) / (y - x), (w - v) / (z - y)
     near = 0.02 * max(map(abs, slopes))

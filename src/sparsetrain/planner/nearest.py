@@ -11,7 +11,7 @@ def nearest(rows: Sequence[Row], question: Question) -> tuple[str, ...]:
     """A shorter sequence, a smaller batch, more memory."""
     able = [row for row in rows if row.refused is None and row.candidate.pickable and row.peak is not None]
     if not able:
-        return ("No recipe can run on this model.",)
+        return ("no way that is chosen by itself runs on this model; the reasons are above.",)
     limit = question.memory_bytes or 0
     lines = []
     longest = max(able, key=lambda row: (row.longest or 0, -_order(row)))

@@ -37,7 +37,8 @@ def describe_model(model: nn.Module) -> Anatomy:
         from sparsetrain.hf.model.diffusion import describe_diffusion
 
         return describe_diffusion(model)
-    blocks = [(name, module, row) for name, module in model.named_modules() if (row := row_of(module)) is not None]
+    named = dict(model.named_modules())
+    blocks = [(name, module, row) for name, module in named.items() if (row := row_of(module)) is not None]
     if not blocks:
         kinds = sorted({kind for m in model.modules() if (kind := type(m).__name__).endswith(("Layer", "Block"))})
         known = sorted(family for row in FAMILIES for family in (*row.families, *row.also))
@@ -49,7 +50,6 @@ def describe_model(model: nn.Module) -> Anatomy:
     from sparsetrain.hf.model.attention import install_attention
 
     described = tuple(_block(name, module, row, layer) for layer, (name, module, row) in enumerate(blocks))
-    named = dict(model.named_modules())
     embedding = _name_of(named, _call(model, "get_input_embeddings"))
     head = _name_of(named, _call(model, "get_output_embeddings"))
     axes, reads = axes_of(described, embedding, head, model)

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
+MAMBA, LEFT_OUT = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), ("out_proj", "conv1d")
+"""Model types of which PEFT refuses these layers: their kernels read weights past a module's forward."""
+
 
 def drop_attention_dropout(
     config: Any, empty: Callable[[], Any], configs: tuple[MethodConfig, ...], report: Report
@@ -137,6 +140,8 @@ def _with_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: l
     config = lora_config(
         recipe, modules_to_save=trained, fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules())
     )
+    if model.config.model_type in MAMBA and recipe.lora_targets == "all-linear" and config.exclude_modules is None:
+        config.exclude_modules = list(LEFT_OUT)
     if any(parameter.is_meta for parameter in model.parameters()):
         config.init_lora_weights = True  # there are no weights to start from
     import_bitsandbytes()
