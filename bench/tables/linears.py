@@ -137,9 +137,10 @@ def conclude_sara(found: dict[str, Any]) -> str:
     if {"memory full", "memory sara", "step sara"} <= cells.keys():
         full, own = (cells[f"memory {name}"]["measured"] for name in ("full", "sara"))
         held = (own["optimizer"] + own["gradients"]) / (full["optimizer"] + full["gradients"])
+        faster = cells["step sara"]["ratio"]["median"]
         told.append(
             f"**Memory and time beside full fine-tuning**: {held:.3f} of its optimizer state and gradients, "
-            f"{own['peak'] / full['peak']:.2f} of its peak, a step {cells['step sara']['ratio']['median']:.2f}× as fast."
+            f"{own['peak'] / full['peak']:.2f} of its peak, a step {faster:.2f}× as fast."
         )
     return " ".join(told) or "Not measured yet: `python -m bench run sara`."
 

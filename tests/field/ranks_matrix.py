@@ -156,10 +156,12 @@ def parts(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def found_in(model: nn.Module, method: str) -> Found:
-    """The trained parameters in full, and the loss of rows that were not trained on."""
+    """The trained parameters in full, and the loss of rows that were not trained on. SaRA's values stand in weights,
+    and shards of them keep their size where an adjustment shortens whole ones."""
     found = {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in model.named_parameters()
+        if not name.endswith(".sara.weight.values")
     }
     with torch.no_grad():
         found["held-out loss"] = model.eval()(**rows_of(STEPS, 0, family_of(method))).loss

@@ -62,7 +62,7 @@ class Choice:
         shape = self.shapes[name]
         assert shape is not None
         grid = blocks_of(self.weights[name].detach(), shape).flatten(2).flatten(0, 1)
-        norms = torch.linalg.vector_norm(grid, dim=1, dtype=torch.float32)
+        norms = torch.linalg.vector_norm(grid, dim=1, dtype=torch.promote_types(grid.dtype, torch.float32))
         return (norms / (shape[0] * shape[1]) ** 0.5).cpu()
 
     def places(self, name: str) -> Tensor:

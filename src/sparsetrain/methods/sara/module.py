@@ -68,7 +68,7 @@ class Entries(Site):
         return dense_forward(TrainsEntries, View(module, used), *args, **kwargs)
 
     def _in_blocks(self, module: Any, part: Part, x: Tensor) -> Tensor:
-        return block_linear(x, part.weight, part.values, part.places, module.bias, transposed=self.transposed)
+        return block_linear(x, part.weight, part.trained(), part.places, module.bias, transposed=self.transposed)
 
     def _with_rank_term(self, out: Tensor) -> Tensor:
         assert self.ranked is not None
@@ -121,7 +121,7 @@ class Entries(Site):
             part.take(tensors_of(name, tensors))
 
     def stats(self) -> dict[str, float]:
-        count = sum(part.values.numel() for part in self.own_parts.values())
+        count = sum(part.count * part.size for part in self.own_parts.values())
         return {"trained_entries": float(count), "theta": float(self.theta), **self.last}
 
     def notes(self) -> list[str]:

@@ -1,7 +1,13 @@
-"""The trained entries of one tensor: values that an optimizer moves, and that are written into the weight after it."""
+"""The trained entries of one tensor: values that an optimizer moves, and that are written into the weight after it.
+
+Under `fully_shard` W and the values are shards between two steps, and whole in a forward. They are gathered to be read
+and written, so all ranks do that together and in one order; and as a shard cannot change its size, what an adjustment
+freezes stays among the values, without gradient and written back to what it was.
+"""
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterator
 from functools import cache
@@ -13,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from sparsetrain.core.shards import as_shard, is_shard, whole
 from sparsetrain.ops.partial_weight import (
     blocks_of,
     entries_of,
@@ -23,6 +30,7 @@ from sparsetrain.ops.partial_weight import (
 )
 
 _FOLLOWED: weakref.WeakSet[Part] = weakref.WeakSet()
+_numbers = itertools.count()
 
 
 class Part(nn.Module):
@@ -34,6 +42,8 @@ class Part(nn.Module):
     Attributes:
         owner: (the module that holds W,): in a tuple it is no child.
         shape: of a block; None for single entries.
+        held: of values that are shards: which have been frozen, bool [k]; None: none.
+        number: its place among all of a process.
         written: the version of `values` that was written last.
         moments: what becomes of the optimizer's state at its next step: None, `fresh`, or which entries go on.
     """
@@ -47,6 +57,8 @@ class Part(nn.Module):
         super().__init__()
         self.owner, self.name, self.shape = (owner,), name, shape
         self.moments: str | Tensor | None = None
+        self.held: Tensor | None = None
+        self.number = next(_numbers)
         device = self.weight.device
         for key in ("places", "left", "base"):
             self.register_buffer(key, tensors[key].to("cpu" if device.type == "meta" else device), persistent=False)
@@ -65,28 +77,61 @@ class Part(nn.Module):
         return getattr(self.owner[0], self.name).detach()
 
     @property
+    def count(self) -> int:
+        """Entries that train, or blocks."""
+        return len(self.places) if self.held is None else int((~self.held).sum())
+
+    @property
+    def size(self) -> int:
+        """Entries of a block; 1 for single ones."""
+        return 1 if self.shape is None else self.shape[0] * self.shape[1]
+
+    @property
     def hollow(self) -> bool:
         """W has no values."""
         return self.weight.is_meta or isinstance(self.weight, FakeTensor)
 
     def used(self) -> Tensor:
         """W for a forward, with its gradient going to `values`."""
-        return partial_weight(self.weight, self.values, self.places)
+        return partial_weight(self.weight, self.trained(), self.places)
+
+    def trained(self) -> Tensor:
+        """p in a forward, with gradient where it trains."""
+        if self.held is None:
+            return self.values
+        held = self.held if self.shape is None else self.held[:, None, None]
+        return torch.where(held, self.values.detach(), self.values)
 
     def read(self) -> Tensor:
         """What W holds at `places`, in the shape of `values`."""
         return self._read(self.places)
 
     def _read(self, places: Tensor) -> Tensor:
-        return read_at(self.weight, places, self.shape)
+        return read_at(whole(self.weight), places, self.shape)
 
     def _put(self, places: Tensor, values: Tensor) -> None:
-        (put_entries if self.shape is None else put_blocks)(self.weight, places, values)
+        weight: Any = self.weight
+        full = whole(weight)
+        (put_entries if self.shape is None else put_blocks)(full, places, values)
+        if is_shard(weight):
+            weight.to_local().copy_(as_shard(full, weight).to_local())  # type: ignore[attr-defined]
 
+    @torch.no_grad()
     def write(self) -> None:
         """p into W, after an optimizer's step."""
-        self._put(self.places, self.values.detach())
+        if self.held is not None:  # an optimizer has moved these by their momentum
+            own = whole(self.values.detach()).clone()
+            own[self.held] = self._read(self.places[self.held]).to(own.dtype)
+            self._become(own)
+        self._put(self.places, whole(self.values.detach()))
         self.written = self.values._version
+
+    def _become(self, values: Tensor) -> None:
+        held: Any = self.values
+        if is_shard(held):
+            held.to_local().copy_(as_shard(values, held).to_local())  # type: ignore[attr-defined]
+        else:
+            held.copy_(values)
 
     def sync(self) -> None:
         """Make p and W one: by p where an optimizer has moved it, else by W where something else has (loaded weights,
@@ -96,18 +141,23 @@ class Part(nn.Module):
         if self.values._version != self.written:
             self.write()
             return
-        found, own = self.read(), self.values.detach()
+        found, own = self.read(), whole(self.values.detach())
         other = found != own.to(found.dtype)
         if other.any():
             with torch.no_grad():
-                self.values.copy_(torch.where(other, found.to(own.dtype), own))
+                self._become(torch.where(other, found.to(own.dtype), own))
             self.written = self.values._version
 
     def tensors(self) -> dict[str, Tensor]:
         """What rebuilds it beside the weights of the base model."""
         self.sync()
-        own = {"places": self.places, "values": self.values.detach(), "left": self.left, "base": self.base}
-        return own | {"left_values": self._read(self.left)}
+        trains = slice(None) if self.held is None else ~self.held
+        values, left = whole(self.values.detach())[trains], self._all_left()
+        own = {"places": self.places[trains], "values": values, "left": left, "base": self.base}
+        return own | {"left_values": self._read(left)}
+
+    def _all_left(self) -> Tensor:
+        return self.left if self.held is None else torch.cat([self.left, self.places[self.held]]).sort().values
 
     @torch.no_grad()
     def take(self, tensors: dict[str, Tensor]) -> None:
@@ -122,6 +172,9 @@ class Part(nn.Module):
     def keep_below(self, theta: float, *, keep_state: bool) -> None:
         """Freeze, as they are, the entries or blocks that are not below θ any more."""
         stays = self.below(theta)
+        if is_shard(self.values):
+            self.held, self.moments = ~stays, None if keep_state else "fresh"
+            return
         kept = stays.nonzero().squeeze(1)
         self.moments = kept if keep_state else "fresh"
         self.left = torch.cat([self.left, self.places[~stays]]).sort().values
@@ -132,10 +185,10 @@ class Part(nn.Module):
 
     def below(self, theta: float) -> Tensor:
         """Which of the entries, or blocks, are below θ; bool [k]."""
-        own = self.values.detach()
+        own = whole(self.values.detach())
         if self.shape is None:
             return own.abs() < theta
-        return torch.linalg.vector_norm(own.flatten(1), dim=1) / (self.shape[0] * self.shape[1]) ** 0.5 < theta
+        return torch.linalg.vector_norm(own.flatten(1), dim=1) / self.size**0.5 < theta
 
     def _resize(self, values: Tensor) -> None:
         self.values.grad = None
@@ -147,16 +200,16 @@ class Part(nn.Module):
     def changed(self) -> tuple[Tensor, Tensor]:
         """(places in the flat weight, int32 and sorted, and what W holds there) of all that training may have moved."""
         self.sync()
-        places = torch.cat([self.places, self.left])
+        places = torch.cat([self.places, self.left])  # what is held is among the first
         if self.shape is not None:
             places = places_of_blocks(places, self.shape, tuple(self.weight.shape))  # type: ignore[arg-type]
         places = places.sort().values
-        return places, entries_of(self.weight, places)
+        return places, entries_of(whole(self.weight), places)
 
     def as_matrix(self) -> Tensor:
         """P ⊙ M, with gradient to `values`."""
         flat = self.values.new_zeros(self.weight.numel())
-        return flat.index_put((self.places.long(),), self.values).view(self.weight.shape)
+        return flat.index_put((self.places.long(),), self.trained()).view(self.weight.shape)
 
     def renew(self, optimizer: Optimizer) -> None:
         """Before a step: the moments of what an adjustment has left."""
@@ -209,7 +262,8 @@ def _follow(part: Part) -> None:
 def _moved_by(optimizer: Optimizer) -> Iterator[Part]:
     if _FOLLOWED:
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        yield from [part for part in list(_FOLLOWED) if id(part.values) in own]
+        found = [part for part in list(_FOLLOWED) if id(part.values) in own]
+        yield from sorted(found, key=lambda part: part.number)  # ranks gather in one order
 
 
 @cache

@@ -24,7 +24,7 @@ class Schedule:
         return [part for site in self.sites for part in site.own_parts.values()]
 
     def _about(self) -> str:
-        trained, total = (sum(sizes) for sizes in zip(*((p.values.numel(), p.weight.numel()) for p in self._parts)))
+        trained, total = (sum(sizes) for sizes in zip(*((p.count * p.size, p.weight.numel()) for p in self._parts)))
         theta = float(self.sites[0].theta)
         what = "entries" if self.config.block == "entries" else f"entries, in {self.config.block},"
         rate, far = learning_rate(theta), ""
@@ -56,7 +56,7 @@ class Schedule:
 
     def _adjust(self, step: int) -> str:
         parts, theta = self._parts, float(self.sites[0].theta)
-        before = sum(part.values.numel() for part in parts)
+        before = sum(part.count * part.size for part in parts)
         stays = sum(int(part.below(theta).sum()) for part in parts)
         for site in self.sites:
             site.adjusted.fill_(step)
@@ -64,6 +64,6 @@ class Schedule:
             return f"sara: after {step} steps no trained entry is below theta = {theta:.4g} any more, so all go on."
         for part in parts:
             part.keep_below(theta, keep_state=self.config.keep_state)
-        after = sum(part.values.numel() for part in parts)
+        after = sum(part.count * part.size for part in parts)
         moments = "with their moments" if self.config.keep_state else "with fresh moments"
         return f"sara: after {step} steps {after:,} of {before:,} entries are still below theta and go on, {moments}."

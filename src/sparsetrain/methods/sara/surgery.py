@@ -274,8 +274,6 @@ register_method(
         refuse=refuse,
         limits={
             "four_bit": "it writes into the weights. Load the model in bf16 or fp32",
-            "fsdp2": "its trained values change their number in mid-run, and go into whole weights. Train with DDP, or "
-            "on one device",
         },
     ),
 )
