@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 from sparsetrain import RoutedFFN, SemiStructured, TokenSelection, sparsify
 from sparsetrain.cli import run
+from sparsetrain.surgery.method import method_of
 from sparsetrain.surgery.support import sharding_asked
 from tests.families import llama_config
 
@@ -79,8 +80,9 @@ def test_a_plugin_of_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
         callback.on_train_begin(args, SimpleNamespace(global_step=0, max_steps=1), SimpleNamespace())
 
 
-def test_sharded_after_the_conversion() -> None:
+def test_sharded_after_the_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
     """As FSDP does, and `fully_shard` with a method that needs whole weights: the first `handle.step` sees it."""
+    monkeypatch.setitem(method_of(SemiStructured()).limits, "fsdp2", "whole weights. Train with DDP, or on one device")
 
     class FullyShardedDataParallel(nn.Module):
         pass
