@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sparsetrain.cli.answer import Answer
 from tests.cli.conftest import Call, save_llama
 
 SPARSE = "routed_ffn:num_blocks=4,num_active=2"
@@ -126,6 +127,21 @@ def test_sft_and_classify(call: Call, llama: Path, tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("text,label\na b,up\nc d,down\ne f,up\ng h,down\n")
     other = call("eval", tmp_path / "classify", "--data", tmp_path / "other.csv", "--seq-len", 32, "--all")
     assert other.code == 2 and "up" in other.err and "yes" in other.err
+
+
+def test_a_plan_of_a_model_alone_is_what_fits(call: Call, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It showed where SPT's modules would go, which nobody had asked for."""
+    asked: list[bool] = []
+
+    def predicted(_values: object, _goal: object, *, given_methods: bool) -> Answer:
+        asked.append(given_methods)
+        return Answer(data={})
+
+    monkeypatch.setattr("sparsetrain.cli.plan.predicted", predicted)
+    for more in ([], ["--preset", "auto"], ["--seq-len", 64]):
+        assert call("plan", "--model", llama, *more).code == 0
+    assert call("plan", "--model", llama, "--seq-len", 64, "--method", SPARSE).code == 0
+    assert asked == [False] * 3
 
 
 @pytest.mark.slow

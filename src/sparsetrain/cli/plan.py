@@ -129,19 +129,21 @@ def plan(
 ) -> Answer:
     """Will it fit, what uses the memory, and which recipe? Predicted from a model's config: no weights, no GPU.
 
-    With a goal (--memory, --goal, --gpu, --fit): peak memory by component and step time of LoRA, of the exact tools
-    (checkpointing, offload, FFNs in pieces), of full fine-tuning and of every sparse method, and the memory by context
-    length; what to take, the exact before what is not, what was refused and why, and the recipe with --write. With
-    --data it reads how long the rows are. Ends with exit code 1 when nothing fits, and says what is nearest.
+    Of a model on this machine, or with a goal (--memory, --goal, --gpu, --fit): peak memory by component and step time
+    of LoRA, of the exact tools (checkpointing, offload, FFNs in pieces), of full fine-tuning and of every sparse
+    method, and the memory by context length; what to take, the exact before what is not, what was refused and why, and
+    the recipe with --write. With --data it reads how long the rows are. Ends with exit code 1 when nothing fits, and
+    says what is nearest.
 
-    Without one: which parts of the model the methods of --preset or --method change, and what each costs. Of a recipe
-    whose method makes several models: the size, steps, FLOPs, time and peak of each stage.
+    With --preset or --method and no goal: which parts of the model the methods change, and what each costs. Of a
+    recipe whose method makes several models: the size, steps, FLOPs, time and peak of each stage.
 
     With --gpus: every grid data x z x x x y of so many devices, what each collective takes in a step of --batch-size
     sequences (over all devices), memory a rank, and what was refused; --memory or --gpu sets the limit.
 
     \b
     Examples:
+      sparsetrain plan --model smollm2-135m --data rows.csv --task sft
       sparsetrain plan --model llama-3-8b --memory 24GB --seq-len 8192 --gpu 4090
       sparsetrain plan --model smollm2-135m --memory 2GB --goal speed --write plan.yaml
       sparsetrain plan --model Qwen/Qwen2.5-7B --gpu h100 --fit seq
@@ -157,7 +159,7 @@ def plan(
     if gpus is not None:
         return planned_grids(_asked(recipe, flags), gpus, gpus_per_node, bandwidth, memory, gpu)
     asked_for = Goal(memory=memory, goal=goal, gpu=gpu, fit=fit, write=write, plot=plot, data=flags["data"])
-    if asked_for.given:
+    if asked_for.given or (recipe is None and flags["preset"] in (None, "auto") and not flags["methods"]):
         return _predicted(recipe, flags, asked_for)
     return _stages(recipe, changes(flags)) or _edits(recipe, flags)
 
