@@ -147,7 +147,6 @@ def plan(
       sparsetrain plan --model llama-3-8b --memory 24GB --seq-len 8192 --gpu 4090
       sparsetrain plan --model smollm2-135m --memory 2GB --goal speed --write plan.yaml
       sparsetrain plan --model Qwen/Qwen2.5-7B --gpu h100 --fit seq
-      sparsetrain plan --model smollm2-135m --preset spt --seq-len 2048
       sparsetrain plan --model ./llama --method "routed_ffn:num_blocks=8,layers=4-9"
       sparsetrain plan --recipe pretrain.yaml
       sparsetrain plan --model llama-3-70b --gpus 1024 --gpus-per-node 4 --bandwidth node=200GB/s,inter=100GB/s
@@ -240,9 +239,9 @@ def _edits(recipe: Path | None, flags: dict[str, Any]) -> Answer:
         "left_dense": planned.untouched,
     }
     left = [f"Left dense by {method}: {count} of its sites." for method, count in planned.untouched.items() if count]
-    title = f"{planned.model_class} ({planned.family}) at {planned.seq_tokens:,} tokens; forward, per token"
+    said = f"at {planned.seq_tokens:,} tokens; forward, per token; added: parameters"
+    title = f"{planned.model_class} ({planned.family}) {said}"
     columns = ["sites", "MFLOP", "saved for backward", "added"]  # what 80 columns hold, with the names in one piece
-    title += "; added: parameters"
     return Answer(data=data, show=[lambda: table(title, columns, _lines(rows, totals), right=(1, 2, 3)), *left])
 
 
