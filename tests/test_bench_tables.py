@@ -61,12 +61,15 @@ def test_growth_at_shares_of_the_ordinary_run() -> None:
     told = {
         "loss_less_ordinary": -0.05,
         "of_its": {"cpu_s": 0.6},
-        "reached_at": {"cpu_s": 0.5},
+        "reached_at": {"cpu_s": 0.5, "flops": 0.55},
         "growing_share": 0.01,
     }
     cells = {"gpt2 ordinary 1 0": run(2.0), "gpt2 grown 0.65 0": run(1.95, **told)}
     lines = growth.masked_growth(of(cells))
-    assert "| grown | 0.65 | 1 | 1.950 | -0.050 | 0.60 | 0.50 | 1.0% |" in lines
+    assert "| grown | 0.65 | 1 | 1.950 | -0.050 | 0.55 | 0.60 | 0.50 | 1.0% |" in lines
+    other = {"machine": {"cpu": "another"}, "cells": ["gpt2 ordinary 1 0"]}
+    lines = growth.masked_growth(of(cells) | {"earlier": [other]})
+    assert "| grown | 0.65 | 1 | 1.950 | -0.050 | 0.55 | – | – | – |" in lines
     assert "gpt2 -0.050 at 0.65 of its FLOPs" in growth.conclude_growth({"masked_growth": of(cells)})
 
 

@@ -53,6 +53,7 @@ def masked_growth(results: dict[str, Any]) -> list[str]:
             "seeds",
             "held-out loss",
             "less the ordinary's",
+            "FLOPs to its loss",
             "processor time of its run",
             "processor time to its loss",
             "growing itself",
@@ -64,15 +65,35 @@ def masked_growth(results: dict[str, Any]) -> list[str]:
             arm, _, share = rest.rpartition(" ")
             differences = [run["loss_less_ordinary"] for run in own.values() if "loss_less_ordinary" in run]
             told = [run for run in own.values() if "of_its" in run]
+            beside = {
+                seed
+                for seed in own
+                if _processor(results, f"{name} {seed}") == _processor(results, f"{model} ordinary 1 {seed}")
+            }
+            flops = _mean_reached(told, "flops")
+            told = [run for seed, run in own.items() if seed in beside and "of_its" in run]
             took = f"{statistics.mean(run['of_its']['cpu_s'] for run in told):.2f}" if told else DASH
-            reached = [run["reached_at"]["cpu_s"] for run in told if run["reached_at"]]
-            until = f"{statistics.mean(reached):.2f}" if reached else "not reached" if told else DASH
-            missed = len(told) - len(reached)
-            until += f" ({missed} not)" if reached and missed else ""
+            until = _mean_reached(told, "cpu_s")
             growing = f"{statistics.mean(run['growing_share'] for run in told):.1%}" if told else DASH
             less = signed(differences) if differences else DASH
-            lines.append(line(arm, share, len(own), mean_of(own, "loss"), less, took, until, growing))
+            lines.append(line(arm, share, len(own), mean_of(own, "loss"), less, flops, took, until, growing))
     return lines
+
+
+def _mean_reached(runs: list[dict[str, Any]], key: str) -> str:
+    """Of what the ordinary run took, up to its loss."""
+    reached = [run["reached_at"][key] for run in runs if run["reached_at"]]
+    missed = len(runs) - len(reached)
+    if not reached:
+        return "not reached" if runs else DASH
+    return f"{statistics.mean(reached):.2f}" + (f" ({missed} not)" if missed else "")
+
+
+def _processor(results: dict[str, Any], key: str) -> tuple[Any, ...]:
+    """What a cell was measured on: seconds of two kinds are not compared."""
+    earlier = (run["machine"] for run in results.get("earlier", ()) if key in run["cells"])
+    machine = next(earlier, results.get("machine", {}))
+    return machine.get("cpu"), tuple(machine.get("cpu_flags") or ())
 
 
 def conclude_multi_level(found: dict[str, Any]) -> str:
