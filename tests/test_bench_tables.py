@@ -69,7 +69,7 @@ def test_growth_at_shares_of_the_ordinary_run() -> None:
     assert "| grown | 0.65 | 1 | 1.950 | -0.050 | 0.55 | 0.60 | 0.50 | 1.0% |" in lines
     other = {"machine": {"cpu": "another"}, "cells": ["gpt2 ordinary 1 0"]}
     lines = growth.masked_growth(of(cells) | {"earlier": [other]})
-    assert "| grown | 0.65 | 1 | 1.950 | -0.050 | 0.55 | – | – | – |" in lines
+    assert "| grown | 0.65 | 1 | 1.950 | -0.050 | 0.55 | – | – | 1.0% |" in lines
     assert "gpt2 -0.050 at 0.65 of its FLOPs" in growth.conclude_growth({"masked_growth": of(cells)})
 
 

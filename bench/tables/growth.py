@@ -71,10 +71,10 @@ def masked_growth(results: dict[str, Any]) -> list[str]:
                 if _processor(results, f"{name} {seed}") == _processor(results, f"{model} ordinary 1 {seed}")
             }
             flops = _mean_reached(told, "flops")
+            growing = f"{statistics.mean(run['growing_share'] for run in told):.1%}" if told else DASH
             told = [run for seed, run in own.items() if seed in beside and "of_its" in run]
             took = f"{statistics.mean(run['of_its']['cpu_s'] for run in told):.2f}" if told else DASH
             until = _mean_reached(told, "cpu_s")
-            growing = f"{statistics.mean(run['growing_share'] for run in told):.1%}" if told else DASH
             less = signed(differences) if differences else DASH
             lines.append(line(arm, share, len(own), mean_of(own, "loss"), less, flops, took, until, growing))
     return lines

@@ -36,6 +36,14 @@ def as_shard(x: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(x, shard.device_mesh, shard.placements, src_data_rank=None)
 
 
+def fill(into: Tensor, values: Tensor) -> None:
+    """Write a tensor that every rank holds in full, each its part where `into` is a shard."""
+    if is_shard(into):
+        into.to_local().copy_(as_shard(values, into).to_local())  # type: ignore[operator]
+    else:
+        into.copy_(values)
+
+
 def gradients_of(model: nn.Module, more: Iterable[Tensor] = ()) -> list[Tensor]:
     """The gradients that are there, of a model's parameters and of more tensors; shards are DTensors.
 

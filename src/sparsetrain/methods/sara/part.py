@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from sparsetrain.core.shards import as_shard, is_shard, whole
+from sparsetrain.core.shards import fill, is_shard, whole
 from sparsetrain.ops.partial_weight import (
     blocks_of,
     entries_of,
@@ -110,11 +110,11 @@ class Part(nn.Module):
         return read_at(whole(self.weight), places, self.shape)
 
     def _put(self, places: Tensor, values: Tensor) -> None:
-        weight: Any = self.weight
+        weight = self.weight
         full = whole(weight)
         (put_entries if self.shape is None else put_blocks)(full, places, values)
-        if is_shard(weight):
-            weight.to_local().copy_(as_shard(full, weight).to_local())  # type: ignore[attr-defined]
+        if full is not weight:
+            fill(weight, full)
 
     @torch.no_grad()
     def write(self) -> None:
@@ -122,16 +122,9 @@ class Part(nn.Module):
         if self.held is not None:  # an optimizer has moved these by their momentum
             own = whole(self.values.detach()).clone()
             own[self.held] = self._read(self.places[self.held]).to(own.dtype)
-            self._become(own)
+            fill(self.values, own)
         self._put(self.places, whole(self.values.detach()))
         self.written = self.values._version
-
-    def _become(self, values: Tensor) -> None:
-        held: Any = self.values
-        if is_shard(held):
-            held.to_local().copy_(as_shard(values, held).to_local())  # type: ignore[attr-defined]
-        else:
-            held.copy_(values)
 
     def sync(self) -> None:
         """Make p and W one: by p where an optimizer has moved it, else by W where something else has (loaded weights,
@@ -145,7 +138,7 @@ class Part(nn.Module):
         other = found != own.to(found.dtype)
         if other.any():
             with torch.no_grad():
-                self._become(torch.where(other, found.to(own.dtype), own))
+                fill(self.values, torch.where(other, found.to(own.dtype), own))
             self.written = self.values._version
 
     def tensors(self) -> dict[str, Tensor]:
