@@ -170,12 +170,12 @@ def test_a_way_that_fails_costs_the_run_nothing(
     assert found.values["options"][1]["refused"] == "it failed here: RuntimeError: out of something"
 
 
-def test_a_dry_run_predicts_and_writes_nothing(
+def test_a_dry_run_goes_by_the_record_and_writes_nothing(
     call: Call, llama: Path, talks: Path, tmp_path: Path, recorded: Callable[..., None]
 ) -> None:
     recorded(RECORD)
     result = call("finetune", *flags(llama, talks, tmp_path / "run"), "--dry-run", "--json")
-    assert result.code == 0 and result.json["choice"]["options"][1]["speedup"]["how"] == "predicted"
+    assert result.code == 0 and result.json["choice"]["options"][1]["speedup"]["how"] == "recorded"
     assert "nothing is timed" in result.err and not (tmp_path / "run").exists()
 
 
@@ -223,7 +223,7 @@ def test_an_output_that_is_taken_is_refused_before_anything_is_timed(llama: Path
 @pytest.mark.assets
 def test_docstrings_are_timed_on_a_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timed_ways, "SHARE", 1e6)  # however slow the machine
-    given = {"model": "smollm2-135m", "data": "python-docstrings", "task": "sft", "dtype": "bf16", "steps": 100}
+    given = {"model": "smollm2-135m", "data": "python-docstrings", "task": "sft", "steps": 100}
     found = choose(Recipe(**given, output=str(tmp_path / "run")), Asked(seconds=1e6))
     speeds = {way["label"]: way["speedup"] for way in found.values["options"] if way["speedup"]}
     (label, speed), *_ = ((label, speed) for label, speed in speeds.items() if speed["how"] != "baseline")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from sparsetrain.planner.choosing import (
 )
 from sparsetrain.planner.quality import Deployed, Facts, deployed_records
 from sparsetrain.planner.timings import key_of, load_speeds, store_speeds
+from sparsetrain.planner.weighing import Weighed, with_speeds
 
 MB = 10**6
 SFT = Facts(task="sft", trained="lora", parameters=135 * MB, seq_len=900, target_share=0.06)
@@ -260,3 +262,32 @@ def test_what_gained_nothing_on_record_is_not_timed() -> None:
     ]
     for gains in (replace(tie, peak=0.6), replace(tie, speedup=1.2)):
         assert [way.refused for way in choose(SFT, records=(gains,))[1] if way.methods] == [None]
+
+
+class _Guesses:
+    """A forecast that thinks every step is hardly faster than dense training's."""
+
+    def __init__(self, gpu: bool) -> None:
+        self.predictor = SimpleNamespace(gpu=gpu)
+
+    def speed(self, way: Option, base: Option) -> Speed:
+        return BASELINE if way == base else replace(measured(1.06, 0), how="predicted")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "base", "how"), [(False, 0, "recorded"), (True, 0, "predicted"), (False, 1, "predicted")]
+)
+def test_where_nothing_could_be_timed_the_record_counts(gpu: bool, base: int, how: str) -> None:
+    """Of a CPU's steps without checkpointing; a record says nothing of a GPU's, or of a baseline that recomputes."""
+    dense = Option()
+    ways = [
+        replace(dense, fits=base == 0),
+        Option(methods=(FEW,), records=RECORDS[:1]),
+        replace(dense, recomputes=True),
+    ]
+    weighed: Any = Weighed(facts=SFT, forecast=_Guesses(gpu), ways=ways)  # type: ignore[arg-type]
+    speeds = {way.label: way.speed for way in with_speeds(weighed, lambda _ways, _base: ({}, {}))}
+    assert speeds[FEW_LABEL] is not None and speeds[FEW_LABEL].how == how
+    assert speeds[FEW_LABEL].median == (2.1 if how == "recorded" else 1.06)
+    timed = with_speeds(weighed, lambda ways, _base: ({way.label: measured(1.3) for way in ways}, {}))
+    assert next(way for way in timed if way.methods).speed == measured(1.3)

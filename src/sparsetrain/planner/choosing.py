@@ -26,7 +26,8 @@ SLOWEST = 1.5
 GAIN = 1.05
 """Of a record that isn't leaner, the step has to be so many times as fast to be worth timing here."""
 ROUGH = 1.1
-"""A speed-up that isn't measured here has to be above this: predicted steps are 7 to 28 % too short."""
+"""A speed-up that isn't measured here has to be above this: predicted steps are 7 to 28 % too short, and a recorded one
+is another machine's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,10 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Step of the baseline / step of a way, between low and high. how: `measured`, `predicted` or `baseline`."""
+    """Step of the baseline / step of a way, between low and high.
+
+    how: `measured` here, `recorded` elsewhere, `predicted` from the machine's rates, or `baseline`.
+    """
 
     median: float
     low: float
@@ -56,7 +60,7 @@ class Speed:
 
     @property
     def wins(self) -> bool:
-        """Faster than the baseline beyond a tie, by the rule of `measure.timing`; where it's predicted, by far."""
+        """Faster than the baseline beyond a tie, by the rule of `measure.timing`; where it isn't measured, by far."""
         return self.low > 1 and self.median > (1 + MARGIN if self.how == "measured" else ROUGH)
 
 

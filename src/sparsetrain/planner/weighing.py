@@ -79,12 +79,13 @@ def _checked(way: Option, check: Callable[[tuple[MethodConfig, ...]], None]) -> 
 
 
 def with_speeds(weighed: Weighed, measure: Measure) -> list[Option]:
-    """The ways with their speeds beside the first dense way that fits: measured where it matters, else predicted."""
+    """The ways with their speeds beside the first dense way that fits: measured where it matters, else the recorded one
+    of this kind of data, or where that holds for no such step or for no GPU, predicted."""
     ways, forecast = able(weighed.ways), weighed.forecast
     base = next(way for way in [*ways, *weighed.ways] if not way.methods)
     if ways == [base]:
         return [replace(way, speed=BASELINE) if way == base else way for way in weighed.ways]
-    speeds = {way.label: forecast.speed(way, base) for way in ways}
+    speeds = {way.label: _unmeasured(way, base, forecast) for way in ways}
     failed: dict[str, str] = {}
     if base in ways and any(way.methods for way in ways):
         measured, failed = measure([base, *(way for way in ways if way != base)], base)
@@ -93,6 +94,15 @@ def with_speeds(weighed: Weighed, measure: Measure) -> list[Option]:
         replace(way, speed=speeds.get(way.label), refused=failed.get(way.label)) if way in ways else way
         for way in weighed.ways
     ]
+
+
+def _unmeasured(way: Option, base: Option, forecast: Forecast) -> Speed | None:
+    """The least on record, which is of CPUs and without checkpointing; else predicted."""
+    found = [record.speedup for record in way.records]
+    if found and None not in found and not (way.exact or base.exact or forecast.predictor.gpu):
+        least = min(filter(None, found))
+        return Speed(median=least, low=least, high=least, how="recorded")
+    return forecast.speed(way, base)
 
 
 def nothing_fits(weighed: Weighed, asked: Asked) -> str:

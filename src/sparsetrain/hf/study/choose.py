@@ -60,7 +60,7 @@ def choose(recipe: Recipe, asked: Asked | None = None, *, report: Report = silen
     Args:
         asked: memory, tolerance, goal and time of the choice.
         report: told what is being done, and at last the table of what was weighed, as notes.
-        timed: time what may be taken; else steps are predicted, and no weights are read.
+        timed: time what may be taken; else steps are of the record or predicted, and no weights are read.
 
     Raises:
         ValueError: nothing fits the memory (with what comes nearest); or as `finetune` for recipe, model and data.
@@ -175,7 +175,7 @@ def _lines(weighed: Weighed, found: list[Option], taken: Option, timed: bool, as
     rows = "" if facts.seq_len is None else f"rows of some {facts.seq_len:,.0f} tokens{share}; "
     head = f"How to train (preset auto): {rows}{usable} of memory"
     if not timed:
-        head += "; nothing is timed, steps are predicted: the run may choose otherwise"
+        head += "; nothing is timed, steps are of the record or predicted: the run may choose otherwise"
     if not taken.methods:
         last = f"{taken.label[0].upper()}{taken.label[1:]} is the best choice for this model, data and machine."
     else:
