@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import Anatomy, AttentionSite, Undo, describe, submodule
+from sparsetrain.core.found_once import found_once
 from sparsetrain.ops.selected_rows import KeyValues, attention_of_queries
 from sparsetrain.surgery.site import Site
 
@@ -66,11 +67,9 @@ class AttentionCall:
         """
         if self.segments is None or self.q.shape[2] != self.k.shape[2]:
             return out
-        valid_bt = self.segments > 0
-        read_bt = ~valid_bt & (valid_bt.flip(1).cumsum(1).flip(1) > 0)
-        if self.causal:
-            read_bt &= valid_bt.cumsum(1) > 0
-        return self.with_dense_rows(out, read_bt) if read_bt.any() else out
+        segments = self.segments
+        read_bt = found_once(segments, ("read", self.causal), lambda: _read_padding(segments, self.causal))
+        return out if read_bt is None else self.with_dense_rows(out, read_bt)
 
     def with_dense_rows(self, out: Tensor, rows_bt: Tensor) -> Tensor:
         """out [b, h, t, d], with dense attention in the rows where bool [b, t] is True.
@@ -80,8 +79,17 @@ class AttentionCall:
         e = KeyValues(self.k, self.v, self.causal, self.scale, self.segments, self.window, self.looks_at)
         dense_nhd = attention_of_queries(self.q, e, rows_bt)
         out_bthd = out.transpose(1, 2)
-        index_n = rows_bt.flatten().nonzero().flatten()
+        index_n = found_once(rows_bt, "flat", lambda: rows_bt.flatten().nonzero().flatten())
         return out_bthd.flatten(0, 1).index_copy(0, index_n, dense_nhd.to(out.dtype)).view_as(out_bthd).transpose(1, 2)
+
+
+def _read_padding(segments_bt: Tensor, causal: bool) -> Tensor | None:
+    """Padding that something reads, bool [b, t]; None if nothing does."""
+    valid_bt = segments_bt > 0
+    read_bt = ~valid_bt & (valid_bt.flip(1).cumsum(1).flip(1) > 0)
+    if causal:
+        read_bt &= valid_bt.cumsum(1) > 0
+    return read_bt if read_bt.any() else None
 
 
 StandIn = Callable[[AttentionCall], Tensor]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import Anatomy, Undo, submodule
 from sparsetrain.core.cost import Cost
+from sparsetrain.core.found_once import found_once
 from sparsetrain.surgery.method import RowFacts
 from sparsetrain.surgery.outermost import declass_model, reclass_model
 from sparsetrain.surgery.reclass import declass, dense_forward, reclass
@@ -69,7 +70,8 @@ class DenseRows:
     @property
     def everywhere(self) -> bool:
         """Is every row dense now?"""
-        return self.now is not None and bool(self.now.all())
+        rows = self.now
+        return rows is not None and found_once(rows, "all", lambda: bool(rows.all()))
 
     def of(self, num_rows: int) -> Tensor | None:
         """The dense rows of a site that is given `num_rows` rows, bool [b, t]; None if no row is dense.
@@ -78,7 +80,7 @@ class DenseRows:
             ValueError: they are of another batch.
         """
         rows = self.now
-        if rows is None or not rows.any():
+        if rows is None or not found_once(rows, "any", lambda: bool(rows.any())):
             return None
         if rows.numel() != num_rows:
             raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsetrain.core.anatomy import AttentionSite, trained_copy
+from sparsetrain.core.found_once import found_once
 from sparsetrain.methods.pq_attention.config import SUBSPACE, PQAttention
 from sparsetrain.ops.block_sparse_attention import block_sparse_attention, dense_is_faster
 from sparsetrain.ops.key_selection import Visibility, select_blocks, select_keys
@@ -188,7 +189,14 @@ class PQSparseAttention(SparseAttention):
         (b, _, s, _), device, segments_bs = call.k.shape, call.k.device, call.segments
         if segments_bs is None:
             return torch.full((b, s), self._kept(s), device=device)
-        place_bs = places_in_segments(segments_bs)[0] if call.places is None else call.places
+        if call.places is not None:  # beside a cache
+            return self._kept_of(segments_bs, call.places)
+        given = (self.config.keep_ratio, self.config.num_keys, self.config.selection, self.config.dense_below)
+        places = lambda: places_in_segments(segments_bs)[0]  # noqa: E731
+        return found_once(segments_bs, ("kept", given), lambda: self._kept_of(segments_bs, places()))
+
+    def _kept_of(self, segments_bs: Tensor, place_bs: Tensor) -> Tensor:
+        b, device = len(segments_bs), segments_bs.device
         length_bi = torch.zeros(b, int(segments_bs.max()) + 1, dtype=torch.int64, device=device)
         length_bi.scatter_reduce_(1, segments_bs.long(), place_bs.long() + 1, "amax")
         kept = torch.tensor([self._kept(n) for n in range(int(length_bi.max()) + 1)], device=device)

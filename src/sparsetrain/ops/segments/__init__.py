@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsetrain.core.found_once import found_once
+
 
 class Aligned(NamedTuple):
     """source_bw: token of the row that stands at each aligned place (0 in gaps); segments_bw: its segment id, 0 in
@@ -53,18 +55,26 @@ def places_in_segments(segments_bs: Tensor) -> tuple[Tensor, Tensor]:
 
 def has_gaps(segments_bs: Tensor) -> bool:
     """Is there padding inside a segment?"""
-    place, _ = places_in_segments(segments_bs)
-    after_padding = F.pad(segments_bs[:, :-1] == 0, (1, 0)) & (segments_bs > 0)
-    return bool((after_padding & (place > 0)).any())
+
+    def find() -> bool:
+        place, _ = places_in_segments(segments_bs)
+        after_padding = F.pad(segments_bs[:, :-1] == 0, (1, 0)) & (segments_bs > 0)
+        return bool((after_padding & (place > 0)).any())
+
+    return found_once(segments_bs, "gaps", find)
 
 
 def align_segments(segments_bs: Tensor, multiple: int) -> Aligned:
-    """Give every segment a place that starts at a multiple of `multiple`.
+    """Give every segment a place that starts at a multiple of `multiple`; found once for the layers that share them.
 
     Args:
         segments_bs: int [b, s], 0 = padding, equal ids = one segment; padding inside a segment is taken out.
         multiple: tokens of a block; every segment takes a whole number of blocks.
     """
+    return found_once(segments_bs, ("aligned", multiple), lambda: _aligned(segments_bs, multiple))
+
+
+def _aligned(segments_bs: Tensor, multiple: int) -> Aligned:
     b, s = segments_bs.shape
     device = segments_bs.device
     valid = segments_bs > 0

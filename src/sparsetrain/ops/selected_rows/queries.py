@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsetrain.core.found_once import found_once
 from sparsetrain.ops.selected_rows.keys import KeyValues
 
 CHUNK = 512
@@ -31,23 +32,34 @@ def attention_of_queries(q_bhtd: Tensor, everything: KeyValues, selected_bt: Ten
         as they are, and one mask [n, s] for all heads.
     """
     e, found = everything, []
+    chunks = found_once(selected_bt, "chunks", lambda: _chunks(selected_bt))
     gqa = e.k_bgsd.shape[1] != q_bhtd.shape[1]
     for sample, (q, k, v) in enumerate(zip(q_bhtd.unbind(0), e.k_bgsd.unbind(0), e.v_bgsd.unbind(0), strict=True)):
-        for index_n in selected_bt[sample].nonzero().flatten().split(CHUNK):
-            if not len(index_n):
-                continue
-            keys, seen_nk = _seen(e, sample, index_n, q_bhtd.shape[2])
+        for index_n, ends in chunks[sample]:
+            keys, seen_nk = _seen(e, sample, index_n, ends, q_bhtd.shape[2])
             one: Any = (x[None] for x in (q.index_select(1, index_n), k[:, keys], v[:, keys]))
             form: Any = {"attn_mask": seen_nk[None, None], "scale": e.scale, "enable_gqa": gqa}
             found.append(F.scaled_dot_product_attention(*one, **form)[0].transpose(0, 1))
     return torch.cat(found) if found else q_bhtd.new_zeros(0, q_bhtd.shape[1], q_bhtd.shape[3])
 
 
-def _seen(e: KeyValues, sample: int, index_n: Tensor, num_tokens: int) -> tuple[slice, Tensor]:
+def _chunks(selected_bt: Tensor) -> list[list[tuple[Tensor, tuple[int, int]]]]:
+    """By sample: the selected places, some at a time, with the first and the last of them."""
+    return [
+        [
+            (index_n, (int(index_n[0]), int(index_n[-1])))
+            for index_n in row.nonzero().flatten().split(CHUNK)
+            if len(index_n)
+        ]
+        for row in selected_bt
+    ]
+
+
+def _seen(e: KeyValues, sample: int, index_n: Tensor, ends: tuple[int, int], num_tokens: int) -> tuple[slice, Tensor]:
     """The keys that ascending queries can reach, and which of them each one sees, bool [n, keys]."""
     num_keys = e.k_bgsd.shape[2]
     offset = num_keys - num_tokens
-    first, last = int(index_n[0]) + offset, int(index_n[-1]) + offset
+    first, last = (end + offset for end in ends)
     start = 0 if e.window is None else max(0, first - e.window + 1)
     stop = last + 1 if e.causal else num_keys if e.window is None else min(num_keys, last + e.window)
     distance = (index_n + offset)[:, None] - torch.arange(start, stop, device=index_n.device)[None]
