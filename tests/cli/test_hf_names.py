@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from sparsetrain.cli.app import app
-from sparsetrain.cli.hf_names import REFUSED, RENAMED, SWITCHES, translated
+from sparsetrain.cli.hf_names import ALWAYS, REFUSED, RENAMED, SWITCHES, translated
 from tests.cli.conftest import Call
 
 FLAGS = {
@@ -34,6 +34,10 @@ FLAGS = {
         ("--bf16 False --lr 1", "--lr 1"),
         ("--bf16=false", ""),
         ("--use_dora", "--lora-variant dora"),
+        ("--dora", "--lora-variant dora"),
+        ("--dtype bfloat16", "--dtype bf16"),
+        ("--torch_dtype=float32", "--dtype=fp32"),
+        ("--model bfloat16", "--model bfloat16"),
         ("--gradient_checkpointing --lr 1", "--gradient-checkpointing non-reentrant --lr 1"),
         ("--gradient-checkpointing", "--gradient-checkpointing non-reentrant"),
         ("--gradient-checkpointing reentrant", "--gradient-checkpointing reentrant"),
@@ -48,6 +52,27 @@ FLAGS = {
 )
 def test_names_become_ours(given: str, found: str) -> None:
     assert translated(given.split(), FLAGS) == found.split()
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("--neftune-noise-alpha 5 --lr 1", "--set training.neftune_noise_alpha=5 --lr 1"),
+        ("--torch_compile --lr 1", "--set training.torch_compile=true --lr 1"),
+        ("--eval-strategy=steps", "--set training.eval_strategy=steps"),  # whose refusal names our key
+        ("--lora-modules-to-save norm", "--set lora.modules_to_save=norm"),
+        ("--use_qalora", "--set lora.use_qalora=true"),
+        ("--no_such_thing 1", "--no_such_thing 1"),
+        ("--use_peft --assistant_only_loss true --lr 1", "--lr 1"),
+    ],
+)
+def test_any_key_of_the_libraries_is_a_flag(given: str, found: str) -> None:
+    assert translated(given.split(), FLAGS | {"--set", "--lora-r"}) == found.split()
+
+
+def test_what_a_run_does_in_any_case_cannot_be_switched_off() -> None:
+    with pytest.raises(ValueError, match="completions alone are targets"):
+        translated(["--completion-only-loss=false"], FLAGS | {"--lora-r"})
 
 
 def test_a_name_stands_for_a_flag_that_there_is() -> None:
@@ -66,7 +91,7 @@ def test_code_of_a_model_is_not_asked_for_by_accident() -> None:
 
 def test_the_page_for_people_who_come_from_there_has_every_name() -> None:
     page = (Path(__file__).parents[2] / "docs/from-trl.md").read_text()
-    assert not [name for name in (*RENAMED, *SWITCHES, *REFUSED) if f"`{name}`" not in page]
+    assert not [name for name in (*RENAMED, *SWITCHES, *ALWAYS, *REFUSED) if f"`{name}`" not in page]
 
 
 def test_rows_of_a_device_are_not_taken_for_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +103,7 @@ def test_rows_of_a_device_are_not_taken_for_those_of_all(monkeypatch: pytest.Mon
 def test_a_command_line_of_trl_is_understood(call: Call, llama: Path, text: Path, tmp_path: Path) -> None:
     line = f"finetune --model_name_or_path {llama} --dataset_name {text} --output_dir {tmp_path / 'run'} --max_steps 7"
     line += " --max_length 32 --learning_rate 1e-3 --per_device_train_batch_size 2 --gradient_accumulation_steps 3"
-    line += " --use_rslora --optim adafactor --lora_dropout 0.1 --set training.label_smoothing_factor=0.1"
+    line += " --use_rslora --optim adafactor --lora_dropout 0.1 --label_smoothing_factor 0.1 --use_peft"
     line += " --preset dense --device cpu --bf16 --dry-run --json"
     result = call(*line.split(), "--set", "lora.rank_pattern={q_proj: 4}")
     assert result.code == 0, result.err

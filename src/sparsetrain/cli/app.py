@@ -50,7 +50,7 @@ def paragraphs(text: str) -> str:
 
 
 def _add(place: typer.Typer, name: str, command: Callable[..., Any]) -> None:
-    kind = HfNames if name in ("finetune", "pretrain") else None
+    kind = HfNames if name in ("finetune", "pretrain", "plan", "profile", "bench", "eval") else None
     place.command(name, cls=kind, help=paragraphs(command.__doc__ or ""), epilog=EXIT_CODES)(command)
 
 

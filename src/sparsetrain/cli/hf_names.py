@@ -30,16 +30,27 @@ RENAMED: dict[str, str] = {
     "--adam-beta1": "--beta1",
     "--adam-beta2": "--beta2",
     "--adam-epsilon": "--eps",
+    "--torch-dtype": "--dtype",
 }
+VALUES = {"--dtype": {"bfloat16": "bf16", "float32": "fp32"}}
+"""Flag -> their value -> ours."""
 RENAMED_SWITCHES = {"--dataset-streaming": "--streaming"}
 SWITCHES: dict[str, tuple[str, str]] = {
     "--bf16": ("--dtype", "bf16"),
+    "--dora": ("--lora-variant", "dora"),
     "--use-dora": ("--lora-variant", "dora"),
     "--use-rslora": ("--lora-variant", "rslora"),
     "--gradient-checkpointing": ("--gradient-checkpointing", "non-reentrant"),
 }
 """Those that stand alone, or before true or false -> our flag and its value."""
+ALWAYS: dict[str, str] = {
+    "--use-peft": "it trains a LoRA. --lora-r 0 trains all weights",
+    "--completion-only-loss": "completions alone are targets",
+    "--assistant-only-loss": "what the assistant says alone is a target",
+}
+"""Switches for what `finetune` does in any case -> what that is; off, they are refused."""
 REFUSED: dict[str, str] = {
+    "--attn-implementation": "attention is PyTorch's, or a method's in its place",
     "--trust-remote-code": "this command runs no code that comes with a model, and models of families that "
     "transformers has need none",
 }
@@ -67,6 +78,9 @@ def translated(arguments: Sequence[str], flags: Collection[str]) -> list[str]:
         elif dashed in REFUSED and dashed not in flags:
             if _truth(equals, value, rest):
                 raise ValueError(f"{dashed} is not taken: {REFUSED[dashed]}. Leave it out.")
+        elif dashed in ALWAYS and "--lora-r" in flags:
+            if not _truth(equals, value, rest):
+                raise ValueError(f"{dashed} false is not taken: {ALWAYS[dashed]}. Leave it out.")
         elif SWITCHES.get(dashed, ("",))[0] in flags and _stands_alone(dashed, equals, value, rest, flags):
             if _truth(equals, value, rest):
                 found += SWITCHES[dashed]
@@ -74,8 +88,45 @@ def translated(arguments: Sequence[str], flags: Collection[str]) -> list[str]:
             new = RENAMED.get(dashed, dashed)
             if dashed == "--per-device-train-batch-size":
                 _check_alone()
-            found.append(f"{new if new in flags else name}{equals}{value}")
-    return found
+            if new not in flags and (section := _section(dashed, flags)):
+                found += ["--set", f"{section}={_value(equals, value, rest)}"]
+            else:
+                found.append(f"{new if new in flags else name}{equals}{value}")
+    return _with_our_values(found)
+
+
+def _section(name: str, flags: Collection[str]) -> str | None:
+    """The recipe's key that an unknown flag names, where the libraries have it; they are asked then alone."""
+    if "--set" not in flags or not name.startswith("--"):
+        return None
+    from dataclasses import fields
+
+    from peft import LoraConfig
+    from transformers import TrainingArguments
+
+    key = name[2:].replace("-", "_")
+    if key in {field.name for field in fields(TrainingArguments)}:
+        return f"training.{key}"
+    inner = key.removeprefix("lora_")
+    names = {field.name for field in fields(LoraConfig)} if inner != key or key.startswith("use_") else set()
+    return next((f"lora.{one}" for one in (key, inner) if one in names), None)
+
+
+def _value(equals: str, value: str, rest: list[str]) -> str:
+    if equals:
+        return value
+    return rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+
+
+def _with_our_values(found: list[str]) -> list[str]:
+    changed = list(found)
+    for i, part in enumerate(found):
+        name, equals, value = part.partition("=")
+        if equals and value in VALUES.get(name, ()):
+            changed[i] = f"{name}={VALUES[name][value]}"
+        elif i and part in VALUES.get(found[i - 1], ()):
+            changed[i] = VALUES[found[i - 1]][part]
+    return changed
 
 
 def _stands_alone(name: str, equals: str, value: str, rest: Sequence[str], flags: Collection[str]) -> bool:
@@ -103,5 +154,5 @@ class HfNames(TyperCommand):
     """A command that takes these names too."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        flags = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        flags = {name for parameter in self.get_params(ctx) for name in (*parameter.opts, *parameter.secondary_opts)}
         return super().parse_args(ctx, translated(args, flags))
