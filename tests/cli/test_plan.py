@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -157,3 +158,12 @@ def test_a_plan_of_several_models_says_each_stage(call: Call, text: Path, tmp_pa
 def test_an_optimizer_that_nobody_knows_is_refused(name: str, code: int, call: Call, config_file: Path) -> None:  # noqa: F811
     result = call("plan", "--model", config_file, "--preset", "dense", "--gpu", "cpu", "--optim", name, "--json")
     assert result.code == code and (not code or "--optim 'adamx' is unknown" in result.json["error"]["message"])
+
+
+def test_a_narrow_terminal_breaks_no_name(call: Call, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of ways to train are typed after --method: `token_selecti` on a line and `on` below it are not."""
+    monkeypatch.setenv("COLUMNS", "80")
+    result = call("plan", "--model", llama, "--gpu", "4090", "--seq-len", 64)
+    table = result.out.partition("Refused:")[0]
+    assert re.search(r"^ token_selection\b", table, flags=re.M) and max(map(len, table.splitlines()[1:])) <= 80
+    assert "quality: x1.2 is a perplexity" in result.out

@@ -36,6 +36,10 @@ def print_answer(answer: Answer, stdout: TextIO, as_json: bool) -> None:
         console.print(part() if isinstance(part, Callable) else part, markup=False)
 
 
+LONGEST_NAME = 32
+"""Characters of a table's first column that a narrow window leaves whole."""
+
+
 def to_json(value: Any) -> str:
     """JSON that any reader takes: not-a-number and infinity become null, paths and dataclasses plain values."""
     return files.to_json(value, indent=2, default=repr)
@@ -49,7 +53,10 @@ def table(title: str, columns: list[str], rows: list[list[Any]], right: tuple[in
 
     made = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for i, name in enumerate(columns):
-        made.add_column(name, justify="right" if i in right else "left", overflow="fold")
+        # in a narrow window text wraps, and a name is not broken in two
+        words = [word for row in rows for word in str(row[i]).split()] if i == 0 else []
+        width = min(max(map(len, words), default=0), LONGEST_NAME) or None
+        made.add_column(name, justify="right" if i in right else "left", overflow="fold", min_width=width)
     for row in rows:
         # Text, not str: brackets in a path are not markup
         made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sparsetrain.cli.answer import Answer, table
-from sparsetrain.cli.flags import STUDY_FLAGS, Debug, Json, RecipeFile, changes, studied, takes
+from sparsetrain.cli.flags import FLAGS, STUDY_FLAGS, Debug, Json, RecipeFile, changes, studied, takes
 from sparsetrain.cli.live import to_stderr
 from sparsetrain.cli.passed_flags import PASSED
 from sparsetrain.cli.plan_grid import planned_grids
@@ -87,6 +88,7 @@ Bandwidth = Annotated[
         help="Of a device inside its node, and of a node to the others: node=200GB/s,inter=100GB/s.",
     ),
 ]
+_ONE_PRESET = replace(STUDY_FLAGS["preset"], default="", help="One set of methods, in place of all ways.")
 Seq = Annotated[str | None, typer.Option("--seq", metavar="INT", help="The same as --seq-len.", hidden=True)]
 Batch = Annotated[str | None, typer.Option("--batch", metavar="INT", help="The same as --batch-size.", hidden=True)]
 
@@ -108,7 +110,7 @@ Batch = Annotated[str | None, typer.Option("--batch", metavar="INT", help="The s
     "streaming",
     "stream_rows",
     "gradient_checkpointing",
-    table=STUDY_FLAGS | PASSED,
+    table=FLAGS | {"preset": _ONE_PRESET} | PASSED,
 )
 def plan(
     recipe: RecipeFile = None,

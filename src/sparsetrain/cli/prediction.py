@@ -40,7 +40,8 @@ def shown_prediction(found: Any, predictor: Any, goal: Goal, memory: int | None,
     columns = _columns(found)
     lines = [[_cells(row)[name] for name in columns] for row in found.rows if row.peak is not None]
     right = tuple(i for i, name in enumerate(columns) if name not in (WAY, "peak in", "fits", "quality"))
-    show: list[Any] = [lambda: table(f"{title}; GB", list(columns), lines, right=right)]
+    names = [name.replace("max ", "max\n") for name in columns]
+    show: list[Any] = [lambda: table(f"{title}; GB", names, lines, right=right), *_quality(lines)]
     show += [*_about_rows(found.rows, predictor), *_exact(found.rows), *([] if rows is None else [rows.line()])]
     show += [lambda: _by_length(found)] if question.lengths else []
     show += [*_notes(found, memory), *_optimizer(predictor.base), ""]
@@ -49,6 +50,16 @@ def shown_prediction(found: Any, predictor: Any, goal: Goal, memory: int | None,
         show += [f"  {line}" for line in found.nearest]
         return Answer(data=data, show=show, code=IMPOSSIBLE)
     return Answer(data=data, show=show + _choice(found, goal))
+
+
+def _quality(lines: list[list[str]]) -> list[str]:
+    """What the last column means, where something in it is not exact."""
+    if all(line[-1] == "exact" for line in lines):
+        return []
+    return [
+        "quality: x1.2 is a perplexity 1.2 times the dense model's before any training, on record; ?: not recorded. "
+        "What training by a method costs is in its page of results (docs/results)."
+    ]
 
 
 def _about_rows(rows: Any, predictor: Any) -> list[str]:

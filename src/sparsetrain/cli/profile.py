@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sparsetrain.cli.answer import Answer, table
-from sparsetrain.cli.flags import STUDY_FLAGS, Debug, Json, RecipeFile, changes, studied, takes
+from sparsetrain.cli.flags import FLAGS, STUDY_FLAGS, Debug, Json, RecipeFile, changes, studied, takes
 from sparsetrain.cli.live import to_stderr
 from sparsetrain.core.files import write_whole
 
@@ -22,7 +23,7 @@ Layers = Annotated[bool, typer.Option("--layers", help="Also print each layer.")
 @takes(
     "model", "data", "task", "text_column", "seq_len", "batch_size", "grad_accum", "steps", "preset", "methods",
     "calibration_tokens", "compare", "lora_r", "lora_alpha", "lora_targets", "seed", "dtype", "gradient_checkpointing",
-    "device", "threads", table=STUDY_FLAGS,
+    "device", "threads", table=STUDY_FLAGS | {"steps": replace(FLAGS["steps"], default="1")},
 )  # fmt: skip
 def profile(
     recipe: RecipeFile = None,
@@ -34,7 +35,7 @@ def profile(
 ) -> Answer:
     """Measure one training step: memory by part, component and layer, and time by component, forward and backward.
 
-    Loads and converts the model in a fresh process, trains --steps steps (1 if not given) on the clock and one under a
+    Loads and converts the model in a fresh process, trains --steps steps on the clock and one under a
     tracer of tensors, and keeps nothing. Without --data, rows of random tokens are used.
 
     \b
