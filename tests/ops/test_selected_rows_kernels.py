@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy
@@ -75,19 +77,42 @@ def test_kernels_equal_plain_pytorch_in_every_case(case: Case) -> None:
 
 
 def test_the_ops_keep_to_what_they_declare() -> None:
-    """opcheck: schema, fake tensors, no hidden aliasing; the fake shapes and strides are the real ones."""
-    (q, _, _), e, rows = problem(EMPTY)
+    """opcheck: schema, autograd, fake tensors, a trace with symbolic shapes. Takes some seconds: the interpreter runs
+    thirty calls."""
+    (q, _, _), e, rows = problem(Case(name="", heads=2, kv_heads=1, counts=(9, 0), tokens=19))
     index, counts = rows.on_device(0)
     who = index, counts, None, None, True, 0.4, 0
     given = q.detach(), e.k_bgsd, e.v_bgsd, *who
     kernels = choice.kernels()
-    kinds = ("test_schema", "test_faketensor")
     for values in (True, False):
-        torch.library.opcheck(kernels.rows_forward, (*given, values), test_utils=kinds)
+        torch.library.opcheck(kernels.rows_forward, (*given, values))
     o, lse = kernels.rows_forward(*given, True)
     for everywhere in (True, False):
         backward = torch.randn_like(o), *given[:3], o, lse, *who, everywhere
-        torch.library.opcheck(kernels.rows_backward, backward, test_utils=kinds)
+        torch.library.opcheck(kernels.rows_backward, backward)
+
+
+def test_kernels_are_launched_where_their_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    kernels, inside, launched = choice.kernels(), [], []
+
+    @contextmanager
+    def device_of(x: torch.Tensor) -> Iterator[None]:
+        inside.append(x.device)
+        yield
+        inside.pop()
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *_, **__: launched.append(list(inside))
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    names = ("_statistics_kernel", "_dq_kernel", "_dkv_kernel")
+    for name in names:
+        monkeypatch.setattr(kernels, name, Kernel())
+    selected, e, rows = problem(SINGLE)
+    run(selected, e, rows, "triton")
+    assert launched == [[torch.device("cpu")]] * len(names)
 
 
 def test_the_check_before_first_use_finds_the_kernels_right_and_a_fault_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

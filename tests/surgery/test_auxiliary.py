@@ -14,6 +14,7 @@ from transformers import TrainerState, TrainingArguments
 import sparsetrain
 from sparsetrain import PQAttention, RoutedFFN, TokenSelection
 from sparsetrain.hf.model.chunked_loss import use_chunked_loss
+from sparsetrain.surgery import auxiliary
 from tests.families import FAMILIES
 
 SCALE = 2.0**16
@@ -228,3 +229,7 @@ def test_a_loss_in_chunks_that_came_later_stays_after_restoring() -> None:
     assert out.logits is None and "loss_scales" not in vars(model)
     expected = FAMILIES["llama"].model()(**batch, labels=batch["input_ids"]).loss
     torch.testing.assert_close(out.loss, expected)
+
+
+def test_the_op_that_reads_a_factor_late_keeps_to_what_it_declares() -> None:
+    torch.library.opcheck(auxiliary._read_late, (torch.ones(()), torch.randn(3, 2)))

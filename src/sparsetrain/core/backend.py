@@ -1,6 +1,6 @@
 """Which implementation of an op runs: `auto`, `reference`, `torch` (faster, in plain PyTorch), `triton`; PyTorch's own
-GPU kernels `flex` (FlexAttention) and `grouped_mm`; for 2:4 products also `emulate` (dense matmuls of the pruned
-weight, anywhere) and torch core's `cusparselt` and `cutlass`.
+GPU kernels `flex` (FlexAttention), `varlen` and `grouped_mm`; for 2:4 products also `emulate` (dense matmuls of the
+pruned weight, anywhere) and torch core's `cusparselt` and `cutlass`.
 
 `auto` may fall back and can say why; a backend that was asked for by name never falls back.
 """
@@ -21,7 +21,9 @@ from sparsetrain.core.errors import Unsupported
 if TYPE_CHECKING:
     from torch import Tensor, device
 
-BACKENDS = ("auto", "reference", "torch", "flex", "grouped_mm", "triton", "sdpa", "emulate", "cusparselt", "cutlass")
+BACKENDS = (
+    "auto", "reference", "torch", "flex", "grouped_mm", "triton", "sdpa", "varlen", "emulate", "cusparselt", "cutlass",
+)  # fmt: skip
 _asked: ContextVar[str] = ContextVar("sparsetrain_backend", default="auto")
 
 _watched: ContextVar[set[str] | None] = ContextVar("sparsetrain_watched", default=None)

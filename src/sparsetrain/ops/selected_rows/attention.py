@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from sparsetrain.core.autograd import as_output
 from sparsetrain.core.backend import choose, is_planned, tuned_for
 from sparsetrain.ops.selected_rows.choice import OP, available, kernels
-from sparsetrain.ops.selected_rows.keys import KeyValues, who_sees
+from sparsetrain.ops.selected_rows.keys import KeyValues, not_selected_, of_selected, who_sees
 from sparsetrain.ops.selected_rows.library import LIBRARY
 from sparsetrain.ops.selected_rows.planned import attention_as_planned
 from sparsetrain.ops.selected_rows.rows import Rows
@@ -44,7 +44,8 @@ def selected_attention(
         known: the result where it was computed already; None computes it.
         context: keys and values of all rows once more, [b, g, s, d], through which gradient flows in the rows that are
             not selected; None: those are constants.
-        backend: auto, sdpa (rows that begin or end a sequence), triton, flex or torch.
+        backend: auto, sdpa (rows that begin a sequence or stand together later in it), varlen (the same of packed
+            documents), triton, flex or torch.
 
     Returns: the attention's output on the selected rows. Unused slots of a ragged selection hold zeros when computed,
         and neither send nor receive gradient.
@@ -58,7 +59,7 @@ def selected_attention(
     if is_planned(q_bhkd):
         return attention_as_planned(q_bhkd, k_bgkd, v_bgkd, e, rows, known, context, name)
     if name in LIBRARY:
-        out = LIBRARY[name](q_bhkd, k_bgkd, v_bgkd, e, rows)
+        out = LIBRARY[name](q_bhkd, k_bgkd, v_bgkd, e, rows, context)
         return out if known is None else _WithValues.apply(out, known)  # type: ignore[return-value]
     return _Attention.apply(
         q_bhkd, k_bgkd, v_bgkd, *(context or (None, None)), known, keys, values, e.segments_bs, e.looks_at_bt, rows,
@@ -143,16 +144,6 @@ class _Attention(torch.autograd.Function):
         if not everywhere:
             return dq, dk.to(keys.dtype), dv.to(values.dtype), *(None,) * 10
         offset = keys.shape[2] - rows.num_tokens
-        (dk, dk_all), (dv, dv_all) = (_parted(x, rows, offset) for x in (dk, dv))
-        of_all = (x.to(dtype) for x, dtype in zip((dk_all, dv_all), ctx.dtypes, strict=True))
-        return dq, dk.to(keys.dtype), dv.to(values.dtype), *of_all, *(None,) * 8
-
-
-def _parted(dx_bgsd: Tensor, rows: Rows, offset: int) -> tuple[Tensor, Tensor]:
-    """(selected rows [b, g, k, d], zero in unused slots; all rows [b, g, s, d], zero where they are selected)."""
-    index = (rows.index_bk + offset)[:, None, :, None].expand(-1, dx_bgsd.shape[1], -1, dx_bgsd.shape[3])
-    selected = dx_bgsd.gather(2, index)
-    if rows.used_bk is not None:
-        selected = selected.masked_fill(~rows.used_bk[:, None, :, None], 0)
-    chosen_bs = torch.nn.functional.pad(rows.selected_bt, (offset, 0))
-    return selected, dx_bgsd.masked_fill_(chosen_bs[:, None, :, None], 0)
+        selected = (of_selected(x, rows, offset).to(x_all.dtype) for x, x_all in ((dk, keys), (dv, values)))
+        of_all = (not_selected_(x, rows, offset).to(dtype) for x, dtype in zip((dk, dv), ctx.dtypes, strict=True))
+        return dq, *selected, *of_all, *(None,) * 8

@@ -1,8 +1,9 @@
 """Who attends for selected queries: what is installed, what a call's shape asks for, and why others are passed over.
 
-On a GPU, what a library keeps well goes first: where a row's targets stand at its end, PyTorch's own attention. Any
-other rows run in our kernels, which are compared with plain PyTorch on that GPU before they are first used for a kind
-of call, so that a compiler that fails there, or gets something wrong, costs time and not the run.
+On a GPU, what a library keeps well goes first: where a sample's rows stand together, as targets at its end do,
+PyTorch's own attention. Any other rows run in our kernels, which are compared with plain PyTorch on that GPU before
+they are first used for a kind of call, so that a compiler that fails there, or gets something wrong, costs time and not
+the run.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsetrain.core.backend import has_triton, is_planned, no_triton
-from sparsetrain.ops.selected_rows.keys import KeyValues, who_sees
+from sparsetrain.core.backend import has_triton, is_planned, no_triton, tuned_for
+from sparsetrain.ops.selected_rows.keys import KeyValues, one_sequence, who_sees
 from sparsetrain.ops.selected_rows.rows import Rows
+from sparsetrain.ops.selected_rows.runs import FULL
 from sparsetrain.ops.selected_rows.tiles import backward_by_tiles, forward_by_tiles
+from sparsetrain.ops.selected_rows.varlen import attention_of_documents, documents_of, no_varlen
 
 OP = "selected_attention"
+CACHED = "keys of a cache stand before the tokens"
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 """Of the check: relative error of the output and each gradient against plain PyTorch."""
 
@@ -32,24 +36,98 @@ def kernels() -> Any:
 
 def available(q_bhkd: Tensor, e: KeyValues, rows: Rows, *, trains_others: bool) -> dict[str, str | None]:
     """Backend -> None if it can run this call, else the reason; in the order of preference on q's device."""
-    whole = e.segments_bs is None and e.window is None and e.k_bgsd.shape[2] == rows.num_tokens
-    plain = None if not trains_others else "keys of tokens that are not selected train too"
-    ends = plain or (None if e.causal and whole else "a call that is not causal over one whole sequence a row")
-    if ends is None and rows.ends is None:
-        ends = "the selected rows are not the first and last ones of every sample"
+    run = no_run(q_bhkd, e, rows)
     if is_planned(q_bhkd):  # a GPU that our kernels know, with Triton
-        return {"sdpa": ends, "triton": None}
-    flex = plain or no_flex(q_bhkd)
+        return {"sdpa": run, "triton": None}
+    flex = no_flex(q_bhkd)
     if flex is None and e.k_bgsd.shape[2] != rows.num_tokens:
-        flex = "keys of a cache stand before the tokens"
-    found: dict[str, str | None] = {"sdpa": ends, "flex": flex, "torch": None}
+        flex = CACHED
+    found: dict[str, str | None] = {"sdpa": run, "flex": flex}
     triton = no_kernels(q_bhkd.device, q_bhkd.dtype, q_bhkd.shape[3])
     if q_bhkd.device.type != "cuda":
-        return {"torch": None, "triton": triton, **found}
-    if triton is None and ends is not None:
+        return {"torch": None, "triton": triton, **found, "varlen": no_documents(q_bhkd, e, rows)}
+    varlen = "one attention of all samples does" if run is None else no_documents(q_bhkd, e, rows)
+    if triton is None and run is not None and varlen is not None:
         form = (e.causal, e.window is not None, e.segments_bs is not None, trains_others)
         triton = fails(q_bhkd.device, q_bhkd.dtype, q_bhkd.shape[3], *form)
-    return {"sdpa": ends, "triton": triton, "torch": None, "flex": found["flex"]}
+    return {"sdpa": run, "varlen": varlen, "triton": triton, "torch": None, "flex": found["flex"]}
+
+
+def no_run(q_bhkd: Tensor, e: KeyValues, rows: Rows) -> str | None:
+    """Why PyTorch's attention, which knows stretches of causal rows, is no choice, or None."""
+    if not e.causal or e.window is not None:
+        return "a call that is not causal, or that has a window"
+    if e.k_bgsd.shape[2] != rows.num_tokens:
+        return CACHED
+    if rows.run is None:
+        return f"less than {FULL:.0%} of the stretches that hold the selected rows is selected"
+    if e.segments_bs is not None and (is_planned(q_bhkd) or not one_sequence(e, rows)):
+        return "rows that are packed, or begin with padding"
+    if tuned_for(q_bhkd) == "cuda" and q_bhkd.shape[1] != e.k_bgsd.shape[1]:  # it would form all scores
+        flash = q_bhkd.dtype in (torch.float16, torch.bfloat16) and q_bhkd.shape[3] <= 256
+        flash = flash and (not q_bhkd.is_cuda or torch.cuda.get_device_capability(q_bhkd.device) >= (8, 0))
+        return None if flash else "heads that share keys need flash attention: fp16 or bf16 on capability 8.0 or newer"
+    return None
+
+
+def no_documents(q_bhkd: Tensor, e: KeyValues, rows: Rows) -> str | None:
+    """Why PyTorch's varlen attention is no choice, or None. It is compared with plain PyTorch before its first use."""
+    if reason := no_flash(q_bhkd) or no_varlen():
+        return reason
+    if not e.causal:
+        return "a call that is not causal"
+    if e.k_bgsd.shape[2] != rows.num_tokens:
+        return CACHED
+    if documents_of(e, rows) is None:
+        return f"less than {FULL:.0%} of the stretches that hold a document's selected rows is selected"
+    grouped = q_bhkd.shape[1] != e.k_bgsd.shape[1]
+    return varlen_fails(q_bhkd.device, q_bhkd.dtype, q_bhkd.shape[3], e.window is not None, grouped)
+
+
+def no_flash(q: Tensor) -> str | None:
+    """Why flash attention is no choice, or None."""
+    if q.device.type != "cuda":
+        return "flash attention is for a GPU"
+    if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[3] > 256 or q.shape[3] % 8:
+        return "flash attention takes fp16 and bf16, and heads up to 256 wide that are multiples of 8"
+    new = torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return None if new else "flash attention needs a GPU of capability 8.0 or newer"
+
+
+@cache
+def varlen_fails(device: torch.device, dtype: torch.dtype, head_dim: int, window: bool, grouped: bool) -> str | None:
+    """As `fails`, of varlen attention on packed rows."""
+    try:
+        error = compare_varlen(device, dtype, head_dim, window, grouped)
+    except Exception as problem:  # of a driver: there is no list of them
+        return f"varlen attention fails on {device}: {type(problem).__name__}: {str(problem)[:200]}"
+    tolerance = TOLERANCE[dtype]
+    return None if error <= tolerance else f"varlen attention is off by {error:.2g} on {device}"
+
+
+@torch.no_grad()
+def compare_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, window: bool, grouped: bool) -> float:
+    """The largest relative error of the output and each gradient against plain PyTorch in fp64, on one packed call."""
+    draw = torch.Generator().manual_seed(0)
+    rows = Rows.of([[0, *range(60, 97), *range(180, 196)], [*range(50, 99), 100, *range(150, 199)]], 200, device)
+    segments = (torch.arange(200, device=device) // 100 + 1).expand(2, -1).to(torch.int32)
+    q, k, v, do = (
+        torch.randn(2, n, t, head_dim, generator=draw).to(device, dtype)
+        for n, t in ((4, rows.shape[1]), (2 if grouped else 4, 200), (2 if grouped else 4, 200), (4, rows.shape[1]))
+    )
+    do = do if rows.used_bk is None else do * rows.used_bk[:, None, :, None]
+    e = KeyValues(k, v, True, head_dim**-0.5, segments, 40 if window else None)
+    chosen = [q, *(rows.gather(x.transpose(1, 2)).transpose(1, 2) for x in (k, v))]
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        given = [x.detach().clone().requires_grad_() for x in chosen]
+        out = attention_of_documents(given[0], given[1], given[2], e, rows, None)
+        found = [out.detach(), *torch.autograd.grad(out, given, do)]
+    exact = replace(e, k_bgsd=k.double(), v_bgsd=v.double())
+    expected = [
+        forward_by_tiles(q.double(), exact, rows),
+        *backward_by_tiles(do.double(), q.double(), exact, rows, False),
+    ]
+    return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
 
 
 def on_device(device: torch.device) -> tuple[list[str], str | None]:
@@ -61,7 +139,7 @@ def on_device(device: torch.device) -> tuple[list[str], str | None]:
         return ["torch"], no_kernels(device, torch.float32, 64)
     reason = no_kernels(device, torch.bfloat16, 64)
     reason = reason or fails(device, torch.bfloat16, 64, True, False, False, False)
-    return ["sdpa where targets end a row", *([] if reason else ["triton"]), "torch"], reason
+    return ["sdpa or varlen where selected tokens stand together", *([] if reason else ["triton"]), "torch"], reason
 
 
 def no_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from sparsetrain.ops.selected_rows.keys import KeyValues
-from sparsetrain.ops.selected_rows.rows import Rows, with_gradient
+from sparsetrain.ops.selected_rows.keys import KeyValues, keys_with_gradient
+from sparsetrain.ops.selected_rows.rows import Rows
 
 BLOCK = 128
 """Queries and keys of a block."""
 
 
-def attention_of_any(q: Tensor, k: Tensor, v: Tensor, e: KeyValues, rows: Rows) -> Tensor:
+def attention_of_any(
+    q: Tensor, k: Tensor, v: Tensor, e: KeyValues, rows: Rows, context: tuple[Tensor, Tensor] | None
+) -> Tensor:
     """Any selected rows, [b, h, k, d]. Uncompiled, on a CPU, all scores are formed."""
     attend: Any = flex_attention if q.device.type == "cpu" else _compiled()
-    keys, values = with_gradient(e.k_bgsd, k, rows), with_gradient(e.v_bgsd, v, rows)
+    keys, values = keys_with_gradient(k, v, e, rows, context, rows.num_tokens)
     grouped = q.shape[1] != k.shape[1]
     return attend(q, keys, values, block_mask=block_mask(e, rows), scale=e.scale, enable_gqa=grouped)
 

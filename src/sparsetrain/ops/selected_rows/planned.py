@@ -1,6 +1,7 @@
 """Attention of selected rows as a plan traces it: what a GPU's kernels keep, form and compute, without values.
 
-Kept are q, k, v, the output and a statistic a row. Our kernels form dK and dV of selected keys, a library's of all.
+Kept are q, k, v, the output and a statistic a row. Our kernels form dK and dV of selected keys, a library's of all
+that it reads.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ def attention_as_planned(
     context: tuple[Tensor, Tensor] | None, kernel: str,
 ) -> Tensor:  # fmt: skip
     """As `selected_attention`, of tensors without values, by `kernel`: sdpa or triton."""
-    whole = kernel == "sdpa" or context is not None
+    whole = e.k_bgsd.shape[2] if context is not None else 0
+    if kernel == "sdpa" and not whole and rows.run is not None:
+        whole = rows.run.end
     return _Planned.apply(
         q, k, v, *(context or (None, None)), known, e.k_bgsd, e.v_bgsd, rows, _pairs(q, e, rows), whole
     )  # type: ignore[return-value]
@@ -43,7 +46,7 @@ class _Planned(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, k_all: Tensor | None, v_all: Tensor | None, known: Tensor | None,
-        keys: Tensor, values: Tensor, rows: Rows, pairs: int, whole: bool,
+        keys: Tensor, values: Tensor, rows: Rows, pairs: int, whole: int,
     ) -> Tensor:  # fmt: skip
         out, lse = planned_attention(q, keys, values, pairs)
         out = out if known is None else known
@@ -55,11 +58,11 @@ class _Planned(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         q, keys, values, out, lse = ctx.saved_tensors
-        rows, slots = ctx.rows, keys.shape[2] if ctx.whole else q.shape[2]
+        rows, slots = ctx.rows, ctx.whole or q.shape[2]
         dq, dk, dv = planned_attention_backward(grads[0], q, keys, values, out, lse, slots, ctx.pairs)
         of_all = (dk, dv) if ctx.others else (None, None)
         if ctx.whole:
-            index = (rows.index_bk + (slots - rows.num_tokens))[:, None, :, None].expand(
+            index = (rows.index_bk + (keys.shape[2] - rows.num_tokens))[:, None, :, None].expand(
                 -1, dk.shape[1], -1, dk.shape[3]
             )
             dk, dv = dk.gather(2, index), dv.gather(2, index)

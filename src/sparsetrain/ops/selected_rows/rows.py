@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsetrain.core.autograd import as_output
+from sparsetrain.ops.selected_rows.runs import Run, run_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,10 +72,9 @@ class Rows:
         return [found[:count] for found, count in zip(self.index_bk.tolist(), self.counts, strict=True)]
 
     @cached_property
-    def ends(self) -> tuple[int, int] | None:
-        """(m, n) where every sample's rows are its m first and n last tokens, or None. The host knows."""
-        found = {_ends(positions, self.num_tokens) for positions in self.positions}
-        return found.pop() if len(found) == 1 else None
+    def run(self) -> Run | None:
+        """The stretches of tokens that hold the rows of all samples, or None. The host knows."""
+        return run_of(self.positions)
 
     @cached_property
     def counts_b(self) -> Tensor:
@@ -136,12 +135,6 @@ class Rows:
         return found[1]
 
 
-def _ends(positions: list[int], num_tokens: int) -> tuple[int, int] | None:
-    first = bisect_left(range(len(positions)), 1, key=lambda i: int(positions[i] != i))
-    last = len(positions) - first
-    return (first, last) if not last or positions[first] == num_tokens - last else None
-
-
 def take_rows(x: Tensor, rows: Rows) -> Tensor:
     """The selected rows [b, k, ...] of x [b, t, ...]; the other rows get gradient zero."""
     return _TakeRows.apply(x, rows)  # type: ignore[return-value]
@@ -153,11 +146,6 @@ def replace_rows(x: Tensor, selected: Tensor, rows: Rows) -> Tensor:
     The values of x are returned as they are. Unused slots get gradient zero.
     """
     return _ReplaceRows.apply(selected, x, rows)  # type: ignore[return-value]
-
-
-def with_gradient(x_bgsd: Tensor, selected_bgkd: Tensor, rows: Rows) -> Tensor:
-    """All keys or values, of which the selected ones carry gradient."""
-    return replace_rows(x_bgsd.transpose(1, 2), selected_bgkd.transpose(1, 2), rows).transpose(1, 2)
 
 
 class _TakeRows(torch.autograd.Function):
