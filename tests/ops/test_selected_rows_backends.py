@@ -84,6 +84,15 @@ def test_attention_of_first_and_last_rows_is_pytorchs(rows: Any, heads: tuple[in
     assert off(run(*given, backend="sdpa", known=known), run(*given, backend="torch")) < 2e-5
 
 
+@pytest.mark.parametrize("context", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_definition_equals_the_tiles(case: Case, context: bool) -> None:
+    """By name it runs anywhere, so that a whole step can be compared with it."""
+    given = problem(case, torch.float64)
+    found, expected = (run(*given, backend=name, context=context) for name in ("reference", "torch"))
+    assert off(found, expected) < 1e-10
+
+
 def test_rows_know_whether_they_are_the_ends() -> None:
     assert Rows.of([[7, 8, 9], [7, 8, 9]], 10).ends == (0, 3)
     assert Rows.of([[0, 8, 9]], 10).ends == (1, 2)

@@ -19,6 +19,7 @@ from sparsetrain.ops.selected_rows.choice import OP, available, kernels
 from sparsetrain.ops.selected_rows.keys import KeyValues, who_sees
 from sparsetrain.ops.selected_rows.library import LIBRARY
 from sparsetrain.ops.selected_rows.planned import attention_as_planned
+from sparsetrain.ops.selected_rows.reference import attention_by_definition
 from sparsetrain.ops.selected_rows.rows import Rows
 from sparsetrain.ops.selected_rows.tiles import backward_by_tiles, forward_by_tiles
 
@@ -44,7 +45,7 @@ def selected_attention(
         known: the result where it was computed already; None computes it.
         context: keys and values of all rows once more, [b, g, s, d], through which gradient flows in the rows that are
             not selected; None: those are constants.
-        backend: auto, sdpa (rows that begin or end a sequence), triton, flex or torch.
+        backend: auto, sdpa (rows that begin or end a sequence), triton, flex, torch or reference.
 
     Returns: the attention's output on the selected rows. Unused slots of a ragged selection hold zeros when computed,
         and neither send nor receive gradient.
@@ -57,8 +58,11 @@ def selected_attention(
     name = _chosen(q_bhkd, e, rows, context is not None, backend)
     if is_planned(q_bhkd):
         return attention_as_planned(q_bhkd, k_bgkd, v_bgkd, e, rows, known, context, name)
-    if name in LIBRARY:
-        out = LIBRARY[name](q_bhkd, k_bgkd, v_bgkd, e, rows)
+    if name == "reference" or name in LIBRARY:
+        if name == "reference":
+            out = attention_by_definition(q_bhkd, k_bgkd, v_bgkd, e, rows, context)
+        else:
+            out = LIBRARY[name](q_bhkd, k_bgkd, v_bgkd, e, rows)
         return out if known is None else _WithValues.apply(out, known)  # type: ignore[return-value]
     return _Attention.apply(
         q_bhkd, k_bgkd, v_bgkd, *(context or (None, None)), known, keys, values, e.segments_bs, e.looks_at_bt, rows,

@@ -42,14 +42,14 @@ def available(q_bhkd: Tensor, e: KeyValues, rows: Rows, *, trains_others: bool) 
     flex = plain or no_flex(q_bhkd)
     if flex is None and e.k_bgsd.shape[2] != rows.num_tokens:
         flex = "keys of a cache stand before the tokens"
-    found: dict[str, str | None] = {"sdpa": ends, "flex": flex, "torch": None}
+    found: dict[str, str | None] = {"sdpa": ends, "flex": flex, "torch": None, "reference": None}
     triton = no_kernels(q_bhkd.device, q_bhkd.dtype, q_bhkd.shape[3])
     if q_bhkd.device.type != "cuda":
         return {"torch": None, "triton": triton, **found}
     if triton is None and ends is not None:
         form = (e.causal, e.window is not None, e.segments_bs is not None, trains_others)
         triton = fails(q_bhkd.device, q_bhkd.dtype, q_bhkd.shape[3], *form)
-    return {"sdpa": ends, "triton": triton, "torch": None, "flex": found["flex"]}
+    return {"sdpa": ends, "triton": triton, "torch": None, "flex": found["flex"], "reference": None}
 
 
 def on_device(device: torch.device) -> tuple[list[str], str | None]:
