@@ -152,7 +152,9 @@ def test_all_parts_fit_ten_minutes_and_each_is_known() -> None:
     for part in found:
         assert part.name == "tests" or (known[part.name].needs_gpu and part.command[-2:] == ("--output", "there"))
     (tests,) = (part.command for part in found if part.name == "tests")
-    assert "tests/ops/test_block_sparse_gpu.py" in tests
+    assert "tests/ops/test_block_sparse_gpu.py" in tests and "--collect-only" not in tests
+    dry = next(part.command for part in parts.parts(None, quick=True, has_gpu=False) if part.name == "tests")
+    assert "--collect-only" in dry
 
 
 def test_without_a_gpu_it_is_refused_at_once(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
