@@ -51,11 +51,8 @@ RESULTS ?= runs/bench-results
 bench: assets ## measure every benchmark on this machine into RESULTS; goes on where it stopped
 	$(PY) -m bench run all --output $(RESULTS)
 
-bench-gpu: setup ## on a GPU, in ten minutes: what is right, whole steps, very long rows, then its tests and the planner's accuracy; into RESULTS
-	$(PY) -m bench run gpu_steps --minutes 4 --output $(RESULTS)
-	$(PY) -m bench run gpu_long_rows --minutes 2 --output $(RESULTS)
-	$(PY) -m pytest -m gpu
-	$(PY) -m bench run planner_accuracy_gpu --minutes 2 --output $(RESULTS)
+bench-gpu: setup ## on a GPU, in ten minutes: what is right, whole steps, ops, very long rows, tests, plans; QUICK=1 tries it at tiny sizes, on a CPU too
+	$(PY) -m bench.gpu.parts $(if $(QUICK),--quick,--output $(RESULTS))
 
 docs: setup ## rewrite the docs' tables, pages and picture from bench/results
 	$(PY) -m bench docs

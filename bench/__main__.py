@@ -97,6 +97,8 @@ def _run_one(name: str, asked: argparse.Namespace) -> None:
     known = runner.benchmarks()
     if name not in known:
         raise SystemExit(f"No benchmark {name!r}. There are: {', '.join(known)}.")
+    if known[name].needs_gpu and not (asked.quick or asked.list or _has_gpu()):
+        raise SystemExit(f"{name} needs a GPU, and PyTorch finds none here. `--quick` tries its code on this CPU.")
     changes = {key: _value(text) for key, _, text in (word.partition("=") for word in asked.set)}
     settled = runner.asked_of(
         known[name],
@@ -121,6 +123,12 @@ def _run_one(name: str, asked: argparse.Namespace) -> None:
         minutes=asked.minutes,
         say=lambda line: print(line, flush=True),
     )
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _value(text: str) -> Any:

@@ -13,23 +13,15 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench import runner
-from bench.gpu import steps
+from bench.gpu import sides, steps
 from sparsetrain.measure import compare
 
 SHARE = 50
 """One target in so many tokens."""
-CHOSEN = {"keep_ratio": 1 / SHARE, "pool": "targets", "recompute": True}
+CHOSEN = {"method": "token_selection", "keep_ratio": 1 / SHARE, "pool": "targets", "recompute": True}
 TARGET = {131072: 1.5}
-
-
-def batches_of(config: Any, tokens: int, device: torch.device) -> list[dict[str, Tensor]]:
-    found = steps.batches_of(config, tokens, device, at_end=False)
-    for batch in found:
-        batch["labels"][:, : -max(1, tokens // SHARE)] = -100
-    return found
 
 
 def can_offload() -> bool:
@@ -44,14 +36,14 @@ def pair(asked: runner.Asked, tokens: int, checked: Any) -> dict[str, Any]:
     """Both steps in turns, and what each leaves at its peak."""
     if not checked["passed"]:
         raise SystemExit(f"gpu_long_rows: nothing is timed over a red test: {checked}")
-    device, settings = steps.device_of(asked), asked.settings
-    config = steps.config_of("8b", settings["layers"], settings["width"])
+    device, settings = sides.device_of(asked), asked.settings
+    config = sides.config_of("8b", settings["layers"], settings["width"])
     offload = device.type == "cuda" and can_offload()
-    row: dict[str, Any] = {"tokens": tokens, "layers": config.num_hidden_layers, "dtype": str(steps.dtype_on(device))}
+    row: dict[str, Any] = {"tokens": tokens, "layers": config.num_hidden_layers, "dtype": str(sides.dtype_on(device))}
     row |= {"dense offloads": offload, "target": TARGET.get(tokens)}
-    batches = batches_of(config, tokens, device)
+    batches = sides.batches_of(config, tokens, device, max(1, tokens // SHARE))
     try:
-        dense, sparse = steps.Side(config, device, None, pieces=8), steps.Side(config, device, CHOSEN)
+        dense, sparse = sides.Side(config, device, pieces=8), sides.Side(config, device, [CHOSEN])
         dense.recompute(offload)
         both = [functools.partial(side.step, batches) for side in (dense, sparse)]
         peaks = [steps.peak(step, device) for step in both]
@@ -69,20 +61,19 @@ def pair(asked: runner.Asked, tokens: int, checked: Any) -> dict[str, Any]:
 def whole(asked: runner.Asked, tokens: int, offload: bool) -> dict[str, Any]:
     """One step of the whole model: its peak beside the plan's."""
     from sparsetrain.hf.study.recipe_trace import outline
-    from sparsetrain.recipes.finetune import Recipe
 
-    device, layers = steps.device_of(asked), asked.settings["whole_layers"]
-    config = steps.config_of("8b", layers, asked.settings["width"])
+    device, layers = sides.device_of(asked), asked.settings["whole_layers"]
+    config = sides.config_of("8b", layers, asked.settings["width"])
     chosen = {**CHOSEN, "offload": offload}
-    values = {"data": "none", "model": "llama-3-8b", "methods": [{"method": "token_selection", **chosen}]}
-    planned_on = steps.config_of("8b", layers, asked.settings["width"])
+    recipe = sides.recipe_of([chosen])
+    planned_on = sides.config_of("8b", layers, asked.settings["width"])
     on_gpu = device.type == "cuda"
-    plan = outline(Recipe.from_values(values), planned_on, bf16=on_gpu, gpu=on_gpu, lengths=(tokens,)).peak(tokens)
+    plan = outline(recipe, planned_on, bf16=on_gpu, gpu=on_gpu, lengths=(tokens,)).peak(tokens)
     row: dict[str, Any] = {"tokens": tokens, "layers": layers, "offload": offload, "planned_bytes": plan.total}
     row |= {"planned_host_bytes": plan.host}
     try:
-        side = steps.Side(config, device, chosen)
-        batches = batches_of(config, tokens, device)
+        side = sides.Side(config, device, [chosen])
+        batches = sides.batches_of(config, tokens, device, max(1, tokens // SHARE))
         side.step(batches)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -124,7 +115,7 @@ BENCHMARKS = [
             "layers": 4,
             "whole_layers": 32,
             "width": None,
-            "rounds": 2,
+            "rounds": 3,
         },
         quick={"tokens": [200], "whole": [[200, True]], "layers": 1, "whole_layers": 2, "width": 32},
         dtype="bfloat16; float32 on a CPU",

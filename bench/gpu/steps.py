@@ -1,141 +1,59 @@
-"""Whole LoRA steps on a GPU: token selection beside the dense step, most telling first, each written as it comes.
+"""Whole LoRA steps on a GPU: token selection, sparse attention and routed FFNs beside the dense step, each written as
+it comes.
 
 Layers of Llama-3.2-1B's and Llama-3-8B's shape with random weights, and of the vocabulary their share. The dense side
-is what a user could pick: PyTorch's attention, blocks compiled, a chunked loss head, fused AdamW, with and without
-checkpointing; the sparse side draws, gathers and trains inside the timed region. The first cell compares kernels and a
-whole step with plain PyTorch; where it is red nothing else is measured. `--device cpu --quick` tries the code.
+is what a user could pick: cuDNN's or flash attention, blocks compiled, a chunked loss head, fused AdamW, with and
+without checkpointing; the sparse side draws, gathers, chooses keys and trains inside the timed region. The first cell
+compares kernels, and every side's loss and gradients, with plain PyTorch; where it is red nothing else is measured.
+`--device cpu --quick` tries the code.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench import runner
+from bench.gpu.sides import STRONGEST, Methods, Plans, Side, batches_of, config_of, device_of, dtype_on
+from sparsetrain.core.backend import use_backend
 from sparsetrain.measure import compare
 
-MODELS = {"1b": "llama-3.2-1b", "8b": "llama-3-8b"}
-DRAWN = {"keep_ratio": 0.3}
-AT_END = {"keep_ratio": 0.1, "pool": "targets"}
+_TOKENS = {"method": "token_selection", "keep_ratio": 0.3}
+_AT_END = {"method": "token_selection", "keep_ratio": 0.1, "pool": "targets"}
 """A tenth of the tokens, all at the end of the row: a completion behind its prompt."""
-SIDES: dict[str, dict[str, Any]] = {"tokens r=.3": DRAWN, "targets at the end r=.1": AT_END}
+_BLOCKS = {"method": "pq_attention", "codebook_init": "normal", "warmup_ratio": 0.0}
+_ROUTED = {"method": "routed_ffn", "num_blocks": 8, "num_active": 4, "warmup_ratio": 0.0}
+SIDES: dict[str, tuple[dict[str, Any], ...]] = {
+    "tokens r=.3": (_TOKENS,),
+    "targets at the end r=.1": (_AT_END,),
+    "tokens r=.3 + sparse attention": (_BLOCKS, _TOKENS),
+    "spt": (_BLOCKS, _ROUTED),
+    "tokens r=.3, keys train": ({**_TOKENS, "train_keys": True},),
+}
 AGAINST = ("lora", "lora+checkpointing")
 TARGETS = {
-    ("tokens r=.3", "lora"): 1.35,
-    ("tokens r=.3", "lora+checkpointing"): 1.9,
-    ("targets at the end r=.1", "lora"): 1.6,
+    (8192, "tokens r=.3", "lora"): 1.35,
+    (8192, "tokens r=.3", "lora+checkpointing"): 1.9,
+    (8192, "targets at the end r=.1", "lora"): 1.6,
+    (32768, "tokens r=.3 + sparse attention", "lora"): 2.0,
 }
-"""Of the ratio at 8,192 tokens."""
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
-def device_of(asked: runner.Asked) -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else asked.device)
-
-
-def dtype_on(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def config_of(model: str, layers: int, width: int | None) -> Any:
-    """The shape of some layers of a model, with a share of its vocabulary; `width` makes a tiny one of it."""
-    from transformers import AutoConfig
-
-    from sparsetrain.hf.model.model_config import read_config
-
-    config = AutoConfig.for_model(**read_config(MODELS[model]).values)
-    config.vocab_size = max(128, config.vocab_size * layers // config.num_hidden_layers // 128 * 128)
-    config.num_hidden_layers, config.tie_word_embeddings, config.use_cache = layers, False, False
-    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
-    if width is not None:
-        config.hidden_size, config.intermediate_size, config.vocab_size = width, 2 * width, 128
-        config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, width // 4
-    return config
-
-
-class Side:
-    """A model in LoRA and its optimizer: dense, or converted with what selects tokens.
-
-    Args:
-        pieces: in which FFNs run.
-    """
-
-    def __init__(self, config: Any, device: torch.device, chosen: dict[str, Any] | None, pieces: int = 1) -> None:
-        from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
-
-        from sparsetrain import TokenSelection, sparsify
-        from sparsetrain.surgery.tiled import use_tiled_mlp
-
-        torch.manual_seed(0)
-        with device:
-            base: Any = AutoModelForCausalLM.from_config(config, dtype=dtype_on(device), attn_implementation="sdpa")
-        self.handle = None if chosen is None else sparsify(base, TokenSelection(**chosen))
-        use_tiled_mlp(base, pieces)
-        self.base, self.device = base, device
-        self.model = get_peft_model(base, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear")).train()
-        self.model.to(device)
-        for name, factor in self.model.named_parameters():
-            if "lora_B" in name:  # or no gradient reaches A
-                nn.init.normal_(factor, std=0.01)
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, fused=True)
-        self.steps = 0
-
-    def recompute(self, offload: bool = False) -> None:
-        from sparsetrain.hf.model.checkpointing import recompute
-
-        recompute(self.base, offload=offload)
-
-    def compile_blocks(self) -> None:
-        for layer in self.base.model.layers:
-            layer.compile()
-
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        from sparsetrain.ops.selected_loss import selected_loss
-
-        if self.handle is not None:
-            self.handle.step(self.steps)
-            return self.model(**batch, num_items_in_batch=batch["labels"].numel()).loss
-        hidden = self.base.model(input_ids=batch["input_ids"]).last_hidden_state[:, :-1]
-        target = batch["labels"][:, 1:]
-        chunk = 2048 if self.device.type == "cuda" else 128
-        return selected_loss(hidden.flatten(0, 1), self.base.lm_head.weight, target.flatten(), chunk_rows=chunk)
-
-    def step(self, batches: list[dict[str, Tensor]]) -> None:
-        self.loss(batches[self.steps % len(batches)]).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.steps += 1
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def gradient(self, batch: dict[str, Tensor]) -> Tensor:
-        self.loss(batch).backward()
-        found = torch.cat([p.grad.flatten().double() for p in self.trained if p.grad is not None])
-        self.optimizer.zero_grad(set_to_none=True)
-        return found
-
-
-def batches_of(config: Any, tokens: int, device: torch.device, at_end: bool) -> list[dict[str, Tensor]]:
-    """Rows that differ from step to step."""
-    draw, found = torch.Generator().manual_seed(0), []
-    for _ in range(4):
-        ids = torch.randint(config.vocab_size, (1, tokens), generator=draw)
-        labels = ids.clone()
-        if at_end:
-            labels[:, : -max(1, tokens // 10)] = -100
-        found.append({"input_ids": ids.to(device), "labels": labels.to(device)})
-    return found
+def methods_of(side: str, settings: dict[str, Any]) -> Methods:
+    """A side's methods, with blocks of the size asked for."""
+    sizes = {"num_keys": settings["keys"], "block_q": settings["block"], "block_k": settings["block"]}
+    return [method | (sizes if method["method"] == "pq_attention" else {}) for method in SIDES[side]]
 
 
 def correctness(asked: runner.Asked) -> dict[str, Any]:
-    """Kernels against plain PyTorch, form by form; and the step: everything selected is the dense gradient."""
+    """Kernels against plain PyTorch, form by form; and a step of every side against the ops' definitions."""
     from sparsetrain.ops.selected_rows import choice
 
     device = device_of(asked)
@@ -148,32 +66,74 @@ def correctness(asked: runner.Asked) -> dict[str, Any]:
             key = f"d={width} " + ", ".join(name for name, value in named.items() if value)
             found["kernels"][key] = choice.fails(device, dtype, width, *form) or "right"
     found["not run"] = reason
-    config = config_of("1b", 2, asked.settings["width"] or 512)
-    batch = batches_of(config, 64, device, at_end=False)[0]
-    dense, everything = Side(config, device, None).gradient(batch), Side(config, device, {"keep_ratio": 1.0})
-    error = (everything.gradient(batch) * (64 / 63) - dense).norm() / dense.norm()
-    found["all tokens beside dense"] = float(error)
+    found["steps"] = {side: beside_reference(asked, side) for side in SIDES}
     wrong = [text for text in found["kernels"].values() if text != "right"]
-    found["passed"] = not wrong and float(error) < 5 * TOLERANCE[str(dtype).removeprefix("torch.")]
+    found["passed"] = not wrong and all(step["passed"] for step in found["steps"].values())
     return found
 
 
-def measured(asked: runner.Asked, model: str, side: str, against: str, tokens: int, checked: Any) -> dict[str, Any]:
-    """One pair of steps, in turns, and what each leaves at its peak."""
+def beside_reference(asked: runner.Asked, side: str) -> dict[str, Any]:
+    """A step's loss and every gradient as they are computed here, and by the definitions, against these in fp32.
+
+    The first may be off by twice the second and a tolerance: in bf16 a rounding moves a choice of keys or blocks.
+    """
+    device, width = device_of(asked), asked.settings["width"] or 512
+    config = config_of("1b", 2, width)
+    small = width < 512
+    made = Side(config, device, methods_of(side, {"keys": 64, "block": 16} if small else {"keys": 256, "block": 128}))
+    tokens = 160 if small else 640
+    batch = batches_of(config, tokens, device, targets_of(side, tokens))[0]
+    here = made.gradients(batch)
+    with use_backend("reference"):
+        defined = made.gradients(batch)
+        made.model.float()  # the same weights
+        exact = made.gradients(batch)
+    (error, where), (rounding, _) = (furthest(x, exact) for x in (here, defined))
+    bound = 2 * rounding + TOLERANCE[str(dtype_on(device)).removeprefix("torch.")]
+    return {"error": error, "at": where, "of the definition": rounding, "passed": error <= bound}
+
+
+def furthest(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest relative L2 error, and of what. Gradients below a thousandth of the largest count as that large."""
+    if found.keys() != wanted.keys():
+        return float("inf"), f"gradients of {sorted(found.keys() ^ wanted.keys())[:3]}"
+    floor = 1e-3 * max(float(x.norm()) for name, x in wanted.items() if name != "loss")
+    errors = {
+        name: float((found[name] - x).norm() / x.norm().clamp(min=1e-12 if name == "loss" else floor))
+        for name, x in wanted.items()
+    }
+    # a NaN is further than any number
+    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
+    return errors[worst], worst
+
+
+def targets_of(side: str, tokens: int) -> int | None:
+    return max(1, tokens // 10) if _AT_END in SIDES[side] else None
+
+
+def measured(
+    asked: runner.Asked, plans: Callable[[], Plans], model: str, side: str, against: str, tokens: int, checked: Any
+) -> dict[str, Any]:
+    """One pair of steps, in turns, what each leaves at its peak beside what its plan says, and what each saves."""
     if not checked["passed"]:
         raise SystemExit(f"gpu_steps: nothing is timed over a red test: {checked}")
     device, settings = device_of(asked), asked.settings
     config = config_of(model, settings["layers"][model], settings["width"])
     row: dict[str, Any] = {"model": model, "side": side, "against": against, "tokens": tokens}
-    row |= {"layers": config.num_hidden_layers, "dtype": str(dtype_on(device)), "target": TARGETS.get((side, against))}
-    batches = batches_of(config, tokens, device, at_end=SIDES[side] is AT_END)
+    row |= {"layers": config.num_hidden_layers, "dtype": str(dtype_on(device))}
+    row |= {"target": TARGETS.get((tokens, side, against)), "attention": [each.name for each in STRONGEST]}
+    batches = batches_of(config, tokens, device, targets_of(side, tokens))
+    pair = plans_of(asked, model, side, against, tokens)
+    dense = sparse = None
     try:
-        dense, sparse = Side(config, device, None), Side(config, device, SIDES[side])
+        dense, sparse = Side(config, device), Side(config, device, methods_of(side, settings))
         if against.endswith("checkpointing"):
             dense.recompute()
-        steps = [functools.partial(s.step, batches) for s in (dense, sparse)]
-        peaks = [peak(step, device) for step in steps]
-        row |= {"baseline_peak_bytes": peaks[0], "candidate_peak_bytes": peaks[1]}
+        steps = [functools.partial(each.step, batches) for each in (dense, sparse)]
+        for name, each, step, plan in zip(("baseline", "candidate"), (dense, sparse), steps, pair, strict=True):
+            row |= {f"{name}_peak_bytes": peak(step, device), f"{name}_planned_bytes": plans().of(*plan)}
+            row |= {f"{name}_saved_bytes": each.saved_bytes(batches[0])}
+        row |= {"saved_ratio": row["candidate_saved_bytes"] / row["baseline_saved_bytes"]}
         row |= {"eager": compare(*steps, rounds=settings["rounds"], device=device).to_dict()}
         if device.type == "cuda" and tokens in settings["compiled"]:
             dense.compile_blocks()
@@ -181,12 +141,18 @@ def measured(asked: runner.Asked, model: str, side: str, against: str, tokens: i
     except torch.cuda.OutOfMemoryError:
         row["out_of_memory"] = True
     finally:
-        dense = sparse = steps = None
+        dense = sparse = steps = each = step = None
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     ratios = [row[name]["median"] for name in ("eager", "compiled") if name in row]
     return row | ({"ratio": min(ratios)} if ratios else {})
+
+
+def plans_of(asked: runner.Asked, model: str, side: str, against: str, tokens: int) -> list[tuple[Any, ...]]:
+    """What `planned` is asked for the dense and the sparse side."""
+    shape = (model, asked.settings["layers"][model], asked.settings["width"], tokens)
+    return [(*shape, (), against.endswith("checkpointing")), (*shape, methods_of(side, asked.settings), False)]
 
 
 def peak(step: Callable[[], None], device: torch.device) -> int | None:
@@ -201,33 +167,50 @@ def peak(step: Callable[[], None], device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
+def pairs_of(settings: dict[str, Any]) -> list[tuple[int, str, str, str]]:
+    """(tokens, model, side, against) of every cell: those with a target first, then by length."""
+    every = itertools.product(settings["tokens"], settings["layers"], SIDES, AGAINST)
+    apt = [pair for pair in every if not (_BLOCKS in SIDES[pair[2]] and pair[0] <= settings["keys"])]
+    return sorted(apt, key=lambda pair: (pair[0], *pair[2:]) not in TARGETS)
+
+
 def cells(asked: runner.Asked) -> list[runner.Cell]:
     check = runner.Cell("correctness", lambda: correctness(asked))
-    found = [check]
-    for tokens in asked.settings["tokens"]:
-        for model in asked.settings["layers"]:
-            for side in SIDES:
-                for against in AGAINST:
-                    run = functools.partial(measured, asked, model, side, against, tokens)
-                    found.append(runner.Cell(f"{model} {tokens} {side} / {against}", run, uses=(check.key,)))
+    pairs = {f"{m} {t} {side} / {against}": (m, side, against, t) for t, m, side, against in pairs_of(asked.settings)}
+
+    @functools.cache
+    def plans() -> Plans:
+        wanted = [plan for key, pair in pairs.items() if asked.asks_for(key) for plan in plans_of(asked, *pair)]
+        return Plans(asked.settings["workers"], wanted)
+
+    def first() -> dict[str, Any]:
+        plans()  # which are made while the kernels compile
+        return check.measure()
+
+    found = [runner.Cell(check.key, first)]
+    for key, pair in pairs.items():
+        found.append(runner.Cell(key, functools.partial(measured, asked, plans, *pair), uses=(check.key,)))
     return found
 
 
 BENCHMARKS = [
     runner.Benchmark(
         name="gpu_steps",
-        measures="whole LoRA steps on a GPU: token selection beside dense, 1B- and 8B-like layers",
+        measures="LoRA steps on a GPU: token selection, sparse attention, SPT beside dense, of 1B- and 8B-like layers",
         cells=cells,
         settings={
-            "tokens": [8192, 2048, 32768],
+            "tokens": [8192, 32768, 2048],
             "layers": {"1b": 8, "8b": 4},
             "width": None,
+            "keys": 2048,
+            "block": 128,
             "compiled": [8192],
             "rounds": 7,
+            "workers": 6,
         },
-        quick={"tokens": [48], "layers": {"1b": 1}, "width": 32, "rounds": 3},
+        quick={"tokens": [160], "layers": {"1b": 1}, "width": 32, "keys": 64, "block": 16, "rounds": 3, "workers": 0},
         dtype="bfloat16; float32 on a CPU",
-        shows=("passed", "ratio", "baseline_peak_bytes", "candidate_peak_bytes"),
+        shows=("passed", "ratio", "saved_ratio", "baseline_peak_bytes", "candidate_peak_bytes"),
         environment={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
         needs_gpu=True,
     )

@@ -2,7 +2,7 @@
 
 Weights are random and made on the GPU, for memory and time of a step do not depend on their values. Predictions are
 made on the CPU, by the same versions; nothing of them enters a measurement. `--set configs=DIR`: DIR/NAME/config.json
-goes before the package's.
+goes before the package's. `--device cpu --quick` tries the code on one small model; its peak is read on a GPU alone.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ CELLS = [
     *(("llama-3-8b", "lm", way, tokens) for way in LARGE for tokens in (2048, 8192, 32768)),
     *(("qwen2.5-7b", "lm", way, tokens) for way in LARGE[:2] for tokens in (8192,)),
 ]
+TRIED = ("minilm", "classify", "lora", 128)
 TRACED_AT_LENGTH = ("smollm2-135m", "minilm")
 Cell = tuple[str, str, str, int]
 
@@ -78,8 +79,14 @@ def predict(job: tuple[Cell, str | None]) -> str:
     return outline(make_recipe(cell), config, bf16=True, gpu=True, lengths=exact).to_json()
 
 
+def place() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def build(recipe: Any, config: Any) -> tuple[Any, Any]:
-    """The network on the GPU with random weights, converted and in LoRA, and a function that runs its loss."""
+    """The network on the device with random weights, converted and in LoRA, and a function that runs its loss."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -91,18 +98,18 @@ def build(recipe: Any, config: Any) -> tuple[Any, Any]:
 
     without_dropout(config, recipe)
     kind: Any = AutoModelForSequenceClassification if recipe.task == "classify" else AutoModelForCausalLM
-    with torch.device("cuda"):
+    with torch.device(place()):
         dtype = torch.float32 if recipe.trains_all else torch.bfloat16
         network: Any = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
     handle = None
     if recipe.methods:
         handle = sparsify(network, *recipe.configs, state=blank_state(plan(network, *recipe.configs).edits))
     network = add_lora(network, recipe, handle, ["classifier"] if recipe.task == "classify" else [])
-    network.to("cuda").train()
+    network.to(place()).train()
     if recipe.gradient_checkpointing != "none":
         recompute(network)
     batch = example_batch(recipe, config, recipe.seq_len, rows=1)
-    on_gpu = {name: tensor.cuda() for name, tensor in batch.items()}
+    on_gpu = {name: tensor.to(place()) for name, tensor in batch.items()}
     return network, training_step(network, on_gpu, recipe.trains_all)
 
 
@@ -112,22 +119,26 @@ def measure(recipe: Any, config: Any, steps: int = 3) -> dict[str, Any]:
 
     from sparsetrain.measure.memory import saved_activations, static_memory
 
-    before = torch.cuda.memory_allocated()
+    on_gpu = place() == "cuda"
+    before = torch.cuda.memory_allocated()  # 0 without a GPU
     network, step = build(recipe, config)
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-5, fused=True)
 
     def train() -> float:
-        torch.cuda.synchronize()
+        if on_gpu:
+            torch.cuda.synchronize()
         start = time.perf_counter()
         step().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
+        if on_gpu:
+            torch.cuda.synchronize()
         return time.perf_counter() - start
 
     train()
     train()
-    torch.cuda.reset_peak_memory_stats()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     times = [train() for _ in range(steps)]
     peak = torch.cuda.max_memory_allocated() - before
     step().backward()
@@ -138,9 +149,8 @@ def measure(recipe: Any, config: Any, steps: int = 3) -> dict[str, Any]:
         "gradients": static.gradients,
         "optimizer": static.optimizer_trainable + static.optimizer_frozen,
         "saved": saved_activations(network, step).by_component,
-        "peak": peak,
         "step_s": min(times),
-    }
+    } | ({"peak": peak} if on_gpu else {})
 
 
 def try_to(recipe: Any, config: Any) -> dict[str, Any]:
@@ -160,15 +170,18 @@ class Predictions:
     """Outlines of all cells, made by processes of their own while the GPU measures; cells may share one."""
 
     def __init__(self, cells: list[Cell], folder: str | None, workers: int) -> None:
-        self.pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
         jobs = {_job(cell): (cell, folder) for cell in cells}
-        self.outlines = {key: self.pool.submit(predict, job) for key, job in jobs.items()}
+        if not workers:
+            self.outlines = {key: functools.partial(predict, job) for key, job in jobs.items()}
+            return
+        self.pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+        self.outlines = {key: self.pool.submit(predict, job).result for key, job in jobs.items()}
 
     def of(self, cell: Cell) -> dict[str, Any]:
         from sparsetrain.planner.outline import Outline
         from sparsetrain.planner.roofline import step_seconds
 
-        found = Outline.from_json(self.outlines[_job(cell)].result())
+        found = Outline.from_json(self.outlines[_job(cell)]())
         tokens = cell[3]
         peak = found.peak(tokens)
         return {
@@ -188,7 +201,7 @@ def rates() -> Any:
     from sparsetrain.measure.rates import measure_rates
     from sparsetrain.planner.machines import MachineRates
 
-    return MachineRates.from_dict(measure_rates("cuda", seconds=0.3).to_dict())
+    return MachineRates.from_dict(measure_rates(place(), seconds=0.3).to_dict())
 
 
 def run_cell(cell: Cell, predictions: Predictions, folder: Path | None) -> dict[str, Any]:
@@ -208,7 +221,7 @@ def key(cell: Cell) -> str:
 
 def cells(asked: runner.Asked) -> list[runner.Cell]:
     folder = asked.settings["configs"]
-    chosen = [cell for cell in CELLS if asked.only in key(cell)]
+    chosen = [cell for cell in (CELLS if asked.settings["workers"] else [TRIED]) if asked.only in key(cell)]
     predictions = functools.cache(lambda: Predictions(chosen, folder, asked.settings["workers"]))
     own = Path(folder) if folder else None
     return [runner.Cell(key(cell), lambda cell=cell: run_cell(cell, predictions(), own)) for cell in chosen]
@@ -220,6 +233,7 @@ BENCHMARKS = [
         measures="memory and time of a training step as the planner predicts them, against the CUDA allocator",
         cells=cells,
         settings={"configs": None, "workers": 8},
+        quick={"workers": 0},
         dtype="bfloat16; float32 where all weights train",
         under="cells",
         shows=("static_exact",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +17,13 @@ import sparsetrain
 from sparsetrain import SemiStructured, Unsupported
 from sparsetrain.core.anatomy import Anatomy, Block, FFNSite
 from sparsetrain.core.errors import PlanError
+from sparsetrain.methods.semi_structured import module
+from sparsetrain.methods.semi_structured import schedule as schedule_module
 from sparsetrain.methods.semi_structured.export import to_24, to_dense
 from sparsetrain.methods.semi_structured.flips import flip_curve, mask_digest
 from sparsetrain.methods.semi_structured.tuning import find_decay
 from sparsetrain.ops.nm_mask import nm_mask, transposable_mask
+from sparsetrain.ops.sparse24_linear.gain import Gain
 from sparsetrain.recipes.pretrain import PretrainRecipe
 from tests.families import FAMILIES
 
@@ -405,6 +409,65 @@ def test_a_sparse_backend_is_refused_without_its_hardware() -> None:
     with pytest.raises(Unsupported, match="the weight is on cpu, and 2:4 products need an NVIDIA GPU"):
         sparsetrain.sparsify(model, SemiStructured(backend="cusparselt"))
     assert type(model.up) is nn.Linear and all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, *ratios: float, **changes: Any) -> tuple[Any, list[Any]]:
+    """The schedule of an FFN as if its weights were on a GPU where each gains so much, and these linears."""
+    _, handle = net(SemiStructured(**changes))
+    (schedule,) = handle.sites("semi_structured").values()
+    weight = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(128, 192))
+    linears = [
+        SimpleNamespace(weight=weight, transposed=False, groups_dim=1, kernel="emulate", algorithm=0) for _ in ratios
+    ]
+    vars(schedule)["linears"] = {f"linear{i}": linear for i, linear in enumerate(linears)}
+    left = list(ratios)
+
+    def measured(out: int, inputs: int, tokens: int, *, dtype: torch.dtype, **_: Any) -> Gain:
+        about: Any = {"out_features": out, "in_features": inputs, "tokens": tokens, "dtype": f"{dtype}"[6:]}
+        ratio = left.pop(0)
+        return Gain(**about, backend="cusparselt", dense_ms=ratio, sparse_ms=1.0, ratio=ratio, algorithm=5)
+
+    monkeypatch.setattr(schedule_module, "measured_gain", measured)
+    return schedule, linears
+
+
+def test_where_it_does_not_pay_on_a_gpu_it_is_refused_with_the_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule, linears = on_a_gpu(monkeypatch, 1.1, 1.12)
+    with pytest.raises(
+        Unsupported, match=r"it gains 1.00x, and 1.15x is needed.*1.10x on 'cusparselt'.*backend='emulate'"
+    ):
+        schedule._choose_kernels()
+    assert all(linear.kernel == "emulate" for linear in linears) and not schedule.gains
+    schedule, _ = on_a_gpu(monkeypatch, 1.2, 0.8)  # one that pays does not carry the other
+    with pytest.raises(Unsupported, match=r"it gains 1.11x"):
+        schedule._choose_kernels()
+
+
+@pytest.mark.parametrize("changes", [{"backend": "emulate"}, {"dense_tail_ratio": 1.0, "decay": 0.0}])
+def test_what_is_asked_to_be_emulated_or_dense_is_not_timed(changes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule, _ = on_a_gpu(monkeypatch, 1.1, **changes)
+    schedule._choose_kernels()
+    assert not schedule.gains
+
+
+def test_what_was_timed_is_what_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measured algorithm goes into the packing, and a weight that does not pay stays emulated."""
+    schedule, linears = on_a_gpu(monkeypatch, 1.6, 1.1)
+    schedule._choose_kernels()
+    assert [(each.kernel, each.algorithm) for each in linears] == [("cusparselt", 5), ("emulate", 0)]
+    model = net(SemiStructured())[0]
+    packings: list[dict[str, Any]] = []
+    monkeypatch.setattr(module, "pack", lambda pruned, **how: packings.append(how))
+    vars(model.up).update(kernel="cusparselt", algorithm=5)
+    model.up.repack()
+    assert packings[0]["algorithm"] == 5 and packings[0]["backend"] == "cusparselt"
+
+
+def test_a_drawn_gradient_whose_product_is_dense_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for tokens, said in ((100, 1), (128, 0)):
+        schedule, _ = on_a_gpu(monkeypatch, 1.6, 1.6, wgrad="mvue", tokens=tokens)
+        schedule._choose_kernels()
+        assert sum("its product is dense" in note for note in schedule.notes()) == said
 
 
 # ---- two processes ----

@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 from sparsetrain import TokenSelection, sparsify
+from sparsetrain.measure.launches import CountLaunches
 from sparsetrain.methods.token_selection import policies
 from sparsetrain.ops.selected_rows import Rows, attention, choice
 from tests.families import llama_config
-
-READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2"}
-"""Operations for which a GPU's host waits."""
-VIEWS = {"aten::detach", "aten::_unsafe_view", "aten::alias"}
-
-
-class Dispatched(TorchDispatchMode):
-    """Counts operations that launch something, and those that read a value or a number of values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches, self.reads = 0, Counter[str]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        self.launches += not (func.is_view or name in VIEWS)
-        booleans = name in ("aten::index", "aten::_index_put_impl_") and any(
-            isinstance(x, Tensor) and x.dtype == torch.bool for x in args[1]
-        )
-        if name in READS or booleans:
-            self.reads[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def model_of(layers: int, **config: Any) -> Any:
@@ -58,9 +34,9 @@ def batch_of(padded: bool) -> dict[str, Any]:
     return {"input_ids": ids, "labels": labels, "attention_mask": mask, "num_items_in_batch": torch.tensor(80)}
 
 
-def step(model: Any, batch: dict[str, Any]) -> Dispatched:
+def step(model: Any, batch: dict[str, Any]) -> CountLaunches:
     model(**batch).loss.backward()
-    with Dispatched() as found:
+    with CountLaunches() as found:
         model(**batch).loss.backward()
     return found
 

@@ -70,6 +70,15 @@ def test_flex_attention_equals_the_tiles(case: Case) -> None:
         selected_attention(q, k, v, e, rows, backend="flex")
 
 
+@pytest.mark.parametrize("context", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_definition_equals_the_tiles(case: Case, context: bool) -> None:
+    """By name it runs anywhere, so that a whole step can be compared with it."""
+    given = problem(case, torch.float64)
+    found, expected = (run(*given, backend=name, context=context) for name in ("reference", "torch"))
+    assert off(found, expected) < 1e-10
+
+
 @pytest.mark.parametrize("block", [4, 16])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_block_lists_equal_brute_force(case: Case, block: int) -> None:

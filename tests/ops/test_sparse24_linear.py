@@ -12,9 +12,9 @@ from sparsetrain.core.errors import Unsupported
 from sparsetrain.ops.mvue24 import mvue24
 from sparsetrain.ops.nm_mask import nm_mask, transposable_mask
 from sparsetrain.ops.soft_threshold24 import soft_scale24, soft_threshold24
-from sparsetrain.ops.sparse24_linear import pack, sparse24_linear
+from sparsetrain.ops.sparse24_linear import pack, sparse24_linear, wgrad_refusal
 from sparsetrain.ops.sparse24_linear.cases import REAL, TINY, TOLERANCE, Case
-from sparsetrain.ops.sparse24_linear.gain import Gain, interleaved, measure_gain
+from sparsetrain.ops.sparse24_linear.gain import Gain, gain_together, interleaved, measure_gain
 from sparsetrain.ops.sparse24_linear.packing import kernel_refusal
 from sparsetrain.ops.sparse24_linear.reference import reference_linear
 
@@ -178,10 +178,23 @@ def test_what_cutlass_needs(
     assert (found is None) if reason is None else (found is not None and reason in found)
 
 
-def test_where_nothing_can_run_the_gain_says_emulation_without_speed() -> None:
+def test_where_nothing_can_run_the_gain_says_why() -> None:
     gain = measure_gain(64, 64, 128, device="cpu")
     assert not gain.pays and gain.ratio == 0
-    assert "emulation, no speed" in str(gain) and "on cpu" in str(gain)
+    assert "no 2:4 product can run" in str(gain) and "on cpu" in str(gain)
+
+
+def test_weights_that_do_not_pay_count_as_dense_beside_those_that_do() -> None:
+    about: Any = {"out_features": 8, "in_features": 4, "tokens": 2, "dtype": "bfloat16", "backend": "cusparselt"}
+    pays = Gain(**about, dense_ms=3.0, sparse_ms=2.0, ratio=1.5)
+    loses = Gain(**about, dense_ms=1.0, sparse_ms=4.0, ratio=0.25)
+    assert gain_together([pays, loses]) == 4 / 3 and gain_together([loses]) == gain_together([]) == 1
+
+
+@pytest.mark.parametrize(("tokens", "outputs", "sparse"), [(128, 192, True), (100, 192, False), (128, 96, False)])
+def test_which_drawn_weight_gradients_are_sparse_products(tokens: int, outputs: int, sparse: bool) -> None:
+    found = wgrad_refusal(tokens, outputs)
+    assert found is None if sparse else f"{outputs}x{tokens}" in str(found)
 
 
 @pytest.mark.parametrize(("ratio", "pays"), [(1.149, False), (1.15, True), (1.6, True)])

@@ -30,9 +30,9 @@ class SemiStructured(MethodConfig, method="semi_structured"):
             None: 6e-5, and 0 for `soft`.
         dense_tail_ratio: share of the run, at its end, in which the dense weights train. None: 1/6, and 0 for `soft`.
             1 is dense throughout, with flips counted as if there were masks.
-        backend: `auto` times the model's own shapes when training begins and uses sparse tensor cores where they gain
-            at least 1.15x; elsewhere, and on a CPU always, `emulate`: the same numbers from dense products, without
-            speed. `cusparselt`, `cutlass`: those, or an error.
+        backend: `auto` times the model's own shapes on a GPU when training begins, uses sparse tensor cores where an
+            FFN gains at least 1.15x, and is refused with the numbers where it does not; on a CPU it is `emulate`: the
+            same numbers from dense products, without speed. `cusparselt`, `cutlass`: those, untimed, or an error.
         tokens: rows of one forward (batch size times sequence length) at which `auto` times.
         seed: of the `mvue` draws, with the step, the linear and the rank.
     """

@@ -22,7 +22,18 @@ from sparsetrain.ops.sparse24_linear import Packed, pack, sparse24_linear
 from sparsetrain.surgery.reclass import declass, dense_forward, reclass
 
 BUFFERS = ("mask", "beta", "flip_rate")
-_ATTRIBUTES = ("config24", "transposed", "dense", "kernel", "packed", "generator", "awaited", "seen", "called")
+_ATTRIBUTES = (
+    "config24",
+    "transposed",
+    "dense",
+    "kernel",
+    "algorithm",
+    "packed",
+    "generator",
+    "awaited",
+    "seen",
+    "called",
+)
 
 _SAMPLE = 4096
 """Entries of a weight by which a merged adapter is noticed: its update is dense, so it changes them all."""
@@ -33,6 +44,7 @@ class Sparse24:
     flip rate (fp32 scalars).
 
     Attributes:
+        algorithm: cuSPARSELt's, from the measurement that chose the kernel; 0 is its own default.
         awaited: on the meta device, what mask and β are made from when the weight comes (`begin`); else None.
         seen: the weight's id and version when it was packed, and a sample of its entries. An optimizer and `copy_`
             raise the version; an adapter that is merged through `.data` changes entries alone.
@@ -48,6 +60,7 @@ class Sparse24:
     transposed: bool
     dense: bool
     kernel: str
+    algorithm: int
     packed: Packed | None
     generator: torch.Generator | None
     awaited: dict[str, Tensor] | None
@@ -128,7 +141,8 @@ class Sparse24:
         if self.kernel != "emulate" and pruned.dtype == torch.float32:
             pruned = pruned.to(torch.bfloat16)  # sparse tensor cores take no fp32; the master weight stays fp32
         transposable = self.config24.transposable
-        self.packed = pack(pruned, transposed=self.transposed, transposable=transposable, backend=self.kernel)
+        form: Any = {"transposed": self.transposed, "transposable": transposable, "algorithm": self.algorithm}
+        self.packed = pack(pruned, **form, backend=self.kernel)
         has_values = not (self.weight.is_meta or isinstance(self.weight, FakeTensor) or is_shard(self.weight))
         self.seen = (id(self.weight), self.weight._version, self._sample()) if has_values else None
 
@@ -213,7 +227,9 @@ def make_sparse(linear: nn.Module, config: SemiStructured, transposed: bool, ten
     reclass(linear, Sparse24)
     made: Any = linear
     kernel = config.backend if config.backend not in ("auto", "emulate") else "emulate"
-    vars(made).update(zip(_ATTRIBUTES, (config, transposed, False, kernel, None, None, None, None, False), strict=True))
+    vars(made).update(
+        zip(_ATTRIBUTES, (config, transposed, False, kernel, 0, None, None, None, None, False), strict=True)
+    )
     try:
         made.begin(tensors)
     except BaseException:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.core import ranks
+from sparsetrain.core.errors import Unsupported
 from sparsetrain.methods.semi_structured.config import SemiStructured
 from sparsetrain.methods.semi_structured.flips import check_ranks_agree
 from sparsetrain.methods.semi_structured.module import BUFFERS
-from sparsetrain.ops.sparse24_linear.gain import Gain, measure_gain
+from sparsetrain.ops.sparse24_linear import wgrad_refusal
+from sparsetrain.ops.sparse24_linear.gain import WORTH, Gain, gain_together, measure_gain
 from sparsetrain.surgery.lora import adapter_kind
 from sparsetrain.surgery.site import Site
 
@@ -165,10 +167,11 @@ class Schedule24(Site):
         if self.config.tail_in_force == 1:
             return []
         if self.gains:
-            return [f"semi_structured, {gain}" for gain in self.gains.values()]
+            return [*(f"semi_structured, {gain}" for gain in self.gains.values()), *self._dense_wgrads()]
         kernels = {linear.kernel for linear in self.linears.values()}
         if kernels != {"emulate"}:
-            return [f"semi_structured: 2:4 products on {', '.join(sorted(kernels))}, as asked; not timed."]
+            asked = f"semi_structured: 2:4 products on {', '.join(sorted(kernels))}, as asked; not timed."
+            return [asked, *self._dense_wgrads()]
         device = next(iter(self.linears.values())).weight.device.type
         return [f"semi_structured: emulation, no speed: dense products of the pruned weights on {device}."]
 
@@ -192,24 +195,51 @@ class Schedule24(Site):
                 key = (key * 1_000_003 + part + 1) % (1 << 62)
             linear.reseed(key)
 
+    def _dense_wgrads(self) -> list[str]:
+        """Where MVUE draws, and its product is dense all the same."""
+        sparse = [linear for linear in self.linears.values() if linear.kernel != "emulate"]
+        if self.config.wgrad != "mvue":
+            return []
+        reasons = {wgrad_refusal(self.config.tokens, linear.weight.shape[1 - linear.groups_dim]) for linear in sparse}
+        return [
+            f"semi_structured: wgrad='mvue' draws as asked, and its product is dense, without speed: {reason}."
+            for reason in sorted(reason for reason in reasons if reason)
+        ]
+
     def _choose_kernels(self) -> None:
-        """`auto` on a GPU: time this FFN's shapes once, and go sparse where that gains enough."""
-        if self.config.backend != "auto" or self.gains:
+        """`auto` on a GPU: time this FFN's shapes once.
+
+        Raises:
+            Unsupported: the FFN gains too little there, or no kernel can run its shapes.
+        """
+        device = next(iter(self.linears.values())).weight.device
+        if self.config.backend != "auto" or self.gains or self.dense or device.type != "cuda":
             return
-        for name, linear in self.linears.items():
-            weight = linear.weight
-            if weight.device.type != "cuda":
-                continue
-            out_features, in_features = weight.shape[:: -1 if linear.transposed else 1]
-            self.gains[name] = measured_gain(
-                out_features,
-                in_features,
-                self.config.tokens,
-                dtype=weight.dtype if weight.dtype != torch.float32 else torch.bfloat16,
-                device=weight.device,
-                transposable=self.config.transposable,
+        gains = {name: self._gain_of(linear) for name, linear in self.linears.items()}
+        together = gain_together(gains.values())
+        if together < WORTH:
+            found = "; ".join(f"{name} {str(gain).rstrip('.')}" for name, gain in gains.items())
+            raise Unsupported(
+                f"semi_structured: 2:4 products do not pay on this FFN's shapes: with the weights sparse that gain "
+                f"{WORTH}x alone it gains {together:.2f}x, and {WORTH}x is needed. {found}. Train dense (leave the "
+                "method out), or set backend='emulate' for the same numbers without speed."
             )
-            linear.kernel = self.gains[name].backend if self.gains[name].pays else "emulate"
+        self.gains = gains
+        for name, linear in self.linears.items():
+            gain = gains[name]
+            linear.kernel, linear.algorithm = (gain.backend, gain.algorithm) if gain.pays else ("emulate", 0)
+
+    def _gain_of(self, linear: Any) -> Gain:
+        weight = linear.weight
+        out_features, in_features = weight.shape[:: -1 if linear.transposed else 1]
+        return measured_gain(
+            out_features,
+            in_features,
+            self.config.tokens,
+            dtype=weight.dtype if weight.dtype != torch.float32 else torch.bfloat16,
+            device=weight.device,
+            transposable=self.config.transposable,
+        )
 
     def _zero_ratio(self) -> float:
         if self.dense:

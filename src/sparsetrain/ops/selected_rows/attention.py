@@ -19,6 +19,7 @@ from sparsetrain.ops.selected_rows.choice import OP, available, kernels
 from sparsetrain.ops.selected_rows.keys import KeyValues, not_selected_, of_selected, who_sees
 from sparsetrain.ops.selected_rows.library import LIBRARY
 from sparsetrain.ops.selected_rows.planned import attention_as_planned
+from sparsetrain.ops.selected_rows.reference import attention_by_definition
 from sparsetrain.ops.selected_rows.rows import Rows
 from sparsetrain.ops.selected_rows.tiles import backward_by_tiles, forward_by_tiles
 
@@ -45,7 +46,7 @@ def selected_attention(
         context: keys and values of all rows once more, [b, g, s, d], through which gradient flows in the rows that are
             not selected; None: those are constants.
         backend: auto, sdpa (rows that begin a sequence or stand together later in it), varlen (the same of packed
-            documents), triton, flex or torch.
+            documents), triton, flex, torch or reference.
 
     Returns: the attention's output on the selected rows. Unused slots of a ragged selection hold zeros when computed,
         and neither send nor receive gradient.
@@ -58,8 +59,9 @@ def selected_attention(
     name = _chosen(q_bhkd, e, rows, context is not None, backend)
     if is_planned(q_bhkd):
         return attention_as_planned(q_bhkd, k_bgkd, v_bgkd, e, rows, known, context, name)
-    if name in LIBRARY:
-        out = LIBRARY[name](q_bhkd, k_bgkd, v_bgkd, e, rows, context)
+    if name == "reference" or name in LIBRARY:
+        way = attention_by_definition if name == "reference" else LIBRARY[name]
+        out = way(q_bhkd, k_bgkd, v_bgkd, e, rows, context)
         return out if known is None else _WithValues.apply(out, known)  # type: ignore[return-value]
     return _Attention.apply(
         q_bhkd, k_bgkd, v_bgkd, *(context or (None, None)), known, keys, values, e.segments_bs, e.looks_at_bt, rows,

@@ -42,7 +42,7 @@ def available(q_bhkd: Tensor, e: KeyValues, rows: Rows, *, trains_others: bool) 
     flex = no_flex(q_bhkd)
     if flex is None and e.k_bgsd.shape[2] != rows.num_tokens:
         flex = CACHED
-    found: dict[str, str | None] = {"sdpa": run, "flex": flex}
+    found: dict[str, str | None] = {"sdpa": run, "flex": flex, "torch": None, "reference": None}
     triton = no_kernels(q_bhkd.device, q_bhkd.dtype, q_bhkd.shape[3])
     if q_bhkd.device.type != "cuda":
         return {"torch": None, "triton": triton, **found, "varlen": no_documents(q_bhkd, e, rows)}
@@ -50,7 +50,7 @@ def available(q_bhkd: Tensor, e: KeyValues, rows: Rows, *, trains_others: bool) 
     if triton is None and run is not None and varlen is not None:
         form = (e.causal, e.window is not None, e.segments_bs is not None, trains_others)
         triton = fails(q_bhkd.device, q_bhkd.dtype, q_bhkd.shape[3], *form)
-    return {"sdpa": run, "varlen": varlen, "triton": triton, "torch": None, "flex": found["flex"]}
+    return {"sdpa": run, "varlen": varlen, "triton": triton, "torch": None, "flex": found["flex"], "reference": None}
 
 
 def no_run(q_bhkd: Tensor, e: KeyValues, rows: Rows) -> str | None:

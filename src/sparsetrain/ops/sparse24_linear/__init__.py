@@ -106,13 +106,20 @@ class _Linear(torch.autograd.Function):
         return dx, dw, db, None, None, None
 
 
+def wgrad_refusal(tokens: int, out_features: int) -> str | None:
+    """Why the drawn dYᵀ [out, tokens] meets X in a dense product, of the same values; None where it is a sparse one."""
+    if tokens % 64 == 0 and out_features % 64 == 0:
+        return None
+    return f"dYᵀ is {out_features}x{tokens} (outputs x tokens of a forward), and both must be multiples of 64"
+
+
 def _weight_gradient(
     dy_to: Tensor, x_ti: Tensor, wgrad: str, generator: torch.Generator | None, packed: Packed
 ) -> Tensor:
     """dYᵀ X in the layout of the weight; with `mvue` a sparse product where a kernel takes the shape."""
     if wgrad == "mvue" and len(dy_to) >= 4:
         dy_to = mvue24(dy_to, 0, generator=generator)
-        if packed.backend != "emulate" and len(dy_to) % 64 == 0 and dy_to.shape[1] % 64 == 0:
+        if packed.backend != "emulate" and wgrad_refusal(len(dy_to), dy_to.shape[1]) is None:
             dw_oi = torch.mm(compress(dy_to.t(), packed.backend), x_ti)
             return dw_oi.t().contiguous() if packed.transposed else dw_oi
     return x_ti.t() @ dy_to if packed.transposed else dy_to.t() @ x_ti

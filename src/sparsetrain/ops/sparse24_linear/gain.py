@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class Gain:
     """What was measured on one weight [out, in] with `tokens` rows: medians in ms, packing included in the sparse time.
 
     ratio: dense / sparse, the median over rounds in which both ran, in alternating order. 0 where nothing could run.
+    algorithm: cuSPARSELt's, with which it was timed: pack with it, or other products run than those that were judged.
     reason: why nothing could run, or None.
     """
 
@@ -44,6 +46,7 @@ class Gain:
     sparse_ms: float = 0.0
     pack_ms: float = 0.0
     ratio: float = 0.0
+    algorithm: int = 0
     reason: str | None = None
 
     @property
@@ -53,9 +56,9 @@ class Gain:
     def __str__(self) -> str:
         shape = f"{self.out_features}x{self.in_features}, {self.tokens} tokens, {self.dtype}"
         if self.reason is not None:
-            return f"{shape}: emulation, no speed ({self.reason})."
+            return f"{shape}: no 2:4 product can run ({self.reason})."
         figures = f"{self.dense_ms:.3f} -> {self.sparse_ms:.3f} ms, of which packing {self.pack_ms:.3f}"
-        verdict = "goes sparse" if self.pays else f"stays emulated: {WORTH}x is needed"
+        verdict = "goes sparse" if self.pays else f"{WORTH}x is needed"
         return f"{shape}: forward + input gradient {self.ratio:.2f}x on {self.backend!r} ({figures}); {verdict}."
 
 
@@ -106,9 +109,16 @@ def measure_gain(
 
     dense_ms, sparse_ms, ratio = interleaved(dense, sparse, rounds, device)
     pack_ms, _, _ = interleaved(make, make, max(3, rounds // 5), device)
-    return Gain(
-        **about, backend=able[0], dense_ms=dense_ms, sparse_ms=sparse_ms, pack_ms=pack_ms, ratio=ratio
-    )  # fmt: skip
+    found: Any = {"dense_ms": dense_ms, "sparse_ms": sparse_ms, "pack_ms": pack_ms, "ratio": ratio}
+    return Gain(**about, **found, backend=able[0], algorithm=algorithm)
+
+
+def gain_together(gains: Iterable[Gain]) -> float:
+    """Dense / ours of several weights, of which those that pay are sparse and the others dense; 1 without any."""
+    dense = ours = 0.0
+    for gain in gains:
+        dense, ours = dense + gain.dense_ms, ours + (gain.sparse_ms if gain.pays else gain.dense_ms)
+    return dense / ours if ours else 1.0
 
 
 def both_products(packed: Packed, x_ti: Tensor, dy_to: Tensor) -> None:
