@@ -123,3 +123,11 @@ def test_a_step_timed_on_a_gpu_makes_its_method_plannable_at_that_shape(config_f
     assert "measured at 128 tokens" in ours.timed and ours.faster_at is None
     assert "no step timed" in found["routed_ffn"].refused
     assert "at this shape" in rows(1024, {"pq_attention": [row]})["pq_attention"].refused
+
+
+def test_eight_bits_are_refused_by_a_plan_that_cannot_count_them(config_file: Path) -> None:
+    base: dict[str, Any] = {"lora_r": 4, "seq_len": 128, "batch_size": 1, "grad_accum": 1, "load_in_8bit": True}
+    planner = predictor_of(read_config(str(config_file)), base, bf16=False, cache=None)
+    dense = [candidate for candidate in candidates(base) if candidate.label == "LoRA"]
+    with pytest.raises(ValueError, match=r"load_in_8bit.*Plan load_in_4bit"):
+        predict(planner, Question(tokens=128, rates=CPU), dense)

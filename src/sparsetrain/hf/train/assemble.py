@@ -17,7 +17,7 @@ from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.model import models, opening
 from sparsetrain.hf.model.architectures import check_images, check_patches, sequence_tokens, tokens_per_input
 from sparsetrain.hf.model.checkpointing import check_offload, checkpointing_arguments, offloads
-from sparsetrain.hf.model.four_bit import check_four_bit, four_bit_options
+from sparsetrain.hf.model.four_bit import bit_options, check_bits
 from sparsetrain.hf.model.model_config import check_context
 from sparsetrain.hf.model.revision import at_revision
 from sparsetrain.hf.model.weights import auto_class, load_weights
@@ -37,7 +37,7 @@ from sparsetrain.surgery.method import edits_of, growth_of, method_of
 from sparsetrain.surgery.plan import Plan, plan
 from sparsetrain.surgery.support import FEATURES, check_support, sharding_asked
 
-_FEATURES = {"load_in_4bit": "four_bit", "packing": "packing"}
+_FEATURES = {"load_in_4bit": "four_bit", "load_in_8bit": "eight_bit", "packing": "packing"}
 """Switches of a recipe -> what they ask of its methods."""
 
 
@@ -60,8 +60,8 @@ def open_parts(
         )
     device = pick_device(recipe)
     check_passed(recipe, device)
-    if recipe.load_in_4bit:
-        check_four_bit(device)
+    if recipe.bits is not None:
+        check_bits(recipe.bits, device)
     path, config = open_config(recipe, report, (like or recipe).configs)
     check_offload(recipe, config, device, report)
     planned = check_and_plan(recipe, config, device)
@@ -182,7 +182,7 @@ def load_model(parts: Parts, *, cut: bool = False) -> tuple[Any, list[str]]:
         name=recipe.model,
         new_head=labelled,
         cut=cut,
-        options=four_bit_options(parts.device, dtype) if recipe.load_in_4bit else {},
+        options=bit_options(recipe.bits, parts.device, dtype),
     )
     if recipe.packing:  # with a cache, transformers does not see the boundaries of packed rows
         model.config.use_cache = False
