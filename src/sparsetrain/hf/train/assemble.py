@@ -59,6 +59,7 @@ def open_parts(
             "one size. Use pretrain, or another method."
         )
     device = pick_device(recipe)
+    say_device(recipe, device, report)
     check_passed(recipe, device)
     if recipe.bits is not None:
         check_bits(recipe.bits, device)
@@ -210,6 +211,18 @@ def pick_device(recipe: RunRecipe) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device=mps: this machine has no MPS. Use device=cpu.")
     return device
+
+
+_TILED = ("block_sparse_attention", "token_sparse_attention")
+"""Operations whose fast forms are a CPU's tiles and CUDA's kernels."""
+
+
+def say_device(recipe: RunRecipe, device: torch.device, report: Report) -> None:
+    """Tell what runs as plain PyTorch alone on a device that is neither a CPU nor CUDA's (MPS)."""
+    called = {op for config in recipe.configs for op in config.called_ops()}
+    if device.type not in ("cpu", "cuda") and (slow := [op for op in _TILED if op in called]):
+        text = f"device {device.type}: {' and '.join(slow)} as the reference, with scores of all pairs of tokens: "
+        report({"event": "note", "text": f"{text}it saves neither time nor memory there. Or give device=cpu."})
 
 
 def pick_dtype(recipe: RunRecipe, device: torch.device) -> torch.dtype:
