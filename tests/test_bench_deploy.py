@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from bench.methods.deploy import grid, quality
 from bench.runner import asked_of
 from bench.tables import automatic
 from bench.tables import deploy as tables
+from sparsetrain.planner.quality import Deployed
 from tests.cli.conftest import save_llama
 
 SETTINGS = {"steps": 4, "rounds": 3, "evals": 2, "eval_tokens": 64, "dtype": "fp32"}
@@ -163,6 +165,15 @@ def test_the_evidence_says_where_it_holds(results: dict[str, Any]) -> None:
     assert entry["deployed"] == where | beside
     assert found["pq_attention"][0]["deployed"]["target_share"] == [0.016, 0.125]
     assert "+2.0 ± 1.0 % at equal steps" in entry["text"] and "2 seeds" in entry["text"]
+
+
+def test_more_seeds_at_equal_time_are_counted_apart(results: dict[str, Any]) -> None:
+    del results["results"]["python-docstrings tokens-0.15 steps 1"]
+    (entry,) = tables.evidence(results)["token_selection"]
+    assert entry["deployed"]["seeds"] == 1 and entry["deployed"]["seeds_time"] == 2
+    assert entry["text"].endswith("steps, one seed; at equal time 2 seeds)")
+    record = Deployed(methods=(), where={}, text="", source="", seeds=1, seeds_time=2)
+    assert record.seeds_text == "1 seed; 2 at equal time" and replace(record, seeds_time=None).seeds_text == "1 seed"
 
 
 def test_equal_steps_are_evidence_without_equal_time(results: dict[str, Any]) -> None:

@@ -225,8 +225,10 @@ def _entry(row: Row, facts: dict[str, Any]) -> dict[str, Any]:
     steps, times, ratio = row.difference("steps"), row.difference("time"), row.step["ratio"]["median"]
     peak, share = row.share("peak_bytes"), facts["target_share"]
     of_targets = "" if share is None else f", {100 * share:.0f} % of them targets"
-    seeds = "one seed" if len(steps.values) == 1 else f"{len(steps.values)} seeds"
+    at_steps = f"{row.pairs('steps')[0][1]['steps']} steps, {_seeds(steps)}"
     at_time = f" and {times.text} at equal time" if times.values else ""
+    if len(times.values) not in (0, len(steps.values)):
+        at_steps += f"; at equal time {_seeds(times)}"
     what = "perplexity" if share is not None else "error rate"
     return {
         "setting": {key: value for key, value in first.items() if key != "method"},
@@ -238,14 +240,19 @@ def _entry(row: Row, facts: dict[str, Any]) -> dict[str, Any]:
             "speedup": round(ratio, 3),
             "peak": None if peak is None else round(peak, 3),
             "seeds": len(steps.values),
+            **({"seeds_time": len(times.values)} if len(times.values) not in (0, len(steps.values)) else {}),
         },
         "text": (
             f"{what} {steps.text} at equal steps{at_time} beside dense LoRA; a step is {ratio:.2f} times as "
             f"fast ({recipe['model']} on {row.data}, up to {recipe['seq_len']:,} tokens"
-            f"{of_targets}, {row.pairs('steps')[0][1]['steps']} steps, {seeds})"
+            f"{of_targets}, {at_steps})"
         ),
         "from": f"{PAGE}, Deployed dense",
     }
+
+
+def _seeds(found: Difference) -> str:
+    return "one seed" if len(found.values) == 1 else f"{len(found.values)} seeds"
 
 
 def reach(task: str, facts: dict[str, Any], selected: float | None) -> dict[str, list[Any]]:

@@ -103,3 +103,27 @@ def test_a_setting_that_slows_everything_is_noted(monkeypatch: pytest.MonkeyPatc
 def test_every_known_row_says_what_to_do() -> None:
     assert all(row.effect and row.do for row in (*KNOWN, *SETTINGS))
     assert len({row.package for row in KNOWN}) == len(KNOWN)
+
+
+def test_what_runs_each_operation_is_said_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    found = {check.name: check.found for check in module.others("cpu")}
+    names = ("block-sparse attention", "routed FFN", "loss head", "Monarch", "2:4 products")
+    assert list(found) == [f"{name} on cpu" for name in names]
+    assert found["block-sparse attention on cpu"].startswith("torch (flex: FlexAttention gives no gradient")
+    assert found["routed FFN on cpu"] == "torch"
+    assert found["Monarch on cpu"].startswith("torch (triton: ")
+    assert found["2:4 products on cpu"].startswith("emulate (cusparselt: the weight is on cpu")
+
+
+def test_a_gpu_with_grouped_products_runs_them_and_another_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from sparsetrain.ops import routed_ffn
+
+    place = torch.device("cuda:0")
+    for capability, reason in (((9, 0), None), ((8, 0), "compute capability 9 and 10 alone")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device, found=capability: found)
+        grouped = routed_ffn.on_device(place, torch.bfloat16)
+        assert next(iter(grouped)) == "grouped_mm" and (reason or "") in (grouped["grouped_mm"] or "")
+        assert (grouped["grouped_mm"] is None) is (reason is None)

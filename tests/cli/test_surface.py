@@ -21,7 +21,7 @@ from sparsetrain.recipes.pretrain import PretrainRecipe
 from tests.cli.conftest import Call
 
 ALWAYS = {"--json", "--debug"}
-FOUR = {"--load-in-4bit", "--no-load-in-4bit"}
+BITS = {"--load-in-4bit", "--no-load-in-4bit", "--load-in-8bit", "--no-load-in-8bit"}
 TRUST = {"--trust-remote-code", "--no-trust-remote-code"}
 RECIPE = {
     "--model", "--data", "--task", "--text-column", "--holdout", "--output", "--seq-len", "--batch-size",
@@ -29,7 +29,7 @@ RECIPE = {
     "--lora-alpha", "--lora-targets", "--lr", "--lr-schedule", "--warmup-steps", "--weight-decay", "--max-grad-norm",
     "--ema-decay", "--save-every", "--early-stopping",
     "--eval-data", "--dataset-config", "--dataset-train-split", "--dataset-test-split", "--model-revision",
-    "--load-in-4bit", "--no-load-in-4bit", "--packing", "--no-packing",
+    *BITS, "--packing", "--no-packing",
     "--keep-checkpoints", "--eval-every", "--eval-tokens", "--resume", "--no-resume", "--seed", "--dtype",
     "--gradient-checkpointing", "--device", "--threads", "--distill-steps", "--distill-lr",
     "--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary",
@@ -41,7 +41,7 @@ LORA = {"--lora-variant", "--lora-dropout", "--lora-bias"}
 DEPLOY = {"--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary"}
 EXACT = {"--activation-offloading", "--no-activation-offloading", "--tiled-mlp"}
 ADAPTER = {"--lora-dtype", "--preset", "--distill-steps", "--distill-lr", "--lora-r", "--lora-alpha", "--lora-targets"}
-PRETRAINED = {"--model-revision", *TRUST, "--packing", "--no-packing", "--load-in-4bit", "--no-load-in-4bit"}
+PRETRAINED = {"--model-revision", *TRUST, "--packing", "--no-packing", *BITS}
 PRETRAIN = RECIPE - DEPLOY - ADAPTER - EXACT - PRETRAINED | PASSED | {
     "--set", "--data-folder", "--tokenizer", "--train-rows", "--min-lr-ratio", "--beta1", "--beta2", "--eps",
     "--clip-value", "--compare-lr", "--find-switch",
@@ -51,9 +51,9 @@ SURFACE = {
     | {"--memory", "--tolerance", "--goal", "--choose-seconds", "--choose-again"},
     "pretrain": ALWAYS | PRETRAIN | {"--recipe", "--dry-run", "--grid", "--grid-mode"},
     "eval": ALWAYS | {"MODEL", "--all", "--data", "--task", "--text-column", "--holdout", "--seq-len", "--batch-size"}
-    | {"--eval-tokens", "--seed", "--dtype", "--device", "--threads"} | TRUST | FOUR,
+    | {"--eval-tokens", "--seed", "--dtype", "--device", "--threads"} | TRUST | BITS,
     "chat": ALWAYS | {"RUN", "--prompt", "--system", "--max-new-tokens", "--temperature"}
-    | {"--seed", "--dtype", "--device", "--threads"} | TRUST | FOUR,
+    | {"--seed", "--dtype", "--device", "--threads"} | TRUST | BITS,
     "explain": ALWAYS | {"RUN", "IMAGE_OR_TEXT", "--output", "--top"},
     "export": ALWAYS | {"RUN", "--output", "--format", "--merge-lora", "--keep-lora", "--trust-remote-code"},
     "sample": ALWAYS | {"RUN", "--num", "--output", "--steps", "--guidance", "--class", "--columns", "--quality"}
@@ -61,7 +61,7 @@ SURFACE = {
     "plan": ALWAYS | {"--recipe", "--model", "--data", "--task", "--preset", "--method", "--seq-len", "--batch-size"}
     | {"--grad-accum", "--lora-r", "--dtype", "--gradient-checkpointing", "--memory", "--goal", "--gpu", "--fit"}
     | {"--write", "--plot", "--seq", "--batch", "--gpus", "--gpus-per-node", "--bandwidth"}
-    | {"--lora-dtype", "--load-in-4bit", "--no-load-in-4bit", "--optim"}
+    | {"--lora-dtype", "--optim"} | BITS
     | {"--streaming", "--no-streaming", "--stream-rows"},
     "sensitivity": ALWAYS | {"--recipe", "--budget", "--write", "--model", "--data", "--task", "--text-column"}
     | {"--seq-len", "--preset", "--method", "--calibration-tokens", "--eval-tokens", "--steps", "--seed", "--dtype"}
@@ -116,7 +116,7 @@ def test_flags_are_the_recipes_keys_with_its_defaults() -> None:
     assert set(PASSED_FLAGS) == {"set", *short_keys(Recipe.sections)}
     recipe = Recipe(model="m", data="d")
     for key, flag in FLAGS.items():
-        switches = ("resume", "train_auxiliary", "load_in_4bit", "packing", "activation_offloading")
+        switches = ("resume", "train_auxiliary", "load_in_4bit", "load_in_8bit", "packing", "activation_offloading")
         switches += ("streaming", "trust_remote_code")
         if key in ("preset", "methods", "threads", *switches) or not flag.default:
             continue

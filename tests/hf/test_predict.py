@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from sparsetrain.planner.candidates import candidates, recipe_yaml
 from sparsetrain.planner.kernels import unable
 from sparsetrain.planner.machines import known_machines
 from sparsetrain.planner.predictor import Predictor, predict
-from sparsetrain.planner.search import Question
+from sparsetrain.planner.search import Candidate, Question
 from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.recipes.presets import PRESETS
 from tests.hf.test_outline import llama
 
 CPU = known_machines()["cpu"]
@@ -80,15 +82,52 @@ def test_every_method_is_a_candidate_and_none_is_dropped_without_a_reason(config
     assert all(c.label != "LoRA" for c in candidates({"lora_r": 0}))
 
 
-def test_a_gpu_refuses_what_has_a_kernel_for_cpus_alone(config_file: Path) -> None:
-    assert "routed_ffn: GPU kernels that no GPU has timed" in (
-        unable(("routed_ffn", "token_selection"), gpu=True) or ""
-    )
+def test_a_gpu_refuses_what_no_gpu_has_timed_and_names_what_times_it(config_file: Path) -> None:
+    refused = unable(("routed_ffn", "token_selection"), gpu=True) or ""
+    assert "routed_ffn: no step timed on that GPU" in refused and "`sparsetrain bench`" in refused
     assert "topk_mask: no GPU kernel" in (unable(("topk_mask", "routed_ffn"), gpu=True) or "")
     assert unable(("routed_ffn",), gpu=False) is None
     planner = predictor_of(read_config(str(config_file)), {"lora_r": 4}, bf16=True, cache=None, gpu=True)
-    spt = next(c for c in candidates(planner.base) if c.label == "spt")
-    with pytest.raises(ValueError, match="token_sparse_attention: no GPU kernel"):
-        planner.outline(spt)
+    known = {candidate.label: candidate for candidate in candidates(planner.base)}
+    for label, reason in {
+        "spt": "block_sparse_attention and product_quantization and routed_ffn: no step timed",
+        "spt-paper": "token_sparse_attention: no GPU kernel",
+        "monarch": "monarch_linear: no step timed",
+    }.items():
+        with pytest.raises(ValueError, match=reason) as error:
+            planner.outline(known.get(label) or Candidate(label=label, values={"methods": list(PRESETS[label])}))
+        assert "token_sparse" not in str(error.value) or label == "spt-paper"
     assert planner.traced == 0
     assert CPU.usable_bytes(10**9) == 550_000_000 and CPU.usable_bytes(1) == 0
+
+
+def test_a_step_timed_on_a_gpu_makes_its_method_plannable_at_that_shape(config_file: Path) -> None:
+    base: dict[str, Any] = {"lora_r": 4, "seq_len": 128, "batch_size": 2, "grad_accum": 1}
+    model = read_config(str(config_file))
+    asked = [c for c in candidates(base, gpu=True) if c.label in ("LoRA", "pq_attention", "routed_ffn")]
+
+    def rows(tokens: int, timed: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+        rates = replace(known_machines()["h200"], methods=timed)
+        planner = predictor_of(model, base, bf16=True, cache=None, gpu=True, timed=tuple(timed))
+        found = predict(planner, Question(tokens=tokens, batch=2, dtype="bf16", rates=rates), asked)
+        return {row.candidate.label: row for row in found.rows}
+
+    assert all("no step timed" in rows(128, {})[name].refused for name in ("pq_attention", "routed_ffn"))
+    planner = predictor_of(model, base, bf16=True, cache=None, gpu=True)
+    (pq,) = (planner.methods(c) for c in asked if c.label == "pq_attention")
+    row = {"tokens": 128, "step_speedup": 1.5, "configs": pq, "hidden": model.hidden_size, "lora_r": 4,
+           "checkpointing": False, "batch_size": 2}  # fmt: skip
+    found = rows(128, {"pq_attention": [row]})
+    ours, dense = found["pq_attention"], found["LoRA"]
+    assert ours.refused is None and ours.step_s == pytest.approx(dense.step_s / 1.5)
+    assert "measured at 128 tokens" in ours.timed and ours.faster_at is None
+    assert "no step timed" in found["routed_ffn"].refused
+    assert "at this shape" in rows(1024, {"pq_attention": [row]})["pq_attention"].refused
+
+
+def test_eight_bits_are_refused_by_a_plan_that_cannot_count_them(config_file: Path) -> None:
+    base: dict[str, Any] = {"lora_r": 4, "seq_len": 128, "batch_size": 1, "grad_accum": 1, "load_in_8bit": True}
+    planner = predictor_of(read_config(str(config_file)), base, bf16=False, cache=None)
+    dense = [candidate for candidate in candidates(base) if candidate.label == "LoRA"]
+    with pytest.raises(ValueError, match=r"load_in_8bit.*Plan load_in_4bit"):
+        predict(planner, Question(tokens=128, rates=CPU), dense)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sparsetrain import PQAttention, RoutedFFN
 from sparsetrain.core.config import registered_methods
@@ -164,3 +165,20 @@ def test_every_key_is_explained() -> None:
 def test_the_defaults_that_are_shown_are_read_back(method: str) -> None:
     (config,) = read_methods([written_defaults(registered_methods()[method])])
     assert config == registered_methods()[method]()
+
+
+def test_what_has_no_kernel_on_a_device_is_said_where_the_device_is_picked() -> None:
+    from sparsetrain.hf.train.assemble import say_device
+
+    def said(device: str, **method: Any) -> list[str]:
+        asked = Recipe.from_values({"model": "m", "data": "d", "methods": [method]})
+        heard: list[str] = []
+        say_device(asked, torch.device(device), lambda event: heard.append(event["text"]))
+        return heard
+
+    (blocks,) = said("mps", method="pq_attention")
+    assert blocks.startswith("device mps: block_sparse_attention as the reference") and "token_sparse" not in blocks
+    (tokens,) = said("mps", method="pq_attention", granularity="token")
+    assert "token_sparse_attention as the reference" in tokens
+    assert not said("mps", method="token_selection")
+    assert not said("cpu", method="pq_attention") and not said("cuda", method="pq_attention")

@@ -549,21 +549,28 @@ def test_a_gpu_gives_what_the_cpu_gives(method: str, family: str) -> None:
     assert_near(logits(model, {name: value.cuda() for name, value in batch.items()}).cpu(), expected, 1e-3)
 
 
-@claimed("four_bit")
-def test_four_bit_weights_train(method: str, family: str) -> None:
+def quantised(old: torch.nn.Linear, bits: int) -> torch.nn.Module:
     bnb = pytest.importorskip("bitsandbytes")
+    sizes = old.in_features, old.out_features, old.bias is not None
+    if bits == 4:
+        new = bnb.nn.Linear4bit(*sizes, compute_dtype=torch.float32)
+        new.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False)
+    else:
+        new = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+        new.weight = bnb.nn.Int8Params(old.weight.data, requires_grad=False, has_fp16_weights=False)
+    new.bias = old.bias
+    return new.to("cpu")
+
+
+def quantised_weights_train(method: str, family: str, bits: int) -> None:
     case = CASES[family]
     model, batch = case.model(), case.batch()
     for parent in [module for block in describe(model).blocks for module in submodule(model, block.name).modules()]:
         for name, old in parent.named_children():
-            # its kernel for CPUs takes multiples of 32 alone
+            # the 4-bit kernel for CPUs takes multiples of 32 alone
             if isinstance(old, torch.nn.Linear) and old.out_features % 32 == 0 and old.in_features % 32 == 0:
-                new = bnb.nn.Linear4bit(
-                    old.in_features, old.out_features, old.bias is not None, compute_dtype=torch.float32
-                )
-                new.weight, new.bias = bnb.nn.Params4bit(old.weight.data, requires_grad=False), old.bias
-                setattr(parent, name, new.to("cpu"))
-    assert any(type(module).__name__ == "Linear4bit" for module in model.modules())
+                setattr(parent, name, quantised(old, bits))
+    assert any(type(module).__name__ in ("Linear4bit", "Linear8bitLt") for module in model.modules())
     keep_unpacked(model)
     expected = logits(model, batch)
     convert(model, case, example(method))
@@ -571,6 +578,16 @@ def test_four_bit_weights_train(method: str, family: str) -> None:
         assert_near(logits(model, batch), expected)
     found = gradients(model, batch)
     assert found and all(grad.isfinite().all() for grad in found.values())
+
+
+@claimed("four_bit")
+def test_four_bit_weights_train(method: str, family: str) -> None:
+    quantised_weights_train(method, family, 4)
+
+
+@claimed("eight_bit")
+def test_eight_bit_weights_train(method: str, family: str) -> None:
+    quantised_weights_train(method, family, 8)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -606,6 +623,7 @@ def test_growth_makes_a_plain_model_and_carries_the_optimizer(method: str, famil
 
 HELD_BY = {
     "four_bit": test_four_bit_weights_train,
+    "eight_bit": test_eight_bit_weights_train,
     "cpu": test_dense_limit_equals_dense_in_outputs_and_gradients,
     "gpu": test_a_gpu_gives_what_the_cpu_gives,
     "padding": test_padding_changes_nothing,
@@ -641,12 +659,27 @@ def test_what_is_not_claimed_is_refused_with_its_reason(method: str, family: str
     check_support([example(method)], describe(model), set(FEATURES) - set(refused))
 
 
+@pytest.mark.parametrize("feature, attribute", [("four_bit", "is_loaded_in_4bit"), ("eight_bit", "is_loaded_in_8bit")])
 @pytest.mark.parametrize("method", [m for m in METHODS if why_not(m, "four_bit")])
-def test_quantised_weights_are_refused_before_anything_changes(method: str) -> None:
+def test_quantised_weights_are_refused_before_anything_changes(method: str, feature: str, attribute: str) -> None:
     case = FAMILIES["llama"]
     model, batch = case.model(), case.batch()
     expected = logits(model, batch)
-    model.is_loaded_in_4bit = True
-    with pytest.raises(ValueError, match="four_bit"):
+    setattr(model, attribute, True)
+    with pytest.raises(ValueError, match=feature):
         convert(model, case, example(method))
     assert torch.equal(logits(model, batch), expected)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if why_not(m, "eight_bit")])
+def test_int8_codes_are_not_multiplied_as_weights(method: str) -> None:
+    """A linear that was put in by hand says nothing of itself on the model."""
+    case = FAMILIES["llama"]
+    model = case.model()
+    for block in describe(model).blocks:
+        for parent in submodule(model, block.name).modules():
+            for name, old in parent.named_children():
+                if isinstance(old, torch.nn.Linear):
+                    setattr(parent, name, quantised(old, 8))
+    with pytest.raises(ValueError, match="Load the model in"):
+        convert(model, case, example(method))

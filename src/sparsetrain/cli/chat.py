@@ -29,7 +29,7 @@ Temperature = Annotated[
 _LINES = "/new begins anew, /history shows what was said, /exit ends."
 
 
-@takes("trust_remote_code", "seed", "dtype", "load_in_4bit", "device", "threads")
+@takes("trust_remote_code", "seed", "dtype", "load_in_4bit", "load_in_8bit", "device", "threads")
 def chat(
     run: Run,
     prompt: Prompt = None,
@@ -71,19 +71,19 @@ def chat(
 def _loaded(run: str, flags: dict[str, Any]) -> Any:
     import torch
 
-    from sparsetrain.hf.model.four_bit import held_in_four_bit
+    from sparsetrain.hf.model.four_bit import held_bits
     from sparsetrain.hf.model.io import load, sidecar_of
     from sparsetrain.hf.train.assemble import pick_device, pick_dtype
     from sparsetrain.hf.train.dtype import with_dtype
     from sparsetrain.recipes.finetune import Recipe
 
-    given = {key: value for key, value in flags.items() if value is not None and key != "load_in_4bit"}
+    given = {key: value for key, value in flags.items() if value is not None and not key.startswith("load_in_")}
     recipe = with_dtype(Recipe.from_values({"model": run, "data": "none", "methods": [], **given}), lambda event: None)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     device = pick_device(recipe)
-    options = {"trust_remote_code": recipe.trust_remote_code}
-    options["four_bit"] = held_in_four_bit(run, sidecar_of(run), flags["load_in_4bit"], device)
+    options: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
+    options["bits"] = held_bits(run, sidecar_of(run), flags, device)
     return load(run, dtype=pick_dtype(recipe, device), device=device, **options)
 
 

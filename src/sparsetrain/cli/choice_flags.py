@@ -26,7 +26,7 @@ Tolerance = Annotated[
         metavar="SHARE",
         rich_help_panel=_CHOICE,
         show_default="1%",
-        help="Perplexity that may be lost beside dense LoRA after as many steps, unless it leads after as much time.",
+        help="Perplexity that may be lost beside dense LoRA after as many steps, whatever it gains in as much time.",
     ),
 ]
 GoalFlag = Annotated[

@@ -195,8 +195,17 @@ def _machine() -> list[Check]:
         devices.append("mps")
     if len(devices) == 1:
         checks.append(Check("gpu", "note", "none that torch can use", "Runs on the CPU; start with small models."))
-    facts = [fact for device in devices for fact in (formats(device), kernels(device), *fastest(device))]
+    facts = [
+        fact for device in devices for fact in (formats(device), kernels(device), *others(device), *fastest(device))
+    ]
     return checks + facts
+
+
+def others(device: str) -> list[Check]:
+    """Who runs the other operations on a device, and why."""
+    from sparsetrain.ops.who_runs import backends
+
+    return [Check(f"{name} on {device}", "ok", text) for name, text in backends(device).items()]
 
 
 def fastest(device: str) -> list[Check]:

@@ -32,6 +32,7 @@ All = Annotated[bool, typer.Option("--all", help="Use every row, for data that w
     "seed",
     "dtype",
     "load_in_4bit",
+    "load_in_8bit",
     "device",
     "threads",
 )
@@ -40,8 +41,8 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
 
     Uses the rows that finetune holds out of the same data with the same --seed, so that a trained model is never
     measured on what it learnt; with --all, every row. Where MODEL is a run's --output, its own recipe.yaml stands in
-    for flags that are not given: so an adapter trained on weights in 4 bits is measured on these;
-    --no-load-in-4bit measures it on the weights of the model's files, as it is exported.
+    for flags that are not given: so an adapter trained on weights in 4 or 8 bits is measured on these;
+    --no-load-in-4bit (8bit) measures it on the weights of the model's files, as it is exported.
 
     \b
     Examples:
@@ -51,7 +52,7 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
     """
     import torch
 
-    from sparsetrain.hf.model.four_bit import held_in_four_bit
+    from sparsetrain.hf.model.four_bit import held_bits
     from sparsetrain.hf.model.io import load, sidecar_of
     from sparsetrain.hf.train.assemble import autocasts, pick_device, pick_dtype
     from sparsetrain.hf.train.dtype import with_dtype
@@ -64,8 +65,8 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
     device = pick_device(recipe)
     with telling() as tell:
         recipe = with_dtype(recipe, tell)
-        held = held_in_four_bit(model, sidecar_of(model), flags["load_in_4bit"], device)
-        options = {"trust_remote_code": bool(flags["trust_remote_code"]), "four_bit": held}
+        held = held_bits(model, sidecar_of(model), flags, device)
+        options = {"trust_remote_code": bool(flags["trust_remote_code"]), "bits": held}
         loaded = load(model, dtype=pick_dtype(recipe, device), device=device, **options)
         recipe = recipe.model_copy(update={"task": flags["task"] or loaded.task})
         rows, bundle = _rows(recipe, loaded, all, tell)
@@ -81,11 +82,11 @@ def evaluate(model: Model, all: All = False, json: Json = False, debug: Debug = 
         )
     part = "all" if all else "held-out"
     about = {"model": model, "data": recipe.data, "part": part, "task": recipe.task, "sparse": bool(loaded.handle)}
-    about |= {"load_in_4bit": True} if held else {}
+    about |= {f"load_in_{held}bit": True} if held else {}
     value = METRICS[quality.metric].text(quality.value)
     rows_text = f"{quality.rows:,} {'' if all else 'held-out '}rows"
     line = f"{quality.metric} {value} on {rows_text} of {recipe.data} ({quality.tokens:,} tokens)"
-    line += ", on weights in 4 bits" if held else ""
+    line += f", on weights in {held} bits" if held else ""
     return Answer(data={**about, **quality.to_dict()}, show=[line])
 
 

@@ -73,9 +73,9 @@ def export(
             save(loaded.model, loaded.handle, output, tokenizer=loaded.tokenizer, **about)
     files = {path.name: path.stat().st_size for path in sorted(output.iterdir()) if path.is_file()}
     shown = [f"  {name}  {size / 1e6:,.2f} MB" for name, size in files.items()]
-    if sidecar_of(run).get("load_in_4bit") and merge_lora:
+    if merge_lora and (held := [bits for bits in (4, 8) if sidecar_of(run).get(f"load_in_{bits}bit")]):
         shown.append(
-            "It was trained on weights in 4 bits and is merged into those of the model's files, where its loss is "
-            f"another: sparsetrain eval {run} --no-load-in-4bit"
+            f"It was trained on weights in {held[0]} bits and is merged into those of the model's files, where its "
+            f"loss is another: sparsetrain eval {run} --no-load-in-{held[0]}bit"
         )
     return Answer(data={"output": output, "format": format, "files": files}, show=[f"Wrote {output}", *shown])

@@ -145,6 +145,7 @@ FLAGS: dict[str, Flag] = {
         Flag("dtype", "auto|fp32|bf16", "auto", MACHINE, "auto is bf16 where this machine multiplies it 1.3x faster, "
              "else fp32; SPARSETRAIN_DTYPE says what auto takes instead."),
         Flag("load_in_4bit", "", "no", MACHINE, "Hold the frozen weights in 4 bits (QLoRA; needs bitsandbytes).", bool),
+        Flag("load_in_8bit", "", "no", MACHINE, "Hold them in 8 bits (LLM.int8; needs bitsandbytes).", bool),
         Flag("gradient_checkpointing", "none|non-reentrant|reentrant", "none", MACHINE, CHECKPOINTING),
         Flag("activation_offloading", "", "no", MACHINE, "With gradient checkpointing: blocks' inputs wait in the "
              "CPU's memory. Exact; slower by the copies.", bool),

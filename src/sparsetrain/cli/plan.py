@@ -94,24 +94,10 @@ Batch = Annotated[str | None, typer.Option("--batch", metavar="INT", help="The s
 
 
 @takes(
-    "model",
-    "task",
-    "preset",
-    "methods",
-    "seq_len",
-    "batch_size",
-    "grad_accum",
-    "lora_r",
-    "lora_dtype",
-    "load_in_4bit",
-    "optim",
-    "dtype",
-    "data",
-    "streaming",
-    "stream_rows",
-    "gradient_checkpointing",
+    "model", "task", "preset", "methods", "seq_len", "batch_size", "grad_accum", "lora_r", "lora_dtype", "load_in_4bit",
+    "load_in_8bit", "optim", "dtype", "data", "streaming", "stream_rows", "gradient_checkpointing",
     table=FLAGS | {"preset": _ONE_PRESET} | PASSED,
-)
+)  # fmt: skip
 def plan(
     recipe: RecipeFile = None,
     memory: Memory = None,

@@ -73,7 +73,7 @@ def _about_rows(rows: Any, predictor: Any) -> list[str]:
     faster = [
         f"{row.candidate.label}: {_where_faster(row.faster_at, shown[0].candidate.label)}"
         for row in shown
-        if row.candidate.values.get("methods") and not row.refused
+        if row.candidate.values.get("methods") and not row.refused and row.faster_at is not None
     ]
     timed = [f"Step of {row.candidate.label}: {row.timed}." for row in rows if row.timed]
     begins = [

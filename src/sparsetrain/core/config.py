@@ -94,6 +94,10 @@ class MethodConfig:
         the defaults, if a method names no other."""
         return cls()
 
+    def called_ops(self) -> tuple[str, ...]:
+        """Those of `ops` that this very config calls."""
+        return self.ops
+
     def shortest_trace(self) -> float:
         """Tokens from which on a step grows smoothly with its length: below, a floor of the method hides the growth."""
         return 0.0

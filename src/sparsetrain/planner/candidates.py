@@ -11,7 +11,17 @@ from sparsetrain.planner.search import Answer, Candidate
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.presets import PRESETS, ROUNDED, SAFEST, STUDIED_PRESET, TOGETHER, Way
 
-KEYS = ("task", "lora_r", "lora_alpha", "lora_targets", "lora_dtype", "lora", "training", "load_in_4bit")
+KEYS = (
+    "task",
+    "lora_r",
+    "lora_alpha",
+    "lora_targets",
+    "lora_dtype",
+    "lora",
+    "training",
+    "load_in_4bit",
+    "load_in_8bit",
+)
 """Recipe keys that hold for all ways that are compared, and that their memory depends on."""
 
 
@@ -34,7 +44,7 @@ def candidates(base: dict[str, Any], *, gpu: bool = False) -> list[Candidate]:
     all_weights = base.get("lora_r") == 0
     train = "all weights" if all_weights else "LoRA"
     ways = [way for way in ways if gpu or not way.offloads]
-    if gpu and not base.get("load_in_4bit") and "optim" not in base.get("training", {}):
+    if gpu and not (base.get("load_in_4bit") or base.get("load_in_8bit")) and "optim" not in base.get("training", {}):
         place = 1 + max(i for i, way in enumerate(ways) if not way.methods)
         ways[place:place] = [way for way in ROUNDED if way.four_bit != all_weights]
     return [_candidate(way, train) for way in ways if not (way.all_weights and all_weights)]
@@ -58,7 +68,11 @@ def _candidate(way: Way, train: str) -> Candidate:
     values |= {"tiled_mlp": way.pieces} if way.pieces > 1 else {}
     values |= {"load_in_4bit": True} if way.four_bit else {}
     values |= {"optim": way.optim} if way.optim else {}
-    values |= {"lora_r": 0, "lora_dtype": "fp32", "lora": {}, "load_in_4bit": False} if way.all_weights else {}
+    values |= (
+        {"lora_r": 0, "lora_dtype": "fp32", "lora": {}, "load_in_4bit": False, "load_in_8bit": False}
+        if way.all_weights
+        else {}
+    )
     label = way.label.replace("{train}", train)
     return Candidate(label=label, values=values, pickable=not way.all_weights, rounds=way.rounds)
 

@@ -171,7 +171,7 @@ def _quality(record: Deployed) -> str:
         for what, value in (("steps", record.equal_steps), ("time", record.equal_time))
         if value is not None
     ]
-    return f"{', '.join(found)} ({record.seeds} seed{'s' if record.seeds > 1 else ''})"
+    return f"{', '.join(found)} ({record.seeds_text})"
 
 
 def untried(records: Iterable[Deployed], facts: Facts, asked: Asked) -> str | None:

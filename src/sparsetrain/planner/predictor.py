@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
@@ -47,7 +47,8 @@ class Predictor:
         base: recipe keys of all candidates (model, task, lora_r, …).
         bf16: weights (LoRA) or autocast (all weights) in bf16.
         cache: folder of stored outlines; None: none.
-        gpu: trace for a GPU, and refuse what runs well on a CPU alone.
+        gpu: trace for a GPU, and refuse what was not timed on one, unless it is in `timed`.
+        timed: methods, joined by +, of which the machine's rates hold steps; at which shapes is seen later.
     """
 
     def __init__(
@@ -59,8 +60,9 @@ class Predictor:
         bf16: bool,
         cache: Path | None,
         gpu: bool = False,
+        timed: Collection[str] = (),
     ) -> None:
-        self.model, self.base, self.tracer = model, base, tracer
+        self.model, self.base, self.tracer, self.timed = model, base, tracer, timed
         self.bf16, self.cache, self.gpu = bf16, cache, gpu
         self.traced = 0
         self._known: dict[str, Found] = {}
@@ -78,7 +80,7 @@ class Predictor:
             ValueError: the recipe does not fit the model.
         """
         recipe = self.recipe(candidate)
-        if self.gpu and (reason := unable(ops_of(recipe), gpu=True)):  # known before anything is traced
+        if (reason := self._refused(recipe)) is not None:
             raise ValueError(reason)
         found = self._found(recipe)
         if isinstance(found, ValueError):
@@ -92,11 +94,16 @@ class Predictor:
     def prepare(self, wanted: list[Candidate]) -> None:
         """Trace what is not known of these candidates, several at once."""
         recipes = [self.recipe(candidate) for candidate in wanted]
-        recipes = [r for r in recipes if not (self.gpu and unable(ops_of(r), gpu=True)) and self._found(r) is None]
+        recipes = [recipe for recipe in recipes if self._refused(recipe) is None and self._found(recipe) is None]
         if len(recipes) < 2:
             return
         for i, found in self.tracer.several(recipes):
             self._keep(recipes[i], found)
+
+    def _refused(self, recipe: Recipe) -> str | None:
+        """Why a recipe is not worth a trace: no step with these methods is on record, at any shape."""
+        known = "+".join(config.method for config in recipe.configs) in self.timed
+        return None if known else unable(ops_of(recipe), gpu=self.gpu)
 
     def _found(self, recipe: Recipe) -> Found | None:
         key = self._key(recipe)

@@ -114,6 +114,13 @@ class Deployed:
     speedup: float | None = None
     peak: float | None = None
     seeds: int = 1
+    seeds_time: int | None = None
+
+    @property
+    def seeds_text(self) -> str:
+        """'1 seed', or '1 seed; 3 at equal time'."""
+        more = "" if self.seeds_time is None else f"; {self.seeds_time} at equal time"
+        return f"{self.seeds} seed{'s' if self.seeds > 1 else ''}{more}"
 
     def outside(self, facts: Facts, final: bool = True) -> list[str]:
         """The facts that this record doesn't reach to, in words.

@@ -55,8 +55,8 @@ class Row:
 
     longest, largest: the longest sequence at the asked batch and the largest batch at the asked length that fit (0:
     none); None without a limit. faster_at: where its step is faster than that of the first candidate, as (first, last)
-    length of each stretch. by_length: (tokens, bytes at the peak) at the question's lengths. timed: the measurement
-    that step_s follows from; empty where it is the roofline alone.
+    length of each stretch; None: other lengths were not timed. by_length: (tokens, bytes at the peak) at the
+    question's lengths. timed: the measurement that step_s follows from; empty where it is the roofline alone.
     """
 
     candidate: Candidate
@@ -69,7 +69,7 @@ class Row:
     fits: bool = True
     longest: int | None = None
     largest: int | None = None
-    faster_at: tuple[tuple[int, int], ...] = ()
+    faster_at: tuple[tuple[int, int], ...] | None = ()
     by_length: tuple[tuple[int, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def answer(
         candidates: the first is dense LoRA (or full fine-tuning), which the others are compared with.
         outline_of: traces a candidate; its ValueError is the reason of a refusal.
         methods_of: a candidate's methods, with defaults filled in.
-        unable: why an outline's operations cannot run well on the machine, or None.
+        unable: why the time of an outline's operations is not known on the machine, unless it was measured; or None.
         fit: `seq` or `batch`: pick for the longest sequence or largest batch instead of the goal.
         speedup: (candidate, tokens) -> dense time / its time as measured on the machine, and where; None where it was
             not.
@@ -207,20 +207,20 @@ def _predicted(
     peak = found.peak(tokens, batch, accumulates=accumulates)
     limit = question.memory_bytes
     faster: tuple[tuple[int, int], ...] = ()
+    timed = measured(tokens)
     if row.candidate.values.get("methods") and unable is None:
         faster = faster_at(seconds, lambda n: roofline(base, n), sorted({*LENGTHS, tokens}))
-    timed = measured(tokens)
     return replace(
         row,
         peak=peak,
         step_s=seconds(tokens),
         how=found.how(tokens, batch),
         timed="" if timed is None else timed[1],
-        refused=unable,
+        refused=unable if timed is None else None,
         fits=limit is None or peak.total <= limit,
         longest=None if limit is None else most(lambda n: total(n, batch), limit, unit=64, ceiling=question.context),
         largest=None if limit is None else most(lambda n: total(tokens, n), limit, unit=1, ceiling=None),
-        faster_at=faster,
+        faster_at=faster if unable is None else None,
         by_length=tuple((length, total(length, batch)) for length in question.lengths),
     )
 

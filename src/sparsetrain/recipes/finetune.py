@@ -36,6 +36,8 @@ class Recipe(RunRecipe):
     load_in_4bit: bool = False
     """Hold the frozen weights in 4 bits (QLoRA's NF4, by bitsandbytes). Half-precision weights are what is loaded
     afterwards, so a later evaluation differs a little."""
+    load_in_8bit: bool = False
+    """Hold them in 8 bits (LLM.int8, by bitsandbytes), as `load_in_4bit`; products are of int8."""
     data: str
     """Training data: a text file, folder or glob; JSONL or a JSON array (text, messages, prompt/completion, or
     instruction/output); CSV; Parquet; texts also as .gz; an embedded or `datasets` name."""
@@ -116,6 +118,11 @@ class Recipe(RunRecipe):
             )
         return self
 
+    @property
+    def bits(self) -> int | None:
+        """Those in which the frozen weights are held; None: as they are loaded."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
     @model_validator(mode="after")
     def _deploys(self) -> Self:
         given = [key for key in ("dense_first", "dense_last") if getattr(self, key) is not None]
@@ -124,9 +131,12 @@ class Recipe(RunRecipe):
             raise ValueError(f"deploy=dense, and {kept[0]} trains a model to be used sparse. Give deploy=sparse.")
         if self.deploy == "sparse" and given:
             raise ValueError(f"{given[0]} is for deploy=dense, and deploy=sparse was given. Leave one out.")
-        if self.load_in_4bit and self.lora_r == 0:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit: weights are held in one of them. Leave one out.")
+        if self.bits is not None and self.lora_r == 0:
             raise ValueError(
-                "load_in_4bit: weights in 4 bits are not trained, and lora_r=0 trains nothing else. Set it."
+                f"load_in_{self.bits}bit: weights in {self.bits} bits are not trained, and lora_r=0 trains nothing "
+                "else. Set it."
             )
         if self.lora and self.lora_r == 0:
             raise ValueError(f"lora.{next(iter(self.lora))} is given, and lora_r=0 trains without LoRA. Leave one out.")

@@ -32,7 +32,7 @@ NOT_TRAINING = frozenset(
 LATER = (
     *("training", "lora", "lora_dtype", "early_stopping", "model_revision", "load_in_4bit", "packing"),
     *("eval_data", "dataset_config", "dataset_train_split", "dataset_test_split", "streaming", "stream_rows"),
-    *("trust_remote_code", "dataset_revision"),
+    *("trust_remote_code", "dataset_revision", "load_in_8bit"),
 )
 """Keys that came later: left out while they have their defaults, as in the checkpoints of versions without them."""
 

@@ -21,6 +21,8 @@ from sparsetrain.core.explanation import Explanation
 from sparsetrain.core.pictures import Gallery
 from sparsetrain.surgery.site import Site
 
+QUANTISED = ("four_bit", "eight_bit")
+"""Features that a method which reads weights itself lacks together."""
 State = dict[str, dict[str, Tensor]]
 """`edit.key` -> tensor name -> tensor: what calibration found, or what a sidecar file holds."""
 Batch = dict[str, Tensor]

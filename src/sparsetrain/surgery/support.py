@@ -38,6 +38,7 @@ FEATURES: dict[str, str] = {
     "tensor_parallel": "weights split over GPUs: tensor parallelism, Megatron-LM",
     "context_parallel": "sequences split over GPUs: context and sequence parallelism",
     "four_bit": "4-bit quantised base weights (bitsandbytes)",
+    "eight_bit": "8-bit quantised base weights (bitsandbytes)",
 }
 
 UNPROVEN: dict[str, str] = {
@@ -109,6 +110,8 @@ def features_of(model: nn.Module) -> dict[str, str]:
     kinds |= {type(parameter.data).__name__ for parameter in model.parameters()}
     if getattr(model, "is_loaded_in_4bit", False) or "Params4bit" in kinds:
         found["four_bit"] = "its weights"
+    if getattr(model, "is_loaded_in_8bit", False) or "Int8Params" in kinds:
+        found["eight_bit"] = "its weights"
     if (getattr(model, "_tp_size", None) or 1) > 1:
         found["tensor_parallel"] = f"its tp_size={model._tp_size}"
     elif "DTensor" in kinds:

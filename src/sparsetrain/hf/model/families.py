@@ -196,7 +196,10 @@ FAMILIES: tuple[Row, ...] = (
         transposed=True,
         norms=("ln_1", "ln_2"),
         limits=_CAUSAL
-        | {"four_bit": "its transposed layers have not been tried in 4 bits. Load the model in bf16 or fp32"},
+        | dict.fromkeys(
+            ("four_bit", "eight_bit"),
+            "its transposed layers have not been tried quantised. Load the model in bf16 or fp32",
+        ),
     ),
     Row(
         blocks=("OPTDecoderLayer",),

@@ -1,4 +1,5 @@
-"""Frozen weights in 4 bits (NF4 of bitsandbytes, QLoRA, arXiv 2305.14314): what loads them, and whether it can here."""
+"""Frozen weights in 4 bits (NF4 of bitsandbytes, QLoRA, arXiv 2305.14314) or 8: what loads them, and whether it can
+here."""
 
 from __future__ import annotations
 
@@ -39,17 +40,24 @@ def import_bitsandbytes() -> None:
             sys.modules["kernels"] = known
 
 
-def check_four_bit(device: torch.device) -> None:
-    """Raise ValueError if bitsandbytes is not installed, or has no 4-bit linears for the device."""
+def check_bits(bits: int, device: torch.device) -> None:
+    """Raise ValueError if bitsandbytes is not installed, or has no linears of 4 or 8 bits for the device."""
+    key = f"load_in_{bits}bit"
     if find_spec("bitsandbytes") is None:
-        raise ValueError("load_in_4bit needs bitsandbytes, which is not installed (pip install bitsandbytes).")
+        raise ValueError(f"{key} needs bitsandbytes, which is not installed (pip install bitsandbytes).")
     import_bitsandbytes()
     if device.type not in _DEVICES:
-        raise ValueError(f"load_in_4bit: bitsandbytes has no 4-bit weights on {device.type}. Give device=cuda or cpu.")
+        raise ValueError(f"{key}: bitsandbytes has no {bits}-bit weights on {device.type}. Give device=cuda or cpu.")
 
 
-def four_bit_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What `from_pretrained` is told: NF4 with its scales quantised again, computed in `dtype`; not the head."""
+def bit_options(bits: int | None, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` is told: NF4 with its scales quantised again, computed in `dtype`, or int8 by rows of the
+    weight and of what comes in (LLM.int8, arXiv 2208.07339); not the head. None: nothing."""
+    if bits is None:
+        return {}
+    if bits == 8:  # its products are of fp16, which it would say in every layer of every step
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -59,25 +67,32 @@ def four_bit_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]
     return {"quantization_config": quantization, "device_map": {"": device}}
 
 
-def held_in_four_bit(source: str, about: Mapping[str, Any], asked: bool | None, device: torch.device) -> bool:
-    """Is a trained model to be held in 4 bits: as asked, else as it was trained (about: its sidecar).
+def held_bits(source: str, about: Mapping[str, Any], flags: Mapping[str, Any], device: torch.device) -> int | None:
+    """The bits in which a trained model is to be held, as asked, else as it was trained (about: its sidecar); None: as
+    its files are.
+
+    Args:
+        flags: `load_in_4bit` and `load_in_8bit`: True, False, or None where nothing was asked.
 
     Raises:
-        ValueError: it is, and cannot be here; or it was asked of a model that was trained otherwise.
+        ValueError: it cannot be held so here; or it was asked of a model that was trained otherwise.
     """
-    trained = about.get("load_in_4bit") is True
-    if asked and not trained:
-        raise ValueError(f"load_in_4bit: {source} is no adapter that was trained on weights in 4 bits. Leave it out.")
-    held = trained if asked is None else asked
-    if held:
-        try:
-            check_four_bit(device)
-        except ValueError as error:
+    trained = next((bits for bits in (4, 8) if about.get(f"load_in_{bits}bit") is True), None)
+    for bits in (4, 8):
+        if flags[f"load_in_{bits}bit"] and trained != bits:
             raise ValueError(
-                f"{source} was trained on weights in 4 bits: {error} Or give --no-load-in-4bit, to use the adapter on "
-                "the weights of the model's files, where its loss is another."
-            ) from None
-    return held
+                f"load_in_{bits}bit: {source} is no adapter that was trained on weights in {bits} bits. Leave it out."
+            )
+    if trained is None or flags[f"load_in_{trained}bit"] is False:
+        return None
+    try:
+        check_bits(trained, device)
+    except ValueError as error:
+        raise ValueError(
+            f"{source} was trained on weights in {trained} bits: {error} Or give --no-load-in-{trained}bit, to use the "
+            "adapter on the weights of the model's files, where its loss is another."
+        ) from None
+    return trained
 
 
 def keep_unpacked(model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.model.adapter import WEIGHTS, base_place, check_adapter, made_for, with_adapter
 from sparsetrain.hf.model.embedding_rows import SITE, give_vocabulary
 from sparsetrain.hf.model.foreign import own_classes, set_options
-from sparsetrain.hf.model.four_bit import four_bit_options
+from sparsetrain.hf.model.four_bit import bit_options
 from sparsetrain.hf.model.merge import check_merge
 from sparsetrain.hf.model.opening import code_of, open_config, open_image_processor, open_tokenizer, quiet, told
 from sparsetrain.hf.model.pair import PairClassifier, PairReader
@@ -94,13 +94,13 @@ def load(
     device: torch.device | str = "cpu",
     trainable: bool = False,
     trust_remote_code: bool = False,
-    four_bit: bool = False,
+    bits: int | None = None,
 ) -> Loaded:
     """Read what `save` or `export` wrote, a run's output folder, or any plain model by name or path.
 
     Args:
         trust_remote_code: Python code that comes with the model may run. Whatever was trained with it takes it again.
-        four_bit: hold an adapter's base in 4 bits, as a run with load_in_4bit did.
+        bits: hold an adapter's base in 4 or 8, as a run with load_in_4bit or load_in_8bit did.
 
     Raises:
         CheckpointError: a file is missing, truncated or altered; the sidecar is of a newer format; or an adapter holds
@@ -125,7 +125,7 @@ def load(
     set_options(config, about, folder / SIDECAR)
     own = code_of(config)["trust_remote_code"]  # the class of the model comes with it, too
     kind = auto_class(str(about.get("task"))).__name__ if own else str(about.get("model_class"))
-    options = four_bit_options(torch.device(device), dtype) if four_bit and adapter else {}
+    options = bit_options(bits if adapter else None, torch.device(device), dtype)
     model, new = load_weights(base, kind, dtype, config, new_head=adapter, options=options)
     vars(model.config).pop(ENTRY, None)  # of the weights as they were saved: it is not to be saved once more
     deployed = about.get("deploy") == "dense"  # what it was trained with is no part of it

@@ -5,7 +5,7 @@ This module stays light: transformers and PEFT are imported when a recipe has to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,13 @@ from sparsetrain.recipes.finetune import Recipe
 
 
 def predictor_of(
-    model: ModelConfig, base: dict[str, Any], *, bf16: bool, cache: Path | None, gpu: bool = False
+    model: ModelConfig,
+    base: dict[str, Any],
+    *,
+    bf16: bool,
+    cache: Path | None,
+    gpu: bool = False,
+    timed: Collection[str] = (),
 ) -> Predictor:
     """A predictor that traces on the empty model; arguments as of `Predictor`."""
 
@@ -33,4 +39,4 @@ def predictor_of(
         make_config(model.values, model.name)  # a model that cannot be made is an error, and no refusal of a recipe
         return trace_all(recipes, model, bf16=bf16, gpu=gpu)
 
-    return Predictor(model, base, Tracer(one=one, several=several), bf16=bf16, cache=cache, gpu=gpu)
+    return Predictor(model, base, Tracer(one=one, several=several), bf16=bf16, cache=cache, gpu=gpu, timed=timed)

@@ -181,6 +181,8 @@ class _Built:
     """The model of a recipe, thinned out, ready to be traced at any length."""
 
     def __init__(self, recipe: Recipe, config: Any, bf16: bool, gpu: bool) -> None:
+        if recipe.load_in_8bit:
+            raise ValueError("load_in_8bit: what its int8 products keep is not counted. Plan load_in_4bit, or neither")
         self.recipe, self.config = recipe, config
         model = models.empty_model(config, recipe.task)
         self.parameters = models.num_parameters(model)[0]

@@ -17,7 +17,7 @@ from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.model import models, opening
 from sparsetrain.hf.model.architectures import check_images, check_patches, sequence_tokens, tokens_per_input
 from sparsetrain.hf.model.checkpointing import check_offload, checkpointing_arguments, offloads
-from sparsetrain.hf.model.four_bit import check_four_bit, four_bit_options
+from sparsetrain.hf.model.four_bit import bit_options, check_bits
 from sparsetrain.hf.model.model_config import check_context
 from sparsetrain.hf.model.revision import at_revision
 from sparsetrain.hf.model.weights import auto_class, load_weights
@@ -37,7 +37,7 @@ from sparsetrain.surgery.method import edits_of, growth_of, method_of
 from sparsetrain.surgery.plan import Plan, plan
 from sparsetrain.surgery.support import FEATURES, check_support, sharding_asked
 
-_FEATURES = {"load_in_4bit": "four_bit", "packing": "packing"}
+_FEATURES = {"load_in_4bit": "four_bit", "load_in_8bit": "eight_bit", "packing": "packing"}
 """Switches of a recipe -> what they ask of its methods."""
 
 
@@ -59,9 +59,10 @@ def open_parts(
             "one size. Use pretrain, or another method."
         )
     device = pick_device(recipe)
+    say_device(recipe, device, report)
     check_passed(recipe, device)
-    if recipe.load_in_4bit:
-        check_four_bit(device)
+    if recipe.bits is not None:
+        check_bits(recipe.bits, device)
     path, config = open_config(recipe, report, (like or recipe).configs)
     check_offload(recipe, config, device, report)
     planned = check_and_plan(recipe, config, device)
@@ -182,7 +183,7 @@ def load_model(parts: Parts, *, cut: bool = False) -> tuple[Any, list[str]]:
         name=recipe.model,
         new_head=labelled,
         cut=cut,
-        options=four_bit_options(parts.device, dtype) if recipe.load_in_4bit else {},
+        options=bit_options(recipe.bits, parts.device, dtype),
     )
     if recipe.packing:  # with a cache, transformers does not see the boundaries of packed rows
         model.config.use_cache = False
@@ -210,6 +211,18 @@ def pick_device(recipe: RunRecipe) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device=mps: this machine has no MPS. Use device=cpu.")
     return device
+
+
+_TILED = ("block_sparse_attention", "token_sparse_attention")
+"""Operations whose fast forms are a CPU's tiles and CUDA's kernels."""
+
+
+def say_device(recipe: RunRecipe, device: torch.device, report: Report) -> None:
+    """Tell what runs as plain PyTorch alone on a device that is neither a CPU nor CUDA's (MPS)."""
+    called = {op for config in recipe.configs for op in config.called_ops()}
+    if device.type not in ("cpu", "cuda") and (slow := [op for op in _TILED if op in called]):
+        text = f"device {device.type}: {' and '.join(slow)} as the reference, with scores of all pairs of tokens: "
+        report({"event": "note", "text": f"{text}it saves neither time nor memory there. Or give device=cpu."})
 
 
 def pick_dtype(recipe: RunRecipe, device: torch.device) -> torch.dtype:

@@ -135,7 +135,7 @@ def _about(parts: Parts) -> dict[str, Any]:
     return {
         "base_model": recipe.model,
         **({} if recipe.model_revision is None else {"base_revision": recipe.model_revision}),
-        **{key: True for key in ("trust_remote_code", "load_in_4bit") if getattr(recipe, key)},
+        **{key: True for key in ("trust_remote_code", "load_in_4bit", "load_in_8bit") if getattr(recipe, key)},
         "task": recipe.task,
         "model_options": model_options(parts.config, task_of(recipe.task)),
         "fingerprint": recipe.fingerprint(),

@@ -112,6 +112,7 @@ def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | No
         ValueError, PlanError: the recipe does not fit the machine, the architecture or the data.
     """
     device = assemble.pick_device(recipe)
+    assemble.say_device(recipe, device, report)
     check_passed(recipe, device)
     refuse_rows(recipe)
     config = open_architecture(recipe)

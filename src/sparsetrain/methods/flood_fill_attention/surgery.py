@@ -15,7 +15,7 @@ from sparsetrain.methods.flood_fill_attention.pictures import pictures
 from sparsetrain.methods.flood_fill_attention.schedule import AT_ONCE, SwitchSchedule, probe
 from sparsetrain.surgery.attention import attention_claim, attention_names, install_attention, refuse_attention
 from sparsetrain.surgery.edits import edits_at
-from sparsetrain.surgery.method import Edit, Method, RowFacts, State, register_method
+from sparsetrain.surgery.method import QUANTISED, Edit, Method, RowFacts, State, register_method
 from sparsetrain.surgery.site import Site
 
 
@@ -171,7 +171,7 @@ register_method(
         reads_longest=lambda config: not config.is_dense,
         pictures=pictures,
         limits={
-            "four_bit": "it has not been tried on quantised models. Load the model in bf16 or fp32",
+            **dict.fromkeys(QUANTISED, "it has not been tried on quantised models. Load the model in bf16 or fp32"),
             "cost": "in bidirectional models the counted FLOPs differ from the plan by more than 6 % of the dense part",
         },
     ),

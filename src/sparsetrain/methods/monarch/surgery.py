@@ -14,10 +14,10 @@ from sparsetrain.methods.monarch.replace import candidates, check, install, shap
 from sparsetrain.methods.monarch.stages import GROWTH
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.edits import edits_at
-from sparsetrain.surgery.method import Edit, Method, register_method
+from sparsetrain.surgery.method import QUANTISED, Edit, Method, register_method
 
 _LORA = "PEFT wraps none of its linears, so that its factors would stay as they are. Train all weights (lora_r=0)"
-_FOUR_BIT = "it takes the weight apart, and a quantised one is packed. Load the model in bf16 or fp32"
+_QUANTISED = "it takes the weight apart, and a quantised one is packed. Load the model in bf16 or fp32"
 
 
 def edits(config: Monarch, anatomy: Anatomy, model: nn.Module) -> list[Edit]:
@@ -89,9 +89,10 @@ register_method(
         edits=edits,
         site_names=lambda anatomy: [site.name for site in candidates(anatomy)],
         exports={"multiplied": multiplied},
-        limits={"four_bit": _FOUR_BIT, "lora": _LORA},
+        limits={**dict.fromkeys(QUANTISED, _QUANTISED), "lora": _LORA},
     ),
 )
 register_method(
-    MonarchThenDense, Method(growth=GROWTH, limits={"four_bit": _FOUR_BIT, "lora": _LORA, "fsdp2": _STAGES})
+    MonarchThenDense,
+    Method(growth=GROWTH, limits={**dict.fromkeys(QUANTISED, _QUANTISED), "lora": _LORA, "fsdp2": _STAGES}),
 )

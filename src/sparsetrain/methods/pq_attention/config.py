@@ -105,6 +105,10 @@ class PQAttention(MethodConfig, method="pq_attention"):
     def shortest_trace(self) -> float:
         return 64 / self.keep_ratio  # at least 64 keys are kept
 
+    def called_ops(self) -> tuple[str, ...]:
+        other = "token_sparse_attention" if self.granularity == "block" else "block_sparse_attention"
+        return tuple(op for op in self.ops if op != other)
+
     @property
     def needs_calibration(self) -> bool:
         return self.codebook_init == "kmeans" and self.keep_ratio < 1

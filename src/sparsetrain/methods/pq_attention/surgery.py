@@ -24,7 +24,7 @@ from sparsetrain.surgery.attention import (
 )
 from sparsetrain.surgery.calibration import blocks_only
 from sparsetrain.surgery.edits import edits_at
-from sparsetrain.surgery.method import Edit, Method, State, register_method
+from sparsetrain.surgery.method import QUANTISED, Edit, Method, State, register_method
 from sparsetrain.surgery.site import Site
 from sparsetrain.surgery.targets import at_most_dense, refuse_rows, see_targets
 
@@ -168,7 +168,7 @@ register_method(
         modules_to_save=("codebook",),
         refuse=refuse_rows,
         limits={
-            "four_bit": "it has not been tried on quantised models. Load the model in bf16 or fp32",
+            **dict.fromkeys(QUANTISED, "it has not been tried on quantised models. Load the model in bf16 or fp32"),
         },
     ),
 )

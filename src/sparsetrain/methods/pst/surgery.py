@@ -13,7 +13,7 @@ from sparsetrain.methods.pst.module import CHILD, Pruned, PrunedLinear
 from sparsetrain.methods.pst.schedule import PruningSchedule
 from sparsetrain.ops.topk_mask import count_zeros
 from sparsetrain.surgery.edits import edits_at, equip, nothing_to_do
-from sparsetrain.surgery.method import Edit, Method, register_method
+from sparsetrain.surgery.method import QUANTISED, Edit, Method, register_method
 from sparsetrain.surgery.site import Site
 
 
@@ -125,7 +125,7 @@ register_method(
         merge_adapter_error=merge_adapter_error,
         limits={
             "cost": "zeros are multiplied too, and making a mask costs by the forward, not by the token",
-            "four_bit": "its masks are of plain weights. Load the model in bf16 or fp32",
+            **dict.fromkeys(QUANTISED, "its masks are of plain weights. Load the model in bf16 or fp32"),
         },
     ),
 )

@@ -19,7 +19,7 @@ from sparsetrain.methods.routed_ffn.permute import permute_units
 from sparsetrain.ops.routed_ffn import ACTIVATIONS
 from sparsetrain.surgery.edits import edits_at
 from sparsetrain.surgery.lora import refused_adapter
-from sparsetrain.surgery.method import Edit, Method, Progress, State, register_method
+from sparsetrain.surgery.method import QUANTISED, Edit, Method, Progress, State, register_method
 from sparsetrain.surgery.reclass import declass, reclass
 from sparsetrain.surgery.site import Site
 from sparsetrain.surgery.targets import at_most_dense, refuse_rows, see_targets
@@ -188,6 +188,8 @@ register_method(
         refuse=refuse_rows,
         after_adapter=after_adapter,
         merge_adapter_error=merge_adapter_error,
-        limits={"four_bit": "its quantised linears would be read as plain weights. Load the model in bf16 or fp32"},
+        limits=dict.fromkeys(
+            QUANTISED, "its quantised linears would be read as plain weights. Load the model in bf16 or fp32"
+        ),
     ),
 )

@@ -23,7 +23,7 @@ from sparsetrain.methods.sara.schedule import Schedule
 from sparsetrain.ops.partial_weight import blocks_of
 from sparsetrain.surgery.apply import Handle
 from sparsetrain.surgery.edits import edits_at, equip, nothing_to_do
-from sparsetrain.surgery.method import Batch, Edit, Method, Progress, RowFacts, State, register_method
+from sparsetrain.surgery.method import QUANTISED, Batch, Edit, Method, Progress, RowFacts, State, register_method
 from sparsetrain.surgery.site import Site
 
 DELTA = "delta.safetensors"
@@ -273,7 +273,7 @@ register_method(
         leave=leave,
         refuse=refuse,
         limits={
-            "four_bit": "it writes into the weights. Load the model in bf16 or fp32",
+            **dict.fromkeys(QUANTISED, "it writes into the weights. Load the model in bf16 or fp32"),
         },
     ),
 )

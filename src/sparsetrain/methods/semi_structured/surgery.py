@@ -14,7 +14,7 @@ from sparsetrain.methods.semi_structured.export import to_24
 from sparsetrain.methods.semi_structured.module import make_dense, make_sparse
 from sparsetrain.methods.semi_structured.schedule import Schedule24
 from sparsetrain.surgery.edits import edits_at
-from sparsetrain.surgery.method import Edit, Method, State, register_method
+from sparsetrain.surgery.method import QUANTISED, Edit, Method, State, register_method
 from sparsetrain.surgery.site import Site
 
 
@@ -155,7 +155,9 @@ register_method(
         pictures=pictures,
         limits={
             "cost": "without sparse tensor cores its products are emulated by dense ones",
-            "four_bit": "its quantised linears would be read as plain weights. Load the model in bf16 or fp32",
+            **dict.fromkeys(
+                QUANTISED, "its quantised linears would be read as plain weights. Load the model in bf16 or fp32"
+            ),
         },
     ),
 )

@@ -17,7 +17,7 @@ from sparsetrain.methods.sparsedm.schedule import RatioSchedule
 from sparsetrain.methods.sparsedm.targets import Layer, dense_layers, inputs_of, misfit, target_layers, told
 from sparsetrain.methods.sparsedm.teacher import Teacher, install_teacher, teacher_weight
 from sparsetrain.surgery.edits import edits_at, equip, nothing_to_do
-from sparsetrain.surgery.method import Batch, Edit, Method, RowFacts, register_method
+from sparsetrain.surgery.method import QUANTISED, Batch, Edit, Method, RowFacts, register_method
 from sparsetrain.surgery.site import Site
 
 
@@ -168,7 +168,7 @@ register_method(
         measure=measure,
         limits={
             "cost": "without sparse tensor cores its products are emulated by dense ones",
-            "four_bit": "its masks are of plain weights. Load the model in bf16 or fp32",
+            **dict.fromkeys(QUANTISED, "its masks are of plain weights. Load the model in bf16 or fp32"),
         },
     ),
 )

@@ -175,6 +175,12 @@ def _timed_by(name: str) -> gain.Attend:
     return attend
 
 
+def on_device(q: Tensor) -> dict[str, str | None]:
+    """Backends of an ordinary call on such queries, [b, h, t, d], in blocks of 128; best first, untimed; and why one
+    cannot."""
+    return _available(q, Geometry(q.shape[2], q.shape[2], 128, 128, True, None))
+
+
 def _available(q: Tensor, geometry: Geometry) -> dict[str, str | None]:
     block_q, block_k = geometry.block_q, geometry.block_k
     tiled = None if q.device.type == "cpu" else f"its tiles are for a CPU, and the tensors are on {q.device}"

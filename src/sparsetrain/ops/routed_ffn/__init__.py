@@ -5,7 +5,7 @@ Hidden units are ordered [num_shared always on | block 0 | ... | block G-1], blo
 
 from __future__ import annotations
 
-from torch import Tensor, autocast, dtype, get_autocast_dtype, is_autocast_enabled
+from torch import Tensor, autocast, device, dtype, get_autocast_dtype, is_autocast_enabled
 
 from sparsetrain.core.backend import choose
 from sparsetrain.ops.linear_parts import LinearParts
@@ -82,16 +82,24 @@ def routed_ffn(
 
 
 def _available(p: Problem) -> dict[str, str | None]:
+    return _best_first(p.x_td.device, grouped.unable(p))
+
+
+def on_device(place: device, work: dtype) -> dict[str, str | None]:
+    """Backends of an ordinary call there, best first; and why one cannot."""
+    return _best_first(place, grouped.unable_on(place, work))
+
+
+def _best_first(place: device, reason: str | None) -> dict[str, str | None]:
     """On a CPU grouped products are as fast as tiles and keep more for the backward pass: they run if asked for."""
-    reason = grouped.unable(p)
-    if p.x_td.device.type == "cuda":
+    if place.type == "cuda":
         return {"grouped_mm": reason, "torch": None, "reference": None}
     return {"torch": None, "grouped_mm": reason, "reference": None}
 
 
 def _dtype(x_td: Tensor) -> dtype:
-    device = x_td.device.type
-    return get_autocast_dtype(device) if is_autocast_enabled(device) else x_td.dtype
+    kind = x_td.device.type
+    return get_autocast_dtype(kind) if is_autocast_enabled(kind) else x_td.dtype
 
 
 def _gates(gate_tk: Tensor | None, gate_mode: str) -> Tensor | None:

@@ -24,18 +24,23 @@ ALIGNED_BYTES = 16
 """What every row stride of a grouped product is a multiple of."""
 
 
-def unable(p: Problem) -> str | None:
-    """Why grouped products cannot run this call; None if they can."""
-    x, device = p.x_td, p.x_td.device
+def unable_on(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a device has none for a dtype, whatever the shapes; None if it has."""
     if device.type not in ("cuda", "cpu"):
         return f"PyTorch has no grouped product on {device.type}"
     if device.type == "cuda" and (
-        x.dtype != torch.bfloat16 or torch.cuda.get_device_capability(device)[0] not in (9, 10)
+        dtype != torch.bfloat16 or torch.cuda.get_device_capability(device)[0] not in (9, 10)
     ):
         # elsewhere PyTorch reads the offsets on the host, block by block (pytorch#184334)
-        return (
-            f"grouped products stay on the device in bf16 on compute capability 9 and 10 alone, not in {x.dtype} here"
-        )
+        return f"grouped products stay on the device in bf16 on compute capability 9 and 10 alone, not in {dtype} here"
+    return None
+
+
+def unable(p: Problem) -> str | None:
+    """Why grouped products cannot run this call; None if they can."""
+    x = p.x_td
+    if reason := unable_on(x.device, x.dtype):
+        return reason
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"grouped products are not written for {x.dtype}"
     ranks = [b.shape[1] for b in (*p.lora_b, p.lora_b_dr) if b is not None]
