@@ -92,6 +92,11 @@ def bench(
             f"{asked.model}, {size}; against {data['baseline']}",
             lambda: table("", columns, [_row(each) for each in found.outcomes], right=(2, 3, 4, 5)),
             *(f"{each.name}: {each.reason}" for each in found.outcomes if each.reason),
+            *(
+                f"{each.name}: without LoRA, against a dense step that trains all weights."
+                for each in found.outcomes
+                if each.step is not None and asked.lora_r and each.against == "all weights"
+            ),
             *found.notes,
             written,
         ],

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.core.config import plain_values
+from sparsetrain.core.remembered import name_here
 from sparsetrain.planner.candidates import KEYS, candidates
 from sparsetrain.planner.kernels import ops_of, unable
 from sparsetrain.planner.measured import measured_speedup
@@ -48,6 +49,7 @@ class Predictor:
         bf16: weights (LoRA) or autocast (all weights) in bf16.
         cache: folder of stored outlines; None: none.
         gpu: trace for a GPU, and refuse what runs well on a CPU alone.
+        here: it is for this machine, on which a run would refuse what it times as slower.
     """
 
     def __init__(
@@ -59,9 +61,10 @@ class Predictor:
         bf16: bool,
         cache: Path | None,
         gpu: bool = False,
+        here: bool = False,
     ) -> None:
         self.model, self.base, self.tracer = model, base, tracer
-        self.bf16, self.cache, self.gpu = bf16, cache, gpu
+        self.bf16, self.cache, self.gpu, self.here = bf16, cache, gpu, here
         self.traced = 0
         self._known: dict[str, Found] = {}
 
@@ -118,6 +121,8 @@ class Predictor:
         keys = (*KEYS, "activation_offloading", "tiled_mlp")
         trained = {key: getattr(recipe, key) for key in keys} | {"training": recipe.training.get("optim", DEFAULT)}
         trained |= {"again": recipe.gradient_checkpointing != "none", "bf16": self.bf16, "gpu": self.gpu}
+        if self.here and any(config.refused_if_slower for config in recipe.configs):
+            trained["here"] = name_here("timed")
         trained["config"] = self.model.values
         trained["methods"] = [plain_values(config) for config in recipe.configs]
         trained["versions"] = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}

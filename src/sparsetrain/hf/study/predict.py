@@ -16,7 +16,7 @@ from sparsetrain.recipes.finetune import Recipe
 
 
 def predictor_of(
-    model: ModelConfig, base: dict[str, Any], *, bf16: bool, cache: Path | None, gpu: bool = False
+    model: ModelConfig, base: dict[str, Any], *, bf16: bool, cache: Path | None, gpu: bool = False, here: bool = False
 ) -> Predictor:
     """A predictor that traces on the empty model; arguments as of `Predictor`."""
 
@@ -24,13 +24,13 @@ def predictor_of(
         from sparsetrain.hf.model.opening import make_config
         from sparsetrain.hf.study.recipe_trace import outline
 
-        return outline(recipe, make_config(model.values, model.name), bf16=bf16, gpu=gpu)
+        return outline(recipe, make_config(model.values, model.name), bf16=bf16, gpu=gpu, here=here)
 
     def several(recipes: list[Recipe]) -> Iterator[tuple[int, Found]]:
         from sparsetrain.hf.model.opening import make_config
         from sparsetrain.hf.study.trace_pool import trace_all
 
         make_config(model.values, model.name)  # a model that cannot be made is an error, and no refusal of a recipe
-        return trace_all(recipes, model, bf16=bf16, gpu=gpu)
+        return trace_all(recipes, model, bf16=bf16, gpu=gpu, here=here)
 
-    return Predictor(model, base, Tracer(one=one, several=several), bf16=bf16, cache=cache, gpu=gpu)
+    return Predictor(model, base, Tracer(one=one, several=several), bf16=bf16, cache=cache, gpu=gpu, here=here)
