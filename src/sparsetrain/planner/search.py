@@ -131,8 +131,7 @@ def answer(
 
     Args:
         question: the goal and its limits.
-        candidates: the first is dense LoRA (or full fine-tuning), which the others are compared with, but for those
-            that name another.
+        candidates: the first is dense LoRA (or full fine-tuning), which those are compared with that name no other.
         outline_of: traces a candidate; its ValueError is the reason of a refusal.
         methods_of: a candidate's methods, with defaults filled in.
         unable: why an outline's operations cannot run well on the machine, or None.
@@ -167,8 +166,7 @@ def answer(
         measured = partial(speedup, candidate) if traced else lambda _tokens: None
         traced.setdefault(candidate.label, found)
         than = candidate.beside if candidate.beside in traced else next(iter(traced))
-        row = replace(row, than=than)
-        rows.append(_predicted(row, found, traced[than], question, unable(found), measured))
+        rows.append(_predicted(replace(row, than=than), found, traced[than], question, unable(found), measured))
     if rows and all(row.peak is None for row in rows):
         why = list(dict.fromkeys(str(row.refused) for row in rows))
         raise ValueError(f"no way to train this model can be planned: {'. '.join(why[:2])}.")

@@ -74,8 +74,7 @@ def bench(
     """Time every candidate against the dense step of `recipe`.
 
     Args:
-        recipe: model, length, batch, LoRA; its methods are left out. A candidate that trains without LoRA unless it is
-            asked for is timed without, against all weights.
+        recipe: model, length, batch, LoRA, without its methods. What trains without LoRA is timed against all weights.
         chosen: as `candidates` gives them.
         rounds: timed pairs of steps for each, at least 3; more are taken while a verdict is undecided.
         layers: use only the first so many layers; with random tokens, the vocabulary is cut in the same proportion.
