@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bench.runner import RESULTS, ROOT
+from bench.runner import RESULTS, ROOT, Benchmark, ResultFile, asked_of, benchmarks, cells_of
 from bench.tables import CONCLUSIONS, TABLES
 from bench.tables.automatic import automatic
 from bench.tables.deploy import evidence_files, of_spt
@@ -69,7 +70,7 @@ def pages() -> dict[Path, str]:
 def _table(name: str, found: dict[str, Any]) -> list[str]:
     if name not in found:
         return [f"Not measured yet: `python -m bench run {name}`."]
-    return with_origin(TABLES[name](found[name]), found[name])
+    return with_origin(TABLES[name](found[name]), found[name], absent(name, found[name]))
 
 
 def fill(text: str, tables: dict[str, list[str]], page: str) -> tuple[str, set[str]]:
@@ -84,9 +85,29 @@ def fill(text: str, tables: dict[str, list[str]], page: str) -> tuple[str, set[s
     return text, set(names)
 
 
-def with_origin(lines: list[str], results: dict[str, Any]) -> list[str]:
+def absent(name: str, results: dict[str, Any]) -> str:
+    """'12 of 33 cells measured', where some of those that a benchmark declares are not; else nothing."""
+    declared = _declared().get(name)
+    if declared is None:
+        return ""
+    known = {key: value for key, value in results.get("settings", {}).items() if key in declared.settings}
+    cells = cells_of(declared, asked_of(declared, changes=known))
+    file = ResultFile(declared, cells, None, declared.settings)
+    file.data = results
+    held = sum(file.holds(cell) for cell in cells)
+    return f"{held} of {len(cells)} cells measured" if held < len(cells) else ""
+
+
+@cache
+def _declared() -> dict[str, Benchmark]:
+    return benchmarks()
+
+
+def with_origin(lines: list[str], results: dict[str, Any], part: str = "") -> list[str]:
+    """The table, and below it how much of it is measured, where and at which commit."""
     machine = results.get("machine", {})
     origin = f"{machine.get('cpu', 'CPU')}, commit {machine.get('commit') or 'not recorded'}."
+    origin = f"{part}. {origin}" if part else origin
     if earlier := sum(len(entry["cells"]) for entry in results.get("earlier", [])):
         origin += f" {earlier} cells are of earlier runs, named in the result file."
     return [*lines, "", origin]

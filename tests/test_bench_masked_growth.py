@@ -39,6 +39,15 @@ def test_arms_cost_what_they_are_given(model: str) -> None:
         assert beside["of_its"]["flops"] == pytest.approx(share, rel=0.1)
 
 
+def test_the_main_controls_have_every_seed_after_the_telling_cells() -> None:
+    keys = [cell.key for cell in masked_growth.cells(asked_of(masked_growth.BENCHMARKS[0]))]
+    assert len(keys) == len(set(keys))
+    for model in ("gpt2", "bert"):
+        for name in ("no mask", "small alone", "stacked"):
+            assert {f"{model} {name} 0.65 {seed}" for seed in (0, 1, 2)} <= set(keys)
+    assert keys.index("gpt2 no mask 0.65 1") > max(i for i, key in enumerate(keys) if " grown " in key)
+
+
 def test_the_rate_rises_falls_and_goes_back() -> None:
     found = [masked_growth.rate(step, 20, 2, 10 if step >= 10 else None) for step in range(20)]
     assert found[0] == 0.5 and found[2] == 1.0 and found[10] == 1.0 and found[9] == pytest.approx(1 - 0.9 * 7 / 18)

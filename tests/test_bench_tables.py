@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench import report
 from bench.tables import CONCLUSIONS, growth, linears, pictures
 
 
@@ -45,15 +46,33 @@ def test_monarch_beside_dense_at_its_steps() -> None:
     assert "gpt at equal time: -0.100 (monarch)" in linears.conclude_monarch({"monarch_quality": of(cells)})
 
 
+def test_a_projected_minilm_before_and_after_its_epoch() -> None:
+    cell = {"dense": 0.8, "monarch_dense": 0.8, "monarch_after_conversion": 0.6, "monarch_after_training": 0.75}
+    lines = linears.monarch(of({"minilm d2s 0": {**cell, "dense_after_training": 0.82}}))
+    assert "| projected to half of its weights | 1 | 0.600 |" in lines
+    assert "| after one more epoch | 1 | 0.750 |" in lines
+
+
+def test_a_table_says_how_much_of_its_grid_is_measured() -> None:
+    """All tables are for the arms that are there: an arm without a cell would be missed by no reader."""
+    found = of({"gpt2 ordinary 1 0": run(2.0), "gpt2 grown 0.65 0": run(1.9)}, steps=1000, shares=[0.65, 1.0])
+    part = report.absent("masked_growth", found)
+    assert part.startswith("2 of ") and part.endswith(" cells measured")
+    assert report.with_origin(["| a |"], found, part)[-1].startswith(f"{part}. CPU, commit")
+    assert report.absent("no such benchmark", found) == ""
+    assert report.with_origin(["| a |"], found)[-1] == "CPU, commit not recorded."
+
+
 def test_a_loss_that_is_not_reached_is_said() -> None:
     cells = {"ordinary 0": run(2.0, flops=10), "ordinary 1": run(2.0, flops=10)}
     ratios = {"flops_ratio": 0.8, "cpu_s_ratio": 0.9, "loss_over_ordinary": -0.1}
     missed = {"flops_ratio": None, "cpu_s_ratio": None, "loss_over_ordinary": 0.1}
-    cells |= {"v-cycle 0": run(1.9, flops=9, **ratios), "v-cycle 1": run(2.1, flops=9, **missed)}
+    cells |= {"v-cycle 0": run(1.9, flops=9, switch_s=0.3, time_s=100.0, **ratios)}
+    cells |= {"v-cycle 1": run(2.1, flops=9, switch_s=0.1, time_s=100.0, **missed)}
     cells["small alone 0"] = run(2.5, flops=5, **missed)
     lines = growth.multi_level(of(cells))
-    assert "| v-cycle | 2 | 2.000 ± 0.100 | +0.000 ± 0.100 | 0.90 | 0.80 (1 not) | 0.90 (1 not) |" in lines
-    assert lines[-1].endswith("| not reached | not reached |")
+    assert "| v-cycle | 2 | 2.000 ± 0.100 | +0.000 ± 0.100 | 0.90 | 0.80 (1 not) | 0.90 (1 not) | 0.20% |" in lines
+    assert lines[-1].endswith("| not reached | not reached | – |")
     assert "FLOPs 0.80 (1 not)" in growth.conclude_growth({"multi_level_gpt": of(cells)})
 
 

@@ -64,6 +64,8 @@ ARMS = {
     "at once": Arm((f"60% {HALF}", "40% hidden*2 heads*2 ffn*2 layers*2")),
 }
 CONTROLS = [name for name in ARMS if name not in ("ordinary", "grown")]
+MAIN_CONTROLS = ["no mask", "small alone", "stacked"]
+"""Of every seed, where the others are of the first."""
 
 
 def build(model: str, sizes: dict[str, int], tokens: int) -> Any:
@@ -327,9 +329,9 @@ def against(ours: dict[str, Any], ordinary: dict[str, Any]) -> dict[str, Any]:
 
 
 def cells(asked: Asked) -> list[Cell]:
-    """The ordinary runs and the grown ones, all seeds; then controls and other settings, of the first seed."""
+    """The ordinary runs and the grown ones, all seeds; other arms of the first seed; the main controls' other seeds."""
     shares = asked.settings["shares"]
-    first, *_ = asked.seeds
+    first, *others = asked.seeds
     found: list[Cell] = []
     for seed in asked.seeds:
         for model in ("gpt2", "bert"):
@@ -337,7 +339,11 @@ def cells(asked: Asked) -> list[Cell]:
     found += _beside("vit", ["grown"], shares, first, asked, ordinary=True)
     for model in ("gpt2", "bert"):
         found += _beside(model, CONTROLS, shares[:1], first, asked, ordinary=False)
-    return found + _beside("vit", ["no mask", "stacked"], shares[:1], first, asked, ordinary=False)
+    found += _beside("vit", ["no mask", "stacked"], shares[:1], first, asked, ordinary=False)
+    for seed in others:
+        for model in ("gpt2", "bert"):
+            found += _beside(model, MAIN_CONTROLS, shares[:1], seed, asked, ordinary=False)
+    return found
 
 
 def _beside(model: str, arms: list[str], shares: list[float], seed: int, asked: Asked, ordinary: bool) -> list[Cell]:

@@ -20,6 +20,7 @@ def multi_level(results: dict[str, Any]) -> list[str]:
         "FLOPs of its run",
         "FLOPs to its loss",
         "processor time to its loss",
+        "switching itself",
     )
     for arm, own in runs.items():
         ordinary = runs.get("ordinary", {})
@@ -28,6 +29,8 @@ def multi_level(results: dict[str, Any]) -> list[str]:
         less = signed(differences) if differences else DASH
         share = f"{statistics.mean(spent):.2f}" if spent else DASH
         until = [_reached(own, f"{key}_ratio") for key in ("flops", "cpu_s")]
+        switching = [run["switch_s"] / run["time_s"] for run in own.values() if run.get("switch_s")]
+        until.append(f"{statistics.mean(switching):.2%}" if switching else DASH)
         lines.append(line(arm, len(own), mean_of(own, "loss"), less, share, *until))
     return lines
 

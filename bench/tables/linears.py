@@ -117,7 +117,7 @@ def monarch(results: dict[str, Any]) -> list[str]:
         lines.append("")
     if d2s := runs.get("minilm d2s"):
         lines += head("MiniLM's accuracy on reviews", "seeds", "mean")
-        words = {"dense": "dense", "monarch_before_training": "projected to half of its weights"}
+        words = {"dense": "dense", "monarch_after_conversion": "projected to half of its weights"}
         words |= {"monarch_after_training": "after one more epoch"}
         words |= {"dense_after_training": "the dense model after that epoch"}
         lines += [line(text, len(d2s), mean_of(d2s, key)) for key, text in words.items()]

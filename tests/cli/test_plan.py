@@ -62,6 +62,11 @@ def test_exact_tools_come_first_with_their_cost_and_the_memory_by_length(call: C
     assert ways["LoRA + 4-bit + checkpointing"]["risk"]["exact"] is False
 
 
+def test_of_another_machine_it_is_not_said_where_monarch_is_faster(call: Call, config_file: Path) -> None:  # noqa: F811
+    told = call("plan", "--model", config_file, "--seq", 128, "--method", "monarch", "--gpu", "cpu")
+    assert told.code == 0 and "monarch: not timed on that machine" in told.out and "monarch: faster" not in told.out
+
+
 def test_the_longest_row_of_the_data_is_planned(call: Call, llama: Path, tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     rows = [{"prompt": "a" * length, "completion": "b"} for length in (5, 9, 60, 90)]

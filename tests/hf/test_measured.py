@@ -20,7 +20,7 @@ from sparsetrain.hf.study.profile import profile_recipe, profile_side
 from sparsetrain.hf.study.training_step import build_step, open_measured_parts
 from sparsetrain.hf.train.assemble import load_model
 from sparsetrain.measure.memory import saved_activations
-from sparsetrain.methods import PQAttention, RoutedFFN
+from sparsetrain.methods import Monarch, PQAttention, RoutedFFN
 from sparsetrain.planner.machines import MachineRates
 from sparsetrain.planner.measured import measured_speedup
 from sparsetrain.planner.search import Question
@@ -134,6 +134,25 @@ def test_every_candidate_is_checked_timed_or_refused_with_its_reason(model: Path
         assert (timed is not None) == known and (timed is None or timed[0] == row["step_speedup"])
     rates = found.rates.to_dict()
     assert rates["gemm_flops"].keys() == {"fp32", "bf16"} and rates["attention_flops"] > 0
+
+
+def test_what_trains_without_lora_is_timed_without_against_all_weights(model: Path) -> None:
+    asked = candidates("pst,sparsedm,sara") | {"monarch": (Monarch(num_blocks=2, force=True),)}
+    asked |= {"routed_ffn": (RoutedFFN(num_blocks=4, num_active=2),)}
+    found = bench(recipe(model, seq_len=32), asked, rounds=3, layers=1)
+    outcomes = {outcome.name: outcome for outcome in found.outcomes}
+    for name, outcome in outcomes.items():
+        assert outcome.step is not None, (name, outcome.reason)
+        assert outcome.against == ("the same LoRA" if name == "routed_ffn" else "all weights"), name
+        (row,) = found.rates.methods[name]
+        assert row["lora_r"] == (4 if name == "routed_ffn" else 0), name
+    saved = {name: outcome.dense_saved_bytes for name, outcome in outcomes.items()}
+    assert len(set(saved.values())) == 2 and saved["sara"] == saved["pst"] != saved["routed_ffn"]
+    assert measured_speedup(  # what `plan` asks of it
+        recipe(model, methods=["sara"], lora_r=0, seq_len=32),
+        32,
+        Question(tokens=32, batch=1, rates=MachineRates.from_dict(found.rates.to_dict())),
+    )
 
 
 def test_a_measured_step_selects_its_tokens_and_is_2_4_in_the_middle_of_a_run(model: Path) -> None:

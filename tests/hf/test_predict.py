@@ -82,6 +82,60 @@ def test_every_method_is_a_candidate_and_none_is_dropped_without_a_reason(config
     assert all(c.label != "LoRA" for c in candidates({"lora_r": 0}))
 
 
+def test_a_method_that_trains_without_lora_is_planned_without_and_beside_all_weights(config_file: Path) -> None:
+    from sparsetrain.core.config import registered_methods
+
+    planner = predictor(config_file, None)
+    asked = {c.label: c for c in candidates(planner.base)}
+    for name, kind in registered_methods().items():
+        if kind.grows:
+            continue
+        own = Recipe.from_values({"model": "m", "data": "d", "methods": [kind()]}).lora_r == 0
+        assert planner.recipe(asked[name]).lora_r == (0 if own else 4), name
+        assert asked[name].beside == ("all weights" if own else ""), name
+        assert own == (name in ("sara", "pst", "monarch", "sparsedm", "concept_bottleneck")), name
+    some = [asked[label] for label in ("LoRA", "all weights", "sara")]
+    lora, full, sara = predict(planner, Question(tokens=128, batch=2, rates=CPU), some).rows
+    assert sara.than == "all weights" and sara.peak and full.peak and lora.peak
+    assert sara.peak.optimizer == pytest.approx(0.1 * 8 * linears(config_file), rel=0.01)  # two moments of each chosen
+    assert sara.peak.optimizer < full.peak.optimizer
+    assert not any(c.beside for c in candidates(planner.base | {"lora_r": 0}))  # the first is all weights then
+
+
+def linears(config_file: Path) -> int:
+    """Weights of the linears of the blocks."""
+    from sparsetrain.hf.model.models import empty_model
+
+    blocks = empty_model(llama(), "lm").model.layers
+    return sum(p.numel() for p in blocks.parameters() if p.ndim == 2)
+
+
+def test_monarch_is_refused_with_its_number_where_a_run_here_would_refuse_it(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a plan for another machine nothing is timed."""
+    from sparsetrain.methods.monarch import replace
+    from sparsetrain.ops.monarch_linear.gain import Gain
+
+    def gain(right: tuple[int, ...], _left: Any, tokens: int, dtype: Any, device: Any) -> Gain:
+        return Gain(
+            in_features=32, out_features=32, num_blocks=right[0], tokens=tokens, dtype="float32", device=str(device),
+            dense_ms=1.0, monarch_ms=2.0, ratio=0.5,
+        )  # fmt: skip
+
+    monkeypatch.setattr(replace, "gain_here", gain)
+    monkeypatch.setattr(replace, "break_even", lambda *_: 256)
+    base: dict[str, Any] = {"lora_r": 4, "seq_len": 128, "batch_size": 2, "grad_accum": 1}
+    made: dict[str, Any] = {"bf16": False, "cache": None}
+    here = predictor_of(read_config(str(config_file)), base, **made, here=True)
+    (monarch,) = (c for c in candidates(base) if c.label == "monarch")
+    with pytest.raises(ValueError, match=r"slower here than dense: .* 0\.50x .* pay from width 256"):
+        here.outline(monarch)
+    elsewhere = predictor_of(read_config(str(config_file)), base, **made)
+    assert elsewhere.outline(monarch).trained > 0
+    assert here._key(here.recipe(monarch)) != elsewhere._key(elsewhere.recipe(monarch))
+
+
 def test_a_gpu_refuses_what_no_gpu_has_timed_and_names_what_times_it(config_file: Path) -> None:
     refused = unable(("routed_ffn", "token_selection"), gpu=True) or ""
     assert "routed_ffn: no step timed on that GPU" in refused and "`sparsetrain bench`" in refused

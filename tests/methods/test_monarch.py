@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sparsetrain import Monarch, MonarchThenDense, grow, plan, sparsify
 from sparsetrain.core.anatomy import LinearSite, describe
+from sparsetrain.core.backend import timing_on
 from sparsetrain.methods.monarch import replace
 from sparsetrain.methods.monarch.module import MonarchLinear
 from sparsetrain.methods.monarch.shape import shape_of
@@ -243,7 +244,9 @@ def test_what_is_slower_here_is_refused_with_the_number(monkeypatch: pytest.Monk
     sparsify(model, Monarch(num_blocks=2, roles=("up", "gate")))  # these pay
     with torch.device("meta"):
         empty = copy.deepcopy(case.model()).to("meta")
-    sparsify(empty, Monarch(num_blocks=2))  # nothing can be timed, and a plan is for any machine
+    with timing_on("cpu"), pytest.raises(ValueError, match=r"q_proj would be slower here.*0\.50x"):
+        sparsify(empty, Monarch(num_blocks=2))
+    sparsify(empty, Monarch(num_blocks=2))  # planned for another machine, nothing can be timed
 
 
 def test_what_hangs_on_a_linear_is_not_left_behind() -> None:

@@ -42,6 +42,21 @@ def ask(memory: int | None, goal: str = "fit", fit: str | None = None, **outline
     )
 
 
+def test_a_way_is_compared_with_the_one_that_it_names() -> None:
+    sara = Candidate(label="sara", values={"methods": [{"method": "sara"}]}, beside="all weights")
+    found = {"LoRA": outline(0.5), "all weights": outline(2.0), "sara": outline(), "token_selection": outline()}
+    asked = [DENSE, Candidate(label="all weights", values={"methods": []}, pickable=False), sara, TOKENS]
+    rows = answer(
+        Question(tokens=128, rates=RATES),
+        asked,
+        lambda candidate: found[candidate.label],
+        lambda candidate: candidate.values["methods"],
+        lambda _outline: None,
+    ).rows
+    assert [row.than for row in rows] == ["LoRA", "LoRA", "all weights", "LoRA"]
+    assert rows[2].faster_at and not rows[3].faster_at  # as long as each other: between the two they are beside
+
+
 def test_fit_takes_the_safest_that_fits_and_says_what_it_passed_over() -> None:
     need = {row.candidate.label: row.peak.total for row in ask(None).rows if row.peak}
     roomy = ask(int(need["LoRA"]) + 1)

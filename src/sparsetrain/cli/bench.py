@@ -91,7 +91,7 @@ def bench(
         show=[
             f"{asked.model}, {size}; against {data['baseline']}",
             lambda: table("", columns, [_row(each) for each in found.outcomes], right=(2, 3, 4, 5)),
-            *(f"{each.name}: {each.reason}" for each in found.outcomes if each.reason),
+            *_about(found.outcomes, asked),
             *found.notes,
             written,
         ],
@@ -105,6 +105,16 @@ def _check(names: str | None, rounds: int, layers: int | None) -> None:
         raise ValueError(f"--rounds {rounds}: fewer than 3 give no quartiles, and 10,000 are plenty. Give at least 3.")
     if layers is not None and layers < 1:
         raise ValueError(f"--layers {layers} runs no layer. Give at least 1.")
+
+
+def _about(outcomes: Any, asked: Any) -> list[str]:
+    """Why candidates were refused, and which were timed against another dense step than others."""
+    refused = [f"{each.name}: {each.reason}" for each in outcomes if each.reason]
+    return refused + [
+        f"{each.name}: without LoRA, against a dense step that trains all weights."
+        for each in outcomes
+        if each.step is not None and asked.lora_r and each.against == "all weights"
+    ]
 
 
 def _row(outcome: Any) -> list[str]:

@@ -61,7 +61,8 @@ def predicted(asked: dict[str, Any], goal: Goal, given_methods: bool) -> Answer:
     model = read_config(recipe.model, to_stderr_line)
     base = {key: getattr(recipe, key) for key in (*KEYS, "seed", "dtype")}
     base |= {"seq_len": recipe.seq_len, "batch_size": recipe.batch_size, "grad_accum": recipe.grad_accum}
-    known = {"cache": cache_folder() / "outlines", "gpu": not rates.is_cpu, "timed": tuple(rates.methods)}
+    known = {"cache": cache_folder() / "outlines", "gpu": not rates.is_cpu, "here": goal.gpu is None}
+    known |= {"timed": tuple(rates.methods)}
     predictor = predictor_of(model, base, bf16=bf16, **known)
     rows = _rows(recipe, model, goal)
     tokens = _row_tokens(recipe, model)

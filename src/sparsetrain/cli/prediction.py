@@ -71,7 +71,8 @@ def _about_rows(rows: Any, predictor: Any) -> list[str]:
             reasons.setdefault(row.refused, []).append(row.candidate.label)
     refused = [f"Refused: {', '.join(labels)}: {reason}." for reason, labels in reasons.items()]
     faster = [
-        f"{row.candidate.label}: {_where_faster(row.faster_at, shown[0].candidate.label)}"
+        f"{row.candidate.label}: {_beside(row, shown)}"
+        + (_untimed(row, predictor) or _where_faster(row.faster_at, row.than))
         for row in shown
         if row.candidate.values.get("methods") and not row.refused and row.faster_at is not None
     ]
@@ -82,6 +83,20 @@ def _about_rows(rows: Any, predictor: Any) -> list[str]:
         if any(config.begins_dense for config in predictor.recipe(row.candidate).configs)
     ]
     return [*refused, *faster, *timed, *begins]
+
+
+def _beside(row: Any, shown: Any) -> str:
+    """The peak beside that of the way which a row is compared with, where that isn't the first of the table."""
+    than = next(other for other in shown if other.candidate.label == row.than)
+    return "" if than is shown[0] else f"{row.peak.total / than.peak.total:.2f}x the peak of {row.than}; "
+
+
+def _untimed(row: Any, predictor: Any) -> str:
+    """Of a method that a run would time first, planned for another machine: no word of where it is faster."""
+    if row.timed or predictor.here:
+        return ""
+    slower = any(config.refused_if_slower for config in predictor.recipe(row.candidate).configs)
+    return "not timed on that machine; a run times it there first, and refuses what is slower." if slower else ""
 
 
 def _optimizer(base: dict[str, Any]) -> list[str]:

@@ -28,6 +28,7 @@ _asked: ContextVar[str] = ContextVar("sparsetrain_backend", default="auto")
 
 _watched: ContextVar[set[str] | None] = ContextVar("sparsetrain_watched", default=None)
 _planned: ContextVar[str | None] = ContextVar("sparsetrain_planned", default=None)
+_here: ContextVar[str | None] = ContextVar("sparsetrain_here", default=None)
 
 
 @contextmanager
@@ -38,6 +39,21 @@ def planning_for(device: str) -> Iterator[None]:
         yield
     finally:
         _planned.reset(token)
+
+
+@contextmanager
+def timing_on(device: str) -> Iterator[None]:
+    """Let what is planned on the meta device be timed on this device, on which it would run."""
+    token = _here.set(device)
+    try:
+        yield
+    finally:
+        _here.reset(token)
+
+
+def timed_on(x: Tensor) -> str | None:
+    """The device on which work on `x` can be timed: its own; of a meta tensor that of `timing_on`, None outside it."""
+    return _here.get() if x.is_meta else str(x.device)
 
 
 def tuned_for(x: Tensor) -> str:

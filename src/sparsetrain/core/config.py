@@ -50,6 +50,8 @@ class MethodConfig:
     """Is the sparse model what a run is for? Then it is not deployed dense."""
     grows: ClassVar[bool] = False
     """Does it train several models, each out of the one before, from random weights? Then it fine-tunes nothing."""
+    refused_if_slower: ClassVar[bool] = False
+    """Does a run time it first, and refuse what is slower than dense? A plan for this machine does so too."""
     targets: tuple[str, ...] = ("*",)
     layers: tuple[int, ...] | None = None
     from_depth: float = 0.0

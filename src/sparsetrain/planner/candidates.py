@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import yaml
 
 from sparsetrain.core.config import MethodConfig, plain_values, registered_methods
 from sparsetrain.planner.search import Answer, Candidate
-from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.recipes.finetune import Recipe, without_lora
 from sparsetrain.recipes.presets import PRESETS, ROUNDED, SAFEST, STUDIED_PRESET, TOGETHER, Way
 
 KEYS = (
@@ -23,12 +24,21 @@ KEYS = (
     "load_in_8bit",
 )
 """Recipe keys that hold for all ways that are compared, and that their memory depends on."""
+ALL_WEIGHTS = "all weights"
+_WITHOUT_LORA: dict[str, Any] = {
+    "lora_r": 0,
+    "lora_dtype": "fp32",
+    "lora": {},
+    "load_in_4bit": False,
+    "load_in_8bit": False,
+}
 
 
 def candidates(base: dict[str, Any], *, gpu: bool = False) -> list[Candidate]:
     """The ways to train that are compared, safest first.
 
     A method that the package's ways do not name alone comes as the preset that is studied has it, or with its defaults.
+    One that trains without LoRA unless it is asked for comes without, and is compared with training all weights.
     A model that grows is trained from random weights, so there is nothing to fine-tune with it.
 
     Args:
@@ -42,12 +52,19 @@ def candidates(base: dict[str, Any], *, gpu: bool = False) -> list[Candidate]:
     alone = {name: config for name, config in others.items() if not config.grows}
     ways = [*SAFEST, *(Way(label=name, methods=(config,)) for name, config in alone.items()), *TOGETHER]
     all_weights = base.get("lora_r") == 0
-    train = "all weights" if all_weights else "LoRA"
+    train = ALL_WEIGHTS if all_weights else "LoRA"
     ways = [way for way in ways if gpu or not way.offloads]
     if gpu and not (base.get("load_in_4bit") or base.get("load_in_8bit")) and "optim" not in base.get("training", {}):
         place = 1 + max(i for i, way in enumerate(ways) if not way.methods)
         ways[place:place] = [way for way in ROUNDED if way.four_bit != all_weights]
-    return [_candidate(way, train) for way in ways if not (way.all_weights and all_weights)]
+    found = []
+    for way in ways:
+        if way.all_weights and all_weights:
+            continue
+        own = without_lora(way.methods) and not all_weights
+        made = _candidate(way, train, without_lora=own or way.all_weights)
+        found.append(replace(made, beside=ALL_WEIGHTS) if own else made)
+    return found
 
 
 def dense_and(recipe: Recipe, base: dict[str, Any], *, gpu: bool = False) -> list[Candidate]:
@@ -61,18 +78,14 @@ def dense_and(recipe: Recipe, base: dict[str, Any], *, gpu: bool = False) -> lis
     return [*dense, *(_candidate(way, "") for way in own)]
 
 
-def _candidate(way: Way, train: str) -> Candidate:
+def _candidate(way: Way, train: str, *, without_lora: bool = False) -> Candidate:
     values: dict[str, Any] = {"methods": [plain_values(config) for config in way.methods]}
     values |= {"gradient_checkpointing": "non-reentrant"} if way.recomputes else {}
     values |= {"activation_offloading": True} if way.offloads else {}
     values |= {"tiled_mlp": way.pieces} if way.pieces > 1 else {}
     values |= {"load_in_4bit": True} if way.four_bit else {}
     values |= {"optim": way.optim} if way.optim else {}
-    values |= (
-        {"lora_r": 0, "lora_dtype": "fp32", "lora": {}, "load_in_4bit": False, "load_in_8bit": False}
-        if way.all_weights
-        else {}
-    )
+    values |= _WITHOUT_LORA if without_lora else {}
     label = way.label.replace("{train}", train)
     return Candidate(label=label, values=values, pickable=not way.all_weights, rounds=way.rounds)
 

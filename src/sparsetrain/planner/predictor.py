@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.core.config import plain_values
+from sparsetrain.core.remembered import name_here
 from sparsetrain.planner.candidates import KEYS, candidates
 from sparsetrain.planner.kernels import ops_of, unable
 from sparsetrain.planner.measured import measured_speedup
@@ -49,6 +50,7 @@ class Predictor:
         cache: folder of stored outlines; None: none.
         gpu: trace for a GPU, and refuse what was not timed on one, unless it is in `timed`.
         timed: methods, joined by +, of which the machine's rates hold steps; at which shapes is seen later.
+        here: it is for this machine, on which a run would refuse what it times as slower.
     """
 
     def __init__(
@@ -61,9 +63,10 @@ class Predictor:
         cache: Path | None,
         gpu: bool = False,
         timed: Collection[str] = (),
+        here: bool = False,
     ) -> None:
         self.model, self.base, self.tracer, self.timed = model, base, tracer, timed
-        self.bf16, self.cache, self.gpu = bf16, cache, gpu
+        self.bf16, self.cache, self.gpu, self.here = bf16, cache, gpu, here
         self.traced = 0
         self._known: dict[str, Found] = {}
 
@@ -125,6 +128,8 @@ class Predictor:
         keys = (*KEYS, "activation_offloading", "tiled_mlp")
         trained = {key: getattr(recipe, key) for key in keys} | {"training": recipe.training.get("optim", DEFAULT)}
         trained |= {"again": recipe.gradient_checkpointing != "none", "bf16": self.bf16, "gpu": self.gpu}
+        if self.here and any(config.refused_if_slower for config in recipe.configs):
+            trained["here"] = name_here("timed")
         trained["config"] = self.model.values
         trained["methods"] = [plain_values(config) for config in recipe.configs]
         trained["versions"] = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}

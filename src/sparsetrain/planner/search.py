@@ -25,12 +25,14 @@ BASELINE = "LoRA"
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """One way to train. values: the recipe's keys in which it differs. pickable: False for rows shown to compare.
-    rounds: why it is not exact beside its methods; empty where it is."""
+    rounds: why it is not exact beside its methods; empty where it is. beside: the label of an earlier candidate that it
+    is compared with; empty: the first."""
 
     label: str
     values: dict[str, Any]
     pickable: bool = True
     rounds: str = ""
+    beside: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ class Row:
     """A candidate's prediction. refused: why it is not to be taken, or None. fits: within the memory limit.
 
     longest, largest: the longest sequence at the asked batch and the largest batch at the asked length that fit (0:
-    none); None without a limit. faster_at: where its step is faster than that of the first candidate, as (first, last)
+    none); None without a limit. faster_at: where its step is faster than that of candidate `than`, as (first, last)
     length of each stretch; None: other lengths were not timed. by_length: (tokens, bytes at the peak) at the
     question's lengths. timed: the measurement that step_s follows from; empty where it is the roofline alone.
     """
@@ -70,6 +72,7 @@ class Row:
     longest: int | None = None
     largest: int | None = None
     faster_at: tuple[tuple[int, int], ...] | None = ()
+    than: str = ""
     by_length: tuple[tuple[int, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,7 +131,7 @@ def answer(
 
     Args:
         question: the goal and its limits.
-        candidates: the first is dense LoRA (or full fine-tuning), which the others are compared with.
+        candidates: the first is dense LoRA (or full fine-tuning), which those are compared with that name no other.
         outline_of: traces a candidate; its ValueError is the reason of a refusal.
         methods_of: a candidate's methods, with defaults filled in.
         unable: why the time of an outline's operations is not known on the machine, unless it was measured; or None.
@@ -137,7 +140,7 @@ def answer(
             not.
     """
     rows = []
-    base: Outline | None = None
+    traced: dict[str, Outline] = {}
     unknown: str | None = None
     for candidate in candidates:
         risk = risk_of(methods_of(candidate))
@@ -160,9 +163,10 @@ def answer(
             reason = f"its step cannot be traced ({type(error).__name__}: {_line(error)})"
             rows.append(replace(row, refused=reason, fits=False))
             continue
-        measured = partial(speedup, candidate) if base is not None else lambda _tokens: None
-        base = found if base is None else base
-        rows.append(_predicted(row, found, base, question, unable(found), measured))
+        measured = partial(speedup, candidate) if traced else lambda _tokens: None
+        traced.setdefault(candidate.label, found)
+        than = candidate.beside if candidate.beside in traced else next(iter(traced))
+        rows.append(_predicted(replace(row, than=than), found, traced[than], question, unable(found), measured))
     if rows and all(row.peak is None for row in rows):
         why = list(dict.fromkeys(str(row.refused) for row in rows))
         raise ValueError(f"no way to train this model can be planned: {'. '.join(why[:2])}.")

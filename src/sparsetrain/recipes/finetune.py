@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -16,6 +16,11 @@ from sparsetrain.recipes.presets import AUTO, DEFAULT_PRESET, PRESETS
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.recipes.tasks import TASKS
 from sparsetrain.surgery.deploy import Deploy, DeployDense
+
+
+def without_lora(methods: Iterable[MethodConfig]) -> bool:
+    """Do runs of these methods train without LoRA unless it is asked for?"""
+    return any(config.trains_own or config.recipe_defaults().get("lora_r") == 0 for config in methods)
 
 
 class Recipe(RunRecipe):

@@ -9,20 +9,22 @@ from sparsetrain.measure.rates import Rates
 from sparsetrain.measure.timing import Ratio
 from sparsetrain.recipes.finetune import Recipe
 
-BASELINE = "dense: SDPA attention, the same LoRA, fused AdamW"
+BASELINE = "dense: SDPA attention, the same LoRA (or all weights, where a method trains without), fused AdamW"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """One candidate. verdict: win, tie or loss of whole steps; refused, with `reason`, if it was not timed.
 
-    checks: name -> relative L2 distance. part: the ratio of the parts that the methods replace, adapters included.
+    against: what the dense step trains, `the same LoRA` or `all weights`. checks: name -> relative L2 distance.
+    part: the ratio of the parts that the methods replace, adapters included.
     """
 
     name: str
     methods: list[dict[str, Any]]
     verdict: str
     reason: str = ""
+    against: str = ""
     checks: dict[str, float] = field(default_factory=dict)
     step: Ratio | None = None
     part: Ratio | None = None

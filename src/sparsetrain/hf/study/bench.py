@@ -34,13 +34,14 @@ from sparsetrain.measure.machine import describe_machine
 from sparsetrain.measure.memory import saved_activations
 from sparsetrain.measure.rates import Rates, measure_rates
 from sparsetrain.measure.timing import clock, compare, ratio
-from sparsetrain.recipes.finetune import Recipe
+from sparsetrain.recipes.finetune import Recipe, without_lora
 from sparsetrain.recipes.presets import PRESETS
 from sparsetrain.runs.bench_outcome import Bench, Outcome
 from sparsetrain.runs.events import Report, silent
 from sparsetrain.surgery.plan import Plan, plan
 
 QUICK_LAYERS = 4
+OWN = "yours"
 TOLERANCE = 1e-5
 """Relative L2 distance allowed between two ways to compute the same numbers. Checks run in fp32: a tolerance
 that allows for the rounding of bf16 would hide small faults."""
@@ -59,7 +60,7 @@ def candidates(names: str, own: tuple[MethodConfig, ...] = ()) -> dict[str, tupl
     chosen = steady if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
     if unknown := [name for name in chosen if name not in known]:
         raise ValueError(f"--methods: {shown(unknown[0])} is unknown. Use all, or some of {', '.join(known)}.")
-    return {name: known[name] for name in chosen} | ({"yours": own} if own else {})
+    return {name: known[name] for name in chosen} | ({OWN: own} if own else {})
 
 
 def bench(
@@ -73,7 +74,7 @@ def bench(
     """Time every candidate against the dense step of `recipe`.
 
     Args:
-        recipe: model, length, batch, LoRA; its methods are left out.
+        recipe: model, length, batch, LoRA, without its methods. What trains without LoRA is timed against all weights.
         chosen: as `candidates` gives them.
         rounds: timed pairs of steps for each, at least 3; more are taken while a verdict is undecided.
         layers: use only the first so many layers; with random tokens, the vocabulary is cut in the same proportion.
@@ -102,13 +103,14 @@ def bench(
     parts = open_measured_parts(dense_twin(recipe), lambda event: notes.append(event.get("text", "")), every)
     model_layers = parts.config.num_hidden_layers
     dense = _open_dense(parts, layers, notes)
-    once = _seconds(dense.step)
+    once = _seconds(dense.baseline(parts).step)
     estimate = seconds_text(once * (2 * (rounds + 1) + 4) * len(chosen))
     tell(f"a dense step takes {seconds_text(once)}; {len(chosen)} candidates take {estimate} or more")
     outcomes = []
     for i, (name, configs) in enumerate(chosen.items()):
-        outcomes.append(outcome := _judged(name, configs, dense, rounds))
-        _record(outcome, configs, dense.parts, rates)
+        asked = _as_trained(dense.parts, configs, own=name == OWN)
+        outcomes.append(outcome := _judged(name, configs, asked, dense, rounds))
+        _record(outcome, configs, asked, rates)
         more = f": {outcome.reason}" if outcome.step is None else f", {outcome.step.median:.2f}x"
         spent = seconds_text(time.perf_counter() - begin)
         tell(f"{name} ({i + 1} of {len(chosen)}, {spent}): {outcome.verdict}{more}")
@@ -124,6 +126,14 @@ def bench(
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Baseline:
+    """A dense step, and what it saves."""
+
+    step: TrainingStep
+    saved_bytes: int
+
+
+@dataclass(kw_only=True)
 class _Dense:
     """The dense side. base: the model that every candidate converts a copy of; small: its first layers, in fp32."""
 
@@ -131,8 +141,17 @@ class _Dense:
     base: nn.Module
     new_modules: list[str]
     small: nn.Module
-    step: TrainingStep
-    saved_bytes: int
+    _made: dict[int, _Baseline] = dataclasses.field(default_factory=dict)
+
+    def baseline(self, parts: Parts) -> _Baseline:
+        """The dense step with the LoRA of `parts`, or of all weights; one is held at a time, for its memory."""
+        rank = parts.recipe.lora_r
+        if rank not in self._made:
+            self._made.clear()
+            like = dataclasses.replace(parts, recipe=dense_twin(parts.recipe))
+            step = convert_step(copy.deepcopy(self.base), self.new_modules, like)
+            self._made[rank] = _Baseline(step=step, saved_bytes=saved_activations(step.model, step.loss).total)
+        return self._made[rank]
 
 
 def _open_dense(parts: Parts, layers: int | None, notes: list[str]) -> _Dense:
@@ -145,21 +164,26 @@ def _open_dense(parts: Parts, layers: int | None, notes: list[str]) -> _Dense:
     if layers is not None and cut:
         parts, note = cut_head(base, parts, layers, model_layers)
         notes.append(note)
-    step = convert_step(copy.deepcopy(base), new_modules, parts)
-    return _Dense(
-        parts=parts,
-        base=base,
-        new_modules=new_modules,
-        step=step,
-        saved_bytes=saved_activations(step.model, step.loss).total,
-        small=first_layers(base, CHECK_LAYERS).float(),
-    )
+    return _Dense(parts=parts, base=base, new_modules=new_modules, small=first_layers(base, CHECK_LAYERS).float())
 
 
-def _judged(name: str, configs: tuple[MethodConfig, ...], dense: _Dense, rounds: int) -> Outcome:
+def _as_trained(parts: Parts, configs: tuple[MethodConfig, ...], *, own: bool) -> Parts:
+    """The parts of a candidate's run, as `finetune` trains it where it isn't told: without LoRA where the methods have
+    it so (one's own are as one's recipe says), and sparse to the end where that is what they are for."""
+    update: dict[str, Any] = {"methods": configs}
+    if without_lora(configs) and not own:
+        update |= {"lora_r": 0, "lora_dtype": "fp32", "lora": {}, "load_in_4bit": False}
+    if any(config.stays_sparse for config in configs):
+        update["deploy"] = "sparse"
+    return dataclasses.replace(parts, recipe=parts.recipe.model_copy(update=update))
+
+
+def _judged(name: str, configs: tuple[MethodConfig, ...], parts: Parts, dense: _Dense, rounds: int) -> Outcome:
     """One candidate, checked and timed, or refused."""
-    outcome = Outcome(name=name, methods=[plain_values(config) for config in configs], verdict="not timed")
-    parts = dataclasses.replace(dense.parts, recipe=dense.parts.recipe.model_copy(update={"methods": configs}))
+    against = "the same LoRA" if parts.recipe.lora_r else "all weights"
+    outcome = Outcome(
+        name=name, methods=[plain_values(config) for config in configs], verdict="not timed", against=against
+    )
     try:
         outcome = _checked(outcome, configs, parts, dense)
         return outcome if outcome.verdict == "refused" else _timed(outcome, parts, dense, rounds)
@@ -203,7 +227,8 @@ def _timed(checked: Outcome, parts: Parts, dense: _Dense, rounds: int) -> Outcom
     _, now = clock(parts.device)
     prefix = "base_model.model." if parts.recipe.lora_r else ""
     places = {f"{prefix}{site}": place for site, place in sites.items()}
-    with following(dense.step.model, now, places) as left, following(sparse.model, now, places) as right:
+    base = dense.baseline(parts)
+    with following(base.step.model, now, places) as left, following(sparse.model, now, places) as right:
 
         def one(side: str, step: TrainingStep, found: Any, other: Any) -> None:
             found.spent, other.clock = {}, None  # an optimizer's hooks are global
@@ -214,7 +239,7 @@ def _timed(checked: Outcome, parts: Parts, dense: _Dense, rounds: int) -> Outcom
             spent[side].append(sum(s for (_, place), s in found.spent.items() if place.component == "part"))
 
         whole = compare(
-            lambda: one("dense", dense.step, left, right),
+            lambda: one("dense", base.step, left, right),
             lambda: one("sparse", sparse, right, left),
             rounds=rounds,
             device=parts.device,
@@ -226,7 +251,7 @@ def _timed(checked: Outcome, parts: Parts, dense: _Dense, rounds: int) -> Outcom
         step=whole,
         part=part,
         saved_bytes=saved,
-        dense_saved_bytes=dense.saved_bytes,
+        dense_saved_bytes=base.saved_bytes,
     )
 
 

@@ -23,6 +23,7 @@ def predictor_of(
     cache: Path | None,
     gpu: bool = False,
     timed: Collection[str] = (),
+    here: bool = False,
 ) -> Predictor:
     """A predictor that traces on the empty model; arguments as of `Predictor`."""
 
@@ -30,13 +31,14 @@ def predictor_of(
         from sparsetrain.hf.model.opening import make_config
         from sparsetrain.hf.study.recipe_trace import outline
 
-        return outline(recipe, make_config(model.values, model.name), bf16=bf16, gpu=gpu)
+        return outline(recipe, make_config(model.values, model.name), bf16=bf16, gpu=gpu, here=here)
 
     def several(recipes: list[Recipe]) -> Iterator[tuple[int, Found]]:
         from sparsetrain.hf.model.opening import make_config
         from sparsetrain.hf.study.trace_pool import trace_all
 
         make_config(model.values, model.name)  # a model that cannot be made is an error, and no refusal of a recipe
-        return trace_all(recipes, model, bf16=bf16, gpu=gpu)
+        return trace_all(recipes, model, bf16=bf16, gpu=gpu, here=here)
 
-    return Predictor(model, base, Tracer(one=one, several=several), bf16=bf16, cache=cache, gpu=gpu, timed=timed)
+    tracer = Tracer(one=one, several=several)
+    return Predictor(model, base, tracer, bf16=bf16, cache=cache, gpu=gpu, here=here, timed=timed)

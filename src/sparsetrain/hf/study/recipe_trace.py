@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain.core.anatomy import known_parts, submodule
-from sparsetrain.core.backend import planning_for, watch_ops
+from sparsetrain.core.backend import planning_for, timing_on, watch_ops
 from sparsetrain.hf.model import models
 from sparsetrain.hf.model.architectures import image_shape, sequence_tokens
 from sparsetrain.hf.model.checkpointing import recompute
@@ -56,7 +56,13 @@ def fit_lengths(recipe: Recipe, window: int | None = None) -> tuple[int, int, in
 
 
 def outline(
-    recipe: Recipe, config: Any, *, bf16: bool, gpu: bool = False, lengths: tuple[int, ...] | None = None
+    recipe: Recipe,
+    config: Any,
+    *,
+    bf16: bool,
+    gpu: bool = False,
+    here: bool = False,
+    lengths: tuple[int, ...] | None = None,
 ) -> Outline:
     """Trace a recipe on the model that a transformers config describes.
 
@@ -65,13 +71,16 @@ def outline(
         config: the model's config; it is changed.
         bf16: weights (LoRA) or autocast (all weights) in bf16, as `finetune` chooses on a GPU.
         gpu: trace what a GPU's kernels keep; the trace itself runs on the CPU.
+        here: training is on this machine: what a run would time first is timed, and refused where it is slower.
         lengths: tokens to trace at; by default three from which any length is fitted.
 
     Raises:
         ValueError, PlanError, UnknownFamily: the recipe does not fit the model.
     """
     without_dropout(config, recipe)
-    with watch_ops() as ops, warnings.catch_warnings(), planning_for("cuda") if gpu else nullcontext(), _no_logs():
+    planned = planning_for("cuda") if gpu else nullcontext()
+    timed = timing_on("cuda:0" if gpu else "cpu") if here else nullcontext()
+    with watch_ops() as ops, warnings.catch_warnings(), planned, timed, _no_logs():
         warnings.simplefilter("ignore")
         built = _Built(recipe, config, bf16, gpu)
         if lengths is None and task_of(recipe.task).images:

@@ -23,7 +23,9 @@ from sparsetrain.recipes.finetune import Recipe
 MOST_PROCESSES = 4
 
 
-def trace_all(recipes: list[Recipe], model: ModelConfig, *, bf16: bool, gpu: bool) -> Iterator[tuple[int, Found]]:
+def trace_all(
+    recipes: list[Recipe], model: ModelConfig, *, bf16: bool, gpu: bool, here: bool
+) -> Iterator[tuple[int, Found]]:
     """(index of the recipe, its outline or why it does not fit the model), as they get ready.
 
     What fails in another way is left out: tracing it again here shows the error.
@@ -31,7 +33,7 @@ def trace_all(recipes: list[Recipe], model: ModelConfig, *, bf16: bool, gpu: boo
     Args:
         recipes: of one model.
         model: its config.
-        bf16, gpu: as `outline`.
+        bf16, gpu, here: as `outline`.
     """
     workers = min(MOST_PROCESSES, _cores(), len(recipes))
     if workers < 2 or not _may_fork():
@@ -39,7 +41,7 @@ def trace_all(recipes: list[Recipe], model: ModelConfig, *, bf16: bool, gpu: boo
     dearest_first = sorted(range(len(recipes)), key=lambda i: -len(recipes[i].configs))
     # a forked process has the libraries already; importing them anew takes longer than a trace
     with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_begin) as pool:
-        jobs = {pool.submit(_trace, recipes[i], model, bf16, gpu): i for i in dearest_first}
+        jobs = {pool.submit(_trace, recipes[i], model, bf16, gpu, here): i for i in dearest_first}
         for job in as_completed(jobs):
             try:
                 found = job.result()
@@ -54,9 +56,9 @@ def _begin() -> None:
     torch.set_num_threads(1)  # the parent's threads are not here
 
 
-def _trace(recipe: Recipe, model: ModelConfig, bf16: bool, gpu: bool) -> str | ValueError | None:
+def _trace(recipe: Recipe, model: ModelConfig, bf16: bool, gpu: bool, here: bool) -> str | ValueError | None:
     try:
-        return outline(recipe, make_config(model.values, model.name), bf16=bf16, gpu=gpu).to_json()
+        return outline(recipe, make_config(model.values, model.name), bf16=bf16, gpu=gpu, here=here).to_json()
     except ValueError as error:
         return (UnknownFamily if isinstance(error, UnknownFamily) else ValueError)(str(error))
     except Exception:

@@ -37,6 +37,7 @@ class Monarch(MethodConfig, method="monarch"):
     )
     ops: ClassVar[tuple[str, ...]] = ("monarch_linear",)
     stays_sparse: ClassVar[bool] = True
+    refused_if_slower: ClassVar[bool] = True
 
     num_blocks: int = 4
     roles: tuple[str, ...] = ROLES

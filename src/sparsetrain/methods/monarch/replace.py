@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.core.anatomy import Anatomy, LinearSite, Undo, submodule
+from sparsetrain.core.backend import timed_on
 from sparsetrain.methods.monarch.config import ROLES, Monarch
 from sparsetrain.methods.monarch.module import MonarchLinear, MonarchSite, nearest
 from sparsetrain.methods.monarch.shape import MonarchShape, shape_of
@@ -117,15 +118,15 @@ def _check_plain(config: Monarch, site: LinearSite, dense: Any, model: nn.Module
 
 
 def _check_pays(config: Monarch, site: LinearSite, shapes: list[MonarchShape], dense: Any) -> None:
-    """Raise ValueError if a part is slower as Monarch than dense, on the device that it is on."""
+    """Raise ValueError if a part is slower as Monarch than dense, on the device that it is on or planned for here."""
     weight = dense.weight
-    if weight.is_meta:
-        return  # nothing can be timed
+    if (device := timed_on(weight)) is None:
+        return  # a plan for another machine
     for shape in dict.fromkeys(shapes):
-        gain = gain_here(shape.right, shape.left, config.tokens, weight.dtype, weight.device)
+        gain = gain_here(shape.right, shape.left, config.tokens, weight.dtype, device)
         if gain.pays:
             continue
-        width = break_even(config.num_blocks, config.tokens, weight.dtype, weight.device)
+        width = break_even(config.num_blocks, config.tokens, weight.dtype, device)
         raise ValueError(
             f"{config.method}: {site.name} would be slower here than dense: {gain}. With {config.num_blocks} blocks "
             f"square linears pay from width {width or 'none that was tried'}. Leave it out with roles or targets, take "
