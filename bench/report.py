@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from bench.tables.automatic import automatic
 from bench.tables.deploy import evidence_files, of_spt
 from bench.tables.machines import machines
 from bench.tables.picture import COLOURS, picture
+from bench.tables.pictures import SHEET
 from bench.tables.planner import published
 from bench.tables.steps import methods, registered
 from bench.tables.support import support
@@ -33,11 +35,20 @@ NOTHING: dict[str, Any] = {"results": {}}
 
 
 def write_all() -> None:
+    _take_sheet()
     for path, text in pages().items():
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
             print(f"written: {path.relative_to(REPO)}")
+
+
+def _take_sheet() -> None:
+    """SparseDM's samples, from where the benchmark left them, if it ran here."""
+    file = RESULTS / "sparsedm.json"
+    cells = json.loads(file.read_text())["results"] if file.exists() else {}
+    if (sheet := Path(cells.get("pictures", {}).get("sheet", ""))).is_file():
+        shutil.copyfile(sheet, SHEET)
 
 
 def pages() -> dict[Path, str]:

@@ -55,13 +55,19 @@ class Cell:
     """One measurement.
 
     key: in the file. measure: makes it, from what the cells that it `uses` have found. path: its place if that is not
-    the key. uses: keys of cells before it.
+    the key. uses: keys of cells before it. leaves: keys of its result that name files or folders which those that use
+    it read: where one is missing (another checkout), the cell is measured again before them.
     """
 
     key: str
     measure: Callable[..., Any]
     path: tuple[str, ...] = ()
     uses: tuple[str, ...] = ()
+    leaves: tuple[str, ...] = ()
+
+    def missing(self, found: dict[str, Any]) -> list[str]:
+        """What it had left, and is not here."""
+        return [found[name] for name in self.leaves if name in found and not Path(found[name]).exists()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,10 +225,20 @@ def run(
         if began - started > 60 * minutes:
             say(f"{start}  is left for the next run: {minutes:g} minutes are over")
             break
-        found = cell.measure(*(file.found(known[key]) for key in cell.uses))
-        file.put(cell, found, benchmark.about(asked))
+        found = _measure(cell, file, known, benchmark.about(asked), say)
         say(f"{start}  {_shown(found, benchmark.shows)} ({time.perf_counter() - began:.1f} s)")
     return file.data
+
+
+def _measure(cell: Cell, file: ResultFile, known: dict[str, Cell], about: dict[str, Any], say: Say) -> Any:
+    """Measure a cell and store it; before it, again, those that it uses whose files are not here."""
+    for key in cell.uses:
+        if missing := known[key].missing(file.found(known[key])):
+            say(f"  {missing[0]}, which {cell.key} reads, is not here: {key} is measured again")
+            _measure(known[key], file, known, about, say)
+    found = cell.measure(*(file.found(known[key]) for key in cell.uses))
+    file.put(cell, found, about)
+    return found
 
 
 def cells_of(benchmark: Benchmark, asked: Asked) -> list[Cell]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,37 @@ def test_a_cell_is_given_what_the_cells_before_it_found(tmp_path: Path) -> None:
     results(only="bo?h", again=True)  # what it uses is not asked for
     assert measured == ["left", "right", "both", "both"]
     assert "other" in results()
+
+
+def test_a_cell_whose_files_are_not_here_is_measured_again_first(tmp_path: Path) -> None:
+    """As in a fresh checkout, which has the result file and not what lies beside it."""
+    measured, place = list[str](), tmp_path / "work"
+
+    def leave(name: str, *before: dict[str, str]) -> dict[str, str]:
+        assert all(Path(cell["saved"]).exists() for cell in before)
+        measured.append(name)
+        place.mkdir(exist_ok=True)
+        (place / name).write_text("")
+        return {"saved": str(place / name)}
+
+    def cells(asked: Asked) -> list[Cell]:
+        return [
+            Cell("start", lambda: leave("start"), leaves=("saved",)),
+            Cell("arm", lambda start: leave("arm", start), uses=("start",), leaves=("saved", "grid")),
+            Cell("sheet", lambda arm: leave("sheet", arm), uses=("arm",)),
+        ]
+
+    benchmark = Benchmark(name="files", measures="nothing", cells=cells)
+
+    def measure(only: str, again: bool = False) -> None:
+        run(benchmark, asked_of(benchmark, only=only), output=tmp_path, again=again, say=lambda _: None)
+
+    measure("arm")
+    shutil.rmtree(place)
+    measure("sheet")
+    assert measured == ["start", "arm", "start", "arm", "sheet"]
+    measure("sheet", again=True)
+    assert measured[5:] == ["sheet"]
 
 
 def test_a_pattern_is_of_the_whole_key_and_a_text_of_a_part() -> None:

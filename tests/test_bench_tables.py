@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 from bench import report
-from bench.tables import CONCLUSIONS, growth, linears, pictures
+from bench.runner import benchmarks
+from bench.tables import CONCLUSIONS, TABLES, WITHOUT_TABLE, growth, linears, pictures
 
 
 def of(cells: dict[str, Any], **settings: Any) -> dict[str, Any]:
@@ -98,6 +103,47 @@ def test_sparsedm_beside_dense_of_as_many_steps() -> None:
     lines = pictures.sparsedm(of(cells))
     assert lines[-1] == "| teacher | 1 | 11.000 | +10.0 % | 0.200 | 0.400 | 46.0 % | 1.00 |" and len(lines) == 4
     assert "+1.000 (teacher)" in pictures.conclude_sparsedm({"sparsedm": of(cells)})
+
+
+def test_sparsedm_s_export_and_sheet_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = {"dense 0": run(0.0, fid=10.0, kid=0.1, noise_loss=0.4, macs_saved=0.0)}
+    cells["export"] = {
+        "largest_difference": 2e-7,
+        "exported_of_dense": 1.01,
+        "masked_of_dense": 1.5,
+        "packed": "no GPU.",
+    }
+    cells["pictures"] = {"sheet": str(tmp_path / "arms.png"), "rows": ["dense", "teacher"]}
+    monkeypatch.setattr(pictures, "SHEET", tmp_path / "sparsedm.png")
+    lines = pictures.sparsedm(of(cells))
+    assert lines[-1].endswith(
+        "differ by 2e-07 at most; a forward takes 1.01 of the dense model's time (1.50 while masks are chosen). "
+        "2:4 packing: no GPU."
+    )
+    (tmp_path / "sparsedm.json").write_text(json.dumps(of(cells)))
+    (tmp_path / "arms.png").write_bytes(b"png")
+    for name, value in {"RESULTS": tmp_path, "SHEET": pictures.SHEET}.items():
+        monkeypatch.setattr(report, name, value)
+    report._take_sheet()
+    assert pictures.SHEET.read_bytes() == b"png"
+    assert "![Samples of every arm, a row each](../pictures/sparsedm.png)" in pictures.sparsedm(of(cells))
+
+
+def test_sara_on_a_diffusion_model_by_size() -> None:
+    told = {f"{kind}_{part}": 1.0 for kind in ("loss", "fid", "kid") for part in ("new", "old")}
+    cells: dict[str, Any] = {"pretrained 0": told}
+    cells |= {key: {"trained": 1234, **told} for key in ("full all 0", "sara small 0", "sara small 1", "lora small 0")}
+    cells["summary"] = {"vlhi": {"small": {"sara": [1.5, 1.7], "full": [1.0]}}}
+    lines = pictures.sara_diffusion(of(cells))
+    assert lines[0] == "Before fine-tuning: loss, old: 1.000; fid, old: 1.000; kid, old: 1.000."
+    assert lines[2] == "**small**" and "| sara | 2 | 1,234 |" + " 1.000 ± 0.000 |" * 6 + " 1.600 ± 0.100 |" in lines
+    assert "| lora | 1 | 1,234 |" + " 1.000 |" * 6 + " – |" in lines and lines[-2].startswith("| full | 1 |")
+
+
+def test_every_benchmark_has_a_table_or_a_reason() -> None:
+    found = benchmarks().keys()
+    assert not TABLES.keys() & WITHOUT_TABLE.keys() and all(WITHOUT_TABLE.values())
+    assert found == TABLES.keys() | WITHOUT_TABLE.keys()
 
 
 def test_concepts_by_data() -> None:

@@ -218,11 +218,11 @@ BENCHMARKS = [
         name="pst",
         measures="what PST, magnitude + LoRA, movement pruning and full fine-tuning leave at 50, 80 and 90 % zeros",
         cells=cells,
-        settings={"steps": 60, "eval_tokens": None, "tokens": 2048, "dtype": "bf16"},
+        settings={"steps": 60, "eval_tokens": None, "tokens": 2048, "dtype": "fp32"},
         quick={"steps": 4, "eval_tokens": 512, "tokens": 256},
         seeds=SEEDS,
         threads=2,
-        dtype="bfloat16",
+        dtype="float32",
         shows=("loss", "accuracy", "perplexity", "zero_ratio", "trained", "step_s", "pst_of_lora"),
     )
 ]

@@ -187,7 +187,11 @@ def cells(asked: Asked) -> list[Cell]:
         place = str(Path(settings["models"] or tempfile.gettempdir()) / f"sara-diffusion-{seed}")
         base = f"pretrained {seed}"
         found.append(
-            Cell(base, lambda given=(seed, settings, threads, place): in_own_process(here + "pretrained", *given))
+            Cell(
+                base,
+                lambda given=(seed, settings, threads, place): in_own_process(here + "pretrained", *given),
+                leaves=("folder",),
+            )
         )
         runs = {f"{arm} {size} {seed}": values for size in SIZES for arm, values in arms(size).items()}
         for key, values in {f"full all {seed}": FULL, **runs}.items():

@@ -6,7 +6,8 @@ Cells, by seed:
 - `ARM SEED`: that model trained on. `dense`: without masks, the baseline. `one-shot`: masked, not trained on. `ste` and
   `sr-ste`: without teacher, λ = 0 and 2e-4. `teacher`: with it, as published. `plan`: 7:8, 6:8, 5:8, 4:8 and 2:4, a
   fifth of the steps each. `plan+teacher`: both.
-- `pictures`: the first samples of every arm of the first seed as rows of one sheet, in `work`.
+- `pictures`: the first samples of every arm of the first seed as rows of one sheet, in `work`, from where
+  `python -m bench docs` takes it to the docs.
 - `export`: of the `teacher` arm, first seed: how far the exported model's outputs are from the masked one's, and the
   time of a forward of both and of the dense one, in turns.
 
@@ -86,7 +87,7 @@ def train(arm: str, seed: int, settings: dict[str, Any], threads: int, model: st
             **_run(folder, settings, threads),
         }
         result = finetune(Recipe.from_values(given), write=False)
-        found, loaded = _of(result, steps), load(result.saved)
+        found, loaded = {"saved": str(folder), **_of(result, steps)}, load(result.saved)
         handle = loaded.handle
     return {**found, **_macs(loaded.model, handle), **_quality(loaded.model, arm, seed, settings)}
 
@@ -161,7 +162,7 @@ def pictures(settings: dict[str, Any], *arms: dict[str, Any]) -> dict[str, Any]:
     return {"sheet": str(sheet), "rows": list(ARMS), "fid": [row["fid"] for row in arms]}
 
 
-def export(seed: int, settings: dict[str, Any]) -> dict[str, Any]:
+def export(path: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The exported model beside the masked one and the dense one: outputs, and the time of a forward in turns."""
     import torch
 
@@ -170,7 +171,6 @@ def export(seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     from sparsetrain.hf.model.io import load
     from sparsetrain.methods.sparsedm.export import pack_24, to_dense
 
-    path = str(Path(settings["work"]) / f"teacher-{seed}")
     masked, other, dense = load(path), load(path), load(path)
     names = list(masked.handle.sites("sparsedm"))  # type: ignore[union-attr]
     plain: Any = to_dense(other.handle)  # type: ignore[arg-type]
@@ -207,14 +207,15 @@ def cells(asked: Asked) -> list[Cell]:
     settings, threads, found = asked.settings, asked.threads, []
     call = functools.partial(in_own_process, environment={"OMP_NUM_THREADS": str(threads)})
     for seed in asked.seeds:
-        found.append(Cell(f"start {seed}", functools.partial(call, f"{__name__}:start", seed, settings, threads)))
+        begin = functools.partial(call, f"{__name__}:start", seed, settings, threads)
+        found.append(Cell(f"start {seed}", begin, leaves=("saved",)))
         for arm in ARMS:
-            found.append(Cell(f"{arm} {seed}", _arm(call, arm, seed, settings, threads), uses=(f"start {seed}",)))
+            own = _arm(call, arm, seed, settings, threads)
+            found.append(Cell(f"{arm} {seed}", own, uses=(f"start {seed}",), leaves=("saved", "grid")))
         if seed == asked.seeds[0]:
             rows = tuple(f"{arm} {seed}" for arm in ARMS)
             found.append(Cell("pictures", functools.partial(pictures, settings), uses=rows))
-            own = functools.partial(_export, call, seed, settings)
-            found.append(Cell("export", own, uses=(f"teacher {seed}",)))
+            found.append(Cell("export", functools.partial(_export, call, settings), uses=(f"teacher {seed}",)))
     return found
 
 
@@ -222,8 +223,8 @@ def _arm(call: Any, arm: str, seed: int, settings: dict[str, Any], threads: int)
     return lambda begun: call(f"{__name__}:train", arm, seed, settings, threads, begun["saved"])
 
 
-def _export(call: Any, seed: int, settings: dict[str, Any], _trained: dict[str, Any]) -> dict[str, Any]:
-    return call(f"{__name__}:export", seed, settings)
+def _export(call: Any, settings: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
+    return call(f"{__name__}:export", trained["saved"], settings)
 
 
 BENCHMARKS = [
@@ -245,7 +246,7 @@ BENCHMARKS = [
             "samples": 2048,
             "sampling_steps": 25,
             "turns": 20,
-            "dtype": "bf16",
+            "dtype": "fp32",
         },
         quick={
             "data": "digits",
@@ -261,7 +262,7 @@ BENCHMARKS = [
         },
         seeds=SEEDS,
         threads=2,
-        dtype="bfloat16",
+        dtype="float32",
         shows=("noise_loss", "fid", "kid", "macs_saved", "step_s", "largest_difference", "exported_of_dense"),
     )
 ]

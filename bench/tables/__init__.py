@@ -42,6 +42,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "deploy": deploy.deploy,
     "sara": linears.sara,
     "super_tuning": linears.sara,
+    "sara_diffusion": pictures.sara_diffusion,
     "pst": linears.pst,
     "monarch_quality": linears.monarch,
     "multi_level_gpt": growth.multi_level,
@@ -52,6 +53,16 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "concept_bottleneck": pictures.concepts,
 }
 """Result file -> its table."""
+
+WITHOUT_TABLE = {
+    "attention": "given lists of keys; `selected_attention` adds the choice of them, and is shown",
+    "monarch": "products alone; `monarch_quality` has the steps of whole models",
+    "blocks_gpu": "no GPU has run it yet",
+    "gpu_long_rows": "no GPU has run it yet",
+    "gpu_steps": "no GPU has run it yet",
+    "planner_long_rows": "a check of the planner at one length, whose result is not kept",
+}
+"""Benchmark -> why no page has a table of it."""
 
 CONCLUSIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "deploy": deploy.conclude_deploy,

@@ -5,8 +5,20 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from bench.runner import ROOT
 from bench.tables.format import spread
 from bench.tables.linears import DASH, beside, head, line, mean_of, seeds_of
+
+SHEET = ROOT.parent / "docs" / "pictures" / "sparsedm.png"
+"""Samples of every arm of the first seed, as rows."""
+COLUMNS = (
+    ("loss, new", "loss_new"),
+    ("loss, old", "loss_old"),
+    ("FID, new", "fid_new"),
+    ("FID, old", "fid_old"),
+    ("KID, new", "kid_new"),
+    ("KID, old", "kid_old"),
+)
 
 
 def percent(runs: dict[str, Any], key: str, digits: int = 1) -> str:
@@ -28,6 +40,45 @@ def sparsedm(results: dict[str, Any]) -> list[str]:
         step = f"{statistics.mean(steps):.2f}" if steps else DASH
         cells = (mean_of(own, "fid"), over, mean_of(own, "kid"), mean_of(own, "noise_loss"), percent(own, "macs_saved"))
         lines.append(line(arm, len(own), *cells, step))
+    if exported := results["results"].get("export"):
+        lines += ["", _exported(exported)]
+    if SHEET.exists():
+        rows = ", ".join(results["results"].get("pictures", {}).get("rows", []))
+        lines += ["", f"![Samples of every arm, a row each](../pictures/{SHEET.name})", "", f"Rows: {rows}."]
+    return lines
+
+
+def _exported(cell: dict[str, Any]) -> str:
+    """The model without masks, its zeros written in, and whether it could be packed for 2:4 products."""
+    return (
+        f"Exported (`teacher`, first seed): outputs differ by {cell['largest_difference']:.1g} at most; a forward "
+        f"takes {cell['exported_of_dense']:.2f} of the dense model's time ({cell['masked_of_dense']:.2f} while masks "
+        f"are chosen). 2:4 packing: {cell['packed']}"
+    )
+
+
+def sara_diffusion(results: dict[str, Any]) -> list[str]:
+    """By size: what the new class costs on the old ones, every arm of as many numbers, and the combined index."""
+    cells = results["results"]
+    runs, index = seeds_of(cells), cells.get("summary", {}).get("vlhi", {})
+    sizes = dict.fromkeys(name.rpartition(" ")[2] for name in runs if name not in ("pretrained", "full all"))
+    lines: list[str] = []
+    if before := runs.get("pretrained"):
+        told = [f"{key.replace('_', ', ')}: {mean_of(before, key)}" for key in ("loss_old", "fid_old", "kid_old")]
+        lines += [f"Before fine-tuning: {'; '.join(told)}.", ""]
+    for size in sizes:
+        lines += [f"**{size}**", ""]
+        lines += head("arm", "seeds", "trained", *(text for text, _ in COLUMNS), "VLHI")
+        for name in [
+            *(name for name in runs if name.endswith(f" {size}")),
+            *(["full all"] if "full all" in runs else []),
+        ]:
+            arm, own = name.rpartition(" ")[0], runs[name]
+            found = index.get(size, {}).get(arm)
+            trained = f"{next(iter(own.values()))['trained']:,}"
+            values = [mean_of(own, key) for _, key in COLUMNS]
+            lines.append(line(arm, len(own), trained, *values, spread(found) if found else DASH))
+        lines.append("")
     return lines
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import BertConfig, CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import BertConfig, CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipConfig, SiglipModel
 
 import sparsetrain
 from bench.methods import small_pair
@@ -21,7 +21,7 @@ from sparsetrain.data.images import FASHION_LABELS
 from sparsetrain.data.picture import as_png, read_picture
 from sparsetrain.hf.data import load_images
 from sparsetrain.hf.model.io import load, save
-from sparsetrain.hf.model.pair import PairClassifier
+from sparsetrain.hf.model.pair import PairClassifier, _width
 from sparsetrain.hf.model.weights import load_weights
 from sparsetrain.hf.study.explain import _pictures
 from sparsetrain.hf.train.rows import reader
@@ -35,6 +35,20 @@ def clip_folder(folder: Path) -> CLIPModel:
     words = small_pair.tokenizer()
     torch.manual_seed(0)
     model = CLIPModel(CLIPConfig(**small_pair.config(len(words), width=32, layers=1).to_dict()))
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return model.eval()
+
+
+def siglip_folder(folder: Path) -> SiglipModel:
+    """Random SigLIP weights with a tokenizer: its width is that of the text tower's projection."""
+    words = small_pair.tokenizer()
+    torch.manual_seed(0)
+    shared = {"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"hidden_size": 16, "projection_size": 32, "vocab_size": len(words), "max_position_embeddings": 16, **shared}
+    vision = {"hidden_size": 32, "image_size": 28, "patch_size": 7, "num_channels": 1, **shared}
+    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    model = SiglipModel(SiglipConfig(text_config={**text, **ids}, vision_config=vision, num_labels=10))
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return model.eval()
@@ -62,6 +76,22 @@ def test_both_towers_embed_as_clip_does_and_the_concepts_are_its_texts(tmp_path:
         scores = site.scores(model.embed(pixels))
         torch.testing.assert_close(scores, out.logits_per_image, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model(pixels).logits, site.layers(scores)[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_siglip_is_read_as_it_was_trained(tmp_path: Path) -> None:
+    """Texts at full length without a mask: one text has one embedding, whatever stands beside it."""
+    siglip = siglip_folder(tmp_path)
+    model, handle = converted(tmp_path)
+    (site,) = handle.sites("concept_bottleneck").values()
+    ids = small_pair.tokenizer()(list(CONCEPTS), padding="max_length", return_tensors="pt").input_ids
+    pixels = torch.randn(3, 1, 28, 28)
+    with torch.no_grad():
+        out = siglip(input_ids=ids, pixel_values=pixels)
+        torch.testing.assert_close(site.vectors, out.text_embeds)
+        torch.testing.assert_close(torch.nn.functional.normalize(model.embed(pixels)), out.image_embeds)
+        assert model.classifier.weight.shape[1] == 32 and model(pixels).logits.shape == (3, 10)
+    with pytest.raises(ValueError, match="says in no place how wide"):
+        _width(BertConfig())
 
 
 def test_the_loss_trains_the_layers_and_what_is_saved_comes_back(tmp_path: Path) -> None:

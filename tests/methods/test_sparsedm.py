@@ -16,6 +16,7 @@ import sparsetrain
 from sparsetrain import SparseDM
 from sparsetrain.core.anatomy import Anatomy, Block, ConvolutionSite, LinearSite, describe, submodule
 from sparsetrain.core.errors import Unsupported
+from sparsetrain.hf.train.average import Average
 from sparsetrain.methods.sparsedm.export import pack_24, to_dense
 from sparsetrain.methods.sparsedm.macs import count_macs
 from sparsetrain.methods.sparsedm.targets import dense_layers, target_layers
@@ -367,6 +368,9 @@ def test_a_plan_changes_ratios_alone() -> None:
     states = {id(p): optimizer.state[p] for p in model.parameters()}
     moments = {id(p): optimizer.state[p]["exp_avg"].clone() for p in model.parameters()}
     before = {name: p.clone() for name, p in model.named_parameters()}
+    average = Average(0.9)
+    average.begin(model, None, None)
+    averaged = {name: (tensor, tensor.clone()) for name, tensor in average.weights.items()}
     for step, ratio in ((10, "7:8"), (19, "7:8"), (20, "4:8"), (30, "2:4"), (99, "2:4")):
         lines += handle.step(step, 100)
         assert {str(site.ratio) for site in handle.sites("sparsedm").values()} == {ratio}
@@ -374,6 +378,8 @@ def test_a_plan_changes_ratios_alone() -> None:
     assert all(optimizer.state[p] is states[id(p)] for p in model.parameters())
     assert all(torch.equal(optimizer.state[p]["exp_avg"], moments[id(p)]) for p in model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert averaged.keys() == before.keys()
+    assert all(average.weights[name] is own and torch.equal(own, value) for name, (own, value) in averaged.items())
     assert len(lines) == 3 and lines[0] == "sparsedm: from step 10 on 7:8 of the weights are kept, after 8:8."
 
 

@@ -128,14 +128,6 @@ def test_gumbel_noise_has_the_mean_and_variance_of_the_distribution() -> None:
     assert op.gumbel_noise(torch.tensor([0.0, 1.0])).isfinite().all()
 
 
-def test_columns_that_keep_their_meaning_have_similarity_one() -> None:
-    psi = draw(30, 6).double()
-    torch.testing.assert_close(op.similarity_loss(psi, 3 * psi + 2), torch.tensor(-1.0, dtype=torch.float64))
-    torch.testing.assert_close(op.similarity_loss(psi, -psi, cubed=True), torch.tensor(1.0, dtype=torch.float64))
-    z = draw(30, 6, seed=1).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: op.similarity_loss(psi, x, True), (z,))
-
-
 def test_the_soft_threshold_gives_exact_zeros() -> None:
     w = torch.tensor([-2.0, -0.5, -0.4, 0.0, 0.3, 0.5, 1.5])
     torch.testing.assert_close(op.soft_threshold(w, 0.5), torch.tensor([-1.5, 0, 0, 0, 0, 0, 1.0]))
@@ -158,7 +150,6 @@ def test_the_soft_threshold_gives_exact_zeros() -> None:
         (lambda: op.concept_matrix_search(torch.zeros(2, 3), torch.zeros(2, 4)), "one column a concept"),
         (lambda: op.concept_matrix_search(torch.zeros(2, 3), torch.zeros(2, 3), rule="best"), "unknown"),
         (lambda: op.concept_matrix_search(torch.full((2, 3), torch.inf), torch.zeros(2, 3)), "not finite"),
-        (lambda: op.similarity_loss(torch.zeros(1, 3), torch.zeros(1, 3)), "two rows"),
         (lambda: op.soft_threshold(torch.zeros(3), -1.0), "0 or more"),
     ],
 )

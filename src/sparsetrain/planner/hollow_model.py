@@ -45,7 +45,7 @@ def fill(model: nn.Module, hollow: Hollow) -> None:
     """Give the meta parameters and buffers hollow storage; ties stay ties, integer buffers become zeros."""
     made: dict[int, tuple[Tensor, Tensor]] = {}  # the old tensor is kept, or its id could be used again
     with hollow:
-        for module in model.modules():
+        for module in _modules(model):
             for name, old in module._parameters.items():
                 if old is not None:
                     if id(old) not in made:
@@ -62,6 +62,13 @@ def fill(model: nn.Module, hollow: Hollow) -> None:
 def settle(model: nn.Module, hollow: Hollow) -> None:
     """What modules derive from their weights (packed copies) is made anew from the hollow ones."""
     with hollow:
-        for module in model.modules():
+        for module in _modules(model):
             if isinstance(module, Site):
                 module.derive()
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """The model's modules, and those of the models that sites hold beside it."""
+    own = list(model.modules())
+    held = [other for module in own if isinstance(module, Site) for other in module.held_models()]
+    return own + [module for other in held for module in _modules(other)]

@@ -13,6 +13,7 @@ from sparsetrain.core.anatomy import Anatomy, known_parts, submodule
 from sparsetrain.core.config import MethodConfig
 from sparsetrain.measure.memory import StaticMemory, static_memory
 from sparsetrain.planner.memory import Layout
+from sparsetrain.surgery.site import Site
 
 
 def thin_out(model: Any, alone: int = 1) -> Layout:
@@ -74,7 +75,8 @@ def _kinds(model: nn.Module, anatomy: Anatomy) -> list[str]:
                 if p is not None
             ]
             own = module.config if isinstance(getattr(module, "config", None), MethodConfig) else None
-            parts.append((name, type(module).__name__, params, repr(own)))
+            alone = block.layer if isinstance(module, Site) and module.held_models() else None  # they are held once
+            parts.append((name, type(module).__name__, params, repr(own), alone))
         kinds.append(json.dumps(parts, default=str))
     return kinds
 

@@ -99,9 +99,13 @@ class Site(nn.Module):
         the edit's site. A saved model holds them, so that it loads plainly."""
         return None
 
+    def held_models(self) -> list[nn.Module]:
+        """Whole models that the site runs beside the converted one, and that are no children of it (a teacher)."""
+        return []
+
     def held_tensors(self) -> list[Tensor]:
         """What is kept from step to step that is neither parameter nor buffer."""
-        return []
+        return [tensor for model in self.held_models() for tensor in (*model.parameters(), *model.buffers())]
 
     def undecayed(self) -> list[nn.Parameter]:
         """Parameters of the site that weight decay would spoil."""

@@ -40,6 +40,34 @@ def of_texts(reader: Any) -> Any:
     return reader.tokenizer if isinstance(reader, PairReader) else reader
 
 
+def _width(config: Any) -> int:
+    """Of the embeddings: a CLIP names it itself, a SigLIP in the config of its texts.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    places = (config, getattr(config, "text_config", None))
+    found = [
+        getattr(place, key, None) for place, key in zip(places, ("projection_dim", "projection_size"), strict=True)
+    ]
+    width = next((width for width in found if width), None)
+    if width is None:
+        raise ValueError(
+            f"{quoted(config.model_type)} says in no place how wide its embeddings are (projection_dim, or "
+            "text_config.projection_size). Take a model such as CLIP or SigLIP."
+        )
+    return width
+
+
+def _as_trained(config: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """A SigLIP has learned from texts padded to full length, reads the state of the last place, and masks nothing."""
+    if not config.model_type.startswith("siglip"):
+        return given
+    texts, ids = config.text_config, given["input_ids"]
+    missing = texts.max_position_embeddings - ids.shape[1]
+    return {"input_ids": F.pad(ids, (0, max(0, missing)), value=texts.pad_token_id)}
+
+
 class PairClassifier(Headed):
     """A pair of encoders, and a linear on their embeddings; the config is the pair's own with `num_labels`."""
 
@@ -55,7 +83,7 @@ class PairClassifier(Headed):
                 f"{quoted(config.model_type)} is no pair of encoders: it has no embeddings of images and of texts. "
                 "Take a model such as CLIP or SigLIP."
             )
-        self.classifier = nn.Linear(config.projection_dim, config.num_labels)
+        self.classifier = nn.Linear(_width(config), config.num_labels)
         self.post_init()
 
     def anatomy(self) -> Anatomy:
@@ -72,7 +100,9 @@ class PairClassifier(Headed):
         if pixel_values is not None:
             found = self.pair.get_image_features(pixel_values=pixel_values)
         else:
-            found = self.pair.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
+            assert input_ids is not None
+            given = {"input_ids": input_ids, "attention_mask": attention_mask}
+            found = self.pair.get_text_features(**_as_trained(self.config, given))
         return getattr(found, "pooler_output", found)
 
     def forward(

@@ -118,8 +118,8 @@ class MaskedWeight(Site):
         self.keep, self.group = tensors["ratio"].tolist()
         self.mask = None if mask is None else mask.to(self.weight.device)
 
-    def held_tensors(self) -> list[Tensor]:
-        return [] if self.teacher is None else self.teacher.held_tensors()
+    def held_models(self) -> list[nn.Module]:
+        return [] if self.teacher is None or self.teacher.model is None else [self.teacher.model]
 
     def stats(self) -> dict[str, float]:
         return {"keep_ratio": self.keep / self.group}
@@ -130,7 +130,7 @@ class MaskedWeight(Site):
         return "its weights are masked and are stored dense (to_dense writes the zeros in; so does `--format nm`)"
 
     def notes(self) -> list[str]:
-        return self.says if self.teacher is None else self.says + self.teacher.notes()
+        return self.says if self.teacher is None else self.says + self.teacher.notes(self.held_tensors())
 
     def _apply(self, fn: Any, recurse: bool = True) -> MaskedWeight:
         if self.teacher is not None:

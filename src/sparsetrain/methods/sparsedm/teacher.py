@@ -92,11 +92,8 @@ class Teacher:
             if self.dtype is not None:
                 self.model.to(self.dtype)
 
-    def held_tensors(self) -> list[Tensor]:
-        return [] if self.model is None else [*self.model.parameters(), *self.model.buffers()]
-
-    def notes(self) -> list[str]:
-        size = sum(tensor.numel() * tensor.element_size() for tensor in self.held_tensors())
+    def notes(self, tensors: list[Tensor]) -> list[str]:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return [
             f"sparsedm: the model as training starts is the teacher: {bytes_text(size)} more, and a forward a step."
         ]

@@ -11,7 +11,7 @@ import warnings
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsetrain.ops.concept_bottleneck.reference import averaged_loss, column_similarity, cosines, pair_loss, shrunk
+from sparsetrain.ops.concept_bottleneck.reference import averaged_loss, cosines, pair_loss, shrunk
 
 FORMS = ("paper", "official")
 SCORES = ("logits", "log_softplus")
@@ -88,20 +88,6 @@ def gumbel_loss(
 def gumbel_noise(uniform: Tensor) -> Tensor:
     """−log(−log u), g of `gumbel_loss`, of numbers u drawn uniformly from [0, 1)."""
     return -(-uniform.clamp(1e-7, 1 - 1e-7).log()).log()
-
-
-def similarity_loss(psi_bd: Tensor, z_bd: Tensor, cubed: bool = False) -> Tensor:
-    """−(mean cosine of the centred columns of ψ and z): a concept keeps its meaning (as in Label-free CBM).
-
-    Raises:
-        ValueError: fewer than two rows, or unequal shapes.
-    """
-    if psi_bd.shape != z_bd.shape or psi_bd.ndim != 2 or len(psi_bd) < 2:
-        raise ValueError(
-            f"similarity_loss: scores {tuple(psi_bd.shape)} and activations {tuple(z_bd.shape)}. Give two matrices of "
-            "one shape with at least two rows."
-        )
-    return column_similarity(psi_bd, z_bd, cubed)
 
 
 def concept_matrix_search(v_bd: Tensor, t_cd: Tensor, *, rule: str = "cosine", norm: str = "none") -> Tensor:

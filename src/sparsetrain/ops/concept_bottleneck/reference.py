@@ -23,14 +23,6 @@ def averaged_loss(scores_kd: Tensor) -> Tensor:
     return -F.log_softmax(scores_kd, dim=-1).mean()
 
 
-def column_similarity(psi_bd: Tensor, z_bd: Tensor, cubed: bool) -> Tensor:
-    """−mean over concepts of the cosine of the centred columns of ψ and z, each entry to the third power if asked."""
-    psi_bd, z_bd = psi_bd - psi_bd.mean(0), z_bd - z_bd.mean(0)
-    if cubed:
-        psi_bd, z_bd = psi_bd**3, z_bd**3
-    return -F.cosine_similarity(psi_bd, z_bd, dim=0).mean()
-
-
 def cosines(x_bd: Tensor, y_cd: Tensor) -> Tensor:
     """[b, c]"""
     return F.normalize(x_bd, dim=-1) @ F.normalize(y_cd, dim=-1).t()
