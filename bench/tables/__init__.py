@@ -60,6 +60,8 @@ WITHOUT_TABLE = {
     "blocks_gpu": "no GPU has run it yet",
     "gpu_long_rows": "no GPU has run it yet",
     "gpu_steps": "no GPU has run it yet",
+    "sparse24_gpu": "no GPU has run it yet",
+    "host_work": "counts of one run on a CPU, which are in the log",
     "planner_long_rows": "a check of the planner at one length, whose result is not kept",
 }
 """Benchmark -> why no page has a table of it."""

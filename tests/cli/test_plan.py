@@ -169,6 +169,6 @@ def test_a_narrow_terminal_breaks_no_name(call: Call, llama: Path, monkeypatch: 
     """Names of ways to train are typed after --method: `token_selecti` on a line and `on` below it are not."""
     monkeypatch.setenv("COLUMNS", "80")
     result = call("plan", "--model", llama, "--gpu", "4090", "--seq-len", 64)
-    table = result.out.partition("Refused:")[0]
+    table = result.out.partition("quality:")[0]
     assert re.search(r"^ token_selection\b", table, flags=re.M) and max(map(len, table.splitlines()[1:])) <= 80
     assert "quality: x1.2 is a perplexity" in result.out

@@ -41,16 +41,9 @@ def of_texts(reader: Any) -> Any:
 
 
 def _width(config: Any) -> int:
-    """Of the embeddings: a CLIP names it itself, a SigLIP in the config of its texts.
-
-    Raises:
-        ValueError: neither is there.
-    """
-    places = (config, getattr(config, "text_config", None))
-    found = [
-        getattr(place, key, None) for place, key in zip(places, ("projection_dim", "projection_size"), strict=True)
-    ]
-    width = next((width for width in found if width), None)
+    """Of the embeddings: a CLIP names it itself, a SigLIP in the config of its texts."""
+    texts = getattr(config, "text_config", None)
+    width = getattr(config, "projection_dim", None) or getattr(texts, "projection_size", None)
     if width is None:
         raise ValueError(
             f"{quoted(config.model_type)} says in no place how wide its embeddings are (projection_dim, or "

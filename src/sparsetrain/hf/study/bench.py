@@ -172,7 +172,7 @@ def _as_trained(parts: Parts, configs: tuple[MethodConfig, ...], *, own: bool) -
     it so (one's own are as one's recipe says), and sparse to the end where that is what they are for."""
     update: dict[str, Any] = {"methods": configs}
     if without_lora(configs) and not own:
-        update |= {"lora_r": 0, "lora_dtype": "fp32", "lora": {}, "load_in_4bit": False}
+        update |= {"lora_r": 0, "lora_dtype": "fp32", "lora": {}, "load_in_4bit": False, "load_in_8bit": False}
     if any(config.stays_sparse for config in configs):
         update["deploy"] = "sparse"
     return dataclasses.replace(parts, recipe=parts.recipe.model_copy(update=update))
@@ -181,9 +181,8 @@ def _as_trained(parts: Parts, configs: tuple[MethodConfig, ...], *, own: bool) -
 def _judged(name: str, configs: tuple[MethodConfig, ...], parts: Parts, dense: _Dense, rounds: int) -> Outcome:
     """One candidate, checked and timed, or refused."""
     against = "the same LoRA" if parts.recipe.lora_r else "all weights"
-    outcome = Outcome(
-        name=name, methods=[plain_values(config) for config in configs], verdict="not timed", against=against
-    )
+    methods = [plain_values(config) for config in configs]
+    outcome = Outcome(name=name, methods=methods, verdict="not timed", against=against)
     try:
         outcome = _checked(outcome, configs, parts, dense)
         return outcome if outcome.verdict == "refused" else _timed(outcome, parts, dense, rounds)

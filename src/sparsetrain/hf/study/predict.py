@@ -5,8 +5,7 @@ This module stays light: transformers and PEFT are imported when a recipe has to
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 from sparsetrain.planner.model_config import ModelConfig
@@ -16,16 +15,9 @@ from sparsetrain.recipes.finetune import Recipe
 
 
 def predictor_of(
-    model: ModelConfig,
-    base: dict[str, Any],
-    *,
-    bf16: bool,
-    cache: Path | None,
-    gpu: bool = False,
-    timed: Collection[str] = (),
-    here: bool = False,
+    model: ModelConfig, base: dict[str, Any], *, bf16: bool, gpu: bool = False, here: bool = False, **known: Any
 ) -> Predictor:
-    """A predictor that traces on the empty model; arguments as of `Predictor`."""
+    """A predictor that traces on the empty model; arguments as of `Predictor`, its cache too."""
 
     def one(recipe: Recipe) -> Outline:
         from sparsetrain.hf.model.opening import make_config
@@ -40,5 +32,4 @@ def predictor_of(
         make_config(model.values, model.name)  # a model that cannot be made is an error, and no refusal of a recipe
         return trace_all(recipes, model, bf16=bf16, gpu=gpu, here=here)
 
-    tracer = Tracer(one=one, several=several)
-    return Predictor(model, base, tracer, bf16=bf16, cache=cache, gpu=gpu, here=here, timed=timed)
+    return Predictor(model, base, Tracer(one=one, several=several), bf16=bf16, gpu=gpu, here=here, **known)
