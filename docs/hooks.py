@@ -17,6 +17,20 @@ METHODS = REPO / "src" / "sparsetrain" / "methods"
 REFERENCE = "reference.md"
 PICTURES = [f"![Speed and saved bytes](../pictures/steps-{theme}.svg#only-{theme})" for theme in ("light", "dark")]
 """Of a step with each method that was timed; the theme shows one of the two."""
+RUNS = (
+    "sparsetrain.hf.train.finetune.finetune",
+    "sparsetrain.hf.train.pretrain.pretrain",
+    "sparsetrain.recipes.finetune.Recipe",
+    "sparsetrain.recipes.pretrain.PretrainRecipe",
+    "sparsetrain.hf.study.choose.choose",
+    "sparsetrain.hf.study.compare.compare",
+    "sparsetrain.hf.train.evaluate.evaluate",
+    "sparsetrain.hf.train.callbacks.Sparsifies",
+    "sparsetrain.hf.train.callbacks.SparsityCallback",
+    "sparsetrain.hf.model.io.load",
+    "sparsetrain.hf.model.io.save",
+)
+"""Named in the README and the pages, and not among the package's own names."""
 FENCE = re.compile(r"(^```.*?^```$)", flags=re.M | re.S)
 LINK = re.compile(r"(\]\(|(?:src|srcset|href)=\")([^)\s\"]+)")
 
@@ -83,7 +97,16 @@ def verdict(page: Path) -> str:
     if results.is_file():
         lines += [between(results.read_text(encoding="utf-8"), "conclusion"), ""]
         lines.append(f"[All results](../results/{results.name}). ")
+    lines += [f"**{not_for(page.parent)}**", ""]
     return "\n".join([*lines, "[When not to use it](../index.md#when-not-to-use-it), in general."]) + "\n"
+
+
+def not_for(method: Path) -> str:
+    """What a method's own description says that it is not for."""
+    config = (method / "config.py").read_text(encoding="utf-8")
+    about = re.search(r"^    about: ClassVar\[str\] = \((.*?)^    \)", config, flags=re.M | re.S)
+    said = "".join(re.findall(r'"(.*?)"', about[1])) if about else ""
+    return said[said.index("Not for ") :] if "Not for " in said else said.split(". ")[-1]
 
 
 def between(text: str, mark: str) -> str:
@@ -101,7 +124,12 @@ def reference() -> str:
         for found in re.findall(r"^from (\S+\.config) import (\w+) as \2$", file.read_text("utf-8"), flags=re.M)
     ]
     parts = ["# Reference", "The public names of `sparsetrain`, as their docstrings have them."]
-    for title, names in (("What changes a model", verbs), ("Configs of the methods", configs)):
+    runs = [tuple(name.rsplit(".", 1)) for name in RUNS]
+    for title, names in (
+        ("What changes a model", verbs),
+        ("Configs of the methods", configs),
+        ("Runs, and what they leave", runs),
+    ):
         parts += [f"## {title}", *(f"::: {module}.{name}" for module, name in names)]
     return "\n\n".join(parts) + "\n"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import pydoc
 import re
 import subprocess
 import sys
@@ -57,7 +58,12 @@ def test_every_method_has_a_page_with_its_verdict() -> None:
 def test_the_reference_has_every_public_name() -> None:
     named = re.findall(r"^::: (\S+)$", SITE.reference(), flags=re.M)
     kinds = [kind for kind in registered_methods().values() if kind.__module__.startswith("sparsetrain.")]
-    assert {name.rpartition(".")[2] for name in named} == {*sparsetrain._HOMES, *(kind.__name__ for kind in kinds)}
+    assert {name.rpartition(".")[2] for name in named} == {
+        *sparsetrain._HOMES,
+        *(kind.__name__ for kind in kinds),
+        *(name.rpartition(".")[2] for name in SITE.RUNS),
+    }
+    assert all(callable(pydoc.locate(name)) for name in SITE.RUNS)
     for name in named:  # griffe reads the file that defines it
         module, _, attribute = name.rpartition(".")
         assert getattr(importlib.import_module(module), attribute).__module__ == module, name

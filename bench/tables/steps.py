@@ -123,7 +123,7 @@ def methods(found: dict[str, Any], described: dict[str, Described]) -> list[str]
         row = outcomes.get(name)
         time, saved = (step_sara(found) if name == "sara" else None) or "not measured", "–"
         if row is not None and row["step"] is None:
-            time = "refused beside LoRA"
+            time = "refused beside LoRA, with its defaults"
         elif row is not None:
             time = f"{row['step']['median']:.2f}, {row['verdict']}"
             saved = f"{row['saved_bytes'] / row['dense_saved_bytes']:.2f}"

@@ -17,15 +17,31 @@ LLaMA-Factory: [others.md](others.md).
 """
 
 
+GROWTHS = """
+## Methods that make several models
+
+{names} train plain models, one after the other: what stands between two of them is what they do, and no part of them
+is in the model that trains, but for the masks of a ramp. `tests/methods/test_contract.py` holds each on each family
+but those refused above (the outputs before and after, the optimizer's state, the plain model at the end), their own
+tests hold masks under autocast, non-reentrant checkpointing and `torch.compile`, and a resume after a kill at any step.
+They train in data parallel (DDP), not under `fully_shard`. Of other features nothing is claimed: they start from random
+weights, so that a LoRA, 4 bits or a trainer for preferences have no place beside them.
+"""
+
+
 def support() -> str:
     """docs/support.md: what each method works with, from the data that runs are checked against."""
     import sparsetrain.methods  # noqa: F401  (enters them in the registry)
+    from sparsetrain.core.config import registered_methods
     from sparsetrain.hf.model.families import family_limits, further_families
+    from sparsetrain.surgery.method import method_of
     from sparsetrain.surgery.support import FEATURES, support_rows
 
-    families = family_limits()
+    families, kinds = family_limits(), registered_methods()
     ours = registered()
     rows = [row for row in support_rows(families) if row["method"] in ours]
+    growing = [row["method"] for row in rows if method_of(kinds[row["method"]]).growth is not None]
+    own = [row for row in rows if row["method"] not in growing]
     lines = [
         "# What works with what",
         "",
@@ -38,16 +54,17 @@ def support() -> str:
         "Built like these, and held to a part of the contract (dense limit, restoring, causality, padding, packing,",
         f"LoRA; they cannot be grown): {', '.join(further_families())}.",
         "",
-        "| feature | " + " | ".join(row["method"] for row in rows) + " |",
-        "| --- |" + " --- |" * len(rows),
+        "| feature | " + " | ".join(row["method"] for row in own) + " |",
+        "| --- |" + " --- |" * len(own),
     ]
     for feature, meaning in FEATURES.items():
-        lines.append(f"| {meaning} | " + " | ".join(row["features"][feature] for row in rows) + " |")
-    reasons = {f"{feature}: {reason}." for row in rows for feature, reason in row["reasons"].items()}
+        lines.append(f"| {meaning} | " + " | ".join(row["features"][feature] for row in own) + " |")
+    reasons = {f"{feature}: {reason}." for row in own for feature, reason in row["reasons"].items()}
     reasons |= {
         f"{name}, {feature}: {reason}." for name, found in families.items() for feature, reason in found.items()
     }
     for row in rows:
         reasons |= {f"{row['method']} on {name}: {reason}." for name, reason in row["refused_families"].items()}
     lines += ["", "## Why not", "", *(f"- {reason}" for reason in sorted(reasons))]
-    return "\n".join([*lines, TRAINERS.rstrip(), *trainers()]) + "\n"
+    names = ", ".join(f"`{name}`" for name in growing)
+    return "\n".join([*lines, GROWTHS.format(names=names).rstrip(), TRAINERS.rstrip(), *trainers()]) + "\n"

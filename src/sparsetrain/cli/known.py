@@ -29,7 +29,9 @@ KNOWN: tuple[Known, ...] = (
         "with a method on FFNs, switch its swiglu kernel off (liger_kernel_config)",
     ),
     Known(
-        "bitsandbytes", "its 4-bit linears cannot be converted", "load the model in bf16 or fp32; 8-bit AdamW is fine"
+        "bitsandbytes",
+        "of the methods token selection and the concept bottleneck alone run on its 4-bit and 8-bit linears",
+        "load the model in bf16 or fp32 for the others; its 8-bit AdamW is fine",
     ),
     Known(
         "deepspeed",
