@@ -172,3 +172,4 @@ def test_a_narrow_terminal_breaks_no_name(call: Call, llama: Path, monkeypatch: 
     table = result.out.partition("quality:")[0]
     assert re.search(r"^ token_selection\b", table, flags=re.M) and max(map(len, table.splitlines()[1:])) <= 80
     assert "quality: x1.2 is a perplexity" in result.out
+    assert re.search(r"^token_selection: .* By the roofline: no step of it was timed on that GPU\.$", result.out, re.M)

@@ -72,7 +72,7 @@ def _about_rows(rows: Any, predictor: Any) -> list[str]:
     refused = [f"Refused: {', '.join(labels)}: {reason}." for reason, labels in reasons.items()]
     faster = [
         f"{row.candidate.label}: {_beside(row, shown)}"
-        + (_untimed(row, predictor) or _where_faster(row.faster_at, row.than))
+        + (_untimed(row, predictor) or _where_faster(row.faster_at, row.than) + _guessed(row, predictor))
         for row in shown
         if row.candidate.values.get("methods") and not row.refused and row.faster_at is not None
     ]
@@ -97,6 +97,11 @@ def _untimed(row: Any, predictor: Any) -> str:
         return ""
     slower = any(config.refused_if_slower for config in predictor.recipe(row.candidate).configs)
     return "not timed on that machine; a run times it there first, and refuses what is slower." if slower else ""
+
+
+def _guessed(row: Any, predictor: Any) -> str:
+    """Of a method on a GPU on which no step of it is on record."""
+    return "" if row.timed or not predictor.gpu else " By the roofline: no step of it was timed on that GPU."
 
 
 def _optimizer(base: dict[str, Any]) -> list[str]:
