@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import io
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from rich.console import Console
 
+from sparsetrain.cli.answer import table
 from sparsetrain.cli.predict import parse_bytes
+from sparsetrain.cli.prediction import _guessed
 from sparsetrain.planner.candidates import candidates
 from tests.cli.conftest import Call
 from tests.hf.test_predict import config_file  # noqa: F401
@@ -165,11 +169,21 @@ def test_an_optimizer_that_nobody_knows_is_refused(name: str, code: int, call: C
     assert result.code == code and (not code or "--optim 'adamx' is unknown" in result.json["error"]["message"])
 
 
-def test_a_narrow_terminal_breaks_no_name(call: Call, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_narrow_terminal_breaks_no_name() -> None:
     """Names of ways to train are typed after --method: `token_selecti` on a line and `on` below it are not."""
-    monkeypatch.setenv("COLUMNS", "80")
-    result = call("plan", "--model", llama, "--gpu", "4090", "--seq-len", 64)
-    table = result.out.partition("quality:")[0]
-    assert re.search(r"^ token_selection\b", table, flags=re.M) and max(map(len, table.splitlines()[1:])) <= 80
-    assert "quality: x1.2 is a perplexity" in result.out
-    assert re.search(r"^token_selection: .* By the roofline: no step of it was timed on that GPU\.$", result.out, re.M)
+    names = ["way to train", "peak", "saved", "step", "max\nseq", "max\nbatch", "fits", "quality"]
+    rows = [
+        ["LoRA + ckpt + offload + tiled MLP", "9.53", "0.02", "0.584 s", "131,072", "759", "yes", "exact"],
+        ["token_selection", "11.25", "1.74", "0.16 s", "90,176", "77", "yes", "x1"],
+    ]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table("", names, rows, right=(1, 2, 3, 4, 5)))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= 80 and any(line.startswith(" token_selection ") for line in lines)
+    assert "759" in console.file.getvalue() and "x1" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_gpus_step_that_is_the_rooflines_word_is_said_to_be() -> None:
+    assert "no step of it was timed on that GPU" in _guessed(SimpleNamespace(timed=""), SimpleNamespace(gpu=True))
+    assert not _guessed(SimpleNamespace(timed="bench"), SimpleNamespace(gpu=True))
+    assert not _guessed(SimpleNamespace(timed=""), SimpleNamespace(gpu=False))

@@ -88,9 +88,10 @@ def held_bits(source: str, about: Mapping[str, Any], flags: Mapping[str, Any], d
     try:
         check_bits(trained, device)
     except ValueError as error:
+        off = "--no-load-in-4bit" if trained == 4 else "--no-load-in-8bit"
         raise ValueError(
-            f"{source} was trained on weights in {trained} bits: {error} Or give --no-load-in-{trained}bit, to use the "
-            "adapter on the weights of the model's files, where its loss is another."
+            f"{source} was trained on weights in {trained} bits: {error} Or give {off}, to use the adapter on the "
+            "weights of the model's files, where its loss is another."
         ) from None
     return trained
 
