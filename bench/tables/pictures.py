@@ -126,5 +126,22 @@ def conclude_concepts(found: dict[str, Any]) -> str:
     return f"**Accuracy.** {'; '.join(said)}."
 
 
+def best_concepts(found: dict[str, Any]) -> str:
+    """By data: the most accurate of the three losses, beside the dense bottleneck and the linear probe."""
+    runs = seeds_of(found["concept_bottleneck"]["results"]) if "concept_bottleneck" in found else {}
+    said = []
+    for data in dict.fromkeys(name.partition(" ")[0] for name in runs):
+        own = {arm: runs[f"{data} {arm}"] for arm in SHOWN if f"{data} {arm}" in runs}
+        sparse = [arm for arm in ("l1", "contrastive", "gumbel") if arm in own]
+        if not sparse or not {"dense", "probe"} <= own.keys():
+            continue
+        best = max(sparse, key=lambda arm: statistics.mean(run["accuracy"] for run in own[arm].values()))
+        said.append(
+            f"{data}: {_accuracy(own[best])} ({best}), dense bottleneck {_accuracy(own['dense'])}, linear probe "
+            f"{_accuracy(own['probe'])}"
+        )
+    return f"accuracy on {'; on '.join(said)}" if said else "not measured"
+
+
 SHOWN = ("probe", "zero-shot", "cms", "dense", "l1", "contrastive", "gumbel")
 """Arms that the conclusion names."""

@@ -14,7 +14,7 @@ from bench.tables.ffn import quality_routed_ffn
 from bench.tables.format import tally
 from bench.tables.growth import conclude_masked_growth, conclude_multi_level
 from bench.tables.linears import conclude_monarch, conclude_pst, conclude_sara, step_sara
-from bench.tables.pictures import conclude_concepts, conclude_sparsedm
+from bench.tables.pictures import best_concepts, conclude_sparsedm
 from bench.tables.semi_structured import quality_semi_structured
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,7 @@ def in_a_cell(conclude: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, 
 
 
 QUALITY: dict[str, Callable[[dict[str, Any]], str]] = {
-    "concept_bottleneck": in_a_cell(conclude_concepts),
+    "concept_bottleneck": best_concepts,
     "flood_fill_attention": quality_flood_fill_attention,
     "masked_growth": in_a_cell(conclude_masked_growth),
     "monarch": in_a_cell(conclude_monarch),
