@@ -12,9 +12,9 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparsetrain.core.errors import Unsupported
 
@@ -32,23 +32,22 @@ _here: ContextVar[str | None] = ContextVar("sparsetrain_here", default=None)
 
 
 @contextmanager
-def planning_for(device: str) -> Iterator[None]:
+def _holding(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def planning_for(device: str) -> AbstractContextManager[None]:
     """Let ops on hollow tensors, which are all on the CPU, choose their tiles as on that type of device."""
-    token = _planned.set(device)
-    try:
-        yield
-    finally:
-        _planned.reset(token)
+    return _holding(_planned, device)
 
 
-@contextmanager
-def timing_on(device: str) -> Iterator[None]:
+def timing_on(device: str) -> AbstractContextManager[None]:
     """Let what is planned on the meta device be timed on this device, on which it would run."""
-    token = _here.set(device)
-    try:
-        yield
-    finally:
-        _here.reset(token)
+    return _holding(_here, device)
 
 
 def timed_on(x: Tensor) -> str | None:
@@ -70,25 +69,17 @@ def is_planned(x: Tensor) -> bool:
 def watch_ops() -> Iterator[set[str]]:
     """Collect the names of the ops that choose a backend inside the `with` block."""
     names: set[str] = set()
-    token = _watched.set(names)
-    try:
+    with _holding(_watched, names):
         yield names
-    finally:
-        _watched.reset(token)
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> AbstractContextManager[None]:
     """Ask for a backend in every op called inside the `with` block.
 
     Raises:
         ValueError: `name` is not one of `BACKENDS`.
     """
-    token = _asked.set(_known(name))
-    try:
-        yield
-    finally:
-        _asked.reset(token)
+    return _holding(_asked, _known(name))
 
 
 def choose(op: str, asked: str, available: dict[str, str | None]) -> str:

@@ -37,7 +37,7 @@ class RoutedFFN(MethodConfig, method="routed_ffn"):
     about: ClassVar[str] = (
         "A router gives each token num_active of num_blocks blocks of every FFN (shared_ratio; partition "
         "clustered is fitted to the model, contiguous is the published start). Not for mixture-of-experts "
-        "models, which are routed already, nor when the trained model must be dense again."
+        "models, which are routed already."
     )
     ops: ClassVar[tuple[str, ...]] = ("routed_ffn", "routing")
 
