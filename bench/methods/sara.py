@@ -28,10 +28,10 @@ from bench.runner import Asked, Benchmark, Cell, in_own_process
 RANK = 35
 """LoRA of all linears has 305,280 numbers a rank: 10.68 M, beside 10.62 M entries, 10 % of 106.2 M."""
 DATA: dict[str, dict[str, Any]] = {
-    "python-stdlib": {"task": "lm", "seq_len": 512, "batch_size": 2},
-    "chitchat": {"task": "sft", "seq_len": 512, "batch_size": 2},
+    "python-stdlib": {"task": "lm", "seq_len": 512, "batch_size": 1},
+    "chitchat": {"task": "sft", "seq_len": 512, "batch_size": 1},
 }
-SHARED = {"model": "smollm2-135m", "lr_schedule": "cosine", "save_every": 0, "eval_tokens": 24576}
+SHARED = {"model": "smollm2-135m", "lr_schedule": "cosine", "save_every": 0, "eval_tokens": 12288}
 SARA = {"lora_r": 0, "methods": [{"method": "sara", "fraction": 0.1}]}
 ARMS: dict[str, dict[str, Any]] = {
     "sara": SARA,
@@ -151,7 +151,7 @@ BENCHMARKS = [
         name="sara",
         measures="SaRA beside LoRA of as many numbers, full fine-tuning and PEFT's SHiRA: loss, step time, memory",
         cells=cells,
-        settings={"steps": 100, "rounds": 8, "step_tokens": 512, "memory_tokens": 512, "eval_tokens": None}
+        settings={"steps": 50, "rounds": 8, "step_tokens": 512, "memory_tokens": 512, "eval_tokens": None}
         | {"dtype": "fp32"},
         quick={"steps": 2, "rounds": 2, "step_tokens": 64, "memory_tokens": 64, "eval_tokens": 1024},
         seeds=(0, 1, 2),
