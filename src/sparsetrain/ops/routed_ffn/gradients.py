@@ -54,7 +54,7 @@ class Gradients:
         """Add a tile's part; base: its saved pre-activations [B, u, m]."""
         terms, c = self.products.of(tile), self.operands.gates(tile)
         dys, lows = self.dy_rows.rows(tile), self.low_rows.rows(tile)
-        scales_base = c is not None and self.operands.form.gates_base
+        scales_base = self.operands.scales_base(tile)
         pre = self._scaled(terms, base, c, lows) if scales_base else base
         a, h = self.operands.hidden(pre)
         dh, dc = self._of_hidden(tile, terms, dys, h, c)
@@ -62,7 +62,8 @@ class Gradients:
         for target, part, columns in zip(self.wanted.lora_b, self.products.parts(tile), self.products.low_columns):
             if target is not None:
                 self.products.add_product(target, tile, dpre[:, part], lows[:, :, self._low(columns)])
-        dxs: Any = self.dx.rows(tile) if self.dx is not None else None
+        dx = self.dx
+        dxs = dx.rows(tile) if dx is not None else None
         if dxs is not None:
             for term in terms.low_inputs:
                 product(dxs[:, :, term.columns], dpre[:, term.units].mT, term.matrix)
@@ -74,10 +75,10 @@ class Gradients:
         self._of_inputs(tile, dpre)
         if self.d_shift is not None and tile.blocks:
             self.d_shift[list(tile.blocks)] -= dys[:, :, : self.d].sum(1)
-        if self.dx is not None:
+        if dx is not None and dxs is not None:
             for i, term in enumerate(terms.inputs):
                 (accumulate if i else product)(dxs[:, :, term.columns], dpre[:, term.units].mT, term.matrix)
-            self.dx.add(tile, self.operands.token_q, dxs)
+            dx.add(tile, self.operands.token_q, dxs)
 
     def _low(self, columns: slice) -> slice:
         """Columns of widened rows, counted among LoRA's alone."""
@@ -92,7 +93,7 @@ class Gradients:
     def _of_hidden(self, tile: Tile, terms: TileTerms, dys: Tensor, h: Tensor, c: Any) -> tuple[Tensor, Any]:
         """(dh, dc) from the rows that went out; adds the gradients of the down-projection and its A."""
         operands, wanted = self.operands, self.wanted
-        scales_base = c is not None and operands.form.gates_base
+        scales_base = operands.scales_base(tile)
         dh, dc = torch.empty_like(h), None
         product(dh, terms.output.matrix, dys.mT[:, terms.output.columns])
         if scales_base:

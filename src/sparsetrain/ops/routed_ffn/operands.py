@@ -52,6 +52,10 @@ class Operands:
         """c of the tile's rows [B, 1, m]; None for always-on units."""
         return self.c_q[tile.span].view(len(tile.blocks), 1, -1) if self.c_q is not None and tile.blocks else None
 
+    def scales_base(self, tile: Tile) -> bool:
+        """Whether c scales the base's pre-activations of the tile; else h."""
+        return self.form.gates_base and self.c_q is not None and bool(tile.blocks)
+
     def saved(self, saved: Tensor, tile: Tile) -> Tensor:
         """The tile's pre-activations [B, u, m] in the saved buffer."""
         units = self.form.num_inputs * (self.form.width if tile.blocks else self.form.num_shared)
