@@ -44,6 +44,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "super_tuning": linears.sara,
     "sara_diffusion": pictures.sara_diffusion,
     "pst": linears.pst,
+    "monarch": linears.monarch_products,
     "monarch_quality": linears.monarch,
     "multi_level_gpt": growth.multi_level,
     "multi_level_bert": growth.multi_level,
@@ -56,7 +57,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 
 WITHOUT_TABLE = {
     "attention": "given lists of keys; `selected_attention` adds the choice of them, and is shown",
-    "monarch": "products alone; `monarch_quality` has the steps of whole models",
     "blocks_gpu": "no GPU has run it yet",
     "gpu_long_rows": "no GPU has run it yet",
     "gpu_steps": "no GPU has run it yet",

@@ -124,6 +124,16 @@ def monarch(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def monarch_products(results: dict[str, Any]) -> list[str]:
+    """Forward + backward of single linears, by layout of the tokens."""
+    lines = head("linear", "tokens", "blocks", "dtype", "dense / Monarch", "columns", "verdict")
+    for run in results["results"]:
+        shape, spread = run["shape"], f"{run['ratio_median']:.2f} ({run['ratio_q1']:.2f} to {run['ratio_q3']:.2f})"
+        given = (shape["name"].replace("->", " → "), f"{shape['tokens']:,}", shape["blocks"], run["dtype"], spread)
+        lines.append(line(*given, f"{run['columns_ratio']:.2f}", run["verdict"]))
+    return lines
+
+
 def conclude_sara(found: dict[str, Any]) -> str:
     runs = seeds_of(found["sara"]["results"]) if "sara" in found else {}
     said = []
