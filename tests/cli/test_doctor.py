@@ -109,11 +109,13 @@ def test_what_runs_each_operation_is_said_with_its_reason(monkeypatch: pytest.Mo
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     found = {check.name: check.found for check in module.others("cpu")}
     names = ("block-sparse attention", "routed FFN", "loss head", "Monarch", "2:4 products")
+    names += ("2:4 masks", "2:4 gradients")
     assert list(found) == [f"{name} on cpu" for name in names]
     assert found["block-sparse attention on cpu"].startswith("torch (flex: FlexAttention gives no gradient")
     assert found["routed FFN on cpu"] == "torch"
     assert found["Monarch on cpu"].startswith("torch (triton: ")
     assert found["2:4 products on cpu"].startswith("emulate (cusparselt: the weight is on cpu")
+    assert found["2:4 masks on cpu"] == found["2:4 gradients on cpu"] == "torch"
 
 
 def test_a_gpu_with_grouped_products_runs_them_and_another_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ def backends(device: str) -> dict[str, str]:
     import torch
 
     from sparsetrain.core.backend import no_triton
-    from sparsetrain.ops import block_sparse_attention, routed_ffn
+    from sparsetrain.ops import block_sparse_attention, mvue24, nm_mask, routed_ffn
     from sparsetrain.ops.sparse24_linear.packing import kernel_refusal
 
     place = torch.device(device)
@@ -21,6 +21,8 @@ def backends(device: str) -> dict[str, str]:
         "loss head": "torch (in chunks of rows, on any device)",
         "Monarch": _monarch(no_triton(place), place.type == "cuda"),
         "2:4 products": _said({**kernels, "emulate": None}),
+        "2:4 masks": _said(nm_mask.on_device(place)),
+        "2:4 gradients": _said(mvue24.on_device(place)),
     }
 
 
