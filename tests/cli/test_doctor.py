@@ -121,7 +121,7 @@ def test_what_runs_each_operation_is_said_with_its_reason(monkeypatch: pytest.Mo
 def test_a_gpu_with_grouped_products_runs_them_and_another_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from sparsetrain.ops import routed_ffn
+    from sparsetrain.ops import routed_ffn, who_runs
 
     place = torch.device("cuda:0")
     for capability, reason in (((9, 0), None), ((8, 0), "compute capability 9 and 10 alone")):
@@ -129,3 +129,5 @@ def test_a_gpu_with_grouped_products_runs_them_and_another_says_why(monkeypatch:
         grouped = routed_ffn.on_device(place, torch.bfloat16)
         assert next(iter(grouped)) == "grouped_mm" and (reason or "") in (grouped["grouped_mm"] or "")
         assert (grouped["grouped_mm"] is None) is (reason is None)
+        said = who_runs._routed(grouped, gpu=True)
+        assert said.startswith("torch (grouped_mm: ") if reason else said == "grouped_mm or torch (timed at each shape)"

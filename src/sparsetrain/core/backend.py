@@ -82,6 +82,11 @@ def use_backend(name: str) -> AbstractContextManager[None]:
     return _holding(_asked, _known(name))
 
 
+def asked_for(backend: str) -> str:
+    """What a caller's `backend=` comes to: "auto" defers to `use_backend`."""
+    return _asked.get() if backend == "auto" else _known(backend)
+
+
 def choose(op: str, asked: str, available: dict[str, str | None]) -> str:
     """Name the backend that will run `op`.
 
@@ -93,10 +98,10 @@ def choose(op: str, asked: str, available: dict[str, str | None]) -> str:
     Raises:
         Unsupported: a backend was named and cannot run this call.
     """
-    name = _asked.get() if asked == "auto" else _known(asked)
+    name = asked_for(asked)
     can = [candidate for candidate, reason in available.items() if reason is None]
-    if (asked_for := _watched.get()) is not None:
-        asked_for.add(op)
+    if (watched := _watched.get()) is not None:
+        watched.add(op)
     if name == "auto":
         if not can:
             reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in available.items())
