@@ -109,17 +109,19 @@ def test_what_runs_each_operation_is_said_with_its_reason(monkeypatch: pytest.Mo
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     found = {check.name: check.found for check in module.others("cpu")}
     names = ("block-sparse attention", "routed FFN", "loss head", "Monarch", "2:4 products")
+    names += ("2:4 masks", "2:4 gradients")
     assert list(found) == [f"{name} on cpu" for name in names]
     assert found["block-sparse attention on cpu"].startswith("torch (flex: FlexAttention gives no gradient")
     assert found["routed FFN on cpu"] == "torch"
     assert found["Monarch on cpu"].startswith("torch (triton: ")
     assert found["2:4 products on cpu"].startswith("emulate (cusparselt: the weight is on cpu")
+    assert found["2:4 masks on cpu"] == found["2:4 gradients on cpu"] == "torch"
 
 
 def test_a_gpu_with_grouped_products_runs_them_and_another_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from sparsetrain.ops import routed_ffn
+    from sparsetrain.ops import routed_ffn, who_runs
 
     place = torch.device("cuda:0")
     for capability, reason in (((9, 0), None), ((8, 0), "compute capability 9 and 10 alone")):
@@ -127,3 +129,5 @@ def test_a_gpu_with_grouped_products_runs_them_and_another_says_why(monkeypatch:
         grouped = routed_ffn.on_device(place, torch.bfloat16)
         assert next(iter(grouped)) == "grouped_mm" and (reason or "") in (grouped["grouped_mm"] or "")
         assert (grouped["grouped_mm"] is None) is (reason is None)
+        said = who_runs._routed(grouped, gpu=True)
+        assert said.startswith("torch (grouped_mm: ") if reason else said == "grouped_mm or torch (timed at each shape)"

@@ -42,7 +42,9 @@ def test_a_run_learns_and_reports_its_saved_bytes_against_the_formula(choice: di
     stages = result.run["perplexity"]
     assert stages["after_conversion"] == stages["dense"]  # the forward is exact
     assert stages["after_training"] < 0.97 * stages["dense"]  # type: ignore[operator]
-    note = next(n for n in json.loads((tmp_path / "out" / "report.json").read_text())["notes"] if "formula" in n)
+    notes = json.loads((tmp_path / "out" / "report.json").read_text())["notes"]
+    assert "token_selection: ran selected attention on torch, selected loss on torch." in notes
+    note = next(n for n in notes if "formula" in n)
     found, formula = (float(x) for x in re.findall(r"(?:save|gives) (0\.\d+)", note))
     # what 19 of 64 tokens save beside the formula's share is indices and row statistics
     assert formula < 0.5 and abs(found - formula) < 0.05 * formula, note

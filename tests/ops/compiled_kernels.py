@@ -21,6 +21,8 @@ from triton.compiler import ASTSource
 
 from sparsetrain.ops.block_sparse_attention import triton as attention
 from sparsetrain.ops.monarch_linear import triton as monarch
+from sparsetrain.ops.mvue24 import triton as draws
+from sparsetrain.ops.nm_mask import triton as masks
 from sparsetrain.ops.product_quantization import triton as codes
 from sparsetrain.ops.selected_rows import triton as rows
 
@@ -35,14 +37,18 @@ KERNELS: list[tuple[Any, dict[str, Any], int]] = [
     (codes._encode, CODES, 4),
     (codes._histograms, CODES | {"MASKED": True}, 4),
     (monarch._products, {"ROWS": 128, "COLUMNS": 128, "INNER": 32, "BIAS": True, "PRECISION": "tf32"}, 8),
+    (masks._transposable, {"TILES": 128}, 4),
+    (masks._ranked, {"SIZE": 4, "PADDED": 4, "GROUPS": 256, "ABS": True}, 4),
+    (draws._draw, {"WIDE": triton.language.float32, "GROUPS": 256}, 4),
 ]
 SELECTED: list[tuple[Any, dict[str, Any]]] = [
     (rows._statistics_kernel, {"VALUES": True}),
     (rows._dq_kernel, {}),
     (rows._dkv_kernel, {"EVERYWHERE": False}),
 ]
-POINTERS = {"lse": "fp32", "delta": "fp32", "book": "fp32", "codes": "u8", "valid": "i8"}
-HALF = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "x", "a_ptr", "b_ptr", "bias_ptr", "out_ptr")
+POINTERS = {"lse": "fp32", "delta": "fp32", "book": "fp32", "codes": "u8", "valid": "i8", "mask": "u8"}
+POINTERS |= {"row": "fp32", "column": "fp32", "offset": "fp32"}
+HALF = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "x", "w", "a_ptr", "b_ptr", "bias_ptr", "out_ptr")
 NUMBERS = {"factor": "fp32", "scale": "fp32"}
 LISTS = ("_counts", "_ids", "_offsets", "_rows", "segments")
 STRIDE = re.compile("(q|k|v|o|do|dq|dk|dv)_[bhgks]")

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 BACKENDS = (
     "auto", "reference", "torch", "flex", "grouped_mm", "triton", "sdpa", "varlen", "emulate", "cusparselt", "cutlass",
 )  # fmt: skip
+Ran = dict[str, set[str]]
+"""Op -> the backends that were chosen for it."""
 _asked: ContextVar[str] = ContextVar("sparsetrain_backend", default="auto")
 
-_watched: ContextVar[set[str] | None] = ContextVar("sparsetrain_watched", default=None)
+_watched: ContextVar[Ran | None] = ContextVar("sparsetrain_watched", default=None)
 _planned: ContextVar[str | None] = ContextVar("sparsetrain_planned", default=None)
 _here: ContextVar[str | None] = ContextVar("sparsetrain_here", default=None)
 
@@ -66,11 +68,16 @@ def is_planned(x: Tensor) -> bool:
 
 
 @contextmanager
-def watch_ops() -> Iterator[set[str]]:
-    """Collect the names of the ops that choose a backend inside the `with` block."""
-    names: set[str] = set()
-    with _holding(_watched, names):
-        yield names
+def watch_ops(ran: Ran | None = None) -> Iterator[Ran]:
+    """Collect the ops that choose a backend inside the `with` block, and which, in `ran` if it is given."""
+    found, outer = {} if ran is None else ran, _watched.get()
+    try:
+        with _holding(_watched, found):
+            yield found
+    finally:
+        if outer is not None:
+            for op, names in found.items():
+                outer.setdefault(op, set()).update(names)
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
@@ -80,6 +87,11 @@ def use_backend(name: str) -> AbstractContextManager[None]:
         ValueError: `name` is not one of `BACKENDS`.
     """
     return _holding(_asked, _known(name))
+
+
+def asked_for(backend: str) -> str:
+    """What a caller's `backend=` comes to: "auto" defers to `use_backend`."""
+    return _asked.get() if backend == "auto" else _known(backend)
 
 
 def choose(op: str, asked: str, available: dict[str, str | None]) -> str:
@@ -93,10 +105,15 @@ def choose(op: str, asked: str, available: dict[str, str | None]) -> str:
     Raises:
         Unsupported: a backend was named and cannot run this call.
     """
-    name = _asked.get() if asked == "auto" else _known(asked)
+    found = _found(op, asked, available)
+    if (watched := _watched.get()) is not None:
+        watched.setdefault(op, set()).add(found)
+    return found
+
+
+def _found(op: str, asked: str, available: dict[str, str | None]) -> str:
+    name = asked_for(asked)
     can = [candidate for candidate, reason in available.items() if reason is None]
-    if (asked_for := _watched.get()) is not None:
-        asked_for.add(op)
     if name == "auto":
         if not can:
             reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in available.items())

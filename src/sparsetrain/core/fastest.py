@@ -62,6 +62,20 @@ def timings_here(op: str, key: str, device: torch.device, ways: Callable[[], Way
     return _known[path.name]
 
 
+def may_time(x: torch.Tensor) -> bool:
+    """Whether a call on `x` is of a kind that is timed: on a GPU, neither compiled nor being recorded.
+
+    Whether gradients are wanted must not count: a checkpointed forward and its recomputation decide alike.
+    """
+    return x.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
+
+
+def ranked(found: dict[str, str | None], known: Timings) -> dict[str, str | None]:
+    """Backends as `choose` takes them: the fastest first, then those that were not timed, and none that broke."""
+    broken = {name: f"it failed when it was timed: {why}" for name, why in known.failed.items() if name in found}
+    return {name: found[name] for name in known.order if name in found} | found | broken
+
+
 def all_timings(device: torch.device) -> list[Timings]:
     """What is remembered of this device since the machine started."""
     found = []

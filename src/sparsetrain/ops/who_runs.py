@@ -8,7 +8,7 @@ def backends(device: str) -> dict[str, str]:
     import torch
 
     from sparsetrain.core.backend import no_triton
-    from sparsetrain.ops import block_sparse_attention, routed_ffn
+    from sparsetrain.ops import block_sparse_attention, mvue24, nm_mask, routed_ffn
     from sparsetrain.ops.sparse24_linear.packing import kernel_refusal
 
     place = torch.device(device)
@@ -17,10 +17,12 @@ def backends(device: str) -> dict[str, str]:
     kernels = {name: kernel_refusal(name, (1024, 1024), torch.bfloat16, place) for name in ("cusparselt", "cutlass")}
     return {
         "block-sparse attention": _said(block_sparse_attention.on_device(q)),
-        "routed FFN": _said(routed_ffn.on_device(place, work)),
+        "routed FFN": _routed(routed_ffn.on_device(place, work), place.type == "cuda"),
         "loss head": "torch (in chunks of rows, on any device)",
         "Monarch": _monarch(no_triton(place), place.type == "cuda"),
         "2:4 products": _said({**kernels, "emulate": None}),
+        "2:4 masks": _said(nm_mask.on_device(place)),
+        "2:4 gradients": _said(mvue24.on_device(place)),
     }
 
 
@@ -28,6 +30,12 @@ def _monarch(reason: str | None, gpu: bool) -> str:
     if gpu and reason is None:
         return "triton or torch (timed at each shape)"
     return f"torch (triton: {reason or 'its interpreter is for tests'})"
+
+
+def _routed(available: dict[str, str | None], gpu: bool) -> str:
+    if gpu and available["grouped_mm"] is None:
+        return "grouped_mm or torch (timed at each shape)"
+    return _said(available)
 
 
 def _said(available: dict[str, str | None]) -> str:

@@ -21,7 +21,7 @@ from sparsetrain.surgery.deploy import Deploy, DeployDense
 from sparsetrain.surgery.method import Edit, Progress, Read, Schedule, State, method_of
 from sparsetrain.surgery.plan import Plan, plan
 from sparsetrain.surgery.record import Record, attach
-from sparsetrain.surgery.site import Site
+from sparsetrain.surgery.site import Site, notes_of
 from sparsetrain.surgery.support import check_support, features_of
 from sparsetrain.surgery.unattended import Unattended
 
@@ -158,8 +158,8 @@ class Handle:
             module.updated()
 
     def notes(self) -> list[str]:
-        """What a user should know about this model on this machine, each once."""
-        return list(dict.fromkeys(note for _, module in self._installed for note in module.notes()))
+        """What a user should know about this model on this machine, each once; and who has run the methods' ops."""
+        return notes_of([(edit.method, module) for edit, module in self._installed])
 
     def state(self) -> State:
         """`edit.key` -> tensors that rebuild the site beside the dense weights; feed it to `sparsify(state=...)`."""

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsetrain.core.backend import Ran, watch_ops
 from sparsetrain.surgery.auxiliary import LossScale, attach_loss
+
+
+def watching(ran: Ran) -> AbstractContextManager[Any]:
+    """Inside, `ran` notes which backends run; compiled code is left alone."""
+    return nullcontext() if torch.compiler.is_compiling() else watch_ops(ran)
 
 
 class Site(nn.Module):
@@ -18,6 +25,7 @@ class Site(nn.Module):
         held_dense: what `run_dense` was told last.
         adjusts_gradients: whether `adjust_gradients` has something to do now.
         adds_losses: the site calls `add_loss`.
+        ran: the ops that `watching` saw, and the backends that ran them.
         learning_rate: of the step that the optimizer has just taken, as `updated` is called; None where nobody said.
     """
 
@@ -31,11 +39,16 @@ class Site(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.loss_scale = LossScale()
+        self.ran: Ran = {}
 
     def add_loss(self, y: Tensor, loss: Tensor, weight: float) -> Tensor:
         """y, with a loss of the method's own added to the task's, scaled as that is (`surgery.auxiliary`)."""
         assert self.adds_losses, f"{type(self).__name__}.adds_losses says that it has no loss of its own"
         return attach_loss(y, loss, weight, self.loss_scale.factor)
+
+    def watching(self) -> AbstractContextManager[Any]:
+        """Inside, `ran` notes who runs the site's ops."""
+        return watching(self.ran)
 
     @property
     def runs_dense(self) -> bool:
@@ -129,3 +142,16 @@ class Site(nn.Module):
     def merge_error(self) -> str | None:
         """Why the site cannot become dense again with the same outputs, or None."""
         return None
+
+
+def notes_of(installed: list[tuple[str, Site]]) -> list[str]:
+    """What sites say, given beside their methods' names, each once; then, by method, who ran its operations."""
+    ran: dict[str, Ran] = {}
+    for method, site in installed:
+        for op, names in site.ran.items():
+            ran.setdefault(method, {}).setdefault(op, set()).update(names)
+    said = [note for _, site in installed for note in site.notes()]
+    for method, ops in ran.items():
+        parts = [f"{op.replace('_', ' ')} on {' and '.join(sorted(names))}" for op, names in sorted(ops.items())]
+        said.append(f"{method}: ran {', '.join(parts)}.")
+    return list(dict.fromkeys(said))

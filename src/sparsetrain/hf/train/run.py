@@ -283,7 +283,7 @@ def _record(course: Course, model: Any, handle: Handle | None, trainer: Trainer 
         data=parts.bundle.description,
         plan=parts.plan.rows() if parts.plan is not None else [],
         sparsity=journal.sparsity(handle),
-        notes=journal.notes,
+        notes=[*dict.fromkeys((*journal.notes, *(handle.notes() if handle else ())))],
         parameters=total,
         trainable_parameters=trainable,
         data_order=course.collator.digest if whole else None,

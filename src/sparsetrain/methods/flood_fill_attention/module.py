@@ -154,19 +154,20 @@ class FloodFillSparseAttention(SparseAttention):
         lists = self._lists_for(longest)
         if own_bn is not None and first_bn is not None:
             lists = _lists_of_sequences(lists, own_bn, first_bn)
-        out = block_sparse_attention(
-            call.q,
-            call.k,
-            call.v,
-            lists,
-            block_q=block,
-            block_k=block,
-            causal=call.causal,
-            scale=call.scale,
-            segments_bs=call.segments,
-            window=call.window,
-            softmax=config.softmax,
-        )
+        with self.watching():
+            out = block_sparse_attention(
+                call.q,
+                call.k,
+                call.v,
+                lists,
+                block_q=block,
+                block_k=block,
+                causal=call.causal,
+                scale=call.scale,
+                segments_bs=call.segments,
+                window=call.window,
+                softmax=config.softmax,
+            )
         return out if aligned is None else aligned.scatter(out)
 
     def _lists_for(self, num_blocks: int) -> Tensor:

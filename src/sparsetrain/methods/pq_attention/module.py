@@ -101,7 +101,9 @@ class PQSparseAttention(SparseAttention):
         ):
             return self.with_auxiliary_loss(call.dense(), call)
         rows_bt = None if self.dense_rows is None else self.dense_rows.of(call.q.shape[0] * call.q.shape[2])
-        out = call.with_padding(self._by_block(call, rows_bt) if by_block else self._by_token(call))
+        with self.watching():
+            found = self._by_block(call, rows_bt) if by_block else self._by_token(call)
+        out = call.with_padding(found)
         return self.with_auxiliary_loss(out if rows_bt is None else call.with_dense_rows(out, rows_bt), call)
 
     def _loses(self, call: AttentionCall) -> bool:

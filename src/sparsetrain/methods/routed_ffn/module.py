@@ -118,22 +118,23 @@ class Routing(Site):
         logits_tg, shift_gd, skip_td = self.router(x_td)
         choice_tk = choose_blocks(logits_tg, config.num_active)
         gate_tk = self.gates(logits_tg).gather(1, choice_tk.long())
-        y_td = routed_ffn(
-            x_td,
-            self._parts(owner, site.up),
-            self._parts(owner, site.down),
-            choice_tk,
-            gate_tk.to(x.dtype),
-            gate=self._parts(owner, site.gate) if site.gate else None,
-            num_shared=self.num_shared,
-            num_blocks=config.num_blocks,
-            activation=site.activation,
-            # rescaled gates are no longer 1, so they count as an output gate
-            gate_mode="output" if config.gated_by == "ste" and config.rescale else config.gated_by,
-            block_shift_gd=shift_gd,
-            valid_t=valid_t,
-            dense_t=dense_t,
-        )
+        with self.watching():
+            y_td = routed_ffn(
+                x_td,
+                self._parts(owner, site.up),
+                self._parts(owner, site.down),
+                choice_tk,
+                gate_tk.to(x.dtype),
+                gate=self._parts(owner, site.gate) if site.gate else None,
+                num_shared=self.num_shared,
+                num_blocks=config.num_blocks,
+                activation=site.activation,
+                # rescaled gates are no longer 1, so they count as an output gate
+                gate_mode="output" if config.gated_by == "ste" and config.rescale else config.gated_by,
+                block_shift_gd=shift_gd,
+                valid_t=valid_t,
+                dense_t=dense_t,
+            )
         if skip_td is not None:
             y_td = y_td + (skip_td if dense_t is None else skip_td.masked_fill(dense_t[:, None], 0))
         return self._with_balance_loss(y_td, logits_tg, choice_tk, _context(valid_t, dense_t)).view(x.shape)

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsetrain.core.backend import Ran
 from sparsetrain.methods.token_selection.logits import LogitsOnDemand
 from sparsetrain.methods.token_selection.selector import Head, Selector
 from sparsetrain.ops.selected_loss import selected_loss
 from sparsetrain.ops.selected_rows import Rows, take_rows
 from sparsetrain.surgery.reclass import dense_forward
+from sparsetrain.surgery.site import watching
 from sparsetrain.surgery.targets import IGNORED, SHIFTED, predicted
 
 _SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
@@ -110,12 +112,13 @@ class RowsLoss:
 
     Attributes:
         ran: it has been called; a trainer may compute its loss elsewhere.
+        backends: notes who ran it.
     """
 
     weighs = True
 
-    def __init__(self, linear: nn.Linear, rows: Rows, finish: Finish) -> None:
-        self.linear, self.rows, self.finish, self.ran = linear, rows, finish, False
+    def __init__(self, linear: nn.Linear, rows: Rows, finish: Finish, backends: Ran) -> None:
+        self.linear, self.rows, self.finish, self.ran, self.backends = linear, rows, finish, False, backends
 
     def __call__(
         self, logits: Tensor, labels: Tensor, vocab_size: int | None = None, num_items_in_batch: Any = None, **more: Any
@@ -129,14 +132,15 @@ class RowsLoss:
         if rows.weight_bk is not None:  # the mean is then a weighted one
             weight = (rows.weight_bk * (target_bk != IGNORED)).flatten()
             normaliser = weight.sum().clamp(min=1e-6) if normaliser is None else normaliser
-        loss = selected_loss(
-            logits.flatten(0, 1),
-            self.linear.weight,
-            target_bk.flatten(),
-            bias_v=self.linear.bias,
-            row_weight_n=weight,
-            normaliser=normaliser,
-        )
+        with watching(self.backends):
+            loss = selected_loss(
+                logits.flatten(0, 1),
+                self.linear.weight,
+                target_bk.flatten(),
+                bias_v=self.linear.bias,
+                row_weight_n=weight,
+                normaliser=normaliser,
+            )
         return self.finish(loss, weight=weight)
 
 

@@ -132,7 +132,7 @@ def choose(model: Any, given: dict[str, Any], scores: Tensor | None) -> Chosen:
     logits = LogitsOnDemand(linear, rows)
     head = rows_head(linear, rows, causal, logits)
     if causal:
-        return Chosen(given, targets, head, RowsLoss(linear, rows, finish), logits, note)
+        return Chosen(given, targets, head, RowsLoss(linear, rows, finish, selector.ran), logits, note)
     # the losses of masked language models may be written into their forwards: they are given fewer rows of both
     given["labels"] = only_used(rows.to(given["labels"].device).gather(given["labels"]), rows)
     return Chosen(given, targets, head, OwnLoss(own, not targets.counts[0], finish), logits, note)

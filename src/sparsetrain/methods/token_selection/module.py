@@ -48,6 +48,7 @@ class SelectedBlock(Site):
         super().__init__()
         self.selector, self.attention, self.rowwise = selector, attention, rowwise
         self.last: dict[str, float] = {}
+        self.ran = selector.ran
 
     def set_step(self, step: int, total_steps: int | None) -> None:
         self.selector.begin_step(step)
@@ -147,7 +148,12 @@ def _in_two_passes(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
     if dense_bt is not None:
         own_kwargs[DENSE] = torch.ones_like(rows.index_bk, dtype=torch.bool)
     attends = AttentionOfSelectedRows(notes)
-    with SelectedRows(notes), standing_in(attention, attends), adapters_on_selected_rows(adapters, notes):
+    with (
+        state.watching(),
+        SelectedRows(notes),
+        standing_in(attention, attends),
+        adapters_on_selected_rows(adapters, notes),
+    ):
         selected = dense_forward(SelectsTokens, block, *own_args, **own_kwargs)
     state.note(rows, notes.everything)
     y, y_selected = first_of(out), first_of(selected)
@@ -179,7 +185,12 @@ def _recomputing(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) ->
         second.said, second.everything, second.diverged = masks, everything, True
         adapters = plain_lora(block)
         attends = AttentionOfSelectedRows(second)
-        with SelectedRows(second), standing_in(attention, attends), adapters_on_selected_rows(adapters, second):
+        with (
+            state.watching(),
+            SelectedRows(second),
+            standing_in(attention, attends),
+            adapters_on_selected_rows(adapters, second),
+        ):
             return first_of(dense_forward(SelectsTokens, block, x, *own_args[1:], **own_kwargs))
 
     e, host = notes.everything, None

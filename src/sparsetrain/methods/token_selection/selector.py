@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from sparsetrain.core.backend import Ran
 from sparsetrain.core.host_memory import OnHost
 from sparsetrain.methods.token_selection.config import TokenSelection
 from sparsetrain.methods.token_selection.policies import Batch, draw, everything, segments_of
@@ -45,6 +46,7 @@ class Selector:
         kept: what blocks have said already of the batch that trains, by their state, call by call.
         previous: scores of the samples' last visits.
         mean: the optimizer step that is being accumulated.
+        ran: who runs attention and the loss of selected rows.
         waiting: the keys and values that went to the CPU's memory last in the forward that runs.
     """
 
@@ -61,6 +63,7 @@ class Selector:
         self.kept: dict[Any, list[Kept]] = {}
         self.previous = Previous()
         self.mean = StepMean()
+        self.ran: Ran = {}
         self.waiting: OnHost | None = None
         self._forced: Rows | None = None
         self._draw: Callable[[int], Rows] | None = None

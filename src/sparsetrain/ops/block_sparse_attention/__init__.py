@@ -15,7 +15,7 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from sparsetrain.core.backend import choose, no_triton
-from sparsetrain.core.fastest import Timings
+from sparsetrain.core.fastest import Timings, ranked
 from sparsetrain.ops.block_sparse_attention import flex, gain, reference
 from sparsetrain.ops.block_sparse_attention.cases import Case
 from sparsetrain.ops.block_sparse_attention.phantom import add_phantom_zeros, pruned_keys
@@ -149,10 +149,7 @@ def dense_is_faster(
 def _best_first(q: Tensor, k: Tensor, geometry: Geometry, num_slots: int) -> dict[str, str | None]:
     """Backends as `choose` takes them: where they were timed, the fastest first, and none that broke."""
     found, known = _available(q, geometry), _timings(q, k, geometry, num_slots)
-    if known is None:
-        return found
-    broken = {name: f"it failed when it was timed: {why}" for name, why in known.failed.items() if name in found}
-    return {name: found[name] for name in known.order if name in found} | found | broken
+    return found if known is None else ranked(found, known)
 
 
 def _timings(q: Tensor, k: Tensor, geometry: Geometry, num_slots: int) -> Timings | None:

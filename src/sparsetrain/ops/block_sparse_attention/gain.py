@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsetrain.core import fastest
 from sparsetrain.core.fastest import Timings, Ways, timings_here
 from sparsetrain.ops.block_sparse_attention.cases import Case
 
@@ -33,13 +34,8 @@ def shape_of(q: Tensor, k: Tensor, block_q: int, block_k: int, num_slots: int, c
 
 
 def may_time(q: Tensor, k: Tensor) -> bool:
-    """Whether a call is of a kind that is timed: whole rows on a GPU, neither compiled nor being recorded.
-
-    Whether gradients are wanted must not count: a checkpointed forward and its recomputation decide alike.
-    """
-    if not q.is_cuda or q.shape[2] != k.shape[2] or torch.compiler.is_compiling():
-        return False
-    return not torch.cuda.is_current_stream_capturing()
+    """Whether a call is of a kind that is timed: whole rows."""
+    return q.shape[2] == k.shape[2] and fastest.may_time(q)
 
 
 def timings(case: Case, dtype: torch.dtype, device: torch.device, backends: dict[str, Attend]) -> Timings:

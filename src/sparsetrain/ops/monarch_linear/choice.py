@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain.core.backend import no_triton
-from sparsetrain.core.fastest import Timings, Ways, timings_here
+from sparsetrain.core.fastest import Timings, Ways, may_time, ranked, timings_here
 from sparsetrain.ops.monarch_linear.reference import reference_monarch
 from sparsetrain.ops.monarch_linear.torch import strided_monarch
 
@@ -32,13 +32,10 @@ def best_first(x: Tensor, right: Tensor, left: Tensor | None, dtype: torch.dtype
         reason = f"the kernel takes fp32, fp16 and bf16, and not {dtype}"
     found = {"torch": None, "reference": None, "triton": reason}
     rows = x.numel() // max(1, x.shape[-1])
-    if reason is not None or not x.is_cuda or not rows or torch.compiler.is_compiling():
-        return found
-    if torch.cuda.is_current_stream_capturing():
+    if reason is not None or not rows or not may_time(x):
         return found
     known = _timings(1 << (rows - 1).bit_length(), right.shape, None if left is None else left.shape, dtype, x.device)
-    broken = {name: f"it failed when it was timed: {why}" for name, why in known.failed.items()}
-    return {name: None for name in known.order} | found | broken
+    return ranked(found, known)
 
 
 def _timings(

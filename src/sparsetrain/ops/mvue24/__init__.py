@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Generator, Tensor, cat, empty_like, rand
+from torch import Generator, Tensor, cat, device, empty_like, rand
 
-from sparsetrain.core.backend import choose
+from sparsetrain.core.backend import choose, no_triton
 from sparsetrain.ops.mvue24.reference import exact_dtype, inclusion, magnitudes, offset_of, reference_mvue
 from sparsetrain.ops.mvue24.torch import sliced_mvue
 
@@ -25,7 +25,7 @@ def mvue24(x: Tensor, dim: int = 0, *, generator: Generator | None = None, backe
     Args:
         x: any shape. A last group of fewer than four along `dim` is returned as it is.
         generator: of x's device; for x [t, c] and dim 0, t / 4 + c uniform numbers are taken from it.
-        backend: auto, torch (any device) or reference.
+        backend: auto, torch (any device), triton (a GPU's, in one pass over any strides) or reference.
 
     Raises:
         ValueError: fewer than four entries along `dim`, so nothing could be sparse.
@@ -36,23 +36,36 @@ def mvue24(x: Tensor, dim: int = 0, *, generator: Generator | None = None, backe
             f"mvue24: dimension {dim} of {tuple(x.shape)} has {size} entries, and a group needs four. "
             "Give at least four tokens, or keep the weight gradient dense (wgrad='dense')."
         )
-    name = choose("mvue24", backend, {"torch": None, "reference": None, "triton": "no kernel is written for it yet"})
-    x = x.detach()
-    whole = x.narrow(dim, 0, size // 4 * 4).movedim(dim, 0)
-    rows = whole.reshape(size // 4, 4, -1)
+    name, x = choose("mvue24", backend, on_device(x.device)), x.detach()
+    num_groups, num_columns = size // 4, x.numel() // max(1, size)
+    whole = x.narrow(dim, 0, num_groups * 4)
     row, column = (
-        rand(count, generator=generator, dtype=exact_dtype(x), device=x.device) for count in (len(rows), rows.shape[2])
+        rand(count, generator=generator, dtype=exact_dtype(x), device=x.device) for count in (num_groups, num_columns)
     )
-    offset = offset_of(rows)
+    offset = offset_of(whole)
+    if name == "triton":
+        from sparsetrain.ops.mvue24.triton import drawn_along
+
+        return drawn_along(x, dim, row, column, offset)
+    whole = whole.movedim(dim, 0)
+    rows = whole.reshape(num_groups, 4, -1)
     if name == "torch":
         out = empty_like(rows)
         sliced_mvue(rows, row, column, offset, out)
     else:
         starts = (row[:, None] + column).view(-1, 1)
         drawn = reference_mvue(rows.transpose(1, 2).reshape(-1, 4), starts, offset)
-        out = drawn.view(len(rows), -1, 4).transpose(1, 2)
+        out = drawn.view(num_groups, -1, 4).transpose(1, 2)
     found = out.reshape(whole.shape).movedim(0, dim)
     return found if size % 4 == 0 else cat([found, x.narrow(dim, size // 4 * 4, size % 4)], dim)
+
+
+def on_device(place: device) -> dict[str, str | None]:
+    """Backends there, best first, and why the kernel cannot run."""
+    kernel = no_triton(place)
+    if place.type == "cuda":
+        return {"triton": kernel, "torch": None, "reference": None}
+    return {"torch": None, "reference": None, "triton": kernel}
 
 
 def inclusion_probabilities(x: Tensor) -> Tensor:

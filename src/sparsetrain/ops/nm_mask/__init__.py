@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, float32, promote_types
+from torch import Tensor, device, float32, promote_types
 from torch.autograd import Function
 
-from sparsetrain.core.backend import choose
+from sparsetrain.core.backend import choose, no_triton
 from sparsetrain.core.config import one_of
 from sparsetrain.ops.nm_mask.patterns import TILE as TILE
 from sparsetrain.ops.nm_mask.patterns import tile_patterns as tile_patterns
 from sparsetrain.ops.nm_mask.reference import reference_greedy, reference_nm, reference_transposable
 from sparsetrain.ops.nm_mask.torch import greedy_transposable, matmul_transposable, ranked_nm
 
-_NO_KERNEL = "no kernel is written for it yet"
 _TRANSPOSABLE = {
     ("exact", "torch"): matmul_transposable,
     ("exact", "reference"): reference_transposable,
@@ -33,7 +32,7 @@ def nm_mask(
     Args:
         w: any shape; `dim` must divide into groups. Convolutions: groups along the input channels are dim=1.
         by: `magnitude`; or `value`, for scores, of which the largest are kept and a negative one is a low one.
-        backend: auto, torch (any device) or reference.
+        backend: auto, torch (any device), triton (a GPU's) or reference.
 
     Returns:
         bool mask of w's shape, exactly `keep` ones a group.
@@ -51,8 +50,12 @@ def nm_mask(
             f"nm_mask: dimension {dim} of {tuple(w.shape)} has {w.shape[dim]} entries, which do not divide into groups "
             f"of {group}. Leave this weight dense, or choose another dimension."
         )
+    name = choose("nm_mask", backend, on_device(w.device))
+    if name == "triton":
+        from sparsetrain.ops.nm_mask.triton import ranked
+
+        return ranked(w.detach(), keep, group, dim % w.ndim, by == "magnitude")
     ranks = w.detach().abs() if by == "magnitude" else w.detach()
-    name = choose("nm_mask", backend, {"torch": None, "reference": None, "triton": _NO_KERNEL})
     return (ranked_nm if name == "torch" else reference_nm)(ranks, keep, group, dim)
 
 
@@ -66,7 +69,7 @@ def transposable_mask(w_oi: Tensor, *, search: str = "exact", backend: str = "au
         w_oi: weights [out, in], both divisible by 4.
         search: `exact`; or `greedy`, which takes a tile's entries from the largest down, at most two in a row and
             column: it keeps .694 and ends with 7 ones in 16 % of tiles.
-        backend: auto, torch (any device) or reference.
+        backend: auto, torch (any device), triton (a GPU's, `exact` alone) or reference.
 
     Returns:
         bool mask [out, in].
@@ -80,8 +83,21 @@ def transposable_mask(w_oi: Tensor, *, search: str = "exact", backend: str = "au
             f"transposable_mask: weights {tuple(w_oi.shape)} do not divide into {TILE}x{TILE} tiles. "
             "Both sizes must be multiples of 4; leave this weight dense, or use a mask along rows."
         )
-    name = choose("transposable_mask", backend, {"torch": None, "reference": None, "triton": _NO_KERNEL})
+    greedy = None if search == "exact" else "the kernel searches exactly"
+    name = choose("transposable_mask", backend, on_device(w_oi.device, greedy))
+    if name == "triton":
+        from sparsetrain.ops.nm_mask.triton import transposable
+
+        return transposable(w_oi.detach())
     return _TRANSPOSABLE[search, name](w_oi.detach())
+
+
+def on_device(place: device, unable: str | None = None) -> dict[str, str | None]:
+    """Backends there, best first, and why the kernel cannot run: because of the place, or else `unable`."""
+    kernel = no_triton(place) or unable
+    if place.type == "cuda":
+        return {"triton": kernel, "torch": None, "reference": None}
+    return {"torch": None, "reference": None, "triton": kernel}
 
 
 def flip_rate(new: Tensor, old: Tensor) -> Tensor:

@@ -5,12 +5,14 @@ Hidden units are ordered [num_shared always on | block 0 | ... | block G-1], blo
 
 from __future__ import annotations
 
-from torch import Tensor, autocast, device, dtype, get_autocast_dtype, is_autocast_enabled
+from torch import Tensor, autocast, dtype, get_autocast_dtype, is_autocast_enabled
 
-from sparsetrain.core.backend import choose
+from sparsetrain.core.backend import asked_for, choose
 from sparsetrain.ops.linear_parts import LinearParts
 from sparsetrain.ops.routed_ffn import grouped
 from sparsetrain.ops.routed_ffn.activations import ACTIVATIONS as ACTIVATIONS
+from sparsetrain.ops.routed_ffn.choice import best_first
+from sparsetrain.ops.routed_ffn.choice import on_device as on_device
 from sparsetrain.ops.routed_ffn.problem import Problem, linear_operands
 from sparsetrain.ops.routed_ffn.reference import reference_ffn
 from sparsetrain.ops.routed_ffn.torch import grouped_ffn
@@ -78,23 +80,7 @@ def routed_ffn(
             activation=activation,
             gates_base=gate_mode == "spt",
         )
-        return _RUN[choose("routed_ffn", backend, _available(problem))](problem)
-
-
-def _available(p: Problem) -> dict[str, str | None]:
-    return _best_first(p.x_td.device, grouped.unable(p))
-
-
-def on_device(place: device, work: dtype) -> dict[str, str | None]:
-    """Backends of an ordinary call there, best first; and why one cannot."""
-    return _best_first(place, grouped.unable_on(place, work))
-
-
-def _best_first(place: device, reason: str | None) -> dict[str, str | None]:
-    """On a CPU grouped products are as fast as tiles and keep more for the backward pass: they run if asked for."""
-    if place.type == "cuda":
-        return {"grouped_mm": reason, "torch": None, "reference": None}
-    return {"torch": None, "grouped_mm": reason, "reference": None}
+        return _RUN[choose("routed_ffn", backend, best_first(problem, timed=asked_for(backend) == "auto"))](problem)
 
 
 def _dtype(x_td: Tensor) -> dtype:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsetrain.core.autograd import as_output
-from sparsetrain.core.backend import choose, is_planned, tuned_for
+from sparsetrain.core.backend import asked_for, choose, is_planned, tuned_for
+from sparsetrain.core.fastest import may_time, ranked
 from sparsetrain.ops.selected_rows.choice import OP, available, kernels
 from sparsetrain.ops.selected_rows.keys import KeyValues, not_selected_, of_selected, who_sees
 from sparsetrain.ops.selected_rows.library import LIBRARY
@@ -22,6 +23,7 @@ from sparsetrain.ops.selected_rows.planned import attention_as_planned
 from sparsetrain.ops.selected_rows.reference import attention_by_definition
 from sparsetrain.ops.selected_rows.rows import Rows
 from sparsetrain.ops.selected_rows.tiles import backward_by_tiles, forward_by_tiles
+from sparsetrain.ops.selected_rows.timed import timings
 
 
 def selected_attention(
@@ -56,16 +58,24 @@ def selected_attention(
     dtype = e.k_bgsd.dtype if known is None else known.dtype
     q_bhkd, k_bgkd, v_bgkd, keys, values = (x.to(dtype) for x in (q_bhkd, k_bgkd, v_bgkd, e.k_bgsd, e.v_bgsd))
     e = replace(e, k_bgsd=keys, v_bgsd=values)
-    name = _chosen(q_bhkd, e, rows, context is not None, backend)
+    name = _chosen(q_bhkd, e, rows, known is not None, context is not None, backend)
     if is_planned(q_bhkd):
         return attention_as_planned(q_bhkd, k_bgkd, v_bgkd, e, rows, known, context, name)
+    return _attend(name, q_bhkd, k_bgkd, v_bgkd, e, rows, known, context)
+
+
+def _attend(
+    name: str, q_bhkd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, e: KeyValues, rows: Rows, known: Tensor | None,
+    context: tuple[Tensor, Tensor] | None,
+) -> Tensor:  # fmt: skip
+    """`selected_attention` by one backend, of tensors of one dtype."""
     if name == "reference" or name in LIBRARY:
         way = attention_by_definition if name == "reference" else LIBRARY[name]
         out = way(q_bhkd, k_bgkd, v_bgkd, e, rows, context)
         return out if known is None else _WithValues.apply(out, known)  # type: ignore[return-value]
     return _Attention.apply(
-        q_bhkd, k_bgkd, v_bgkd, *(context or (None, None)), known, keys, values, e.segments_bs, e.looks_at_bt, rows,
-        (e.causal, e.scale, e.window), name,
+        q_bhkd, k_bgkd, v_bgkd, *(context or (None, None)), known, e.k_bgsd, e.v_bgsd, e.segments_bs, e.looks_at_bt,
+        rows, (e.causal, e.scale, e.window), name,
     )  # type: ignore[return-value]  # fmt: skip
 
 
@@ -95,8 +105,12 @@ def _all_rows(b: int, t: int) -> Rows:
 
 
 @torch.compiler.disable()  # it asks what is installed, not for values
-def _chosen(q_bhkd: Tensor, e: KeyValues, rows: Rows, trains_others: bool, backend: str) -> str:
-    return choose(OP, backend, available(q_bhkd, e, rows, trains_others=trains_others))
+def _chosen(q_bhkd: Tensor, e: KeyValues, rows: Rows, known: bool, trains_others: bool, backend: str) -> str:
+    timed = asked_for(backend) == "auto" and may_time(q_bhkd) and any(rows.counts) and not is_planned(q_bhkd)
+    found = available(q_bhkd, e, rows, trains_others=trains_others, timed=timed)
+    if timed:
+        found = ranked(found, timings(found, q_bhkd, e, rows, known, trains_others, _attend))
+    return choose(OP, backend, found)
 
 
 class _WithValues(torch.autograd.Function):

@@ -1,9 +1,9 @@
 """Who attends for selected queries: what is installed, what a call's shape asks for, and why others are passed over.
 
-On a GPU, what a library keeps well goes first: where a sample's rows stand together, as targets at its end do,
-PyTorch's own attention. Any other rows run in our kernels, which are compared with plain PyTorch on that GPU before
-they are first used for a kind of call, so that a compiler that fails there, or gets something wrong, costs time and not
-the run.
+On a GPU all that can run a class of calls is timed at the first one (`timed`). Where that cannot be, what a library
+keeps well goes first: where a sample's rows stand together, as targets at its end do, PyTorch's own attention. Any
+other rows run in our kernels, which are compared with plain PyTorch on that GPU before they are first used for a kind
+of call, so that a compiler that fails there, or gets something wrong, costs time and not the run.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from torch import Tensor
 from sparsetrain.core.backend import has_triton, is_planned, no_triton, tuned_for
 from sparsetrain.ops.selected_rows.keys import KeyValues, one_sequence, who_sees
 from sparsetrain.ops.selected_rows.rows import Rows
-from sparsetrain.ops.selected_rows.runs import FULL
+from sparsetrain.ops.selected_rows.runs import FULL, LEAST
 from sparsetrain.ops.selected_rows.tiles import backward_by_tiles, forward_by_tiles
 from sparsetrain.ops.selected_rows.varlen import attention_of_documents, documents_of, no_varlen
 
 OP = "selected_attention"
+TIMED = "and flex: the fastest, timed at each shape"
 CACHED = "keys of a cache stand before the tokens"
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 """Of the check: relative error of the output and each gradient against plain PyTorch."""
@@ -34,9 +35,14 @@ def kernels() -> Any:
     return import_module("sparsetrain.ops.selected_rows.triton")
 
 
-def available(q_bhkd: Tensor, e: KeyValues, rows: Rows, *, trains_others: bool) -> dict[str, str | None]:
-    """Backend -> None if it can run this call, else the reason; in the order of preference on q's device."""
-    run = no_run(q_bhkd, e, rows)
+def available(
+    q_bhkd: Tensor, e: KeyValues, rows: Rows, *, trains_others: bool, timed: bool = False
+) -> dict[str, str | None]:
+    """Backend -> None if it can run this call, else the reason; in the order of preference on q's device.
+
+    timed: time will tell, so rows may stand less close together.
+    """
+    run = no_run(q_bhkd, e, rows, timed)
     if is_planned(q_bhkd):  # a GPU that our kernels know, with Triton
         return {"sdpa": run, "triton": None}
     flex = no_flex(q_bhkd)
@@ -45,22 +51,23 @@ def available(q_bhkd: Tensor, e: KeyValues, rows: Rows, *, trains_others: bool) 
     found: dict[str, str | None] = {"sdpa": run, "flex": flex, "torch": None, "reference": None}
     triton = no_kernels(q_bhkd.device, q_bhkd.dtype, q_bhkd.shape[3])
     if q_bhkd.device.type != "cuda":
-        return {"torch": None, "triton": triton, **found, "varlen": no_documents(q_bhkd, e, rows)}
-    varlen = "one attention of all samples does" if run is None else no_documents(q_bhkd, e, rows)
-    if triton is None and run is not None and varlen is not None:
+        return {"torch": None, "triton": triton, **found, "varlen": no_documents(q_bhkd, e, rows, timed)}
+    # offsets of documents are found on the host: not where they are not needed
+    varlen = "one attention of all samples does" if run is None else no_documents(q_bhkd, e, rows, timed)
+    if triton is None and (timed or (run is not None and varlen is not None)):
         form = (e.causal, e.window is not None, e.segments_bs is not None, trains_others)
         triton = fails(q_bhkd.device, q_bhkd.dtype, q_bhkd.shape[3], *form)
     return {"sdpa": run, "varlen": varlen, "triton": triton, "torch": None, "flex": found["flex"], "reference": None}
 
 
-def no_run(q_bhkd: Tensor, e: KeyValues, rows: Rows) -> str | None:
+def no_run(q_bhkd: Tensor, e: KeyValues, rows: Rows, timed: bool = False) -> str | None:
     """Why PyTorch's attention, which knows stretches of causal rows, is no choice, or None."""
     if not e.causal or e.window is not None:
         return "a call that is not causal, or that has a window"
     if e.k_bgsd.shape[2] != rows.num_tokens:
         return CACHED
-    if rows.run is None:
-        return f"less than {FULL:.0%} of the stretches that hold the selected rows is selected"
+    if (rows.loose_run if timed else rows.run) is None:
+        return f"less than {LEAST if timed else FULL:.0%} of the stretches that hold the selected rows is selected"
     if e.segments_bs is not None and (is_planned(q_bhkd) or not one_sequence(e, rows)):
         return "rows that are packed, or begin with padding"
     if tuned_for(q_bhkd) == "cuda" and q_bhkd.shape[1] != e.k_bgsd.shape[1]:  # it would form all scores
@@ -70,7 +77,7 @@ def no_run(q_bhkd: Tensor, e: KeyValues, rows: Rows) -> str | None:
     return None
 
 
-def no_documents(q_bhkd: Tensor, e: KeyValues, rows: Rows) -> str | None:
+def no_documents(q_bhkd: Tensor, e: KeyValues, rows: Rows, timed: bool = False) -> str | None:
     """Why PyTorch's varlen attention is no choice, or None. It is compared with plain PyTorch before its first use."""
     if reason := no_flash(q_bhkd) or no_varlen():
         return reason
@@ -78,8 +85,9 @@ def no_documents(q_bhkd: Tensor, e: KeyValues, rows: Rows) -> str | None:
         return "a call that is not causal"
     if e.k_bgsd.shape[2] != rows.num_tokens:
         return CACHED
-    if documents_of(e, rows) is None:
-        return f"less than {FULL:.0%} of the stretches that hold a document's selected rows is selected"
+    least = LEAST if timed else FULL
+    if documents_of(e, rows, least) is None:
+        return f"less than {least:.0%} of the stretches that hold a document's selected rows is selected"
     grouped = q_bhkd.shape[1] != e.k_bgsd.shape[1]
     return varlen_fails(q_bhkd.device, q_bhkd.dtype, q_bhkd.shape[3], e.window is not None, grouped)
 
@@ -139,7 +147,8 @@ def on_device(device: torch.device) -> tuple[list[str], str | None]:
         return ["torch"], no_kernels(device, torch.float32, 64)
     reason = no_kernels(device, torch.bfloat16, 64)
     reason = reason or fails(device, torch.bfloat16, 64, True, False, False, False)
-    return ["sdpa or varlen where selected tokens stand together", *([] if reason else ["triton"]), "torch"], reason
+    together = "sdpa or varlen where selected tokens stand together"
+    return [together, *([] if reason else ["triton"]), "torch", TIMED], reason
 
 
 def no_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -30,7 +30,7 @@ def attention_of_run(
 
     Returns: [b, h, k, d].
     """
-    run = rows.run
+    run = rows.loose_run
     assert run is not None
     places = None if run.exact else run.places(rows.index_bk, rows.used_bk)
     queries = q if places is None else spread(q, places, run.width)

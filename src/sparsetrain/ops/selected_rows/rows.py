@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsetrain.core.autograd import as_output
-from sparsetrain.ops.selected_rows.runs import Run, run_of
+from sparsetrain.ops.selected_rows.runs import LEAST, Run, run_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +75,11 @@ class Rows:
     def run(self) -> Run | None:
         """The stretches of tokens that hold the rows of all samples, or None. The host knows."""
         return run_of(self.positions)
+
+    @cached_property
+    def loose_run(self) -> Run | None:
+        """As `run`, with more tokens between the selected ones: for who times it."""
+        return self.run or run_of(self.positions, LEAST)
 
     @cached_property
     def counts_b(self) -> Tensor:

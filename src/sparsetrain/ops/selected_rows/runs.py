@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 FULL = 0.75
-"""Share of the queries in stretches that must be selected. Not measured on a GPU."""
+"""Share of the queries in stretches that must be selected where nothing is timed. Not measured on a GPU."""
+LEAST = 0.5
+"""The same where it is timed. Queries that are not selected are kept for the backward, too: at most as many again."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Run:
         return places if used_bk is None else torch.where(used_bk, places, self.width)
 
 
-def run_of(positions: Sequence[Sequence[int]]) -> Run | None:
-    """The stretches that hold the rows of all samples; None where too little of them is selected.
+def run_of(positions: Sequence[Sequence[int]], least: float = FULL) -> Run | None:
+    """The stretches that hold the rows of all samples; None where a smaller share of them than `least` is selected.
 
     Args:
         positions: ascending, of each sample.
@@ -58,7 +60,7 @@ def run_of(positions: Sequence[Sequence[int]]) -> Run | None:
     else:
         first, begin, end = 0, 0, first
     selected, queries = sum(map(len, held)), len(positions) * (first + end - begin)
-    return Run(first, begin, end, selected == queries) if selected >= FULL * queries else None
+    return Run(first, begin, end, selected == queries) if selected >= least * queries else None
 
 
 def leading(positions: Sequence[int]) -> int:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from sparsetrain.ops.selected_rows.keys import KeyValues, keys_with_gradient
 from sparsetrain.ops.selected_rows.rows import Rows
-from sparsetrain.ops.selected_rows.runs import FULL, leading
+from sparsetrain.ops.selected_rows.runs import FULL, LEAST, leading
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -54,21 +54,26 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """places_n: int64 [b·k], the query that each slot is, of those of all calls; behind them for unused slots."""
+    """places_n: int64 [b·k], the query that each slot is, of those of all calls; behind them for unused slots.
+    share: of the queries that is selected."""
 
     places_n: Tensor
     calls: list[Call]
+    share: float
+
+    @property
+    def num_queries(self) -> int:
+        return sum(call.num_queries for call in self.calls)
 
 
 def attention_of_documents(
     q: Tensor, k: Tensor, v: Tensor, e: KeyValues, rows: Rows, context: tuple[Tensor, Tensor] | None
 ) -> Tensor:
     """Rows that are the first tokens of documents and a stretch of later ones in each, [b, h, k, d]."""
-    found = documents_of(e, rows)
+    found = documents_of(e, rows, LEAST)
     assert found is not None
     keys, values = (_in_line(x) for x in keys_with_gradient(k, v, e, rows, context, rows.num_tokens))
-    total = sum(call.num_queries for call in found.calls)
-    queries = q.new_zeros(total + 1, q.shape[1], q.shape[3]).index_copy(0, found.places_n, _in_line(q))
+    queries = q.new_zeros(found.num_queries + 1, q.shape[1], q.shape[3]).index_copy(0, found.places_n, _in_line(q))
     form = {"scale": e.scale, "window_size": (-1 if e.window is None else e.window - 1, 0)}
     form["enable_gqa"] = q.shape[1] != k.shape[1]
     out, first = [], 0
@@ -94,13 +99,18 @@ def no_varlen() -> str | None:
     return f"this PyTorch's varlen attention does not know {', '.join(sorted(missing))}" if missing else None
 
 
-def documents_of(e: KeyValues, rows: Rows) -> Documents | None:
-    """The calls that a selection needs; None where its rows do not stand together. Read once a selection."""
+def documents_of(e: KeyValues, rows: Rows, least: float = FULL) -> Documents | None:
+    """The calls that a selection needs; None where its rows do not stand together. Read once a selection.
+
+    Args:
+        least: share of the queries that must be selected, `LEAST` or more.
+    """
     segments = e.segments_bs
     known = rows.masks.get("documents")
     if known is None or known[0] is not segments:
         known = rows.masks["documents"] = segments, _documents(segments, rows)
-    return known[1]
+    found = known[1]
+    return found if found is not None and found.share >= least else None
 
 
 def _documents(segments_bt: Tensor | None, rows: Rows) -> Documents | None:
@@ -118,7 +128,7 @@ def _documents(segments_bt: Tensor | None, rows: Rows) -> Documents | None:
             at = sample * t
             stretches += [Stretch(*(at + x for x in s)) for s in stretches_of(start, [p for _, p in found])]
     queries = sum(s.end - s.begin for s in stretches)
-    if not stretches or sum(rows.counts) < FULL * queries:
+    if not stretches or sum(rows.counts) < LEAST * queries:
         return None
     return laid_out(stretches, rows)
 
@@ -161,7 +171,8 @@ def laid_out(stretches: Sequence[Stretch], rows: Rows) -> Documents:
     for sample, positions in enumerate(rows.positions):
         found = [place_of[sample * rows.num_tokens + p] for p in positions]
         places += found + [len(place_of)] * (width - len(found))
-    return Documents(torch.tensor(places).to(device), [_call(group, num_keys, device) for group in groups])
+    calls = [_call(group, num_keys, device) for group in groups]
+    return Documents(torch.tensor(places).to(device), calls, sum(rows.counts) / len(place_of))
 
 
 def _call(stretches: Sequence[Stretch], num_keys: int, device: torch.device) -> Call:
