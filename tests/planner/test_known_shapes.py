@@ -1,4 +1,4 @@
-"""What is remembered of an operation is what PyTorch's fake tensors say of it, and traces are equal with and without it."""
+"""What is remembered of an operation is what the fake mode says; traces are equal with and without it."""
 
 from __future__ import annotations
 

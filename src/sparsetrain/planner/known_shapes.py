@@ -93,7 +93,7 @@ def known_shapes() -> KnownShapes:
 
 
 def _plain(value: Any) -> Any:
-    """Of a tensor its kind, shape, stride and dtype; of another value also its type, since 1, 1.0 and True are equal."""
+    """Of a tensor its kind, shape, stride and dtype; of a value its type, too, since 1, 1.0 and True are equal."""
     if isinstance(value, Tensor):
         return type(value), value.shape, value.stride(), value.dtype
     if isinstance(value, (tuple, list)):
