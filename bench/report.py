@@ -19,6 +19,7 @@ from bench.tables import CONCLUSIONS, TABLES
 from bench.tables.automatic import automatic
 from bench.tables.deploy import evidence_files, of_spt
 from bench.tables.machines import machines
+from bench.tables.mechanisms import PICTURES, mechanism, shown
 from bench.tables.picture import COLOURS, picture
 from bench.tables.pictures import SHEET
 from bench.tables.planner import published
@@ -27,6 +28,7 @@ from bench.tables.support import support
 
 REPO = ROOT.parent
 PAGES = REPO / "docs" / "results"
+METHODS = REPO / "src" / "sparsetrain" / "methods"
 ORIGIN = (
     "SmolLM2 here is the embedded SmolLM2-135M-Instruct, whose weights come from a 4-bit file (Q4_1), dequantised: its "
     "losses and perplexities are comparable with one another, not with published ones."
@@ -74,6 +76,11 @@ def pages() -> dict[Path, str]:
     written[readme], _ = fill(readme.read_text(), {"methods": methods(found, registered())}, readme.name)
     for theme in COLOURS:
         written[REPO / "docs" / "pictures" / f"steps-{theme}.svg"] = picture(found["steps"], theme)
+    for method in PICTURES:
+        page = METHODS / method / "README.md"
+        written[page], _ = fill(page.read_text(), {"picture": shown(method)}, f"{method}/{page.name}")
+        for theme in COLOURS:
+            written[REPO / "docs" / "pictures" / f"{method}-{theme}.svg"] = mechanism(method, theme)
     written[REPO / "docs" / "support.md"] = support()
     return written | evidence_files(found)
 

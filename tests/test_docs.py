@@ -14,6 +14,7 @@ import torch
 import sparsetrain
 import sparsetrain.methods
 from bench import report
+from bench.tables.mechanisms import PICTURES, shown
 from bench.tables.steps import registered
 from sparsetrain.core.config import registered_methods
 from sparsetrain.surgery.method import method_of
@@ -94,6 +95,17 @@ def test_the_snippet_runs(page: Path, number: int, hub: None) -> None:
 
 def test_every_page_of_a_method_has_a_snippet() -> None:
     assert all(blocks(page) for page in PAGES)
+
+
+def test_each_method_has_its_picture() -> None:
+    """What it shows is `bench.tables.mechanisms`'; that it is current is held with all that is generated."""
+    assert PICTURES.keys() == {page.parent.name for page in PAGES[1:]}
+    for method in PICTURES:
+        page = (REPO / "src" / "sparsetrain" / "methods" / method / "README.md").read_text()
+        assert "\n".join(shown(method)) in page.partition("```")[0], "before the first code"
+        for theme in ("light", "dark"):
+            drawn = (REPO / "docs" / "pictures" / f"{method}-{theme}.svg").read_text()
+            assert "<text" in drawn and "<image" not in drawn and "prefers-color-scheme" not in drawn
 
 
 def test_what_is_generated_is_current() -> None:

@@ -25,8 +25,9 @@ def drop_as_on_a_gpu(model: Any, recipe: RunRecipe) -> None:
         return  # masks are of bytes already, and attention has no dropout
     parts = [submodule(model, site.name) for site in known_parts(model).attentions]
     parts += [module for module in model.modules() if isinstance(module, nn.Dropout)]
-    # checkpointing recomputes blocks in the backward, where a mode that the model's forward turns on is off
-    for module in parts if recipe.gradient_checkpointing != "none" else [model]:
+    # blocks and pieces of FFNs are recomputed in the backward, where a mode that the model's forward turns on is off
+    recomputes = recipe.gradient_checkpointing != "none" or getattr(recipe, "tiled_mlp", 1) > 1
+    for module in parts if recomputes else [model]:
         module.forward = _fusing(module.forward)
 
 

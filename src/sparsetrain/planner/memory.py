@@ -163,11 +163,11 @@ def fit(traces: dict[int, StepTrace], tokens: int, batch: int = 1) -> StepTrace:
         return _line(lengths, values, tokens, batch)
 
     def table(tables: list[dict[str, float]]) -> dict[str, float]:
-        names = {name for each in tables for name in each}
+        names = sorted({name for each in tables for name in each})
         return {name: max(0.0, size([each.get(name, 0.0) for each in tables])) for name in names}
 
     def segment(parts: list[Segment]) -> Segment:
-        kinds = {kind for part in parts for kind in part.work}
+        kinds = sorted({kind for part in parts for kind in part.work})  # sums in one order, whatever the hashes
         none = (0.0, 0.0, 0.0)
         work = {k: tuple(max(0.0, mix([p.work.get(k, none)[i] for p in parts])) for i in range(3)) for k in kinds}
         return Segment(size([p.kept for p in parts]), max(0.0, size([p.peak for p in parts])), work)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class LiveBytes:
         self.live -= size
 
     def _count(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any, results: list[Tensor]) -> None:
-        name = func._schema.name.removeprefix("aten::")
+        name = _name(func)
         if _is_view(func) or name.startswith(_FREE) or not results:
             return
         given = tensors_in((args, kwargs))
@@ -100,8 +101,14 @@ def _product(given: list[Tensor]) -> str:
     return "gemm fp32" if given[0].dtype == torch.float32 else "gemm"
 
 
+@cache
 def _is_view(func: Any) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+
+
+@cache
+def _name(func: Any) -> str:
+    return func._schema.name.removeprefix("aten::")
 
 
 def _is_causal(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:

@@ -137,9 +137,8 @@ def add_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: lis
 
 def _with_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: list[str]) -> Any:
     trained = [*(handle.modules_to_save if handle is not None else []), *new_modules]
-    config = lora_config(
-        recipe, modules_to_save=trained, fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules())
-    )
+    conv1d = any(isinstance(module, Conv1D) for module in model.modules())
+    config = lora_config(recipe, modules_to_save=trained, fan_in_fan_out=conv1d)
     if model.config.model_type in MAMBA and recipe.lora_targets == "all-linear" and config.exclude_modules is None:
         config.exclude_modules = list(LEFT_OUT)
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -150,7 +149,8 @@ def _with_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: l
         # PEFT 0.21 asks transformers 5.23 by a name that is deprecated there
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         try:
-            adapted = get_peft_model(model, config, autocast_adapter_dtype=recipe.lora_dtype == "fp32")
+            fp32, empty = recipe.lora_dtype == "fp32", all(p.is_meta for p in model.parameters())
+            model = get_peft_model(model, config, autocast_adapter_dtype=fp32, low_cpu_mem_usage=empty)
         except ValueError as error:
             if recipe.lora_targets != "all-linear" or "No `target_modules`" not in str(error):
                 raise
@@ -158,7 +158,7 @@ def _with_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: l
             raise ValueError(f"{names} leaves no linear for LoRA. Set lora_r=0, or narrow its targets.") from None
     if recipe.model_revision is not None:  # PEFT would name the folder of its snapshot
         config.base_model_name_or_path, config.revision = recipe.model, recipe.model_revision
-    return adapted
+    return model
 
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:

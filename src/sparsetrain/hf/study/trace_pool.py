@@ -38,7 +38,7 @@ def trace_all(
     workers = min(MOST_PROCESSES, _cores(), len(recipes))
     if workers < 2 or not _may_fork():
         return
-    dearest_first = sorted(range(len(recipes)), key=lambda i: -len(recipes[i].configs))
+    dearest_first = sorted(range(len(recipes)), key=lambda i: (-recipes[i].tiled_mlp, -len(recipes[i].configs)))
     # a forked process has the libraries already; importing them anew takes longer than a trace
     with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_begin) as pool:
         jobs = {pool.submit(_trace, recipes[i], model, bf16, gpu, here): i for i in dearest_first}
