@@ -104,3 +104,13 @@ def test_plain_lora_reads_what_linear_parts_reads(names: list[str]) -> None:
         scale = 1 if parts.lora_scale is None else parts.lora_scale
         torch.testing.assert_close(parts.lora[1] * scale @ parts.lora[0], expected.lora[1] @ expected.lora[0])
         assert torch.equal(parts.weight, expected.weight) and parts.bias is expected.bias
+
+
+def test_a_lora_is_added_as_peft_adds_it_to_the_last_bit() -> None:
+    model, called, batch = converted("llama", lora_alpha=7)
+    for name, parameter in called.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    found = called(**batch).logits.detach()
+    with torch.no_grad():
+        assert torch.equal(found, called(**batch).logits)

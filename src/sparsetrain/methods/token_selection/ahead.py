@@ -27,7 +27,8 @@ from sparsetrain.methods.token_selection.arguments import detached
 from sparsetrain.methods.token_selection.attention import attend_to_all, key_values, trained_keys
 from sparsetrain.methods.token_selection.loss import head_of, takes_rows
 from sparsetrain.methods.token_selection.module import SelectedBlock
-from sparsetrain.methods.token_selection.passes import Context, adapters_on_all_rows
+from sparsetrain.methods.token_selection.notes import Context
+from sparsetrain.methods.token_selection.passes import adapters_on_all_rows
 from sparsetrain.methods.token_selection.policies import Batch
 from sparsetrain.methods.token_selection.scores import scores_at_head
 from sparsetrain.methods.token_selection.selector import Kept, Selector

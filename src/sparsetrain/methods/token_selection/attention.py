@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparsetrain.methods.token_selection.passes import Context, FoundKeys, Notes
+from sparsetrain.methods.token_selection.notes import Context, FoundKeys, Notes
 from sparsetrain.ops.selected_rows import KeyValues, attention_of_all, selected_attention
 from sparsetrain.surgery.attention import AttentionCall, SparseAttention, StandIn
 

@@ -18,7 +18,8 @@ from sparsetrain.core.modes import modules_of, parameters_of
 from sparsetrain.methods.token_selection.arguments import detached, first_of, on_rows, with_first
 from sparsetrain.methods.token_selection.attention import AttentionOfAllRows, AttentionOfSelectedRows, attaches_loss
 from sparsetrain.methods.token_selection.layers import Layers, layers_of
-from sparsetrain.methods.token_selection.passes import FoundKeys, Note, Notes, on_all_rows, on_selected_rows
+from sparsetrain.methods.token_selection.notes import FoundKeys, Note, Notes
+from sparsetrain.methods.token_selection.passes import on_all_rows, on_selected_rows
 from sparsetrain.methods.token_selection.recomputed import in_pieces, recomputed
 from sparsetrain.methods.token_selection.selector import Selector
 from sparsetrain.ops.selected_rows import KeyValues, Rows, keep, replace_rows, selected_attention_reference
