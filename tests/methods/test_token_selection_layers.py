@@ -107,7 +107,7 @@ def test_plain_lora_reads_what_linear_parts_reads(names: list[str]) -> None:
 
 
 def test_a_lora_is_added_as_peft_adds_it_to_the_last_bit() -> None:
-    model, called, batch = converted("llama", lora_alpha=7)
+    _, called, batch = converted("llama", lora_alpha=7)
     for name, parameter in called.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
