@@ -7,6 +7,7 @@ that the time of a step is nearly all the host's: a GPU that is done sooner wait
 
 from __future__ import annotations
 
+import cProfile
 import functools
 import statistics
 import time
@@ -68,6 +69,16 @@ def seconds(side: Side, batch: Any) -> float:
     return spent
 
 
+def calls(side: Side, batch: Any) -> int:
+    """Functions that Python calls in a step, its own and C's: what takes the host its time, and does not vary."""
+    profile = cProfile.Profile()
+    profile.enable()
+    side.loss(batch).backward()
+    profile.disable()
+    side.optimizer.zero_grad(set_to_none=True)
+    return sum(entry.callcount for entry in profile.getstats())
+
+
 def measure(way: str, tokens: int, rounds: int) -> dict[str, Any]:
     """Of a layer, and of all that a step has once."""
     named, again, where = WAYS[way]
@@ -84,6 +95,7 @@ def measure(way: str, tokens: int, rounds: int) -> dict[str, Any]:
         for side in sides:
             seconds(side, batch)
         counts = [counted(side, batch) for side in sides]
+        called = [calls(side, batch) for side in sides]
         taken = [[seconds(side, batch) for side in sides] for _ in range(rounds)]
     few, many = (statistics.median(column) for column in zip(*taken, strict=True))
     per_layer = statistics.median((b - a) / (MANY - FEW) for a, b in taken)
@@ -96,6 +108,7 @@ def measure(way: str, tokens: int, rounds: int) -> dict[str, Any]:
         "reads_per_layer": (reads[1] - reads[0]) / (MANY - FEW),
         "reads_per_step": reads[1],
         "reads": dict(counts[1].reads),
+        "calls_per_layer": (called[1] - called[0]) / (MANY - FEW),
         "host_ms_per_layer": 1e3 * per_layer,
         "host_ms_per_step": {str(FEW): 1e3 * few, str(MANY): 1e3 * many},
     }
@@ -116,6 +129,13 @@ BENCHMARKS = [
         settings={"tokens": 160, "rounds": 15},
         quick={"rounds": 3},
         threads=1,
-        shows=("launches_per_layer", "launches_once", "reads_per_layer", "reads_per_step", "host_ms_per_layer"),
+        shows=(
+            "launches_per_layer",
+            "launches_once",
+            "reads_per_layer",
+            "reads_per_step",
+            "calls_per_layer",
+            "host_ms_per_layer",
+        ),
     )
 ]

@@ -269,9 +269,10 @@ def library_model(model: nn.Module) -> nn.Module:
 
 def innermost(module: nn.Module) -> Any:
     """The module under all adapters, which keep what they wrap as `base_layer` (PEFT)."""
-    while hasattr(module, "base_layer"):
-        module = module.base_layer  # type: ignore[assignment]
-    return module
+    wrapped: Any = module
+    while (inside := wrapped._modules.get("base_layer")) is not None:  # hasattr() of what is missing costs 3 us
+        wrapped = inside
+    return wrapped
 
 
 def dense_weight(module: nn.Module) -> Tensor:

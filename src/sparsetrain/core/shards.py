@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed import is_available
 
-from sparsetrain.core.modes import modules_of, parameters_of
+from sparsetrain.core.modes import modules_of
 
 
 def is_shard(x: Tensor) -> bool:
@@ -50,26 +50,31 @@ def gradients_of(model: nn.Module, more: Iterable[Tensor] = ()) -> list[Tensor]:
     Raises:
         RuntimeError: this version of torch keeps shards elsewhere.
     """
-    holders = dict.fromkeys([*parameters_of(model), *more, *_behind(model)])
+    modules = modules_of(model)
+    sharded = list(_sharded(modules))
+    own = (parameter for module in modules for parameter in module._parameters.values() if parameter is not None)
+    holders = dict.fromkeys([*own, *more, *_behind(sharded)])
     found = [holder.grad for holder in holders if holder.grad is not None]
-    return found + [grad for param in _sharded(model) if (grad := param.unsharded_accumulated_grad) is not None]
+    return found + [grad for param in sharded if (grad := param.unsharded_accumulated_grad) is not None]
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on this module."""
-    return hasattr(module, "_get_fsdp_state")
+    return hasattr(type(module), "_get_fsdp_state")  # what a module itself lacks takes it 3 us to say
 
 
-def _behind(model: nn.Module) -> Iterator[Tensor]:
+def _behind(sharded: Iterable[Any]) -> Iterator[Tensor]:
     """Both forms of every sharded parameter: the gradient hangs on one of them."""
-    for param in _sharded(model):
+    for param in sharded:
         yield param.sharded_param
         if hasattr(param, "_unsharded_param"):  # since the first time that it was gathered
             yield param._unsharded_param
 
 
-def _sharded(model: nn.Module) -> Iterator[Any]:
-    for module in modules_of(model):
+def _sharded(modules: Iterable[nn.Module]) -> Iterator[Any]:
+    if not any(hasattr(kind, "_get_fsdp_state") for kind in set(map(type, modules))):
+        return
+    for module in modules:
         if not is_sharded(module):
             continue
         state = module._get_fsdp_state()  # type: ignore[operator]

@@ -68,8 +68,8 @@ def refused_adapter(module: nn.Module) -> str | None:
     if gives_each_sample_its_adapter(module):
         return "is called with adapter_names, another adapter for each sample. Use one adapter for the whole batch."
     kind = type(inner)
-    if "forward" in vars(inner) or not (kind.forward is nn.Linear.forward or kind.__name__ == "Conv1D"):
-        found = "carries a forward of its own" if "forward" in vars(inner) else f"is a {kind.__name__}"
+    if _is_patched(inner) or not (kind.forward is nn.Linear.forward or kind.__name__ == "Conv1D"):
+        found = "carries a forward of its own" if _is_patched(inner) else f"is a {kind.__name__}"
         return f"{found}, and nn.Linear or Conv1D is known. Leave this FFN out with `targets`."
     if _is_bare(wrapped):
         return None
@@ -95,28 +95,47 @@ def refused_adapter(module: nn.Module) -> str | None:
 
 
 def plain_lora(block: nn.Module) -> dict[nn.Module, LinearParts]:
-    """The linears of a block that run with LoRA and nothing else: frozen, no dropout, bias, variant or own forward."""
-    return {module: _parts(module, _is_conv1d(module)) for module in _lora_linears(block) if _is_plain(module)}
+    """The linears of a block that run with LoRA and nothing else: frozen, no dropout, bias, variant or own forward.
+
+    It is asked of every block in every step, so it reads modules' dictionaries: an attribute that is not there costs
+    an nn.Module 3 us, and 7 linears had cost 1.1 ms.
+    """
+    found = ((module, _plain_parts(module)) for module in _lora_linears(block))
+    return {module: parts for module, parts in found if parts is not None}
 
 
 def _lora_linears(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
+    for child in module._modules.values():
+        if child is None or isinstance(child, nn.ModuleDict):
+            continue
         if adapter_kind(child) == "lora.Linear":
             yield child
-        elif not isinstance(child, nn.ModuleDict):
+        else:
             yield from _lora_linears(child)
 
 
-def _is_plain(module: Any) -> bool:
-    if refused_adapter(module) is not None or _is_bare(module) or not active_adapters(module):
-        return False
-    inner = innermost(module)
-    frozen = not inner.weight.requires_grad and (inner.bias is None or not inner.bias.requires_grad)
-    return frozen and not has_lora_bias(module) and not any(_dropouts(module))
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(innermost(module)).__name__ == "Conv1D"
+def _plain_parts(wrapped: Any) -> LinearParts | None:
+    """The parts of a linear with LoRA, None unless it is a plain one. The scale of one adapter stands beside B."""
+    inner, a, b = (wrapped._modules[name] for name in ("base_layer", "lora_A", "lora_B"))
+    kind, transposed = type(inner), type(inner).__name__ == "Conv1D"
+    if not (transposed or kind.forward is nn.Linear.forward) or _is_patched(inner):
+        return None
+    names = [name for name in wrapped.active_adapters if name in a._modules]
+    if not names or wrapped.disable_adapters or wrapped.merged or _is_patched(wrapped):
+        return None
+    if "base_layer" in inner._modules or gives_each_sample_its_adapter(wrapped):
+        return None
+    if any(wrapped.lora_variant.get(name) for name in names):
+        return None
+    weight, bias = inner.weight, inner.bias
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    if any(b._modules[name].bias is not None for name in names) or any(_dropouts(wrapped)):
+        return None
+    if len(names) > 1:
+        return _parts(wrapped, transposed)
+    factors = a._modules[names[0]].weight, b._modules[names[0]].weight
+    return LinearParts(weight.t() if transposed else weight, bias, factors, lora_scale=wrapped.scaling[names[0]])
 
 
 class _RunsAs:
@@ -171,7 +190,7 @@ def gives_each_sample_its_adapter(module: nn.Module) -> bool:
 
 def _copy_in_use(module: nn.Module) -> Any:
     """Of a linear in `modules_to_save`, the copy that its call would run."""
-    copies: Any = getattr(module, "modules_to_save", None)
+    copies: Any = module._modules.get("modules_to_save")
     if not isinstance(copies, nn.ModuleDict):
         return module
     used = [] if module.disable_adapters else [name for name in module.active_adapters if name in copies]  # type: ignore[union-attr]
@@ -180,7 +199,7 @@ def _copy_in_use(module: nn.Module) -> Any:
 
 def _is_bare(wrapped: Any) -> bool:
     """Whether the innermost linear is all that counts: no adapter, or one that is merged or disabled."""
-    if not hasattr(wrapped, "base_layer"):
+    if "base_layer" not in wrapped._modules:
         return True
     if wrapped.disable_adapters and wrapped.merged:
         wrapped.unmerge()  # as the adapter's own forward does

@@ -27,7 +27,8 @@ from sparsetrain.methods.token_selection.arguments import detached
 from sparsetrain.methods.token_selection.attention import attend_to_all, key_values, trained_keys
 from sparsetrain.methods.token_selection.loss import head_of, takes_rows
 from sparsetrain.methods.token_selection.module import SelectedBlock
-from sparsetrain.methods.token_selection.passes import Context, adapters_on_all_rows
+from sparsetrain.methods.token_selection.notes import Context
+from sparsetrain.methods.token_selection.passes import adapters_on_all_rows
 from sparsetrain.methods.token_selection.policies import Batch
 from sparsetrain.methods.token_selection.scores import scores_at_head
 from sparsetrain.methods.token_selection.selector import Kept, Selector
@@ -64,7 +65,8 @@ def look_ahead(model: Any, given: dict[str, Any], *, policy: str | None, attende
     modules = modules_of(model)
     alike = _runs_alike(modules, given) and not (selector.config.train_keys and any(map(is_sharded, modules)))
     evaluates = flagged_evaluating(modules) if alike else evaluating(model)
-    with evaluates, selector.head_is(look.note_head), look.into(modules):
+    # looking first: in evaluation mode a LoRA with dropout would pass for a plain one, and its dropout unseen
+    with selector.head_is(look.note_head), look.into(modules), evaluates:
         model.forward(**inputs)
     if alike and not look.drops:
         selector.kept = look.kept
@@ -184,7 +186,7 @@ class Look(TorchFunctionMode):
             self.kept[state].append(Kept(out, key_values(call), context))
 
         stack.enter_context(standing_in(attention, attend))
-        stack.enter_context(adapters_on_all_rows(plain_lora(block), None))
+        stack.enter_context(adapters_on_all_rows(plain_lora(block)))
         stack.callback(block.register_forward_hook(ran).remove)
         if trains_keys:
             stack.callback(block.register_forward_pre_hook(begins, with_kwargs=True).remove)

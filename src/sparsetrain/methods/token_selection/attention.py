@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparsetrain.methods.token_selection.passes import Context, FoundKeys, Notes
+from sparsetrain.methods.token_selection.notes import Context, FoundKeys, Notes
 from sparsetrain.ops.selected_rows import KeyValues, attention_of_all, selected_attention
 from sparsetrain.surgery.attention import AttentionCall, SparseAttention, StandIn
 
@@ -28,11 +28,8 @@ class AttentionOfAllRows:
         if notes.ends_at_attention:
             raise FoundKeys
         if self.sparse is not None:
-            notes.paused = True
-            try:
+            with notes.pause():
                 return self.sparse(call)
-            finally:
-                notes.paused = False
         out = attend_to_all(call, notes.everything)
         notes.attended = notes.rows.gather(out.transpose(1, 2)).transpose(1, 2)
         return out

@@ -17,21 +17,14 @@ from sparsetrain.core.host_memory import OnHost
 from sparsetrain.core.modes import modules_of, parameters_of
 from sparsetrain.methods.token_selection.arguments import detached, first_of, on_rows, with_first
 from sparsetrain.methods.token_selection.attention import AttentionOfAllRows, AttentionOfSelectedRows, attaches_loss
-from sparsetrain.methods.token_selection.passes import (
-    Adapters,
-    AllRows,
-    FoundKeys,
-    Note,
-    Notes,
-    SelectedRows,
-    adapters_on_all_rows,
-    adapters_on_selected_rows,
-)
+from sparsetrain.methods.token_selection.layers import Layers, layers_of
+from sparsetrain.methods.token_selection.notes import FoundKeys, Note, Notes
+from sparsetrain.methods.token_selection.passes import on_all_rows, on_selected_rows
 from sparsetrain.methods.token_selection.recomputed import in_pieces, recomputed
 from sparsetrain.methods.token_selection.selector import Selector
 from sparsetrain.ops.selected_rows import KeyValues, Rows, keep, replace_rows, selected_attention_reference
 from sparsetrain.surgery.attention import AttentionCall, stand_in_of, standing_in
-from sparsetrain.surgery.lora import plain_lora, runs_as
+from sparsetrain.surgery.lora import runs_as
 from sparsetrain.surgery.reclass import dense_forward
 from sparsetrain.surgery.site import Site
 from sparsetrain.surgery.targets import ROWS as DENSE
@@ -49,6 +42,11 @@ class SelectedBlock(Site):
         self.selector, self.attention, self.rowwise = selector, attention, rowwise
         self.last: dict[str, float] = {}
         self.ran = selector.ran
+        self.settled: list[nn.Module] | None = None
+
+    def is_watched(self, layers: Layers) -> bool:
+        """Is it unknown whether a block with these layers calls anything else that has to be noted, or does it?"""
+        return layers.all != self.settled
 
     def set_step(self, step: int, total_steps: int | None) -> None:
         self.selector.begin_step(step)
@@ -135,7 +133,8 @@ def _in_two_passes(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
     attention = block.get_submodule(state.attention)
     dense_bt = kwargs.get(DENSE)
     notes = Notes(rows, diverges=dense_bt is not None, trains_keys=state.selector.config.train_keys)
-    adapters = plain_lora(block)
+    layers = layers_of(block)
+    watched = state.is_watched(layers)
     first = kwargs if dense_bt is None else kwargs | {DENSE: dense_bt & ~rows.selected_bt}
     x = args[0] if args else kwargs["hidden_states"]
     notes.ends_at_attention = recomputing = getattr(block, "gradient_checkpointing", False) and in_backward()
@@ -143,18 +142,19 @@ def _in_two_passes(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) 
     if kept is not None:  # all rows have run already, when tokens were scored
         out, notes.everything, notes.context = kept
     else:
-        out = _on_all_rows(block, attention, notes, adapters, x, args, first)
+        out = _on_all_rows(block, attention, notes, layers, watched, x, args, first)
     own_args, own_kwargs = on_rows(args, kwargs, rows)
     if dense_bt is not None:
         own_kwargs[DENSE] = torch.ones_like(rows.index_bk, dtype=torch.bool)
     attends = AttentionOfSelectedRows(notes)
     with (
         state.watching(),
-        SelectedRows(notes),
+        on_selected_rows(layers, notes, watched=watched),
         standing_in(attention, attends),
-        adapters_on_selected_rows(adapters, notes),
     ):
         selected = dense_forward(SelectsTokens, block, *own_args, **own_kwargs)
+    if watched and not notes.functional:
+        state.settled = layers.all
     state.note(rows, notes.everything)
     y, y_selected = first_of(out), first_of(selected)
     if recomputing:
@@ -183,15 +183,18 @@ def _recomputing(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) ->
     def again(x: Tensor, everything: KeyValues, masks: list[Note | None]) -> Tensor:
         second = Notes(rows, diverges=True)
         second.said, second.everything, second.diverged = masks, everything, True
-        adapters = plain_lora(block)
+        layers = layers_of(block)
+        watched = state.is_watched(layers)
         attends = AttentionOfSelectedRows(second)
         with (
             state.watching(),
-            SelectedRows(second),
+            on_selected_rows(layers, second, watched=watched),
             standing_in(attention, attends),
-            adapters_on_selected_rows(adapters, second),
         ):
-            return first_of(dense_forward(SelectsTokens, block, x, *own_args[1:], **own_kwargs))
+            y = first_of(dense_forward(SelectsTokens, block, x, *own_args[1:], **own_kwargs))
+        if watched and not second.functional:
+            state.settled = layers.all
+        return y
 
     e, host = notes.everything, None
     assert e is not None, "a block whose attention was not called"
@@ -205,16 +208,16 @@ def _recomputing(block: Any, rows: Rows, args: tuple, kwargs: dict[str, Any]) ->
 
 def _in_pieces(block: Any, attention: Any, notes: Notes, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The block on all rows, without gradient; of what it says only masks of dropouts are noted."""
-    adapters = plain_lora(block)
+    layers = layers_of(block)
+    watched = block.selected.is_watched(layers)
     modules: list[Any] = [block.get_submodule(name) for name in block.selected.rowwise]
     modules = [module for module in modules if not any(map(_reads_rows_together, modules_of(module)))]
     pieces = {module: partial(in_pieces, partial(type(module).forward, module)) for module in modules}
     attends = AttentionOfAllRows(notes, None)
     with (
         torch.no_grad(),
-        AllRows(notes, only="dropout"),
+        on_all_rows(layers, notes, watched=watched, only_dropouts=True),
         standing_in(attention, attends),
-        adapters_on_all_rows(adapters, None),
         runs_as(pieces),
     ):
         out = dense_forward(SelectsTokens, block, *detached(args), **detached(kwargs))
@@ -242,14 +245,15 @@ def _refuse_recompute(block: Any, attention: Any, args: tuple, kwargs: dict[str,
 
 
 def _on_all_rows(
-    block: Any, attention: Any, notes: Notes, adapters: Adapters, x: Tensor, args: tuple, kwargs: dict[str, Any]
-) -> Any:
+    block: Any, attention: Any, notes: Notes, layers: Layers, watched: bool, x: Tensor, args: tuple,
+    kwargs: dict[str, Any],
+) -> Any:  # fmt: skip
     """The first pass: what the block says, noted. Where keys train, gradient is on until the attention has them."""
     sparse = stand_in_of(attention)
     attends = AttentionOfAllRows(notes, sparse)
     args, kwargs = detached(args), detached(kwargs)
     grad = torch.set_grad_enabled(notes.trains_keys)
-    with grad, AllRows(notes), standing_in(attention, attends), adapters_on_all_rows(adapters, notes):
+    with grad, on_all_rows(layers, notes, watched=watched), standing_in(attention, attends):
         try:
             return dense_forward(SelectsTokens, block, *args, **kwargs)
         except FoundKeys:  # a block that is recomputed for its backward needs no more of the other rows

@@ -11,19 +11,21 @@ which is right for whatever treats tokens one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from sparsetrain.methods.token_selection.layers import Adapters, Layers, kind_of
+from sparsetrain.methods.token_selection.notes import Notes
 from sparsetrain.ops.selected_rows import (
-    KeyValues,
     Rows,
+    adapted_as_peft,
     adapted_linear,
     adapted_product,
     selected_dropout,
@@ -31,167 +33,170 @@ from sparsetrain.ops.selected_rows import (
 )
 from sparsetrain.surgery.lora import LinearParts, runs_as
 
-Adapters = Mapping[nn.Module, LinearParts]
-"""Linears with their LoRA, as `surgery.lora.plain_lora` finds them."""
-Context = tuple[Tensor, Tensor]
-"""Keys and values of all rows [b, g, s, d], with gradient to what made them."""
 _KINDS: dict[Any, str] = {F.linear: "linear", torch.addmm: "addmm", F.dropout: "dropout"}
 
 
-class Note(NamedTuple):
-    """What one call said: its kind, its selected rows, its weight, and for a dropout the mask of what it kept."""
+@contextmanager
+def on_all_rows(layers: Layers, notes: Notes, *, watched: bool, only_dropouts: bool = False) -> Iterator[None]:
+    """The first pass runs inside: everything computes what it does, and is noted.
 
-    kind: str
-    known: Tensor
-    weight: Tensor | None = None
-    keep_mask: Tensor | None = None
-
-
-class FoundKeys(Exception):
-    """Ends a pass that was only to find keys and values."""
-
-
-class Notes:
-    """What passes from the first pass over a block to the second.
-
-    Attributes:
-        everything: keys and values of all rows.
-        with_loss: attaches the auxiliary loss of a sparse attention, on the queries and keys of all rows.
-        diverges: it will, at the latest behind the attention: selected rows run dense where others do not.
-        trains_keys: what makes keys and values of the other rows gets gradient too, one block down and no further.
-        context: those of all rows with their graph, then.
-        diverged: the second pass has other values than the first from here on: it attends to every key where the first
-            attended sparsely, or the first pass ended at the attention. What was noted of linears is then not used;
-            masks of dropouts are.
+    Args:
+        watched: so are functions that are called outside of the layers.
+        only_dropouts: nothing else is noted.
     """
-
-    def __init__(self, rows: Rows, diverges: bool = False, trains_keys: bool = False) -> None:
-        self.rows, self.diverges, self.trains_keys = rows, diverges, trains_keys
-        self.said: list[Note | None] = []
-        self.next = 0
-        self.everything: KeyValues | None = None
-        self.context: Context | None = None
-        self.with_loss: Callable[[Tensor], Tensor] | None = None
-        self.attended: Tensor | None = None
-        self.diverged = False
-        self.ends_at_attention = False
-        self.paused = False  # inside a sparse attention, whose own products are no calls of the block
-
-    def take(self, kind: str, x: Tensor, weight: Tensor | None = None) -> Note | None:
-        """The note of the next call of this kind on `x` with this weight.
-
-        None where the first pass has none: it ended at the attention, or the weight is made for each call anew. A
-        product of weights alone (DoRA's) that looked like rows in the first pass is skipped.
-        """
-        for place in range(self.next, len(self.said)):
-            note = self.said[place]
-            assert note is not None
-            if note.kind == kind and note.weight is weight and note.known.shape[:-1] == x.shape[:-1]:
-                for i in range(self.next, place + 1):
-                    self.said[i] = None  # autograd alone decides how long it lives
-                self.next = place + 1
-                return note
-        return None
-
-
-def _stream(x: Any, first: tuple[int, int]) -> bool:
-    """Does x hold one row a token: [b, t, ...] or [b·t, ...]?"""
-    if not isinstance(x, Tensor) or x.ndim < 2:
-        return False
-    return tuple(x.shape[:2]) == first if x.ndim > 2 else x.shape[0] == first[0] * first[1]
-
-
-class AllRows(TorchFunctionMode):
-    """The first pass: everything runs as it is, and is noted; `only`: of one kind alone."""
-
-    def __init__(self, notes: Notes, only: str | None = None) -> None:
-        super().__init__()
-        self.notes, self.only = notes, only
-        self.shape = (notes.rows.shape[0], notes.rows.num_tokens)
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        kind = None if "out" in kwargs or self.notes.paused else _KINDS.get(func)  # an op's own products are no layer's
-        if kind is None or self.only not in (None, kind):
-            return func(*args, **kwargs)
-        if not _stream(args[1] if kind == "addmm" else args[0], self.shape):
-            return func(*args, **kwargs)
-        if kind == "dropout":
-            return self._dropout(*args, **kwargs)
-        out = func(*args, **kwargs)
-        weight = args[2] if kind == "addmm" else args[1] if len(args) > 1 else kwargs["weight"]
-        self.notes.said.append(Note(kind, self.notes.rows.gather(out.detach()), weight))
-        return out
-
-    def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        if not training or p == 0:
-            return x
-        out, mask = torch.native_dropout(x, p, True)
-        gather = self.notes.rows.gather
-        self.notes.said.append(Note("dropout", gather(out.detach()), keep_mask=gather(mask)))
-        return out
+    forwards: dict[nn.Module, Any] = {layer: partial(_dropout, layer, notes) for layer in layers.dropouts}
+    adapted = _unnoted if only_dropouts else _layer
+    forwards |= {layer: partial(adapted, layer, notes, parts) for layer, parts in layers.adapters.items()}
+    if not only_dropouts:
+        forwards |= {layer: partial(_layer, layer, notes, None) for layer in layers.linears}
+    with AllRows(notes, only_dropouts) if watched else nullcontext(), runs_as(forwards):
+        yield
 
 
 @contextmanager
-def adapters_on_all_rows(adapters: Adapters, notes: Notes | None) -> Iterator[None]:
-    """Inside, a linear and its LoRA are noted as one product; without notes they are only run as fast.
+def on_selected_rows(layers: Layers, notes: Notes, *, watched: bool) -> Iterator[None]:
+    """The second pass runs inside: what was noted is not computed again.
+
+    A linear and its LoRA are one node of the backward. It keeps x once, in the model's dtype; PEFT keeps a copy in
+    fp32 for every linear beside a bf16 model.
+    """
+    forwards: dict[nn.Module, Any] = {layer: partial(_dropout_rows, layer, notes) for layer in layers.dropouts}
+    forwards |= {layer: partial(_adapted_rows, layer, notes, parts) for layer, parts in layers.adapters.items()}
+    forwards |= {layer: partial(_linear_rows, layer, notes) for layer in layers.linears}
+    with SelectedRows(notes) if watched else nullcontext(), runs_as(forwards):
+        yield
+
+
+@contextmanager
+def adapters_on_all_rows(adapters: Adapters) -> Iterator[None]:
+    """Inside, a linear and its LoRA are run as fast as in the first pass."""
+    with runs_as({layer: partial(_adapted, layer, parts) for layer, parts in adapters.items()}):
+        yield
+
+
+def _adapted(layer: Any, parts: LinearParts, x: Tensor) -> Tensor:
+    """A linear and its LoRA on all rows.
 
     PEFT forms the update in the factors' dtype, scales it and adds it: where the model is bf16 and the factors fp32,
     five passes over [b, t, out] in fp32. Without gradient one product does it (SmolLM2's up projection, 1,024 tokens:
     34 ms -> 8). In one dtype that gains nothing, and the arithmetic stays PEFT's to the last bit.
     """
-    with runs_as({module: partial(_adapted, module, parts, notes) for module, parts in adapters.items()}):
-        yield
+    if parts.lora is not None and parts.lora[0].dtype != parts.weight.dtype:
+        return adapted_linear(x, parts) if torch.is_grad_enabled() else adapted_product(x, parts)
+    if parts.lora_scale is None:  # several adapters
+        return type(layer).forward(layer, x)
+    return adapted_as_peft(x, layer.base_layer(x), parts)  # less PEFT's questions: 91 us for 179
 
 
-def _adapted(module: Any, parts: LinearParts, notes: Notes | None, x: Tensor) -> Tensor:
-    mixed = parts.lora is not None and parts.lora[0].dtype != parts.weight.dtype
-    noted = notes is not None and not notes.paused and _stream(x, (notes.rows.shape[0], notes.rows.num_tokens))
-    paused = notes is not None and notes.paused
-    if notes is not None:
-        notes.paused = True
+def _unnoted(layer: Any, notes: Notes, parts: LinearParts | None, x: Tensor) -> Tensor:
+    paused, notes.paused = notes.paused, True  # no context manager: it takes 4 us a layer
     try:
-        if mixed:
-            out = adapted_linear(x, parts) if torch.is_grad_enabled() else adapted_product(x, parts)
-        else:
-            out = type(module).forward(module, x)
+        return type(layer).forward(layer, x) if parts is None else _adapted(layer, parts, x)
     finally:
-        if notes is not None:
-            notes.paused = paused
+        notes.paused = paused
+
+
+def _layer(layer: Any, notes: Notes, parts: LinearParts | None, x: Tensor) -> Tensor:
+    noted = notes.holds(x, all_rows=True)
+    out = _unnoted(layer, notes, parts, x)
     if noted:
-        assert notes is not None
-        notes.said.append(Note("adapted", notes.rows.gather(out.detach()), module.weight))
+        notes.say("layer", out, layer)
     return out
 
 
-@contextmanager
-def adapters_on_selected_rows(adapters: Adapters, notes: Notes) -> Iterator[None]:
-    """Inside, a linear and its LoRA take their value from the notes and are one node of the backward.
-
-    It keeps x once, in the model's dtype; PEFT keeps a copy in fp32 for every linear beside a bf16 model.
-    """
-    with runs_as({module: partial(_adapted_rows, module, parts, notes) for module, parts in adapters.items()}):
-        yield
+def _adapted_rows(layer: Any, notes: Notes, parts: LinearParts, x: Tensor) -> Tensor:
+    note = notes.take("layer", x, layer) if notes.holds(x, all_rows=False) else None
+    if note is not None and not notes.diverged:
+        return adapted_linear(x, parts, known=note.known)
+    with notes.pause():
+        return adapted_linear(x, parts)
 
 
-def _adapted_rows(module: Any, parts: LinearParts, notes: Notes, x: Tensor) -> Tensor:
-    note = notes.take("adapted", x, module.weight) if _stream(x, notes.rows.shape) else None
-    return adapted_linear(x, parts, known=None if note is None or notes.diverged else note.known)
+def _linear_rows(layer: Any, notes: Notes, x: Tensor) -> Tensor:
+    if not notes.holds(x, all_rows=False):
+        return _unnoted(layer, notes, None, x)
+    note = notes.take("layer", x, layer)
+    if note is None or notes.diverged:
+        with torch.no_grad():
+            known = _unnoted(layer, notes, None, x)
+    else:
+        known = note.known
+    return selected_linear(x, layer.weight, layer.bias, known=known, transposed=kind_of(type(layer)) == "addmm")
+
+
+def _dropout(layer: Any, notes: Notes, x: Tensor) -> Tensor:
+    if not layer.training or layer.p == 0:
+        return x
+    if not notes.holds(x, all_rows=True):
+        return _unnoted(layer, notes, None, x)
+    return _drop(x, layer.p, notes)
+
+
+def _drop(x: Tensor, p: float, notes: Notes) -> Tensor:
+    out, mask = torch.native_dropout(x, p, True)
+    notes.say("dropout", out, mask=mask)
+    return out
+
+
+def _dropout_rows(layer: Any, notes: Notes, x: Tensor) -> Tensor:
+    if not layer.training or layer.p == 0:
+        return x
+    return _drop_rows(x, layer.p, notes) if notes.holds(x, all_rows=False) else _unnoted(layer, notes, None, x)
+
+
+def _drop_rows(x: Tensor, p: float, notes: Notes) -> Tensor:
+    scale = 1 / (1 - p) if p < 1 else 0.0
+    note = notes.take("dropout", x)
+    assert note is not None or notes.ends_at_attention, "a dropout that the block's first pass has not had"
+    mask = _mask_again(x, p, notes.rows) if note is None else note.keep_mask
+    assert mask is not None
+    known = x.detach() * mask * scale if note is None or notes.diverged else note.known
+    return selected_dropout(x, mask, scale, known=known)
+
+
+def _mask_again(x: Tensor, p: float, rows: Rows) -> Tensor:
+    """The mask that the forward drew for all rows, drawn again from the same state of the generator."""
+    b, t = rows.shape[0], rows.num_tokens
+    whole = (b * t, *x.shape[1:]) if x.ndim == 2 else (b, t, *x.shape[2:])
+    return rows.gather(torch.native_dropout(x.new_ones(whole), p, True)[1])
+
+
+class AllRows(TorchFunctionMode):
+    """Notes what a block calls, in the first pass, outside of its layers; `only_dropouts`: of one kind alone."""
+
+    def __init__(self, notes: Notes, only_dropouts: bool = False) -> None:
+        super().__init__()
+        self.notes, self.only_dropouts = notes, only_dropouts
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs, kind = kwargs or {}, _KINDS.get(func)
+        if kind is None or "out" in kwargs or (self.only_dropouts and kind != "dropout"):
+            return func(*args, **kwargs)  # an op's own products are no layer's
+        if not self.notes.holds(args[1 if kind == "addmm" else 0], all_rows=True):
+            return func(*args, **kwargs)
+        self.notes.functional = True
+        if kind == "dropout":
+            return self._dropout(*args, **kwargs)
+        out = func(*args, **kwargs)
+        self.notes.say(kind, out, args[2] if kind == "addmm" else args[1] if len(args) > 1 else kwargs["weight"])
+        return out
+
+    def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return _drop(x, p, self.notes) if training and p > 0 else x
 
 
 class SelectedRows(TorchFunctionMode):
-    """The second pass: what was noted is not computed again."""
+    """The same in the second pass: what was noted is not computed again."""
 
     def __init__(self, notes: Notes) -> None:
         super().__init__()
         self.notes = notes
-        self.shape = notes.rows.shape
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        kind = None if "out" in kwargs else _KINDS.get(func)  # an op's own products are no layer's
-        if kind is None or not _stream(args[1] if kind == "addmm" else args[0], self.shape):
-            return func(*args, **kwargs)
+        kwargs, kind = kwargs or {}, _KINDS.get(func)
+        if kind is None or "out" in kwargs or not self.notes.holds(args[1 if kind == "addmm" else 0], all_rows=False):
+            return func(*args, **kwargs)  # an op's own products are no layer's
+        self.notes.functional = True
         return getattr(self, f"_{kind}")(func, *args, **kwargs)
 
     def _linear(self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -210,18 +215,4 @@ class SelectedRows(TorchFunctionMode):
             return func(*args)
 
     def _dropout(self, func: Any, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        if not training or p == 0:
-            return x
-        scale = 1 / (1 - p) if p < 1 else 0.0
-        note = self.notes.take("dropout", x)
-        assert note is not None or self.notes.ends_at_attention, "a dropout that the block's first pass has not had"
-        mask = self._mask(x, p) if note is None else note.keep_mask
-        assert mask is not None
-        known = x.detach() * mask * scale if note is None or self.notes.diverged else note.known
-        return selected_dropout(x, mask, scale, known=known)
-
-    def _mask(self, x: Tensor, p: float) -> Tensor:
-        """The mask that the forward drew for all rows, drawn again from the same state of the generator."""
-        b, t = self.shape[0], self.notes.rows.num_tokens
-        whole = (b * t, *x.shape[1:]) if x.ndim == 2 else (b, t, *x.shape[2:])
-        return self.notes.rows.gather(torch.native_dropout(x.new_ones(whole), p, True)[1])
+        return _drop_rows(x, p, self.notes) if training and p > 0 else x

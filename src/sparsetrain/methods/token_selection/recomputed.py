@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from sparsetrain.core.autograd import as_output
 from sparsetrain.core.host_memory import OnHost
-from sparsetrain.methods.token_selection.passes import Note
+from sparsetrain.methods.token_selection.notes import Note
 from sparsetrain.ops.selected_rows import KeyValues
 
 PIECES = 8

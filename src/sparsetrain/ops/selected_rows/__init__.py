@@ -12,6 +12,7 @@ Legend: b samples, t tokens, k selected tokens, h heads, g key/value heads, s ke
 from sparsetrain.ops.selected_rows.attention import attention_of_all as attention_of_all
 from sparsetrain.ops.selected_rows.attention import selected_attention as selected_attention
 from sparsetrain.ops.selected_rows.keys import KeyValues as KeyValues
+from sparsetrain.ops.selected_rows.linear import adapted_as_peft as adapted_as_peft
 from sparsetrain.ops.selected_rows.linear import adapted_linear as adapted_linear
 from sparsetrain.ops.selected_rows.linear import adapted_product as adapted_product
 from sparsetrain.ops.selected_rows.linear import selected_dropout as selected_dropout

@@ -56,7 +56,7 @@ class _Linear(torch.autograd.Function):
 
 
 def adapted_product(x: Tensor, parts: LinearParts) -> Tensor:
-    """x Wᵀ + bias + (x aᵀ) bᵀ without gradient, in the dtype of x Wᵀ: the update is added in that product's memory.
+    """x Wᵀ + bias + (x aᵀ) bᵀ · scale without gradient, in the dtype of x Wᵀ and, but for one product, its memory.
 
     Args:
         x: [..., in].
@@ -67,12 +67,27 @@ def adapted_product(x: Tensor, parts: LinearParts) -> Tensor:
         out = torch.nn.functional.linear(x, parts.weight, parts.bias)
         a, b = (factor.to(out.dtype) for factor in parts.lora)
         x_a = torch.nn.functional.linear(x.to(out.dtype), a)
-        out.view(-1, out.shape[-1]).addmm_(x_a.view(-1, a.shape[0]), b.t())
+        scale = 1 if parts.lora_scale is None else parts.lora_scale
+        out.view(-1, out.shape[-1]).addmm_(x_a.view(-1, a.shape[0]), b.t(), alpha=scale)
         return out
 
 
+def adapted_as_peft(x: Tensor, product: Tensor, parts: LinearParts) -> Tensor:
+    """`product` + (x aᵀ) bᵀ · scale, rounded where PEFT's LoRA rounds.
+
+    Args:
+        x: [..., in].
+        product: x Wᵀ + bias.
+        parts: a linear with LoRA of the same dtype, no dropout, and `lora_scale`.
+    """
+    assert parts.lora is not None and parts.lora_scale is not None
+    a, b = parts.lora
+    update = torch.nn.functional.linear(torch.nn.functional.linear(x, a), b)
+    return (product + update * parts.lora_scale).to(product.dtype)
+
+
 def adapted_linear(x: Tensor, parts: LinearParts, *, known: Tensor | None = None) -> Tensor:
-    """x Wᵀ + bias + (x aᵀ) bᵀ as one node: gradient to x, a and b; W and the bias are constants.
+    """x Wᵀ + bias + (x aᵀ) bᵀ · scale as one node: gradient to x, a and b; W and the bias are constants.
 
     Args:
         x: selected rows [..., in]; saved in the dtype of the result.
@@ -81,14 +96,16 @@ def adapted_linear(x: Tensor, parts: LinearParts, *, known: Tensor | None = None
     """
     assert parts.lora is not None
     known = adapted_product(x, parts) if known is None else known
-    return _Adapted.apply(x, parts.weight, *parts.lora, known)  # type: ignore[return-value]
+    return _Adapted.apply(x, parts.weight, *parts.lora, known, parts.lora_scale)  # type: ignore[return-value]
 
 
 class _Adapted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, known: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, known: Tensor, scale: float | None
+    ) -> Tensor:
         ctx.save_for_backward(x.to(known.dtype), weight, a, b)
-        ctx.x_dtype = x.dtype
+        ctx.x_dtype, ctx.scale = x.dtype, 1 if scale is None else scale
         return as_output(known)
 
     @staticmethod
@@ -99,14 +116,17 @@ class _Adapted(torch.autograd.Function):
         dy_n, x_n = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         a_c, b_c = a.to(dy.dtype), b.to(dy.dtype)
         dy_b = torch.mm(dy_n, b_c)
+        if ctx.scale != 1:
+            dy_b.mul_(ctx.scale)
         dx = da = db = None
         if ctx.needs_input_grad[0]:
             dx = torch.mm(dy_n, weight.to(dy.dtype)).addmm_(dy_b, a_c).view(x.shape).to(ctx.x_dtype)
         if ctx.needs_input_grad[2]:
             da = torch.mm(dy_b.t(), x_n).to(a.dtype)
         if ctx.needs_input_grad[3]:
-            db = torch.mm(dy_n.t(), torch.mm(x_n, a_c.t())).to(b.dtype)
-        return dx, None, da, db, None
+            x_a = torch.mm(x_n, a_c.t())
+            db = torch.mm(dy_n.t(), x_a if ctx.scale == 1 else x_a.mul_(ctx.scale)).to(b.dtype)
+        return dx, None, da, db, None, None
 
 
 def selected_dropout(x: Tensor, keep_mask: Tensor, scale: float, *, known: Tensor) -> Tensor:

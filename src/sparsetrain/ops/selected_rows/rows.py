@@ -128,8 +128,8 @@ class Rows:
         b, k = self.shape
         if x.ndim >= 2 and x.shape[0] in (1, b) and x.shape[1] == self.num_tokens:
             if x.shape[0] == 1:
-                return x[0].index_select(0, self.index_bk.flatten()).unflatten(0, (b, k))
-            return x.flatten(0, 1).index_select(0, self.flat_n).unflatten(0, (b, k))
+                return x[0].index_select(0, self.index_bk.flatten()).view(b, k, *x.shape[2:])
+            return x.flatten(0, 1).index_select(0, self.flat_n).view(b, k, *x.shape[2:])
         return x.index_select(0, self.flat_n)
 
     def gather_constant(self, x: Tensor) -> Tensor:
