@@ -140,6 +140,11 @@ FLAGS: dict[str, Flag] = {
         Flag("eval_tokens", INT, "16384", KEEP, "Held-out tokens an evaluation."),
         Flag("early_stopping", INT, "0", KEEP, "Evaluations without a new lowest held-out loss before it ends; "
              "0: never."),
+        Flag("load_best_model_at_end", "", "no", KEEP, "End with the weights of the best evaluation; with "
+             "--eval-every.", bool),
+        Flag("metric_for_best_model", "NAME", "loss", KEEP, "What is best by: loss, or the task's metric (accuracy, "
+             "perplexity)."),
+        Flag("greater_is_better", "", "", KEEP, "Its direction, where it is not the metric's own.", bool),
         Flag("resume", "", "no", KEEP, "Go on from the newest whole checkpoint in --output.", bool),
         Flag("seed", INT, "0", MACHINE, "Same seed, same machine: same losses."),
         Flag("dtype", "auto|fp32|bf16", "auto", MACHINE, "auto is bf16 where this machine multiplies it 1.3x faster, "
