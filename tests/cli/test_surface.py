@@ -34,14 +34,16 @@ RECIPE = {
     "--gradient-checkpointing", "--device", "--threads", "--distill-steps", "--distill-lr",
     "--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary",
     "--dataset-revision", "--streaming", "--no-streaming", "--stream-rows", *TRUST,
-    "--lora-dtype", "--activation-offloading", "--no-activation-offloading", "--tiled-mlp",
+    "--lora-dtype", "--activation-offloading", "--no-activation-offloading", "--tiled-mlp", "--chat-template-path",
+    "--load-best-model-at-end", "--no-load-best-model-at-end", "--metric-for-best-model", "--greater-is-better",
+    "--no-greater-is-better",
 }  # fmt: skip
 PASSED = {"--set", "--optim", "--report-to", "--run-name"}
 LORA = {"--lora-variant", "--lora-dropout", "--lora-bias"}
 DEPLOY = {"--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary"}
 EXACT = {"--activation-offloading", "--no-activation-offloading", "--tiled-mlp"}
 ADAPTER = {"--lora-dtype", "--preset", "--distill-steps", "--distill-lr", "--lora-r", "--lora-alpha", "--lora-targets"}
-PRETRAINED = {"--model-revision", *TRUST, "--packing", "--no-packing", *BITS}
+PRETRAINED = {"--model-revision", *TRUST, "--packing", "--no-packing", "--chat-template-path", *BITS}
 PRETRAIN = RECIPE - DEPLOY - ADAPTER - EXACT - PRETRAINED | PASSED | {
     "--set", "--data-folder", "--tokenizer", "--train-rows", "--min-lr-ratio", "--beta1", "--beta2", "--eps",
     "--clip-value", "--compare-lr", "--find-switch",
@@ -104,7 +106,14 @@ def test_flags_of_pretrain_are_its_recipes_keys_with_its_defaults() -> None:
     assert set(PRETRAIN_FLAGS) == set(PretrainRecipe.model_fields) - {"training"}
     recipe = PretrainRecipe.from_values({"model": "m", "data": "d"})
     for key, flag in PRETRAIN_FLAGS.items():
-        if flag.default and key not in ("tokenizer", "train_rows", "threads", "resume", "streaming"):
+        if flag.default and key not in (
+            "tokenizer",
+            "train_rows",
+            "threads",
+            "resume",
+            "streaming",
+            "load_best_model_at_end",
+        ):
             assert flag.default == str(getattr(recipe, key)), key
     assert recipe.tokenizer is recipe.train_rows is recipe.threads is None
     choices = set(str(PRETRAIN_FLAGS["task"].metavar).split("|"))
@@ -117,7 +126,7 @@ def test_flags_are_the_recipes_keys_with_its_defaults() -> None:
     recipe = Recipe(model="m", data="d")
     for key, flag in FLAGS.items():
         switches = ("resume", "train_auxiliary", "load_in_4bit", "load_in_8bit", "packing", "activation_offloading")
-        switches += ("streaming", "trust_remote_code")
+        switches += ("streaming", "trust_remote_code", "load_best_model_at_end")
         if key in ("preset", "methods", "threads", *switches) or not flag.default:
             continue
         assert flag.default == str(getattr(recipe, key)), key

@@ -94,6 +94,8 @@ FLAGS: dict[str, Flag] = {
              "part is of these."),
         Flag("task", "|".join(offered("finetune")), "lm", MAIN, says("finetune")),
         Flag("text_column", "NAME", "text", MAIN, "Column that holds the text, in JSONL, JSON and CSV."),
+        Flag("chat_template_path", "FILE|NAME", "", MAIN, "sft: chat template in place of the tokenizer's: a Jinja "
+             "file, a model that has it, or its text."),
         Flag("holdout", "tokens|documents", "tokens", MAIN, "What the held-out part of text is a share of. tokens: a "
              "long document among short ones is cut in two, its end held out. documents: they stay whole."),
         Flag("output", "DIR", "runs/finetune", MAIN, "Folder for checkpoints, the trained model and the report. "

@@ -16,6 +16,7 @@ RENAMED: dict[str, str] = {
     "--max-length": "--seq-len",
     "--max-seq-length": "--seq-len",
     "--dataset-text-field": "--text-column",
+    "--chat-template": "--chat-template-path",
     "--per-device-train-batch-size": "--batch-size",
     "--gradient-accumulation-steps": "--grad-accum",
     "--max-steps": "--steps",

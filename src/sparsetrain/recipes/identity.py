@@ -33,7 +33,7 @@ LATER = (
     *("training", "lora", "lora_dtype", "early_stopping", "model_revision", "load_in_4bit", "packing"),
     *("eval_data", "dataset_config", "dataset_train_split", "dataset_test_split", "streaming", "stream_rows"),
     *("trust_remote_code", "dataset_revision", "load_in_8bit"),
-    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *("chat_template_path", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
 """Keys that came later: left out while they have their defaults, as in the checkpoints of versions without them."""
 

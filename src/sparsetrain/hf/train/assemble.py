@@ -66,7 +66,7 @@ def open_parts(
     path, config = open_config(recipe, report, (like or recipe).configs)
     check_offload(recipe, config, device, report)
     planned = check_and_plan(recipe, config, device)
-    tokenizer = open_reader(recipe, path, config) if opened is None else opened.tokenizer
+    tokenizer = open_reader(recipe, path, config, report) if opened is None else opened.tokenizer
     refuse_rows(recipe)
     bundle = load_rows(recipe, tokenizer, config, report) if opened is None else opened.bundle
     refuse_rows(recipe, bundle)
