@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from sparsetrain.cli.app import app
+from sparsetrain.cli.app import app_of
 from sparsetrain.cli.hf_names import ALWAYS, ELSEWHERE, REFUSED, RENAMED, STRATEGIES, SWITCHES, translated
 from tests.cli.conftest import Call
 
@@ -110,7 +110,7 @@ def test_what_a_run_does_in_any_case_cannot_be_switched_off() -> None:
 
 
 def test_a_name_stands_for_a_flag_that_there_is() -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands = typer.main.get_command(app_of()).commands  # type: ignore[attr-defined]
     flags = {name for command in ("finetune", "pretrain") for p in commands[command].params for name in p.opts}
     assert set(RENAMED.values()) | {flag for flag, _ in SWITCHES.values()} <= flags
     assert not (RENAMED.keys() | SWITCHES.keys()) & (flags - {"--gradient-checkpointing"})

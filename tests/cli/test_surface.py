@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import typer
 
-from sparsetrain.cli.app import app
+from sparsetrain.cli.app import app_of
 from sparsetrain.cli.flags import FLAGS, STUDY_FLAGS
 from sparsetrain.cli.passed_flags import PASSED as PASSED_FLAGS
 from sparsetrain.cli.pretrain_flags import PRETRAIN_FLAGS
@@ -87,7 +87,7 @@ SURFACE = {
 
 def commands() -> dict[str, Any]:
     found = {}
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+    for name, command in typer.main.get_command(app_of()).commands.items():  # type: ignore[attr-defined]
         for sub, inner in getattr(command, "commands", {"": command}).items():
             found[f"{name} {sub}".strip()] = inner
     return found
@@ -154,12 +154,25 @@ def test_help_teaches(name: str, call: Call) -> None:
         assert "Not for" in result.out and "When not to use it" in result.out
 
 
+@pytest.mark.parametrize("name", SURFACE)
+def test_help_has_every_flag_whole_on_80_columns(name: str, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = call(*name.split(), "--help").out
+    words = {word for line in out.splitlines() if line.startswith("  -") for word in line.replace("/", " ").split()}
+    hidden = {flag for p in commands()[name].params if getattr(p, "hidden", False) for flag in p.opts}
+    assert {flag for flag in SURFACE[name] if flag.startswith("--")} <= words | hidden
+    fixed = [line for line in out.splitlines() if len(line) > 80 and not line.startswith("  sparsetrain ")]
+    assert not [line for line in fixed if line.startswith("  -") or line.startswith("      ")], fixed
+
+
 def test_help_does_not_wait_for_torch() -> None:
     code = (
         "import sys; sys.argv = ['sparsetrain', 'finetune', '--help']\n"
         "from sparsetrain.cli import main\n"
         "try: main()\n"
-        "finally: print('heavy:', [m for m in ('torch', 'transformers', 'numpy', 'yaml') if m in sys.modules])"
+        "finally:\n"
+        "  heavy = ('torch', 'transformers', 'numpy', 'yaml', 'pydantic', 'rich.markdown')\n"
+        "  print('heavy:', [m for m in heavy if m in sys.modules])"
     )
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ

@@ -26,7 +26,7 @@ MAIN, LENGTH, SPARSE, TRAIN, KEEP, MACHINE = (
     "Machine",
 )
 
-_PRESETS = (
+PRESETS_HELP = (
     "[bold]Presets[/]  [cyan]auto[/]: what pays for this data, model and machine, often plain LoRA. "
     "[cyan]spt[/]: attention and FFN, fitted to the model. [cyan]spt-paper[/]: the published "
     "choices, which start far from the pretrained model. [cyan]tokens[/]: gradient through some tokens alone. "
@@ -41,9 +41,6 @@ def methods_help() -> str:
 
     head = "[bold]Methods[/] (every key of one: `sparsetrain methods NAME`)"
     return "\n\n".join([head, *(f"[cyan]{name}[/]  {kind.about}" for name, kind in registered_methods().items())])
-
-
-METHODS_HELP = f"{methods_help()}\n\n{_PRESETS}"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from typer.core import TyperCommand
+from sparsetrain.cli.help import Command
 
 RENAMED: dict[str, str] = {
     "--model-name-or-path": "--model",
@@ -182,7 +182,7 @@ def _check_alone() -> None:
         )
 
 
-class HfNames(TyperCommand):
+class HfNames(Command):
     """A command that takes these names too."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
