@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from sparsetrain.cli.app import app
-from sparsetrain.cli.hf_names import ALWAYS, REFUSED, RENAMED, SWITCHES, translated
+from sparsetrain.cli.app import app_of
+from sparsetrain.cli.hf_names import ALWAYS, ELSEWHERE, REFUSED, RENAMED, STRATEGIES, SWITCHES, translated
 from tests.cli.conftest import Call
 
 FLAGS = {
@@ -59,7 +59,8 @@ def test_names_become_ours(given: str, found: str) -> None:
     [
         ("--neftune-noise-alpha 5 --lr 1", "--set training.neftune_noise_alpha=5 --lr 1"),
         ("--torch_compile --lr 1", "--set training.torch_compile=true --lr 1"),
-        ("--eval-strategy=steps", "--set training.eval_strategy=steps"),  # whose refusal names our key
+        ("--eval-strategy=steps", "--set training.eval_strategy=steps"),  # a command that saves nothing
+        ("--logging_steps 10 --lr 1", "--set training.logging_steps=10 --lr 1"),
         ("--lora-modules-to-save norm", "--set lora.modules_to_save=norm"),
         ("--use_qalora", "--set lora.use_qalora=true"),
         ("--no_such_thing 1", "--no_such_thing 1"),
@@ -70,13 +71,46 @@ def test_any_key_of_the_libraries_is_a_flag(given: str, found: str) -> None:
     assert translated(given.split(), FLAGS | {"--set", "--lora-r"}) == found.split()
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("--save_strategy steps --save_steps 9", "--save-every 9"),
+        ("--save-strategy=no --save-every 9 --lr 1", "--save-every 9 --lr 1 --save-every 0"),  # the last one counts
+        ("--eval_strategy steps --eval_steps=9", "--eval-every=9"),
+        ("--eval-strategy no", "--eval-every 0"),
+        ("--logging-strategy steps --logging-first-step", "--set training.logging_first_step=true"),
+        ("--do_train --do_eval True --eval_on_start --lr 1", "--lr 1"),
+    ],
+)
+def test_strategies_become_numbers_of_steps(given: str, found: str) -> None:
+    flags = FLAGS | {"--set", "--lora-r", "--save-every", "--eval-every"}
+    assert translated(given.split(), flags) == found.split()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("--save-strategy epoch", "Give --save-every N"),
+        ("--save_strategy best", "--load-best-model-at-end"),
+        ("--eval-strategy epoch", "Give --eval-every N"),
+        ("--eval-strategy steps", "Give --eval-every N"),
+        ("--logging-strategy no", "Give --logging-steps N"),
+        ("--logging_dir x", "TENSORBOARD_LOGGING_DIR"),
+        ("--overwrite_output_dir", "Give --resume"),
+    ],
+)
+def test_what_is_said_elsewhere_is_refused_with_the_place(given: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        translated(given.split(), FLAGS | {"--set", "--lora-r", "--save-every", "--eval-every"})
+
+
 def test_what_a_run_does_in_any_case_cannot_be_switched_off() -> None:
     with pytest.raises(ValueError, match="completions alone are targets"):
         translated(["--completion-only-loss=false"], FLAGS | {"--lora-r"})
 
 
 def test_a_name_stands_for_a_flag_that_there_is() -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands = typer.main.get_command(app_of()).commands  # type: ignore[attr-defined]
     flags = {name for command in ("finetune", "pretrain") for p in commands[command].params for name in p.opts}
     assert set(RENAMED.values()) | {flag for flag, _ in SWITCHES.values()} <= flags
     assert not (RENAMED.keys() | SWITCHES.keys()) & (flags - {"--gradient-checkpointing"})
@@ -91,7 +125,9 @@ def test_code_of_a_model_is_not_asked_for_by_accident() -> None:
 
 def test_the_page_for_people_who_come_from_there_has_every_name() -> None:
     page = (Path(__file__).parents[2] / "docs/from-trl.md").read_text()
-    assert not [name for name in (*RENAMED, *SWITCHES, *ALWAYS, *REFUSED) if f"`{name}`" not in page]
+    assert not [
+        name for name in (*RENAMED, *SWITCHES, *ALWAYS, *REFUSED, *STRATEGIES, *ELSEWHERE) if f"`{name}`" not in page
+    ]
 
 
 def test_rows_of_a_device_are_not_taken_for_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import typer
 
-from sparsetrain.cli.app import app
+from sparsetrain.cli.app import app_of
 from sparsetrain.cli.flags import FLAGS, STUDY_FLAGS
 from sparsetrain.cli.passed_flags import PASSED as PASSED_FLAGS
 from sparsetrain.cli.pretrain_flags import PRETRAIN_FLAGS
@@ -34,14 +34,16 @@ RECIPE = {
     "--gradient-checkpointing", "--device", "--threads", "--distill-steps", "--distill-lr",
     "--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary",
     "--dataset-revision", "--streaming", "--no-streaming", "--stream-rows", *TRUST,
-    "--lora-dtype", "--activation-offloading", "--no-activation-offloading", "--tiled-mlp",
+    "--lora-dtype", "--activation-offloading", "--no-activation-offloading", "--tiled-mlp", "--chat-template-path",
+    "--load-best-model-at-end", "--no-load-best-model-at-end", "--metric-for-best-model", "--greater-is-better",
+    "--no-greater-is-better",
 }  # fmt: skip
 PASSED = {"--set", "--optim", "--report-to", "--run-name"}
 LORA = {"--lora-variant", "--lora-dropout", "--lora-bias"}
 DEPLOY = {"--deploy", "--dense-first", "--dense-last", "--train-auxiliary", "--no-train-auxiliary"}
 EXACT = {"--activation-offloading", "--no-activation-offloading", "--tiled-mlp"}
 ADAPTER = {"--lora-dtype", "--preset", "--distill-steps", "--distill-lr", "--lora-r", "--lora-alpha", "--lora-targets"}
-PRETRAINED = {"--model-revision", *TRUST, "--packing", "--no-packing", *BITS}
+PRETRAINED = {"--model-revision", *TRUST, "--packing", "--no-packing", "--chat-template-path", *BITS}
 PRETRAIN = RECIPE - DEPLOY - ADAPTER - EXACT - PRETRAINED | PASSED | {
     "--set", "--data-folder", "--tokenizer", "--train-rows", "--min-lr-ratio", "--beta1", "--beta2", "--eps",
     "--clip-value", "--compare-lr", "--find-switch",
@@ -85,7 +87,7 @@ SURFACE = {
 
 def commands() -> dict[str, Any]:
     found = {}
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+    for name, command in typer.main.get_command(app_of()).commands.items():  # type: ignore[attr-defined]
         for sub, inner in getattr(command, "commands", {"": command}).items():
             found[f"{name} {sub}".strip()] = inner
     return found
@@ -104,7 +106,14 @@ def test_flags_of_pretrain_are_its_recipes_keys_with_its_defaults() -> None:
     assert set(PRETRAIN_FLAGS) == set(PretrainRecipe.model_fields) - {"training"}
     recipe = PretrainRecipe.from_values({"model": "m", "data": "d"})
     for key, flag in PRETRAIN_FLAGS.items():
-        if flag.default and key not in ("tokenizer", "train_rows", "threads", "resume", "streaming"):
+        if flag.default and key not in (
+            "tokenizer",
+            "train_rows",
+            "threads",
+            "resume",
+            "streaming",
+            "load_best_model_at_end",
+        ):
             assert flag.default == str(getattr(recipe, key)), key
     assert recipe.tokenizer is recipe.train_rows is recipe.threads is None
     choices = set(str(PRETRAIN_FLAGS["task"].metavar).split("|"))
@@ -117,7 +126,7 @@ def test_flags_are_the_recipes_keys_with_its_defaults() -> None:
     recipe = Recipe(model="m", data="d")
     for key, flag in FLAGS.items():
         switches = ("resume", "train_auxiliary", "load_in_4bit", "load_in_8bit", "packing", "activation_offloading")
-        switches += ("streaming", "trust_remote_code")
+        switches += ("streaming", "trust_remote_code", "load_best_model_at_end")
         if key in ("preset", "methods", "threads", *switches) or not flag.default:
             continue
         assert flag.default == str(getattr(recipe, key)), key
@@ -145,12 +154,25 @@ def test_help_teaches(name: str, call: Call) -> None:
         assert "Not for" in result.out and "When not to use it" in result.out
 
 
+@pytest.mark.parametrize("name", SURFACE)
+def test_help_has_every_flag_whole_on_80_columns(name: str, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = call(*name.split(), "--help").out
+    words = {word for line in out.splitlines() if line.startswith("  -") for word in line.replace("/", " ").split()}
+    hidden = {flag for p in commands()[name].params if getattr(p, "hidden", False) for flag in p.opts}
+    assert {flag for flag in SURFACE[name] if flag.startswith("--")} <= words | hidden
+    fixed = [line for line in out.splitlines() if len(line) > 80 and not line.startswith("  sparsetrain ")]
+    assert not [line for line in fixed if line.startswith("  -") or line.startswith("      ")], fixed
+
+
 def test_help_does_not_wait_for_torch() -> None:
     code = (
         "import sys; sys.argv = ['sparsetrain', 'finetune', '--help']\n"
         "from sparsetrain.cli import main\n"
         "try: main()\n"
-        "finally: print('heavy:', [m for m in ('torch', 'transformers', 'numpy', 'yaml') if m in sys.modules])"
+        "finally:\n"
+        "  heavy = ('torch', 'transformers', 'numpy', 'yaml', 'pydantic', 'rich.markdown')\n"
+        "  print('heavy:', [m for m in heavy if m in sys.modules])"
     )
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ

@@ -13,8 +13,8 @@ from transformers import TrainerState, TrainingArguments
 
 import sparsetrain
 from sparsetrain import PQAttention, RoutedFFN, TokenSelection
-from sparsetrain.hf.model.chunked_loss import use_chunked_loss
 from sparsetrain.surgery import auxiliary
+from sparsetrain.surgery.chunked_loss import use_chunked_loss
 from tests.families import FAMILIES
 
 SCALE = 2.0**16

@@ -52,11 +52,11 @@ def flags(draw: Random, folder: Path) -> Spoilt:
     import click
     import typer
 
-    from sparsetrain.cli.app import app
+    from sparsetrain.cli.app import app_of
 
     special_files(folder)
     name = draw.choice([name for name in BASES if name != "models"])
-    command: Any = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    command: Any = typer.main.get_command(app_of()).commands[name]  # type: ignore[attr-defined]
     options = [p for p in command.params if isinstance(p, click.Option) or p.param_type_name == "option"]
     valued = [p for p in options if not getattr(p, "is_flag", False) and p.name != "output"]
     if not valued:  # a command without such a flag takes a name

@@ -52,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
     import typer
 
     from sparsetrain.cli.answer import Answer, print_answer, to_json
-    from sparsetrain.cli.app import app, flags_of
+    from sparsetrain.cli.app import app_for, flags_of, help_asked
     from sparsetrain.cli.failure import FAILED, INTERRUPTED, check_arguments, explain
     from sparsetrain.core.launchers import as_torchrun_says
 
@@ -65,8 +65,11 @@ def run(arguments: Sequence[str]) -> int:
             if not debug:
                 warnings.simplefilter("ignore")
             check_arguments(arguments)
+            if (text := help_asked(arguments)) is not None:
+                print(text, end="")
+                return 0
             as_torchrun_says(os.environ)
-            command = typer.main.get_command(app)
+            command = typer.main.get_command(app_for(arguments))
             answer = command.main(args=list(arguments), prog_name="sparsetrain", standalone_mode=False)
         if isinstance(answer, Answer):
             print_answer(answer, stdout, as_json)

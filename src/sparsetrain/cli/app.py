@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import typer
@@ -16,6 +16,8 @@ from sparsetrain.cli.explain import explain
 from sparsetrain.cli.export import export
 from sparsetrain.cli.failure import EXIT_CODES
 from sparsetrain.cli.finetune import finetune
+from sparsetrain.cli.flags import PRESETS_HELP, methods_help
+from sparsetrain.cli.help import Command, help_text
 from sparsetrain.cli.hf_names import HfNames
 from sparsetrain.cli.models import MODELS_HELP, fetch, list_assets, verify
 from sparsetrain.cli.patterns import patterns
@@ -25,10 +27,7 @@ from sparsetrain.cli.profile import profile
 from sparsetrain.cli.sample import sample
 from sparsetrain.cli.sensitivity import sensitivity
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", epilog=EXIT_CODES)
 
-
-@app.callback()
 def sparsetrain() -> None:
     """Fine-tune and pretrain Transformers with less memory and time, through sparsity.
 
@@ -43,18 +42,7 @@ def sparsetrain() -> None:
     """
 
 
-def paragraphs(text: str) -> str:
-    """The text with each paragraph on one line, for the terminal to wrap; those marked \\b keep their lines."""
-    parts = inspect.cleandoc(text).split("\n\n")
-    return "\n\n".join(part if part.startswith("\b") else part.replace("\n", " ") for part in parts)
-
-
-def _add(place: typer.Typer, name: str, command: Callable[..., Any]) -> None:
-    kind = HfNames if name in ("finetune", "pretrain", "plan", "profile", "bench", "eval") else None
-    place.command(name, cls=kind, help=paragraphs(command.__doc__ or ""), epilog=EXIT_CODES)(command)
-
-
-for _name, _command in {
+COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
     "finetune": finetune,
     "pretrain": pretrain,
     "eval": evaluate,
@@ -69,18 +57,77 @@ for _name, _command in {
     "profile": profile,
     "bench": bench,
     "doctor": doctor,
-}.items():
-    _add(app, _name, _command)
+    "models": {"list": list_assets, "fetch": fetch, "verify": verify},
+}
 
-models = typer.Typer(no_args_is_help=True, help=MODELS_HELP, epilog=EXIT_CODES)
-for _name, _command in {"list": list_assets, "fetch": fetch, "verify": verify}.items():
-    _add(models, _name, _command)
-app.add_typer(models, name="models")
+
+def paragraphs(text: str) -> str:
+    """The text with each paragraph on one line, for the terminal to wrap; those marked \\b keep their lines."""
+    parts = inspect.cleandoc(text).split("\n\n")
+    return "\n\n".join(part if part.startswith("\b") else part.replace("\n", " ") for part in parts)
+
+
+def help_of(command: Callable[..., Any]) -> str:
+    """A command's docstring as its help, with what stands for METHODS and PRESETS: the registry is read then alone."""
+    text = paragraphs(command.__doc__ or "")
+    if "\n\nMETHODS\n" in text:
+        text = text.replace("\n\nMETHODS\n", f"\n\n{methods_help()}\n")
+    return text.replace("\n\nPRESETS\n", f"\n\n{PRESETS_HELP}\n")
+
+
+def app_of(commands: Collection[str] = tuple(COMMANDS), *, named_alone: bool = False) -> typer.Typer:
+    """The app with some commands: typer makes something of every flag of all of them, which takes .2 s for the whole.
+
+    Args:
+        named_alone: each is its name and what it does, without flags, as the list of commands shows it.
+    """
+    made = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", epilog=EXIT_CODES)
+    made.callback()(sparsetrain)
+    for name in commands:
+        found = COMMANDS[name]
+        if not isinstance(found, dict):
+            _add(made, name, found, named_alone)
+            continue
+        inner = typer.Typer(no_args_is_help=True, help=MODELS_HELP, epilog=EXIT_CODES)
+        for each, command in found.items():
+            _add(inner, each, command, named_alone)
+        made.add_typer(inner, name=name)
+    return made
+
+
+def app_for(arguments: Sequence[str]) -> typer.Typer:
+    """The app with what these arguments need of it."""
+    first = next(iter(arguments), "--help")
+    if first == "--help":
+        return app_of(named_alone=True)
+    return app_of([first] if first in COMMANDS else tuple(COMMANDS))
+
+
+def help_asked(arguments: Sequence[str]) -> str | None:
+    """The help of the command that is asked for it alone: to parse for that would import pydantic, .1 s."""
+    *names, last = [*arguments] or [""]
+    found: Any = COMMANDS.get(names[0]) if names and last == "--help" else None
+    for name in names[1:]:
+        found = found.get(name) if isinstance(found, dict) else None
+    if not callable(found):
+        return None
+    command: Any = typer.main.get_command(app_of([names[0]]))
+    for name in names:
+        command = command.commands[name]
+    return help_text(command, " ".join(["sparsetrain", *names]))
+
+
+def _add(place: typer.Typer, name: str, command: Callable[..., Any], named_alone: bool) -> None:
+    if named_alone:
+        place.command(name, help=paragraphs(command.__doc__ or ""))(lambda: None)
+        return
+    kind = HfNames if name in ("finetune", "pretrain", "plan", "profile", "bench", "eval") else Command
+    place.command(name, cls=kind, help=help_of(command), epilog=EXIT_CODES)(command)
 
 
 def flags_of(arguments: Sequence[str]) -> set[str]:
     """The flags of the command that `arguments` begin with; none if it is no command."""
-    found: Any = typer.main.get_command(app)
+    found: Any = typer.main.get_command(app_for(arguments))
     for name in arguments:
         if name not in getattr(found, "commands", {}):
             break

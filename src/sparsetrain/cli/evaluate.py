@@ -96,6 +96,7 @@ def _recipe(model: str, given: dict[str, Any]) -> Any:
 
     # one step, since only held-out rows are read; no methods, since the model brings its own
     training = {"steps": 1, "epochs": None, "warmup_steps": 0, "methods": [], "preset": None, "compare": "none"}
+    training |= {"chat_template_path": None}  # it is in the tokenizer that was saved
     values = {**given, **training, "model": model}
     if given.get("data") is not None:  # then what the run held out is not asked for
         values |= {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -10,7 +9,7 @@ import typer
 
 from sparsetrain.cli.answer import Answer
 from sparsetrain.cli.choice_flags import Again, GoalFlag, Memory, Seconds, Tolerance, choice_asked
-from sparsetrain.cli.flags import KEEP, METHODS_HELP, Debug, Json, RecipeFile, takes
+from sparsetrain.cli.flags import KEEP, Debug, Json, RecipeFile, takes
 from sparsetrain.cli.live import refuse_launched, speaks, telling
 from sparsetrain.cli.passed_flags import FINETUNE_FLAGS, passed
 
@@ -60,6 +59,8 @@ def finetune(
 
     METHODS
 
+    PRESETS
+
     A recipe file has one line a flag, spelled with underscores ([cyan]seq_len: 2048[/]), and for --set the mappings
     [cyan]training:[/] and [cyan]lora:[/]; a run writes its own as recipe.yaml.
 
@@ -84,9 +85,6 @@ def finetune(
     if not speaks():
         return None
     return answer if repository is None or dry_run else _pushed(answer, repository)
-
-
-finetune.__doc__ = inspect.cleandoc(finetune.__doc__ or "").replace("METHODS", METHODS_HELP)
 
 
 def _repository(recipe: Any, wanted: bool, name: str | None) -> str | None:

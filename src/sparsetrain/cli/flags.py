@@ -26,7 +26,7 @@ MAIN, LENGTH, SPARSE, TRAIN, KEEP, MACHINE = (
     "Machine",
 )
 
-_PRESETS = (
+PRESETS_HELP = (
     "[bold]Presets[/]  [cyan]auto[/]: what pays for this data, model and machine, often plain LoRA. "
     "[cyan]spt[/]: attention and FFN, fitted to the model. [cyan]spt-paper[/]: the published "
     "choices, which start far from the pretrained model. [cyan]tokens[/]: gradient through some tokens alone. "
@@ -41,9 +41,6 @@ def methods_help() -> str:
 
     head = "[bold]Methods[/] (every key of one: `sparsetrain methods NAME`)"
     return "\n\n".join([head, *(f"[cyan]{name}[/]  {kind.about}" for name, kind in registered_methods().items())])
-
-
-METHODS_HELP = f"{methods_help()}\n\n{_PRESETS}"
 
 
 @dataclass(frozen=True)
@@ -94,6 +91,8 @@ FLAGS: dict[str, Flag] = {
              "part is of these."),
         Flag("task", "|".join(offered("finetune")), "lm", MAIN, says("finetune")),
         Flag("text_column", "NAME", "text", MAIN, "Column that holds the text, in JSONL, JSON and CSV."),
+        Flag("chat_template_path", "FILE|NAME", "", MAIN, "sft: chat template in place of the tokenizer's: a Jinja "
+             "file, a model that has it, or its text."),
         Flag("holdout", "tokens|documents", "tokens", MAIN, "What the held-out part of text is a share of. tokens: a "
              "long document among short ones is cut in two, its end held out. documents: they stay whole."),
         Flag("output", "DIR", "runs/finetune", MAIN, "Folder for checkpoints, the trained model and the report. "
@@ -140,6 +139,11 @@ FLAGS: dict[str, Flag] = {
         Flag("eval_tokens", INT, "16384", KEEP, "Held-out tokens an evaluation."),
         Flag("early_stopping", INT, "0", KEEP, "Evaluations without a new lowest held-out loss before it ends; "
              "0: never."),
+        Flag("load_best_model_at_end", "", "no", KEEP, "End with the weights of the best evaluation; with "
+             "--eval-every.", bool),
+        Flag("metric_for_best_model", "NAME", "loss", KEEP, "What is best by: loss, or the task's metric (accuracy, "
+             "perplexity)."),
+        Flag("greater_is_better", "", "", KEEP, "Its direction, where it is not the metric's own.", bool),
         Flag("resume", "", "no", KEEP, "Go on from the newest whole checkpoint in --output.", bool),
         Flag("seed", INT, "0", MACHINE, "Same seed, same machine: same losses."),
         Flag("dtype", "auto|fp32|bf16", "auto", MACHINE, "auto is bf16 where this machine multiplies it 1.3x faster, "

@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from typer.core import TyperCommand
+from sparsetrain.cli.help import Command
 
 RENAMED: dict[str, str] = {
     "--model-name-or-path": "--model",
@@ -16,6 +16,7 @@ RENAMED: dict[str, str] = {
     "--max-length": "--seq-len",
     "--max-seq-length": "--seq-len",
     "--dataset-text-field": "--text-column",
+    "--chat-template": "--chat-template-path",
     "--per-device-train-batch-size": "--batch-size",
     "--gradient-accumulation-steps": "--grad-accum",
     "--max-steps": "--steps",
@@ -47,8 +48,22 @@ ALWAYS: dict[str, str] = {
     "--use-peft": "it trains a LoRA. --lora-r 0 trains all weights",
     "--completion-only-loss": "completions alone are targets",
     "--assistant-only-loss": "what the assistant says alone is a target",
+    "--do-train": "it trains. --dry-run trains nothing",
+    "--do-eval": "it is evaluated before and after training",
+    "--eval-on-start": "it is evaluated before and after training",
 }
 """Switches for what `finetune` does in any case -> what that is; off, they are refused."""
+STRATEGIES: dict[str, tuple[str, str]] = {
+    "--save-strategy": ("--save-every", "checkpoints are written every so many steps"),
+    "--eval-strategy": ("--eval-every", "it is evaluated every so many steps"),
+    "--logging-strategy": ("--logging-steps", "every step is recorded, and dashboards are told every so many"),
+}
+"""When something happens -> the flag that says it here, and how often it does."""
+ELSEWHERE: dict[str, str] = {
+    "--logging-dir": "TensorBoard's files are in runs/ of --output, or where TENSORBOARD_LOGGING_DIR says",
+    "--overwrite-output-dir": "nothing that is there is written over. Give --resume, or another --output",
+}
+"""Flags with a value that are not taken -> where it is said."""
 REFUSED: dict[str, str] = {
     "--attn-implementation": "attention is PyTorch's, or a method's in its place",
     "--trust-remote-code": "this command runs no code that comes with a model, and models of families that "
@@ -67,6 +82,7 @@ def translated(arguments: Sequence[str], flags: Collection[str]) -> list[str]:
         ValueError: a switch that is not taken; rows a device, where several ranks share a step.
     """
     found: list[str] = []
+    last: list[str] = []
     rest = list(arguments)
     while rest:
         name, equals, value = rest.pop(0).partition("=")
@@ -75,6 +91,10 @@ def translated(arguments: Sequence[str], flags: Collection[str]) -> list[str]:
             found.append(dashed if _truth(equals, value, rest) else f"--no-{dashed[2:]}")
         elif not name.startswith("--") or (name in flags and name not in SWITCHES):
             found.append(f"{name}{equals}{value}")
+        elif dashed in ELSEWHERE and "--save-every" in flags:
+            raise ValueError(f"{dashed} is not taken: {ELSEWHERE[dashed]}.")
+        elif dashed in STRATEGIES and "--save-every" in flags:
+            last += _by_steps(dashed, _value(equals, value, rest), arguments)
         elif dashed in REFUSED and dashed not in flags:
             if _truth(equals, value, rest):
                 raise ValueError(f"{dashed} is not taken: {REFUSED[dashed]}. Leave it out.")
@@ -92,7 +112,19 @@ def translated(arguments: Sequence[str], flags: Collection[str]) -> list[str]:
                 found += ["--set", f"{section}={_value(equals, value, rest)}"]
             else:
                 found.append(f"{new if new in flags else name}{equals}{value}")
-    return _with_our_values(found)
+    return _with_our_values(found + last)
+
+
+def _by_steps(name: str, value: str, arguments: Sequence[str]) -> list[str]:
+    """What a strategy asks for, in our flags; `steps` says nothing more than the number that goes with it."""
+    ours, often = STRATEGIES[name]
+    given = {part.partition("=")[0].replace("_", "-") for part in arguments}
+    if value == "steps" and (name != "--eval-strategy" or given & {"--eval-steps", ours}):
+        return []
+    if value == "no" and name != "--logging-strategy":
+        return [ours, "0"]
+    best = " --load-best-model-at-end makes each new best evaluation a checkpoint." if value == "best" else ""
+    raise ValueError(f"{name} {value} is not taken: {often}. Give {ours} N.{best}")
 
 
 def _section(name: str, flags: Collection[str]) -> str | None:
@@ -150,7 +182,7 @@ def _check_alone() -> None:
         )
 
 
-class HfNames(TyperCommand):
+class HfNames(Command):
     """A command that takes these names too."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

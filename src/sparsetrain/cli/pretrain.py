@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Annotated, Any
 
 import typer
 
 from sparsetrain.cli.answer import Answer
 from sparsetrain.cli.finetune import DryRun, compared, next_steps, previewed
-from sparsetrain.cli.flags import Debug, Json, RecipeFile, methods_help, takes
+from sparsetrain.cli.flags import Debug, Json, RecipeFile, takes
 from sparsetrain.cli.live import refuse_launched, speaks, telling
 from sparsetrain.cli.passed_flags import PRETRAIN_PASSED, passed
 from sparsetrain.cli.pretrain_flags import PRETRAIN_FLAGS
@@ -93,9 +92,6 @@ def pretrain(
             return previewed(asked, tell)
         answer = compared(asked, tell) if asked.compare == "dense" else _trained(asked, tell)
     return answer if speaks() else None
-
-
-pretrain.__doc__ = inspect.cleandoc(pretrain.__doc__ or "").replace("METHODS\n", f"{methods_help()}\n")
 
 
 def _on_grid(recipe: Any, grid: str, mode: str, tell: Any) -> Answer | None:

@@ -9,7 +9,7 @@ from sparsetrain.recipes.tasks import offered, says
 
 TRAIN = "Optimizer"
 _NOT_HERE = {"preset", "distill_steps", "distill_lr", "lora_r", "lora_alpha", "lora_targets"}
-_NOT_HERE |= {"model_revision", "trust_remote_code", "load_in_4bit", "load_in_8bit"}
+_NOT_HERE |= {"model_revision", "trust_remote_code", "chat_template_path", "load_in_4bit", "load_in_8bit"}
 _NOT_HERE |= {"packing", "deploy", "dense_first", "dense_last", "train_auxiliary"}
 _NOT_HERE |= {"lora_dtype", "activation_offloading", "tiled_mlp"}
 _OWN = (

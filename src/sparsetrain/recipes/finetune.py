@@ -49,6 +49,9 @@ class Recipe(RunRecipe):
     packing: bool = False
     """sft: several training examples in a row, as many as seq_len holds, none of which sees another. lm: rows are
     packed in any case; with this, none of a row's documents sees another."""
+    chat_template_path: str | None = None
+    """sft: a chat template in place of the tokenizer's: a Jinja file, the folder or name of a model that has it, or its
+    text. It is saved with the tokenizer."""
     output: str = "runs/finetune"
     """Folder for checkpoints, the trained adapter and the report. It must be empty or absent unless --resume."""
     task: Literal["lm", "sft", "classify", "image", "diffusion", "pair-image"] = "lm"
@@ -112,6 +115,11 @@ class Recipe(RunRecipe):
 
     @model_validator(mode="after")
     def _packs(self) -> Self:
+        if self.chat_template_path is not None and self.task != "sft":
+            raise ValueError(
+                f"chat_template_path is for conversations, and task={self.task} has none. Give task=sft, or leave it "
+                "out."
+            )
         if self.packing and self.task not in ("lm", "sft"):
             raise ValueError(
                 f"packing is for tasks that learn tokens, and task={self.task} has a label or image a row."

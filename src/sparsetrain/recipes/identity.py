@@ -33,13 +33,15 @@ LATER = (
     *("training", "lora", "lora_dtype", "early_stopping", "model_revision", "load_in_4bit", "packing"),
     *("eval_data", "dataset_config", "dataset_train_split", "dataset_test_split", "streaming", "stream_rows"),
     *("trust_remote_code", "dataset_revision", "load_in_8bit"),
+    *("chat_template_path", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
 """Keys that came later: left out while they have their defaults, as in the checkpoints of versions without them."""
 
 
 def training_values(recipe: RunRecipe) -> dict[str, Any]:
     """The keys that change the training result, as JSON values."""
-    watched = NOT_TRAINING - {"eval_every", "eval_tokens"} if recipe.early_stopping else NOT_TRAINING
+    decides = recipe.early_stopping or recipe.load_best_model_at_end  # evaluations do
+    watched = NOT_TRAINING - {"eval_every", "eval_tokens"} if decides else NOT_TRAINING
     values = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in watched}
     if values["ema_decay"] is None and not recipe.averages:
         del values["ema_decay"]  # as in the checkpoints of versions that kept no average

@@ -37,6 +37,9 @@ OWNED: dict[str, dict[str, str]] = {
         "save_total_limit": "keep_checkpoints",
         "eval_strategy": "eval_every",
         "eval_steps": "eval_every",
+        "load_best_model_at_end": "load_best_model_at_end",
+        "metric_for_best_model": "metric_for_best_model",
+        "greater_is_better": "greater_is_better",
         "resume_from_checkpoint": "resume",
         "adam_beta1": "beta1",
         "adam_beta2": "beta2",
@@ -51,12 +54,11 @@ OWNED: dict[str, dict[str, str]] = {
 }
 """Key of theirs -> ours, where the recipe has it."""
 
-_RECORDED = "every step is recorded, and the report is drawn from that"
+_RECORDED = "every step is recorded, and dashboards are told every logging_steps steps"
 _OWN_EVALUATION = "the held-out loss is measured by us, and this would have no effect (see eval_every, eval_tokens)"
 _ORDER = "a run that goes on must see the same rows in the same order"
 _DDP = "each rank holds the whole model and trains with DDP, whose settings the methods rely on"
 _LOADER = "rows are collated in this process, where their order is recorded; they are tokenised already"
-_LAST = "a run keeps its last weights; save_every and keep_checkpoints keep earlier ones"
 _ADAPTER = "PEFT sets it itself"
 _BASE = "the adapter would no longer stand on the model that recipe.yaml names"
 
@@ -65,8 +67,6 @@ REFUSED: dict[str, dict[str, str]] = {
         "remove_unused_columns": "rows hold what the model takes and nothing else, and some of it only methods read",
         "label_names": _OWN_EVALUATION,
         "logging_strategy": _RECORDED,
-        "logging_steps": _RECORDED,
-        "logging_first_step": _RECORDED,
         "logging_nan_inf_filter": "a loss that is not finite ends the run, and must not be hidden",
         "include_num_input_tokens_seen": "tokens of each step are counted by it",
         "disable_tqdm": "progress is shown by us",
@@ -91,9 +91,6 @@ REFUSED: dict[str, dict[str, str]] = {
         "save_only_model": "a run goes on with the state of its optimizer",
         "save_on_each_node": "the first rank writes for all",
         "enable_jit_checkpoint": "checkpoints are whole or not there, which this would not keep to",
-        "load_best_model_at_end": _LAST,
-        "metric_for_best_model": _LAST,
-        "greater_is_better": _LAST,
         "ignore_data_skip": _ORDER,
         "accelerator_config": _ORDER,
         "restore_callback_states_from_checkpoint": "it makes new callbacks, and the methods would be left without",
@@ -161,7 +158,15 @@ SHORT: dict[str, tuple[str, str]] = {
 
 WATCHING = frozenset(
     {"report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"}
-    | {"log_level", "log_level_replica", "log_on_each_node", "debug", "torch_empty_cache_steps"}
+    | {
+        "logging_steps",
+        "logging_first_step",
+        "log_level",
+        "log_level_replica",
+        "log_on_each_node",
+        "debug",
+        "torch_empty_cache_steps",
+    }
 )
 """Keys of `training` that change how a run is watched, and not what it trains."""
 

@@ -92,8 +92,16 @@ class RunRecipe(DataRecipe):
     eval_tokens: int = Field(16384, ge=1, le=2**40)
     """Tokens of held-out data for each evaluation (rows with one label: as many as hold them)."""
     early_stopping: int = Field(0, ge=0, le=2**31 - 1)
-    """Evaluations (see eval_every) in which the held-out loss may fail to reach a new low before a run ends; 0: it
-    takes all its steps. The last weights are kept."""
+    """Evaluations (see eval_every) in which the held-out loss, or metric_for_best_model, may fail to improve before a
+    run ends; 0: it takes all its steps. The last weights are kept, unless load_best_model_at_end."""
+    load_best_model_at_end: bool = False
+    """End with the weights of the best evaluation (see eval_every) after training began. Each new best one is a
+    checkpoint, and stays until there is a better one."""
+    metric_for_best_model: str = "loss"
+    """By what evaluations are compared: loss, or the metric of the task (accuracy, perplexity); eval_ may stand before
+    it."""
+    greater_is_better: bool | None = None
+    """Its direction. Not given: as the metric has it."""
     gradient_checkpointing: Literal["none", "non-reentrant", "reentrant"] = "none"
     """Recompute activations in the backward pass: much less memory, about a third more time."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -172,15 +180,38 @@ class RunRecipe(DataRecipe):
             raise ValueError(f"warmup_steps={self.warmup_steps:g}: give whole steps, or a share of them below 1.")
         if self.steps is not None and self.warmup_steps >= self.steps and self.warmup_steps > 0:
             raise ValueError(f"warmup_steps={self.warmup_steps} leaves nothing of steps={self.steps}. Lower it.")
-        if self.early_stopping and (grows := [config.method for config in self.configs if config.grows]):
-            raise ValueError(f"early_stopping={self.early_stopping}: {grows[0]} trains stages of a fixed length.")
-        if self.early_stopping and (not self.eval_every or self.compare != "none"):
+        return self
+
+    @field_validator("metric_for_best_model")
+    @classmethod
+    def _bare(cls, metric: str) -> str:
+        return metric.removeprefix("eval_")
+
+    @model_validator(mode="after")
+    def _watches(self) -> Self:
+        """Those keys that go by evaluations in the run."""
+        watching = f"early_stopping={self.early_stopping}" if self.early_stopping else "load_best_model_at_end"
+        if not self.early_stopping and not self.load_best_model_at_end:
+            for key in ("metric_for_best_model", "greater_is_better"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(
+                        f"{key} is for load_best_model_at_end or early_stopping. Give one, or leave it out."
+                    )
+            return self
+        if grows := [config.method for config in self.configs if config.grows]:
+            raise ValueError(f"{watching}: {grows[0]} trains stages of a fixed length. Leave it out.")
+        if not self.eval_every or self.compare != "none":
             needs = (
-                "both sides of a comparison take the same steps. Leave one"
+                "both sides of a comparison take the same steps, and keep their last weights. Leave one"
                 if self.eval_every
-                else ("nothing is evaluated while it trains. Give eval_every (--eval-every) too, or leave it")
+                else "nothing is evaluated while it trains. Give eval_every (--eval-every) too, or leave it"
             )
-            raise ValueError(f"early_stopping={self.early_stopping}: {needs} out.")
+            raise ValueError(f"{watching}: {needs} out.")
+        if self.metric_for_best_model not in (known := ("loss", task_of(self.task).metric)):
+            given = shown(self.metric_for_best_model)
+            raise ValueError(
+                f"metric_for_best_model={given} is not measured for task={self.task}. Give {' or '.join(known)}."
+            )
         return self
 
     @property

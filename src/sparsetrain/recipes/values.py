@@ -15,7 +15,7 @@ def check_plain(key: str, value: Any, annotation: Any) -> None:
     """
     if isinstance(value, bytes):
         raise ValueError(f"{key}={shown(value)}: that is binary. Give {_takes(annotation)}.")
-    if isinstance(value, bool) and annotation is not bool:
+    if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
         raise ValueError(f"{key}={str(value).lower()}: that is no value of this key. Give {_takes(annotation)}.")
     if isinstance(value, str) and (
         not value.strip() or "\0" in value or value != value.encode(errors="ignore").decode()

@@ -93,10 +93,11 @@ def last_good(output: str | Path) -> str:
     return f"The last good checkpoint is {whole[-1]}." if whole else "No checkpoint was written before."
 
 
-def rotate(output: str | Path, keep: int) -> None:
-    """Remove all but the newest `keep` whole checkpoints; each loses its manifest first, so none is ever half there."""
+def rotate(output: str | Path, keep: int, kept_step: int | None = None) -> None:
+    """Remove all but the newest `keep` whole checkpoints and that of `kept_step`; each loses its manifest first, so
+    none is ever half there."""
     whole = [path for path in own_checkpoints(output) if (path / MANIFEST).is_file()]
-    for path in whole[:-keep]:
+    for path in (path for path in whole[:-keep] if _step_of(path) != kept_step):
         (path / MANIFEST).unlink()
         shutil.rmtree(path)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,18 @@ def mark_weights(folder: Path, mark: dict[str, Any], *, needs_us: bool) -> bool:
     else:
         return False
     return True
+
+
+def drop_modules(folder: Path, names: Collection[str]) -> None:
+    """Leave these modules out of an adapter that was just saved: it is for a model that has none of them."""
+    adapter = folder / _ADAPTER
+    with safe_open(str(adapter), framework="pt") as file:
+        kept = [key for key in file.keys() if not any(f".{name}." in key for name in names)]  # noqa: SIM118
+        tensors, metadata = {key: file.get_tensor(key) for key in kept}, file.metadata()
+    save_file(tensors, str(adapter), metadata=metadata)
+    values = read_json(folder / _KIND)
+    left = [name for name in values.get("modules_to_save") or [] if name not in names]
+    write_json(folder / _KIND, values | {"modules_to_save": left or None})
 
 
 def mark_of(folder: Path) -> dict[str, Any] | None:

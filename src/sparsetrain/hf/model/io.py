@@ -32,7 +32,7 @@ from sparsetrain.hf.model.whole import check_finite
 from sparsetrain.runs.card import CARD
 from sparsetrain.runs.folders import ADAPTER, stored_shapes
 from sparsetrain.runs.manifest import MANIFEST, atomic_folder, disk_errors, verify_manifest, write_manifest
-from sparsetrain.runs.mark import ENTRY, check_mark, mark_of, refuse_lone_weights
+from sparsetrain.runs.mark import ENTRY, check_mark, drop_modules, mark_of, refuse_lone_weights
 from sparsetrain.runs.sidecar import SIDECAR, STATE, WRITTEN, base_of, read_sidecar, read_state, write_sidecar
 from sparsetrain.surgery.apply import Handle, sparsify
 from sparsetrain.surgery.method import State, method_of
@@ -72,6 +72,8 @@ def save(
         if isinstance(model, PeftModel):
             # "auto" would ask the hub whether the vocabulary grew; its rows go into the state file
             save_alone(model, str(scratch), save_embedding_layers=False)
+            if handle is not None and handle.deploys_dense and handle.modules_to_save:  # trained, and not deployed
+                drop_modules(scratch, handle.modules_to_save)
             (scratch / CARD).unlink(missing_ok=True)
         else:
             converted = conversion_of(model) or handle

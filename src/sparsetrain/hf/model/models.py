@@ -18,13 +18,13 @@ from transformers.pytorch_utils import Conv1D
 from sparsetrain.core.anatomy import describe
 from sparsetrain.core.config import MethodConfig, suggest
 from sparsetrain.core.fields import shown
-from sparsetrain.hf.model.chunked_loss import use_chunked_loss
 from sparsetrain.hf.model.four_bit import import_bitsandbytes
 from sparsetrain.hf.model.passed import lora_config
 from sparsetrain.hf.model.weights import auto_class, empty_of, fitting_class
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.tasks import task_of
 from sparsetrain.surgery.apply import Handle
+from sparsetrain.surgery.chunked_loss import use_chunked_loss
 from sparsetrain.surgery.method import method_of
 from sparsetrain.surgery.plan import Plan
 from sparsetrain.surgery.tiled import check_tiled, use_tiled_mlp

@@ -39,12 +39,13 @@ def data_rows(recipe: Recipe, model: ModelConfig, say: Callable[[str], None]) ->
 
 def _read(recipe: Recipe, model: ModelConfig, say: Callable[[str], None]) -> RowLengths:
     from sparsetrain.hf.model.opening import make_config
-    from sparsetrain.hf.train.readers import open_tokenizer
+    from sparsetrain.hf.train.readers import open_reader
     from sparsetrain.hf.train.rows import lengths_of, load_rows
 
     config: Any = make_config(model.values, model.name)
     uncut = recipe.model_copy(update={"seq_len": model.context or MOST, "steps": None, "epochs": 1.0})
     assert model.folder is not None
-    bundle = load_rows(uncut, open_tokenizer(model.folder, config), config, lambda event: say(event["text"]))
+    reader = open_reader(recipe, model.folder, config, lambda event: say(event["text"]))
+    bundle = load_rows(uncut, reader, config, lambda event: say(event["text"]))
     sides = [rows for rows in (bundle.train, bundle.eval) if rows is not None]
     return RowLengths.of([n for rows in sides for n in lengths_of(rows, "input_ids")], recipe.seq_len, recipe.streaming)

@@ -66,7 +66,7 @@ def open_parts(
     path, config = open_config(recipe, report, (like or recipe).configs)
     check_offload(recipe, config, device, report)
     planned = check_and_plan(recipe, config, device)
-    tokenizer = open_reader(recipe, path, config) if opened is None else opened.tokenizer
+    tokenizer = open_reader(recipe, path, config, report) if opened is None else opened.tokenizer
     refuse_rows(recipe)
     bundle = load_rows(recipe, tokenizer, config, report) if opened is None else opened.bundle
     refuse_rows(recipe, bundle)
@@ -261,6 +261,7 @@ def training_arguments(parts: Parts, **changes: Any) -> TrainingArguments:
     """
     recipe, device = parts.recipe, parts.device
     rows, passes = shared_step(recipe)
+    everywhere: dict[str, Any] = {"logging_steps": 1}  # what a recipe says of it is for dashboards
     values: dict[str, Any] = dict(
         output_dir=recipe.output,
         per_device_train_batch_size=rows,
@@ -274,7 +275,6 @@ def training_arguments(parts: Parts, **changes: Any) -> TrainingArguments:
         lr_scheduler_type="constant_with_warmup" if recipe.lr_schedule == "constant" else recipe.lr_schedule,
         max_grad_norm=recipe.max_grad_norm,
         logging_strategy="steps",
-        logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="steps" if recipe.save_every else "no",
         save_steps=recipe.save_every or 1,
@@ -293,6 +293,6 @@ def training_arguments(parts: Parts, **changes: Any) -> TrainingArguments:
         accelerator_config={"dispatch_batches": False},  # of streamed rows too: the process that reads them trains
         **checkpointing_arguments(recipe.gradient_checkpointing, offloads(recipe, device)),
     )
-    arguments = TrainingArguments(**values | changes | passed_on(recipe))
+    arguments = TrainingArguments(**values | changes | passed_on(recipe) | everywhere)
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process, one GPU: no DataParallel
     return arguments

@@ -20,6 +20,7 @@ from sparsetrain.core.errors import CheckpointError
 from sparsetrain.core.plain_files import regular_file
 from sparsetrain.core.quote import quoted
 from sparsetrain.recipes.run import RunRecipe
+from sparsetrain.runs.best import kept_step
 from sparsetrain.runs.card import CARD
 from sparsetrain.runs.checkpoints import about_recipe, begin_checkpoint, complete_checkpoint, rotate
 from sparsetrain.runs.events import Report, silent
@@ -105,6 +106,8 @@ class CheckpointCallback(TrainerCallback):
             begin_checkpoint(checkpoint_folder(args.output_dir, state.global_step), self.recipe)
         ranks.wait()
 
+    on_log = on_step_end  # an evaluation asks for a checkpoint there
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         ranks.wait()  # for the files of the others
         self.buckets.rebuild()
@@ -113,7 +116,8 @@ class CheckpointCallback(TrainerCallback):
         folder = checkpoint_folder(args.output_dir, state.global_step)
         place = self.place(state.global_step)
         (folder / CARD).unlink(missing_ok=True)  # PEFT's, a form to be filled in that names a place on this machine
-        write_json(folder / PROGRESS, self.progress(kwargs["model"], kwargs["optimizer"]) | place)
+        recorded = self.progress(kwargs["model"], kwargs["optimizer"])
+        write_json(folder / PROGRESS, recorded | place)
         complete_checkpoint(folder, state.global_step, **about_recipe(self.recipe), data=self.data, **place)
-        rotate(folder.parent, self.recipe.keep_checkpoints)
+        rotate(folder.parent, self.recipe.keep_checkpoints, kept_step(self.recipe, recorded["run"].get("evals", [])))
         self.report({"event": "saved", "path": str(folder)})

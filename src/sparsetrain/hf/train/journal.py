@@ -19,6 +19,8 @@ from sparsetrain.measure.curves import number
 from sparsetrain.measure.ledger import size_text
 from sparsetrain.measure.memory import peak_memory, saved_activations, static_memory
 from sparsetrain.measure.schema import Run, StageCost, StageRecord
+from sparsetrain.recipes.run import RunRecipe
+from sparsetrain.runs.best import best_of, kept_step
 from sparsetrain.runs.checkpoints import Checkpoint
 from sparsetrain.runs.events import Event, Report
 from sparsetrain.runs.quality import Quality
@@ -138,23 +140,25 @@ class Journal:
 
 
 class EvalCallback(TrainerCallback):
-    """Evaluates every `every` steps (0: never), and where a callback before it has asked for it, outside the timed part
-    of a step.
+    """Evaluates every `eval_every` steps (0: never), and where a callback before it has asked for it, outside the timed
+    part of a step.
 
     Args:
-        patience: evaluations without a new low of the held-out loss after which training ends; 0: it does not.
+        recipe: whose `early_stopping` says when training ends, and `load_best_model_at_end` that a new best evaluation
+            is a checkpoint.
 
     `log`, if it is set, is the Trainer's, which tells dashboards.
     """
 
-    def __init__(self, evaluate_now: Callable[[int], Quality], every: int, journal: Journal, patience: int = 0) -> None:
-        self.evaluate_now, self.every, self.journal, self.patience = evaluate_now, every, journal, patience
+    def __init__(self, evaluate_now: Callable[[int], Quality], journal: Journal, recipe: RunRecipe) -> None:
+        self.evaluate_now, self.journal, self.recipe, self.best = evaluate_now, journal, recipe, best_of(recipe)
         self.log: Callable[[dict[str, float]], None] | None = None
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if "loss" not in (kwargs.get("logs") or {}):
             return
-        due = control.should_evaluate or (self.every and state.global_step % self.every == 0)
+        every = self.recipe.eval_every
+        due = control.should_evaluate or (every and state.global_step % every == 0)
         control.should_evaluate = False  # the Trainer has no rows of its own to evaluate on
         if due and state.global_step < state.max_steps:
             quality = self.evaluate_now(state.global_step)
@@ -164,17 +168,19 @@ class EvalCallback(TrainerCallback):
             if self.log is not None:
                 self.log({"eval_loss": quality.loss, **{f"eval_{name}": x for name, x in quality.metrics.items()}})
             control.should_training_stop |= self._is_enough(state.global_step)
+            control.should_save |= kept_step(self.recipe, self.journal.run.get("evals", [])) == state.global_step
 
     def _is_enough(self, step: int) -> bool:
         """Of the recorded curve alone, so that a continued run ends where an uninterrupted one does."""
         points = self.journal.run.get("evals", [])
-        losses = [number(point["loss"]) for point in points]
-        best = losses.index(min(losses))
-        since = len(losses) - 1 - best
-        if not self.patience or since < self.patience:
+        best = self.best.first(points)
+        since = len(points) - 1 - best
+        if not self.recipe.early_stopping or since < self.recipe.early_stopping:
             return False
-        low = f"the lowest held-out loss, {number_text(losses[best])}, was that of step {points[best]['step']}"
-        text = f"Stopped early after step {step}: {low}, {since} evaluations ago. The last weights are kept."
+        reached = number_text(number(points[best][self.best.metric]))
+        low = f"the {self.best.text()}, {reached}, was that of step {points[best]['step']}"
+        kept = "" if self.recipe.load_best_model_at_end else " The last weights are kept."
+        text = f"Stopped early after step {step}: {low}, {since} evaluations ago.{kept}"
         self.journal.report({"event": "note", "text": text})
         return True
 

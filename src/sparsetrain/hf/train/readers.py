@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from sparsetrain.data.chat_templates import use_template
 from sparsetrain.data.vocabulary import check_vocabulary
+from sparsetrain.hf.assets import resolve_model
 from sparsetrain.hf.model import opening
 from sparsetrain.hf.model.pair import PairReader
 from sparsetrain.recipes.finetune import Recipe
@@ -28,9 +30,9 @@ def check_trust(recipe: Recipe, config: Any, report: Report) -> None:
         )
 
 
-def open_reader(recipe: Recipe, path: str, config: Any) -> Any:
-    """What makes rows of the task's data: a tokenizer, an image processor, or both for a pair of encoders; None where
-    images go in as they are.
+def open_reader(recipe: Recipe, path: str, config: Any, report: Report) -> Any:
+    """What makes rows of the task's data: a tokenizer, with the recipe's chat template, an image processor, or both for
+    a pair of encoders; None where images go in as they are.
 
     Raises:
         ValueError: it cannot be read, or does not fit the model.
@@ -40,7 +42,11 @@ def open_reader(recipe: Recipe, path: str, config: Any) -> Any:
         tokenizer = open_tokenizer(path, config, trust=recipe.trust_remote_code)
         return PairReader(tokenizer, opening.open_image_processor(path, config))
     if not task.images:
-        return open_tokenizer(path, config, trust=recipe.trust_remote_code)
+        tokenizer = open_tokenizer(path, config, trust=recipe.trust_remote_code)
+        if recipe.chat_template_path is not None:
+            for note in use_template(tokenizer, recipe.chat_template_path, lambda x: open_tokenizer(resolve_model(x))):
+                report({"event": "note", "text": note})
+        return tokenizer
     return opening.open_image_processor(path, config) if task.labelled else None
 
 

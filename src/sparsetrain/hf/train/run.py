@@ -24,9 +24,11 @@ from sparsetrain.hf.model.architectures import sequence_tokens
 from sparsetrain.hf.model.io import save
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.average import Average
+from sparsetrain.hf.train.best import take_best
 from sparsetrain.hf.train.callbacks import SparsityCallback
 from sparsetrain.hf.train.card import card_of
 from sparsetrain.hf.train.checkpoint import CheckpointCallback, own_names, plain_states
+from sparsetrain.hf.train.dashboards import tell_every
 from sparsetrain.hf.train.finite import FiniteCallback
 from sparsetrain.hf.train.held_out import KnownQuality, measure_quality
 from sparsetrain.hf.train.job import Job as Job
@@ -141,10 +143,8 @@ def _open(recipe: RunRecipe, job: Job, report: Report, callbacks: tuple[TrainerC
 
 
 def _train(course: Course, dense_quality: KnownQuality) -> tuple[Any, Handle | None, Trainer | None]:
-    """Train each stage that is left, from what the one before has left: (model, its handle, its Trainer).
-
-    Where the last checkpoint is of the last step, nothing is left to train, and there is no Trainer.
-    """
+    """Train each stage that is left, from what the one before has left: (model, its handle, its Trainer). Where the
+    last checkpoint is of the last step, nothing is left to train, and there is no Trainer."""
     resumed, trainer = course.resumed, None
     model, handle = course.job.build(course.parts, course.journal, resumed, dense_quality)
     if handle is not None and any(edit.replaces for edit in handle.plan.edits):
@@ -200,12 +200,7 @@ def _trainer(course: Course, span: Span, model: Any, handle: Handle | None) -> T
     def progress(model: Any, optimizer: Any) -> dict[str, Any]:
         return journal.progress(model, optimizer, handle)
 
-    evaluates = EvalCallback(
-        lambda step: _measured(course, model, handle, step),
-        course.recipe.eval_every,
-        journal,
-        course.recipe.early_stopping,
-    )
+    evaluates = EvalCallback(lambda step: _measured(course, model, handle, step), journal, course.recipe)
     trainer = Trainer(
         model=model,
         args=course.arguments(handle),
@@ -228,6 +223,7 @@ def _trainer(course: Course, span: Span, model: Any, handle: Handle | None) -> T
     )
     if trainer.args.report_to:
         evaluates.log = trainer.log
+        tell_every(trainer, course.recipe.training.get("logging_steps", 1))
     trainer.remove_callback(PrinterCallback)
     use_task_loss(trainer, course.recipe.task)
     return trainer
@@ -262,7 +258,10 @@ def _record(course: Course, model: Any, handle: Handle | None, trainer: Trainer 
         course.average.take(model)
     last = course.spans[-1].total if trainer is None else trainer.state.global_step  # it may have ended early
     trained = measure_quality(model, handle, parts, journal, "evaluating the trained model", step=last)
-    journal.quality("after_training", trained, step=last)
+    journal.point(trained, last)
+    if (best := take_best(model, handle, course.average, course.recipe, journal)) is not None:
+        trained = measure_quality(model, handle, parts, journal, "evaluating the best model", step=best)
+    journal.quality("after_training", trained)
     if job.samples:
         record_samples(model, parts, journal)
     if (place := task_of(course.recipe.task).shows) is not None and ranks.is_first():

@@ -145,11 +145,12 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
     model.load_state_dict(found, strict=False)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     there = {id(parameters[name]) for name in found if name in parameters}  # of tied ones, one is saved
-    # what was added to a model that is deployed dense is in no weights: it came with the checkpoint's state
-    fixed = tuple(
-        f"{name}." for name, module in model.named_modules() if isinstance(module, Site) and module.deploys_dense
-    )
-    lacking = [name for name, p in parameters.items() if id(p) not in there and not name.startswith(fixed)]
+    sites = {name: module for name, module in model.named_modules() if isinstance(module, Site)}
+    # in no weights is what was added to a model that is deployed dense, and what comes with the checkpoint's state
+    fixed = tuple(f"{name}." for name, module in sites.items() if module.deploys_dense)
+    in_state = {f"{name}.{key}" for name, module in sites.items() for key in module.tensors()}
+    apart = [name for name, p in parameters.items() if id(p) not in there and name not in in_state]
+    lacking = [name for name in apart if not name.startswith(fixed)]
     if lacking:
         raise ValueError(f"{checkpoint} has no weights for {lacking[0]}, so it is of another model.")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 import sparsetrain
-from sparsetrain.hf.model.chunked_loss import use_chunked_loss
+from sparsetrain.surgery.chunked_loss import use_chunked_loss
 from tests.families import FAMILIES
 
 CAUSAL = [name for name, case in FAMILIES.items() if case.causal and not case.vision]
