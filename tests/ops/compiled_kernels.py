@@ -34,6 +34,7 @@ KERNELS: list[tuple[Any, dict[str, Any], int]] = [
     (attention._forward, TILES | {"WINDOW": True, "PACKED": True, "M": 128}, 8),
     (attention._backward_q, TILES | RULES | {"M": 128}, 8),
     (attention._backward_kv, TILES | RULES | {"M": 64}, 8),
+    (attention._backward_kv, TILES | RULES | {"M": 32}, 8),
     (codes._encode, CODES, 4),
     (codes._histograms, CODES | {"MASKED": True}, 4),
     (monarch._products, {"ROWS": 128, "COLUMNS": 128, "INNER": 32, "BIAS": True, "PRECISION": "tf32"}, 8),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,3 +104,13 @@ def test_what_the_kernels_refuse() -> None:
     # interpreted kernels are never what `auto` takes
     on_cpu = block_sparse_attention(q, k, v, case.lists(), block_q=16, block_k=16, causal=True)
     assert torch.equal(on_cpu, call(case, q, k, v, case.lists(), "torch")[0])
+
+
+def test_wide_heads_take_fewer_queries_at_a_time_where_registers_would_spill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dK and dV on Hopper, in half precision."""
+    from sparsetrain.ops.block_sparse_attention import triton as kernels
+
+    for capability, itemsize, width, rows in ((9, 2, 128, 32), (9, 2, 64, 64), (9, 4, 128, 64), (8, 2, 128, 64)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: (found, 0))
+        q = SimpleNamespace(is_cuda=True, device=None, itemsize=itemsize, shape=(1, 2, 256, width))
+        assert kernels._kv_rows(q) == rows  # type: ignore[arg-type]

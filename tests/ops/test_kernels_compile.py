@@ -26,6 +26,6 @@ def test_kernels_compile_and_fit(capability: int) -> None:
     done = subprocess.run(run, env=without, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 19
+    assert len(found) == 20
     assert all(0 < kernel["shared"] <= SHARED_BYTES[capability] for kernel in found), found
     assert all(kernel["stack"] <= STACK_BYTES[capability] for kernel in found if "channels" in kernel), found

@@ -354,7 +354,7 @@ def backward_op(
         )  # fmt: skip
     num_key_blocks = -(-s // block_k)
     whole, part = (invert(Listed(*x), num_key_blocks) for x in ((full, full_ids), (partial, partial_ids)))
-    m, n = _tiles(q, block_q, block_k, 64)
+    m, n = _tiles(q, block_q, block_k, _kv_rows(q))
     with torch.cuda.device_of(q):  # kernels go to the current device, wherever their tensors are
         _backward_kv[(triton.cdiv(s, n), b * g)](
             q, k, v, dout, lse, delta, dk, dv, *whole, *part, ids,
@@ -398,11 +398,18 @@ def _gradients(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _tiles(q: Tensor, block_q: int, block_k: int, rows: int) -> tuple[int, int]:
     """Queries and keys of a tile: powers of two that divide the blocks.
 
-    At 128 channels in bf16, compiled for Hopper: 128 x 64 forward needs 255 registers and 49 KiB of shared memory; in
-    dK and dV 64 x 64 spill 0.5 KiB a thread, 128 keys three times that. fp32, three products of TF32, takes a quarter.
+    At 128 channels in bf16, compiled for Hopper: 128 x 64 forward needs 255 registers and 49 KiB of shared memory.
+    fp32, three products of TF32, takes a quarter.
     """
     shrink = 1 if q.itemsize == 2 else 2
     return math.gcd(block_q, rows // shrink), math.gcd(block_k, 64 // shrink)
+
+
+def _kv_rows(q: Tensor) -> int:
+    """Queries of a tile in dK and dV. Compiled for Hopper with aligned strides, 64 x 64 at 128 channels spill 192 bytes
+    a thread and 32 x 64 none, in 64 KiB of shared memory; for Ampere neither spills. Untimed."""
+    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
+    return 32 if hopper and q.itemsize == 2 and q.shape[3] > 64 else 64
 
 
 def _steps(x: Tensor) -> tuple[int, int]:
