@@ -48,6 +48,25 @@ def test_a_shape_is_timed_once_and_known_to_the_next_process(monkeypatch: pytest
     assert len(made) == 2 and [known.key for known in all_timings(CPU)] == ["another", "shape"]
 
 
+def test_a_lack_of_memory_is_true_of_this_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacks() -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    found = timings_here("op", "shape", CPU, lambda: {"large": lacks, "small": busy(20)})
+    assert found.order == ["small"] and "large" in found.failed and all_timings(CPU) == []
+    monkeypatch.setattr(fastest, "_known", {})  # as another process begins
+    assert timings_here("op", "shape", CPU, lambda: {"large": busy(40), "small": busy(20)}).failed == {}
+
+
+def test_where_memory_does_not_even_hold_what_would_be_timed_nothing_is_known() -> None:
+    def ways() -> fastest.Ways:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    found = timings_here("op", "shape", CPU, ways)
+    assert found.order == [] and all_timings(CPU) == []
+    assert fastest.ranked({"torch": None, "triton": "none"}, found) == {"torch": None, "triton": "none"}
+
+
 def test_the_callers_modes_and_draws_are_left_alone() -> None:
     seen = []
 

@@ -20,6 +20,7 @@ Ways = dict[str, Callable[[], object]]
 ROUNDS, SECONDS = 40, 0.2
 """Rounds are taken up to `ROUNDS`, or to where the first way has run for `SECONDS`; 3 at least, after two that warm
 up."""
+_NO_MEMORY = torch.OutOfMemoryError.__name__
 _known: dict[str, Timings] = {}
 
 
@@ -39,6 +40,12 @@ class Timings:
     def order(self) -> list[str]:
         return sorted(self.ms, key=self.ms.__getitem__)
 
+    @property
+    def lacked_memory(self) -> bool:
+        """Whether it was the moment that failed, and not a way: true of this process alone."""
+        nothing = not self.ms and not self.failed
+        return nothing or any(why.startswith(_NO_MEMORY) for why in self.failed.values())
+
     def __str__(self) -> str:
         parts = [f"{name} {self.ms[name]:.3g} ms" for name in self.order]
         return f"{self.key}: " + ", ".join(parts + [f"{name} failed ({why})" for name, why in self.failed.items()])
@@ -57,8 +64,9 @@ def timings_here(op: str, key: str, device: torch.device, ways: Callable[[], Way
             _known[path.name] = Timings(**json.loads(text))
         else:
             with ThreadPoolExecutor(1) as other:
-                _known[path.name] = other.submit(lambda: _timed(op, key, device, ways())).result()
-            remember(path, json.dumps(asdict(_known[path.name])))
+                _known[path.name] = other.submit(_timed, op, key, device, ways).result()
+            if not _known[path.name].lacked_memory:
+                remember(path, json.dumps(asdict(_known[path.name])))
     return _known[path.name]
 
 
@@ -104,8 +112,12 @@ def in_turns(
     return {name: found[2:] for name, found in times.items()}
 
 
-def _timed(op: str, key: str, device: torch.device, ways: Ways) -> Timings:
+def _timed(op: str, key: str, device: torch.device, made: Callable[[], Ways]) -> Timings:
     failed: dict[str, str] = {}
+    try:
+        ways = made()
+    except torch.OutOfMemoryError:  # the caller's own call may still fit
+        return Timings(op=op, key=key, ms={})
     for name in list(ways):
         try:
             ways[name]()
