@@ -15,6 +15,7 @@ from sparsetrain.cli.answer import table
 from sparsetrain.cli.predict import parse_bytes
 from sparsetrain.cli.prediction import _guessed
 from sparsetrain.planner.candidates import candidates
+from sparsetrain.planner.optimizers import KINDS
 from tests.cli.conftest import Call
 from tests.hf.test_predict import config_file  # noqa: F401
 
@@ -64,6 +65,25 @@ def test_exact_tools_come_first_with_their_cost_and_the_memory_by_length(call: C
     assert lengths[2048] == peaks[0] and list(lengths.values()) == sorted(lengths.values())
     assert not any("offload" in candidate.label for candidate in candidates({"lora_r": 4}))  # on a CPU
     assert ways["LoRA + 4-bit + checkpointing"]["risk"]["exact"] is False
+    factors, plain = ways["LoRA + bf16 factors + checkpointing"], ways["LoRA + checkpointing"]
+    assert factors["candidate"]["values"]["lora_dtype"] == "bf16" and factors["risk"]["exact"] is False
+    assert plain["peak"]["optimizer"] * 0.5 <= factors["peak"]["optimizer"] < plain["peak"]["optimizer"] * 0.6
+
+
+def test_a_plan_of_all_weights_compares_optimizers_and_says_that_their_time_is_unknown() -> None:
+    """Their bytes are counted by `planner.optimizers`, whose tests compare them with bitsandbytes' own."""
+    ways = {c.label.removeprefix("all weights + checkpointing + "): c for c in candidates({"lora_r": 0}, gpu=True)}
+    asked = {label: way.values["optim"] for label, way in ways.items() if "AdamW" in label}
+    assert asked == {
+        "paged AdamW": "paged_adamw",
+        "8-bit AdamW": "adamw_8bit",
+        "paged 8-bit AdamW": "paged_adamw_8bit",
+    }
+    assert set(asked.values()) <= KINDS.keys()
+    assert not ways["paged AdamW"].rounds and ways["8-bit AdamW"].rounds  # paged: the same numbers, elsewhere
+    assert all("time of its update is not known" in ways[label].untimed for label in asked)
+    assert not any("AdamW" in c.label for c in candidates({"lora_r": 0, "training": {"optim": "sgd"}}, gpu=True))
+    assert not any("bf16" in c.label for c in candidates({"lora_r": 4, "lora_dtype": "bf16"}, gpu=True))
 
 
 def test_of_another_machine_it_is_not_said_where_monarch_is_faster(call: Call, config_file: Path) -> None:  # noqa: F811

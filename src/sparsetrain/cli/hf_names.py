@@ -60,7 +60,7 @@ STRATEGIES: dict[str, tuple[str, str]] = {
 }
 """When something happens -> the flag that says it here, and how often it does."""
 ELSEWHERE: dict[str, str] = {
-    "--logging-dir": "TensorBoard's files are in runs/ of --output, or where TENSORBOARD_LOGGING_DIR says",
+    "--logging-dir": "tensorboard's files are in runs/ of --output, or where TENSORBOARD_LOGGING_DIR says",
     "--overwrite-output-dir": "nothing that is there is written over. Give --resume, or another --output",
 }
 """Flags with a value that are not taken -> where it is said."""

@@ -82,7 +82,12 @@ def _about_rows(rows: Any, predictor: Any) -> list[str]:
         for row in shown
         if any(config.begins_dense for config in predictor.recipe(row.candidate).configs)
     ]
-    return [*refused, *faster, *timed, *begins]
+    unknown: dict[str, list[str]] = {}
+    for row in shown:
+        if row.candidate.untimed and row.peak is not None:
+            unknown.setdefault(row.candidate.untimed, []).append(row.candidate.label)
+    untimed = [f"{', '.join(labels)}: {reason}." for reason, labels in unknown.items()]
+    return [*refused, *faster, *timed, *begins, *untimed]
 
 
 def _beside(row: Any, shown: Any) -> str:

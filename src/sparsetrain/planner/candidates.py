@@ -56,7 +56,9 @@ def candidates(base: dict[str, Any], *, gpu: bool = False) -> list[Candidate]:
     ways = [way for way in ways if gpu or not way.offloads]
     if gpu and not (base.get("load_in_4bit") or base.get("load_in_8bit")) and "optim" not in base.get("training", {}):
         place = 1 + max(i for i, way in enumerate(ways) if not way.methods)
-        ways[place:place] = [way for way in ROUNDED if way.four_bit != all_weights]
+        given = base.get("lora_dtype", "fp32")  # which all of them have then
+        asked = [way for way in ROUNDED if way.label.startswith(train) and way.lora_dtype != given]
+        ways[place:place] = asked
     found = []
     for way in ways:
         if way.all_weights and all_weights:
@@ -85,9 +87,10 @@ def _candidate(way: Way, train: str, *, without_lora: bool = False) -> Candidate
     values |= {"tiled_mlp": way.pieces} if way.pieces > 1 else {}
     values |= {"load_in_4bit": True} if way.four_bit else {}
     values |= {"optim": way.optim} if way.optim else {}
+    values |= {"lora_dtype": way.lora_dtype} if way.lora_dtype else {}
     values |= _WITHOUT_LORA if without_lora else {}
     label = way.label.replace("{train}", train)
-    return Candidate(label=label, values=values, pickable=not way.all_weights, rounds=way.rounds)
+    return Candidate(label=label, values=values, pickable=not way.all_weights, rounds=way.rounds, untimed=way.untimed)
 
 
 def recipe_yaml(answer: Answer, recipe: Recipe, data: str | None) -> str:

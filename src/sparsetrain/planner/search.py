@@ -26,13 +26,14 @@ BASELINE = "LoRA"
 class Candidate:
     """One way to train. values: the recipe's keys in which it differs. pickable: False for rows shown to compare.
     rounds: why it is not exact beside its methods; empty where it is. beside: the label of an earlier candidate that it
-    is compared with; empty: the first."""
+    is compared with; empty: the first. untimed: what of its time is not known, and not in a row's step."""
 
     label: str
     values: dict[str, Any]
     pickable: bool = True
     rounds: str = ""
     beside: str = ""
+    untimed: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

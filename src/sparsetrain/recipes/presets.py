@@ -30,7 +30,9 @@ class Way:
     label: `{train}` in it stands for what is trained, LoRA or all weights.
     methods: its configs. recomputes: with gradient checkpointing. offloads: what that keeps waits in the CPU's memory,
         which is left out where training is on the CPU. pieces: those in which FFNs run.
-    four_bit: frozen weights in 4 bits. optim: the optimizer, where it is not AdamW in full.
+    four_bit: frozen weights in 4 bits. optim: the optimizer, where it is not AdamW in full. lora_dtype: that of LoRA's
+        factors, where it is not fp32.
+    untimed: what of its time is not known, and not in the step that is planned.
     rounds: why it is not exact beyond its methods, if it is not; left out on a CPU.
     all_weights: instead of LoRA, shown beside it; not picked, and left out where all weights are trained anyway.
     """
@@ -42,6 +44,8 @@ class Way:
     pieces: int = 1
     four_bit: bool = False
     optim: str = ""
+    lora_dtype: str = ""
+    untimed: str = ""
     rounds: str = ""
     all_weights: bool = False
 
@@ -63,7 +67,11 @@ SAFEST: tuple[Way, ...] = (
 chunks in all of them. The other methods of the registry follow, each alone."""
 _FOUR_BIT = "4-bit weights: the model that is trained on is a rounded one; not measured here"
 _EIGHT_BIT = "8-bit AdamW: moments rounded to a byte; not measured here"
+_FACTORS = "LoRA's factors in bf16: a step smaller than half a rounding of a weight is lost; not measured here"
+_UPDATE = "the time of its update is not known here, and that of AdamW in full is planned"
+_PAGES = f"{_UPDATE}; the state moves over the bus where the GPU's memory is short"
 ROUNDED: tuple[Way, ...] = (
+    Way(label="LoRA + bf16 factors + checkpointing", recomputes=True, lora_dtype="bf16", rounds=_FACTORS),
     Way(label="LoRA + 4-bit + checkpointing", recomputes=True, four_bit=True, rounds=_FOUR_BIT),
     Way(
         label="LoRA + 4-bit + checkpointing + offload + tiled MLP",
@@ -73,9 +81,24 @@ ROUNDED: tuple[Way, ...] = (
         four_bit=True,
         rounds=_FOUR_BIT,
     ),
-    Way(label="all weights + checkpointing + 8-bit AdamW", recomputes=True, optim="adamw_8bit", rounds=_EIGHT_BIT),
+    Way(label="all weights + checkpointing + paged AdamW", recomputes=True, optim="paged_adamw", untimed=_PAGES),
+    Way(
+        label="all weights + checkpointing + 8-bit AdamW",
+        recomputes=True,
+        optim="adamw_8bit",
+        untimed=_UPDATE,
+        rounds=_EIGHT_BIT,
+    ),
+    Way(
+        label="all weights + checkpointing + paged 8-bit AdamW",
+        recomputes=True,
+        optim="paged_adamw_8bit",
+        untimed=_PAGES,
+        rounds=_EIGHT_BIT,
+    ),
 )
-"""What a plan for a GPU compares too, behind what is exact: of LoRA or of all weights, whichever is trained."""
+"""What a plan for a GPU compares too, behind what is exact on any machine: of LoRA or of all weights, whichever is
+trained; the labels say of which."""
 TOGETHER: tuple[Way, ...] = (
     Way(label="spt", methods=_SPT),
     Way(label="token_selection + spt", methods=(TokenSelection(), *_SPT)),
