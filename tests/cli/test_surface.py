@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import typer
 
+import sparsetrain
 from sparsetrain.cli.app import app_of
 from sparsetrain.cli.flags import FLAGS, STUDY_FLAGS
 from sparsetrain.cli.passed_flags import PASSED as PASSED_FLAGS
@@ -163,6 +164,20 @@ def test_help_has_every_flag_whole_on_80_columns(name: str, call: Call, monkeypa
     assert {flag for flag in SURFACE[name] if flag.startswith("--")} <= words | hidden
     fixed = [line for line in out.splitlines() if len(line) > 80 and not line.startswith("  sparsetrain ")]
     assert not [line for line in fixed if line.startswith("  -") or line.startswith("      ")], fixed
+
+
+def test_a_group_says_what_its_commands_do_and_no_arguments_ask_for_that(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for names in ([], ["models"]):
+        found, asked = call(*names), call(*names, "--help")
+        assert found.code == asked.code == 0 and found.out == asked.out and not found.err
+        assert not [line for line in found.out.splitlines() if len(line) > 80]
+    listed = call().out.splitlines()
+    assert {name.partition(" ")[0] for name in SURFACE} <= {line.strip() for line in listed if line.startswith("  ")}
+    assert call("--version").out == f"sparsetrain {sparsetrain.__version__}\n"
+    assert "No such command 'nope'" in call("nope", "--help").err
 
 
 def test_help_does_not_wait_for_torch() -> None:

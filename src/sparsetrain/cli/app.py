@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from sparsetrain import __version__
 from sparsetrain.cli.bench import bench
 from sparsetrain.cli.chat import chat
 from sparsetrain.cli.doctor import doctor
@@ -17,7 +18,7 @@ from sparsetrain.cli.export import export
 from sparsetrain.cli.failure import EXIT_CODES
 from sparsetrain.cli.finetune import finetune
 from sparsetrain.cli.flags import PRESETS_HELP, methods_help
-from sparsetrain.cli.help import Command, help_text
+from sparsetrain.cli.help import Command, Group, help_text
 from sparsetrain.cli.hf_names import HfNames
 from sparsetrain.cli.models import MODELS_HELP, fetch, list_assets, verify
 from sparsetrain.cli.patterns import patterns
@@ -28,7 +29,17 @@ from sparsetrain.cli.sample import sample
 from sparsetrain.cli.sensitivity import sensitivity
 
 
-def sparsetrain() -> None:
+def _tell_version(asked: bool) -> None:
+    if asked:
+        print(f"sparsetrain {__version__}")
+        raise typer.Exit
+
+
+def sparsetrain(
+    _version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_tell_version, help="Print the version.")
+    ] = False,
+) -> None:
     """Fine-tune and pretrain Transformers with less memory and time, through sparsity.
 
     \b
@@ -81,14 +92,16 @@ def app_of(commands: Collection[str] = tuple(COMMANDS), *, named_alone: bool = F
     Args:
         named_alone: each is its name and what it does, without flags, as the list of commands shows it.
     """
-    made = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", epilog=EXIT_CODES)
+    made = typer.Typer(
+        cls=Group, no_args_is_help=True, add_completion=False, rich_markup_mode="rich", epilog=EXIT_CODES
+    )
     made.callback()(sparsetrain)
     for name in commands:
         found = COMMANDS[name]
         if not isinstance(found, dict):
             _add(made, name, found, named_alone)
             continue
-        inner = typer.Typer(no_args_is_help=True, help=MODELS_HELP, epilog=EXIT_CODES)
+        inner = typer.Typer(cls=Group, no_args_is_help=True, help=MODELS_HELP, epilog=EXIT_CODES)
         for each, command in found.items():
             _add(inner, each, command, named_alone)
         made.add_typer(inner, name=name)
@@ -104,14 +117,16 @@ def app_for(arguments: Sequence[str]) -> typer.Typer:
 
 
 def help_asked(arguments: Sequence[str]) -> str | None:
-    """The help of the command that is asked for it alone: to parse for that would import pydantic, .1 s."""
-    *names, last = [*arguments] or [""]
-    found: Any = COMMANDS.get(names[0]) if names and last == "--help" else None
-    for name in names[1:]:
+    """The help that is asked for, of a command or, with no more than its name, of a group: to parse for that would
+    import pydantic, .1 s."""
+    names = list(arguments[:-1] if arguments[-1:] == ["--help"] else arguments)
+    found: Any = COMMANDS
+    for name in names:
         found = found.get(name) if isinstance(found, dict) else None
-    if not callable(found):
+    is_group = isinstance(found, dict)
+    if found is None or not (is_group or len(names) < len(arguments)):
         return None
-    command: Any = typer.main.get_command(app_of([names[0]]))
+    command: Any = typer.main.get_command(app_of(names[:1] or tuple(COMMANDS), named_alone=is_group))
     for name in names:
         command = command.commands[name]
     return help_text(command, " ".join(["sparsetrain", *names]))

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from sparsetrain.cli.failure import EXIT_CODES
 
@@ -28,16 +28,24 @@ class Command(TyperCommand):
         formatter.write(help_text(self, ctx.command_path))
 
 
+class Group(TyperGroup):
+    """Commands under one name with this help."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        formatter.write(help_text(self, ctx.command_path))
+
+
 def help_text(command: Any, path: str) -> str:
-    """The help of a command; path: as it is called."""
+    """The help of a command or of a group of them; path: as it is called."""
     width = min(shutil.get_terminal_size().columns, WIDEST)
-    lines = [f"Usage: {path} [OPTIONS]{''.join(f' {p.metavar}' for p in command.params if _is_argument(p))}", ""]
-    for paragraph in _MARKUP.sub("", command.help or "").split("\n\n"):
-        if paragraph.startswith("\b"):
-            lines += paragraph.split("\n")[1:]
-        else:
-            lines += textwrap.wrap(paragraph, width, break_on_hyphens=False)
-        lines.append("")
+    commands: dict[str, Any] = getattr(command, "commands", {})
+    takes = "COMMAND" if commands else "".join(f" {p.metavar}" for p in command.params if _is_argument(p)).strip()
+    lines = [f"Usage: {path} [OPTIONS] {takes}".rstrip(), "", *_paragraphs(command.help or "", width)]
+    if commands:
+        lines.append(_bold("Commands"))
+        for name, each in commands.items():
+            lines += [f"  {_bold(name)}", *_wrapped((each.help or "").partition("\n\n")[0], width)]
+        lines += ["", f"`{path} COMMAND --help` says what one takes.", ""]
     panels: dict[str, list[Any]] = {}
     for parameter in command.params:
         if not getattr(parameter, "hidden", False) and (parameter.help or not _is_argument(parameter)):
@@ -49,6 +57,22 @@ def help_text(command: Any, path: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _paragraphs(text: str, width: int) -> Iterator[str]:
+    for paragraph in _MARKUP.sub("", text).split("\n\n"):
+        if paragraph.startswith("\b"):
+            yield from paragraph.split("\n")[1:]
+        else:
+            yield from textwrap.wrap(paragraph, width, break_on_hyphens=False)
+        yield ""
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """What stands below a name."""
+    indent = " " * 6
+    text = _MARKUP.sub("", text)
+    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+
+
 def _lines(parameter: Any, width: int) -> Iterator[str]:
     names = " / ".join(["/".join(parameter.opts), *parameter.secondary_opts])
     if _is_argument(parameter):
@@ -56,13 +80,12 @@ def _lines(parameter: Any, width: int) -> Iterator[str]:
     else:
         takes = "" if parameter.is_flag else f" {parameter.metavar or 'TEXT'}"
         yield f"  {_bold(names)}{takes}"
-    says = _MARKUP.sub("", parameter.help or "")
+    says = parameter.help or ""
     shown = parameter.show_default
     default = shown if isinstance(shown, str) else parameter.default if shown else None
     if default is not None and not isinstance(default, bool) and not callable(default):
         says += f" [default: {default}]"
-    indent = " " * 6
-    yield from textwrap.wrap(says, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    yield from _wrapped(says, width)
 
 
 def _is_argument(parameter: Any) -> bool:
