@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsetrain.core.files import scratch_of, sweep, to_json, write_whole
+from sparsetrain.core.files import scratch_file, scratch_of, sweep, to_json, write_whole
 from sparsetrain.core.process import Process
 
 
@@ -33,6 +33,18 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, small_files: None) ->
         write_whole(tmp_path / "a.txt", "x" * 5000)
     assert caught.value.filename == str(tmp_path / "a.txt")
     assert (tmp_path / "a.txt").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_what_a_library_writes_for_its_owner_alone_may_be_read_as_the_umask_says(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with scratch_file(tmp_path / "a.safetensors") as scratch:
+            scratch.write_bytes(b"weights")
+            scratch.chmod(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o600 | (0o444 & ~umask)
 
 
 def dead() -> Process:

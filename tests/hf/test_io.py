@@ -107,6 +107,8 @@ def test_an_export_loads_in_plain_transformers_with_every_key(tmp_path: Path, na
     torch.testing.assert_close(logits(load(tmp_path / "exported").model), expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits(plain), expected, atol=1e-3)  # plain transformers runs it dense
     assert "base_model" not in read_sidecar(tmp_path / "exported")
+    for folder in ("saved", "exported"):  # a server of another user reads the weights as it reads the rest
+        assert len({path.stat().st_mode for path in (tmp_path / folder).iterdir() if path.is_file()}) == 1
 
 
 def test_exported_weights_are_the_merged_ones_in_the_dense_order(tmp_path: Path) -> None:

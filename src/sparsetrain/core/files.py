@@ -41,7 +41,11 @@ def scratch_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     scratch = scratch_of(path)
     try:
+        scratch.touch()
+        usual = scratch.stat().st_mode
+        scratch.unlink()
         yield scratch
+        may_read(scratch, usual)
         sync(scratch)
         os.replace(scratch, path)
     except OSError as error:
@@ -51,6 +55,13 @@ def scratch_file(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
+
+
+def may_read(path: Path, mode: int) -> None:
+    """Let whoever may read by `mode` read the file: safetensors writes for its owner alone, whatever the umask."""
+    own = path.stat().st_mode
+    if (wanted := own | mode & 0o444) != own:
+        path.chmod(wanted)
 
 
 def scratch_of(path: Path, kind: str = "tmp") -> Path:

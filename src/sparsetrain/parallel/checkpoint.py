@@ -6,7 +6,6 @@ shapes, as `<parameter>/<what>`. Rank 0 writes; every rank takes part in the gat
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
 from sparsetrain.core.errors import CheckpointError
+from sparsetrain.core.files import scratch_file
 from sparsetrain.parallel.model import GridModel
 
 WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
@@ -52,9 +52,8 @@ def save(cut: GridModel, folder: str | Path, optimizer: torch.optim.Optimizer | 
     if cut.grid.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for name, state in states.items():
-            part = folder / f".{name}.part"
-            save_file({key: value.contiguous() for key, value in state.items()}, part, metadata={"format": "pt"})
-            os.replace(part, folder / name)
+            with scratch_file(folder / name) as part:
+                save_file({key: value.contiguous() for key, value in state.items()}, part, metadata={"format": "pt"})
     distributed.barrier()
 
 

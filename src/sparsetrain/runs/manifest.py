@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.core.errors import CheckpointError
-from sparsetrain.core.files import scratch_of, sweep, sync, to_json, write_whole
+from sparsetrain.core.files import may_read, scratch_of, sweep, sync, to_json, write_whole
 from sparsetrain.core.plain_files import read_plain_object
 from sparsetrain.core.quote import quoted
 
@@ -94,10 +94,13 @@ def json_in(path: Path) -> Any:
 
 
 def write_manifest(folder: str | Path, **entries: Any) -> None:
-    """Record size and sha256 of every file of a folder, last, so that a folder with a manifest is whole."""
+    """Record size and sha256 of every file of a folder, last, so that a folder with a manifest is whole; who may read
+    the folder may read them."""
     folder = Path(folder)
     sync_folder(folder)
     paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST]
+    for path in paths:
+        may_read(path, folder.stat().st_mode)
     files = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in paths}
     write_json(folder / MANIFEST, {"format": FORMAT, **entries, "files": files})
     sync(folder)
