@@ -183,6 +183,18 @@ def test_a_plan_of_several_models_says_each_stage(call: Call, text: Path, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("own", [{}, {"set": {"n_layer": 2}}, {"methods": ["semi_structured"]}])
+def test_a_plan_of_a_recipe_for_pretrain_is_its_preview(
+    call: Call, text: Path, tmp_path: Path, own: dict[str, object]
+) -> None:
+    file = tmp_path / "pretrain.yaml"
+    values = {"model": "gpt2-nano", "data": str(text), "seq_len": 64, "batch_size": 2, "steps": 4, "dtype": "fp32"}
+    file.write_text(yaml.safe_dump({**values, "output": str(tmp_path / "run"), **own}))
+    told = call("plan", "--recipe", file)
+    assert told.code == 0 and "gpt2-nano" in told.out and "all weights" in told.out, told
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("name", "code"), [("adamx", 2), ("adagrad", 0), ("adamw_torch", 0)])
 def test_an_optimizer_that_nobody_knows_is_refused(name: str, code: int, call: Call, config_file: Path) -> None:  # noqa: F811
     result = call("plan", "--model", config_file, "--preset", "dense", "--gpu", "cpu", "--optim", name, "--json")

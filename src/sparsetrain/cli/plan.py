@@ -124,7 +124,8 @@ def plan(
     says what is nearest.
 
     With --preset or --method and no goal: which parts of the model the methods change, and what each costs. Of a
-    recipe whose method makes several models: the size, steps, FLOPs, time and peak of each stage.
+    recipe for `pretrain`: what it would train, and of one whose method makes several models the size, steps, FLOPs,
+    time and peak of each stage.
 
     With --gpus: every grid data x z x x x y of so many devices, what each collective takes in a step of --batch-size
     sequences (over all devices), memory a rank, and what was refused; --memory or --gpu sets the limit.
@@ -148,7 +149,7 @@ def plan(
     asked_for = Goal(memory=memory, goal=goal, gpu=gpu, fit=fit, write=write, plot=plot, data=flags["data"])
     if asked_for.given or (recipe is None and flags["preset"] in (None, "auto") and not flags["methods"]):
         return _predicted(recipe, flags, asked_for)
-    return _stages(recipe, changes(flags)) or _edits(recipe, flags)
+    return _pretrained(recipe, changes(flags)) or _edits(recipe, flags)
 
 
 def _check_optimizer(name: str) -> None:
@@ -172,16 +173,23 @@ def _asked(recipe: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
     return {**(read_mapping(recipe) if recipe is not None else {}), **changes(flags)}
 
 
-def _stages(file: Path | None, given: dict[str, Any]) -> Answer | None:
-    """What each stage takes, where a method makes several models: those are pretrained."""
+def _pretrained(file: Path | None, given: dict[str, Any]) -> Answer | None:
+    """Of a recipe for `pretrain`: what would be trained, and of a method that makes several models what each stage
+    takes. None of any other."""
     from sparsetrain.cli.finetune import previewed
+    from sparsetrain.hf.model.architectures import architecture_names
     from sparsetrain.recipes.entries import read_methods
+    from sparsetrain.recipes.finetune import Recipe
     from sparsetrain.recipes.pretrain import PretrainRecipe
     from sparsetrain.recipes.reading import read_mapping
     from sparsetrain.surgery.method import growth_of
 
-    asked = given.get("methods") or (read_mapping(file).get("methods") if file is not None and file.is_file() else None)
-    if not isinstance(asked, list | tuple) or growth_of(read_methods(asked)) is None:
+    values = {**(read_mapping(file) if file is not None and file.is_file() else {}), **given}
+    from_random = values.get("model") in architecture_names() and "data" in values
+    own_keys = values.keys() & PretrainRecipe.model_fields.keys() - Recipe.model_fields.keys()
+    asked = values.get("methods")
+    grows = isinstance(asked, list | tuple) and growth_of(read_methods(asked)) is not None
+    if not (from_random or own_keys or grows):
         return None
     recipe = PretrainRecipe.from_yaml(file, given) if file is not None else PretrainRecipe.from_values(given)
     return previewed(recipe, to_stderr)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
+import sparsetrain.methods  # noqa: F401  (enters them in the registry)
 from sparsetrain.core.config import MethodConfig, lists_for_tuples, method_config
 from sparsetrain.core.fields import MOST, accepted, field_hints, kind_of, shown
 from sparsetrain.core.quote import quoted
