@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.tables.steps import registered
-from bench.tables.trainers import trainers
+from bench.tables.trainers import trainers, trainers_of_weights
 
 TRAINERS = """
 ## Trainers
@@ -11,9 +11,19 @@ TRAINERS = """
 Each yes is a training of three steps by the real trainer (`tests/hf/test_every_trainer.py`) with `deploy="dense"`: the
 method is on in training, evaluation is the dense model's, and plain PEFT loads what was saved and computes the same.
 Each no is a refusal, tested too. DPO, KTO, GRPO and RLOO read the log-probability of every token: with token selection
-these are exact, and gradient flows through selected tokens. TRL's own `activation_offloading` changes no loss beside
-each method (tested through its bookkeeping, with copies from a CPU to a CPU; TRL needs a GPU for it). axolotl and
-LLaMA-Factory: [others.md](others.md).
+these are exact, and gradient flows through selected tokens. TRL's own `activation_offloading` changes no weight beside
+each method (tested through its bookkeeping, with copies from a CPU to a CPU; TRL needs a GPU for it). TRL 1.16 has none
+for GRPO; put around its training step, it is exact there too. axolotl and LLaMA-Factory: [others.md](others.md).
+"""
+
+WEIGHTS = """
+### Methods of weights
+
+These train without LoRA (SaRA and PST on a frozen model, the others all weights) and are used as they are trained. Each
+yes is such a training of three steps: the method is on in the first forward (SaRA: no entry but its tenth moves), and
+what the trainer saves computes the same when `load` reads it. DPO and KTO are given a reference of their
+own, RLOO runs with `beta=0`: TRL would fetch its reference by the model's name. `concept_bottleneck` classifies, and no
+language model's trainer takes it.
 """
 
 
@@ -67,4 +77,16 @@ def support() -> str:
         reasons |= {f"{row['method']} on {name}: {reason}." for name, reason in row["refused_families"].items()}
     lines += ["", "## Why not", "", *(f"- {reason}" for reason in sorted(reasons))]
     names = ", ".join(f"`{name}`" for name in growing)
-    return "\n".join([*lines, GROWTHS.format(names=names).rstrip(), TRAINERS.rstrip(), *trainers()]) + "\n"
+    return (
+        "\n".join(
+            [
+                *lines,
+                GROWTHS.format(names=names).rstrip(),
+                TRAINERS.rstrip(),
+                *trainers(),
+                WEIGHTS.rstrip(),
+                *trainers_of_weights(),
+            ]
+        )
+        + "\n"
+    )

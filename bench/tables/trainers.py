@@ -40,7 +40,11 @@ FEATURES: dict[str, str] = {
     "adalora": "AdaLoRA, its ranks as they begin",
 }
 """What is asked beside the plain training, with transformers' `Trainer`."""
+WITH_LORA: tuple[str, ...] = ("dpo", "rslora", "pissa", "olora", "lora_bias", "dora", "adalora")
+"""Of those, what there is with an adapter alone."""
 METHODS: tuple[str, ...] = ("token_selection", "pq_attention", "routed_ffn", "flood_fill_attention")
+WEIGHTS: tuple[str, ...] = ("semi_structured", "sparsedm", "pst", "sara", "monarch")
+"""Methods of weights, which train without LoRA and are used as they are trained."""
 _REFERENCE = (
     "trains it sparse: the method's error would count as what was learned. Train LoRA with "
     "precompute_ref_log_probs=False, whose reference is the sparse model without it"
@@ -50,22 +54,42 @@ REFUSED: dict[tuple[str, str], str] = {
     "logits. Set it to 0",
     ("dora", "routed_ffn"): "a LoRA variant (DoraLinearVariant; DoRA is one), which is no product of two factors. Use "
     "plain LoRA",
+    **{
+        (
+            name,
+            "pst",
+        ): "load_best_model_at_end compares checkpoints of unequal sparsity, and the least pruned one would "
+        "win. Turn it off, and choose among those of the last 0.3 of the steps"
+        for name in ("load_best", "early_stopping")
+    },
     **{("dpo_all_weights", method): _REFERENCE for method in METHODS if method != "token_selection"},
 }
 """(trainer or feature, method) -> words of the refusal."""
 
 
 def trainers() -> list[str]:
-    """The lines of the two tables, and why not."""
+    """The lines of the tables of methods that deploy dense, and why not."""
+    return _tables(METHODS, {"trainer": TRAINERS, "with `Trainer` and LoRA": FEATURES})
+
+
+def trainers_of_weights() -> list[str]:
+    """The lines of the tables of methods of weights, and why not."""
+    rows = {"trainer, all weights": TRAINERS, "with `Trainer`": FEATURES}
+    without = {title: {n: m for n, m in found.items() if n not in WITH_LORA} for title, found in rows.items()}
+    return _tables(WEIGHTS, without)
+
+
+def _tables(methods: tuple[str, ...], tables: dict[str, dict[str, str]]) -> list[str]:
     lines = []
-    for title, rows in (("trainer", TRAINERS), ("with `Trainer` and LoRA", FEATURES)):
-        lines += ["", f"| {title} | {' | '.join(METHODS)} |", "| --- |" + " --- |" * len(METHODS)]
+    for title, rows in tables.items():
+        lines += ["", f"| {title} | {' | '.join(methods)} |", "| --- |" + " --- |" * len(methods)]
         lines += [
-            f"| {meaning} | " + " | ".join("no" if (name, m) in REFUSED else "yes" for m in METHODS) + " |"
+            f"| {meaning} | " + " | ".join("no" if (name, m) in REFUSED else "yes" for m in methods) + " |"
             for name, meaning in rows.items()
         ]
     names = TRAINERS | FEATURES
     why: dict[tuple[str, str], list[str]] = {}
     for (name, method), reason in REFUSED.items():
-        why.setdefault((name, reason), []).append(method)
+        if method in methods:
+            why.setdefault((name, reason), []).append(method)
     return [*lines, "", *(f"- {names[n]}, {', '.join(found)}: {reason}." for (n, reason), found in why.items())]

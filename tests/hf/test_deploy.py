@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -90,22 +91,46 @@ def test_a_curve_s_points_are_of_the_plain_model_with_the_adapter_of_that_moment
     assert point["loss"] != pytest.approx(result.run["evals"][2]["loss"], rel=1e-3)  # type: ignore[typeddict-item]
 
 
-def test_plain_peft_loads_it_in_a_process_without_us(tmp_path: Path) -> None:
-    """Slow for its own process, which is the point of it."""
-    trained(tmp_path)
-    ids = [[1, 5, 6, 7, 8, 9]]
-    code = (
-        "import sys, torch; from peft import PeftModel; from transformers import AutoModelForCausalLM as A;"
-        f"m = PeftModel.from_pretrained(A.from_pretrained({str(tmp_path / 'model')!r}),"
-        f" {str(tmp_path / 'out' / 'adapter')!r}).eval();"
-        f"print(float(m(input_ids=torch.tensor({ids})).logits.double().sum()));"
-        "assert not any(name.startswith('sparsetrain') for name in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    ours = load(tmp_path / "out").model
-    with torch.no_grad():
-        expected = float(ours(input_ids=torch.tensor(ids)).logits.double().sum())
-    assert float(done.stdout.split()[-1]) == pytest.approx(expected, rel=1e-5)
+STRANGER = """
+import json, sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+asked = json.load(sys.stdin)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "run/adapter").eval()
+total = targets = 0
+with torch.no_grad():
+    for batch in asked:
+        batch = {name: torch.tensor(values) for name, values in batch.items()}
+        count = int((batch["labels"][:, 1:] != -100).sum())
+        total += float(model(**batch).loss) * count
+        targets += count
+said = json.load(open("run/result.json"))["run"]["evals"][-1]["loss"]
+assert not any(name.startswith("sparsetrain") for name in sys.modules)
+print(json.dumps([total / targets, said]))
+"""
+
+
+def test_elsewhere_a_stranger_s_peft_has_the_loss_that_the_run_recorded(tmp_path: Path) -> None:
+    """Base and run are moved, so that no path of the run is there any more. Slow for its own process, which is the
+    point of it: it imports torch, PEFT and transformers."""
+    result = trained(tmp_path)
+    asked = recipe(tmp_path)
+    rows = load_text(asked.data, tokenizer(), asked.seq_len, max_tokens=10**6, max_eval_tokens=asked.eval_tokens).eval
+    assert rows is not None
+    batches = [{name: [row[name]] for name in ("input_ids", "labels")} for row in rows]
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "model").rename(tmp_path / "elsewhere" / "base")
+    (tmp_path / "out").rename(tmp_path / "elsewhere" / "run")
+    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", STRANGER], input=json.dumps(batches), capture_output=True, text=True,
+        cwd=tmp_path / "elsewhere", env=outside,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found, said = json.loads(done.stdout.splitlines()[-1])
+    assert said == result.run["evals"][-1]["loss"]  # type: ignore[typeddict-item]
+    assert found == pytest.approx(said, rel=1e-5)
+    assert abs(said - result.run["evals"][0]["loss"]) > 1e-3  # type: ignore[typeddict-item]
 
 
 def test_resumed_in_the_dense_finish_it_ends_the_same(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Trainer × method × feature, cell by cell of the table in the docs.
 
-A yes trains sparse, evaluates dense and saves what plain PEFT loads; a no is refused with the words of the table.
+A yes trains sparse, evaluates dense and saves what plain PEFT loads, or, of a method of weights, evaluates as it was
+trained and saves what `load` reads; a no is refused with the words of the table.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from bench.tables import trainers as table
+from sparsetrain.hf.model.io import load
 from tests.families import FAMILIES
 from tests.hf import trainers
 from tests.hf.trainers import TOKENS, Asked, Trained
@@ -47,6 +49,16 @@ def cells(names: Any) -> list[Any]:
     return found
 
 
+def cells_of_weights(names: Any) -> list[Any]:
+    """Every cell, those beside one method in turn and the refused ones quick."""
+    found = []
+    for row, name in enumerate(name for name in names if name not in table.WITH_LORA):
+        for place, method in enumerate(table.WEIGHTS):
+            quick = (name, method) in table.REFUSED or place == row % len(table.WEIGHTS)
+            found.append(pytest.param(name, method, marks=() if quick else pytest.mark.slow, id=f"{name}-{method}"))
+    return found
+
+
 @cache
 def dense_bytes(name: str) -> int:
     """What a dense training saves for its backward passes."""
@@ -56,7 +68,7 @@ def dense_bytes(name: str) -> int:
 
 def test_the_table_is_what_is_tested() -> None:
     assert set(table.TRAINERS) == set(trainers.TRAINERS) and set(table.FEATURES) == set(trainers.FEATURES)
-    assert set(table.METHODS) == set(trainers.CONFIGS)
+    assert set(table.METHODS) == set(trainers.CONFIGS) and set(table.WEIGHTS) == set(trainers.WEIGHTS)
     assert {name for name, _ in table.REFUSED} <= {*table.TRAINERS, *table.FEATURES}
 
 
@@ -71,10 +83,55 @@ def test_a_feature(feature: str, method: str, tmp_path: Path) -> None:
     check("trainer", asked, table.REFUSED.get((feature, method)))
 
 
-def check(name: str, asked: Asked, refusal: str | None) -> None:
+@pytest.mark.parametrize(("name", "method"), cells_of_weights(table.TRAINERS))
+def test_a_trainer_of_weights(name: str, method: str, tmp_path: Path) -> None:
+    check_weights(name, Asked(tmp_path / "run", method, deploy="sparse"), table.REFUSED.get((name, method)))
+
+
+@pytest.mark.parametrize(("feature", "method"), cells_of_weights(table.FEATURES))
+def test_a_feature_with_weights(feature: str, method: str, tmp_path: Path) -> None:
+    asked = Asked(tmp_path / "run", method, deploy="sparse", **trainers.FEATURES[feature])
+    check_weights("trainer", asked, table.REFUSED.get((feature, method)))
+
+
+def refused(name: str, asked: Asked, refusal: str | None) -> bool:
     if refusal is not None:
         with pytest.raises(ValueError, match=re.escape(refusal)):
             trainers.train(name, asked)
+    return refusal is not None
+
+
+def check_weights(name: str, asked: Asked, refusal: str | None) -> None:
+    if refused(name, asked, refusal):
+        return
+    found = trainers.train(name, asked)
+    assert found.handle is not None
+    folder = asked.folder.parent / "saved"
+    found.save(folder)
+    start = found.dense()
+    trainers.converted(asked, start)
+    with autocast(asked):
+        trained, untrained, read = (logits(model) for model in (found.model, start, load(folder).model))
+    torch.testing.assert_close(read, trained, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(trained, untrained, rtol=1e-3, atol=1e-3)
+    if any(config.changes_outputs for config in found.handle.configs):
+        trained_sparse(name, asked, found)
+    else:
+        before = dict(found.dense().named_parameters())
+        moved = {site: found.model.get_parameter(f"{site}.weight") for site in found.handle.sites(asked.method or "")}
+        changed = sum(int((weight != before[f"{site}.weight"]).sum()) for site, weight in moved.items())
+        assert 0 < changed <= 0.1001 * sum(weight.numel() for weight in moved.values())
+        assert all(torch.equal(p, before[n]) for n, p in found.model.named_parameters()
+                   if n in before and n.removesuffix(".weight") not in moved)  # fmt: skip
+
+
+def autocast(asked: Asked) -> Any:
+    """As accelerate runs its own."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=bool(asked.options.get("bf16")))
+
+
+def check(name: str, asked: Asked, refusal: str | None) -> None:
+    if refused(name, asked, refusal):
         return
     found = trainers.train(name, asked)
     assert found.handle is not None
@@ -84,7 +141,7 @@ def check(name: str, asked: Asked, refusal: str | None) -> None:
         assert found.evaluate() == pytest.approx(loss, rel=1e-6)
     folder = asked.folder.parent / "saved"
     found.save(folder)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bool(asked.options.get("bf16"))):  # as accelerate runs its own
+    with autocast(asked):
         expected, dense, plain = (logits(model) for model in (found.model, found.dense(), plainly(found, folder)))
     torch.testing.assert_close(plain, expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(dense, expected, rtol=1e-5, atol=1e-6)
@@ -114,37 +171,3 @@ def plainly(found: Trained, folder: Path) -> Any:
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
         return model.eval()(**FAMILIES["llama"].batch(2, TOKENS, seed=8)).logits.float()
-
-
-@pytest.mark.parametrize(
-    "method", [table.METHODS[0], *(pytest.param(m, marks=pytest.mark.slow) for m in table.METHODS[1:])]
-)
-def test_activations_that_trl_offloads(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL's own bookkeeping, which ends a run whose saved tensors are read twice or never; its copies go from a CPU to
-    a CPU, without streams."""
-    from trl.models import activation_offloading as offloading
-
-    kept: list[torch.Size] = []
-
-    class Offload(offloading.OffloadActivations):
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options | {"use_streams": False, "use_pin_memory": False})
-            pack = self.pack_hook
-
-            def note(tensor: Tensor) -> Any:
-                kept.append(tensor.shape)
-                return pack(tensor)
-
-            self.pack_hook = note
-
-    monkeypatch.setattr(offloading, "OffloadActivations", Offload)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cpu"))
-    monkeypatch.setattr(torch, "get_device_module", lambda *_: torch.cpu)
-    monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)
-    options = {"gradient_checkpointing": True}
-    plain = trainers.train("sft", Asked(tmp_path / "plain", method, options=options)).evaluate()
-    assert not kept
-    AcceleratorState._reset_state(reset_partial_state=True)
-    offloaded = Asked(tmp_path / "offloaded", method, options=options | {"activation_offloading": True})
-    assert trainers.train("sft", offloaded).evaluate() == plain
-    assert kept

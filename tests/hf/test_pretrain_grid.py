@@ -63,3 +63,27 @@ def test_what_does_not_go_on_a_grid_is_said(tmp_path: Path, monkeypatch: pytest.
         pretrain_on_grid(asked, GridShape(x=2))
     with pytest.raises(ValueError, match=r"methods=.*a grid trains dense models"):
         pretrain_on_grid(recipe(str(tmp_path), "new", methods=["semi_structured"]), GridShape(x=2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"eval_every": 2, "early_stopping": 3}, "early_stopping=3 .*takes all its steps. Leave it out"),
+        (
+            {"eval_every": 2, "load_best_model_at_end": True},
+            "load_best_model_at_end=True .*evaluates nothing while it trains",
+        ),
+        ({"eval_every": 2}, "eval_every=2 .*evaluates nothing while it trains"),
+        ({"ema_decay": 0.9}, "ema_decay=0.9 .*keeps no average"),
+        ({"clip_value": 1.0}, "clip_value=1.0 .*clips by max_grad_norm alone"),
+        ({"min_lr_ratio": 0.1}, "min_lr_ratio=0.1 .*falls to 0"),
+        ({"gradient_checkpointing": "reentrant"}, "gradient_checkpointing='reentrant' .*recomputes nothing"),
+    ],
+    ids=str,
+)
+def test_what_a_grid_would_ignore_is_refused(
+    changes: dict[str, object], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match=why):
+        pretrain_on_grid(recipe(str(tmp_path), "out", **changes), GridShape(x=2))

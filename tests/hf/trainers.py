@@ -20,7 +20,17 @@ from torch import Tensor
 from transformers import EarlyStoppingCallback, LlamaForSequenceClassification, LlamaModel, Trainer, TrainingArguments
 
 import sparsetrain
-from sparsetrain import FloodFillAttention, PQAttention, RoutedFFN, TokenSelection
+from sparsetrain import (
+    PST,
+    FloodFillAttention,
+    Monarch,
+    PQAttention,
+    RoutedFFN,
+    SaRA,
+    SemiStructured,
+    SparseDM,
+    TokenSelection,
+)
 from tests.families import FAMILIES, VOCAB, llama_config
 from tests.hf.test_trl import tokenizer
 
@@ -32,6 +42,14 @@ CONFIGS: dict[str, Any] = {
         block_tokens=8, filter_edge=5, keep_ratio=0.15, change_threshold=0, max_dense_steps=0
     ),
 }
+WEIGHTS: dict[str, Any] = {
+    "semi_structured": SemiStructured(dense_tail_ratio=0.0),
+    "sparsedm": SparseDM(),
+    "pst": PST.example(),
+    "sara": SaRA(),
+    "monarch": Monarch.example(),
+}
+"""Methods of weights: they train without LoRA, and are used as they are trained."""
 STEPS, TOKENS = 3, 40
 
 
@@ -39,7 +57,8 @@ STEPS, TOKENS = 3, 40
 class Asked:
     """One training: how, and on what.
 
-    method: None trains dense. options: of the trainer's arguments. lora: of the adapter's config.
+    method: None trains dense. options: of the trainer's arguments. lora: of the adapter's config; methods of weights
+    train without one.
     """
 
     folder: Path
@@ -48,6 +67,10 @@ class Asked:
     lora: dict[str, Any] = field(default_factory=dict)
     callbacks: tuple[Any, ...] = ()
     deploy: Any = "dense"
+
+    @property
+    def adapts(self) -> bool:
+        return self.method not in WEIGHTS
 
 
 @dataclass
@@ -125,6 +148,9 @@ def llama() -> Any:
 def converted(asked: Asked, model: Any) -> sparsetrain.Handle | None:
     if asked.method is None:
         return None
+    if asked.method in WEIGHTS:
+        config = WEIGHTS[asked.method]
+        return sparsetrain.sparsify(model.requires_grad_(not config.trains_own), config)
     calibration = [FAMILIES["llama"].batch(4, 96, seed=5)]
     deploy = sparsetrain.DeployDense(dense_first=0.0, dense_last=0.0) if asked.deploy == "dense" else asked.deploy
     return sparsetrain.sparsify(model, CONFIGS[asked.method], calibration=calibration, deploy=deploy)
@@ -136,6 +162,16 @@ def lora(handle: sparsetrain.Handle | None, asked: Asked, **more: Any) -> LoraCo
     if given.pop("adalora", False):
         return AdaLoraConfig(init_r=6, target_r=4, total_step=STEPS, **given)
     return LoraConfig(r=4, **given)
+
+
+def adapted(model: Any, handle: sparsetrain.Handle | None, asked: Asked) -> Any:
+    torch.manual_seed(0)
+    return get_peft_model(model, lora(handle, asked)) if asked.adapts else model
+
+
+def callbacks(handle: sparsetrain.Handle | None, asked: Asked) -> list[Any]:
+    """Those asked for, and the handle's own for what is done between gradients and optimizer."""
+    return [*asked.callbacks, *([] if handle is None or asked.adapts else [handle.callback()])]
 
 
 def words(count: int, seed: int) -> str:
@@ -152,8 +188,7 @@ def loop(asked: Asked, accelerator: Accelerator | None = None) -> Trained:
     """A loop of one's own, with accelerate or without."""
     model = llama()
     handle = converted(asked, model)
-    torch.manual_seed(0)
-    model = get_peft_model(model, lora(handle, asked))
+    model = adapted(model, handle, asked)
     optimizer: Any = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     run: Any = model
     if accelerator is not None:
@@ -172,7 +207,11 @@ def loop(asked: Asked, accelerator: Accelerator | None = None) -> Trained:
         with watch.watching():
             loss = run(**_stacked(ids(2, step))).loss
             loss.backward() if accelerator is None else accelerator.backward(loss)
+        if handle is not None:
+            handle.adjust_gradients()
         optimizer.step()
+        if handle is not None:
+            handle.updated()
         optimizer.zero_grad()
     return Trained(model, handle, llama, watch, evaluate, lambda to: model.save_pretrained(str(to)))
 
@@ -210,14 +249,13 @@ def plain(asked: Asked) -> Trained:
     """transformers' Trainer."""
     model = llama()
     handle = converted(asked, model)
-    torch.manual_seed(0)
-    model = get_peft_model(model, lora(handle, asked))
+    model = adapted(model, handle, asked)
     trainer = Trainer(
         model=model,
         args=_arguments(TrainingArguments, asked, label_names=["labels"]),
         train_dataset=ids(2 * STEPS, 1),  # type: ignore[arg-type]
         eval_dataset=ids(4, 77),  # type: ignore[arg-type]
-        callbacks=list(asked.callbacks),
+        callbacks=callbacks(handle, asked),
     )
     return _run(trainer, handle, llama)
 
@@ -235,8 +273,8 @@ def _trl(kind: str, asked: Asked, rows: Callable[..., list[Any]], dense: Any = l
         args=_arguments(getattr(trl, f"{kind}Config"), asked, **more),
         train_dataset=Dataset.from_list(rows(1)),
         eval_dataset=Dataset.from_list(rows(77)[:2]),
-        callbacks=list(asked.callbacks),
-        **({"peft_config": lora(handle, asked, **own)} | given),
+        callbacks=callbacks(handle, asked),
+        **({"peft_config": lora(handle, asked, **own) if asked.adapts else None} | given),
     )
     return _run(trainer, handle, dense)
 
@@ -317,7 +355,8 @@ def kto(asked: Asked) -> Trained:
     def rows(seed: int) -> list[Any]:
         return [row | {"label": i % 2 == 0} for i, row in enumerate(_answers(seed))]
 
-    return _trl("KTO", asked, rows, given=_words(), max_length=64)
+    reference = {} if asked.adapts else {"ref_model": llama()}
+    return _trl("KTO", asked, rows, given=_words() | reference, max_length=64)
 
 
 def scorer() -> Any:
@@ -351,7 +390,7 @@ def grpo_offload(asked: Asked) -> Trained:
 
 
 def rloo(asked: Asked) -> Trained:
-    return grpo(asked, "RLOO")
+    return grpo(asked, "RLOO", **({} if asked.adapts else {"beta": 0.0}))
 
 
 TRAINERS: dict[str, Callable[[Asked], Trained]] = {

@@ -26,6 +26,7 @@ from sparsetrain.parallel.grid import ParallelGrid
 from sparsetrain.parallel.linear import Mode, TPLinear
 from sparsetrain.parallel.model import GridModel, parallelize
 from sparsetrain.parallel.shape import GridShape
+from sparsetrain.recipes.on_grid import check_on_grid
 from sparsetrain.recipes.pretrain import PretrainRecipe
 from sparsetrain.runs.events import Report, silent
 
@@ -67,23 +68,7 @@ def _check(recipe: PretrainRecipe, shape: GridShape) -> None:
             f"--grid {shape} needs {shape.world} processes. Start it with: torchrun --nproc-per-node {shape.world} -m "
             "sparsetrain.cli pretrain ..."
         )
-    given = {
-        "methods": (recipe.methods, "a grid trains dense models. Sparsify in Python, then parallelize() in plain mode"),
-        "dtype": (recipe.dtype == "bf16", "a grid of processes on CPUs trains in fp32. Leave it out"),
-        "task": (recipe.task != "lm" and recipe.task != "classify", "a grid trains lm and classify"),
-        "training": (recipe.training, "a grid trains without transformers' Trainer. Leave it out"),
-        "compare": (recipe.compare != "none", "a grid compares nothing. Leave it out"),
-        "device": (recipe.device not in ("auto", "cpu"), "a grid has been tried on CPUs alone. Leave it out"),
-        "output": (
-            not recipe.resume and any(Path(recipe.output).glob("*")),
-            "it holds something already. Give another folder, or --resume",
-        ),
-        "epochs": (recipe.epochs, "a grid counts steps. Give --steps"),
-        "streaming": (recipe.streaming, "each process reads all rows. Leave it out"),
-    }
-    for key, (wrong, why) in given.items():
-        if wrong:
-            raise ValueError(f"{key}={getattr(recipe, key)!r} does not go with --grid: {why}.")
+    check_on_grid(recipe)
 
 
 def _train(cut: GridModel, parts: Parts[PretrainRecipe], report: Report) -> list[float]:
