@@ -46,8 +46,8 @@ def test_a_run_learns_and_reports_its_saved_bytes_against_the_formula(choice: di
     assert "token_selection: ran selected attention on torch, selected loss on torch." in notes
     note = next(n for n in notes if "formula" in n)
     found, formula = (float(x) for x in re.findall(r"(?:save|gives) (0\.\d+)", note))
-    # what 19 of 64 tokens save beside the formula's share is indices and row statistics
-    assert formula < 0.5 and abs(found - formula) < 0.05 * formula, note
+    # beside the formula's share, 19 of 64 tokens save indices and row statistics; of LoRA, they keep less than in PEFT
+    assert formula < 0.5 and 0.9 * formula < found < 1.05 * formula, note
 
 
 def test_selection_is_what_the_blocks_and_the_head_save(tmp_path: Path) -> None:

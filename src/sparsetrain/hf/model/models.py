@@ -149,7 +149,9 @@ def _with_lora(model: Any, recipe: Recipe, handle: Handle | None, new_modules: l
         # PEFT 0.21 asks transformers 5.23 by a name that is deprecated there
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         try:
-            fp32, empty = recipe.lora_dtype == "fp32", all(p.is_meta for p in model.parameters())
+            # PEFT makes empty factors in fp32, whatever the weights are
+            fp32 = recipe.lora_dtype == "fp32"
+            empty = fp32 and all(p.is_meta for p in model.parameters())
             model = get_peft_model(model, config, autocast_adapter_dtype=fp32, low_cpu_mem_usage=empty)
         except ValueError as error:
             if recipe.lora_targets != "all-linear" or "No `target_modules`" not in str(error):
