@@ -47,6 +47,17 @@ def test_what_a_library_writes_for_its_owner_alone_may_be_read_as_the_umask_says
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o600 | (0o444 & ~umask)
 
 
+def test_a_file_system_without_modes_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chmod(self: Path, mode: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    with scratch_file(tmp_path / "a.safetensors") as scratch:
+        scratch.write_bytes(b"weights")
+        os.chmod(scratch, 0o600)
+        monkeypatch.setattr(Path, "chmod", chmod)
+    assert (tmp_path / "a.safetensors").read_bytes() == b"weights"
+
+
 def dead() -> Process:
     if (pid := os.fork()) == 0:
         os._exit(0)

@@ -61,7 +61,8 @@ def may_read(path: Path, mode: int) -> None:
     """Let whoever may read by `mode` read the file: safetensors writes for its owner alone, whatever the umask."""
     own = path.stat().st_mode
     if (wanted := own | mode & 0o444) != own:
-        path.chmod(wanted)
+        with contextlib.suppress(OSError):  # a file system may have no modes, and what was written is whole
+            path.chmod(wanted)
 
 
 def scratch_of(path: Path, kind: str = "tmp") -> Path:
