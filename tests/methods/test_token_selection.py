@@ -410,7 +410,7 @@ def test_lora_gradients_equal_the_detach_oracle(family: str, train_keys: bool) -
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_lora_beside_a_bf16_model_is_as_near_as_pefts(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention and LoRA's sum have fast paths there; logits and gradients stay within twice bf16's own error."""
-    monkeypatch.setattr("sparsetrain.ops.selected_rows.attention._multiplies_bf16", lambda: True)
+    monkeypatch.setattr("sparsetrain.ops.selected_rows.all_rows._units", lambda: (True, False))
     case = FAMILIES[family]
 
     def run(low: bool, selects: bool) -> tuple[Tensor, dict[str, Tensor]]:

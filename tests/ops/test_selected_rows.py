@@ -166,24 +166,51 @@ def test_received_mass_is_the_sum_of_the_selected_queries_probabilities(
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("case", [case for case in TINY if case.counts == (13, 13)], ids=lambda case: case.name)
-def test_attention_of_all_rows_in_bf16_is_as_near_as_eager(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_of_all_rows_in_bf16_is_as_near_as_eager(
+    case: Case, amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As near to fp64 as the attention that transformers calls eager, whose scores are bf16 too."""
-    monkeypatch.setattr("sparsetrain.ops.selected_rows.attention._multiplies_bf16", lambda: True)
+    monkeypatch.setattr("sparsetrain.ops.selected_rows.all_rows._units", lambda: (True, amx))
     t, d, segments = case.tokens, case.head_dim, case.segment_ids()
     torch.manual_seed(3)
     q, k, v = (torch.randn(2, n, t, d, dtype=torch.bfloat16) for n in (case.heads, case.kv_heads, case.kv_heads))
     found = attention_of_all(q, KeyValues(k, v, case.causal, 0.4, segments, case.window))
-    assert found is not None
+    assert (found is None) == (amx and segments is None and case.window is None)  # PyTorch's own needs no mask
+    if found is None:
+        return
     form = {"causal": case.causal, "scale": 0.4, "window": case.window, "segments_bt": segments}
     everywhere = torch.ones(2, t, dtype=torch.bool)
     exact = selected_attention_reference(q.double(), k.double(), v.double(), everywhere, **form)
     k, v = (x.repeat_interleave(case.heads // case.kv_heads, 1) for x in (k, v))
     scores = (q @ k.transpose(2, 3) * 0.4).masked_fill(~_visible(case), float("-inf"))
-    eager = torch.softmax(scores, dim=-1, dtype=torch.float32).bfloat16() @ v
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).nan_to_num()  # of a row that sees nothing
+    eager = weights.bfloat16() @ v
     sees = _visible(case).any(-1).expand(-1, case.heads, -1)
     assert (found.double() - exact)[sees].norm() <= 1.3 * (eager.double() - exact)[sees].norm()
     assert not found[~sees].any()
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("padding", [(0, 9), (9, 0), (4, 5)])
+def test_padding_looks_at_the_sequence_beside_it(
+    padding: tuple[int, int], causal: bool, amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in transformers, whose mask has columns alone; what sees nothing is 0."""
+    monkeypatch.setattr("sparsetrain.ops.selected_rows.all_rows._units", lambda: (True, amx))
+    torch.manual_seed(4)
+    q, k, v = (torch.randn(2, n, 33, 8, dtype=torch.bfloat16) for n in (4, 2, 2))
+    segments = torch.ones(2, 33, dtype=torch.int32)
+    segments[1, : padding[0]] = 0
+    segments[1, 33 - padding[1] :] = 0
+    found = attention_of_all(q, KeyValues(k, v, causal, 0.4, segments, None, torch.ones_like(segments)))
+    mask = (segments > 0)[:, None, None].expand(-1, 1, 33, -1)
+    mask = mask.tril() if causal else mask
+    expected = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), mask, scale=0.4, enable_gqa=True)
+    assert found is not None
+    torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.02)
 
 
 def _visible(case: Case) -> Tensor:
@@ -200,7 +227,7 @@ def _visible(case: Case) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_attention_of_all_rows_is_pytorchs_elsewhere(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsetrain.ops.selected_rows.attention._multiplies_bf16", lambda: True)
+    monkeypatch.setattr("sparsetrain.ops.selected_rows.all_rows._units", lambda: (True, False))
     q = torch.randn(1, 2, 5, 4, dtype=dtype)
     assert attention_of_all(q, KeyValues(q, q, True, 0.5)) is None
 

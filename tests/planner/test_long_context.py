@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from sparsetrain.hf.model.model_config import read_config
 from sparsetrain.hf.study.recipe_trace import outline
-from sparsetrain.ops.selected_rows import attention
+from sparsetrain.ops.selected_rows import all_rows
 from sparsetrain.planner.memory import PeakBytes
 from sparsetrain.recipes.finetune import Recipe
 
@@ -54,8 +54,8 @@ def test_llama_3_8b_fits_one_card(gigabytes: int, tokens: int, asked: dict[str, 
 def test_a_plan_for_a_gpu_is_the_same_on_every_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     config = AutoConfig.for_model(**read_config("smollm2-135m").values)
     found = []
-    for multiplies in (False, True):
-        monkeypatch.setattr(attention, "_multiplies_bf16", lambda multiplies=multiplies: multiplies)
+    for units in ((False, False), (True, False), (True, True)):
+        monkeypatch.setattr(all_rows, "_units", lambda units=units: units)
         made = outline(recipe_of(), config, bf16=True, gpu=True, lengths=(512,))
         found.append(made.peak(512))
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]

@@ -9,7 +9,7 @@ and values of the other rows are constants (arXiv 2501.18824).
 Legend: b samples, t tokens, k selected tokens, h heads, g key/value heads, s keys, d head width.
 """
 
-from sparsetrain.ops.selected_rows.attention import attention_of_all as attention_of_all
+from sparsetrain.ops.selected_rows.all_rows import attention_of_all as attention_of_all
 from sparsetrain.ops.selected_rows.attention import selected_attention as selected_attention
 from sparsetrain.ops.selected_rows.keys import KeyValues as KeyValues
 from sparsetrain.ops.selected_rows.linear import adapted_as_peft as adapted_as_peft

@@ -6,7 +6,6 @@ Legend: as in the package.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsetrain.core.autograd import as_output
-from sparsetrain.core.backend import asked_for, choose, is_planned, tuned_for
+from sparsetrain.core.backend import asked_for, choose, is_planned
 from sparsetrain.core.fastest import may_time, ranked
 from sparsetrain.ops.selected_rows.choice import OP, available, kernels
 from sparsetrain.ops.selected_rows.keys import KeyValues, not_selected_, of_selected, who_sees
@@ -77,31 +76,6 @@ def _attend(
         q_bhkd, k_bgkd, v_bgkd, *(context or (None, None)), known, e.k_bgsd, e.v_bgsd, e.segments_bs, e.looks_at_bt,
         rows, (e.causal, e.scale, e.window), name,
     )  # type: ignore[return-value]  # fmt: skip
-
-
-def attention_of_all(q_bhtd: Tensor, everything: KeyValues) -> Tensor | None:
-    """softmax(q Kᵀ · scale) V of every token, [b, h, t, d], without gradient; None where PyTorch's own is faster.
-
-    PyTorch's attention on CPUs multiplies bf16 without the processor's units for it. Tiles of two batched products are
-    2.4 times faster there (9 heads of 64, 1,024 to 4,096 tokens), and no faster in fp32. Scores are rounded to bf16, as
-    in transformers' eager attention.
-    """
-    if tuned_for(q_bhtd) != "cpu" or q_bhtd.dtype != torch.bfloat16 or not _multiplies_bf16():
-        return None
-    b, _, t, _ = q_bhtd.shape
-    return forward_by_tiles(q_bhtd, everything, _all_rows(b, t))
-
-
-@cache
-def _multiplies_bf16() -> bool:
-    """Has the processor units for bf16 products? PyTorch 2.11 and later know."""
-    cpu: Any = torch.cpu
-    return any(getattr(cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-
-
-@lru_cache(maxsize=8)
-def _all_rows(b: int, t: int) -> Rows:
-    return Rows.of([range(t)] * b, t)
 
 
 @torch.compiler.disable()  # it asks what is installed, not for values

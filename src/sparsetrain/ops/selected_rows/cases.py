@@ -10,7 +10,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One call on two rows, of which `counts` tokens are selected. segments: packed, left or right (padding), None."""
+    """One call on two rows, of which `counts` tokens are selected. segments: packed, left, right
+    or middle (padding), None."""
 
     name: str
     heads: int = 2
@@ -34,6 +35,8 @@ class Case:
             ids[1, : self.tokens // 4] = 0
         if self.segments == "right":
             ids[1, -(self.tokens // 4) :] = 0
+        if self.segments == "middle":
+            ids[1, self.tokens // 4 : self.tokens // 2] = 0
         return ids
 
 
@@ -46,6 +49,8 @@ FORMS = {
     "padded_left": {"segments": "left"},
     "padded_both_ways": {"causal": False, "segments": "right"},
     "packed_window": {"window": 5, "segments": "packed"},
+    "padded_within": {"segments": "middle"},
+    "padded_local": {"causal": False, "window": 6, "segments": "left"},
 }
 
 TINY = tuple(

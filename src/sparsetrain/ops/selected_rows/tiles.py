@@ -16,6 +16,7 @@ from torch import Tensor
 from sparsetrain.core.autograd import unwatched
 from sparsetrain.core.backend import tuned_for
 from sparsetrain.ops.selected_rows.keys import KeyValues
+from sparsetrain.ops.selected_rows.pieces import Piece, pieces_of
 from sparsetrain.ops.selected_rows.rows import Rows
 
 TILE_ROWS = 128
@@ -28,50 +29,56 @@ GPU_TILE_ELEMENTS = 2**24
 class _Tile:
     """Queries `q_from:q_to` of one sample, the keys `s_from:s_to` they can see, and the selected keys among these."""
 
-    def __init__(self, e: KeyValues, rows: Rows, sample: int, positions: list[int], q_from: int, q_to: int) -> None:
-        s = e.k_bgsd.shape[2]
-        offset = s - rows.num_tokens
+    def __init__(self, e: KeyValues, rows: Rows, sample: int, piece: Piece, q_from: int, q_to: int) -> None:
+        positions = rows.positions[sample]
+        offset = e.k_bgsd.shape[2] - rows.num_tokens
         first, last = positions[q_from] + offset, positions[q_to - 1] + offset
         self.q_from, self.q_to = q_from, q_to
-        self.s_from = 0 if e.window is None else max(0, first - e.window + 1)
-        self.s_to = last + 1 if e.causal else s if e.window is None else min(s, last + e.window)
+        self.s_from = piece.k_from if e.window is None else max(piece.k_from, first - e.window + 1)
+        reach = last if e.causal else piece.k_to if e.window is None else last + e.window - 1
+        self.s_to = max(self.s_from, min(piece.k_to, reach + 1))
         # the selected keys in that range are a stretch of the sorted positions
         self.k_from = bisect_left(positions, self.s_from - offset)
         self.k_to = bisect_left(positions, self.s_to - offset)
-        self.segmented = e.segments_bs is not None
-        self._exact = not e.causal and e.window is None and not self.segmented
-        self._e, self._sample, self.offset, self._first = e, sample, offset, first
+        # a query that sees nothing has a softmax of NaN
+        beyond = e.window is not None and (last - e.window >= piece.k_to - 1 or piece.k_from - e.window >= first)
+        self.may_see_nothing = piece.holes or beyond
+        self._e, self._sample, self._holes, self.offset = e, sample, piece.holes, offset
+        # where only later keys are hidden, the first query sees all up to its own
+        self._hidden_from = self.s_from if piece.holes or e.window is not None else first + 1 if e.causal else self.s_to
 
     def hidden(self, index_k: Tensor) -> tuple[slice, Tensor] | None:
         """(keys, bool [queries, keys]) where a key of the range is not visible; keys before them are visible to all."""
         e = self._e
-        if self._exact:
+        if self._hidden_from >= self.s_to:
             return None
-        # without windows and segments, only keys after the tile's first query can be hidden
-        start = self._first if e.window is None and e.segments_bs is None else self.s_from
         i = index_k[self.q_from : self.q_to, None] + self.offset
-        j = torch.arange(start, self.s_to, device=index_k.device)[None]
+        j = torch.arange(self._hidden_from, self.s_to, device=index_k.device)[None]
         hidden = j > i if e.causal else torch.zeros(1, 1, dtype=torch.bool, device=index_k.device)
         if e.window is not None:
             hidden = hidden | ((i - j) >= e.window) | ((j - i) >= e.window)
-        if e.segments_bs is not None:
+        if self._holes:
+            assert e.segments_bs is not None
             segments = e.segments_bs[self._sample]
             looks_at = segments[self.offset :] if e.looks_at_bt is None else e.looks_at_bt[self._sample]
-            of_keys = segments[None, start : self.s_to]
+            of_keys = segments[None, self._hidden_from : self.s_to]
             hidden = hidden | (looks_at[i - self.offset] != of_keys) | (of_keys == 0)
-        return slice(start - self.s_from, self.s_to - self.s_from), hidden
+        return slice(self._hidden_from - self.s_from, self.s_to - self.s_from), hidden
 
 
 def _tiles(e: KeyValues, rows: Rows, heads: int) -> Iterator[tuple[int, Tensor, list[_Tile]]]:
-    """(sample, its positions, its tiles) of every sample that has selected rows."""
+    """(sample, its positions, its tiles) of every sample with selected rows; queries that see nothing are in none."""
     groups, num_keys = e.k_bgsd.shape[1:3]
     size = max(1, TILE_ROWS * (4 if e.k_bgsd.element_size() == 2 else 1) * groups // heads)
     if tuned_for(e.k_bgsd) != "cpu":
         size = max(size, GPU_TILE_ELEMENTS // (heads * num_keys))
-    for sample, positions in enumerate(rows.positions):
-        count = len(positions)
-        tiles = [_Tile(e, rows, sample, positions, q, min(q + size, count)) for q in range(0, count, size)]
-        if tiles:
+    for sample, pieces in enumerate(pieces_of(e, rows)):
+        tiles = [
+            _Tile(e, rows, sample, piece, q, min(q + size, piece.q_to))
+            for piece in pieces
+            for q in range(piece.q_from, piece.q_to, size)
+        ]
+        if tiles := [tile for tile in tiles if tile.s_from < tile.s_to]:
             yield sample, rows.index_bk[sample], tiles
 
 
@@ -83,9 +90,11 @@ def _probabilities(q_gnd: Tensor, k_gsd: Tensor, tile: _Tile, index_k: Tensor, d
         return _softmax(scores, dtype)
     keys, hidden = masked
     queries = (-1, tile.q_to - tile.q_from)
-    scores.unflatten(1, queries)[..., keys].masked_fill_(hidden, float("-inf"))
+    # a sum takes a CPU a third of the time of masked_fill_ with a mask that is broadcast
+    unseen = torch.zeros_like(hidden, dtype=scores.dtype).masked_fill_(hidden, float("-inf"))
+    scores.unflatten(1, queries)[..., keys].add_(unseen)
     p = _softmax(scores, dtype)
-    if tile.segmented:  # only then can a query see nothing; its softmax is NaN
+    if tile.may_see_nothing:
         p.unflatten(1, queries).masked_fill_(hidden.all(-1, keepdim=True), 0)
     return p
 
