@@ -66,7 +66,7 @@ def test_no_layer_asks_the_device_for_a_value(padded: bool, checkpointed: bool) 
 
 @pytest.mark.usefixtures("drawn_before")
 def test_launches_of_a_layer_stay_near_those_of_a_dense_one() -> None:
-    """Two passes over a block and one backward: 195 beside 110, 42 of them the tiles of two samples (with our kernels
+    """Two passes over a block and one backward: 197 beside 110, 42 of them the tiles of two samples (with our kernels
     153). Takes three seconds: four models run two steps."""
 
     def of_a_layer(**config: Any) -> float:

@@ -34,9 +34,9 @@ def made(family: str, pieces: int, way: str = "full") -> Any:
 
 
 def step(model: Any, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-    out = model(**batch)
+    out = model.double()(**{name: x.double() if x.is_floating_point() else x for name, x in batch.items()})
     loss = getattr(out, "loss", None)
-    loss = out.logits.float().square().mean() if loss is None else loss
+    loss = out.logits.square().mean() if loss is None else loss
     loss.backward()
     return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -51,10 +51,10 @@ def test_loss_and_every_gradient_are_those_of_the_whole(family: str, way: str) -
         batch["labels"] = batch["input_ids"]
     loss, gradients = step(made(family, 1, way), batch)
     found, others = step(made(family, 5, way), batch)
-    assert found == pytest.approx(loss, rel=1e-6) and gradients and gradients.keys() == others.keys()
+    assert found == pytest.approx(loss, rel=1e-9) and gradients and gradients.keys() == others.keys()
     largest = max(float(g.abs().max()) for g in gradients.values())
     for name, gradient in gradients.items():
-        torch.testing.assert_close(others[name], gradient, rtol=1e-5, atol=1e-6 * largest, msg=name)
+        torch.testing.assert_close(others[name], gradient, rtol=1e-8, atol=1e-9 * largest, msg=name)
 
 
 def test_no_more_than_the_input_of_an_ffn_is_kept() -> None:
