@@ -89,7 +89,7 @@ def _probabilities(q_gnd: Tensor, k_gsd: Tensor, tile: _Tile, index_k: Tensor, d
         return _softmax(scores, dtype)
     keys, hidden = masked
     queries = (-1, tile.q_to - tile.q_from)
-    # a sum takes a CPU a third of the time of masked_fill_ with a mask that is broadcast; the softmax of it is 0 as well
+    # a sum takes a CPU a third of the time of masked_fill_ with a mask that is broadcast; softmax makes it 0 as well
     lowest = torch.finfo(scores.dtype).min
     scores.unflatten(1, queries)[..., keys].add_(hidden.to(scores.dtype), alpha=lowest)
     p = _softmax(scores, dtype)
