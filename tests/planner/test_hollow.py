@@ -28,6 +28,14 @@ def test_integers_are_real_and_floats_are_hollow() -> None:
         assert floats[torch.tensor([True, False, True, True])].shape == (3, 8)
 
 
+def test_floats_that_follow_from_integers_stand_with_the_others() -> None:
+    with Hollow():
+        places = torch.arange(2000)
+        nearness = 1 - places / 2000
+        assert nearness.device == torch.device("cpu") and isinstance(nearness, FakeTensor)
+        assert torch.where(places > 5, torch.rand(2000), nearness).shape == (2000,)
+
+
 def test_orders_that_follow_from_floats_are_drawn_as_permutations() -> None:
     with Hollow():
         scores = torch.randn(3, 9)

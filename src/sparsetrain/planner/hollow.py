@@ -119,12 +119,13 @@ class Hollow(TorchDispatchMode):
                 return out
         if not real and func is _aten.index.Tensor:
             args = (args[0], [_positions(x) for x in args[1]])
+        # made outside the fake mode, in which a meta tensor is one of a meta device
+        shapes = tree_map_only(Tensor, self._without_values, (args, kwargs)) if real and func in _PLAIN else ((), {})
         try:
             with self.fake:
                 if func is _GROUPED:
                     out = self._as_bf16(func, args, kwargs)
                 elif real and func in _PLAIN:  # given values, the fake mode computes with them: a mask of 16 M in .1 s
-                    shapes = tree_map_only(Tensor, self._without_values, (args, kwargs))
                     out = func(*shapes[0], **shapes[1])
                 else:
                     out = func(*args, **kwargs)
