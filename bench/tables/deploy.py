@@ -19,7 +19,8 @@ PAGE = "docs/results/deploy.md"
 TOLERANCE = 0.01
 """Within 1 % is a tie for one seed where neither its spread nor that of its rows is known."""
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
-"""Seeds -> half a 95 % interval of their mean, in standard errors; 2 of more, and of held-out rows, which are many."""
+"""Seeds -> half a 95 % interval of their mean, in standard errors; 2 of more, and of held-out rows, which are many. The
+expansion in `measure.intervals` is for five degrees of freedom and more."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,8 @@ def quality_deployed(found: dict[str, Any], method: str) -> str:
         own = [row for row in rows if [each["method"] for each in row.arm.methods] == [method] and row.arm.chosen]
         if data in (*GRID, LONG) and own:
             best = min(own, key=lambda row: row.difference("steps").mean)
-            said.append(f"{best.difference('steps').text} on {data} ({best.difference('steps').verdict})")
+            rate = f" at lr {best.arm.recipe['lr']:g}, dense at {DATA[data]['lr']:g}" if "lr" in best.arm.recipe else ""
+            said.append(f"{best.difference('steps').text} on {data}{rate} ({best.difference('steps').verdict})")
     return f"perplexity or error rate of the deployed model {', '.join(said)}" if said else ""
 
 
