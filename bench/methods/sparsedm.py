@@ -120,8 +120,8 @@ def _macs(model: Any, handle: Any) -> dict[str, Any]:
     """Multiply-adds of one image, of the masked layers and of the whole model."""
     import torch
 
-    from sparsetrain.hf.model.architectures import image_size
     from sparsetrain.methods.sparsedm.macs import count_macs
+    from sparsetrain.planner.image_sizes import image_size
 
     batch = {"pixel_values": torch.zeros(1, model.config.num_channels, *image_size(model.config))}
     probe = handle or _masked(model)
@@ -167,9 +167,9 @@ def export(path: str, settings: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from sparsetrain.core.errors import Unsupported
-    from sparsetrain.hf.model.architectures import image_size
     from sparsetrain.hf.model.io import load
     from sparsetrain.methods.sparsedm.export import pack_24, to_dense
+    from sparsetrain.planner.image_sizes import image_size
 
     masked, other, dense = load(path), load(path), load(path)
     names = list(masked.handle.sites("sparsedm"))  # type: ignore[union-attr]

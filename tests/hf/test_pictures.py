@@ -94,6 +94,41 @@ def test_classes_of_metadata_and_a_split_are_learned(tmp_path: Path, capsys: pyt
     assert load(str(tmp_path / "out")).model.config.label2id == {"blue": 0, "red": 1}
 
 
+def test_pictures_of_many_sizes_are_brought_to_the_size_that_was_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures(tmp_path / "data")
+    common = ["--data", str(tmp_path / "data"), "--steps", "2", "--batch-size", "4", "--device", "cpu", "--json"]
+    sizes = ["--set", "image_size=8", "--set", "num_channels=3"]
+    words = ["pretrain", "--task", "image", "--model", "vit-nano", *common, "--output", str(tmp_path / "run")]
+    assert run([*words, *sizes]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert "images of 8x8" in first["data"]
+    assert run(["eval", str(tmp_path / "run"), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["loss"] == pytest.approx(first["run"]["evals"][-1]["loss"], rel=1e-5)
+    # a run's folder is named as a model: the whole model in it is meant, and its size counts
+    more = ["finetune", "--task", "image", "--model", str(tmp_path / "run"), *common]
+    assert run([*more, "--output", str(tmp_path / "tuned")]) == 0
+    tuned = json.loads(capsys.readouterr().out)
+    assert tuned["run"]["evals"][0]["loss"] == pytest.approx(first["run"]["evals"][-1]["loss"], rel=1e-5)
+    assert run([*more[:4], str(tmp_path / "tuned"), *common, "--output", str(tmp_path / "third")]) == 2
+    assert "is a run that left an adapter, and a whole model was asked for" in capsys.readouterr().out
+
+
+def test_an_architecture_s_own_size_is_no_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = np.random.default_rng(i).integers(0, 256, (12, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
+    words = ["pretrain", "--task", "image", "--model", "vit-nano", "--data", str(tmp_path / "data"), "--dry-run"]
+    assert run([*words, "--output", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "has images of (3, 12, 20)" in said and "--set image_size=12 --set num_channels=3; pictures of other" in said
+    assert run([*words, "--output", str(tmp_path / "run"), "--set", "image_size=12", "--set", "num_channels=3"]) == 0
+
+
 def test_what_cannot_be_trained_on_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     vit(tmp_path / "vit")
     pictures(tmp_path / "data", count=2)

@@ -89,7 +89,7 @@ def sample(
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, image_grid(images, columns))
     about = {"run": run, "output": output, "num": num, "steps": steps, "guidance": guidance, "seed": seed}
-    measured = _measured(run, images, flags["data"], features, steps) if quality else None
+    measured = _measured(run, loaded.model, images, flags["data"], features, steps) if quality else None
     about |= {"quality": measured, "class": label, "seconds": seconds, "sparse": bool(loaded.handle)}
     shown = [f"Wrote {output}: {num} images of {steps} steps each, in {seconds:.1f} s"]
     if measured is not None:
@@ -97,11 +97,12 @@ def sample(
     return Answer(data=about, show=shown)
 
 
-def _measured(run: str, images: Any, data: str | None, features: str, steps: int) -> Any:
+def _measured(run: str, model: Any, images: Any, data: str | None, features: str, steps: int) -> Any:
     from sparsetrain.core.config import suggest
     from sparsetrain.hf.data import load_images
     from sparsetrain.hf.train.image_quality import image_quality
     from sparsetrain.measure.image_features import KINDS
+    from sparsetrain.planner.image_sizes import image_shape
     from sparsetrain.recipes.reading import read_mapping
 
     if features not in KINDS:
@@ -109,4 +110,5 @@ def _measured(run: str, images: Any, data: str | None, features: str, steps: int
     recipe = Path(run) / "recipe.yaml"
     if data is None and not recipe.is_file():
         raise ValueError(f"--quality compares with images, and {run} has no recipe.yaml that names any. Give --data.")
-    return image_quality(images, load_images(data or read_mapping(recipe)["data"]), kind=features, steps=steps)
+    bundle = load_images(data or read_mapping(recipe)["data"], image=image_shape(model.config), captions=True)
+    return image_quality(images, bundle, kind=features, steps=steps)

@@ -141,7 +141,8 @@ def _pixels(side: Side, kept: Sequence[int]) -> np.ndarray:
         if picture.shape[:2] != (height, width):
             raise ValueError(
                 f"{side.place(i)} is {picture.shape[0]}x{picture.shape[1]} (height x width), and "
-                f"{side.place(kept[0])} is {height}x{width}. Bring all pictures to one size."
+                f"{side.place(kept[0])} is {height}x{width}. Bring all pictures to one size, or "
+                "name the model's, to which they are scaled and cut (pretrain: --set image_size=64)."
             )
     if len(pictures) * height * width > _MOST_PIXELS:
         raise ValueError(
@@ -206,12 +207,12 @@ def divided(
 
 def _read(path: Path, prepare: Prepare | None) -> np.ndarray:
     """uint8, [h, w] of a grey picture and [h, w, 3] of another, or as `prepare` makes it."""
-    from PIL import Image  # comes with matplotlib
+    from PIL import Image, ImageOps  # comes with matplotlib
 
     check_regular(path)
     try:
         with Image.open(path) as picture:
-            return (prepare or as_pixels)(picture)
+            return (prepare or as_pixels)(ImageOps.exif_transpose(picture))  # as a camera held it
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{shown(path)} cannot be read as a picture: {quoted(str(error))}. Get it again, or take it out."

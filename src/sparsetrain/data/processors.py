@@ -1,4 +1,4 @@
-"""Pictures as the image processor of a trained model shows them to it."""
+"""Pictures as a model takes them: by the image processor of a trained one, or scaled and cut to its size."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ def prepared(processor: Any, channels: int, picture: Any) -> np.ndarray:
     shown = picture.convert("L" if channels == 1 else "RGB")
     made_chw = processor(images=[shown], return_tensors="np", do_rescale=False, do_normalize=False)["pixel_values"][0]
     return np.clip(np.rint(made_chw), 0, 255).astype(np.uint8).transpose(1, 2, 0)
+
+
+def fitted(image: tuple[int, int, int], picture: Any) -> np.ndarray:
+    """A picture of PIL scaled until it covers (channels, height, width), and its middle: uint8 [h, w], [h, w, 3] of
+    three channels."""
+    from PIL import Image, ImageOps  # comes with matplotlib
+
+    channels, height, width = image
+    shown = picture.convert("L" if channels == 1 else "RGB")
+    return np.asarray(ImageOps.fit(shown, (width, height), Image.Resampling.BICUBIC), dtype=np.uint8)
 
 
 def normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | tuple[()]:

@@ -24,3 +24,13 @@ SAVED_PLACES = (ADAPTER, MODEL, f"{SPARSE}/{ADAPTER}", f"{SPARSE}/{MODEL}")
 def checkpoint_folder(output: str | Path | None, step: int) -> Path:
     """Where the Trainer writes its checkpoint of a step."""
     return Path(output or ".") / f"checkpoint-{step}"
+
+
+def model_of(place: str) -> str:
+    """The folder of the whole model in the output of a run or of a comparison; any other place as it is."""
+    folder = Path(place)
+    if (folder / RUN).is_file() and not (folder / "config.json").exists():
+        for inside in (folder / MODEL, folder / SPARSE / MODEL):
+            if (inside / "config.json").is_file():
+                return str(inside)
+    return place

@@ -117,6 +117,24 @@ def test_pictures_that_cannot_be_used(tmp_path: Path):
         load_images(str(twice / "0.png"))
 
 
+def test_pictures_are_scaled_and_cut_to_what_a_model_takes(tmp_path: Path):
+    wide = np.repeat(np.array([0, 128, 255, 60], dtype=np.uint8), 10)[None].repeat(20, axis=0)
+    turned = Image.Exif()
+    turned[274] = 6  # to be turned a quarter to the right, as phones write it
+    for i in range(4):
+        wide[:4] = 10 * i  # equal ones would be one
+        upright = i % 2 == 0
+        Image.fromarray(wide if upright else np.rot90(wide)).save(
+            tmp_path / f"{i}.png", exif=None if upright else turned
+        )
+    bundle = load_images(str(tmp_path), image=(3, 10, 10))
+    assert bundle.eval is not None and "images of 10x10" in bundle.description
+    for row in [*bundle.train, *bundle.eval]:
+        pixels = np.asarray(row["pixel_values"])
+        assert pixels.shape == (10, 10, 3)
+        np.testing.assert_allclose(pixels[5:, [2, 7], 0], [[128, 255]] * 5, atol=3)
+
+
 def with_metadata(folder: Path, lines: list[str], name: str = "metadata.csv") -> Path:
     """Six pictures in a folder, and what the lines say of them."""
     pictures(folder, ("",))

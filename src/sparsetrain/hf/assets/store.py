@@ -22,6 +22,7 @@ from sparsetrain.core.remembered import cache_folder
 from sparsetrain.data.docstrings import docstring_rows
 from sparsetrain.hf.assets.package import download, unpack
 from sparsetrain.hf.assets.registry import ASSETS, Asset, find_asset, list_assets
+from sparsetrain.runs.layout import model_of
 
 Progress = Callable[[str], None]
 
@@ -102,7 +103,8 @@ def fetch(names: str | Iterable[str] | None = None, *, progress: Progress | None
 
 
 def resolve_model(name_or_path: str, *, progress: Progress | None = None) -> str:
-    """Turn an embedded model's name into its local folder, fetching it when absent; anything else is returned as is.
+    """Turn an embedded model's name into its local folder, fetching it when absent, and a run's folder into that of
+    the whole model in it; anything else is returned as is.
 
     An embedded name wins over a folder of the same name: write `./minilm` for the folder.
 
@@ -110,7 +112,7 @@ def resolve_model(name_or_path: str, *, progress: Progress | None = None) -> str
         ValueError: the name is that of an embedded data set.
         RuntimeError: see `fetch`.
     """
-    return _resolve(name_or_path, "model", progress)
+    return _resolve(model_of(name_or_path), "model", progress)
 
 
 def resolve_data(name_or_path: str, *, progress: Progress | None = None) -> str:

@@ -17,8 +17,8 @@ from sparsetrain.data.files import kind_of
 from sparsetrain.data.images import FASHION_LABELS, Images, read_images
 from sparsetrain.data.labelled import in_order
 from sparsetrain.data.picture_files import SUFFIXES, has_pictures
-from sparsetrain.data.pictures import DIGITS, Side, as_pixels, images_of, read_digits, read_pictures
-from sparsetrain.data.processors import normalisation, prepared
+from sparsetrain.data.pictures import DIGITS, Prepare, Side, as_pixels, images_of, read_digits, read_pictures
+from sparsetrain.data.processors import fitted, normalisation, prepared
 from sparsetrain.data.remarks import Remarks
 from sparsetrain.hf.assets import embedded_name, resolve_data
 from sparsetrain.hf.data.bundle import DataBundle
@@ -33,7 +33,7 @@ def load_images(
     max_eval_rows: int | None = None,
     seed: int = 0,
     processor: Any = None,
-    channels: int = 3,
+    image: tuple[int, int, int] | None = None,
     dataset_config: str | None = None,
     split: str = "train",
     revision: str | None = None,
@@ -46,7 +46,8 @@ def load_images(
     Args:
         max_rows, max_eval_rows: use this many of each part, chosen by `seed`.
         processor: the image processor of a trained model, by which pictures are scaled, cut and normalised.
-        channels: that model's.
+        image: (channels, height, width) that a model takes. Without a processor, pictures are scaled until they cover
+            it, and their middle is cut out; arrays stay. None: pictures stay as they are, and are of one size.
         dataset_config, split, revision: which part of a table is read, and which split of a folder that has some.
         eval_split: held out, in place of a share; of a folder with splits its `test` or `validation` if not given.
         captions: texts that are no classes may stand beside pictures; they are not read.
@@ -54,12 +55,14 @@ def load_images(
     Raises:
         ValueError: nothing of the kind is there, or as `read_images` and `read_pictures`.
     """
-    prepare = None if processor is None else partial(prepared, processor, channels)
+    prepare: Prepare | None = None if image is None else partial(fitted, image)
+    if processor is not None:
+        prepare = partial(prepared, processor, 3 if image is None else image[0])
     hub = HubChoice(config=dataset_config, split=split, revision=revision)
     limits = {"max_rows": max_rows, "max_eval_rows": max_eval_rows, "seed": seed}
-    found = _read(source, prepare, hub, eval_split, captions, limits)
+    found = _read(source, prepare, processor is not None, hub, eval_split, captions, limits)
     train, held_out = Dataset.from_dict(found.train), Dataset.from_dict(found.held_out)
-    if processor is not None:  # as lists, a picture of 224 x 224 takes 10 ms
+    if prepare is not None:  # as lists, a picture of 224 x 224 takes 10 ms
         train, held_out = train.with_format("numpy"), held_out.with_format("numpy")
     name = embedded_name(source)
     names = FASHION_LABELS if name == "fashion-mnist" else found.names
@@ -76,12 +79,18 @@ def load_images(
 
 
 def _read(
-    source: str, prepare: Any, hub: HubChoice, eval_split: str | None, captions: bool, limits: dict[str, Any]
+    source: str,
+    prepare: Prepare | None,
+    processed: bool,
+    hub: HubChoice,
+    eval_split: str | None,
+    captions: bool,
+    limits: dict[str, Any],
 ) -> Images:
-    if prepare is not None and source in (DIGITS, "fashion-mnist"):
+    if processed and source in (DIGITS, "fashion-mnist"):
         raise ValueError(f"data={source} are arrays, which no image processor reads. Give pictures, or use pretrain.")
     folder, splits = Path(resolve_data(source)), (hub, eval_split) != (HubChoice(), None)
-    arrays = source == DIGITS or (prepare is None and any(folder.glob("*-ubyte.gz")))
+    arrays = source == DIGITS or (not processed and any(folder.glob("*-ubyte.gz")))
     if arrays and splits:
         raise ValueError(f"data={quoted(source)} are arrays with a split of their own. Leave out what names another.")
     if source == DIGITS:

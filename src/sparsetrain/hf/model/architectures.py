@@ -18,6 +18,7 @@ from sparsetrain.hf.model.model_config import context_length
 from sparsetrain.hf.model.opening import NO_CODE, make_config, told
 from sparsetrain.hf.model.weights import attention_of, new_class
 from sparsetrain.planner.config_values import check_values, config_values
+from sparsetrain.planner.image_sizes import image_shape, image_tokens
 from sparsetrain.recipes.pretrain import PretrainRecipe
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.recipes.tasks import named, task_of
@@ -107,7 +108,8 @@ def check_images(config: Any, recipe: RunRecipe, bundle: DataBundle) -> None:
             f"{recipe.data} has images of {tuple(found)} (channels, height, width), and {recipe.model} takes "
             f"{asked}. "
             + (
-                f"Use --set image_size={found[1]} --set num_channels={found[0]}."
+                f"Use --set image_size={min(found[1:])} --set num_channels={found[0]}; pictures of other sizes are "
+                "scaled and cut to it."
                 if recipe.job == "pretrain"
                 else "Bring them to this size."
             )
@@ -160,30 +162,11 @@ def check_task(config: Any, recipe: PretrainRecipe) -> None:
         )
 
 
-def of_images(config: Any) -> Any:
-    """The config that tells of images: of a pair of encoders, that of the one that reads them."""
-    return getattr(config, "vision_config", config)
-
-
-def image_size(config: Any) -> tuple[int, int]:
-    """(height, width) of the images that a config takes."""
-    size = of_images(config).image_size
-    return (size[0], size[1]) if isinstance(size, list | tuple) else (size, size)
-
-
-def image_shape(config: Any) -> tuple[int, int, int]:
-    """(channels, height, width) of these images."""
-    return (of_images(config).num_channels, *image_size(config))
-
-
 def sequence_tokens(config: Any, recipe: RunRecipe) -> int:
     """Tokens in a row: `seq_len`, or an image's patches, and a classifier's class token."""
     if not task_of(recipe.task).images:
         return recipe.seq_len
-    height, width = image_size(config)
-    size = of_images(config).patch_size
-    patch = size if isinstance(size, list | tuple) else [size] * 2
-    return (height // patch[0]) * (width // patch[1]) + task_of(recipe.task).labelled
+    return image_tokens(config) + task_of(recipe.task).labelled
 
 
 def tokens_per_input(config: Any, recipe: RunRecipe) -> float:

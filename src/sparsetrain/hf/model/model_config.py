@@ -10,6 +10,7 @@ from typing import Any
 from sparsetrain.core.config import suggest
 from sparsetrain.planner.config_values import config_values
 from sparsetrain.planner.model_config import ModelConfig, usable_positions
+from sparsetrain.runs.layout import model_of
 
 CONFIGS = Path(__file__).parents[1] / "assets" / "configs"
 
@@ -25,6 +26,7 @@ def read_config(name: str, say: Callable[[str], None] = lambda _line: None) -> M
     Raises:
         ValueError: nothing of that name can be read.
     """
+    name = model_of(name)
     path = Path(name)
     if path.suffix == ".json" and path.is_file():
         name = str(path.parent if path.name == "config.json" else path)

@@ -23,6 +23,7 @@ from sparsetrain.core.quote import quoted
 from sparsetrain.hf.model.diffusion_config import DiffusionConfig
 from sparsetrain.planner.config_values import MOST_BYTES, check_values, config_values
 from sparsetrain.runs.folders import check_folder
+from sparsetrain.runs.layout import ADAPTER, SAVED_PLACES
 
 NO_CODE = {"trust_remote_code": False}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt",
@@ -155,6 +156,11 @@ def model_not_found(name: str, error: BaseException) -> str:
         return (
             f"{shown} needs Python code that comes with it, which is run with --trust-remote-code alone (in Python: "
             "trust_remote_code=True). Read that code before, or use a model of a family that transformers has."
+        )
+    if any(Path(name, place).is_dir() for place in SAVED_PLACES if place.endswith(ADAPTER)):
+        return (
+            f"{shown} is a run that left an adapter, and a whole model was asked for. Run: sparsetrain export {shown} "
+            "--output DIR; and name DIR."
         )
     if Path(name).is_dir():
         return f"{shown} holds no model that can be read: {told(error)}"

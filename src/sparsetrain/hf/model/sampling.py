@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sparsetrain.core.modes import evaluating
 from sparsetrain.core.quote import quoted
-from sparsetrain.hf.model.architectures import image_size
 from sparsetrain.hf.model.denoising import DiffusionModel
 from sparsetrain.hf.model.diffusion_config import num_labels
+from sparsetrain.planner.image_sizes import image_size
 from sparsetrain.runs.sidecar import base_of
 
 STEPS = 50

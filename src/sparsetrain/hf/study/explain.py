@@ -15,10 +15,10 @@ from sparsetrain.core.fields import shown
 from sparsetrain.data.collate import ImageCollator
 from sparsetrain.data.picture import as_png, read_picture
 from sparsetrain.hf.data.images import normalisation, prepared
-from sparsetrain.hf.model.architectures import image_shape
 from sparsetrain.hf.model.io import Loaded, load
 from sparsetrain.hf.model.pair import of_texts
 from sparsetrain.hf.train.rows import reader
+from sparsetrain.planner.image_sizes import image_shape
 from sparsetrain.surgery.method import method_of
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from sparsetrain.core.anatomy import known_parts, submodule
 from sparsetrain.core.backend import planning_for, timing_on, watch_ops
 from sparsetrain.hf.model import models
-from sparsetrain.hf.model.architectures import image_shape, sequence_tokens
+from sparsetrain.hf.model.architectures import sequence_tokens
 from sparsetrain.hf.model.checkpointing import recompute
 from sparsetrain.hf.model.model_config import context_length
 from sparsetrain.hf.train.tasks import training_loss
@@ -29,6 +29,7 @@ from sparsetrain.planner.gpu_dropout import drop_as_on_a_gpu
 from sparsetrain.planner.hollow import Hollow
 from sparsetrain.planner.hollow_model import convert_empty, fill, settle
 from sparsetrain.planner.host import keep_on_host
+from sparsetrain.planner.image_sizes import image_shape
 from sparsetrain.planner.memory import Layout, StaticBytes
 from sparsetrain.planner.optimizers import DEFAULT, Shape, state_bytes
 from sparsetrain.planner.outline import Outline

@@ -16,12 +16,12 @@ from transformers import set_seed
 
 from sparsetrain.hf.data.random_tokens import RANDOM, random_images, random_rows
 from sparsetrain.hf.model import models
-from sparsetrain.hf.model.architectures import image_shape
 from sparsetrain.hf.model.checkpointing import offloads, recompute
 from sparsetrain.hf.train import assemble
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.rows import calibration_batches, text_reader
 from sparsetrain.hf.train.tasks import training_loss
+from sparsetrain.planner.image_sizes import image_shape
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.events import Report, silent

@@ -25,6 +25,7 @@ def rows(asked: RowsAsked) -> DataBundle:
         max_rows=asked.max_rows,
         max_eval_rows=asked.max_eval_rows,
         seed=asked.recipe.seed,
+        image=asked.image,
         eval_split=asked.eval_split,
         captions=True,
         **asked.hub,

@@ -121,7 +121,7 @@ def open_parts(recipe: PretrainRecipe, report: Report, like: PretrainRecipe | No
     models.drop_attention_dropout(config, lambda: empty_model(config, recipe.task), configs, report)
     tokenizer = open_tokenizer(recipe)
     tokens = sequence_tokens(config, recipe)
-    bundle = load_rows(recipe, tokenizer, tokens, report)
+    bundle = load_rows(recipe, tokenizer, config, report)
     fit_to_data(config, recipe, bundle, tokenizer)
     refuse_rows(recipe, bundle)
     planned = None

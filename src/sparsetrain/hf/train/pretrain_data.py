@@ -12,10 +12,11 @@ from sparsetrain.hf.assets import embedded_name, resolve_data, resolve_model
 from sparsetrain.hf.data import DataBundle
 from sparsetrain.hf.data.byte_tokens import byte_tokenizer
 from sparsetrain.hf.data.tasks import load_task
-from sparsetrain.hf.model.architectures import sequence_tokens
+from sparsetrain.hf.model.architectures import architecture_names, sequence_tokens
 from sparsetrain.hf.train import readers
 from sparsetrain.hf.train.rows import check_streaming, parts_of, step_rows
 from sparsetrain.hf.train.tasks import RowsAsked, load_asked
+from sparsetrain.planner.image_sizes import KEYS, image_shape
 from sparsetrain.recipes.pretrain import PretrainRecipe
 from sparsetrain.recipes.tasks import task_of
 from sparsetrain.runs.events import Report
@@ -36,8 +37,11 @@ def open_tokenizer(recipe: PretrainRecipe) -> Any:
     return readers.open_tokenizer(resolve_model(recipe.tokenizer))
 
 
-def load_rows(recipe: PretrainRecipe, tokenizer: Any, row_tokens: int, report: Report) -> DataBundle:
-    """Training and held-out rows of at most `row_tokens`; no more text is tokenised than the steps need.
+def load_rows(recipe: PretrainRecipe, tokenizer: Any, config: Any, report: Report, *, fit: bool = False) -> DataBundle:
+    """Training and held-out rows; no more text is tokenised than the steps need.
+
+    Args:
+        fit: bring pictures to the model's size, also where the recipe names none and it is a built-in one's.
 
     Raises:
         ValueError: data that is missing, malformed, too short for one row, or of another task.
@@ -46,18 +50,20 @@ def load_rows(recipe: PretrainRecipe, tokenizer: Any, row_tokens: int, report: R
     def say(line: str) -> None:
         report({"event": "note", "text": line})
 
-    eval_rows = max(1, recipe.eval_tokens // row_tokens)
+    eval_rows = max(1, recipe.eval_tokens // sequence_tokens(config, recipe))
     if is_task(recipe.data):
         return _task_rows(recipe, eval_rows)
     check_streaming(recipe)
     _check_name(recipe.data)
     _check_source(recipe)
     rows = step_rows(recipe)
+    fit = fit or bool(KEYS & recipe.set.keys()) or recipe.model not in architecture_names()
     return load_asked(
         RowsAsked(
             recipe=recipe,
             source=resolve_data(recipe.data, progress=say),
             tokenizer=tokenizer,
+            image=image_shape(config) if fit and task_of(recipe.task).images else None,
             step_rows=rows,
             step_tokens=None if rows is None else rows * recipe.seq_len,
             max_rows=recipe.train_rows,
@@ -70,7 +76,7 @@ def load_rows(recipe: PretrainRecipe, tokenizer: Any, row_tokens: int, report: R
 def held_out(recipe: PretrainRecipe, tokenizer: Any, config: Any, report: Report) -> DataBundle:
     """The rows that a run of this recipe held out, read with as little of its training data as possible."""
     few = recipe.model_copy(update={"steps": 1, "epochs": None, "batch_size": 1, "grad_accum": 1})
-    bundle = load_rows(few, tokenizer, sequence_tokens(config, recipe), report)
+    bundle = load_rows(few, tokenizer, config, report, fit=True)
     assert bundle.eval is not None
     return bundle
 

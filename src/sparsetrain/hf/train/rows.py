@@ -22,6 +22,7 @@ from sparsetrain.hf.model.model_config import context_length
 from sparsetrain.hf.model.pair import of_texts
 from sparsetrain.hf.train.parts import Parts
 from sparsetrain.hf.train.tasks import RowsAsked, load_asked
+from sparsetrain.planner.image_sizes import image_shape
 from sparsetrain.recipes.finetune import Recipe
 from sparsetrain.recipes.run import RunRecipe
 from sparsetrain.recipes.tasks import task_of
@@ -54,7 +55,7 @@ def load_rows(recipe: Recipe, tokenizer: Any, config: Any, report: Report) -> Da
             tokenizer=tokenizer,
             step_rows=rows,
             step_tokens=None if rows is None else max(rows, calibration_rows, 1) * recipe.seq_len,
-            channels=channels_of(config),
+            image=image_shape(config) if task_of(recipe.task).images else None,
             context=context_length(config),
             max_eval_rows=eval_images(recipe, config),
             **parts_of(recipe, say),
@@ -107,7 +108,7 @@ def all_rows(recipe: RunRecipe, tokenizer: Any, config: Any, report: Report) -> 
             recipe=recipe,
             source=recipe.data,
             tokenizer=tokenizer,
-            channels=channels_of(config),
+            image=image_shape(config) if task_of(recipe.task).images else None,
             step_tokens=max(recipe.eval_tokens, recipe.seq_len),
             context=context_length(config),
             eval_ratio=0.0,
@@ -182,11 +183,6 @@ def calibration_batches(parts: Parts) -> list[dict[str, Tensor]] | None:
         batch = parts.bundle.collate_fn([rows[i] for i in places[start : start + recipe.batch_size]])
         batches.append({name: tensor.to(parts.device) for name, tensor in batch.items() if name != "labels"})
     return batches or None
-
-
-def channels_of(config: Any) -> int:
-    """Of the pictures that a model takes."""
-    return getattr(getattr(config, "vision_config", config), "num_channels", 3)
 
 
 def text_reader(parts: Parts) -> Read | None:

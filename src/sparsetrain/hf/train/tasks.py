@@ -29,7 +29,8 @@ class RowsAsked:
     """What a run asks of its rows.
 
     source: a file, folder or name, as `hf.data` takes it. tokenizer: of text; of pictures the image processor of a
-        trained model; else None. channels: of the pictures that the model takes.
+        trained model; else None.
+    image: (channels, height, width) to which pictures without such a processor are brought; None: they stay.
     step_rows: rows that the steps read; None: all there are. step_tokens: the same where text is cut into rows.
     max_rows, max_eval_rows: labelled rows to use, as the recipe limits them; None: all.
     context: tokens that the model takes; None: unknown, or checked already.
@@ -42,7 +43,7 @@ class RowsAsked:
     recipe: RunRecipe
     source: Any
     tokenizer: Any = None
-    channels: int = 3
+    image: tuple[int, int, int] | None = None
     step_rows: int | None = None
     step_tokens: int | None = None
     max_rows: int | None = None
@@ -141,7 +142,7 @@ def image_rows(asked: RowsAsked) -> DataBundle:
         max_eval_rows=asked.max_eval_rows,
         seed=asked.recipe.seed,
         processor=getattr(asked.tokenizer, "pictures", asked.tokenizer),  # of a pair's reader
-        channels=asked.channels,
+        image=asked.image,
         eval_split=asked.eval_split,
         **asked.hub,
     )
