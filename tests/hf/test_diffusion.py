@@ -349,7 +349,7 @@ def test_inceptions_features_are_read_off_torchmetrics(monkeypatch: pytest.Monke
 
 def test_what_does_not_fit_is_told_before_training(tmp_path: Path) -> None:
     for changes, match in (
-        ({"set": DIT | {"sample_size": 12}}, r"images of \(1, 8, 8\).*--set image_size=8"),
+        ({"set": {key: DIT[key] for key in DIT if key != "sample_size"}}, r"images of \(1, 8, 8\).*--set image_size=8"),
         ({"set": DIT | {"num_embeds_ada_norm": 1}}, "the data have 2 labels, and the model takes 1"),
         ({"model": "vit-nano", "set": {"image_size": 8}}, "removes no noise"),
         ({"model": "gpt2-nano", "set": {}}, "reads tokens"),

@@ -187,7 +187,7 @@ def test_pictures_of_any_size_as_the_pair_s_processor_prepares_them(call: Call, 
         pixels = np.asarray(opened.convert("L").resize((28, 28), Image.Resampling.BICUBIC), dtype=np.float32)
     expected = (torch.from_numpy(pixels)[None, None] / 255 - mean[0]) / std[0]
     assert (explained - expected).abs().max() < 0.03  # a byte
-    rows = load_images(str(tmp_path / "data"), processor=load(tmp_path / "out").tokenizer.pictures, channels=1)
+    rows = load_images(str(tmp_path / "data"), processor=load(tmp_path / "out").tokenizer.pictures, image=(1, 28, 28))
     assert rows.collate_fn([rows.train[0]])["pixel_values"].shape == (1, 1, 28, 28)
 
 
