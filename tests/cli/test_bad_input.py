@@ -68,7 +68,7 @@ def test_data_that_cannot_be_meant(train, tmp_path: Path) -> None:
         (packed, "compressed by gzip", "gunzip"),
         ("a" * 5000, "File name too long"),
     ):
-        result = train(data=data)
+        result = train("--task", "lm", data=data)
         assert_refused(result, tmp_path / "run", *words)
         assert len(result.err) < 1000
 

@@ -12,6 +12,7 @@ from sparsetrain.cli.choice_flags import Again, GoalFlag, Memory, Seconds, Toler
 from sparsetrain.cli.flags import KEEP, Debug, Json, RecipeFile, takes
 from sparsetrain.cli.live import refuse_launched, speaks, telling
 from sparsetrain.cli.passed_flags import FINETUNE_FLAGS, passed
+from sparsetrain.cli.unsaid import settled
 
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check the recipe, model and data; print the plan; train nothing.")
@@ -49,6 +50,9 @@ def finetune(
     data, the fastest on this machine; often that is dense LoRA. Trains, and writes the adapter, checkpoints, the recipe
     and report.html into --output, with the perplexity before and after. Killed at any moment, it goes on with --resume.
 
+    Without --task it goes by model and rows: conversations, prompts and questions with what follows are sft, a model of
+    images is trained on pictures; without --seq-len rows are no longer than the model takes. A line says so.
+
     \b
     Examples:
       sparsetrain finetune --model smollm2-135m --data python-stdlib --steps 100
@@ -75,12 +79,12 @@ def finetune(
     from sparsetrain.recipes.finetune import Recipe
 
     wanted = {"memory": memory, "tolerance": tolerance, "goal": goal, "choose_seconds": choose_seconds}
-    given = passed(flags, Recipe.sections)
+    given, unsaid = settled(passed(flags, Recipe.sections), recipe)
     asked = Recipe.from_yaml(recipe, given) if recipe else Recipe.from_values(given)
     by = choice_asked(asked, **wanted, choose_again=choose_again)
     refuse_launched(compares=asked.compare == "dense", chooses=by is not None, dry_run=dry_run)
     repository = _repository(asked, push_to_hub, hub_model_id)
-    with telling() as tell:
+    with telling(unsaid) as tell:
         answer = _answered(asked, tell, dry_run) if by is None else _chosen(asked, by, tell, dry_run)
     if not speaks():
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,16 +24,19 @@ def to_stderr(event: Event) -> None:
 
 
 @contextmanager
-def telling() -> Iterator[Callable[[Event], None]]:
+def telling(notes: Iterable[str] = ()) -> Iterator[Callable[[Event], None]]:
     """A function to report events to: a progress bar, or lines in a pipe or a log file; of a launcher's processes the
-    first one's."""
+    first one's. It is told the notes."""
     from sparsetrain.runs.progress import ProgressBar
 
     if not speaks():
         yield lambda _event: None
         return
     with ProgressBar() as bar:
-        yield bar if bar.console.is_terminal else _with_lines(bar)
+        tell = bar if bar.console.is_terminal else _with_lines(bar)
+        for text in notes:
+            tell({"event": "note", "text": text})
+        yield tell
 
 
 def _with_lines(bar: Callable[[Event], None]) -> Callable[[Event], None]:

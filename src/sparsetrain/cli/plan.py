@@ -18,6 +18,7 @@ from sparsetrain.cli.passed_flags import PASSED
 from sparsetrain.cli.plan_grid import planned_grids
 from sparsetrain.cli.predict import predicted
 from sparsetrain.cli.prediction import Goal
+from sparsetrain.cli.unsaid import settled
 
 _PREDICT = "Prediction"
 Memory = Annotated[
@@ -196,7 +197,9 @@ def _pretrained(file: Path | None, given: dict[str, Any]) -> Answer | None:
 
 
 def _predicted(recipe: Path | None, flags: dict[str, Any], goal: Goal) -> Answer:
-    given = changes(flags)
+    given, unsaid = settled(changes(flags), recipe)
+    for line in unsaid:
+        to_stderr({"event": "note", "text": line})
     if given.get("preset") == "auto":  # every way is compared, unless some are named
         given["preset"] = None
     named = bool(given.get("preset") or given.get("methods"))

@@ -1,6 +1,7 @@
 """Conversations, from rows in the forms in which they are published."""
 
 import json
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,13 +54,15 @@ class Conversation:
 
 def row_key(row: Row) -> str:
     """What equal conversations have in common: all that is read of them, so no number that a row has for itself."""
-    read = {key: value for key, value in row[0].items() if key in _READ and value is not None}
+    keys = _only_pair(row[0]) or _READ
+    read = {key: value for key, value in row[0].items() if key in keys and value is not None}
     return json.dumps(read or row[0], sort_keys=True, default=str)
 
 
 def conversation_of(row: Row) -> Conversation:
     """A row as a conversation: `messages`; `conversations` with from and value (ShareGPT); `prompt` and `completion`,
-    texts or lists of messages; or `instruction`, `input` and `output` (Alpaca). Keys that are null count as absent.
+    texts or lists of messages; `instruction`, `input` and `output` (Alpaca); or nothing but something asked and
+    answered, as `question` and `answer`. Keys that are null count as absent.
 
     Raises:
         ValueError: the row is none of that, or malformed.
@@ -80,6 +83,8 @@ def conversation_of(row: Row) -> Conversation:
         pair = plain = text_of(row, "prompt", "prompt"), text_of(row, "completion", "completion")
     elif "instruction" in values and "output" in values:
         pair, plain = _instruction(row)
+    elif (names := _only_pair(row[0])) is not None:
+        pair = plain = text_of(row, names[0], "prompt"), text_of(row, names[1], "completion")
     else:
         raise ValueError(
             f"{origin} is no conversation. Found: {quoted(', '.join(map(str, values)))}. A row needs 'messages', "
@@ -88,6 +93,17 @@ def conversation_of(row: Row) -> Conversation:
         )
     messages = [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     return Conversation(messages=messages, trained=[False, True], context=context, plain=plain, origin=origin)
+
+
+def is_conversation(columns: Set[str]) -> bool:
+    """Do rows of these columns hold conversations, or something asked and answered, if under other names?"""
+    return bool({"messages", "conversations"} & columns) or any(set(pair) <= columns for pair in _PAIRS)
+
+
+def _only_pair(values: dict[str, Any]) -> tuple[str, str] | None:
+    """The names of what is asked and answered, of a row that holds nothing else, numbers aside."""
+    keys = {key for key, value in values.items() if not isinstance(value, int | float)}
+    return next((pair for pair in _PAIRS if set(pair) == keys), None)
 
 
 def _renamed(values: dict[str, Any]) -> str:

@@ -73,6 +73,26 @@ def test_sft_split_keeps_equal_conversations_together(tmp_path: Path, chat_token
     assert load_sft(path, chat_tokenizer, 50, eval_source=other).counts["duplicates_of_eval"] == 4
 
 
+def test_a_question_and_an_answer_are_a_prompt_and_a_completion(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast
+):
+    pairs = [(f"what is {i % 8}?", f"it is {i % 8}") for i in range(16)]
+    as_trl = write_jsonl(tmp_path / "trl.jsonl", [{"prompt": a, "completion": b} for a, b in pairs])
+    asked = [{"id": i, "question": a, "answer": b} for i, (a, b) in enumerate(pairs)]
+    ours, theirs = (
+        load_sft(path, chat_tokenizer, 50, eval_ratio=0.25)
+        for path in (write_jsonl(tmp_path / "asked.jsonl", asked), as_trl)
+    )
+    assert ours.eval is not None and theirs.eval is not None
+    for side, other in ((ours.train, ours.eval), (theirs.train, theirs.eval)):
+        assert len(other) == 4 and not {*map(tuple, side["input_ids"])} & {*map(tuple, other["input_ids"])}
+    seen = [
+        sorted(row for side in sides for row in zip(side["input_ids"], side["labels"], strict=True))
+        for sides in ((ours.train, ours.eval), (theirs.train, theirs.eval))
+    ]
+    assert seen[0] == seen[1]
+
+
 def test_sft_mistakes(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, chat_tokenizer: PreTrainedTokenizerFast):
     def assert_refused(match: str, rows: list[Any], with_template: bool = True, **options: Any) -> None:
         path = write_jsonl(tmp_path / "a.jsonl", rows)
@@ -85,7 +105,7 @@ def test_sft_mistakes(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, chat_t
     good = {"messages": [user, answer]}
     assert_refused(r"a\.jsonl:2 is no conversation. Found: text", [good, {"text": "x"}])
     told = r"Rename 'question' to 'prompt' and 'answer' to 'completion'\.$"
-    assert_refused(told, [good, {"id": 1, "question": "x", "answer": "y"}])
+    assert_refused(told, [good, {"question": "x", "context": "c", "answer": "y"}])
     assert_refused(
         r"a\.jsonl:1: messages\[1\] is .*needs 'role' and 'content'", [{"messages": [user, {"role": "assistant"}]}]
     )
