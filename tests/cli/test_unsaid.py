@@ -92,11 +92,15 @@ def test_what_is_said_stays(place: Path) -> None:
         assert settled({"model": model, "data": "owner/rows"}, None)[1] == []
 
 
-def test_a_parquet_table_says_it_too(place: Path) -> None:
-    from datasets import Dataset
+def test_a_table_says_it_too(place: Path) -> None:
+    from datasets import Dataset, DatasetDict
 
-    Dataset.from_list([ROWS["question"]] * 3).to_parquet(place / "rows.parquet")
-    assert settled({"model": str(place / "llama"), "data": str(place / "rows.parquet")}, None)[0]["task"] == "sft"
+    table = Dataset.from_list([ROWS["question"]] * 3)
+    table.to_parquet(place / "rows.parquet")
+    table.save_to_disk(place / "saved")
+    DatasetDict({"train": table, "test": table}).save_to_disk(place / "divided")
+    for name in ("rows.parquet", "saved", "divided"):
+        assert settled({"model": str(place / "llama"), "data": str(place / name)}, None)[0]["task"] == "sft"
 
 
 def test_pairs_of_question_and_answer_are_trained_on_without_a_flag(call: Call, tmp_path: Path) -> None:

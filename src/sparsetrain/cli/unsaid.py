@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsetrain.core.plain_files import read_plain_object
 from sparsetrain.data.conversations import is_conversation
 from sparsetrain.data.files import find_files, kind_of
 from sparsetrain.data.rows import ROW_SUFFIXES, read_rows
@@ -78,7 +79,11 @@ def _context(model: Mapping[str, Any]) -> int | None:
 
 
 def _columns(data: Any) -> set[str]:
-    """The keys of the first row of files on this machine; none of texts, and of what is somewhere else."""
+    """The keys of the first row of files, or of a saved table, on this machine; none of texts, and of what is
+    somewhere else."""
+    if isinstance(data, str) and Path(data).is_dir():
+        for told in sorted(Path(data).rglob("dataset_info.json")):  # as `save_to_disk` leaves it
+            return set(read_plain_object(told).get("features") or ())
     files = find_files(data) if isinstance(data, str) else None
     if not files:
         return set()
