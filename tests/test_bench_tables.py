@@ -132,12 +132,14 @@ def test_sparsedm_s_export_and_sheet_are_shown(tmp_path: Path, monkeypatch: pyte
 def test_sara_on_a_diffusion_model_by_size() -> None:
     told = {f"{kind}_{part}": 1.0 for kind in ("loss", "fid", "kid") for part in ("new", "old")}
     cells: dict[str, Any] = {"pretrained 0": told}
-    cells |= {key: {"trained": 1234, **told} for key in ("full all 0", "sara small 0", "sara small 1", "lora small 0")}
-    cells["summary"] = {"vlhi": {"small": {"sara": [1.5, 1.7], "full": [1.0]}}}
+    arms = ("full all 0", "sara small 0", "sara small 1", "sara lr=1e-3 small 0", "lora small 0")
+    cells |= {key: {"trained": 1234, **told} for key in arms}
+    cells["lora small 0"] = cells["lora small 0"] | {"fid_old": 3.0}
     lines = pictures.sara_diffusion(of(cells))
     assert lines[0] == "Before fine-tuning: loss, old: 1.000; fid, old: 1.000; kid, old: 1.000."
-    assert lines[2] == "**small**" and "| sara | 2 | 1,234 |" + " 1.000 ± 0.000 |" * 6 + " 1.600 ± 0.100 |" in lines
-    assert "| lora | 1 | 1,234 |" + " 1.000 |" * 6 + " – |" in lines and lines[-2].startswith("| full | 1 |")
+    assert lines[2] == "**small**" and "| sara | 2 | 1,234 |" + " 1.000 ± 0.000 |" * 6 + " 1.000 |" in lines
+    assert "| lora | 1 | 1,234 | 1.000 | 1.000 | 1.000 | 3.000 | 1.000 | 1.000 | 0.000 |" in lines
+    assert lines[-2].startswith("| full | 1 |") and len(lines[-2].split("|")) == len(lines[4].split("|"))
 
 
 def test_every_benchmark_has_a_table_or_a_reason() -> None:

@@ -9,7 +9,7 @@ A DiT is pretrained on Fashion-MNIST without one class, then fine-tuned on that 
   theirs (forgetting). Full fine-tuning has one size.
 
 FID and KID stand on the features of one classifier, trained here on all ten classes: they compare the arms of this
-table and nothing else. `summary` has the combined index of SaRA's paper (arXiv 2409.06633), with forgetting in place
+table and nothing else. Its combined index is that of SaRA's paper (arXiv 2409.06633), with forgetting in place
 of the CLIP score, which needs captions. Per size and seed, over the arms:
 
     VLHI = (max F - F) / (max F - min F) + (C - min C) / (max C - min C),   F = FID (new), C = -FID (old)
@@ -167,17 +167,16 @@ def vlhi(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     }
 
 
-def summary(keys: list[str], *found: dict[str, Any]) -> dict[str, Any]:
-    """Size -> arm -> the index, a number a seed; full fine-tuning is among the arms of every size."""
-    cells = dict(zip(keys, found, strict=True))
-    indices: dict[str, dict[str, list[float]]] = {}
+def indices(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Size -> arm -> the index, a number a seed that has all arms; full fine-tuning is among those of every size."""
+    found: dict[str, dict[str, list[float]]] = {}
     for size in SIZES:
-        for seed in sorted({key.split()[-1] for key in keys}):
+        for seed in sorted({key.split()[-1] for key in cells}):
             names = {arm: f"{arm} {size} {seed}" for arm in arms(size)} | {"full": f"full all {seed}"}
-            known = {arm: cells[key] for arm, key in names.items() if key in cells}
-            for arm, index in vlhi(known).items() if known else ():
-                indices.setdefault(size, {}).setdefault(arm, []).append(round(index, 4))
-    return {"vlhi": indices}
+            if set(names.values()) <= cells.keys():
+                for arm, index in vlhi({arm: cells[key] for arm, key in names.items()}).items():
+                    found.setdefault(size, {}).setdefault(arm, []).append(round(index, 4))
+    return found
 
 
 def cells(asked: Asked) -> list[Cell]:
@@ -200,8 +199,7 @@ def cells(asked: Asked) -> list[Cell]:
                 return in_own_process(here + "tuned", values, seed, settings, threads, start["folder"])
 
             found.append(Cell(key, measure, uses=(base,)))
-    keys = [cell.key for cell in found if not cell.key.startswith("pretrained")]
-    return [*found, Cell("summary", lambda *results: summary(keys, *results), uses=tuple(keys))]
+    return found
 
 
 BENCHMARKS = [

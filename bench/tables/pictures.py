@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from bench.methods.sara_diffusion import indices
 from bench.runner import ROOT
 from bench.tables.format import spread
 from bench.tables.linears import DASH, beside, head, line, mean_of, seeds_of
@@ -60,7 +61,7 @@ def _exported(cell: dict[str, Any]) -> str:
 def sara_diffusion(results: dict[str, Any]) -> list[str]:
     """By size: what the new class costs on the old ones, every arm of as many numbers, and the combined index."""
     cells = results["results"]
-    runs, index = seeds_of(cells), cells.get("summary", {}).get("vlhi", {})
+    runs, index = seeds_of(cells), indices(cells)
     sizes = dict.fromkeys(name.rpartition(" ")[2] for name in runs if name not in ("pretrained", "full all"))
     lines: list[str] = []
     if before := runs.get("pretrained"):
