@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def _config(name: Any) -> dict[str, Any]:
     from sparsetrain.hf.assets import ASSETS, asset_status
     from sparsetrain.hf.model.model_config import read_config
 
-    here = isinstance(name, str) and (Path(name).is_dir() or (name in ASSETS and asset_status(name).state == "ready"))
+    here = isinstance(name, str) and (os.path.isdir(name) or (name in ASSETS and asset_status(name).state == "ready"))
     return read_config(name).values if here else {}
 
 
@@ -81,7 +82,7 @@ def _context(model: Mapping[str, Any]) -> int | None:
 def _columns(data: Any) -> set[str]:
     """The keys of the first row of files, or of a saved table, on this machine; none of texts, and of what is
     somewhere else."""
-    if isinstance(data, str) and Path(data).is_dir():
+    if isinstance(data, str) and os.path.isdir(data):
         for told in sorted(Path(data).rglob("dataset_info.json")):  # as `save_to_disk` leaves it
             return set(read_plain_object(told).get("features") or ())
     files = find_files(data) if isinstance(data, str) else None

@@ -207,16 +207,26 @@ def divided(
 
 def _read(path: Path, prepare: Prepare | None) -> np.ndarray:
     """uint8, [h, w] of a grey picture and [h, w, 3] of another, or as `prepare` makes it."""
-    from PIL import Image, ImageOps  # comes with matplotlib
+    from PIL import Image  # comes with matplotlib
 
     check_regular(path)
     try:
         with Image.open(path) as picture:
-            return (prepare or as_pixels)(ImageOps.exif_transpose(picture))  # as a camera held it
+            return (prepare or as_pixels)(_upright(picture))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{shown(path)} cannot be read as a picture: {quoted(str(error))}. Get it again, or take it out."
         ) from None
+
+
+def _upright(picture: Any) -> Any:
+    """A picture turned as its camera was held; as it lies where what was written of that cannot be read."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # a damaged note beside whole pixels, of which PIL raises half a dozen kinds
+        return picture
 
 
 def as_pixels(picture: object) -> np.ndarray:

@@ -112,7 +112,7 @@ def resolve_model(name_or_path: str, *, progress: Progress | None = None) -> str
         ValueError: the name is that of an embedded data set.
         RuntimeError: see `fetch`.
     """
-    return _resolve(model_of(name_or_path), "model", progress)
+    return _resolve(name_or_path if name_or_path in ASSETS else model_of(name_or_path), "model", progress)
 
 
 def resolve_data(name_or_path: str, *, progress: Progress | None = None) -> str:
