@@ -5,12 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparsetrain.core.quote import quoted
+from sparsetrain.data.conversations import is_conversation
 from sparsetrain.data.files import check_regular, kind_of
 from sparsetrain.data.reading import read_text, text_bytes
 from sparsetrain.data.remarks import Remarks
 from sparsetrain.data.rows import ROW_SUFFIXES, NoRows, Row, read_rows, text_of
-
-_OF_CONVERSATIONS = ("messages", "conversations", "prompt", "instruction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,7 @@ def document_of(row: Row, text_column: str) -> str:
     Raises:
         ValueError: there is none; for conversations, with the task that reads them.
     """
-    if text_column not in row[0] and any(key in row[0] for key in _OF_CONVERSATIONS):
+    if text_column not in row[0] and (is_conversation(row[0].keys()) or {"prompt", "instruction"} & row[0].keys()):
         found = quoted(", ".join(map(str, row[0])))
         raise ValueError(
             f"{row[1]} has no {text_column!r} and holds a conversation or an instruction ({found}). Train on it with "
