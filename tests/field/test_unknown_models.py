@@ -35,7 +35,7 @@ def planned(folder: Path, values: dict[str, Any], capsys: pytest.CaptureFixture[
 def test_families_without_a_row(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = CONFIG_MAPPING[kind]().to_dict() | {"model_type": kind}
     for more in (["--preset", "tokens"], *([] if kind in DECODERS else [["--memory", "24GB", "--preset", "dense"]])):
-        code, error = planned(tmp_path / "model", values, capsys, *more)
+        code, error = planned(tmp_path / "model", values, capsys, *more, "--task", "lm")
         assert code == 2 and len(error.splitlines()) == 1 and len(error) < 1200, error
 
 
