@@ -132,7 +132,7 @@ def test_sparsedm_s_export_and_sheet_are_shown(tmp_path: Path, monkeypatch: pyte
 def test_sara_on_a_diffusion_model_by_size() -> None:
     told = {f"{kind}_{part}": 1.0 for kind in ("loss", "fid", "kid") for part in ("new", "old")}
     cells: dict[str, Any] = {"pretrained 0": told}
-    arms = ("full all 0", "sara small 0", "sara small 1", "sara lr=1e-3 small 0", "lora small 0")
+    arms = ("full all 0", "sara small 0", "sara small 1", "lora small 0")
     cells |= {key: {"trained": 1234, **told} for key in arms}
     cells["lora small 0"] = cells["lora small 0"] | {"fid_old": 3.0}
     lines = pictures.sara_diffusion(of(cells))
