@@ -89,7 +89,7 @@ def train(arm: str, seed: int, settings: dict[str, Any], threads: int, model: st
         result = finetune(Recipe.from_values(given), write=False)
         found, loaded = {"saved": str(folder), **_of(result, steps)}, load(result.saved)
         handle = loaded.handle
-    return {**found, **_macs(loaded.model, handle), **_quality(loaded.model, arm, seed, settings)}
+    return {**_macs(loaded.model, handle), **_quality(loaded.model, arm, seed, settings), **found}
 
 
 def _run(folder: Path, settings: dict[str, Any], threads: int) -> dict[str, Any]:

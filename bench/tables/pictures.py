@@ -43,8 +43,8 @@ def sparsedm(results: dict[str, Any]) -> list[str]:
         lines.append(line(arm, len(own), *cells, step))
     if exported := results["results"].get("export"):
         lines += ["", _exported(exported)]
-    if SHEET.exists():
-        rows = ", ".join(results["results"].get("pictures", {}).get("rows", []))
+    if "pictures" in results["results"] and SHEET.exists():
+        rows = ", ".join(results["results"]["pictures"]["rows"])
         lines += ["", f"![Samples of every arm, a row each](../pictures/{SHEET.name})", "", f"Rows: {rows}."]
     return lines
 
