@@ -120,7 +120,10 @@ def test_an_image_is_explained_from_the_command_line(call: Call, tmp_path: Path)
     save(model, handle, tmp_path / "saved", tokenizer=small_pair.tokenizer(), task="pair-image")
     image = np.random.default_rng(0).integers(0, 256, (28, 28, 1), dtype=np.uint8)
     (tmp_path / "shoe.png").write_bytes(as_png(image))
-    assert np.array_equal(read_picture(tmp_path / "shoe.png", (28, 28), 1), image)
+    assert np.array_equal(read_picture(tmp_path / "shoe.png", (1, 28, 28)), image)
+    wide = np.pad(image, ((0, 0), (28, 28), (0, 0)))
+    (tmp_path / "wide.png").write_bytes(as_png(wide))  # its middle is what it would be trained on
+    assert np.array_equal(read_picture(tmp_path / "wide.png", (1, 28, 28)), image)
     said = call("explain", tmp_path / "saved", tmp_path / "shoe.png", "--output", tmp_path / "page.html")
     assert said.code == 0 and "sum: the lead" in said.out and "search of the concept matrix" in said.out, said.err
     page = (tmp_path / "page.html").read_text()

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sparsetrain.data.files import check_regular, shown
+from sparsetrain.data.processors import fitted, upright
 
 
 def read_picture(
-    path: Path, size: tuple[int, int], channels: int, prepare: Callable[[Any], np.ndarray] | None = None
+    path: Path, image: tuple[int, int, int], prepare: Callable[[Any], np.ndarray] | None = None
 ) -> np.ndarray:
-    """A picture file as uint8 [height, width, channels], scaled to fit, or as `prepare` makes it of PIL's picture.
+    """A picture file as uint8 [height, width, channels], as it would be trained on: brought to `image`, or as
+    `prepare` makes it of PIL's picture.
 
     Args:
-        size: (height, width). channels: 1 for grey, 3 for colour.
+        image: (channels, height, width), of 1 channel for grey and 3 for colour.
 
     Raises:
         ValueError: there is no such file, or no picture can be read from it.
@@ -30,10 +33,8 @@ def read_picture(
     check_regular(path)
     try:
         with Image.open(path) as picture:
-            if prepare is not None:
-                return prepare(picture)
-            scaled = picture.convert("L" if channels == 1 else "RGB").resize((size[1], size[0]))
-            return np.asarray(scaled, dtype=np.uint8).reshape(*size, channels)
+            made = (prepare or partial(fitted, image))(upright(picture))
+            return made if made.ndim == 3 else made[..., None]
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{shown(path)} is no picture that can be read ({error}). Give a PNG or JPEG.") from None
 

@@ -16,6 +16,7 @@ from sparsetrain.core.quote import quoted
 from sparsetrain.data.files import check_regular, shown
 from sparsetrain.data.images import Images
 from sparsetrain.data.picture_files import SUFFIXES, Labelled, find_pictures
+from sparsetrain.data.processors import upright
 from sparsetrain.data.remarks import Remarks
 from sparsetrain.data.split import split_rows
 
@@ -212,21 +213,11 @@ def _read(path: Path, prepare: Prepare | None) -> np.ndarray:
     check_regular(path)
     try:
         with Image.open(path) as picture:
-            return (prepare or as_pixels)(_upright(picture))
+            return (prepare or as_pixels)(upright(picture))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{shown(path)} cannot be read as a picture: {quoted(str(error))}. Get it again, or take it out."
         ) from None
-
-
-def _upright(picture: Any) -> Any:
-    """A picture turned as its camera was held; as it lies where what was written of that cannot be read."""
-    from PIL import ImageOps
-
-    try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # a damaged note beside whole pixels, of which PIL raises half a dozen kinds
-        return picture
 
 
 def as_pixels(picture: object) -> np.ndarray:

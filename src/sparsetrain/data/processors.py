@@ -24,6 +24,16 @@ def fitted(image: tuple[int, int, int], picture: Any) -> np.ndarray:
     return np.asarray(ImageOps.fit(shown, (width, height), Image.Resampling.BICUBIC), dtype=np.uint8)
 
 
+def upright(picture: Any) -> Any:
+    """A picture turned as its camera was held; as it lies where what was written of that cannot be read."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # a damaged note beside whole pixels, of which PIL raises half a dozen kinds
+        return picture
+
+
 def normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | tuple[()]:
     """(mean, std) of each channel by which a processor normalises; () without a processor.
 

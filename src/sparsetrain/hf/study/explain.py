@@ -70,9 +70,9 @@ def _texts(
 
 
 def _pictures(loaded: Loaded, subjects: Sequence[str]) -> tuple[dict[str, Tensor], list[bytes | None]]:
-    channels, height, width = image_shape(loaded.model.config)
+    image = image_shape(loaded.model.config)
     processor = getattr(loaded.tokenizer, "pictures", None)
-    prepare = None if processor is None else partial(prepared, processor, channels)
-    pictures = [read_picture(Path(subject), (height, width), channels, prepare) for subject in subjects]
+    prepare = None if processor is None else partial(prepared, processor, image[0])
+    pictures = [read_picture(Path(subject), image, prepare) for subject in subjects]
     batch = ImageCollator(*normalisation(processor))([{"pixel_values": picture} for picture in pictures])
     return batch, [as_png(picture) for picture in pictures]
