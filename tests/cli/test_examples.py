@@ -149,6 +149,8 @@ def test_the_recipes_of_vits_that_grow(name: str, layers: list[int]) -> None:
 
 
 def test_the_recipe_of_a_diffusion_model(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(image_features, "_STEPS", 5)
     for name, value in {"GRID": 4, "NUM": 8, "STEPS": 2}.items():
         monkeypatch.setattr(image_quality, name, value)
@@ -172,6 +174,7 @@ def test_the_recipe_of_a_diffusion_model(call: Call, tmp_path: Path, monkeypatch
         (("--output", tmp_path / "grid.jpg"), "--output"),
     ):
         assert match in call("sample", tmp_path / "run", "--num", 2, "--steps", 2, *wrong).err
+    assert not list((tmp_path / "here").iterdir())  # refused before anything is drawn
     llama = save_llama(tmp_path / "model")
     assert "samples are drawn from a diffusion model" in call("sample", llama, "--output", grid).err
 

@@ -66,9 +66,8 @@ def sample(
     from sparsetrain.hf.model.sampling import sample as draw
     from sparsetrain.measure.pictures import image_grid
     from sparsetrain.measure.rates import device_of
-    from sparsetrain.runs.places import check_file
 
-    check_file(output, "--output", (".png",))
+    _check(output, features)
     if flags["threads"]:
         torch.set_num_threads(flags["threads"])
     seed = flags["seed"] or 0
@@ -97,16 +96,23 @@ def sample(
     return Answer(data=about, show=shown)
 
 
-def _measured(run: str, model: Any, images: Any, data: str | None, features: str, steps: int) -> Any:
+def _check(output: Path, features: str) -> None:
+    """Raise ValueError for flags that no sample can be drawn with, before any is."""
     from sparsetrain.core.config import suggest
+    from sparsetrain.measure.image_features import KINDS
+    from sparsetrain.runs.places import check_file
+
+    check_file(output, "--output", (".png",))
+    if features not in KINDS:
+        raise ValueError(f"--features {features} is unknown.{suggest(features, KINDS)} Choose from {', '.join(KINDS)}.")
+
+
+def _measured(run: str, model: Any, images: Any, data: str | None, features: str, steps: int) -> Any:
     from sparsetrain.hf.data import load_images
     from sparsetrain.hf.train.image_quality import image_quality
-    from sparsetrain.measure.image_features import KINDS
     from sparsetrain.planner.image_sizes import image_shape
     from sparsetrain.recipes.reading import read_mapping
 
-    if features not in KINDS:
-        raise ValueError(f"--features {features} is unknown.{suggest(features, KINDS)} Choose from {', '.join(KINDS)}.")
     recipe = Path(run) / "recipe.yaml"
     if data is None and not recipe.is_file():
         raise ValueError(f"--quality compares with images, and {run} has no recipe.yaml that names any. Give --data.")
